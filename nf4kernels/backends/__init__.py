@@ -1,0 +1,1 @@
+"""Who runs an op: the compiled libraries, or the reference where none was built."""

@@ -1,0 +1,48 @@
+"""Loads the compiled libraries and asks the CPU one which instruction set it runs."""
+
+import ctypes
+import os
+from pathlib import Path
+
+import torch
+
+CPU_LIBRARY = Path(__file__).parent.parent / "_cpu.abi3.so"
+ISA_VARIABLE = "NF4KERNELS_CPU_ISA"
+
+
+class CpuLibrary:
+    """The loaded CPU library; loading it registers its ops for CPU tensors."""
+
+    def __init__(self, path: Path) -> None:
+        torch.ops.load_library(path)
+        self._library = ctypes.CDLL(str(path))
+        for name in ("nf4kernels_cpu_isa", "nf4kernels_cpu_isa_list", "nf4kernels_force_cpu_isa"):
+            getattr(self._library, name).restype = ctypes.c_char_p
+
+    @property
+    def isa(self) -> str:
+        """The instruction set in use."""
+        return self._library.nf4kernels_cpu_isa().decode()
+
+    @property
+    def isas(self) -> list[str]:
+        """The instruction sets that this library has and this machine can run, best first."""
+        return self._library.nf4kernels_cpu_isa_list().decode().split()
+
+    def force_isa(self, isa: str) -> None:
+        """Run `isa` from now on; ValueError, and nothing changed, for one that is unknown or that this CPU lacks."""
+        error = self._library.nf4kernels_force_cpu_isa(isa.encode())
+        if error is not None:
+            raise ValueError(f"nf4kernels: {ISA_VARIABLE} {error.decode()}")
+
+
+def load_cpu() -> tuple[CpuLibrary | None, str]:
+    """(library, reason): None and why, where the CPU library was not built. A library that fails to load raises."""
+    if not CPU_LIBRARY.exists():
+        return None, f"{CPU_LIBRARY.name} was not built (no C++ compiler at install time?)"
+    library = CpuLibrary(CPU_LIBRARY)
+    forced = os.environ.get(ISA_VARIABLE)
+    if forced is None:
+        return library, "best that this CPU supports"
+    library.force_isa(forced)
+    return library, f"forced by {ISA_VARIABLE}"

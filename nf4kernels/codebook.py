@@ -1,0 +1,107 @@
+"""The 16-level weight codebooks and the 256-level scale codebooks, and how each is built.
+
+A codebook is data: every kernel takes it as a run-time argument, and no kernel knows which one it is.
+"""
+
+import torch
+from scipy.special import ndtri  # what scipy.stats.norm.ppf evaluates, without scipy.stats' import time
+from torch import Tensor
+
+NF4_OFFSET = 0.9677083  # outermost quantile, QLoRA (arXiv 2305.14314), appendix E
+
+
+def normal_float(bits: int = 4) -> Tensor:
+    """The `2**bits` levels of NormalFloat: quantiles of N(0, 1) with an exact 0, normalised to [-1, 1].
+
+    `2**(bits-1)` positive and `2**(bits-1) - 1` negative quantiles. In float32 and this order of operations `bits=4`
+    equals the published NF4 table bit for bit.
+
+    Args:
+        bits: 2 to 8.
+
+    Returns:
+        fp32 `[2**bits]`, ascending.
+
+    Raises:
+        ValueError: `bits` is out of range.
+
+    Source: QLoRA (arXiv 2305.14314), section 3 and appendix E.
+    """
+    if not 2 <= bits <= 8:
+        raise ValueError(f"nf4kernels.codebook.normal_float: bits must be 2 to 8, got {bits}")
+    half = 2 ** (bits - 1)
+
+    def quantiles(count: int) -> Tensor:
+        probabilities = torch.linspace(NF4_OFFSET, 0.5, count + 1)[:-1]
+        return torch.from_numpy(ndtri(probabilities.double().numpy())).float()
+
+    levels = torch.cat([quantiles(half), torch.zeros(1), -quantiles(half - 1)]).sort().values
+    return levels / levels.max()
+
+
+def _fp4() -> Tensor:
+    """E2M1 with bitsandbytes' subnormal, in its code order: sign in bit 3, magnitudes not sorted."""
+    magnitudes = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3])
+    return torch.cat([magnitudes, -magnitudes]) / 12 + 0.0  # + 0.0 turns -0.0 into 0.0
+
+
+def _int4() -> Tensor:
+    steps = torch.arange(8, dtype=torch.float32)
+    return torch.cat([-steps.flip(0), steps]) / 7 + 0.0
+
+
+def _e4m3() -> Tensor:
+    """Entry b is the FP8 E4M3 number with bit pattern b, over 448; the two NaN patterns, never written, read as 0."""
+    values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float() / 448
+    return values.nan_to_num(nan=0.0)
+
+
+def _dynamic8() -> Tensor:
+    """The signed dynamic map: i exponent zeros leave i fraction bits, for i of 0..6 (arXiv 1511.04561)."""
+    positive = []
+    for i in range(7):
+        boundaries = torch.linspace(0.1, 1, 2**i + 1)
+        means = (boundaries[:-1] + boundaries[1:]) / 2
+        positive += (10 ** (i - 6) * means).tolist()
+    return torch.tensor(sorted([-v for v in positive] + [0.0, 1.0] + positive), dtype=torch.float32)
+
+
+NF4 = normal_float(4)
+FP4 = _fp4()
+INT4 = _int4()
+# AbnormalFloat for blocks of 64, arXiv 2306.06965, table 3: the published optimum has no closed form.
+AF4 = torch.tensor(
+    [-1.0, -0.69441008, -0.51243739, -0.3736951, -0.25607552, -0.14982478, -0.04934812, 0.0,
+     0.04273164, 0.12934483, 0.21961274, 0.31675666, 0.42563882, 0.55496234, 0.72424863, 1.0]
+)  # fmt: skip
+CODEBOOKS = {"nf4": NF4, "fp4": FP4, "int4": INT4, "af4": AF4}
+SCALE_CODEBOOKS = {"e4m3": _e4m3(), "dynamic8": _dynamic8()}
+
+
+def resolve(codebook: str | Tensor, caller: str) -> tuple[str, Tensor]:
+    """(name, fp32 `[16]`) of a codebook given by name or as 16 levels; the levels are copied.
+
+    Raises:
+        TypeError: not a name and not a floating-point tensor.
+        ValueError: an unknown name; not 16 finite, ascending levels in [-1, 1].
+    """
+    if isinstance(codebook, str):
+        if codebook not in CODEBOOKS:
+            raise ValueError(f"{caller}: codebook must be one of {sorted(CODEBOOKS)} or 16 levels, got {codebook!r}")
+        return codebook, CODEBOOKS[codebook].clone()
+    if not isinstance(codebook, Tensor) or not codebook.is_floating_point():
+        kind = codebook.dtype if isinstance(codebook, Tensor) else type(codebook).__name__
+        raise TypeError(f"{caller}: codebook must be a name or a floating-point tensor of 16 levels, got {kind}")
+    levels = codebook.detach().float().clone()
+    if levels.shape != (16,):
+        raise ValueError(f"{caller}: codebook must have 16 levels, got shape {list(levels.shape)}")
+    if not (levels.isfinite().all() and levels.abs().max() <= 1 and (levels.diff() >= 0).all()):
+        raise ValueError(f"{caller}: codebook must be 16 ascending levels in [-1, 1], got {levels.tolist()}")
+    return "custom", levels
+
+
+def resolve_scale(scale_codebook: str, caller: str) -> Tensor:
+    """fp32 `[256]` of a scale codebook's name; ValueError for an unknown one."""
+    if scale_codebook not in SCALE_CODEBOOKS:
+        raise ValueError(f"{caller}: scale_codebook must be one of {sorted(SCALE_CODEBOOKS)}, got {scale_codebook!r}")
+    return SCALE_CODEBOOKS[scale_codebook].clone()

@@ -1,0 +1,277 @@
+"""quantize, dequantize, linear, lora_linear: the ops with checks, defaults and gradients.
+
+Gradients are `autograd.Function`s that call the ops directly, and only when a gradient is needed: registering autograd with
+the op costs 6 us more a call.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import codebook as codebooks
+from .quantized_weight import WEIGHT_DTYPES, QuantizedWeight, check_block_size
+
+_ops = torch.ops.nf4kernels
+
+
+def quantize(
+    weight: Tensor,
+    codebook: str | Tensor = "nf4",
+    block_size: int = 64,
+    double_quant: bool = True,
+    scale_codebook: str = "e4m3",
+    nonfinite: str = "raise",
+) -> QuantizedWeight:
+    """The nearest 4-bit code of weight / absmax, block by block; the scales to 8 bits in groups of 256 blocks.
+
+    Args:
+        weight: `[N, K]`, float32, bfloat16 or float16, any strides. A non-contiguous weight is copied.
+        codebook: "nf4", "fp4", "int4", "af4", or 16 ascending levels in [-1, 1].
+        block_size: consecutive weights that share a scale, a power of two from 32 to 4096.
+        double_quant: store the scales in 8 bits (4.127 bits a weight at block size 64, instead of 4.5).
+        scale_codebook: "e4m3" or "dynamic8" (bitsandbytes' map); used with `double_quant`.
+        nonfinite: "raise", or "propagate": a block that holds NaN or inf decodes to NaN (needs `double_quant=False`).
+
+    Returns:
+        The quantized weight, on weight's device, detached.
+
+    Raises:
+        TypeError: weight is not a float32, bfloat16 or float16 tensor, or codebook is not a name or a float tensor.
+        ValueError: any other argument is out of its range, or weight holds NaN or inf (first row and column named).
+
+    Source: QLoRA (arXiv 2305.14314), sections 2 and 3.
+    """
+    who = "nf4kernels.quantize"
+    if not isinstance(weight, Tensor) or weight.dtype not in WEIGHT_DTYPES:
+        came = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"{who}: weight must be a float32, bfloat16 or float16 tensor, got {came}")
+    if weight.dim() != 2:
+        raise ValueError(f"{who}: weight must be 2-D [N, K], got shape {list(weight.shape)}")
+    if nonfinite not in ("raise", "propagate"):
+        raise ValueError(f"{who}: nonfinite must be 'raise' or 'propagate', got {nonfinite!r}")
+    if nonfinite == "propagate" and double_quant:
+        raise ValueError(f"{who}: nonfinite='propagate' must go with double_quant=False, got double_quant=True")
+    check_block_size(block_size, who)
+    name, code = codebooks.resolve(codebook, who)
+    scale_code = codebooks.resolve_scale(scale_codebook, who).to(weight.device) if double_quant else None
+
+    code = code.to(weight.device)
+    packed, absmax = _ops.quantize(weight.detach(), code, block_size)
+    if nonfinite == "raise" and not weight.is_meta and not absmax.isfinite().all():
+        row, col = (~weight.isfinite()).nonzero()[0].tolist()
+        raise ValueError(f"{who}: weight must be finite, got {weight[row, col].item()} at row {row}, column {col}")
+    scale_absmax = scale_offset = None
+    if double_quant:
+        absmax, scale_absmax, scale_offset = _ops.quantize_absmax(absmax, scale_code, scale_codebook == "e4m3")
+    return QuantizedWeight(
+        packed, absmax, scale_absmax, scale_offset, code, scale_code, tuple(weight.shape), weight.dtype, block_size,
+        name, scale_codebook if double_quant else None,
+    )  # fmt: skip
+
+
+def dequantize(
+    qweight: QuantizedWeight,
+    dtype: torch.dtype = torch.bfloat16,
+    out: Tensor | None = None,
+    rows: tuple[int, int] | None = None,
+    cols: tuple[int, int] | None = None,
+) -> Tensor:
+    """Ŵ[rows, cols] = code[nibble] * scale in fp32, rounded once to dtype.
+
+    Args:
+        qweight: the `[N, K]` weight.
+        dtype: float32, bfloat16 or float16; ignored where `out` is given.
+        out: the tensor to write into, of the result's shape, contiguous in its last dimension.
+        rows, cols: half-open ranges; None is all.
+
+    Returns:
+        `out`, or a new contiguous tensor.
+
+    Raises:
+        TypeError: dtype or out's dtype is none of the three.
+        ValueError: a range outside the weight, or out of another shape, device or layout.
+    """
+    who = "nf4kernels.dequantize"
+    dtype = dtype if out is None else out.dtype
+    if dtype not in WEIGHT_DTYPES:
+        raise TypeError(
+            f"{who}: {'dtype' if out is None else 'out'} must be float32, bfloat16 or float16, got {dtype}"
+        )
+    bounds = []
+    for name, span, size in (("rows", rows, qweight.shape[0]), ("cols", cols, qweight.shape[1])):
+        begin, end = (0, size) if span is None else span
+        if not 0 <= begin <= end <= size:
+            raise ValueError(f"{who}: {name} must be a range within 0..{size}, got {span}")
+        bounds += [begin, end]
+    if out is None:
+        return _ops.dequantize(*qweight.op_args(), *bounds, dtype)
+    shape = (bounds[1] - bounds[0], bounds[3] - bounds[2])
+    if out.shape != shape:
+        raise ValueError(f"{who}: out must have shape {list(shape)}, got {list(out.shape)}")
+    if out.device != qweight.device:
+        raise ValueError(f"{who}: out must be on {qweight.device}, got {out.device}")
+    if out.numel() and out.stride(1) != 1:
+        raise ValueError(f"{who}: out must be contiguous in its last dimension, got strides {list(out.stride())}")
+    _ops.dequantize_out(*qweight.op_args(), *bounds, out)
+    return out
+
+
+def linear(x: Tensor, qweight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+    """x @ Ŵ.T + bias, without writing Ŵ to memory; differentiable in x and bias.
+
+    Args:
+        x: `[..., K]`, float32, bfloat16 or float16, any strides. A non-contiguous x is copied. Under autocast x is
+            first cast to autocast's dtype.
+        qweight: the `[N, K]` weight.
+        bias: `[N]`, cast to x's dtype, or None.
+
+    Returns:
+        `[..., N]` in x's dtype; products are summed in fp32. A float32 x is computed in true fp32.
+
+    Raises:
+        TypeError: x is of another dtype.
+        ValueError: a shape does not fit, or the tensors are on different devices.
+    """
+    return linear_from_args(x, qweight.op_args(), bias, "nf4kernels.linear")
+
+
+def lora_linear(
+    x: Tensor,
+    qweight: QuantizedWeight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """x @ Ŵ.T + scaling * dropout(x) @ lora_A.T @ lora_B.T + bias; differentiable in x, lora_A, lora_B and bias.
+
+    Saved for backward: x, the packed weight, lora_A, lora_B, `[..., r]` of the first product, and the dropout mask.
+
+    Args:
+        x, qweight, bias: as in `linear`.
+        lora_A: `[r, K]`; lora_B: `[N, r]`. Cast to x's dtype for the product; their gradients come in their own.
+        scaling: alpha / r, or alpha / sqrt(r) with rsLoRA.
+        dropout_p: probability of zeroing an element of x on the low-rank path, in [0, 1).
+
+    Returns:
+        `[..., N]` in x's dtype.
+
+    Raises:
+        TypeError: x is not float32, bfloat16 or float16.
+        ValueError: a shape does not fit, dropout_p is out of range, or the tensors are on different devices.
+
+    Source: LoRA (arXiv 2106.09685), section 4.1; QLoRA (arXiv 2305.14314), equation 5.
+    """
+    return lora_linear_from_args(x, qweight.op_args(), lora_A, lora_B, scaling, bias, dropout_p)
+
+
+def linear_from_args(x: Tensor, weight_args: tuple, bias: Tensor | None, who: str) -> Tensor:
+    """`linear` on the weight's op arguments, for callers that hold the tensors themselves."""
+    x, bias = _check_input(x, weight_args, bias, who)
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return _Linear.apply(x, bias, *weight_args)
+    return _ops.linear(x, *weight_args, bias)
+
+
+def lora_linear_from_args(
+    x: Tensor, weight_args: tuple, lora_A: Tensor, lora_B: Tensor, scaling: float, bias: Tensor | None, dropout_p: float
+) -> Tensor:
+    """`lora_linear` on the weight's op arguments."""
+    who = "nf4kernels.lora_linear"
+    x, bias = _check_input(x, weight_args, bias, who)
+    N, K = weight_args[6:8]
+    if lora_A.dim() != 2 or lora_A.shape[1] != K:
+        raise ValueError(f"{who}: lora_A must have shape [r, {K}], got {list(lora_A.shape)}")
+    if lora_B.shape != (N, lora_A.shape[0]):
+        raise ValueError(f"{who}: lora_B must have shape [{N}, {lora_A.shape[0]}], got {list(lora_B.shape)}")
+    if lora_A.device != x.device or lora_B.device != x.device:
+        raise ValueError(f"{who}: lora_A and lora_B must be on {x.device} as x is, got {lora_A.device}, {lora_B.device}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"{who}: dropout_p must be in [0, 1), got {dropout_p}")
+    return _LoraLinear.apply(x, lora_A, lora_B, bias, scaling, dropout_p, *weight_args)
+
+
+def _check_input(x: Tensor, weight_args: tuple, bias: Tensor | None, who: str) -> tuple[Tensor, Tensor | None]:
+    """x and bias in the compute dtype: autocast's where it is on, else x's own."""
+    packed, N, K = weight_args[0], weight_args[6], weight_args[7]
+    if x.dtype not in WEIGHT_DTYPES:
+        raise TypeError(
+            f"{who}: x must be float32, bfloat16 or float16 (cast it, or set compute_dtype), got {x.dtype}"
+        )
+    if x.dim() == 0 or x.shape[-1] != K:
+        raise ValueError(f"{who}: x must have K={K} columns, got shape {list(x.shape)}")
+    if x.device != packed.device:
+        raise ValueError(f"{who}: x must be on {packed.device} as the weight is, got {x.device}")
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    if bias is not None:
+        if bias.shape != (N,):
+            raise ValueError(f"{who}: bias must have shape [{N}], got {list(bias.shape)}")
+        if bias.device != x.device:
+            raise ValueError(f"{who}: bias must be on {x.device} as x is, got {bias.device}")
+        bias = bias.to(x.dtype)
+    return x, bias
+
+
+class _Linear(torch.autograd.Function):
+    """dx = dy @ Ŵ; the frozen weight makes x itself unnecessary in backward, so it is not saved."""
+
+    @staticmethod
+    def forward(ctx, x, bias, *weight_args):
+        ctx.save_for_backward(*weight_args[:6])
+        ctx.sizes = weight_args[6:]
+        return _ops.linear(x, *weight_args, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        dx = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx = _ops.linear_dgrad(dy, *ctx.saved_tensors, *ctx.sizes)
+        if ctx.needs_input_grad[1]:
+            dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
+        return dx, dbias, *[None] * 9
+
+
+class _LoraLinear(torch.autograd.Function):
+    """With P = dropout(x) @ A.T and Q = scaling * dy @ B: dA = Q.T @ dropout(x), dB = scaling * dy.T @ P,
+    dx = dy @ Ŵ + dropout'(Q @ A), the mask of forward used again."""
+
+    @staticmethod
+    def forward(ctx, x, lora_A, lora_B, bias, scaling, dropout_p, *weight_args):
+        A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
+        dropped, mask = x, None
+        if dropout_p > 0:
+            dropped, mask = torch.native_dropout(x, dropout_p, True)
+        P = dropped.reshape(-1, x.shape[-1]) @ A.T  # [M, r]
+        y = _ops.linear(x, *weight_args, bias)
+        y.view(-1, y.shape[-1]).addmm_(P, B.T, alpha=scaling)
+        ctx.save_for_backward(x, mask, P, lora_A, lora_B, *weight_args[:6])
+        ctx.sizes, ctx.scaling, ctx.dropout_scale = weight_args[6:], scaling, 1 / (1 - dropout_p)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, mask, P, lora_A, lora_B, *weight = ctx.saved_tensors
+        need_x, need_A, need_B, need_bias = ctx.needs_input_grad[:4]
+        dx = dA = dB = dbias = None
+        flat_dy = dy.reshape(-1, dy.shape[-1])  # [M, N]
+        if need_x or need_A:
+            Q = (flat_dy @ lora_B.to(dy.dtype)) * ctx.scaling  # [M, r]
+        if need_x:
+            dx = _ops.linear_dgrad(dy, *weight, *ctx.sizes)
+            if mask is None:
+                dx.view(-1, dx.shape[-1]).addmm_(Q, lora_A.to(dy.dtype))
+            else:
+                lora_dx = (Q @ lora_A.to(dy.dtype)).view_as(dx)
+                dx += torch.ops.aten.native_dropout_backward(lora_dx, mask, ctx.dropout_scale)
+        if need_A:
+            dropped = x if mask is None else torch.ops.aten.native_dropout_backward(x, mask, ctx.dropout_scale)
+            dA = (Q.T @ dropped.reshape(-1, x.shape[-1])).to(lora_A.dtype)
+        if need_B:
+            dB = (flat_dy.T @ (P * ctx.scaling)).to(lora_B.dtype)
+        if need_bias:
+            dbias = flat_dy.sum(0)
+        return dx, dA, dB, dbias, *[None] * 11

@@ -1,0 +1,82 @@
+"""Every op: its schema, a one-line contract and its fake. Nothing else.
+
+Backends implement these per device (`backends/`). The ops are not differentiable; `functional` is. Arguments are checked
+where the op is implemented; a fake checks only what its shapes need.
+"""
+
+import torch
+from torch import Tensor
+
+from .quantized_weight import SUPERBLOCK, absmax_shape, packed_shape
+
+LIBRARY = torch.library.Library("nf4kernels", "DEF")
+
+# A [N, K] weight as `QuantizedWeight.op_args` lists it. The three scale_ tensors are all there or all None.
+WEIGHT = (
+    "Tensor packed, Tensor absmax, Tensor? scale_absmax, Tensor? scale_offset, Tensor code, Tensor? scale_code, "
+    "SymInt N, SymInt K, int block_size"
+)
+RANGE = "SymInt row_begin, SymInt row_end, SymInt col_begin, SymInt col_end"
+
+# weight [N, K] fp32, bf16 or fp16 -> packed uint8, absmax fp32. A block with NaN or inf gets a NaN absmax.
+LIBRARY.define("quantize(Tensor weight, Tensor code, int block_size) -> (Tensor packed, Tensor absmax)")
+# absmax fp32 -> absmax uint8 of the same shape, scale_absmax fp32 [ceil(blocks/256)], scale_offset fp32 [].
+LIBRARY.define(
+    "quantize_absmax(Tensor absmax, Tensor scale_code, bool scale_is_e4m3)"
+    " -> (Tensor absmax, Tensor scale_absmax, Tensor scale_offset)"
+)
+# Ŵ[row_begin:row_end, col_begin:col_end] as a new contiguous tensor of dtype.
+LIBRARY.define(f"dequantize({WEIGHT}, {RANGE}, ScalarType dtype) -> Tensor")
+# The same into out, whose shape is the range's and whose last dimension is contiguous.
+LIBRARY.define(f"dequantize_out({WEIGHT}, {RANGE}, Tensor(a!) out) -> ()")
+# y[..., N] = x[..., K] @ Ŵ.T + bias, in x's dtype; products summed in fp32.
+LIBRARY.define(f"linear(Tensor x, {WEIGHT}, Tensor? bias) -> Tensor")
+# dx[..., K] = dy[..., N] @ Ŵ, in dy's dtype; products summed in fp32.
+LIBRARY.define(f"linear_dgrad(Tensor dy, {WEIGHT}) -> Tensor")
+
+
+@torch.library.register_fake("nf4kernels::quantize", lib=LIBRARY)
+def _(weight: Tensor, code: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    N, K = weight.shape
+    packed = weight.new_empty(packed_shape(N, K), dtype=torch.uint8)
+    return packed, weight.new_empty(absmax_shape(N, K, block_size), dtype=torch.float32)
+
+
+@torch.library.register_fake("nf4kernels::quantize_absmax", lib=LIBRARY)
+def _(absmax: Tensor, scale_code: Tensor, scale_is_e4m3: bool) -> tuple[Tensor, Tensor, Tensor]:
+    superblocks = -(-absmax.numel() // SUPERBLOCK)
+    return absmax.new_empty(absmax.shape, dtype=torch.uint8), absmax.new_empty(superblocks), absmax.new_empty(())
+
+
+@torch.library.register_fake("nf4kernels::dequantize", lib=LIBRARY)
+def _(packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size,
+      row_begin, row_end, col_begin, col_end, dtype):  # fmt: skip
+    return packed.new_empty((row_end - row_begin, col_end - col_begin), dtype=dtype)
+
+
+@torch.library.register_fake("nf4kernels::dequantize_out", lib=LIBRARY)
+def _(packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size,
+      row_begin, row_end, col_begin, col_end, out):  # fmt: skip
+    torch._check(
+        out.shape == (row_end - row_begin, col_end - col_begin),
+        lambda: f"nf4kernels.dequantize: out must have shape {[row_end - row_begin, col_end - col_begin]},"
+        f" got {list(out.shape)}",
+    )
+
+
+@torch.library.register_fake("nf4kernels::linear", lib=LIBRARY)
+def _(x, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size, bias):
+    torch._check(
+        x.dim() > 0 and x.shape[-1] == K,
+        lambda: f"nf4kernels.linear: x must have K={K} columns, got shape {list(x.shape)}",
+    )
+    return x.new_empty((*x.shape[:-1], N))
+
+
+@torch.library.register_fake("nf4kernels::linear_dgrad", lib=LIBRARY)
+def _(dy, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size):
+    torch._check(
+        dy.dim() > 0 and dy.shape[-1] == N,
+        lambda: f"nf4kernels.linear_dgrad: dy must have N={N} columns, got shape {list(dy.shape)}",
+    )
+    return dy.new_empty((*dy.shape[:-1], K))

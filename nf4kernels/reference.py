@@ -1,0 +1,92 @@
+"""The truth: every op in plain PyTorch, with the op's name and arguments, on any device.
+
+Short enough to check by eye against the format (DESIGN section 3). Compiled kernels equal `quantize`, `quantize_absmax`
+and `dequantize` bit for bit. Where no compiled kernel is at hand these functions run instead, so they take every shape.
+"""
+
+import functools
+import operator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .quantized_weight import SUPERBLOCK, absmax_shape, packed_shape
+
+
+def quantize(weight: Tensor, code: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    N, K = weight.shape
+    flat = weight.reshape(-1).float()
+    blocks = pad(flat, (0, -flat.numel() % block_size)).view(-1, block_size)
+    absmax = blocks.abs().amax(1) if blocks.numel() else blocks.new_zeros(0)
+    finite = absmax.isfinite()
+    absmax = torch.where(finite, absmax, torch.nan)  # a block with NaN or inf: NaN scale, every code that of 0
+    scaled = torch.where(finite[:, None], blocks * (1 / absmax.clamp(min=2.0**-126))[:, None], 0)
+
+    levels, order = code.sort(stable=True)
+    midpoints = (levels[:-1] + levels[1:]) / 2
+    codes = order[torch.bucketize(scaled, midpoints)].to(torch.uint8).view(-1)[: flat.numel() + flat.numel() % 2]
+    packed = codes[0::2] << 4 | codes[1::2]
+    return packed.view(packed_shape(N, K)), absmax.view(absmax_shape(N, K, block_size))
+
+
+def quantize_absmax(absmax: Tensor, scale_code: Tensor, scale_is_e4m3: bool) -> tuple[Tensor, Tensor, Tensor]:
+    flat = absmax.reshape(-1)
+    groups = pad(flat, (0, -flat.numel() % SUPERBLOCK)).view(-1, SUPERBLOCK)
+    partial_sums = functools.reduce(operator.add, groups.double().unbind(1))  # left to right
+    mean = functools.reduce(operator.add, partial_sums.tolist(), 0.0) / max(flat.numel(), 1)
+    scale_offset = torch.tensor(mean, dtype=torch.float64, device=absmax.device).float()
+
+    centred = pad(flat - scale_offset, (0, -flat.numel() % SUPERBLOCK)).view(-1, SUPERBLOCK)
+    scale_absmax = centred.abs().amax(1) if centred.numel() else centred.new_zeros(0)
+    s = scale_absmax.clamp(min=2.0**-100)[:, None]
+    if scale_is_e4m3:
+        index = (centred * (448 / s)).to(torch.float8_e4m3fn).view(torch.uint8)
+    else:
+        index = torch.bucketize(centred * (1 / s), (scale_code[:-1] + scale_code[1:]) / 2).to(torch.uint8)
+    return index.view(-1)[: flat.numel()].view(absmax.shape), scale_absmax, scale_offset
+
+
+def dequantize(
+    packed: Tensor, absmax: Tensor, scale_absmax: Tensor | None, scale_offset: Tensor | None, code: Tensor,
+    scale_code: Tensor | None, N: int, K: int, block_size: int, row_begin: int, row_end: int, col_begin: int,
+    col_end: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    scale = absmax.reshape(-1)
+    if scale_code is not None:
+        superblock = torch.arange(scale.numel(), device=scale.device) // SUPERBLOCK
+        scale = scale_code[scale.long()] * scale_absmax[superblock] + scale_offset
+    flat = packed.reshape(-1)
+    codes = torch.stack([flat >> 4, flat & 15], 1).view(-1)[: N * K]
+    values = code[codes.long()] * scale.repeat_interleave(block_size)[: N * K]
+    return values.view(N, K)[row_begin:row_end, col_begin:col_end].to(dtype, copy=True).contiguous()
+
+
+def dequantize_out(
+    packed: Tensor, absmax: Tensor, scale_absmax: Tensor | None, scale_offset: Tensor | None, code: Tensor,
+    scale_code: Tensor | None, N: int, K: int, block_size: int, row_begin: int, row_end: int, col_begin: int,
+    col_end: int, out: Tensor,
+) -> None:  # fmt: skip
+    out.copy_(
+        dequantize(packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size,
+                   row_begin, row_end, col_begin, col_end, out.dtype)
+    )  # fmt: skip
+
+
+def linear(
+    x: Tensor, packed: Tensor, absmax: Tensor, scale_absmax: Tensor | None, scale_offset: Tensor | None, code: Tensor,
+    scale_code: Tensor | None, N: int, K: int, block_size: int, bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    w = dequantize(packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size,
+                   0, N, 0, K, torch.float32)  # fmt: skip
+    y = x.float() @ w.T
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def linear_dgrad(
+    dy: Tensor, packed: Tensor, absmax: Tensor, scale_absmax: Tensor | None, scale_offset: Tensor | None, code: Tensor,
+    scale_code: Tensor | None, N: int, K: int, block_size: int,
+) -> Tensor:  # fmt: skip
+    w = dequantize(packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size,
+                   0, N, 0, K, torch.float32)  # fmt: skip
+    return (dy.float() @ w).to(dy.dtype)
