@@ -1,7 +1,7 @@
 """quantize, dequantize, linear, lora_linear: the ops with checks, defaults and gradients.
 
-Gradients are `autograd.Function`s that call the ops directly, and only when a gradient is needed: registering autograd with
-the op costs 6 us more a call.
+Gradients are `autograd.Function`s that call the ops directly, and only when a gradient is needed: registering autograd
+with the op costs 6 us more a call.
 """
 
 import torch
@@ -94,9 +94,7 @@ def dequantize(
     who = "nf4kernels.dequantize"
     dtype = dtype if out is None else out.dtype
     if dtype not in WEIGHT_DTYPES:
-        raise TypeError(
-            f"{who}: {'dtype' if out is None else 'out'} must be float32, bfloat16 or float16, got {dtype}"
-        )
+        raise TypeError(f"{who}: {'dtype' if out is None else 'out'} must be float32, bfloat16 or float16, got {dtype}")
     bounds = []
     for name, span, size in (("rows", rows, qweight.shape[0]), ("cols", cols, qweight.shape[1])):
         begin, end = (0, size) if span is None else span
@@ -186,7 +184,8 @@ def lora_linear_from_args(
     if lora_B.shape != (N, lora_A.shape[0]):
         raise ValueError(f"{who}: lora_B must have shape [{N}, {lora_A.shape[0]}], got {list(lora_B.shape)}")
     if lora_A.device != x.device or lora_B.device != x.device:
-        raise ValueError(f"{who}: lora_A and lora_B must be on {x.device} as x is, got {lora_A.device}, {lora_B.device}")
+        came = f"{lora_A.device}, {lora_B.device}"
+        raise ValueError(f"{who}: lora_A and lora_B must be on {x.device} as x is, got {came}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"{who}: dropout_p must be in [0, 1), got {dropout_p}")
     return _LoraLinear.apply(x, lora_A, lora_B, bias, scaling, dropout_p, *weight_args)
@@ -196,9 +195,7 @@ def _check_input(x: Tensor, weight_args: tuple, bias: Tensor | None, who: str) -
     """x and bias in the compute dtype: autocast's where it is on, else x's own."""
     packed, N, K = weight_args[0], weight_args[6], weight_args[7]
     if x.dtype not in WEIGHT_DTYPES:
-        raise TypeError(
-            f"{who}: x must be float32, bfloat16 or float16 (cast it, or set compute_dtype), got {x.dtype}"
-        )
+        raise TypeError(f"{who}: x must be float32, bfloat16 or float16 (cast it, or set compute_dtype), got {x.dtype}")
     if x.dim() == 0 or x.shape[-1] != K:
         raise ValueError(f"{who}: x must have K={K} columns, got shape {list(x.shape)}")
     if x.device != packed.device:

@@ -1,7 +1,7 @@
 """Every op: its schema, a one-line contract and its fake. Nothing else.
 
-Backends implement these per device (`backends/`). The ops are not differentiable; `functional` is. Arguments are checked
-where the op is implemented; a fake checks only what its shapes need.
+Backends implement these per device (`backends/`). The ops are not differentiable; `functional` is. Arguments are
+checked where the op is implemented; a fake checks only what its shapes need.
 """
 
 import torch
@@ -59,8 +59,10 @@ def _(packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_
       row_begin, row_end, col_begin, col_end, out):  # fmt: skip
     torch._check(
         out.shape == (row_end - row_begin, col_end - col_begin),
-        lambda: f"nf4kernels.dequantize: out must have shape {[row_end - row_begin, col_end - col_begin]},"
-        f" got {list(out.shape)}",
+        lambda: (
+            f"nf4kernels.dequantize: out must have shape {[row_end - row_begin, col_end - col_begin]},"
+            f" got {list(out.shape)}"
+        ),
     )
 
 

@@ -15,8 +15,8 @@ BUFFERS = ("absmax", *SCALES)
 class QuantLinear(nn.Linear):
     """y = x @ Ŵ.T + bias [+ scaling * dropout(x) @ lora_A.T @ lora_B.T], Ŵ in 4 bits.
 
-    `weight` is a frozen uint8 parameter, the scales are buffers; `.to(dtype)` and mixed-precision casts leave both alone
-    and move bias and adapter only. Nothing is ever repacked.
+    `weight` is a frozen uint8 parameter, the scales are buffers; `.to(dtype)` and mixed-precision casts leave both
+    alone and move bias and adapter only. Nothing is ever repacked.
 
     Args:
         in_features, out_features, bias, device, dtype: as in `nn.Linear`; dtype is that of the dense weight which is
@@ -50,7 +50,11 @@ class QuantLinear(nn.Linear):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, lora: LoraConfig | None = None, compute_dtype: torch.dtype | None = None, **quant_options
+        cls,
+        linear: nn.Linear,
+        lora: LoraConfig | None = None,
+        compute_dtype: torch.dtype | None = None,
+        **quant_options,
     ) -> "QuantLinear":
         """The layer that stands for `linear`; bias is shared with it, training mode kept.
 
@@ -187,7 +191,13 @@ class QuantLinear(nn.Linear):
         code = self.code if self.codebook == "custom" else self.codebook
         scale_codebook = self.scale_codebook or "e4m3"
         fresh = QuantLinear.from_linear(
-            dense, codebook=code, block_size=self.block_size, double_quant=self.double_quant, scale_codebook=scale_codebook
+            dense,
+            None,
+            None,
+            codebook=code,
+            block_size=self.block_size,
+            double_quant=self.double_quant,
+            scale_codebook=scale_codebook,
         )
         with torch.no_grad():
             for name, tensor in fresh.state_dict().items():
@@ -221,9 +231,9 @@ class QuantLinear(nn.Linear):
             elif value.dtype != dtype or tuple(value.shape) != shape:
                 errors.append(f"{key} must be {dtype} {list(shape)}, got {value.dtype} {list(value.shape)}")
         code = state_dict.get(prefix + "code")
-        if not errors and code is not None and self.codebook != "custom" and not code.is_meta:
-            if not torch.equal(code.cpu(), CODEBOOKS[self.codebook]):
-                errors.append(f"{prefix}code must be the {self.codebook} codebook, got {code.tolist()}")
+        named = self.codebook != "custom" and code is not None and not code.is_meta
+        if not errors and named and not torch.equal(code.cpu(), CODEBOOKS[self.codebook]):
+            errors.append(f"{prefix}code must be the {self.codebook} codebook, got {code.tolist()}")
         if errors:
             error_msgs.extend(f"nf4kernels.QuantLinear: {error}" for error in errors)
             return

@@ -21,7 +21,8 @@ def absmax_shape(N: int, K: int, block_size: int) -> tuple[int, ...]:
 
 
 def superblocks(N: int, K: int, block_size: int) -> int:
-    return -(-(-(-N * K // block_size)) // SUPERBLOCK)
+    blocks = -(-N * K // block_size)
+    return -(-blocks // SUPERBLOCK)
 
 
 def check_block_size(block_size: int, caller: str) -> None:

@@ -24,7 +24,7 @@ class BackendInfo:
         lines = [f"torch {self.torch_version}, {self.cpu_threads} CPU threads"]
         for device, (implementation, reason) in self.devices.items():
             lines.append(f"{device:5} {', '.join(OPS)}: {implementation} ({reason})")
-        lines.append(f"CPU instruction sets that can be forced with {native.ISA_VARIABLE}: {' '.join(self.cpu_isas) or 'none'}")
+        lines.append(f"{native.ISA_VARIABLE} can be one of: {' '.join(self.cpu_isas) or 'none'}")
         return "\n".join(lines)
 
 
