@@ -2,8 +2,10 @@
 
 from . import codebook
 from .backends.select import backend_info
+from .checkpoint import load_checkpoint, save_checkpoint, weight_from_tensors, weight_to_tensors
 from .functional import dequantize, linear, lora_linear, quantize
 from .lora import LoraConfig
+from .model import QuantizeReport, merge_model, quantize_model
 from .quant_linear import QuantLinear
 from .quantized_weight import QuantizedWeight
 
@@ -11,11 +13,18 @@ __version__ = "0.1.0"
 __all__ = [
     "LoraConfig",
     "QuantLinear",
+    "QuantizeReport",
     "QuantizedWeight",
     "backend_info",
     "codebook",
     "dequantize",
     "linear",
+    "load_checkpoint",
     "lora_linear",
+    "merge_model",
     "quantize",
+    "quantize_model",
+    "save_checkpoint",
+    "weight_from_tensors",
+    "weight_to_tensors",
 ]

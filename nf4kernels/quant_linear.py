@@ -82,22 +82,26 @@ class QuantLinear(nn.Linear):
             raise TypeError(
                 f"nf4kernels.QuantLinear: compute_dtype must be float32, bfloat16 or float16, got {compute_dtype}"
             )
-        self.out_features, self.in_features = qweight.shape
-        self.block_size, self.codebook, self.scale_codebook = (
-            qweight.block_size, qweight.codebook, qweight.scale_codebook,
-        )  # fmt: skip
         self.compute_dtype = compute_dtype
-        self.weight = nn.Parameter(qweight.packed, requires_grad=False)
-        for name in BUFFERS:
-            self.register_buffer(name, getattr(qweight, name))
-        source = torch.tensor(WEIGHT_DTYPES.index(qweight.dtype), dtype=torch.uint8, device=qweight.device)
-        self.register_buffer("source_dtype", source)
+        self.set_qweight(qweight)
         self.register_parameter("bias", bias)
         self.lora: LoraConfig | None = None
         self.lora_A: nn.Linear | None = None
         self.lora_B: nn.Linear | None = None
         if lora is not None:
             self.add_lora(lora, dtype=qweight.dtype if bias is None else bias.dtype)
+
+    def set_qweight(self, qweight: QuantizedWeight) -> None:
+        """Take over the tensors and the options of `qweight`; bias and adapter stay as they are."""
+        self.out_features, self.in_features = qweight.shape
+        self.block_size, self.codebook, self.scale_codebook = (
+            qweight.block_size, qweight.codebook, qweight.scale_codebook,
+        )  # fmt: skip
+        self.weight = nn.Parameter(qweight.packed, requires_grad=False)
+        for name in BUFFERS:
+            self.register_buffer(name, getattr(qweight, name))
+        source = torch.tensor(WEIGHT_DTYPES.index(qweight.dtype), dtype=torch.uint8, device=qweight.device)
+        self.register_buffer("source_dtype", source)
 
     @property
     def qweight(self) -> QuantizedWeight:
