@@ -1,6 +1,7 @@
 """4-bit NormalFloat weights, fused products with them, and LoRA fine-tuning through them."""
 
 from . import codebook
+from .adapters import load_adapters, save_adapters
 from .backends.select import backend_info
 from .checkpoint import load_checkpoint, save_checkpoint, weight_from_tensors, weight_to_tensors
 from .functional import dequantize, linear, lora_linear, quantize
@@ -19,11 +20,13 @@ __all__ = [
     "codebook",
     "dequantize",
     "linear",
+    "load_adapters",
     "load_checkpoint",
     "lora_linear",
     "merge_model",
     "quantize",
     "quantize_model",
+    "save_adapters",
     "save_checkpoint",
     "weight_from_tensors",
     "weight_to_tensors",

@@ -178,7 +178,7 @@ def _shaped(tensor: Tensor, shape: tuple[int, ...], name: str, who: str) -> Tens
 
 
 def save_checkpoint(model: nn.Module, path: str | Path) -> None:
-    """Write every tensor of `model` to one safetensors file: QuantLinear weights by bitsandbytes' names, the rest as is.
+    """Write all tensors of `model` to one safetensors file: QuantLinear weights by bitsandbytes' names, the rest as is.
 
     Of tensors that share memory the first is written. Adapters are written with their configuration. The file is
     complete or absent: it is written under another name, flushed to disk and renamed.

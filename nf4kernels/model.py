@@ -14,7 +14,7 @@ from tqdm import tqdm
 from .functional import dequantize
 from .lora import LoraConfig
 from .quant_linear import QuantLinear
-from .quantized_weight import WEIGHT_DTYPES
+from .quantized_weight import WEIGHT_DTYPES, QuantizedWeight
 
 PANEL_ELEMENTS = 1 << 20  # of Ŵ decoded at a time to measure its error: 4 MiB in fp32
 HOOKS = (
@@ -185,7 +185,7 @@ def quantize_model(
     """
     who = "nf4kernels.quantize_model"
     patterns = _check_arguments(model, skip, lora, quant_options, who)
-    targets, skipped = _plan(model, patterns)
+    targets, skipped = plan_layers(model, patterns)
     if quant_options.get("nonfinite", "raise") == "raise":
         for names in targets:
             _check_finite(names[0], model.get_submodule(names[0]).weight, who)
@@ -216,8 +216,8 @@ def merge_model(model: nn.Module, base: nn.Module | None = None, dtype: torch.dt
         The names of the replaced layers.
 
     Raises:
-        TypeError, ValueError: an argument is wrong, or `base` lacks a layer, has it in another shape, or not in floating
-            point (the message names the layer). The model is then unchanged.
+        TypeError, ValueError: an argument is wrong, or `base` lacks a layer, has it in another shape, or not in
+            floating point (the message names the layer). The model is then unchanged.
     """
     who = "nf4kernels.merge_model"
     _check_container(model, "model", who)
@@ -287,8 +287,8 @@ def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
     return names
 
 
-def _plan(model: nn.Module, patterns: tuple[str, ...]) -> tuple[list[list[str]], list[SkippedLayer]]:
-    """(the names of each layer to replace, the matrices to leave alone)."""
+def plan_layers(model: nn.Module, patterns: Iterable[str]) -> tuple[list[list[str]], list[SkippedLayer]]:
+    """(all names of each layer to replace, the matrices to leave alone); works on the meta device."""
     names = _names(model)
     users = defaultdict(set)  # address of a parameter -> names of the parameters there
     for module, (name, *_) in names.items():
@@ -304,10 +304,10 @@ def _plan(model: nn.Module, patterns: tuple[str, ...]) -> tuple[list[list[str]],
         if reason is None:
             targets.append(aliases)
             continue
+        quantized = isinstance(module, QuantLinear)
         for leaf, matrix in module._parameters.items():
-            if matrix is not None and (matrix.dim() >= 2 or isinstance(module, QuantLinear) and leaf == "weight"):
+            if matrix is not None and (matrix.dim() >= 2 or (quantized and leaf == "weight")):
                 name = aliases[0] if leaf == "weight" else f"{aliases[0]}.{leaf}".lstrip(".")
-                quantized = isinstance(module, QuantLinear)
                 shape = (module.out_features, module.in_features) if quantized else tuple(matrix.shape)
                 skipped.append(SkippedLayer(name, shape, matrix.nbytes, reason))
     return targets, skipped
@@ -371,7 +371,7 @@ def _quantize_layer(model, names: list[str], lora, quant_options, who: str) -> Q
     weight = linear.weight.detach()
     try:
         layer = QuantLinear.from_linear(linear, lora, **quant_options)
-        errors = (math.nan, math.nan) if weight.is_meta else _squared_error(layer, weight)
+        errors = (math.nan, math.nan) if weight.is_meta else squared_error(layer.qweight, weight)
     except Exception as error:
         raise RuntimeError(f"{who}: layer {names[0]} failed, those before it are replaced: {error}") from error
     after = layer.weight.nbytes + sum(buffer.nbytes for buffer in layer.buffers())
@@ -379,9 +379,8 @@ def _quantize_layer(model, names: list[str], lora, quant_options, who: str) -> Q
     return QuantizedLayer(names[0], tuple(weight.shape), weight.nbytes, after, *errors)
 
 
-def _squared_error(layer: QuantLinear, weight: Tensor) -> tuple[float, float]:
+def squared_error(qweight: QuantizedWeight, weight: Tensor) -> tuple[float, float]:
     """(|Ŵ - W|², |W|²), the differences in fp32, summed in fp64, a panel of rows at a time."""
-    qweight = layer.qweight
     step = max(1, PANEL_ELEMENTS // max(1, weight.shape[1]))
     error = total = 0.0
     for begin in range(0, weight.shape[0], step):

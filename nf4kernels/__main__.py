@@ -1,0 +1,7 @@
+"""`python -m nf4kernels`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

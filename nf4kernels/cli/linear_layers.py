@@ -1,0 +1,100 @@
+"""Which tensors of a Hugging Face checkpoint are linear layers."""
+
+import json
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..model import plan_layers
+from .errors import CommandError
+
+# Only where transformers does not know the model: matrices that are not linear layers by these names.
+NOT_LINEAR = ("*embed*", "*wte", "*wpe", "*shared", "*norm*", "*relative_attention_bias*", "*conv*")
+CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+
+
+@dataclass
+class Choice:
+    """The layers to quantize; the linear layers left dense, for the loader; why matrices were left; who said so."""
+
+    layers: list[str] = field(default_factory=list)
+    dense: list[str] = field(default_factory=list)
+    reasons: dict[str, str] = field(default_factory=dict)
+    source: str = ""
+
+
+def choose(in_dir: Path, config: dict, matrices: Collection[str], skip: Iterable[str]) -> Choice:
+    """Sort the checkpoint's matrices, given by the names of their layers, into quantized and dense."""
+    model, source = _meta_model(in_dir, config)
+    if model is None:
+        return _choose_by_name(config, matrices, skip, source)
+    targets, skipped = plan_layers(model, skip)
+    wanted = {name for names in targets for name in names}
+    linear = [name for name, module in model.named_modules()
+              if type(module) is nn.Linear or type(module).__name__ == "Conv1D"]  # fmt: skip
+    choice = Choice(source=source)
+    choice.layers = [name for name in matrices if name in wanted]
+    choice.reasons = {entry.name: entry.reason for entry in skipped if entry.name in matrices}
+    known = {name for name, _ in model.named_modules()}
+    choice.reasons.update({name: f"not a module of {source}" for name in matrices if name not in known})
+    choice.dense = [name for name in linear if name not in choice.layers]
+    kept_dtype = getattr(model, "_keep_in_fp32_modules", None) or ()
+    while clash := [name for name in choice.layers if left_dense_by_loader(name, [*choice.dense, *kept_dtype])]:
+        choice.layers = [name for name in choice.layers if name not in clash]
+        choice.dense += clash
+        choice.reasons.update(dict.fromkeys(clash, "transformers would load it as dense"))
+    return choice
+
+
+def left_dense_by_loader(name: str, entries: Iterable[str]) -> bool:
+    """Whether transformers leaves the layer dense, given `llm_int8_skip_modules`: a prefix, a pattern or a suffix."""
+    boundary = r"(?:(?<=\.)|(?=\.|$))"
+    return any(re.match(rf"(?:{entry}){boundary}", name) or name.endswith(entry) for entry in entries)
+
+
+def _meta_model(in_dir: Path, config: dict) -> tuple[nn.Module | None, str]:
+    """(the model without its weights, its class), or (None, why not)."""
+    architecture = (config.get("architectures") or [""])[0]
+    try:
+        import transformers
+    except ImportError:
+        return None, "their names (transformers is not installed)"
+    model_class = getattr(transformers, architecture, None) if architecture else None
+    if model_class is None:
+        return (
+            None,
+            f"their names (transformers {transformers.__version__} does not know {architecture or 'the model'})",
+        )
+    try:
+        with torch.device("meta"):
+            model = model_class(model_class.config_class.from_pretrained(in_dir))
+    except (ValueError, TypeError, KeyError, AttributeError, OSError, json.JSONDecodeError) as error:
+        raise CommandError(f"quantize: {in_dir}/config.json must describe a {architecture}, got {error!r}") from None
+    model.tie_weights()
+    return model, architecture
+
+
+def _choose_by_name(config: dict, matrices: Collection[str], skip: Iterable[str], source: str) -> Choice:
+    if config.get("model_type") in CONV1D_MODELS:
+        raise CommandError(
+            f"quantize: {config['model_type']} keeps its weights transposed, which only transformers can tell apart;"
+            f" layers were to be chosen by {source}"
+        )
+    choice = Choice(source=source)
+    for name in matrices:
+        pattern = next((p for p in NOT_LINEAR if fnmatchcase(name.lower(), p)), None)
+        reason = None if pattern is None else "not linear by name"
+        for entry in skip:
+            if entry in name.split(".") or name.startswith(f"{entry}.") or fnmatchcase(name, entry):
+                reason = f"skip={entry!r}"
+        if reason is None:
+            choice.layers.append(name)
+        else:
+            choice.reasons[name] = reason
+            choice.dense.append(name)
+    return choice
