@@ -1,0 +1,151 @@
+// The kernels' vocabulary for AVX2 + FMA + F16C: 8 fp32 lanes. See decode_scalar.h for what each function means.
+//
+// Lookup: the 16 levels as two 8-lane registers, permutevar8x32 on both and a blend on bit 3 (no gather: 8 loads).
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "../format.h"
+#include "convert.h"
+
+namespace nf4 {
+namespace {
+
+struct Isa {
+  static constexpr int L = 8;
+  static constexpr int kTileRows = 6;  // 6 x 2 accumulators, 2 weight vectors and 1 broadcast fill 15 of 16 registers
+  using F = __m256;
+  using I = __m256i;
+  struct Table {
+    F low, high;
+  };
+
+  static F set1(float a) { return _mm256_set1_ps(a); }
+  static F zero() { return _mm256_setzero_ps(); }
+  static F load(const float* p) { return _mm256_loadu_ps(p); }
+  static F load(const BFloat16* p) {
+    const I wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+  }
+  static F load(const Float16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+
+  // bf16 in the high half of each lane, rounded to nearest even; a NaN becomes the quiet NaN.
+  static I round_bf16(F a) {
+    const I u = _mm256_castps_si256(a);
+    const I lsb = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    const I rounded = _mm256_add_epi32(u, _mm256_add_epi32(lsb, _mm256_set1_epi32(0x7fff)));
+    const F nan = _mm256_cmp_ps(a, a, _CMP_UNORD_Q);
+    return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), _mm256_castps_si256(nan));
+  }
+  static void store(float* p, F a) { _mm256_storeu_ps(p, a); }
+  static void store(BFloat16* p, F a) {
+    const I high = _mm256_srli_epi32(round_bf16(a), 16);
+    const I packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x88);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+  }
+  static void store(Float16* p, F a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static void store_pairs(float* p, F even, F odd) {
+    const F low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
+    _mm256_storeu_ps(p, _mm256_permute2f128_ps(low, high, 0x20));
+    _mm256_storeu_ps(p + 8, _mm256_permute2f128_ps(low, high, 0x31));
+  }
+  static void store_pairs(BFloat16* p, F even, F odd) {
+    const I pairs = _mm256_blend_epi16(_mm256_srli_epi32(round_bf16(even), 16), round_bf16(odd), 0xaa);
+    _mm256_storeu_si256(reinterpret_cast<I*>(p), pairs);
+  }
+  static void store_pairs(Float16* p, F even, F odd) {
+    const I low = _mm256_cvtepu16_epi32(_mm256_cvtps_ph(even, _MM_FROUND_TO_NEAREST_INT));
+    const I high = _mm256_cvtepu16_epi32(_mm256_cvtps_ph(odd, _MM_FROUND_TO_NEAREST_INT));
+    _mm256_storeu_si256(reinterpret_cast<I*>(p), _mm256_or_si256(low, _mm256_slli_epi32(high, 16)));
+  }
+
+  static F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static float reduce_add(F a) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+  }
+
+  static I abs_bits(F a) { return _mm256_and_si256(_mm256_castps_si256(a), _mm256_set1_epi32(0x7fffffff)); }
+  static I max(I a, I b) { return _mm256_max_epi32(a, b); }
+  static I zero_bits() { return _mm256_setzero_si256(); }
+  static uint32_t reduce_max(I a) {
+    __m128i s = _mm_max_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    s = _mm_max_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+    s = _mm_max_epi32(s, _mm_shuffle_epi32(s, 0xb1));
+    return uint32_t(_mm_cvtsi128_si32(s));
+  }
+
+  static Table load_table(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  static F lookup(const Table& t, I index) {
+    const F bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(t.low, index), _mm256_permutevar8x32_ps(t.high, index), bit3);
+  }
+  template <int S>
+  static I shift_right(I a) {
+    return _mm256_srli_epi32(a, S);
+  }
+  static void decode_pairs(const uint8_t* p, const Table& t, F& even, F& odd) {
+    const I bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    even = lookup(t, _mm256_srli_epi32(bytes, 4));
+    odd = lookup(t, bytes);
+  }
+  static void load_columns(const uint8_t* const rows[L], int64_t byte, I columns[4]) {
+    F z[4];  // 128-bit half h of z[i] is row 4h + i; a 4x4 transpose inside the halves puts the rows in order
+    for (int i = 0; i < 4; ++i) {
+      const __m128 low = _mm_loadu_ps(reinterpret_cast<const float*>(rows[i] + byte));
+      const __m128 high = _mm_loadu_ps(reinterpret_cast<const float*>(rows[4 + i] + byte));
+      z[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(low), high, 1);
+    }
+    const __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(z[0], z[1])), b = _mm256_castps_pd(_mm256_unpacklo_ps(z[2], z[3]));
+    const __m256d c = _mm256_castps_pd(_mm256_unpackhi_ps(z[0], z[1])), d = _mm256_castps_pd(_mm256_unpackhi_ps(z[2], z[3]));
+    columns[0] = _mm256_castpd_si256(_mm256_unpacklo_pd(a, b));
+    columns[1] = _mm256_castpd_si256(_mm256_unpackhi_pd(a, b));
+    columns[2] = _mm256_castpd_si256(_mm256_unpacklo_pd(c, d));
+    columns[3] = _mm256_castpd_si256(_mm256_unpackhi_pd(c, d));
+  }
+
+  // Binary search; after the first step bit 3 of the rank is known, so each later lookup blends on that one mask.
+  struct Ranker {
+    F middle;
+    Table plus3, plus1, plus0;
+    explicit Ranker(const float* m) : middle(set1(m[7])) {
+      float rotated[16];
+      Table* const tables[3] = {&plus3, &plus1, &plus0};
+      const int offsets[3] = {3, 1, 0};
+      for (int t = 0; t < 3; ++t) {
+        for (int i = 0; i < 16; ++i) rotated[i] = (i + offsets[t]) % 16 < 15 ? m[(i + offsets[t]) % 16] : 0.f;
+        *tables[t] = load_table(rotated);
+      }
+    }
+    static I step(F a, const Table& t, F above_middle, I rank, int bit) {
+      const F m = _mm256_blendv_ps(_mm256_permutevar8x32_ps(t.low, rank), _mm256_permutevar8x32_ps(t.high, rank), above_middle);
+      const I above = _mm256_castps_si256(_mm256_cmp_ps(a, m, _CMP_GT_OQ));
+      return _mm256_or_si256(rank, _mm256_and_si256(above, _mm256_set1_epi32(bit)));
+    }
+    I rank(F a) const {
+      const F above = _mm256_cmp_ps(a, middle, _CMP_GT_OQ);
+      I r = _mm256_and_si256(_mm256_castps_si256(above), _mm256_set1_epi32(8));
+      r = step(a, plus3, above, r, 4);
+      r = step(a, plus1, above, r, 2);
+      return step(a, plus0, above, r, 1);
+    }
+  };
+  static I as_bits(F a) { return _mm256_castps_si256(a); }
+  static void store_nibbles(uint8_t* p, I codes) {
+    const I bytes = _mm256_or_si256(_mm256_slli_epi64(codes, 4), _mm256_srli_epi64(codes, 32));  // byte 0 of each u64
+    const I gathered = _mm256_shuffle_epi8(bytes, _mm256_set1_epi16(0x0800));
+    const uint16_t halves[2] = {uint16_t(_mm256_extract_epi16(gathered, 0)), uint16_t(_mm256_extract_epi16(gathered, 8))};
+    std::memcpy(p, halves, 4);
+  }
+};
+
+}  // namespace
+}  // namespace nf4

@@ -1,0 +1,134 @@
+// The kernels' vocabulary for AVX-512 F, BW, DQ, VL: 16 fp32 lanes. See decode_scalar.h for what each function means.
+//
+// Lookup: the 16 levels fill one register, so a code's value is one vpermps, and only the low 4 index bits count.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "../format.h"
+#include "convert.h"
+
+namespace nf4 {
+namespace {
+
+struct Isa {
+  static constexpr int L = 16;
+  static constexpr int kTileRows = 12;  // 12 x 2 accumulators and 2 weight vectors; x is broadcast from memory
+  using F = __m512;
+  using I = __m512i;
+  using Table = F;
+
+  static F set1(float a) { return _mm512_set1_ps(a); }
+  static F zero() { return _mm512_setzero_ps(); }
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static F load(const BFloat16* p) {
+    const I wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+  }
+  static F load(const Float16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+
+  // Not vcvtneps2bf16: it flushes subnormals. bf16 in the high half of each lane; a NaN becomes the quiet NaN.
+  static I round_bf16(F a) {
+    const I u = _mm512_castps_si512(a);
+    const I lsb = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    const I rounded = _mm512_add_epi32(u, _mm512_add_epi32(lsb, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+    return _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+  }
+  static void store(float* p, F a) { _mm512_storeu_ps(p, a); }
+  static void store(BFloat16* p, F a) {
+    const __m256i half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_bf16(a), 16));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
+  }
+  static void store(Float16* p, F a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static void store_pairs(float* p, F even, F odd) {
+    const I low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    _mm512_storeu_ps(p, _mm512_permutex2var_ps(even, low, odd));
+    _mm512_storeu_ps(p + 16, _mm512_permutex2var_ps(even, _mm512_add_epi32(low, _mm512_set1_epi32(8)), odd));
+  }
+  static void store_pairs(BFloat16* p, F even, F odd) {
+    const I pairs = _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(round_bf16(even), 16), round_bf16(odd));
+    _mm512_storeu_si512(p, pairs);
+  }
+  static void store_pairs(Float16* p, F even, F odd) {
+    const I low = _mm512_cvtepu16_epi32(_mm512_cvtps_ph(even, _MM_FROUND_TO_NEAREST_INT));
+    const I high = _mm512_cvtepu16_epi32(_mm512_cvtps_ph(odd, _MM_FROUND_TO_NEAREST_INT));
+    _mm512_storeu_si512(p, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static float reduce_add(F a) { return _mm512_reduce_add_ps(a); }
+
+  static I abs_bits(F a) { return _mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7fffffff)); }
+  static I max(I a, I b) { return _mm512_max_epi32(a, b); }
+  static I zero_bits() { return _mm512_setzero_si512(); }
+  static uint32_t reduce_max(I a) { return uint32_t(_mm512_reduce_max_epi32(a)); }
+
+  static Table load_table(const float* p) { return _mm512_loadu_ps(p); }
+  static F lookup(Table t, I index) { return _mm512_permutexvar_ps(index, t); }
+  template <int S>
+  static I shift_right(I a) {
+    return _mm512_srli_epi32(a, S);
+  }
+  static void decode_pairs(const uint8_t* p, Table t, F& even, F& odd) {
+    const I bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    even = lookup(t, _mm512_srli_epi32(bytes, 4));
+    odd = lookup(t, bytes);
+  }
+  static void load_columns(const uint8_t* const rows[L], int64_t byte, I columns[4]) {
+    I z[4];  // 128-bit quarter q of z[i] is row 4q + i; a 4x4 transpose inside the quarters puts the rows in order
+    for (int i = 0; i < 4; ++i) {
+      const auto quarter = [&](int q) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[4 * q + i] + byte)); };
+      z[i] = _mm512_castsi128_si512(quarter(0));
+      z[i] = _mm512_inserti32x4(z[i], quarter(1), 1);
+      z[i] = _mm512_inserti32x4(z[i], quarter(2), 2);
+      z[i] = _mm512_inserti32x4(z[i], quarter(3), 3);
+    }
+    const I a = _mm512_unpacklo_epi32(z[0], z[1]), b = _mm512_unpacklo_epi32(z[2], z[3]);
+    const I c = _mm512_unpackhi_epi32(z[0], z[1]), d = _mm512_unpackhi_epi32(z[2], z[3]);
+    columns[0] = _mm512_unpacklo_epi64(a, b);
+    columns[1] = _mm512_unpackhi_epi64(a, b);
+    columns[2] = _mm512_unpacklo_epi64(c, d);
+    columns[3] = _mm512_unpackhi_epi64(c, d);
+  }
+
+  // Binary search, one vpermps a step: the tables are the midpoints rotated, so that the rank itself is the index.
+  struct Ranker {
+    F middle;
+    Table plus3, plus1, plus0;
+    explicit Ranker(const float* m) : middle(set1(m[7])) {
+      float rotated[16];
+      Table* const tables[3] = {&plus3, &plus1, &plus0};
+      const int offsets[3] = {3, 1, 0};
+      for (int t = 0; t < 3; ++t) {
+        for (int i = 0; i < 16; ++i) rotated[i] = (i + offsets[t]) % 16 < 15 ? m[(i + offsets[t]) % 16] : 0.f;
+        *tables[t] = load_table(rotated);
+      }
+    }
+    static I step(F a, Table t, I rank, int bit) {
+      const __mmask16 above = _mm512_cmp_ps_mask(a, lookup(t, rank), _CMP_GT_OQ);
+      return _mm512_mask_or_epi32(rank, above, rank, _mm512_set1_epi32(bit));
+    }
+    I rank(F a) const {
+      I r = _mm512_maskz_set1_epi32(_mm512_cmp_ps_mask(a, middle, _CMP_GT_OQ), 8);
+      r = step(a, plus3, r, 4);
+      r = step(a, plus1, r, 2);
+      return step(a, plus0, r, 1);
+    }
+  };
+  static I as_bits(F a) { return _mm512_castps_si512(a); }
+  static void store_nibbles(uint8_t* p, I codes) {
+    const I bytes = _mm512_or_si512(_mm512_slli_epi64(codes, 4), _mm512_srli_epi64(codes, 32));  // byte 0 of each u64
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm512_cvtepi64_epi8(bytes));
+  }
+};
+
+}  // namespace
+}  // namespace nf4

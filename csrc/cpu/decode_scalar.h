@@ -1,0 +1,148 @@
+// The vocabulary of the kernels in portable C++: 8 lanes as arrays, which a compiler may vectorise for any machine.
+//
+// Each decode_<isa>.h defines one `Isa` with the same functions; the algorithms (quantize.h, dequantize.h, linear.h,
+// linear_dgrad.h, gemm.h) are written once against it. All of it lives in an unnamed namespace, see format.h.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "../format.h"
+#include "convert.h"
+
+namespace nf4 {
+namespace {
+
+struct Isa {
+  static constexpr int L = 8;         // fp32 lanes
+  static constexpr int kTileRows = 4;  // rows of x in the register tile of a product
+  struct F {
+    float v[L];
+  };
+  struct I {
+    uint32_t v[L];
+  };
+  struct Table {
+    float v[16];
+  };
+
+  static F set1(float a) {
+    F r;
+    for (int i = 0; i < L; ++i) r.v[i] = a;
+    return r;
+  }
+  static F zero() { return set1(0.f); }
+  template <class T>
+  static F load(const T* p) {
+    F r;
+    for (int i = 0; i < L; ++i) r.v[i] = to_float(p[i]);
+    return r;
+  }
+  template <class T>
+  static void store(T* p, F a) {
+    for (int i = 0; i < L; ++i) p[i] = from_float<T>(a.v[i]);
+  }
+  // p[2i] = even[i], p[2i+1] = odd[i]
+  template <class T>
+  static void store_pairs(T* p, F even, F odd) {
+    for (int i = 0; i < L; ++i) {
+      p[2 * i] = from_float<T>(even.v[i]);
+      p[2 * i + 1] = from_float<T>(odd.v[i]);
+    }
+  }
+  static F add(F a, F b) {
+    for (int i = 0; i < L; ++i) a.v[i] += b.v[i];
+    return a;
+  }
+  static F mul(F a, F b) {
+    for (int i = 0; i < L; ++i) a.v[i] *= b.v[i];
+    return a;
+  }
+  static F fma(F a, F b, F c) {
+    for (int i = 0; i < L; ++i) c.v[i] += a.v[i] * b.v[i];
+    return c;
+  }
+  static float reduce_add(F a) {
+    for (int w = L / 2; w > 0; w /= 2)
+      for (int i = 0; i < w; ++i) a.v[i] += a.v[i + w];
+    return a.v[0];
+  }
+
+  static I abs_bits(F a) {
+    I r;
+    std::memcpy(&r, &a, sizeof r);
+    for (int i = 0; i < L; ++i) r.v[i] &= 0x7fffffffu;
+    return r;
+  }
+  static I max(I a, I b) {
+    for (int i = 0; i < L; ++i) a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+    return a;
+  }
+  static I zero_bits() { return I{}; }
+  static uint32_t reduce_max(I a) {
+    uint32_t r = 0;
+    for (int i = 0; i < L; ++i) r = a.v[i] > r ? a.v[i] : r;
+    return r;
+  }
+
+  static Table load_table(const float* p) {
+    Table t;
+    std::memcpy(&t, p, sizeof t);
+    return t;
+  }
+  // The low 4 bits of each lane index the table.
+  static F lookup(const Table& t, I index) {
+    F r;
+    for (int i = 0; i < L; ++i) r.v[i] = t.v[index.v[i] & 15];
+    return r;
+  }
+  template <int S>
+  static I shift_right(I a) {
+    for (int i = 0; i < L; ++i) a.v[i] >>= S;
+    return a;
+  }
+  // L bytes -> the 2L codes' values: even elements (high nibbles) and odd ones.
+  static void decode_pairs(const uint8_t* p, const Table& t, F& even, F& odd) {
+    for (int i = 0; i < L; ++i) {
+      even.v[i] = t.v[p[i] >> 4];
+      odd.v[i] = t.v[p[i] & 15];
+    }
+  }
+  // 16 bytes of each of L rows, transposed: lane r of columns[j] is the little-endian u32 j of row r.
+  static void load_columns(const uint8_t* const rows[L], int64_t byte, I columns[4]) {
+    for (int r = 0; r < L; ++r) {
+      const uint8_t* p = rows[r] + byte;
+      for (int j = 0; j < 4; ++j)
+        columns[j].v[r] = uint32_t(p[4 * j]) | uint32_t(p[4 * j + 1]) << 8 | uint32_t(p[4 * j + 2]) << 16 |
+                          uint32_t(p[4 * j + 3]) << 24;
+    }
+  }
+
+  // Rank among 15 ascending midpoints: how many are strictly below.
+  struct Ranker {
+    float midpoints[15];
+    explicit Ranker(const float* m) { std::memcpy(midpoints, m, sizeof midpoints); }
+    I rank(F a) const {
+      I r;
+      for (int i = 0; i < L; ++i) {
+        uint32_t k = a.v[i] > midpoints[7] ? 8 : 0;
+        k += a.v[i] > midpoints[k + 3] ? 4 : 0;
+        k += a.v[i] > midpoints[k + 1] ? 2 : 0;
+        r.v[i] = k + (a.v[i] > midpoints[k] ? 1 : 0);
+      }
+      return r;
+    }
+  };
+  static I as_bits(F a) {
+    I r;
+    std::memcpy(&r, &a, sizeof r);
+    return r;
+  }
+  // L codes -> L/2 bytes, the even code in the high nibble.
+  static void store_nibbles(uint8_t* p, I codes) {
+    for (int i = 0; i < L / 2; ++i) p[i] = uint8_t(codes.v[2 * i] << 4 | codes.v[2 * i + 1]);
+  }
+};
+
+}  // namespace
+}  // namespace nf4

@@ -1,0 +1,104 @@
+// Which kernels run: the table, what each row needs of the CPU, and the way to force one.
+#include <atomic>
+#include <cstring>
+#include <string>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+#include "kernels.h"
+
+namespace nf4 {
+namespace {
+
+bool always() { return true; }
+
+#if defined(__x86_64__)
+struct Features {
+  bool avx2 = false, avx512 = false, avx512_bf16 = false;
+
+  Features() {
+    unsigned a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d)) return;
+    const bool osxsave = c >> 27 & 1, fma = c >> 12 & 1, f16c = c >> 29 & 1;
+    if (!osxsave) return;
+    unsigned xcr0, high;
+    __asm__ volatile("xgetbv" : "=a"(xcr0), "=d"(high) : "c"(0));
+    const bool os_ymm = (xcr0 & 0x06) == 0x06, os_zmm = (xcr0 & 0xe6) == 0xe6;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
+    const unsigned f = 1u << 16, dq = 1u << 17, bw = 1u << 30, vl = 1u << 31;
+    avx2 = os_ymm && fma && f16c && (b >> 5 & 1);
+    avx512 = avx2 && os_zmm && (b & (f | dq | bw | vl)) == (f | dq | bw | vl);
+    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d)) return;
+    avx512_bf16 = avx512 && (a >> 5 & 1);
+  }
+};
+const Features& features() {
+  static const Features detected;
+  return detected;
+}
+bool has_avx2() { return features().avx2; }
+bool has_avx512() { return features().avx512; }
+bool has_avx512_bf16() { return features().avx512_bf16; }
+#endif
+
+// One row per instruction set, best first.
+const CpuKernels kTable[] = {
+#if defined(__x86_64__)
+    {"avx512_bf16", has_avx512_bf16, quantize_avx512, dequantize_avx512,
+     {gemv_pack_avx512, linear_gemv_avx512}, &kGemm_avx512, &kGemm_avx512_bf16},
+    {"avx512", has_avx512, quantize_avx512, dequantize_avx512,
+     {gemv_pack_avx512, linear_gemv_avx512}, &kGemm_avx512, &kGemm_avx512},
+    {"avx2", has_avx2, quantize_avx2, dequantize_avx2,
+     {gemv_pack_avx2, linear_gemv_avx2}, &kGemm_avx2, &kGemm_avx2},
+#endif
+    {"scalar", always, quantize_scalar, dequantize_scalar,
+     {gemv_pack_scalar, linear_gemv_scalar}, &kGemm_scalar, &kGemm_scalar},
+};
+
+const CpuKernels* best() {
+  for (const CpuKernels& row : kTable)
+    if (row.supported()) return &row;
+  return nullptr;  // not reached: scalar is always supported
+}
+
+std::atomic<const CpuKernels*> active{best()};
+
+std::string supported_names() {
+  std::string names;
+  for (const CpuKernels& row : kTable)
+    if (row.supported()) names += names.empty() ? row.name : std::string(" ") + row.name;
+  return names;
+}
+
+}  // namespace
+
+const CpuKernels& active_kernels() { return *active.load(std::memory_order_relaxed); }
+
+}  // namespace nf4
+
+#define NF4_EXPORT __attribute__((visibility("default")))
+
+extern "C" {
+
+NF4_EXPORT const char* nf4kernels_cpu_isa() { return nf4::active_kernels().name; }
+
+NF4_EXPORT const char* nf4kernels_cpu_isa_list() {
+  static const std::string names = nf4::supported_names();
+  return names.c_str();
+}
+
+// Null, or what is wrong with `name`.
+NF4_EXPORT const char* nf4kernels_force_cpu_isa(const char* name) {
+  thread_local std::string error;
+  for (const nf4::CpuKernels& row : nf4::kTable) {
+    if (std::strcmp(row.name, name) != 0 || !row.supported()) continue;
+    nf4::active.store(&row);
+    return nullptr;
+  }
+  error = std::string("must be one of ") + nf4::supported_names() + " on this machine, got " + name;
+  return error.c_str();
+}
+
+}  // extern "C"

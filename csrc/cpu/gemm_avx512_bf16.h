@@ -1,0 +1,31 @@
+// bf16 products for gemm.h: vdpbf16ps takes pairs along the contraction, fp32 sums; twice the rate of fp32 FMAs.
+#pragma once
+
+#include "decode_avx512.h"
+#include "gemm.h"
+
+namespace nf4 {
+namespace {
+
+struct Bf16Core {
+  using Element = BFloat16;
+  static constexpr int kStep = 2;
+  static Isa::F multiply_add(const Element* x, Isa::F b, Isa::F acc) {
+    int32_t pair;
+    std::memcpy(&pair, x, 4);
+    return _mm512_dpbf16_ps(acc, (__m512bh)b, (__m512bh)_mm512_set1_epi32(pair));
+  }
+  static Isa::F load_columns(const Element* b) { return _mm512_loadu_ps(b); }
+  static void put(Element* out, float a) { *out = from_float<BFloat16>(a); }
+  static void pack(Element* out, const BFloat16* x) { std::memcpy(out, x, 4); }
+  // Lane i of `out` becomes the pair (first[i], second[i]), each rounded to nearest even.
+  static void store_pairs(Element* out, Isa::F first, Isa::F second) {
+    const Isa::I interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                               21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const Isa::I halves = (Isa::I)_mm512_cvtne2ps_pbh(second, first);
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(interleave, halves));
+  }
+};
+
+}  // namespace
+}  // namespace nf4

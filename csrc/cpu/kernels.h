@@ -1,0 +1,103 @@
+// The CPU kernels' signatures: raw pointers and sizes, no torch. Threads are the caller's: each function does a range.
+#pragma once
+
+#include "../format.h"
+
+namespace nf4 {
+
+constexpr int kGemvRows = 4;     // linear with M <= kGemvRows multiplies in fp32 straight from the packed bytes
+constexpr int kGemmRows = 512;   // rows of x per pass: what one decode of a weight tile is used for
+constexpr int kGemmDepth = 256;  // contraction length summed in registers before it is added to the fp32 tile
+
+struct QuantizeArgs {
+  const void* weight;  // [numel] of dtype
+  Dtype dtype;
+  int64_t numel;
+  const float* code;  // [16], any order
+  int block_size;
+  uint8_t* packed;  // [ceil(numel/2)]
+  float* absmax;    // [ceil(numel/block_size)]
+};
+
+// One matrix product against the weight. linear: rows of x are K long and y's are N; dgrad: dy's are N, dx's are K.
+struct GemmArgs {
+  Weight weight;
+  Dtype dtype;
+  const void* panel;  // packed rows of x or dy, see gemm_pack
+  int64_t rows;       // at most kGemmRows (gemm) or kGemvRows (gemv)
+  const void* bias;   // [N] of dtype, or null
+  void* out;          // [rows, N] or [rows, K] of dtype, contiguous
+};
+
+using QuantizeFn = void (*)(const QuantizeArgs&, int64_t block_begin, int64_t block_end);
+// Flat elements [begin, begin + count) of the weight into out, of dtype.
+using DequantizeFn = void (*)(const Weight&, int64_t begin, int64_t count, Dtype dtype, void* out);
+// Row-major [rows, depth] of dtype into the layout that the product reads.
+using PackFn = void (*)(const void* x, Dtype dtype, int64_t rows, int64_t depth, void* panel);
+// Rows [row_begin, row_end) of the row tiles of `tile_rows(rows)`.
+using GemmPackFn = void (*)(const void* x, Dtype dtype, int64_t rows, int64_t depth, int64_t tile_begin,
+                            int64_t tile_end, void* panel);
+using GemvFn = void (*)(const GemmArgs&, int64_t n_begin, int64_t n_end);
+// Column tiles [tile_begin, tile_end) of the output, each of `tile_cols`; workspace of `workspace_bytes`.
+using GemmFn = void (*)(const GemmArgs&, int64_t tile_begin, int64_t tile_end, void* workspace);
+
+struct GemmKernels {
+  int max_tile_rows;      // rows of x per register tile
+  int tile_cols;          // columns of the output per register tile
+  int depth_step;         // contraction elements per multiply instruction: 1 for fp32, 2 for bf16 pairs
+  int element_bytes;      // of a panel element
+  int64_t workspace_bytes;  // per thread
+  GemmPackFn pack;
+  GemmFn linear;
+  GemmFn linear_dgrad;
+};
+
+struct GemvKernels {
+  PackFn pack;    // into fp32 [rows * depth]
+  GemvFn linear;  // rows <= kGemvRows
+};
+
+struct CpuKernels {
+  const char* name;
+  bool (*supported)();  // by this CPU and its operating system
+  QuantizeFn quantize;
+  DequantizeFn dequantize;
+  GemvKernels gemv;
+  const GemmKernels* gemm;       // fp32 products, any activation dtype
+  const GemmKernels* gemm_bf16;  // for bf16 activations
+};
+
+// Rows a register tile takes when `rows` are split evenly over as few tiles as max_tile_rows allows.
+static inline int64_t even_tile_rows(int64_t rows, int64_t max_tile_rows) {
+  const int64_t tiles = (rows + max_tile_rows - 1) / max_tile_rows;
+  return tiles == 0 ? 1 : (rows + tiles - 1) / tiles;
+}
+
+// The scales' own quantization: 1/block_size of the data, so one portable version is enough.
+double superblock_sum(const float* absmax, int64_t count);
+float superblock_absmax(const float* absmax, int64_t count, float scale_offset);
+void quantize_superblock_e4m3(const float* absmax, int64_t count, float scale_offset, float scale_absmax, uint8_t* out);
+void quantize_superblock_sorted(const float* absmax, int64_t count, float scale_offset, float scale_absmax,
+                                const float* scale_code, uint8_t* out);
+
+#define NF4_DECLARE_GEMM(isa)                                                                        \
+  extern const GemmKernels kGemm_##isa;                                                             \
+  void linear_gemm_##isa(const GemmArgs&, int64_t tile_begin, int64_t tile_end, void* workspace);   \
+  void linear_dgrad_gemm_##isa(const GemmArgs&, int64_t tile_begin, int64_t tile_end, void* workspace);
+
+#define NF4_DECLARE_ISA(isa)                                                                       \
+  void quantize_##isa(const QuantizeArgs&, int64_t block_begin, int64_t block_end);               \
+  void dequantize_##isa(const Weight&, int64_t begin, int64_t count, Dtype dtype, void* out);     \
+  void gemv_pack_##isa(const void* x, Dtype dtype, int64_t rows, int64_t depth, void* panel);     \
+  void linear_gemv_##isa(const GemmArgs&, int64_t n_begin, int64_t n_end);                        \
+  NF4_DECLARE_GEMM(isa)
+
+NF4_DECLARE_ISA(scalar)
+NF4_DECLARE_ISA(avx2)
+NF4_DECLARE_ISA(avx512)
+NF4_DECLARE_GEMM(avx512_bf16)
+
+// dispatch.cpp
+const CpuKernels& active_kernels();
+
+}  // namespace nf4

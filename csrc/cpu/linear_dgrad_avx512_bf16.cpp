@@ -1,0 +1,27 @@
+#include "gemm_avx512_bf16.h"
+#include "linear_dgrad.h"
+
+namespace nf4 {
+namespace {
+
+// bf16 slices are [n/2][L even k | L odd k][2]: rows n and n+1 of W meet in one lane.
+struct DgradBf16 : Bf16Core {
+  static void decode_depth(const Weight& w, int64_t k, int64_t cols, int64_t n, int64_t count, Element* slice) {
+    const Isa::Table table = Isa::load_table(w.code);
+    for (int64_t i = 0; i < count; i += 2) {
+      Isa::F even, odd, next_even = Isa::zero(), next_odd = Isa::zero();
+      decode_even_odd(w, table, n + i, k, cols, even, odd);
+      if (n + i + 1 < w.N) decode_even_odd(w, table, n + i + 1, k, cols, next_even, next_odd);
+      store_pairs(slice + i * kTileCols, even, next_even);
+      store_pairs(slice + i * kTileCols + 2 * Isa::L, odd, next_odd);
+    }
+  }
+};
+
+}  // namespace
+
+void linear_dgrad_gemm_avx512_bf16(const GemmArgs& args, int64_t tile_begin, int64_t tile_end, void* workspace) {
+  linear_dgrad_tiles<DgradBf16>(args, tile_begin, tile_end, workspace);
+}
+
+}  // namespace nf4

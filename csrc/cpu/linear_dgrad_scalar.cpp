@@ -1,0 +1,10 @@
+#include "decode_scalar.h"
+#include "linear_dgrad.h"
+
+namespace nf4 {
+
+void linear_dgrad_gemm_scalar(const GemmArgs& args, int64_t tile_begin, int64_t tile_end, void* workspace) {
+  linear_dgrad_tiles<DgradFp32>(args, tile_begin, tile_end, workspace);
+}
+
+}  // namespace nf4

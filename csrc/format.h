@@ -1,0 +1,51 @@
+// The 4-bit weight format, for every C++ and CUDA file: layout, index arithmetic, and the decode of one scale.
+//
+//   flat element i of the row-major [N, K] weight: nibble i of `packed` (even i in the high nibble), block i / block_size
+//   scale(b) = absmax[b], or scale_code[absmax[b]] * scale_absmax[b / 256] + scale_offset, each operation rounded once
+//   weight(i) = code[nibble i] * scale(block of i), rounded once to fp32, then once to the output dtype
+//
+// Everything here is `static`: a weak symbol compiled with AVX-512 flags could be linked into the whole program.
+#pragma once
+
+#include <cstdint>
+
+namespace nf4 {
+
+constexpr int kLevels = 16;
+constexpr int kSuperblockShift = 8;  // 256 blocks share one scale_absmax
+constexpr int kMinBlockSize = 32;
+constexpr int kMaxBlockSize = 4096;
+
+enum class Dtype : int32_t { kFloat32, kBFloat16, kFloat16 };
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+static_assert(sizeof(BFloat16) == 2 && sizeof(Float16) == 2 && sizeof(float) == 4, "element sizes of the format");
+
+struct Weight {
+  const uint8_t* packed;      // [ceil(N*K/2)]
+  const float* absmax;        // [blocks], or null when double-quantized
+  const uint8_t* absmax_u8;   // [blocks], or null
+  const float* scale_absmax;  // [ceil(blocks/256)], or null
+  const float* scale_code;    // [256], or null
+  float scale_offset;
+  const float* code;  // [16]
+  int64_t N;
+  int64_t K;
+  int block_shift;  // log2(block_size)
+};
+
+static inline int nibble(const uint8_t* packed, int64_t i) { return i % 2 == 0 ? packed[i / 2] >> 4 : packed[i / 2] & 15; }
+
+// Callers compile with -ffp-contract=off: an FMA here would change the last bit.
+static inline float block_scale(const Weight& w, int64_t block) {
+  if (w.absmax_u8 == nullptr) return w.absmax[block];
+  const float product = w.scale_code[w.absmax_u8[block]] * w.scale_absmax[block >> kSuperblockShift];
+  return product + w.scale_offset;
+}
+
+}  // namespace nf4
