@@ -86,6 +86,8 @@ class QuantizedWeight:
                 raise TypeError(f"{who}: {name} must be {dtype}, got {tensor.dtype}")
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"{who}: {name} must have shape {list(shape)}, got {list(tensor.shape)}")
+            if not tensor.is_contiguous():
+                raise ValueError(f"{who}: {name} must be contiguous, got strides {list(tensor.stride())}")
             if tensor.device != self.packed.device:
                 raise ValueError(f"{who}: {name} must be on {self.packed.device} as packed is, got {tensor.device}")
 
