@@ -1,0 +1,166 @@
+"""The shapes, layouts and inputs that the tests share."""
+
+import dataclasses
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nf4kernels import QuantizedWeight, codebook, reference
+from nf4kernels.backends.select import CPU_LIBRARY as LIBRARY
+from nf4kernels.quantized_weight import tensor_specs
+
+ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
+# What the ops run here, each in turn. `test_backends.py` holds a skip for each instruction set that is missing.
+IMPLEMENTATIONS = ("reference",) if LIBRARY is None else tuple(LIBRARY.isas)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+# Rows of x: none, one, and around the register and cache tiles of a GEMM.
+ROWS = (0, 1, 2, 3, 4, 5, 7, 12, 13, 16, 17, 64, 129)
+
+# (N, K): one block or less, blocks that straddle rows, odd K (rows share a byte), odd N, and more than one of any tile.
+SHAPES = (
+    (1, 1),
+    (3, 5),
+    (1, 32),
+    (17, 32),
+    (5, 63),
+    (16, 64),
+    (33, 65),
+    (64, 96),
+    (37, 100),
+    (129, 31),
+    (31, 129),
+    (100, 576),
+    (48, 320),
+    (96, 128),
+    (50, 1090),
+    (130, 1000),
+    (256, 512),
+    (19, 2080),
+)
+EMPTY_SHAPES = ((0, 64), (0, 7), (5, 0), (0, 0))
+
+CUSTOM_CODE = torch.tensor(
+    [-1, -0.8, -0.5, -0.41, -0.3, -0.2, -0.1, -0.02, 0.03, 0.11, 0.25, 0.4, 0.45, 0.7, 0.71, 0.9], dtype=torch.float32
+)
+
+
+def codebook_id(value) -> str:
+    return value if isinstance(value, str) else "custom"
+
+
+def shape_id(shape: tuple) -> str:
+    return "x".join(map(str, shape))
+
+
+def dtype_id(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a weight is stored."""
+
+    block_size: int = 64
+    codebook: str = "nf4"
+    scale_codebook: str | None = "e4m3"  # None: no double quantization
+
+    def __str__(self) -> str:
+        return f"bs{self.block_size}-{self.codebook}-{self.scale_codebook or 'fp32'}"
+
+    @property
+    def code(self) -> Tensor:
+        return CUSTOM_CODE if self.codebook == "custom" else codebook.CODEBOOKS[self.codebook]
+
+    @property
+    def options(self) -> dict:
+        """The same as keyword arguments of `nf4kernels.quantize`."""
+        options = {"codebook": CUSTOM_CODE if self.codebook == "custom" else self.codebook}
+        options |= {"block_size": self.block_size, "double_quant": self.scale_codebook is not None}
+        return options | ({"scale_codebook": self.scale_codebook} if self.scale_codebook else {})
+
+
+DEFAULT = Layout()
+# Every value of every field, and the pairs that share code in a kernel.
+LAYOUTS = (
+    DEFAULT,
+    Layout(scale_codebook=None),
+    Layout(scale_codebook="dynamic8"),
+    *(Layout(block_size=b) for b in BLOCK_SIZES if b != 64),
+    Layout(32, scale_codebook=None),
+    Layout(4096, scale_codebook=None),
+    *(Layout(codebook=c) for c in ("fp4", "int4", "af4", "custom")),
+    Layout(128, "custom", None),
+    Layout(256, "fp4", "dynamic8"),
+)
+
+
+def weight(N: int, K: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """Gaussian, rows of different size as in a real layer, so that a scale from another block shows."""
+    generator = torch.Generator().manual_seed(seed + 1000 * N + K)
+    w = torch.randn(N, K, generator=generator) * (0.02 + torch.rand(N, 1, generator=generator))
+    return w.to(dtype)
+
+
+def from_parts(packed: Tensor, absmax: Tensor, shape: tuple[int, int], layout: Layout, dtype=torch.bfloat16):
+    """The QuantizedWeight of codes and fp32 absmax; the reference encodes the scales where layout says so."""
+    scale_absmax = scale_offset = scale_code = None
+    if layout.scale_codebook:
+        scale_code = codebook.SCALE_CODEBOOKS[layout.scale_codebook].clone()
+        absmax, scale_absmax, scale_offset = reference.quantize_absmax(
+            absmax, scale_code, layout.scale_codebook == "e4m3"
+        )
+    return QuantizedWeight(
+        packed, absmax, scale_absmax, scale_offset, layout.code.clone(), scale_code, shape, dtype, layout.block_size,
+        layout.codebook, layout.scale_codebook,
+    )  # fmt: skip
+
+
+def quantized(N: int, K: int, layout: Layout = DEFAULT, dtype: torch.dtype = torch.bfloat16) -> QuantizedWeight:
+    """A quantized Gaussian weight, made by the reference, so that a wrong `quantize` cannot hide a wrong product."""
+    return from_parts(*reference.quantize(weight(N, K), layout.code, layout.block_size), (N, K), layout, dtype)
+
+
+def with_tensors(qweight: QuantizedWeight, **tensors: Tensor) -> QuantizedWeight:
+    return dataclasses.replace(qweight, **tensors)
+
+
+def random_bytes(N: int, K: int, layout: Layout = DEFAULT) -> QuantizedWeight:
+    """A weight of random bytes: every nibble in every position and every scale index, whatever an encoder would do."""
+    generator = torch.Generator().manual_seed(7 + 1000 * N + K)
+    tensors = {}
+    for name, (dtype, shape) in tensor_specs(N, K, layout.block_size, layout.scale_codebook is not None).items():
+        if dtype == torch.uint8:
+            tensors[name] = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        elif dtype is not None:
+            tensors[name] = torch.rand(shape, generator=generator) + 0.01
+        else:
+            tensors[name] = None
+    tensors["code"] = layout.code.clone()
+    if layout.scale_codebook:
+        tensors["scale_code"] = codebook.SCALE_CODEBOOKS[layout.scale_codebook].clone()
+    return QuantizedWeight(
+        **tensors, shape=(N, K), dtype=torch.bfloat16, block_size=layout.block_size, codebook=layout.codebook,
+        scale_codebook=layout.scale_codebook,
+    )  # fmt: skip
+
+
+def activations(M: int, K: int, dtype: torch.dtype, mean: float = 0.0, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + 31 * M + K)
+    return (torch.randn(M, K, generator=generator) + mean).to(dtype)
+
+
+def dense(qweight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Ŵ by the reference."""
+    N, K = qweight.shape
+    return reference.dequantize(*qweight.op_args(), 0, N, 0, K, dtype)
+
+
+def paired(shapes, layouts):
+    """Every shape and every layout at least once, without their product: (shape, layout) round robin."""
+    count = max(len(shapes), len(layouts))
+    return tuple(itertools.islice(zip(itertools.cycle(shapes), itertools.cycle(layouts)), count))

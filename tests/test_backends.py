@@ -1,0 +1,94 @@
+"""Which implementation runs: every instruction set is tested or named as missing, and forcing one is never ignored."""
+
+import os
+import subprocess
+import sys
+
+import cases
+import pytest
+import torch
+
+import nf4kernels
+
+INFO = "import nf4kernels; print(nf4kernels.backend_info())"
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    env = os.environ | {"PYTHONWARNINGS": "ignore"} | environment
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("level", cases.ISAS)
+def test_instruction_set_is_tested_here(native_library, level):
+    if level not in native_library.isas:
+        pytest.skip(f"this CPU lacks {level}: no test of it ran (it has {' '.join(native_library.isas)})")
+    assert level in cases.IMPLEMENTATIONS
+
+
+def test_the_library_knows_no_instruction_set_that_is_not_tested(native_library):
+    assert set(native_library.isas) <= set(cases.ISAS)
+    assert native_library.isas[-1] == "scalar"
+
+
+def test_the_best_instruction_set_is_the_default(native_library):
+    environment = {k: v for k, v in os.environ.items() if k != "NF4KERNELS_CPU_ISA"}
+    code = "from nf4kernels.backends.select import CPU_LIBRARY as L; print(L.isa, *L.isas)"
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    first, *isas = result.stdout.split()
+    assert first == isas[0]
+
+
+@pytest.mark.parametrize("level", [i for i in cases.IMPLEMENTATIONS if i != "reference"] or cases.ISAS)
+def test_environment_forces(native_library, level):
+    result = run_python(INFO, NF4KERNELS_CPU_ISA=level)
+    assert result.returncode == 0, result.stderr
+    assert f"native {level} (forced by NF4KERNELS_CPU_ISA)" in result.stdout
+
+
+def test_environment_refuses_an_unknown_name(native_library):
+    result = run_python(INFO, NF4KERNELS_CPU_ISA="avx1024")
+    assert result.returncode != 0
+    message = result.stderr.strip().splitlines()[-1]
+    assert "NF4KERNELS_CPU_ISA" in message
+    assert "avx1024" in message
+    for level in native_library.isas:
+        assert level in message
+
+
+@pytest.mark.parametrize("name", ["avx1024", "", "AVX2", "avx2 "])
+def test_force_refuses_an_unknown_name_and_changes_nothing(native_library, name):
+    before = native_library.isa
+    with pytest.raises(ValueError, match="scalar"):
+        native_library.force_isa(name)
+    assert native_library.isa == before
+
+
+def test_forced_levels_are_different_code(native_library):
+    """Bits of a product may differ by level; at one shape at least they do, so that a level is not another's alias."""
+    if "avx2" not in native_library.isas:
+        pytest.skip("this CPU has the scalar level only")
+    before = native_library.isa
+    qweight = cases.quantized(256, 512)
+    x = cases.activations(16, 512, torch.float32)
+    results = {}
+    for level in ("scalar", "avx2"):
+        native_library.force_isa(level)
+        results[level] = nf4kernels.linear(x, qweight)
+    native_library.force_isa(before)
+    assert not torch.equal(results["scalar"], results["avx2"])
+
+
+def test_backend_info_tells_what_runs():
+    info = nf4kernels.backend_info()
+    text = str(info)
+    assert torch.__version__ in text
+    implementation, reason = info.devices["cpu"]
+    assert implementation in text
+    assert reason in text
+    if cases.LIBRARY is None:
+        assert implementation.startswith("reference")
+        assert "not built" in reason
+        assert info.cpu_isas == []
+    else:
+        assert implementation == f"native {cases.LIBRARY.isa}"
+        assert info.cpu_isas == cases.LIBRARY.isas
