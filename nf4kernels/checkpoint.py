@@ -80,17 +80,16 @@ def weight_from_tensors(tensors: dict[str, Tensor], key: str = "weight") -> Quan
     Any `quant_storage` dtype is read as the bytes it holds. Keys of other tensors are ignored. Shares memory.
 
     Raises:
-        KeyError: a tensor is missing.
-        TypeError, ValueError: one has another dtype or shape than the metadata says, or the metadata is damaged or of
-            a kind that is not supported. Every message names the key.
+        TypeError, ValueError: a tensor is missing or has another dtype or shape than the metadata says, or the metadata
+            is damaged or of a kind that is not supported. Every message names the key.
     """
     who = "nf4kernels.weight_from_tensors"
     states = [name for name in tensors if name.startswith(key + STATE)]
     if len(states) != 1:
-        raise KeyError(f"{who}: tensors must have one {key}{STATE}* entry, got {states or 'none'}")
+        raise ValueError(f"{who}: tensors must have one {key}{STATE}* entry, got {states or 'none'}")
     for name in [key, f"{key}.absmax", f"{key}.quant_map"]:
         if name not in tensors:
-            raise KeyError(f"{who}: tensors must have {name}, got none")
+            raise ValueError(f"{who}: tensors must have {name}, got none")
     metadata = _read_metadata(tensors[states[0]], states[0], who)
     (N, K), block_size = metadata["shape"], metadata["blocksize"]
     codebook = states[0].rpartition("__")[2]
@@ -103,7 +102,7 @@ def weight_from_tensors(tensors: dict[str, Tensor], key: str = "weight") -> Quan
     if "nested_offset" in metadata:
         for name in [f"{key}.nested_absmax", f"{key}.nested_quant_map"]:
             if name not in tensors:
-                raise KeyError(f"{who}: tensors must have {name}, got none")
+                raise ValueError(f"{who}: tensors must have {name}, got none")
         scale_absmax = tensors[f"{key}.nested_absmax"].reshape(-1)
         scale_offset = torch.tensor(metadata["nested_offset"], dtype=torch.float32, device=packed.device)
         scale_code = tensors[f"{key}.nested_quant_map"].reshape(-1)
@@ -139,10 +138,9 @@ def _read_metadata(tensor: Tensor, name: str, who: str) -> dict:
     names = BITSANDBYTES_CODEBOOKS if owner == "bitsandbytes" else (*CODEBOOKS, "custom")
     if owner not in ("bitsandbytes", "nf4kernels") or codebook not in names or quant_type != codebook:
         raise ValueError(f"{who}: quant_type in {name} must be a known codebook and match the key, got {quant_type!r}")
-    try:
-        check_block_size(block_size, f"{who}: {name}")
-    except TypeError:
-        raise ValueError(f"{who}: blocksize in {name} must be a number, got {block_size!r}") from None
+    if not isinstance(block_size, int):
+        raise ValueError(f"{who}: blocksize in {name} must be an integer, got {block_size!r}")
+    check_block_size(block_size, f"{who}: {name}")
     if "nested_offset" in metadata:
         offset, group = metadata["nested_offset"], metadata.get("nested_blocksize")
         if not isinstance(offset, (int, float)) or not math.isfinite(offset):
@@ -259,8 +257,8 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
         parts = {name: tensors.pop(name) for name in _weight_keys(weight_key, tensors)}
         try:
             qweights[weight_key.removesuffix("weight").removesuffix(".")] = weight_from_tensors(parts, weight_key)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{who}: {path}: {error.args[0]}") from None
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{who}: {path}: {error}") from None
 
     layers = _planned_layers(model, qweights, who)
     attach = {name: config for name, config in configs.items()
