@@ -16,6 +16,7 @@ namespace {
 
 // At most 512 block sums are added up in one accumulator.
 constexpr int64_t kGemvSlice = 512 * kMinBlockSize;
+constexpr int kRowsAtOnce = 2;  // rows of W per load of x
 
 static inline bool gemv_in_pairs(int64_t K) { return K % (2 * Isa::L) == 0; }
 
@@ -33,35 +34,52 @@ void gemv_pack_x(const void* x, Dtype dtype, int64_t rows, int64_t K, void* pane
   });
 }
 
-// sums[m] = x[m, :] . W[n, :] where rows of W start on whole groups of 2L codes.
-template <int M>
-void gemv_row_pairs(const GemmArgs& args, const Isa::Table& table, int64_t n, float* sums) {
+// sums[r][m] = x[m, :] . W[n + r, :] where rows of W start on whole groups of 2L codes; ROWS > 1 needs whole blocks a row.
+template <int M, int ROWS>
+void gemv_row_pairs(const GemmArgs& args, const Isa::Table& table, int64_t n, float (*sums)[kGemvRows]) {
   const Weight& w = args.weight;
   const float* x = static_cast<const float*>(args.panel);
   const int64_t row = n * w.K, block_mask = (int64_t(1) << w.block_shift) - 1;
-  for (int m = 0; m < M; ++m) sums[m] = 0.f;
   for (int64_t slice = 0; slice < w.K; slice += kGemvSlice) {
     const int64_t slice_end = w.K - slice < kGemvSlice ? w.K : slice + kGemvSlice;
-    Isa::F total[M];
-    for (int m = 0; m < M; ++m) total[m] = Isa::zero();
+    Isa::F total[ROWS][M];
+    for (int r = 0; r < ROWS; ++r)
+      for (int m = 0; m < M; ++m) total[r][m] = Isa::zero();
     for (int64_t k = slice; k < slice_end;) {
-      const int64_t left = block_mask + 1 - ((row + k) & block_mask);
+      const int64_t begin = k, left = block_mask + 1 - ((row + k) & block_mask);
       const int64_t end = slice_end - k < left ? slice_end : k + left;
-      const Isa::F scale = Isa::set1(block_scale(w, (row + k) >> w.block_shift));
-      Isa::F partial[M];
-      for (int m = 0; m < M; ++m) partial[m] = Isa::zero();
+      Isa::F partial[ROWS][M];
+      for (int r = 0; r < ROWS; ++r)
+        for (int m = 0; m < M; ++m) partial[r][m] = Isa::zero();
       for (; k < end; k += 2 * Isa::L) {
-        Isa::F even, odd;
-        Isa::decode_pairs(w.packed + (row + k) / 2, table, even, odd);
+        Isa::F even[ROWS], odd[ROWS];
+        for (int r = 0; r < ROWS; ++r) Isa::decode_pairs(w.packed + (row + r * w.K + k) / 2, table, even[r], odd[r]);
         const float* xk = x + k * M;
         for (int m = 0; m < M; ++m) {
-          partial[m] = Isa::fma(even, Isa::load(xk + m * 2 * Isa::L), partial[m]);
-          partial[m] = Isa::fma(odd, Isa::load(xk + m * 2 * Isa::L + Isa::L), partial[m]);
+          const Isa::F x_even = Isa::load(xk + m * 2 * Isa::L), x_odd = Isa::load(xk + m * 2 * Isa::L + Isa::L);
+          for (int r = 0; r < ROWS; ++r) {
+            partial[r][m] = Isa::fma(even[r], x_even, partial[r][m]);
+            partial[r][m] = Isa::fma(odd[r], x_odd, partial[r][m]);
+          }
         }
       }
-      for (int m = 0; m < M; ++m) total[m] = Isa::fma(partial[m], scale, total[m]);
+      for (int r = 0; r < ROWS; ++r) {
+        const Isa::F scale = Isa::set1(block_scale(w, (row + r * w.K + begin) >> w.block_shift));
+        for (int m = 0; m < M; ++m) total[r][m] = Isa::fma(partial[r][m], scale, total[r][m]);
+      }
     }
-    for (int m = 0; m < M; ++m) sums[m] += Isa::reduce_add(total[m]);
+    for (int r = 0; r < ROWS; ++r)
+      for (int m = 0; m < M; ++m) sums[r][m] = (slice == 0 ? 0.f : sums[r][m]) + Isa::reduce_add(total[r][m]);
+  }
+}
+
+template <int ROWS>
+void gemv_rows_of(const GemmArgs& args, const Isa::Table& table, int64_t n, float (*sums)[kGemvRows]) {
+  switch (args.rows) {
+    case 1: return gemv_row_pairs<1, ROWS>(args, table, n, sums);
+    case 2: return gemv_row_pairs<2, ROWS>(args, table, n, sums);
+    case 3: return gemv_row_pairs<3, ROWS>(args, table, n, sums);
+    default: return gemv_row_pairs<4, ROWS>(args, table, n, sums);
   }
 }
 
@@ -89,25 +107,23 @@ void gemv_row_spans(const GemmArgs& args, int64_t n, float* sums) {
 void gemv_columns(const GemmArgs& args, int64_t n_begin, int64_t n_end) {
   const Weight& w = args.weight;
   const Isa::Table table = Isa::load_table(w.code);
-  const bool pairs = gemv_in_pairs(w.K);
+  const bool pairs = gemv_in_pairs(w.K) && w.K > 0, whole_blocks = w.K % (int64_t(1) << w.block_shift) == 0;
   with_type(args.dtype, [&](auto t) {
     using T = decltype(t);
     const T* bias = static_cast<const T*>(args.bias);
     T* y = static_cast<T*>(args.out);
-    for (int64_t n = n_begin; n < n_end; ++n) {
-      float sums[kGemvRows];
-      if (!pairs) {
-        gemv_row_spans(args, n, sums);
-      } else {
-        switch (args.rows) {
-          case 1: gemv_row_pairs<1>(args, table, n, sums); break;
-          case 2: gemv_row_pairs<2>(args, table, n, sums); break;
-          case 3: gemv_row_pairs<3>(args, table, n, sums); break;
-          default: gemv_row_pairs<4>(args, table, n, sums);
-        }
-      }
-      for (int64_t m = 0; m < args.rows; ++m)
-        y[m * w.N + n] = from_float<T>(sums[m] + (bias == nullptr ? 0.f : to_float(bias[n])));
+    for (int64_t n = n_begin; n < n_end;) {
+      const int rows = pairs && whole_blocks && n + kRowsAtOnce <= n_end ? kRowsAtOnce : 1;
+      float sums[kRowsAtOnce][kGemvRows];
+      if (!pairs)
+        gemv_row_spans(args, n, sums[0]);
+      else if (rows == 1)
+        gemv_rows_of<1>(args, table, n, sums);
+      else
+        gemv_rows_of<kRowsAtOnce>(args, table, n, sums);
+      for (int r = 0; r < rows; ++r, ++n)
+        for (int64_t m = 0; m < args.rows; ++m)
+          y[m * w.N + n] = from_float<T>(sums[r][m] + (bias == nullptr ? 0.f : to_float(bias[n])));
     }
   });
 }
