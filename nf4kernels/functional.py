@@ -207,7 +207,7 @@ def _check_input(x: Tensor, weight_args: tuple, bias: Tensor | None, who: str) -
             raise ValueError(f"{who}: bias must have shape [{N}], got {list(bias.shape)}")
         if bias.device != x.device:
             raise ValueError(f"{who}: bias must be on {x.device} as x is, got {bias.device}")
-        bias = bias.to(x.dtype)
+        bias = bias.to(x.dtype).contiguous()
     return x, bias
 
 
