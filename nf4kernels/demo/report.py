@@ -1,0 +1,149 @@
+"""What the demonstration shows: stages with their times, tables, and two figures."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .training import peak_bytes
+
+GREY, BLUE, RED = "0.6", "tab:blue", "tab:red"
+
+
+class Stages:
+    """Prints the title of every stage as it begins and keeps the seconds that each stage and each aside took."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._stages = 0
+        self._aside = 0.0
+
+    @contextmanager
+    def stage(self, title: str) -> Iterator[None]:
+        self._stages += 1
+        print(f"\n[{self._stages}] {title}", flush=True)
+        self.seconds.setdefault(title, 0.0)
+        begin, aside_before = time.perf_counter(), self._aside
+        yield
+        self.seconds[title] += time.perf_counter() - begin - (self._aside - aside_before)
+
+    @contextmanager
+    def aside(self, name: str) -> Iterator[None]:
+        """Work within a stage that is counted under its own name instead."""
+        begin = time.perf_counter()
+        yield
+        took = time.perf_counter() - begin
+        self.seconds[name] = self.seconds.get(name, 0.0) + took
+        self._aside += took
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """Two spaces of margin, the first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    rule = tuple("-" * width for width in widths)
+    lines = [
+        "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths)))
+        for row in [head, rule, *rows]
+    ]
+    return "\n".join(f"  {line}".rstrip() for line in lines)
+
+
+def mib(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB"
+
+
+def memory_table(report) -> str:
+    """Bytes before and after and the error, a row for each kind of layer, of `quantize_model`'s report."""
+    rows = []
+    for kind, layers in report.by_kind().items():
+        before, after = sum(x.bytes_before for x in layers), sum(x.bytes_after for x in layers)
+        shapes = {f"{N} x {K}" for N, K in (x.shape for x in layers)}
+        rows.append((kind, str(len(layers)), " ".join(shapes) if len(shapes) == 1 else "several", mib(before),
+                     mib(after), f"{100 * rms_error(layers):.2f} %"))  # fmt: skip
+    rest = report.model_bytes_before - report.bytes_before
+    rows.append(("all quantized", str(len(report.layers)), "", mib(report.bytes_before), mib(report.bytes_after),
+                 f"{100 * report.rms_error:.2f} %"))  # fmt: skip
+    rows.append(("left in 16 bits", "", "", mib(rest), mib(report.model_bytes_after - report.bytes_after), ""))
+    rows.append(("whole model", "", "", mib(report.model_bytes_before), mib(report.model_bytes_after), ""))
+    return table(("layer kind", "layers", "shape", "16-bit", "4-bit", "RMS error"), rows)
+
+
+def rms_error(layers) -> float:
+    return (sum(x.squared_error for x in layers) / sum(x.squared_weight for x in layers)) ** 0.5
+
+
+def loss_table(losses: dict[str, float]) -> str:
+    base = next(iter(losses.values()))
+    rows = [(name, f"{loss:.3f}", f"{loss - base:+.3f}") for name, loss in losses.items()]
+    return table(("held-out loss, in nats a token", "loss", "to 16-bit"), rows)
+
+
+def time_table(seconds: dict[str, float], apart: str) -> str:
+    """Seconds of every stage; `apart` stands below the total, which it is not part of."""
+    rows = [(name, f"{took:.1f} s") for name, took in seconds.items() if name != apart]
+    rows.append(("all of these", f"{sum(took for name, took in seconds.items() if name != apart):.1f} s"))
+    rows.append((f"apart: {apart}", f"{seconds[apart]:.1f} s"))
+    return table(("stage", "time"), rows) + f"\n\n  most memory held at any moment: {mib(peak_bytes())}"
+
+
+def plot_loss(path: Path, training: list[float], losses: dict[str, float]) -> None:
+    """The loss of every step, its running mean, and the held-out losses as horizontal lines."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    steps = range(1, len(training) + 1)
+    axes.plot(steps, training, color=GREY, linewidth=0.8, label="training, each step")
+    window = max(1, len(training) // 10)
+    smooth = [sum(training[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(training))]
+    axes.plot(steps, smooth, color=BLUE, linewidth=2, label=f"training, mean of {window} steps")
+    for (name, loss), style in zip(losses.items(), ("-", "--", "-.", ":", (0, (5, 1)))):
+        axes.axhline(loss, color=RED, linestyle=style, linewidth=1, label=f"held out, {name}: {loss:.3f}")
+    axes.set(xlabel="step", ylabel="loss, nats a token", title="LoRA fine-tuning through 4-bit weights")
+    axes.set_xlim(1, max(2, len(training)))
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def plot_weight_error(path: Path, report) -> None:
+    """Relative RMS error of every layer, one line a kind, over the depth of the model."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for kind, layers in report.by_kind().items():
+        axes.plot([100 * x.rms_error for x in layers], marker="o", markersize=3, linewidth=1, label=kind)
+    axes.axhline(100 * report.rms_error, color=GREY, linestyle="--", linewidth=1)
+    axes.annotate(f"all layers: {100 * report.rms_error:.2f} %", (0, 100 * report.rms_error), xytext=(2, 3),
+                  textcoords="offset points", fontsize=8, color="0.3")  # fmt: skip
+    axes.set(xlabel="layer, from input to output", ylabel="relative RMS error, %",
+             title="What rounding to 4 bits costs: |Ŵ - W| / |W|")  # fmt: skip
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def sample_text(samples: list[dict]) -> str:
+    """Each sample's prompt, the data's own answer, and the model's before and after the fine-tuning."""
+    lines = []
+    for sample in samples:
+        lines += [f"  {sample['prompt']} ...", f"    data:   {sample['reference']}"]
+        lines += [f"    before: {sample['before']}", f"    after:  {sample['after']}"]
+    return "\n".join(lines)
+
+
+def file_table(out: Path) -> str:
+    """Every file and directory written, with its size and what it is."""
+    kinds = {
+        "adapter": "the LoRA adapters, in PEFT's format", "nf4": "the 4-bit weights",
+        "merged": "a 16-bit Hugging Face model, adapters merged into the original base",
+        "byte-model": "the 16-bit base that was trained here",
+        "loss.png": "the fine-tuning", "weight_error.png": "the cost of rounding to 4 bits, layer by layer",
+        "results.json": "all numbers of this run",
+    }  # fmt: skip
+    lines = []
+    for path in sorted(out.iterdir()):
+        size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")))
+        lines.append(f"  {str(path):32} {mib(size):>10}  {kinds.get(path.name, '')}")
+    return "written:\n" + "\n".join(lines)

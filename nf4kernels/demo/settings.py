@@ -1,0 +1,75 @@
+"""What the user chose, and the rules it keeps."""
+
+import json
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from .data import WORDNET, Example, read_examples
+
+MADE_BY = "nf4kernels demo"
+RESULTS = "results.json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Options of the demonstration.
+
+    Attributes:
+        out: the directory to write; an earlier demonstration's is replaced.
+        cache: where the downloaded model stays.
+        model: a Hugging Face directory of a causal language model; None is SmolLM2-135M-Instruct.
+        data: a `.jsonl` file of prompts and answers; None is WordNet's definitions.
+        steps, batch, lr, rank, seed: of the fine-tuning. alpha is twice the rank.
+        byte_steps: how long the byte model trains where SmolLM2 cannot be had.
+
+    Raises:
+        ValueError: one of them is out of its range; the message names the option.
+    """
+
+    out: Path = Path("demo-output")
+    cache: Path = Path(".cache")
+    model: Path | None = None
+    data: Path | None = None
+    steps: int = 100
+    batch: int = 8
+    lr: float = 1e-3
+    rank: int = 8
+    seed: int = 0
+    byte_steps: int = 300
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "rank", "byte_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.lr < 1:
+            raise ValueError(f"--lr must be between 0 and 1, got {self.lr}")
+        if self.model is not None and not (self.model / "config.json").is_file():
+            raise ValueError(f"--model must be a Hugging Face directory with a config.json, got {self.model}")
+        if self.data is not None and not self.data.is_file():
+            raise ValueError(f"--data must be a .jsonl file, got {self.data}")
+        if not may_replace(self.out):
+            raise ValueError(f"--out must be new, empty or written by an earlier demo, got {self.out}")
+
+    def read_examples(self) -> tuple[list[Example], list[Example]]:
+        """(train, held out) of `data`; ValueError for a file that is not as it must be."""
+        return read_examples(WORDNET if self.data is None else self.data, self.seed)
+
+
+def may_replace(out: Path) -> bool:
+    """Whether nothing is lost when `out` is replaced: it is absent, empty, or an earlier demonstration's."""
+    if not out.exists():
+        return not out.is_symlink()
+    if not out.is_dir() or out.is_symlink():
+        return False
+    if not any(out.iterdir()):
+        return True
+    try:
+        return json.loads((out / RESULTS).read_text())["made_by"] == MADE_BY
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def missing_packages() -> list[str]:
+    """Packages of the [demo] extra that are not installed."""
+    return [name for name in ("transformers", "gguf", "matplotlib") if find_spec(name) is None]
