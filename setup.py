@@ -19,7 +19,8 @@ HEADERS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.h"))
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-g0", "-ffp-contract=off", "-Wall", "-Wextra"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 # GCC 12's own AVX-512 headers trip -Wuninitialized (GCC bug 105593).
-AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+AVX512 += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 ISA_FLAGS = {"scalar": []}
 if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
@@ -58,7 +59,8 @@ def build_options() -> dict:
     }
 
 
-has_compiler = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
-if not has_compiler:
-    print("nf4kernels: no C++ compiler found, installing without compiled kernels", file=sys.stderr)
-setup(**(build_options() if has_compiler else {}))
+if __name__ == "__main__":
+    has_compiler = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
+    if not has_compiler:
+        print("nf4kernels: no C++ compiler found, installing without compiled kernels", file=sys.stderr)
+    setup(**(build_options() if has_compiler else {}))

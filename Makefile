@@ -1,0 +1,48 @@
+# Every target sets itself up: a .venv with torch, what the target needs, and the compiled library.
+#   make demo        quantize, fine-tune, merge and save a real language model
+#   make test        the tests        make lint    the linters        make bench   the benchmarks
+
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+BUILD  := pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+.PHONY: demo test lint bench clean
+.SECONDARY:
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/nf4kernels demo
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.installed-bench
+	$(BIN)/python -m benchmarks
+
+lint: $(VENV)/.installed-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(VENV)/.venv:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	touch $@
+
+$(VENV)/.torch: $(VENV)/.venv
+	$(BIN)/python -m pip install --quiet "$(TORCH)" "setuptools>=77" wheel
+	touch $@
+
+# torch first, on its own: it is then not replaced, and the extension is compiled against it.
+$(VENV)/.installed-%: $(VENV)/.torch $(BUILD)
+	@echo "setting up: $* (in $(VENV))"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[$*]"
+	touch $@
+
+# The linters need no build.
+$(VENV)/.installed-lint: $(VENV)/.venv pyproject.toml
+	$(BIN)/python -m pip install --quiet "$$(sed -n 's/^lint = \["\(.*\)"\]/\1/p' pyproject.toml)"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info nf4kernels/*.so

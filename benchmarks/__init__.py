@@ -1,0 +1,1 @@
+"""`python -m benchmarks`: every op beside its peers."""
