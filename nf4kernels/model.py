@@ -167,8 +167,8 @@ def quantize_model(
 
     Args:
         model: any module that contains layers.
-        skip: full dotted names of layers or of modules around them, single components ("lm_head"), or fnmatch
-            patterns over the full name ("*.mlp.gate").
+        skip: names of layers or of modules around them, in full or a run of whole components ("lm_head",
+            "layers.0.mlp"), or fnmatch patterns over the full name ("*.mlp.gate").
         lora: an adapter for every replaced layer.
         progress: show a progress bar on stderr.
         quant_options: codebook, block_size, double_quant, scale_codebook, nonfinite as in `nf4kernels.quantize`;
@@ -313,6 +313,11 @@ def plan_layers(model: nn.Module, patterns: Iterable[str]) -> tuple[list[list[st
     return targets, skipped
 
 
+def skips(pattern: str, name: str) -> bool:
+    """Whether an entry of `quantize_model`'s skip stands for the layer of that full name."""
+    return f".{pattern}." in f".{name}." or fnmatchcase(name, pattern)
+
+
 def _reason(module: nn.Module, aliases: list[str], patterns, users, fused) -> str | None:
     """Why a module is left alone; None for a layer to replace."""
     if isinstance(module, QuantLinear):
@@ -323,8 +328,7 @@ def _reason(module: nn.Module, aliases: list[str], patterns, users, fused) -> st
         return _reason_for_other(module)
     for name in aliases:
         for pattern in patterns:
-            around = name == pattern or name.startswith(f"{pattern}.")
-            if around or pattern in name.split(".") or fnmatchcase(name, pattern):
+            if skips(pattern, name):
                 return f"skip={pattern!r}"
         if {"lora_A", "lora_B"} & set(name.split(".")):
             return "a LoRA factor"

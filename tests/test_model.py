@@ -241,6 +241,7 @@ def test_views_of_one_storage_are_not_tied():
         ((), []),
         (("layers.0.q_proj",), ["layers.0.q_proj"]),
         (("layers.0",), ["layers.0.q_proj", "layers.0.up_proj"]),
+        (("1.up_proj",), ["layers.1.up_proj"]),
         (("up_proj",), ["layers.0.up_proj", "layers.1.up_proj"]),
         (("*.1.*",), ["layers.1.q_proj", "layers.1.up_proj"]),
         (("proj", "layers.00", "own", "ayers.0"), []),

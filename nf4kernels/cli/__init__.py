@@ -1,18 +1,18 @@
 """The command line, one verb a file.
 
 A verb's module has `add_parser(subparsers)`, which adds its parser with `run` as the default of `func`, and
-`run(args)`, which does the work, may return an exit code, and raises CommandError for what the user can put right. Frameworks like
-transformers and matplotlib are imported inside `run`, so that the other verbs work without them.
+`run(args)`, which does the work, may return an exit code, and raises CommandError for what the user can put right.
+Frameworks like transformers and matplotlib are imported inside `run`, so that the other verbs work without them.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
 
-from . import info, quantize
+from . import demo, info, quantize
 from .errors import CommandError
 
-VERBS = (info, quantize)
+VERBS = (info, demo, quantize)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

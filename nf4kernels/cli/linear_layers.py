@@ -1,6 +1,5 @@
 """Which tensors of a Hugging Face checkpoint are linear layers."""
 
-import json
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..model import plan_layers
+from ..model import plan_layers, skips
 from .errors import CommandError
 
 # Only where transformers does not know the model: matrices that are not linear layers by these names.
@@ -73,7 +72,7 @@ def _meta_model(in_dir: Path, config: dict) -> tuple[nn.Module | None, str]:
     try:
         with torch.device("meta"):
             model = model_class(model_class.config_class.from_pretrained(in_dir))
-    except (ValueError, TypeError, KeyError, AttributeError, OSError, json.JSONDecodeError) as error:
+    except Exception as error:  # what a model's class raises about its configuration has no common type
         raise CommandError(f"quantize: {in_dir}/config.json must describe a {architecture}, got {error!r}") from None
     model.tie_weights()
     return model, architecture
@@ -90,7 +89,7 @@ def _choose_by_name(config: dict, matrices: Collection[str], skip: Iterable[str]
         pattern = next((p for p in NOT_LINEAR if fnmatchcase(name.lower(), p)), None)
         reason = None if pattern is None else "not linear by name"
         for entry in skip:
-            if entry in name.split(".") or name.startswith(f"{entry}.") or fnmatchcase(name, entry):
+            if skips(entry, name):
                 reason = f"skip={entry!r}"
         if reason is None:
             choice.layers.append(name)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ..atomic import flush
 from ..checkpoint import checkpoint_files, weight_to_tensors, write_tensors
 from ..functional import quantize
-from ..model import QuantizedLayer, QuantizeReport, SkippedLayer, squared_error
+from ..model import QuantizedLayer, QuantizeReport, SkippedLayer, skips, squared_error
 from ..quantized_weight import BLOCK_SIZES, WEIGHT_DTYPES
 from .errors import CommandError
 from .linear_layers import Choice, choose
@@ -61,7 +61,7 @@ def add_parser(subparsers) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--skip", metavar="PATTERN", action="append", default=[],
-        help=f"leave these layers dense: a name, one component of it, or a pattern; adds to {', '.join(SKIP)}",
+        help=f"leave these layers dense: a name, a part of it, or a pattern; adds to {', '.join(SKIP)}",
     )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace OUT_DIR if it holds a model")
     parser.set_defaults(func=run)
@@ -75,6 +75,9 @@ def run(args: argparse.Namespace) -> None:
     shards = _read_headers(in_dir)
     tensors = [tensor for shard in shards.values() for tensor in shard]
     matrices = {t.name.removesuffix(".weight"): t for t in tensors if t.name.endswith(".weight") and len(t.shape) == 2}
+    for pattern in args.skip:
+        if not any(skips(pattern, name) for name in matrices):
+            raise CommandError(f"quantize: --skip must match a layer, got {pattern!r}")
     choice = choose(in_dir, config, matrices, (*SKIP, *args.skip))
     quantized = {name: matrices[name] for name in choice.layers if matrices[name].dtype in WEIGHT_DTYPES}
     if not quantized:
