@@ -6,7 +6,8 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-BUILD  := pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
+CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+BUILD  := pyproject.toml setup.py $(CXX_FILES)
 
 .PHONY: demo test lint bench clean
 .SECONDARY:
@@ -23,6 +24,7 @@ bench: $(VENV)/.installed-bench
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 
 $(VENV)/.venv:
 	$(PYTHON) -m venv $(VENV)
@@ -41,7 +43,7 @@ $(VENV)/.installed-%: $(VENV)/.torch $(BUILD)
 
 # The linters need no build.
 $(VENV)/.installed-lint: $(VENV)/.venv pyproject.toml
-	$(BIN)/python -m pip install --quiet "$$(sed -n 's/^lint = \["\(.*\)"\]/\1/p' pyproject.toml)"
+	$(BIN)/python -m pip install --quiet $$(sed -n 's/^lint = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '",')
 	touch $@
 
 clean:

@@ -65,9 +65,9 @@ int block_shift_of(int64_t block_size, const char* op) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-nf4::Weight checked_weight(const char* op, const Tensor& packed, const Tensor& absmax, const OptionalTensor& scale_absmax,
-                           const OptionalTensor& scale_offset, const Tensor& code, const OptionalTensor& scale_code,
-                           int64_t N, int64_t K, int64_t block_size) {
+nf4::Weight checked_weight(const char* op, const Tensor& packed, const Tensor& absmax,
+                           const OptionalTensor& scale_absmax, const OptionalTensor& scale_offset, const Tensor& code,
+                           const OptionalTensor& scale_code, int64_t N, int64_t K, int64_t block_size) {
   CHECK(N >= 0 && K >= 0, op, ": N and K must not be negative, got ", N, " and ", K);
   nf4::Weight w{};
   w.N = N;
@@ -113,7 +113,8 @@ std::tuple<Tensor, Tensor> quantize(const Tensor& weight, const Tensor& code, in
   args.block_size = 1 << block_shift_of(block_size, "quantize");
   const int64_t blocks = ceil_div(N * K, block_size);
   Tensor packed = K % 2 == 0 ? empty({N, K / 2}, ScalarType::Byte) : empty({ceil_div(N * K, 2)}, ScalarType::Byte);
-  Tensor absmax = K % block_size == 0 ? empty({N, K / block_size}, ScalarType::Float) : empty({blocks}, ScalarType::Float);
+  Tensor absmax =
+      K % block_size == 0 ? empty({N, K / block_size}, ScalarType::Float) : empty({blocks}, ScalarType::Float);
   args.packed = static_cast<uint8_t*>(packed.mutable_data_ptr());
   args.absmax = static_cast<float*>(absmax.mutable_data_ptr());
   const auto run = nf4::active_kernels().quantize;
@@ -123,7 +124,8 @@ std::tuple<Tensor, Tensor> quantize(const Tensor& weight, const Tensor& code, in
 }
 
 std::tuple<Tensor, Tensor, Tensor> quantize_absmax(const Tensor& absmax, const Tensor& scale_code, bool scale_is_e4m3) {
-  const int64_t blocks = absmax.numel(), width = int64_t(1) << nf4::kSuperblockShift, superblocks = ceil_div(blocks, width);
+  const int64_t blocks = absmax.numel(), width = int64_t(1) << nf4::kSuperblockShift,
+                superblocks = ceil_div(blocks, width);
   const float* in = checked_floats(absmax, blocks, "quantize_absmax", "absmax");
   const float* map = checked_floats(scale_code, 256, "quantize_absmax", "scale_code");
   Tensor quantized = torch::stable::empty(absmax.sizes(), ScalarType::Byte);
@@ -173,22 +175,24 @@ void dequantize_into(const nf4::Weight& w, const Range& range, Dtype dtype, void
   }
   torch::stable::parallel_for(0, rows, ceil_div(kGrain, std::max<int64_t>(cols, 1)), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r)
-      run(w, (range.row_begin + r) * w.K + range.col_begin, cols, dtype, bytes + size_t(r * stride) * element_bytes(dtype));
+      run(w, (range.row_begin + r) * w.K + range.col_begin, cols, dtype,
+          bytes + size_t(r * stride) * element_bytes(dtype));
   });
 }
 
 void check_range(const Range& r, int64_t N, int64_t K) {
-  CHECK(0 <= r.row_begin && r.row_begin <= r.row_end && r.row_end <= N, "dequantize: rows must be a range within 0..", N,
-        ", got ", r.row_begin, "..", r.row_end);
-  CHECK(0 <= r.col_begin && r.col_begin <= r.col_end && r.col_end <= K, "dequantize: cols must be a range within 0..", K,
-        ", got ", r.col_begin, "..", r.col_end);
+  CHECK(0 <= r.row_begin && r.row_begin <= r.row_end && r.row_end <= N, "dequantize: rows must be a range within 0..",
+        N, ", got ", r.row_begin, "..", r.row_end);
+  CHECK(0 <= r.col_begin && r.col_begin <= r.col_end && r.col_end <= K, "dequantize: cols must be a range within 0..",
+        K, ", got ", r.col_begin, "..", r.col_end);
 }
 
 Tensor dequantize(const Tensor& packed, const Tensor& absmax, const OptionalTensor& scale_absmax,
                   const OptionalTensor& scale_offset, const Tensor& code, const OptionalTensor& scale_code, int64_t N,
                   int64_t K, int64_t block_size, int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end,
                   ScalarType type) {
-  const auto w = checked_weight("dequantize", packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size);
+  const auto w =
+      checked_weight("dequantize", packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size);
   const Range range{row_begin, row_end, col_begin, col_end};
   check_range(range, N, K);
   const Dtype dtype = dtype_of(type, "dequantize", "dtype");
@@ -199,16 +203,17 @@ Tensor dequantize(const Tensor& packed, const Tensor& absmax, const OptionalTens
 
 void dequantize_out(const Tensor& packed, const Tensor& absmax, const OptionalTensor& scale_absmax,
                     const OptionalTensor& scale_offset, const Tensor& code, const OptionalTensor& scale_code, int64_t N,
-                    int64_t K, int64_t block_size, int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end,
-                    const Tensor& out) {
-  const auto w = checked_weight("dequantize", packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size);
+                    int64_t K, int64_t block_size, int64_t row_begin, int64_t row_end, int64_t col_begin,
+                    int64_t col_end, const Tensor& out) {
+  const auto w =
+      checked_weight("dequantize", packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size);
   const Range range{row_begin, row_end, col_begin, col_end};
   check_range(range, N, K);
   const Dtype dtype = dtype_of(out.scalar_type(), "dequantize", "out");
   const int64_t rows = row_end - row_begin, cols = col_end - col_begin;
   CHECK(out.is_cpu(), "dequantize: out must be on the CPU");
-  CHECK(out.dim() == 2 && out.size(0) == rows && out.size(1) == cols, "dequantize: out must have shape [", rows, ", ", cols,
-        "], got ", Shape{out});
+  CHECK(out.dim() == 2 && out.size(0) == rows && out.size(1) == cols, "dequantize: out must have shape [", rows, ", ",
+        cols, "], got ", Shape{out});
   if (rows == 0 || cols == 0) return;
   CHECK(cols == 1 || out.stride(1) == 1, "dequantize: out must be contiguous in its last dimension");
   CHECK(rows == 1 || out.stride(0) >= cols, "dequantize: out's rows must not overlap");
@@ -221,7 +226,7 @@ struct Product {
   const char* input_name;
   const char* depth_name;
   int64_t depth, columns;
-  nf4::GemmFn nf4::GemmKernels::*kernel;
+  nf4::GemmFn nf4::GemmKernels::* kernel;
 };
 
 Tensor multiply(const Product& product, const Tensor& in, const nf4::Weight& w, const OptionalTensor& bias) {
@@ -253,7 +258,8 @@ Tensor multiply(const Product& product, const Tensor& in, const nf4::Weight& w, 
     args.rows = rows;
     args.out = y;
     const int64_t grain = ceil_div(65536, std::max<int64_t>(product.depth, 1));  // 10 us of work
-    torch::stable::parallel_for(0, w.N, grain, [&](int64_t begin, int64_t end) { kernels.gemv.linear(args, begin, end); });
+    torch::stable::parallel_for(0, w.N, grain,
+                                [&](int64_t begin, int64_t end) { kernels.gemv.linear(args, begin, end); });
     return out;
   }
 
@@ -265,9 +271,9 @@ Tensor multiply(const Product& product, const Tensor& in, const nf4::Weight& w, 
     const int64_t row_tiles = ceil_div(args.rows, nf4::even_tile_rows(args.rows, gemm.max_tile_rows));
     const auto* pass = x + size_t(m * product.depth) * element_bytes(dtype);
     void* panel_data = panel.mutable_data_ptr();
-    torch::stable::parallel_for(0, row_tiles, ceil_div(32768, (padded + 1) * gemm.max_tile_rows), [&](int64_t begin, int64_t end) {
-      gemm.pack(pass, dtype, args.rows, product.depth, begin, end, panel_data);
-    });
+    torch::stable::parallel_for(
+        0, row_tiles, ceil_div(32768, (padded + 1) * gemm.max_tile_rows),
+        [&](int64_t begin, int64_t end) { gemm.pack(pass, dtype, args.rows, product.depth, begin, end, panel_data); });
     args.panel = panel_data;
     args.out = y + size_t(m * product.columns) * element_bytes(dtype);
     const auto run = gemm.*product.kernel;
@@ -279,9 +285,10 @@ Tensor multiply(const Product& product, const Tensor& in, const nf4::Weight& w, 
 }
 
 Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& absmax, const OptionalTensor& scale_absmax,
-              const OptionalTensor& scale_offset, const Tensor& code, const OptionalTensor& scale_code, int64_t N, int64_t K,
-              int64_t block_size, const OptionalTensor& bias) {
-  const auto w = checked_weight("linear", packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size);
+              const OptionalTensor& scale_offset, const Tensor& code, const OptionalTensor& scale_code, int64_t N,
+              int64_t K, int64_t block_size, const OptionalTensor& bias) {
+  const auto w =
+      checked_weight("linear", packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size);
   return multiply({"linear", "x", "K", K, N, &nf4::GemmKernels::linear}, x, w, bias);
 }
 

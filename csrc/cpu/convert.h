@@ -1,4 +1,5 @@
-// One element between fp32 and bf16 or fp16, rounded to nearest even; portable.
+// What every instruction set needs and none makes faster: one element between fp32 and bf16 or fp16, rounded to nearest
+// even; the midpoints of a binary search as lookup tables.
 #pragma once
 
 #include <cstdint>
@@ -53,6 +54,12 @@ inline Float16 from_float<Float16>(float a) {
     return Float16{uint16_t(sign | (bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u))};
   }
   return Float16{uint16_t(sign | (magnitude - 0x38000000u + 0xfff + (magnitude >> 13 & 1)) >> 13)};
+}
+
+// A search step compares with midpoint rank + by; rotated, the rank itself indexes the 16-entry table.
+static inline const float* rotate_midpoints(const float midpoints[15], int by, float rotated[16]) {
+  for (int i = 0; i < 16; ++i) rotated[i] = (i + by) % 16 < 15 ? midpoints[(i + by) % 16] : 0.f;
+  return rotated;
 }
 
 // fn(T{}) with the element type of dtype.

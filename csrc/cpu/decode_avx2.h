@@ -104,8 +104,10 @@ struct Isa {
       const __m128 high = _mm_loadu_ps(reinterpret_cast<const float*>(rows[4 + i] + byte));
       z[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(low), high, 1);
     }
-    const __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(z[0], z[1])), b = _mm256_castps_pd(_mm256_unpacklo_ps(z[2], z[3]));
-    const __m256d c = _mm256_castps_pd(_mm256_unpackhi_ps(z[0], z[1])), d = _mm256_castps_pd(_mm256_unpackhi_ps(z[2], z[3]));
+    const __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(z[0], z[1])),
+                  b = _mm256_castps_pd(_mm256_unpacklo_ps(z[2], z[3]));
+    const __m256d c = _mm256_castps_pd(_mm256_unpackhi_ps(z[0], z[1])),
+                  d = _mm256_castps_pd(_mm256_unpackhi_ps(z[2], z[3]));
     columns[0] = _mm256_castpd_si256(_mm256_unpacklo_pd(a, b));
     columns[1] = _mm256_castpd_si256(_mm256_unpackhi_pd(a, b));
     columns[2] = _mm256_castpd_si256(_mm256_unpacklo_pd(c, d));
@@ -116,17 +118,15 @@ struct Isa {
   struct Ranker {
     F middle;
     Table plus3, plus1, plus0;
-    explicit Ranker(const float* m) : middle(set1(m[7])) {
+    explicit Ranker(const float* midpoints) : middle(set1(midpoints[7])) {
       float rotated[16];
-      Table* const tables[3] = {&plus3, &plus1, &plus0};
-      const int offsets[3] = {3, 1, 0};
-      for (int t = 0; t < 3; ++t) {
-        for (int i = 0; i < 16; ++i) rotated[i] = (i + offsets[t]) % 16 < 15 ? m[(i + offsets[t]) % 16] : 0.f;
-        *tables[t] = load_table(rotated);
-      }
+      plus3 = load_table(rotate_midpoints(midpoints, 3, rotated));
+      plus1 = load_table(rotate_midpoints(midpoints, 1, rotated));
+      plus0 = load_table(rotate_midpoints(midpoints, 0, rotated));
     }
     static I step(F a, const Table& t, F above_middle, I rank, int bit) {
-      const F m = _mm256_blendv_ps(_mm256_permutevar8x32_ps(t.low, rank), _mm256_permutevar8x32_ps(t.high, rank), above_middle);
+      const F m =
+          _mm256_blendv_ps(_mm256_permutevar8x32_ps(t.low, rank), _mm256_permutevar8x32_ps(t.high, rank), above_middle);
       const I above = _mm256_castps_si256(_mm256_cmp_ps(a, m, _CMP_GT_OQ));
       return _mm256_or_si256(rank, _mm256_and_si256(above, _mm256_set1_epi32(bit)));
     }
@@ -142,7 +142,8 @@ struct Isa {
   static void store_nibbles(uint8_t* p, I codes) {
     const I bytes = _mm256_or_si256(_mm256_slli_epi64(codes, 4), _mm256_srli_epi64(codes, 32));  // byte 0 of each u64
     const I gathered = _mm256_shuffle_epi8(bytes, _mm256_set1_epi16(0x0800));
-    const uint16_t halves[2] = {uint16_t(_mm256_extract_epi16(gathered, 0)), uint16_t(_mm256_extract_epi16(gathered, 8))};
+    const uint16_t halves[2] = {uint16_t(_mm256_extract_epi16(gathered, 0)),
+                                uint16_t(_mm256_extract_epi16(gathered, 8))};
     std::memcpy(p, halves, 4);
   }
 };

@@ -85,7 +85,9 @@ struct Isa {
   static void load_columns(const uint8_t* const rows[L], int64_t byte, I columns[4]) {
     I z[4];  // 128-bit quarter q of z[i] is row 4q + i; a 4x4 transpose inside the quarters puts the rows in order
     for (int i = 0; i < 4; ++i) {
-      const auto quarter = [&](int q) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[4 * q + i] + byte)); };
+      const auto quarter = [&](int q) {
+        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[4 * q + i] + byte));
+      };
       z[i] = _mm512_castsi128_si512(quarter(0));
       z[i] = _mm512_inserti32x4(z[i], quarter(1), 1);
       z[i] = _mm512_inserti32x4(z[i], quarter(2), 2);
@@ -103,14 +105,11 @@ struct Isa {
   struct Ranker {
     F middle;
     Table plus3, plus1, plus0;
-    explicit Ranker(const float* m) : middle(set1(m[7])) {
+    explicit Ranker(const float* midpoints) : middle(set1(midpoints[7])) {
       float rotated[16];
-      Table* const tables[3] = {&plus3, &plus1, &plus0};
-      const int offsets[3] = {3, 1, 0};
-      for (int t = 0; t < 3; ++t) {
-        for (int i = 0; i < 16; ++i) rotated[i] = (i + offsets[t]) % 16 < 15 ? m[(i + offsets[t]) % 16] : 0.f;
-        *tables[t] = load_table(rotated);
-      }
+      plus3 = load_table(rotate_midpoints(midpoints, 3, rotated));
+      plus1 = load_table(rotate_midpoints(midpoints, 1, rotated));
+      plus0 = load_table(rotate_midpoints(midpoints, 0, rotated));
     }
     static I step(F a, Table t, I rank, int bit) {
       const __mmask16 above = _mm512_cmp_ps_mask(a, lookup(t, rank), _CMP_GT_OQ);

@@ -14,7 +14,7 @@ namespace nf4 {
 namespace {
 
 struct Isa {
-  static constexpr int L = 8;         // fp32 lanes
+  static constexpr int L = 8;          // fp32 lanes
   static constexpr int kTileRows = 4;  // rows of x in the register tile of a product
   struct F {
     float v[L];

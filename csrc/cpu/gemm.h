@@ -32,9 +32,9 @@ struct Fp32Core {
   }
 };
 
-constexpr int kVectors = 2;                         // weight vectors of a register tile
-constexpr int kTileCols = kVectors * Isa::L;        // its columns
-constexpr int kGroup = 4;                           // column tiles that linear_dgrad decodes together
+constexpr int kVectors = 2;                   // weight vectors of a register tile
+constexpr int kTileCols = kVectors * Isa::L;  // its columns
+constexpr int kGroup = 4;                     // column tiles that linear_dgrad decodes together
 
 template <class Core>
 constexpr int64_t slice_elements() {
@@ -42,13 +42,15 @@ constexpr int64_t slice_elements() {
 }
 template <class Core>
 constexpr int64_t gemm_workspace_bytes() {
-  return kGroup * (slice_elements<Core>() * int64_t(sizeof(typename Core::Element)) + int64_t(kGemmRows + Isa::kTileRows) * kTileCols * 4);
+  return kGroup * (slice_elements<Core>() * int64_t(sizeof(typename Core::Element)) +
+                   int64_t(kGemmRows + Isa::kTileRows) * kTileCols * 4);
 }
 
 static inline int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
 template <class Core, class T>
-void pack_tiles(const T* x, int64_t rows, int64_t depth, int64_t tile_begin, int64_t tile_end, typename Core::Element* panel) {
+void pack_tiles(const T* x, int64_t rows, int64_t depth, int64_t tile_begin, int64_t tile_end,
+                typename Core::Element* panel) {
   using Element = typename Core::Element;
   const int64_t tile_rows = even_tile_rows(rows, Isa::kTileRows), padded = round_up(depth, Core::kStep);
   const int64_t whole = depth / Core::kStep * Core::kStep;
@@ -69,7 +71,8 @@ void pack_tiles(const T* x, int64_t rows, int64_t depth, int64_t tile_begin, int
 
 // acc[ROWS][kVectors] over `steps`, into (first slice) or onto (later ones) the fp32 tile of row length kTileCols.
 template <class Core, int ROWS>
-void register_tile(const typename Core::Element* x, const typename Core::Element* b, int64_t steps, bool first, float* tile) {
+void register_tile(const typename Core::Element* x, const typename Core::Element* b, int64_t steps, bool first,
+                   float* tile) {
   Isa::F acc[ROWS][kVectors];
 #pragma GCC unroll 12
   for (int r = 0; r < ROWS; ++r)
@@ -99,7 +102,7 @@ void register_tile(const typename Core::Element* x, const typename Core::Element
 template <class Core>
 constexpr GemmKernels describe_gemm(GemmPackFn pack, GemmFn linear, GemmFn linear_dgrad) {
   return {Isa::kTileRows, kTileCols, Core::kStep, int(sizeof(typename Core::Element)), gemm_workspace_bytes<Core>(),
-          pack, linear, linear_dgrad};
+          pack,           linear,    linear_dgrad};
 }
 
 template <class Core>
@@ -113,8 +116,9 @@ RegisterTileFn<Core> register_tile_for(int64_t rows) {
     return rows == ROWS ? register_tile<Core, ROWS> : register_tile_for<Core, ROWS - 1>(rows);
 }
 
-// decode(col, cols, d_begin, d_count, slice): B[d_begin.., col..col+kTileCols) for `cols` of columns that exist, zero for
-// depth past the end. store(m, col, cols, row): one finished fp32 row of the tile. GROUP column tiles share a depth slice.
+// decode(col, cols, d_begin, d_count, slice): B[d_begin.., col..col+kTileCols) for `cols` of columns that exist, zero
+// for depth past the end. store(m, col, cols, row): one finished fp32 row of the tile. GROUP column tiles share a depth
+// slice.
 template <class Core, int GROUP, class Decode, class Store>
 void gemm(const GemmArgs& args, int64_t depth, int64_t columns, int64_t tile_begin, int64_t tile_end, void* workspace,
           Decode decode, Store store) {
@@ -137,7 +141,8 @@ void gemm(const GemmArgs& args, int64_t depth, int64_t columns, int64_t tile_beg
       for (int64_t t = 0; t < row_tiles; ++t) {
         const Element* x = panel + t * tile_rows * padded + d * tile_rows;
         for (int64_t g = 0; g < count; ++g)
-          multiply(x, slices + g * slice_elements<Core>(), slice / Core::kStep, d == 0, tiles + g * tile_size + t * tile_rows * kTileCols);
+          multiply(x, slices + g * slice_elements<Core>(), slice / Core::kStep, d == 0,
+                   tiles + g * tile_size + t * tile_rows * kTileCols);
       }
     }
     for (int64_t m = 0; m < args.rows; ++m)

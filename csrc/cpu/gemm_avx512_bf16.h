@@ -20,8 +20,8 @@ struct Bf16Core {
   static void pack(Element* out, const BFloat16* x) { std::memcpy(out, x, 4); }
   // Lane i of `out` becomes the pair (first[i], second[i]), each rounded to nearest even.
   static void store_pairs(Element* out, Isa::F first, Isa::F second) {
-    const Isa::I interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                                               21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const Isa::I interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+                                               6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     const Isa::I halves = (Isa::I)_mm512_cvtne2ps_pbh(second, first);
     _mm512_storeu_si512(out, _mm512_permutexvar_epi16(interleave, halves));
   }

@@ -42,10 +42,10 @@ using GemvFn = void (*)(const GemmArgs&, int64_t n_begin, int64_t n_end);
 using GemmFn = void (*)(const GemmArgs&, int64_t tile_begin, int64_t tile_end, void* workspace);
 
 struct GemmKernels {
-  int max_tile_rows;      // rows of x per register tile
-  int tile_cols;          // columns of the output per register tile
-  int depth_step;         // contraction elements per multiply instruction: 1 for fp32, 2 for bf16 pairs
-  int element_bytes;      // of a panel element
+  int max_tile_rows;        // rows of x per register tile
+  int tile_cols;            // columns of the output per register tile
+  int depth_step;           // contraction elements per multiply instruction: 1 for fp32, 2 for bf16 pairs
+  int element_bytes;        // of a panel element
   int64_t workspace_bytes;  // per thread
   GemmPackFn pack;
   GemmFn linear;
@@ -80,16 +80,16 @@ void quantize_superblock_e4m3(const float* absmax, int64_t count, float scale_of
 void quantize_superblock_sorted(const float* absmax, int64_t count, float scale_offset, float scale_absmax,
                                 const float* scale_code, uint8_t* out);
 
-#define NF4_DECLARE_GEMM(isa)                                                                        \
-  extern const GemmKernels kGemm_##isa;                                                             \
-  void linear_gemm_##isa(const GemmArgs&, int64_t tile_begin, int64_t tile_end, void* workspace);   \
+#define NF4_DECLARE_GEMM(isa)                                                                     \
+  extern const GemmKernels kGemm_##isa;                                                           \
+  void linear_gemm_##isa(const GemmArgs&, int64_t tile_begin, int64_t tile_end, void* workspace); \
   void linear_dgrad_gemm_##isa(const GemmArgs&, int64_t tile_begin, int64_t tile_end, void* workspace);
 
-#define NF4_DECLARE_ISA(isa)                                                                       \
-  void quantize_##isa(const QuantizeArgs&, int64_t block_begin, int64_t block_end);               \
-  void dequantize_##isa(const Weight&, int64_t begin, int64_t count, Dtype dtype, void* out);     \
-  void gemv_pack_##isa(const void* x, Dtype dtype, int64_t rows, int64_t depth, void* panel);     \
-  void linear_gemv_##isa(const GemmArgs&, int64_t n_begin, int64_t n_end);                        \
+#define NF4_DECLARE_ISA(isa)                                                                  \
+  void quantize_##isa(const QuantizeArgs&, int64_t block_begin, int64_t block_end);           \
+  void dequantize_##isa(const Weight&, int64_t begin, int64_t count, Dtype dtype, void* out); \
+  void gemv_pack_##isa(const void* x, Dtype dtype, int64_t rows, int64_t depth, void* panel); \
+  void linear_gemv_##isa(const GemmArgs&, int64_t n_begin, int64_t n_end);                    \
   NF4_DECLARE_GEMM(isa)
 
 NF4_DECLARE_ISA(scalar)

@@ -1,7 +1,8 @@
 // linear, M > 4: y[m, n] = sum_k x[m, k] * W[n, k] + bias[n]
 //
 // Work split   column tiles of 2L rows of W; see gemm.h. The caller splits them over threads.
-// Inner loop   32 codes of L rows of W are transposed as bytes, 16 at a time, so that each lookup yields L output columns
+// Inner loop   32 codes of L rows of W are transposed as bytes, 16 at a time, so that each lookup yields L output
+// columns
 //              of one k. (Transposing decoded fp32 would move 8 times the bytes.)
 // Flops        2*M*N*K; decoding is 0.3 instructions a weight, 5 % of the bf16 products at M = 64.
 // Needs        the vector path needs K % 32 == 0; other K decode whole spans first.
@@ -72,13 +73,15 @@ void decode_rows(const Weight& w, int64_t n, int64_t rows, int64_t k, int64_t co
 
 // The same for any K: each row is decoded as a span, then spread.
 template <class Core>
-void decode_row_spans(const Weight& w, int64_t n, int64_t rows, int64_t k, int64_t count, typename Core::Element* slice) {
+void decode_row_spans(const Weight& w, int64_t n, int64_t rows, int64_t k, int64_t count,
+                      typename Core::Element* slice) {
   float decoded[kGemmDepth];
   const int64_t inside = w.K - k < count ? w.K - k : count;
   for (int64_t c = 0; c < kTileCols; ++c) {
     if (c < rows) decode_span(w, (n + c) * w.K + k, inside, decoded);
     for (int64_t i = 0; i < count; ++i)
-      Core::put(slice + (i / Core::kStep * kTileCols + c) * Core::kStep + i % Core::kStep, i < inside ? decoded[i] : 0.f);
+      Core::put(slice + (i / Core::kStep * kTileCols + c) * Core::kStep + i % Core::kStep,
+                i < inside ? decoded[i] : 0.f);
   }
 }
 

@@ -1,7 +1,8 @@
 // linear_dgrad: dx[m, k] = sum_n dy[m, n] * W[n, k]
 //
 // Work split   column tiles of 2L consecutive k; see gemm.h. The caller splits them over threads.
-// Inner loop   2L codes of one row of W are one load and two lookups: L even k, then L odd k. The tile keeps that column
+// Inner loop   2L codes of one row of W are one load and two lookups: L even k, then L odd k. The tile keeps that
+// column
 //              order through the product and undoes it in the store, which writes pairs.
 // The trick    4 column tiles are decoded together, since their 4L bytes of a row share a cache line.
 // Flops        2*M*N*K, against M = 512 rows a decode of 0.3 instructions a weight.
@@ -15,7 +16,8 @@ namespace nf4 {
 namespace {
 
 // 2L weights of row n from column k, even k's and odd k's apart; `cols` of them exist.
-static inline void decode_even_odd(const Weight& w, const Isa::Table& table, int64_t n, int64_t k, int64_t cols, Isa::F& even, Isa::F& odd) {
+static inline void decode_even_odd(const Weight& w, const Isa::Table& table, int64_t n, int64_t k, int64_t cols,
+                                   Isa::F& even, Isa::F& odd) {
   const int64_t flat = n * w.K + k;
   if (w.K % (2 * Isa::L) == 0) {
     const Isa::F scale = Isa::set1(block_scale(w, flat >> w.block_shift));

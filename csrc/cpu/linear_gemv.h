@@ -1,9 +1,11 @@
 // linear, M <= 4: y[m, n] = sum_k x[m, k] * W[n, k] + bias[n]
 //
 // Work split   output columns [n_begin, n_end); the caller splits them over threads.
-// Inner loop   2L codes are one load, two lookups and two FMAs a row of x; the block's scale is applied once per block, to
+// Inner loop   2L codes are one load, two lookups and two FMAs a row of x; the block's scale is applied once per block,
+// to
 //              the fp32 partial sum. x waits in fp32 as [K/2L][M][L even | L odd], the order the lookups yield.
-// Rejected     bf16 codes and vdpbf16ps: half the instructions, but a table rounded to bf16 is biased, which shows when x
+// Rejected     bf16 codes and vdpbf16ps: half the instructions, but a table rounded to bf16 is biased, which shows when
+// x
 //              has a mean (2.06 % against 0.26 % of the output at a mean of one sigma).
 // Bytes        reads 0.52 B a weight (double-quantized): the floor is that over the memory or L3 bandwidth.
 // Needs        the vector path needs K % 2L == 0; other K decode whole spans first.
@@ -34,7 +36,8 @@ void gemv_pack_x(const void* x, Dtype dtype, int64_t rows, int64_t K, void* pane
   });
 }
 
-// sums[r][m] = x[m, :] . W[n + r, :] where rows of W start on whole groups of 2L codes; ROWS > 1 needs whole blocks a row.
+// sums[r][m] = x[m, :] . W[n + r, :] where rows of W start on whole groups of 2L codes; ROWS > 1 needs whole blocks a
+// row.
 template <int M, int ROWS>
 void gemv_row_pairs(const GemmArgs& args, const Isa::Table& table, int64_t n, float (*sums)[kGemvRows]) {
   const Weight& w = args.weight;

@@ -2,7 +2,8 @@
 //
 // Work split   one call does blocks [block_begin, block_end); the caller splits blocks over threads.
 // Inner loop   two passes over a block, the second out of L1: max of the absolute bits, then a 4-step binary search.
-// The trick    the maximum is taken over the bits as integers, where NaN > inf > every number: one compare a block finds
+// The trick    the maximum is taken over the bits as integers, where NaN > inf > every number: one compare a block
+// finds
 //              what is not finite. A rank is a code only if the levels ascend; FP4's permutation is one more lookup.
 // Bytes        reads 2 (bf16) and writes 0.5 + 4/block_size a weight: 2.56 B at block size 64.
 // Needs        code is a permutation of 16 ascending levels.

@@ -27,13 +27,14 @@ static float at_least(float a, float least) { return a < least ? least : a; }
 static uint8_t e4m3_bits(float a) {
   const uint32_t u = bits_of(a), sign = u >> 24 & 0x80, magnitude = u & 0x7fffffffu;
   if (magnitude >= 0x43f00000u) return uint8_t(sign | 0x7f);  // 480 and up, and NaN
-  if (magnitude < 0x3c800000u) {  // below 2^-6: the ulp of 16384.f is the subnormals' 2^-9
+  if (magnitude < 0x3c800000u) {                              // below 2^-6: the ulp of 16384.f is the subnormals' 2^-9
     return uint8_t(sign | (bits_of(float_of(magnitude) + 16384.f) - 0x46800000u));
   }
   return uint8_t(sign | (magnitude - (120u << 23) + 0x7ffff + (magnitude >> 20 & 1)) >> 20);
 }
 
-void quantize_superblock_e4m3(const float* absmax, int64_t count, float scale_offset, float scale_absmax, uint8_t* out) {
+void quantize_superblock_e4m3(const float* absmax, int64_t count, float scale_offset, float scale_absmax,
+                              uint8_t* out) {
   const float scale = 448.f / at_least(scale_absmax, 0x1p-100f);
   for (int64_t i = 0; i < count; ++i) out[i] = e4m3_bits((absmax[i] - scale_offset) * scale);
 }
