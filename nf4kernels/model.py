@@ -16,7 +16,8 @@ from .lora import LoraConfig
 from .quant_linear import QuantLinear
 from .quantized_weight import WEIGHT_DTYPES, QuantizedWeight
 
-PANEL_ELEMENTS = 1 << 20  # of Ŵ decoded at a time to measure its error: 4 MiB in fp32
+PANELS = 8  # in which a weight's error is measured: fp32 Ŵ then takes a quarter of a bf16 weight's bytes
+SMALLEST_PANEL = 1 << 20  # elements
 HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
@@ -162,8 +163,8 @@ def quantize_model(
     so a second call changes nothing. Training modes, hooks, biases and every `requires_grad` are kept; a module
     registered under two names is replaced under both.
 
-    Weights are quantized one by one on their device and freed as it goes: the extra memory at the peak is less than
-    the largest weight. Every weight is checked for NaN and inf before the first one is replaced.
+    Weights are quantized one by one on their device and freed as it goes: the extra memory at the peak is about the
+    bytes of the largest one. Every weight is checked for NaN and inf before the first one is replaced.
 
     Args:
         model: any module that contains layers.
@@ -385,10 +386,11 @@ def _quantize_layer(model, names: list[str], lora, quant_options, who: str) -> Q
 
 def squared_error(qweight: QuantizedWeight, weight: Tensor) -> tuple[float, float]:
     """(|Ŵ - W|², |W|²), the differences in fp32, summed in fp64, a panel of rows at a time."""
-    step = max(1, PANEL_ELEMENTS // max(1, weight.shape[1]))
+    N, K = weight.shape
+    rows = max(-(-N // PANELS), SMALLEST_PANEL // max(K, 1), 1)
     error = total = 0.0
-    for begin in range(0, weight.shape[0], step):
-        panel = weight[begin : begin + step].float()
+    for begin in range(0, N, rows):
+        panel = weight[begin : begin + rows]
         decoded = dequantize(qweight, torch.float32, rows=(begin, begin + panel.shape[0]))
         total += torch.linalg.vector_norm(panel, dtype=torch.float64).item() ** 2
         error += torch.linalg.vector_norm(decoded.sub_(panel), dtype=torch.float64).item() ** 2

@@ -141,7 +141,7 @@ def test_panels_do_not_change_the_error(monkeypatch):
     model = Net()
     other = copy.deepcopy(model)
     whole = nf4.quantize_model(model, **OPTIONS)
-    monkeypatch.setattr(model_module, "PANEL_ELEMENTS", 100)
+    monkeypatch.setattr(model_module, "SMALLEST_PANEL", 100)
     assert nf4.quantize_model(other, **OPTIONS).rms_error == pytest.approx(whole.rms_error, rel=1e-12)
 
 
