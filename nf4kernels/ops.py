@@ -7,7 +7,7 @@ checked where the op is implemented; a fake checks only what its shapes need.
 import torch
 from torch import Tensor
 
-from .quantized_weight import SUPERBLOCK, absmax_shape, packed_shape
+from .quantized_weight import SUPERBLOCK, absmax_shape, check_block_size, packed_shape
 
 LIBRARY = torch.library.Library("nf4kernels", "DEF")
 
@@ -35,8 +35,16 @@ LIBRARY.define(f"linear(Tensor x, {WEIGHT}, Tensor? bias) -> Tensor")
 LIBRARY.define(f"linear_dgrad(Tensor dy, {WEIGHT}) -> Tensor")
 
 
+def _check_devices(op: str, *tensors: Tensor | None) -> None:
+    """A meta tensor among real ones brings a call here: without this check its result would be uninitialised memory."""
+    devices = {t.device for t in tensors if t is not None}
+    torch._check(len(devices) == 1, lambda: f"nf4kernels.{op}: tensors must be on one device, got {devices}")
+
+
 @torch.library.register_fake("nf4kernels::quantize", lib=LIBRARY)
 def _(weight: Tensor, code: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    check_block_size(block_size, "nf4kernels.quantize")
+    _check_devices("quantize", weight, code)
     N, K = weight.shape
     packed = weight.new_empty(packed_shape(N, K), dtype=torch.uint8)
     return packed, weight.new_empty(absmax_shape(N, K, block_size), dtype=torch.float32)
@@ -44,19 +52,33 @@ def _(weight: Tensor, code: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("nf4kernels::quantize_absmax", lib=LIBRARY)
 def _(absmax: Tensor, scale_code: Tensor, scale_is_e4m3: bool) -> tuple[Tensor, Tensor, Tensor]:
+    _check_devices("quantize_absmax", absmax, scale_code)
     superblocks = -(-absmax.numel() // SUPERBLOCK)
     return absmax.new_empty(absmax.shape, dtype=torch.uint8), absmax.new_empty(superblocks), absmax.new_empty(())
+
+
+def _check_range(name, begin, end, size) -> None:
+    torch._check(
+        begin >= 0 and begin <= end and end <= size,
+        lambda: f"nf4kernels.dequantize: {name} must be a range within 0..{size}, got {begin}..{end}",
+    )
 
 
 @torch.library.register_fake("nf4kernels::dequantize", lib=LIBRARY)
 def _(packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size,
       row_begin, row_end, col_begin, col_end, dtype):  # fmt: skip
+    _check_devices("dequantize", packed, absmax, scale_absmax, scale_offset, code, scale_code)
+    _check_range("rows", row_begin, row_end, N)
+    _check_range("cols", col_begin, col_end, K)
     return packed.new_empty((row_end - row_begin, col_end - col_begin), dtype=dtype)
 
 
 @torch.library.register_fake("nf4kernels::dequantize_out", lib=LIBRARY)
 def _(packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size,
       row_begin, row_end, col_begin, col_end, out):  # fmt: skip
+    _check_devices("dequantize", packed, absmax, scale_absmax, scale_offset, code, scale_code, out)
+    _check_range("rows", row_begin, row_end, N)
+    _check_range("cols", col_begin, col_end, K)
     torch._check(
         out.shape == (row_end - row_begin, col_end - col_begin),
         lambda: (
@@ -68,6 +90,7 @@ def _(packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_
 
 @torch.library.register_fake("nf4kernels::linear", lib=LIBRARY)
 def _(x, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size, bias):
+    _check_devices("linear", x, packed, absmax, scale_absmax, scale_offset, code, scale_code, bias)
     torch._check(
         x.dim() > 0 and x.shape[-1] == K,
         lambda: f"nf4kernels.linear: x must have K={K} columns, got shape {list(x.shape)}",
@@ -77,6 +100,7 @@ def _(x, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, blo
 
 @torch.library.register_fake("nf4kernels::linear_dgrad", lib=LIBRARY)
 def _(dy, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size):
+    _check_devices("linear_dgrad", dy, packed, absmax, scale_absmax, scale_offset, code, scale_code)
     torch._check(
         dy.dim() > 0 and dy.shape[-1] == N,
         lambda: f"nf4kernels.linear_dgrad: dy must have N={N} columns, got shape {list(dy.shape)}",
