@@ -4,6 +4,7 @@ Poison: while a test runs, every allocation by torch, in Python or C++, is fille
 an element which no kernel wrote shows every time. A kernel's own malloc is poisoned in `test_memory.py`.
 """
 
+import logging
 import os
 
 # Read when torch loads OpenMP. Threads that spin while they wait make a test 200 times slower on a loaded machine.
@@ -13,6 +14,9 @@ import cases
 import hypothesis
 import pytest
 import torch
+
+# torch's trace log, thousands of lines a compiled test, would bury the report of a failure.
+logging.getLogger("torch.__trace").propagate = False
 
 # The same examples on every run and machine; `--hypothesis-profile=explore` draws new ones. The isa fixture stays the
 # same over all examples of a test, which is what the suppressed check warns about.

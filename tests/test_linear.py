@@ -258,3 +258,18 @@ def test_the_bound_bites(dtype):
         for k in range(K):
             running += x[:, k : k + 1] * w[:, k].to(dtype)
         refused(running)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
+def test_the_bound_bites_on_a_codebook_rounded_to_nearest(dtype):
+    """The bias of NF4's levels rounded to 16 bits shows once x has a mean, which is why the bound is checked there."""
+    qweight = cases.quantized(64, 4096, Layout(scale_codebook=None))
+    rounded = cases.dense(cases.with_tensors(qweight, code=qweight.code.to(dtype).float()))
+    for mean, passes in ((0.0, True), (1.0, False)):
+        x = cases.activations(16, 4096, dtype, mean)
+        actual = (x.double() @ rounded.double().T).to(dtype)
+        if passes:
+            assert_product_within_bound(actual, x, cases.dense(qweight).T, "rounded levels")
+        else:
+            with pytest.raises(AssertionError, match="rows over: 16 of 16"):
+                assert_product_within_bound(actual, x, cases.dense(qweight).T, "rounded levels")
