@@ -23,6 +23,8 @@ namespace {
 struct Fp32Core {
   using Element = float;
   static constexpr int kStep = 1;
+  static constexpr int kRun =
+      16;  // chains of 64 left 1 row of 50,000 outside dense fp32's error bound; 6 % slower than 256
   static Isa::F multiply_add(const Element* x, Isa::F b, Isa::F acc) { return Isa::fma(Isa::set1(*x), b, acc); }
   static Isa::F load_columns(const Element* b) { return Isa::load(b); }
   static void put(Element* out, float a) { *out = a; }
@@ -69,33 +71,38 @@ void pack_tiles(const T* x, int64_t rows, int64_t depth, int64_t tile_begin, int
     }
 }
 
-// acc[ROWS][kVectors] over `steps`, into (first slice) or onto (later ones) the fp32 tile of row length kTileCols.
+// acc[ROWS][kVectors] over runs of kRun, added up in the fp32 tile of row length kTileCols, which `first` starts.
 template <class Core, int ROWS>
 void register_tile(const typename Core::Element* x, const typename Core::Element* b, int64_t steps, bool first,
                    float* tile) {
-  Isa::F acc[ROWS][kVectors];
-#pragma GCC unroll 12
-  for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) acc[r][v] = Isa::zero();
-  for (int64_t s = 0; s < steps; ++s) {
-    Isa::F cols[kVectors];
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) cols[v] = Core::load_columns(b + v * Isa::L * Core::kStep);
+  do {
+    const int64_t run = steps < Core::kRun / Core::kStep ? steps : Core::kRun / Core::kStep;
+    Isa::F acc[ROWS][kVectors];
 #pragma GCC unroll 12
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) acc[r][v] = Core::multiply_add(x + r * Core::kStep, cols[v], acc[r][v]);
-    x += ROWS * Core::kStep;
-    b += kTileCols * Core::kStep;
-  }
-#pragma GCC unroll 12
-  for (int r = 0; r < ROWS; ++r)
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = Isa::zero();
+    for (int64_t s = 0; s < run; ++s) {
+      Isa::F cols[kVectors];
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) {
-      float* out = tile + r * kTileCols + v * Isa::L;
-      Isa::store(out, first ? acc[r][v] : Isa::add(acc[r][v], Isa::load(out)));
+      for (int v = 0; v < kVectors; ++v) cols[v] = Core::load_columns(b + v * Isa::L * Core::kStep);
+#pragma GCC unroll 12
+      for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) acc[r][v] = Core::multiply_add(x + r * Core::kStep, cols[v], acc[r][v]);
+      x += ROWS * Core::kStep;
+      b += kTileCols * Core::kStep;
     }
+#pragma GCC unroll 12
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) {
+        float* out = tile + r * kTileCols + v * Isa::L;
+        Isa::store(out, first ? acc[r][v] : Isa::add(acc[r][v], Isa::load(out)));
+      }
+    first = false;
+    steps -= run;
+  } while (steps > 0);
 }
 
 // The row of a dispatch table for this Isa and Core.

@@ -10,6 +10,7 @@ namespace {
 struct Bf16Core {
   using Element = BFloat16;
   static constexpr int kStep = 2;
+  static constexpr int kRun = kGemmDepth;
   static Isa::F multiply_add(const Element* x, Isa::F b, Isa::F acc) {
     int32_t pair;
     std::memcpy(&pair, x, 4);
