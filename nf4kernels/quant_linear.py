@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .codebook import CODEBOOKS
+from .codebook import CODEBOOKS, SCALE_CODEBOOKS
 from .functional import dequantize, linear_from_args, lora_linear_from_args, quantize
 from .lora import LoraConfig, init_adapter
 from .quantized_weight import WEIGHT_DTYPES, QuantizedWeight, tensor_specs
@@ -193,19 +193,10 @@ class QuantLinear(nn.Linear):
             self.in_features, self.out_features, self.bias is not None, device=self.weight.device, dtype=source
         )
         code = self.code if self.codebook == "custom" else self.codebook
-        scale_codebook = self.scale_codebook or "e4m3"
-        fresh = QuantLinear.from_linear(
-            dense,
-            None,
-            None,
-            codebook=code,
-            block_size=self.block_size,
-            double_quant=self.double_quant,
-            scale_codebook=scale_codebook,
-        )
-        with torch.no_grad():
-            for name, tensor in fresh.state_dict().items():
-                self.get_buffer(name).copy_(tensor) if name in self._buffers else getattr(self, name).copy_(tensor)
+        scale_codebook = self.scale_codebook if self.scale_codebook in SCALE_CODEBOOKS else "e4m3"
+        self.set_qweight(quantize(dense.weight, code, self.block_size, self.double_quant, scale_codebook))
+        if self.bias is not None:
+            self.bias.data.copy_(dense.bias)
         if self.lora is not None:
             init_adapter(self.lora_A, self.lora_B, self.lora)
 
@@ -234,10 +225,15 @@ class QuantLinear(nn.Linear):
                 errors.append(f"{key}: this layer has no double quantization, its scales are float32")
             elif value.dtype != dtype or tuple(value.shape) != shape:
                 errors.append(f"{key} must be {dtype} {list(shape)}, got {value.dtype} {list(value.shape)}")
-        code = state_dict.get(prefix + "code")
-        named = self.codebook != "custom" and code is not None and not code.is_meta
-        if not errors and named and not torch.equal(code.cpu(), CODEBOOKS[self.codebook]):
-            errors.append(f"{prefix}code must be the {self.codebook} codebook, got {code.tolist()}")
+        for name, codebook, known in (
+            ("code", self.codebook, CODEBOOKS),
+            ("scale_code", self.scale_codebook, SCALE_CODEBOOKS),
+        ):
+            levels = state_dict.get(prefix + name)
+            if errors or levels is None or levels.is_meta or codebook not in known:
+                continue
+            if not torch.equal(levels.cpu(), known[codebook]):
+                errors.append(f"{prefix}{name} must be the {codebook} codebook, got {levels[:4].tolist()}...")
         if errors:
             error_msgs.extend(f"nf4kernels.QuantLinear: {error}" for error in errors)
             return
