@@ -201,13 +201,16 @@ class QuantLinear(nn.Linear):
             init_adapter(self.lora_A, self.lora_B, self.lora)
 
     def _apply(self, fn, recurse: bool = True):
-        """As nn.Module, but a dtype cast never reaches the scales: the original goes to the new device instead."""
-        before = {name: getattr(self, name) for name in BUFFERS}
+        """As nn.Module, but a dtype cast never reaches the weight: the original goes to the new device instead."""
+        before = {name: getattr(self, name) for name in (*BUFFERS, "source_dtype")}
+        packed = self.weight.data
         super()._apply(fn, recurse)
         for name, old in before.items():
             new = getattr(self, name)
             if old is not None and new.dtype != old.dtype:
                 setattr(self, name, old.to(new.device))
+        if self.weight.dtype != packed.dtype:  # Module.type casts integers too
+            self.weight.data = packed.to(self.weight.device)
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, error_msgs) -> None:
@@ -225,6 +228,9 @@ class QuantLinear(nn.Linear):
                 errors.append(f"{key}: this layer has no double quantization, its scales are float32")
             elif value.dtype != dtype or tuple(value.shape) != shape:
                 errors.append(f"{key} must be {dtype} {list(shape)}, got {value.dtype} {list(value.shape)}")
+        source = state_dict.get(prefix + "source_dtype")
+        if not errors and source is not None and not source.is_meta and source.item() >= len(WEIGHT_DTYPES):
+            errors.append(f"{prefix}source_dtype must be 0 (float32), 1 (bfloat16) or 2 (float16), got {source.item()}")
         for name, codebook, known in (
             ("code", self.codebook, CODEBOOKS),
             ("scale_code", self.scale_codebook, SCALE_CODEBOOKS),
