@@ -71,12 +71,25 @@ void pack_tiles(const T* x, int64_t rows, int64_t depth, int64_t tile_begin, int
     }
 }
 
-// acc[ROWS][kVectors] over runs of kRun, added up in the fp32 tile of row length kTileCols, which `first` starts.
+// One depth slice's sum for ROWS x kTileCols elements, which starts (first) or is added to the fp32 tile. It is summed
+// in three levels, registers over kRun products, then runs, then slices: no chain is longer than kRun or K /
+// kGemmDepth.
 template <class Core, int ROWS>
 void register_tile(const typename Core::Element* x, const typename Core::Element* b, int64_t steps, bool first,
                    float* tile) {
-  do {
-    const int64_t run = steps < Core::kRun / Core::kStep ? steps : Core::kRun / Core::kStep;
+  constexpr int64_t kRunSteps = Core::kRun / Core::kStep;
+  const auto add_to = [](float* sums, bool start, Isa::F(&acc)[ROWS][kVectors]) {
+#pragma GCC unroll 12
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) {
+        float* out = sums + r * kTileCols + v * Isa::L;
+        Isa::store(out, start ? acc[r][v] : Isa::add(acc[r][v], Isa::load(out)));
+      }
+  };
+  float slice[ROWS * kTileCols];
+  for (int64_t done = 0; done == 0 || done < steps; done += kRunSteps) {
+    const int64_t run = steps - done < kRunSteps ? steps - done : kRunSteps;
     Isa::F acc[ROWS][kVectors];
 #pragma GCC unroll 12
     for (int r = 0; r < ROWS; ++r)
@@ -93,16 +106,13 @@ void register_tile(const typename Core::Element* x, const typename Core::Element
       x += ROWS * Core::kStep;
       b += kTileCols * Core::kStep;
     }
-#pragma GCC unroll 12
-    for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) {
-        float* out = tile + r * kTileCols + v * Isa::L;
-        Isa::store(out, first ? acc[r][v] : Isa::add(acc[r][v], Isa::load(out)));
-      }
-    first = false;
-    steps -= run;
-  } while (steps > 0);
+    if (steps <= kRunSteps) return add_to(tile, first, acc);
+    add_to(slice, done == 0, acc);
+  }
+  for (int i = 0; i < ROWS * kTileCols; i += Isa::L) {
+    const Isa::F sum = Isa::load(slice + i);
+    Isa::store(tile + i, first ? sum : Isa::add(sum, Isa::load(tile + i)));
+  }
 }
 
 // The row of a dispatch table for this Isa and Core.
