@@ -88,10 +88,11 @@ def dequantize(
         `out`, or a new contiguous tensor.
 
     Raises:
-        TypeError: dtype or out's dtype is none of the three.
+        TypeError: dtype or out's dtype is none of the three, or qweight is no QuantizedWeight.
         ValueError: a range outside the weight, or out of another shape, device or layout.
     """
     who = "nf4kernels.dequantize"
+    _check_weight(qweight, who)
     dtype = dtype if out is None else out.dtype
     if dtype not in WEIGHT_DTYPES:
         raise TypeError(f"{who}: {'dtype' if out is None else 'out'} must be float32, bfloat16 or float16, got {dtype}")
@@ -127,9 +128,10 @@ def linear(x: Tensor, qweight: QuantizedWeight, bias: Tensor | None = None) -> T
         `[..., N]` in x's dtype; products are summed in fp32. A float32 x is computed in true fp32.
 
     Raises:
-        TypeError: x is of another dtype.
+        TypeError: x is of another dtype, or qweight is no QuantizedWeight.
         ValueError: a shape does not fit, or the tensors are on different devices.
     """
+    _check_weight(qweight, "nf4kernels.linear")
     return linear_from_args(x, qweight.op_args(), bias, "nf4kernels.linear")
 
 
@@ -156,11 +158,12 @@ def lora_linear(
         `[..., N]` in x's dtype.
 
     Raises:
-        TypeError: x is not float32, bfloat16 or float16.
+        TypeError: x is not float32, bfloat16 or float16, or qweight is no QuantizedWeight.
         ValueError: a shape does not fit, dropout_p is out of range, or the tensors are on different devices.
 
     Source: LoRA (arXiv 2106.09685), section 4.1; QLoRA (arXiv 2305.14314), equation 5.
     """
+    _check_weight(qweight, "nf4kernels.lora_linear")
     return lora_linear_from_args(x, qweight.op_args(), lora_A, lora_B, scaling, bias, dropout_p)
 
 
@@ -191,16 +194,27 @@ def lora_linear_from_args(
     return _LoraLinear.apply(x, lora_A, lora_B, bias, scaling, dropout_p, *weight_args)
 
 
+def autocast_is_on(x: Tensor) -> bool:
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)  # torch knows no autocast for meta, and raises
+
+
+def _check_weight(qweight: QuantizedWeight, who: str) -> None:
+    if not isinstance(qweight, QuantizedWeight):
+        raise TypeError(f"{who}: qweight must be a QuantizedWeight, got {type(qweight).__name__}")
+
+
 def _check_input(x: Tensor, weight_args: tuple, bias: Tensor | None, who: str) -> tuple[Tensor, Tensor | None]:
     """x and bias in the compute dtype: autocast's where it is on, else x's own."""
     packed, N, K = weight_args[0], weight_args[6], weight_args[7]
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{who}: x must be a tensor, got {type(x).__name__}")
     if x.dtype not in WEIGHT_DTYPES:
         raise TypeError(f"{who}: x must be float32, bfloat16 or float16 (cast it, or set compute_dtype), got {x.dtype}")
     if x.dim() == 0 or x.shape[-1] != K:
         raise ValueError(f"{who}: x must have K={K} columns, got shape {list(x.shape)}")
     if x.device != packed.device:
         raise ValueError(f"{who}: x must be on {packed.device} as the weight is, got {x.device}")
-    if torch.is_autocast_enabled(x.device.type):
+    if autocast_is_on(x):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if bias is not None:
         if bias.shape != (N,):

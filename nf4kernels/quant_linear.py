@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .codebook import CODEBOOKS, SCALE_CODEBOOKS
-from .functional import dequantize, linear_from_args, lora_linear_from_args, quantize
+from .functional import autocast_is_on, dequantize, linear_from_args, lora_linear_from_args, quantize
 from .lora import LoraConfig, init_adapter
 from .quantized_weight import WEIGHT_DTYPES, QuantizedWeight, tensor_specs
 
@@ -119,7 +119,7 @@ class QuantLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         in_dtype = x.dtype
-        cast = self.compute_dtype is not None and not torch.is_autocast_enabled(x.device.type)
+        cast = self.compute_dtype is not None and not autocast_is_on(x)
         if cast and in_dtype in WEIGHT_DTYPES:
             x = x.to(self.compute_dtype)
         if self.lora is None:
