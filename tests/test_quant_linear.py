@@ -174,6 +174,20 @@ def test_meta_then_assign(lora):
     assert_works(empty)
 
 
+@pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("lora", [None, LORA, LoraConfig(r=4, dropout=0.5)], ids=["plain", "lora", "dropout"])
+def test_meta_forward_and_backward_give_shapes(lora, compute_dtype):
+    """A whole model is often run on meta to learn its shapes and sizes."""
+    layer = QuantLinear(100, 37, lora=lora, compute_dtype=compute_dtype, dtype=torch.float32, device="meta")
+    x = torch.empty(2, 5, 100, device="meta", requires_grad=True)
+    y = layer(x)
+    assert y.is_meta
+    assert (y.shape, y.dtype) == ((2, 5, 37), torch.float32)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    assert layer.bias.grad.shape == (37,)
+
+
 def test_meta_then_to_empty_and_load():
     layer = make()
     empty = QuantLinear(100, 37, lora=LORA, dtype=torch.float32, device="meta")
