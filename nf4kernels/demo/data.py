@@ -10,6 +10,7 @@ from torch import Tensor
 
 WORDNET = Path(__file__).parent / "wordnet.jsonl"
 HELD_OUT = 128  # examples that every evaluation uses, at most
+EVALUATION_TOKENS = 1024  # in a batch: 300 MB of logits at 49152 words
 IGNORED = -100  # target of a position that is not part of an answer
 
 
@@ -22,7 +23,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded token rows: ids, mask `[rows, length]`; targets `[rows, length]`, the next token where it is answer."""
+    """Right-padded token rows: ids, mask, and targets (the next token where that is answer), each `[rows, length]`."""
 
     ids: Tensor
     mask: Tensor
@@ -107,22 +108,28 @@ def training_batches(rows: list[tuple[list[int], int]], batch: int, steps: int, 
     """`steps` batches, rows drawn without repeat until all were used.
 
     Sixteen batches at a time are sorted by length before they are cut, so that a batch has little padding, and then
-    shuffled, so that lengths come in random order.
+    shuffled, so that lengths come in random order. The last batch before a row comes again may be smaller.
     """
     draw = random.Random(seed)
-    order: list[int] = []
     batches: list[Batch] = []
     while len(batches) < steps:
-        while len(order) < 16 * batch:
-            order += draw.sample(range(len(rows)), len(rows))
-        group, order = sorted(order[: 16 * batch], key=lambda i: len(rows[i][0])), order[16 * batch :]
-        cut = [collate([rows[i] for i in group[at : at + batch]]) for at in range(0, len(group), batch)]
-        draw.shuffle(cut)
-        batches += cut
+        order = draw.sample(range(len(rows)), len(rows))
+        for start in range(0, len(order), 16 * batch):
+            group = sorted(order[start : start + 16 * batch], key=lambda i: len(rows[i][0]))
+            cut = [collate([rows[i] for i in group[at : at + batch]]) for at in range(0, len(group), batch)]
+            draw.shuffle(cut)
+            batches += cut
+            if len(batches) >= steps:
+                break
     return batches[:steps]
 
 
-def evaluation_batches(rows: list[tuple[list[int], int]], batch: int = 32) -> list[Batch]:
-    """Every row once, rows of similar length together."""
-    rows = sorted(rows, key=lambda row: len(row[0]))
-    return [collate(rows[at : at + batch]) for at in range(0, len(rows), batch)]
+def evaluation_batches(rows: list[tuple[list[int], int]]) -> list[Batch]:
+    """Every row once, rows of similar length together, at most EVALUATION_TOKENS a batch."""
+    batches, group = [], []
+    for row in sorted(rows, key=lambda row: len(row[0])):
+        if group and (len(group) + 1) * len(row[0]) > EVALUATION_TOKENS:
+            batches.append(collate(group))
+            group = []
+        group.append(row)
+    return [*batches, collate(group)]

@@ -1,7 +1,7 @@
 """Makes `wordnet.jsonl` again: `python -m nf4kernels.demo.make_wordnet DICT_DIR OUT.jsonl`.
 
-DICT_DIR holds WordNet 3.0's `index.*` and `data.*` files; the Debian package wordnet-base puts them in /usr/share/wordnet.
-The same input gives the same bytes.
+DICT_DIR holds WordNet 3.0's `index.*` and `data.*` files, /usr/share/wordnet of the Debian package wordnet-base. The
+same input gives the same bytes.
 """
 
 import json

@@ -7,8 +7,6 @@ from pathlib import Path
 
 from .training import peak_bytes
 
-GREY, BLUE, RED = "0.6", "tab:blue", "tab:red"
-
 
 class Stages:
     """Prints the title of every stage as it begins and keeps the seconds that each stage and each aside took."""
@@ -87,40 +85,45 @@ def time_table(seconds: dict[str, float], apart: str) -> str:
 
 
 def plot_loss(path: Path, training: list[float], losses: dict[str, float]) -> None:
-    """The loss of every step, its running mean, and the held-out losses as horizontal lines."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
+    """The loss of every step, its running mean, and the held-out losses as horizontal lines with their values."""
+    figure, axes = _axes("step", "loss, nats a token", "LoRA fine-tuning through 4-bit weights")
     steps = range(1, len(training) + 1)
-    axes.plot(steps, training, color=GREY, linewidth=0.8, label="training, each step")
     window = max(1, len(training) // 10)
     smooth = [sum(training[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(training))]
-    axes.plot(steps, smooth, color=BLUE, linewidth=2, label=f"training, mean of {window} steps")
-    for (name, loss), style in zip(losses.items(), ("-", "--", "-.", ":", (0, (5, 1)))):
-        axes.axhline(loss, color=RED, linestyle=style, linewidth=1, label=f"held out, {name}: {loss:.3f}")
-    axes.set(xlabel="step", ylabel="loss, nats a token", title="LoRA fine-tuning through 4-bit weights")
+    axes.plot(steps, training, color="0.75", linewidth=0.8, label="training, each step")
+    axes.plot(steps, smooth, color="black", linewidth=2, label=f"training, mean of {window} steps")
+    for i, (name, loss) in enumerate(losses.items()):
+        style = "-" if i % 2 else "--"
+        axes.axhline(loss, color=f"C{i}", linestyle=style, linewidth=1.2, label=f"held out, {name}: {loss:.3f}")
     axes.set_xlim(1, max(2, len(training)))
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    _save(figure, axes, path)
 
 
 def plot_weight_error(path: Path, report) -> None:
     """Relative RMS error of every layer, one line a kind, over the depth of the model."""
+    title = "What rounding to 4 bits costs: |Ŵ - W| / |W|"
+    figure, axes = _axes("layer, from input to output", "relative RMS error, %", title)
+    for kind, layers in report.by_kind().items():
+        axes.plot([100 * x.rms_error for x in layers], marker="o", markersize=3, linewidth=0.8, label=kind)
+    mean = 100 * report.rms_error
+    axes.axhline(mean, color="0.4", linestyle="--", linewidth=1.2, label=f"all layers: {mean:.2f} %")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    _save(figure, axes, path)
+
+
+def _axes(x: str, y: str, title: str):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
-    for kind, layers in report.by_kind().items():
-        axes.plot([100 * x.rms_error for x in layers], marker="o", markersize=3, linewidth=1, label=kind)
-    axes.axhline(100 * report.rms_error, color=GREY, linestyle="--", linewidth=1)
-    axes.annotate(f"all layers: {100 * report.rms_error:.2f} %", (0, 100 * report.rms_error), xytext=(2, 3),
-                  textcoords="offset points", fontsize=8, color="0.3")  # fmt: skip
-    axes.set(xlabel="layer, from input to output", ylabel="relative RMS error, %",
-             title="What rounding to 4 bits costs: |Ŵ - W| / |W|")  # fmt: skip
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    axes.set(xlabel=x, ylabel=y, title=title)
     axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure, axes, path: Path) -> None:
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     figure.savefig(path, dpi=150)
 
 
@@ -145,5 +148,5 @@ def file_table(out: Path) -> str:
     lines = []
     for path in sorted(out.iterdir()):
         size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")))
-        lines.append(f"  {str(path):32} {mib(size):>10}  {kinds.get(path.name, '')}")
-    return "written:\n" + "\n".join(lines)
+        lines.append(f"  {path!s:32} {mib(size):>10}  {kinds.get(path.name, '')}")
+    return "  written\n" + "\n".join(lines)

