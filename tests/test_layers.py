@@ -1,0 +1,130 @@
+"""The layer rule of the package, read off its source: imports go downward, at the top of a file, to few packages."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import nf4kernels
+
+PACKAGE = Path(nf4kernels.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+MODULES = {".".join(f.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): f for f in FILES}
+
+# First match wins; a folder stands for all that it holds.
+LEVELS = {
+    "nf4kernels.codebook": 0,
+    "nf4kernels.quantized_weight": 0,
+    "nf4kernels.reference": 0,
+    "nf4kernels.ops": 1,
+    "nf4kernels.backends": 2,
+    "nf4kernels.functional": 3,
+    "nf4kernels.lora": 4,
+    "nf4kernels.quant_linear": 4,
+    "nf4kernels.model": 5,
+    "nf4kernels.checkpoint": 5,
+    "nf4kernels.adapters": 5,
+    "nf4kernels.atomic": 5,
+    "nf4kernels.integrations": 6,
+    "nf4kernels.cli": 7,
+    "nf4kernels.demo": 7,
+    "nf4kernels.__main__": 7,
+    "nf4kernels": 7,  # the front door: it re-exports, and nothing below imports it
+}
+ALLOWED = {"torch", "numpy", "scipy", "safetensors", "tqdm"}  # for levels 0 to 5
+OWN = "nf4kernels"
+
+
+def level(module: str) -> int:
+    if module == OWN:
+        return LEVELS[OWN]
+    return next(n for name, n in LEVELS.items() if name != OWN and (module + ".").startswith(name + "."))
+
+
+def imports(module: str, file: Path):
+    """(line, imported module, is it inside a function) of every import statement, relative ones resolved."""
+    tree = ast.parse(file.read_text())
+    nested = {
+        inner
+        for outer in ast.walk(tree)
+        if isinstance(outer, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        for inner in ast.walk(outer)
+    }
+    package = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name, node in nested
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join(base + ([node.module] if node.module else []))
+            for alias in node.names:
+                full = f"{source}.{alias.name}"
+                yield node.lineno, full if full in MODULES else source, node in nested
+
+
+def dynamic_imports(file: Path):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Call):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if name in ("import_module", "__import__"):
+                yield node.lineno
+
+
+def violations(module: str, file: Path) -> list[str]:
+    own = level(module)
+    found = []
+    for line, imported, inside in imports(module, file):
+        where = f"{file.name}:{line} imports {imported}"
+        root = imported.split(".")[0]
+        if root == OWN:
+            if module != OWN and level(imported) > own:
+                found.append(f"{where}: level {level(imported)} from level {own}")
+        elif own <= 5 and root not in ALLOWED and root not in sys.stdlib_module_names:
+            found.append(f"{where}: levels 0 to 5 need {sorted(ALLOWED)} alone")
+        if inside and own <= 5:
+            found.append(f"{where} inside a function")
+    if own <= 5:
+        found += [f"{file.name}:{line} imports by name at run time" for line in dynamic_imports(file)]
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports(module):
+    assert violations(module, MODULES[module]) == []
+
+
+def test_the_rule_bites(tmp_path):
+    source = tmp_path / "reference.py"
+    source.write_text(
+        "import pandas\n"
+        "from .functional import linear\n"
+        "from . import model\n"
+        "import nf4kernels.cli\n"
+        "def f():\n"
+        "    from . import codebook\n"
+        "    __import__('peft')\n"
+    )
+    found = violations("nf4kernels.reference", source)
+    assert [v.split(" imports ")[0].split(":")[1] for v in found] == ["1", "2", "3", "4", "6", "7"]
+
+
+def test_every_module_has_a_level():
+    for module in MODULES:
+        assert isinstance(level(module), int)
+
+
+def test_banned_names():
+    for file in FILES:
+        assert not {"utils", "misc", "common", "helpers"} & set(file.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def test_importing_the_package_imports_no_framework():
+    """None of the optional frameworks, nor any of their seconds, comes with `import nf4kernels`."""
+    code = "import sys, nf4kernels; print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(result.stdout.split())
+    assert "nf4kernels" in loaded
+    assert not loaded & {"transformers", "peft", "bitsandbytes", "matplotlib", "gguf", "pytest", "accelerate"}
