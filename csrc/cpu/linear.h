@@ -4,6 +4,9 @@
 // Inner loop   32 codes of L rows of W are transposed as bytes, 16 at a time, so that each lookup yields L output
 // columns
 //              of one k. (Transposing decoded fp32 would move 8 times the bytes.)
+// Prefetch     each row's next slice: the rows lie K/2 bytes apart, further than the hardware looks ahead (5.0 to 4.2
+// ms
+//              at M = 16 out of cache; 4096x4096, one core of a Zen 4 EPYC).
 // Flops        2*M*N*K; decoding is 0.3 instructions a weight, 5 % of the bf16 products at M = 64.
 // Needs        the vector path needs K % 32 == 0; other K decode whole spans first.
 #pragma once
@@ -49,7 +52,10 @@ void decode_rows(const Weight& w, int64_t n, int64_t rows, int64_t k, int64_t co
     const int64_t first = n + v * Isa::L < n + rows ? n + v * Isa::L : n + rows - 1;
     const int64_t here = n + rows - first < Isa::L ? n + rows - first : Isa::L;
     const uint8_t* sources[Isa::L];
-    for (int64_t r = 0; r < Isa::L; ++r) sources[r] = w.packed + (first + (r < here ? r : here - 1)) * (w.K / 2);
+    for (int64_t r = 0; r < Isa::L; ++r) {
+      sources[r] = w.packed + (first + (r < here ? r : here - 1)) * (w.K / 2);
+      for (int64_t line = 0; line < count / 2; line += 64) __builtin_prefetch(sources[r] + (k + count) / 2 + line);
+    }
     Isa::F scale = row_scales(w, first, here, k);
     for (int64_t i = 0; i < count; i += 32) {
       if (i > 0 && (scale_every_32 || ((k + i) & block_mask) == 0)) scale = row_scales(w, first, here, k + i);

@@ -10,6 +10,8 @@ struct DgradBf16 : Bf16Core {
     const Isa::Table table = Isa::load_table(w.code);
     for (int64_t i = 0; i < count; i += 2) {
       Isa::F even, odd, next_even = Isa::zero(), next_odd = Isa::zero();
+      prefetch_row(w, n + i, k);
+      prefetch_row(w, n + i + 1, k);
       decode_even_odd(w, table, n + i, k, cols, even, odd);
       if (n + i + 1 < w.N) decode_even_odd(w, table, n + i + 1, k, cols, next_even, next_odd);
       store_pairs(slice + i * kTileCols, even, next_even);
