@@ -2,17 +2,18 @@
 
 import copy
 import json
+import math
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
 import nf4kernels as nf4
-from nf4kernels.demo import data, pipeline, smollm2
-from nf4kernels.demo.settings import Settings
+from nf4kernels.demo import byte_model, data, pipeline, smollm2
 from nf4kernels.demo.training import evaluate
 
 OFFLINE = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}  # pip then finds nothing at all
@@ -165,11 +166,25 @@ def test_an_interrupted_run_leaves_the_earlier_output(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "results.json").write_text("earlier")
-    with pytest.raises(KeyboardInterrupt), pipeline.replacing_directory(out) as fresh:
-        (fresh / "results.json").write_text("half")
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with pipeline.replacing_directory(out) as fresh:
+            (fresh / "results.json").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert (out / "results.json").read_text() == "earlier"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_byte_model_learns_its_text(tmp_path):
+    """25 steps are enough for letter frequencies at least: below halfway from uniform bytes to their entropy."""
+    train, _ = data.read_examples(data.WORDNET)
+    losses = byte_model.make(tmp_path / "byte-model", train, steps=25, seed=0)
+    letters = Counter("".join(x.answer.strip().capitalize() + "\n" for x in train).encode())
+    entropy = -sum(n / letters.total() * math.log(n / letters.total()) for n in letters.values())
+    assert losses[-1] < (math.log(256) + entropy) / 2
 
 
 def test_without_network_the_run_says_so_and_writes_everything(offline_run):
@@ -185,6 +200,8 @@ def test_without_network_the_run_says_so_and_writes_everything(offline_run):
     for name in ("loss.png", "weight_error.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in out.parent.iterdir()} == {"demo-output", ".cache"}
+    adapter = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    assert Path(adapter["base_model_name_or_path"]) == Path("demo-output", "byte-model")
     for loss in json.loads((out / "results.json").read_text())["loss"].values():
         assert f"{loss:.3f}" in text
 

@@ -30,7 +30,8 @@ def make(directory: Path, examples: list[Example], steps: int, seed: int) -> lis
     model = LlamaForCausalLM(config)
     text = "".join(example.answer.strip().capitalize() + "\n" for example in examples)
     batches = running_text(torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"]), steps)
-    with torch.autocast("cpu", torch.bfloat16):
+    # without its cache, which would keep the first step's bf16 copies of the weights for all steps
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         losses, _ = train(model, batches, 3e-3, "train the byte model", weight_decay=0.1)
     model.to(torch.bfloat16).save_pretrained(directory)
     tokenizer.save_pretrained(directory)

@@ -17,7 +17,7 @@ from .settings import MADE_BY, RESULTS, Settings
 from .training import evaluate, train
 
 MAX_LENGTH = 256  # tokens of prompt and answer together; WordNet's are at most 60 in SmolLM2's words, 190 in bytes
-SAMPLES, SAMPLE_TOKENS = 3, 24
+SAMPLES, SAMPLE_TOKENS, SAMPLE_BYTES = 3, 24, 96
 GET, LOAD, QUANTIZE, TUNE = "get the model", "load it in 16 bits", "quantize it to 4 bits", "fine-tune LoRA through it"
 TRAIN_BYTES, MERGE, WRITE = "train a byte model instead", "merge the adapters into 16 bits", "write everything"
 EVALUATE, GENERATE = "evaluate (5 times)", "write sample answers"
@@ -55,12 +55,13 @@ class Demo:
         self.samples = [{"prompt": x.prompt, "reference": x.answer.strip()} for x in held_out[:SAMPLES]]
 
     def get(self) -> None:
-        """Set `directory` and `name`; where SmolLM2 cannot be had, train the byte model."""
+        """Set `name`, `directory` and `lasting`; where SmolLM2 cannot be had, train the byte model."""
         settings = self.settings
         with self.stages.stage(GET):
             try:
                 self.directory = settings.model or smollm2.fetch(settings.cache)
                 self.name = self.directory.resolve().name
+                self.lasting = self.directory
                 print(f"  {self.name} from {self.directory}")
                 return
             except smollm2.FetchError as error:
@@ -68,12 +69,14 @@ class Demo:
                     f"  {error}\n  No SmolLM2 then. The demo goes on with a small model over bytes, trained right here."
                 )
         with self.stages.stage(TRAIN_BYTES):
-            self.directory, self.name = self.out / "byte-model", "byte-model"
+            self.name, self.directory = "byte-model", self.out / "byte-model"
+            self.lasting = settings.out / "byte-model"  # where it is when the run is over
             byte_model.make(self.directory, self.train_examples, settings.byte_steps, settings.seed)
 
     def load(self) -> None:
         with self.stages.stage(LOAD):
             self.model, self.tokenizer = load(self.directory)
+            self.model.config._name_or_path = str(self.lasting)  # the adapter's files name the base model
             rows = [data.encode(x, self.tokenizer, MAX_LENGTH) for x in self.held_out]
             self.tests = data.evaluation_batches(rows)
             print(f"  {sum(p.numel() for p in self.model.parameters()) / 1e6:.1f} M parameters")
@@ -145,12 +148,13 @@ class Demo:
     @torch.no_grad()
     def generate(self, when: str) -> None:
         """The model's own answers to the first held-out prompts, always its likeliest next token."""
+        length = SAMPLE_BYTES if len(self.tokenizer) < 1000 else SAMPLE_TOKENS
         with self.stages.aside(GENERATE):
             for sample in self.samples:
                 ids, prompt_length = data.encode(data.Example(sample["prompt"], ""), self.tokenizer, MAX_LENGTH)
                 ids = torch.tensor([ids[:prompt_length]])
                 out = self.model.generate(
-                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=SAMPLE_TOKENS, do_sample=False,
+                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=length, do_sample=False,
                     pad_token_id=self.tokenizer.eos_token_id,
                 )  # fmt: skip
                 text = self.tokenizer.decode(out[0, prompt_length:], skip_special_tokens=True)
