@@ -32,13 +32,13 @@ $(VENV)/.venv:
 	touch $@
 
 $(VENV)/.torch: $(VENV)/.venv
-	$(BIN)/python -m pip install --quiet "$(TORCH)" "setuptools>=77" wheel
+	$(BIN)/python -m pip install --quiet "$(TORCH)" numpy "setuptools>=77" wheel
 	touch $@
 
 # torch first, on its own: it is then not replaced, and the extension is compiled against it.
 $(VENV)/.installed-%: $(VENV)/.torch $(BUILD)
 	@echo "setting up: $* (in $(VENV))"
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[$*]"
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[$*]"
 	touch $@
 
 # The linters need no build.
