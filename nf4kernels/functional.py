@@ -111,6 +111,8 @@ def dequantize(
         raise ValueError(f"{who}: out must be on {qweight.device}, got {out.device}")
     if out.numel() and out.stride(1) != 1:
         raise ValueError(f"{who}: out must be contiguous in its last dimension, got strides {list(out.stride())}")
+    if out.numel() and shape[0] > 1 and out.stride(0) < shape[1]:
+        raise ValueError(f"{who}: out must have rows that do not overlap, got strides {list(out.stride())}")
     _ops.dequantize_out(*qweight.op_args(), *bounds, out)
     return out
 
