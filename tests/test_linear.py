@@ -47,6 +47,25 @@ def test_long_contraction_and_x_with_a_mean(isa, codebook, mean, dtype):
             assert_linear_within_bound(x, qweight, None, f"{isa} {codebook} {scale_codebook} mean {mean} M={M}")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("K", [16384 + 64, 33000, 40000 - 1])
+def test_very_long_rows(isa, K, dtype):
+    """More than one slice of partial sums; blocks within a row, across rows, and rows that share bytes."""
+    for block_size in (64, 4096):
+        qweight = cases.quantized(35, K, Layout(block_size))
+        for M in (1, 4, 5):
+            assert_linear_within_bound(cases.activations(M, K, dtype, 1.0), qweight, None, f"{isa} {block_size} M={M}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("M", [511, 512, 513, 1100])
+def test_many_rows(isa, M, dtype):
+    """A kernel takes so many rows at a time; the rest is another pass."""
+    qweight = cases.quantized(70, 97)
+    x = cases.activations(M, 97, dtype)
+    assert_linear_within_bound(x, qweight, torch.randn(70).to(dtype), f"{isa} M={M}")
+
+
 @pytest.mark.parametrize("shape", EMPTY_SHAPES, ids=shape_id)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_empty_weight(isa, shape, dtype):

@@ -44,6 +44,22 @@ def test_long_contraction_and_dy_with_a_mean(isa, codebook, mean, dtype):
             assert_dgrad_within_bound(dy, qweight, f"{isa} {codebook} {scale_codebook} mean {mean} M={M}")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("shape", [(64, 16384 + 64), (33000, 40), (5, 40000 - 1)], ids=shape_id)
+def test_very_long_rows(isa, shape, dtype):
+    for block_size in (64, 4096):
+        qweight = cases.quantized(*shape, Layout(block_size))
+        for M in (1, 5):
+            assert_dgrad_within_bound(cases.activations(M, shape[0], dtype, 1.0), qweight, f"{isa} {block_size} M={M}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("M", [511, 512, 513, 1100])
+def test_many_rows(isa, M, dtype):
+    """A kernel takes so many rows at a time; the rest is another pass."""
+    assert_dgrad_within_bound(cases.activations(M, 97, dtype), cases.quantized(97, 70), f"{isa} M={M}")
+
+
 @pytest.mark.parametrize("shape", EMPTY_SHAPES, ids=shape_id)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_empty_weight(isa, shape, dtype):
