@@ -79,3 +79,15 @@ def assert_product_within_bound(
             f" allowed {bound[row]:.4g} (rows over: {(excess > 0).sum()} of {len(error)});"
             f" worst element [{row}, {column}]: got {actual[row, column].item()!r}, exact {exact[row, column].item()!r}"
         )
+
+
+def assert_unbiased(actual: Tensor, a: Tensor, matrix: Tensor, what: str) -> None:
+    """The slope of actual on the exact product is 1: a factor common to all outputs hides below the rows' bound.
+
+    Rounding Ŵ and the output to the dtype moves an output by at most eps of the terms' typical size, with a random
+    sign; the slope over n outputs then has a deviation of at most eps / sqrt(n), five of which are allowed.
+    """
+    exact = a.double() @ matrix.double()
+    slope = (actual.double() * exact).sum() / exact.square().sum()
+    allowed = 5 * torch.finfo(a.dtype).eps / exact.numel() ** 0.5
+    assert abs(slope - 1) <= allowed, f"{what}, {a.dtype}: slope {slope.item():.6f}, allowed 1 +- {allowed:.2g}"

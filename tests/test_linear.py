@@ -4,7 +4,7 @@ import cases
 import pytest
 import torch
 from cases import DEFAULT, DTYPES, EMPTY_SHAPES, LAYOUTS, ROWS, SHAPES, Layout, dtype_id, shape_id
-from numerics import assert_product_within_bound, assert_same_bits
+from numerics import assert_product_within_bound, assert_same_bits, assert_unbiased
 
 from nf4kernels import linear
 
@@ -207,6 +207,16 @@ def test_one_hot_x_reads_the_weight(isa, M, dtype):
             assert (y[: M - 1] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
+@pytest.mark.parametrize("codebook", ["nf4", "fp4", "int4", "af4", "custom"])
+def test_unbiased(isa, codebook, dtype):
+    qweight = cases.quantized(512, 512, Layout(codebook=codebook))
+    for M in (4, 64):
+        for mean in (0.0, 1.0):
+            x = cases.activations(M, 512, dtype, mean)
+            assert_unbiased(linear(x, qweight), x, cases.dense(qweight).T, f"linear {isa} {codebook} M={M}")
+
+
 def test_fp32_is_true_fp32(isa):
     """bf16 or tf32 anywhere would be 100 times over this: 2^-20 of |x|·|Ŵ|, sums of at most 512 terms in fp32."""
     qweight = cases.quantized(64, 1024)
@@ -272,6 +282,10 @@ def test_the_bound_bites(dtype):
     poisoned = good.clone()
     poisoned[4, 47] = torch.nan
     refused(poisoned)
+    big, wide = cases.activations(64, K, dtype), cases.dense(cases.quantized(512, K))
+    off_by_an_eps = big.double() @ wide.double().T * (1 + torch.finfo(dtype).eps)
+    with pytest.raises(AssertionError, match="slope 1"):
+        assert_unbiased(off_by_an_eps, big, wide.T, "wrong")
     if dtype != torch.float32:
         running = torch.zeros(M, N, dtype=dtype)
         for k in range(K):

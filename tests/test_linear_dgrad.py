@@ -4,7 +4,7 @@ import cases
 import pytest
 import torch
 from cases import DTYPES, EMPTY_SHAPES, LAYOUTS, ROWS, SHAPES, Layout, dtype_id, shape_id
-from numerics import assert_product_within_bound, assert_same_bits
+from numerics import assert_product_within_bound, assert_same_bits, assert_unbiased
 
 
 def dgrad(dy, qweight):
@@ -151,6 +151,16 @@ def test_one_hot_dy_reads_the_weight(isa, M, dtype):
             allowed = 1.5 * torch.finfo(dtype).eps * w[row].abs()
             assert ((dx[M - 1].double() - w[row]).abs() <= allowed).all(), (isa, row, layout)
             assert (dx[: M - 1] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
+@pytest.mark.parametrize("codebook", ["nf4", "fp4", "int4", "af4", "custom"])
+def test_unbiased(isa, codebook, dtype):
+    qweight = cases.quantized(512, 512, Layout(codebook=codebook))
+    for M in (4, 64):
+        for mean in (0.0, 1.0):
+            dy = cases.activations(M, 512, dtype, mean)
+            assert_unbiased(dgrad(dy, qweight), dy, cases.dense(qweight), f"linear_dgrad {isa} {codebook} M={M}")
 
 
 def test_fp32_is_true_fp32(isa):
