@@ -1,8 +1,8 @@
 // The 4-bit weight format, for every C++ and CUDA file: layout, index arithmetic, and the decode of one scale.
 //
-//   flat element i of the row-major [N, K] weight: nibble i of `packed` (even i in the high nibble), block i /
-//   block_size scale(b) = absmax[b], or scale_code[absmax[b]] * scale_absmax[b / 256] + scale_offset, each operation
-//   rounded once weight(i) = code[nibble i] * scale(block of i), rounded once to fp32, then once to the output dtype
+//   flat element i of the row-major [N, K] weight: nibble i of `packed` (even i in the high nibble), block i / block_size
+//   scale(b) = absmax[b], or scale_code[absmax[b]] * scale_absmax[b / 256] + scale_offset, each operation rounded once
+//   weight(i) = code[nibble i] * scale(block of i), rounded once to fp32, then once to the output dtype
 //
 // Everything here is `static`: a weak symbol compiled with AVX-512 flags could be linked into the whole program.
 #pragma once

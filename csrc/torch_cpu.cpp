@@ -1,13 +1,15 @@
 // The ops of nf4kernels/ops.py for CPU tensors: argument checks, allocation, threads, registration. No arithmetic here.
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <limits>
 #include <memory>
 #include <optional>
+#include <ostream>
 #include <tuple>
 #include <vector>
 
@@ -69,6 +71,8 @@ nf4::Weight checked_weight(const char* op, const Tensor& packed, const Tensor& a
                            const OptionalTensor& scale_absmax, const OptionalTensor& scale_offset, const Tensor& code,
                            const OptionalTensor& scale_code, int64_t N, int64_t K, int64_t block_size) {
   CHECK(N >= 0 && K >= 0, op, ": N and K must not be negative, got ", N, " and ", K);
+  CHECK(K == 0 || N <= (std::numeric_limits<int64_t>::max() - nf4::kMaxBlockSize) / K, op,
+        ": N and K must have a product within 63 bits, got ", N, " and ", K);
   nf4::Weight w{};
   w.N = N;
   w.K = K;
@@ -240,7 +244,6 @@ Tensor multiply(const Product& product, const Tensor& in, const nf4::Weight& w, 
   int64_t rows = 1;
   for (size_t d = 0; d + 1 < shape.size(); ++d) rows *= shape[d];
   Tensor out = torch::stable::empty(shape, in.scalar_type());
-  if (rows == 0 || product.columns == 0) return out;
 
   const auto& kernels = nf4::active_kernels();
   const nf4::GemmKernels& gemm = dtype == Dtype::kBFloat16 ? *kernels.gemm_bf16 : *kernels.gemm;
@@ -248,6 +251,7 @@ Tensor multiply(const Product& product, const Tensor& in, const nf4::Weight& w, 
   args.weight = w;
   args.dtype = dtype;
   args.bias = bias.has_value() ? checked_data(*bias, in.scalar_type(), w.N, product.op, "bias") : nullptr;
+  if (rows == 0 || product.columns == 0) return out;
   const auto* x = static_cast<const char*>(contiguous.const_data_ptr());
   auto* y = static_cast<char*>(out.mutable_data_ptr());
 
@@ -257,7 +261,7 @@ Tensor multiply(const Product& product, const Tensor& in, const nf4::Weight& w, 
     args.panel = panel.const_data_ptr();
     args.rows = rows;
     args.out = y;
-    const int64_t grain = ceil_div(65536, std::max<int64_t>(product.depth, 1));  // 10 us of work
+    const int64_t grain = ceil_div(65536, std::max<int64_t>(product.depth, 1));  // 5 us of work
     torch::stable::parallel_for(0, w.N, grain,
                                 [&](int64_t begin, int64_t end) { kernels.gemv.linear(args, begin, end); });
     return out;

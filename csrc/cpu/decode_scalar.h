@@ -1,7 +1,8 @@
 // The vocabulary of the kernels in portable C++: 8 lanes as arrays, which a compiler may vectorise for any machine.
 //
-// Each decode_<isa>.h defines one `Isa` with the same functions; the algorithms (quantize.h, dequantize.h, linear.h,
-// linear_dgrad.h, gemm.h) are written once against it. All of it lives in an unnamed namespace, see format.h.
+// Each decode_<isa>.h defines one `Isa` with the same functions; the algorithms (quantize.h, decode_span.h,
+// linear_gemv.h, linear.h, linear_dgrad.h, gemm.h) are written once against it. All of it lives in an unnamed
+// namespace, see format.h.
 #pragma once
 
 #include <cstdint>

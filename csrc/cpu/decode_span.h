@@ -15,7 +15,7 @@ void decode_span(const Weight& w, int64_t begin, int64_t count, T* out) {
     const float scale = block_scale(w, block);
     const Isa::F scales = Isa::set1(scale);
     int64_t i = 0;
-    if (begin % 2 == 1 && run > 0) {
+    if (begin % 2 == 1) {
       out[0] = from_float<T>(w.code[nibble(w.packed, begin)] * scale);
       i = 1;
     }

@@ -4,14 +4,13 @@
 //          +-----------+     for each column tile (a thread's share of them)
 //   depth  | B: decoded|       for each kGemmDepth slice of the contraction
 //   slice  | once      |         decode B's slice into the workspace (L1/L2)
-//          +-----------+         for each row tile of x: registers acc[tile_rows][2 vectors] over the slice,
+//          +-----------+         for each row tile of x: registers acc[tile_rows][2 vectors], run by run,
 //   +-----++-----------+           then added to the fp32 tile in the workspace
 //   |  x  ||   fp32    |       store the tile, rounded once, with bias
 //   +-----++-----------+
 //
 // x is packed once into row tiles [depth/step][tile_rows][step], so that a register tile reads it in order whatever its
-// dtype, stride and tail; B's slice is [depth/step][tile_cols][step]. A sum runs over at most kGemmDepth products in
-// registers. Decoding costs 0.3 instructions a weight and serves up to kGemmRows rows.
+// dtype, stride and tail; B's slice is [depth/step][tile_cols][step]. A decoded slice serves up to kGemmRows rows.
 #pragma once
 
 #include "kernels.h"
@@ -23,8 +22,8 @@ namespace {
 struct Fp32Core {
   using Element = float;
   static constexpr int kStep = 1;
-  static constexpr int kRun =
-      16;  // chains of 64 left 1 row of 50,000 outside dense fp32's error bound; 6 % slower than 256
+  // Products summed in a register: chains of 64 left 1 row of 50,000 outside dense fp32's error bound; 6 % slower.
+  static constexpr int kRun = 16;
   static Isa::F multiply_add(const Element* x, Isa::F b, Isa::F acc) { return Isa::fma(Isa::set1(*x), b, acc); }
   static Isa::F load_columns(const Element* b) { return Isa::load(b); }
   static void put(Element* out, float a) { *out = a; }
@@ -38,13 +37,11 @@ constexpr int kVectors = 2;                   // weight vectors of a register ti
 constexpr int kTileCols = kVectors * Isa::L;  // its columns
 constexpr int kGroup = 4;                     // column tiles that linear_dgrad decodes together
 
-template <class Core>
-constexpr int64_t slice_elements() {
-  return int64_t(kGemmDepth) * kTileCols;
-}
+constexpr int64_t kSliceElements = int64_t(kGemmDepth) * kTileCols;
+
 template <class Core>
 constexpr int64_t gemm_workspace_bytes() {
-  return kGroup * (slice_elements<Core>() * int64_t(sizeof(typename Core::Element)) +
+  return kGroup * (kSliceElements * int64_t(sizeof(typename Core::Element)) +
                    int64_t(kGemmRows + Isa::kTileRows) * kTileCols * 4);
 }
 
@@ -115,6 +112,15 @@ void register_tile(const typename Core::Element* x, const typename Core::Element
   }
 }
 
+// GemmPackFn of the fp32 products.
+inline void pack_fp32(const void* x, Dtype dtype, int64_t rows, int64_t depth, int64_t tile_begin, int64_t tile_end,
+                      void* panel) {
+  with_type(dtype, [&](auto t) {
+    const auto* in = static_cast<const decltype(t)*>(x);
+    pack_tiles<Fp32Core>(in, rows, depth, tile_begin, tile_end, static_cast<float*>(panel));
+  });
+}
+
 // The row of a dispatch table for this Isa and Core.
 template <class Core>
 constexpr GemmKernels describe_gemm(GemmPackFn pack, GemmFn linear, GemmFn linear_dgrad) {
@@ -144,7 +150,7 @@ void gemm(const GemmArgs& args, int64_t depth, int64_t columns, int64_t tile_beg
   const int64_t row_tiles = (args.rows + tile_rows - 1) / tile_rows, tile_size = row_tiles * tile_rows * kTileCols;
   const Element* panel = static_cast<const Element*>(args.panel);
   Element* slices = static_cast<Element*>(workspace);
-  float* tiles = reinterpret_cast<float*>(slices + GROUP * slice_elements<Core>());
+  float* tiles = reinterpret_cast<float*>(slices + GROUP * kSliceElements);
   const auto multiply = register_tile_for<Core>(tile_rows);
 
   for (int64_t group = tile_begin; group < tile_end; group += GROUP) {
@@ -153,12 +159,12 @@ void gemm(const GemmArgs& args, int64_t depth, int64_t columns, int64_t tile_beg
       const int64_t slice = padded - d < kGemmDepth ? padded - d : kGemmDepth;
       for (int64_t g = 0; g < count && slice > 0; ++g) {
         const int64_t col = (group + g) * kTileCols, cols = columns - col < kTileCols ? columns - col : kTileCols;
-        decode(col, cols, d, slice, slices + g * slice_elements<Core>());
+        decode(col, cols, d, slice, slices + g * kSliceElements);
       }
       for (int64_t t = 0; t < row_tiles; ++t) {
         const Element* x = panel + t * tile_rows * padded + d * tile_rows;
         for (int64_t g = 0; g < count; ++g)
-          multiply(x, slices + g * slice_elements<Core>(), slice / Core::kStep, d == 0,
+          multiply(x, slices + g * kSliceElements, slice / Core::kStep, d == 0,
                    tiles + g * tile_size + t * tile_rows * kTileCols);
       }
     }

@@ -7,7 +7,7 @@ namespace nf4 {
 
 constexpr int kGemvRows = 4;     // linear with M <= kGemvRows multiplies in fp32 straight from the packed bytes
 constexpr int kGemmRows = 512;   // rows of x per pass: what one decode of a weight tile is used for
-constexpr int kGemmDepth = 256;  // contraction length summed in registers before it is added to the fp32 tile
+constexpr int kGemmDepth = 256;  // contraction length decoded at a time and added to the fp32 tile at once
 
 struct QuantizeArgs {
   const void* weight;  // [numel] of dtype
@@ -23,7 +23,7 @@ struct QuantizeArgs {
 struct GemmArgs {
   Weight weight;
   Dtype dtype;
-  const void* panel;  // packed rows of x or dy, see gemm_pack
+  const void* panel;  // packed rows of x or dy, as GemvKernels::pack or GemmKernels::pack left them
   int64_t rows;       // at most kGemmRows (gemm) or kGemvRows (gemv)
   const void* bias;   // [N] of dtype, or null
   void* out;          // [rows, N] or [rows, K] of dtype, contiguous
@@ -34,7 +34,7 @@ using QuantizeFn = void (*)(const QuantizeArgs&, int64_t block_begin, int64_t bl
 using DequantizeFn = void (*)(const Weight&, int64_t begin, int64_t count, Dtype dtype, void* out);
 // Row-major [rows, depth] of dtype into the layout that the product reads.
 using PackFn = void (*)(const void* x, Dtype dtype, int64_t rows, int64_t depth, void* panel);
-// Rows [row_begin, row_end) of the row tiles of `tile_rows(rows)`.
+// Row tiles [tile_begin, tile_end) of x, each of even_tile_rows(rows, max_tile_rows) rows.
 using GemmPackFn = void (*)(const void* x, Dtype dtype, int64_t rows, int64_t depth, int64_t tile_begin,
                             int64_t tile_end, void* panel);
 using GemvFn = void (*)(const GemmArgs&, int64_t n_begin, int64_t n_end);

@@ -2,8 +2,7 @@
 //
 // Work split   one call does blocks [block_begin, block_end); the caller splits blocks over threads.
 // Inner loop   two passes over a block, the second out of L1: max of the absolute bits, then a 4-step binary search.
-// The trick    the maximum is taken over the bits as integers, where NaN > inf > every number: one compare a block
-// finds
+// The trick    the maximum is taken over the bits as integers, where NaN > inf > every number: one compare a block finds
 //              what is not finite. A rank is a code only if the levels ascend; FP4's permutation is one more lookup.
 // Bytes        reads 2 (bf16) and writes 0.5 + 4/block_size a weight: 2.56 B at block size 64.
 // Needs        code is a permutation of 16 ascending levels.
@@ -40,7 +39,7 @@ struct Levels {
   }
 };
 
-// `count` weights, a multiple of 2L, with their scale's reciprocal, into count/2 bytes.
+// `count` weights, a multiple of L, with their scale's reciprocal, into count/2 bytes.
 template <class T>
 void encode(const T* w, int count, float reciprocal, const Levels& levels, const Isa::Ranker& ranker, uint8_t* packed) {
   const Isa::F scale = Isa::set1(reciprocal);

@@ -16,7 +16,8 @@ float superblock_absmax(const float* absmax, int64_t count, float scale_offset) 
   float largest = 0;
   for (int64_t i = 0; i < count; ++i) {
     const float distance = std::fabs(absmax[i] - scale_offset);
-    if (!(distance <= largest)) largest = distance;  // a NaN stays
+    if (distance != distance) return distance;
+    if (distance > largest) largest = distance;
   }
   return largest;
 }
