@@ -6,7 +6,9 @@ with the op costs 6 us more a call.
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import increment_version
 
 from . import codebook as codebooks
 from .quantized_weight import WEIGHT_DTYPES, QuantizedWeight, check_block_size
@@ -113,7 +115,10 @@ def dequantize(
         raise ValueError(f"{who}: out must be contiguous in its last dimension, got strides {list(out.stride())}")
     if out.numel() and shape[0] > 1 and out.stride(0) < shape[1]:
         raise ValueError(f"{who}: out must have rows that do not overlap, got strides {list(out.stride())}")
+    if torch.is_grad_enabled() and out.requires_grad:
+        raise ValueError(f"{who}: out must not require a gradient, got one that does")
     _ops.dequantize_out(*qweight.op_args(), *bounds, out)
+    increment_version(out)  # so that autograd refuses a backward through what out held before
     return out
 
 
@@ -172,7 +177,8 @@ def lora_linear(
 def linear_from_args(x: Tensor, weight_args: tuple, bias: Tensor | None, who: str) -> Tensor:
     """`linear` on the weight's op arguments, for callers that hold the tensors themselves."""
     x, bias = _check_input(x, weight_args, bias, who)
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    if needs_grad or _is_transformed(x):
         return _Linear.apply(x, bias, *weight_args)
     return _ops.linear(x, *weight_args, bias)
 
@@ -198,6 +204,18 @@ def lora_linear_from_args(
 
 def autocast_is_on(x: Tensor) -> bool:
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)  # torch knows no autocast for meta, and raises
+
+
+def _is_transformed(x: Tensor) -> bool:
+    """Whether forward-mode AD or torch.func is at work: autograd.Function refuses both, the op would drop tangents."""
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def _matrix(x: Tensor) -> Tensor:
+    """`[..., K]` as `[M, K]`: `reshape(-1, K)` that also knows what to do with K = 0."""
+    return x.flatten(0, -2) if x.dim() > 1 else x[None]
 
 
 def _check_weight(qweight: QuantizedWeight, who: str) -> None:
@@ -227,13 +245,18 @@ def _check_input(x: Tensor, weight_args: tuple, bias: Tensor | None, who: str) -
     return x, bias
 
 
+def _sizes(x: Tensor, weight_args: tuple) -> tuple:
+    """(N, K, block_size) with K as x has it: that is the symbol which torch.compile(dynamic=True) can find again."""
+    return weight_args[6], x.shape[-1], weight_args[8]
+
+
 class _Linear(torch.autograd.Function):
     """dx = dy @ Ŵ; the frozen weight makes x itself unnecessary in backward, so it is not saved."""
 
     @staticmethod
     def forward(ctx, x, bias, *weight_args):
         ctx.save_for_backward(*weight_args[:6])
-        ctx.sizes = weight_args[6:]
+        ctx.sizes = _sizes(x, weight_args)
         return _ops.linear(x, *weight_args, bias)
 
     @staticmethod
@@ -243,7 +266,7 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = _ops.linear_dgrad(dy, *ctx.saved_tensors, *ctx.sizes)
         if ctx.needs_input_grad[1]:
-            dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
+            dbias = _matrix(dy).sum(0)
         return dx, dbias, *[None] * 9
 
 
@@ -257,34 +280,41 @@ class _LoraLinear(torch.autograd.Function):
         dropped, mask = x, None
         if dropout_p > 0:
             dropped, mask = torch.native_dropout(x, dropout_p, True)
-        P = dropped.reshape(-1, x.shape[-1]) @ A.T  # [M, r]
+        P = _matrix(dropped) @ A.T  # [M, r]
         y = _ops.linear(x, *weight_args, bias)
-        y.view(-1, y.shape[-1]).addmm_(P, B.T, alpha=scaling)
+        _matrix(y).addmm_(P, B.T, alpha=scaling)
         ctx.save_for_backward(x, mask, P, lora_A, lora_B, *weight_args[:6])
-        ctx.sizes, ctx.scaling, ctx.dropout_scale = weight_args[6:], scaling, 1 / (1 - dropout_p)
+        ctx.sizes, ctx.scaling, ctx.dropout_scale = _sizes(x, weight_args), scaling, 1 / (1 - dropout_p)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, mask, P, lora_A, lora_B, *weight = ctx.saved_tensors
-        need_x, need_A, need_B, need_bias = ctx.needs_input_grad[:4]
-        dx = dA = dB = dbias = None
-        flat_dy = dy.reshape(-1, dy.shape[-1])  # [M, N]
-        if need_x or need_A:
-            Q = (flat_dy @ lora_B.to(dy.dtype)) * ctx.scaling  # [M, r]
-        if need_x:
-            dx = _ops.linear_dgrad(dy, *weight, *ctx.sizes)
-            if mask is None:
-                dx.view(-1, dx.shape[-1]).addmm_(Q, lora_A.to(dy.dtype))
-            else:
-                lora_dx = (Q @ lora_A.to(dy.dtype)).view_as(dx)
-                dx += torch.ops.aten.native_dropout_backward(lora_dx, mask, ctx.dropout_scale)
-        if need_A:
-            dropped = x if mask is None else torch.ops.aten.native_dropout_backward(x, mask, ctx.dropout_scale)
-            dA = (Q.T @ dropped.reshape(-1, x.shape[-1])).to(lora_A.dtype)
-        if need_B:
-            dB = (flat_dy.T @ (P * ctx.scaling)).to(lora_B.dtype)
-        if need_bias:
-            dbias = flat_dy.sum(0)
-        return dx, dA, dB, dbias, *[None] * 11
+        if not autocast_is_on(dy):
+            return _lora_gradients(ctx, dy)
+        with torch.autocast(dy.device.type, enabled=False):  # the forward's dtype holds, whatever is on around backward
+            return _lora_gradients(ctx, dy)
+
+
+def _lora_gradients(ctx, dy):
+    x, mask, P, lora_A, lora_B, *weight = ctx.saved_tensors
+    need_x, need_A, need_B, need_bias = ctx.needs_input_grad[:4]
+    dx = dA = dB = dbias = None
+    flat_dy = _matrix(dy)  # [M, N]
+    if need_x or need_A:
+        Q = (flat_dy @ lora_B.to(dy.dtype)) * ctx.scaling  # [M, r]
+    if need_x:
+        dx = _ops.linear_dgrad(dy, *weight, *ctx.sizes)
+        if mask is None:
+            _matrix(dx).addmm_(Q, lora_A.to(dy.dtype))
+        else:
+            lora_dx = (Q @ lora_A.to(dy.dtype)).view_as(dx)
+            dx += torch.ops.aten.native_dropout_backward(lora_dx, mask, ctx.dropout_scale)
+    if need_A:
+        dropped = x if mask is None else torch.ops.aten.native_dropout_backward(x, mask, ctx.dropout_scale)
+        dA = (Q.T @ _matrix(dropped)).to(lora_A.dtype)
+    if need_B:
+        dB = (flat_dy.T @ (P * ctx.scaling)).to(lora_B.dtype)
+    if need_bias:
+        dbias = flat_dy.sum(0)
+    return dx, dA, dB, dbias, *[None] * 11

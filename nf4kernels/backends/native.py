@@ -8,12 +8,14 @@ import torch
 
 CPU_LIBRARY = Path(__file__).parent.parent / "_cpu.abi3.so"
 ISA_VARIABLE = "NF4KERNELS_CPU_ISA"
+NOT_BUILT = f"{CPU_LIBRARY.name} was not built (no C++ compiler at install time?)"
 
 
 class CpuLibrary:
     """The loaded CPU library; loading it registers its ops for CPU tensors."""
 
     def __init__(self, path: Path) -> None:
+        self.reason = "best that this CPU supports"
         torch.ops.load_library(path)
         self._library = ctypes.CDLL(str(path))
         for name in ("nf4kernels_cpu_isa", "nf4kernels_cpu_isa_list", "nf4kernels_force_cpu_isa"):
@@ -34,15 +36,22 @@ class CpuLibrary:
         error = self._library.nf4kernels_force_cpu_isa(isa.encode())
         if error is not None:
             raise ValueError(f"nf4kernels: {ISA_VARIABLE} {error.decode()}")
+        self.reason = "forced"
 
 
-def load_cpu() -> tuple[CpuLibrary | None, str]:
-    """(library, reason): None and why, where the CPU library was not built. A library that fails to load raises."""
-    if not CPU_LIBRARY.exists():
-        return None, f"{CPU_LIBRARY.name} was not built (no C++ compiler at install time?)"
-    library = CpuLibrary(CPU_LIBRARY)
+def load_cpu() -> CpuLibrary | None:
+    """The CPU library, None where it was not built.
+
+    Raises:
+        ValueError: NF4KERNELS_CPU_ISA names what cannot be run here. OSError: the library does not load.
+    """
     forced = os.environ.get(ISA_VARIABLE)
-    if forced is None:
-        return library, "best that this CPU supports"
-    library.force_isa(forced)
-    return library, f"forced by {ISA_VARIABLE}"
+    if not CPU_LIBRARY.exists():
+        if forced is not None:
+            raise ValueError(f"nf4kernels: {ISA_VARIABLE} must be unset where {NOT_BUILT}, got {forced}")
+        return None
+    library = CpuLibrary(CPU_LIBRARY)
+    if forced is not None:
+        library.force_isa(forced)
+        library.reason = f"forced by {ISA_VARIABLE}"
+    return library

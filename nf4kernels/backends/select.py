@@ -32,15 +32,15 @@ for _name in OPS:
     # Every device without a compiled kernel runs the reference; a compiled library's registration for a device wins.
     LIBRARY.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
 
-CPU_LIBRARY, _cpu_reason = native.load_cpu()
+CPU_LIBRARY = native.load_cpu()
 
 
 def backend_info() -> BackendInfo:
     """What would run on this machine, and why."""
     if CPU_LIBRARY is None:
-        devices = {"cpu": ("reference (plain PyTorch)", _cpu_reason)}
+        devices = {"cpu": ("reference (plain PyTorch)", native.NOT_BUILT)}
     else:
-        devices = {"cpu": (f"native {CPU_LIBRARY.isa}", _cpu_reason)}
+        devices = {"cpu": (f"native {CPU_LIBRARY.isa}", CPU_LIBRARY.reason)}
     if torch.cuda.is_available():
         devices["cuda"] = ("reference (plain PyTorch)", "no CUDA kernels in this version")
     else:
