@@ -59,7 +59,8 @@ def dequantize(
     flat = packed.reshape(-1)
     codes = torch.stack([flat >> 4, flat & 15], 1).view(-1)[: N * K]
     values = code[codes.long()] * scale.repeat_interleave(block_size)[: N * K]
-    return values.view(N, K)[row_begin:row_end, col_begin:col_end].to(dtype, copy=True).contiguous()
+    part = values.view(N, K)[row_begin:row_end, col_begin:col_end]
+    return torch.empty(part.shape, dtype=dtype, device=part.device).copy_(part)
 
 
 def dequantize_out(
@@ -79,7 +80,7 @@ def linear(
 ) -> Tensor:  # fmt: skip
     w = dequantize(packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size,
                    0, N, 0, K, torch.float32)  # fmt: skip
-    y = x.float() @ w.T
+    y = _matmul(x, w.T)
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
@@ -89,4 +90,10 @@ def linear_dgrad(
 ) -> Tensor:  # fmt: skip
     w = dequantize(packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size,
                    0, N, 0, K, torch.float32)  # fmt: skip
-    return (dy.float() @ w).to(dy.dtype)
+    return _matmul(dy, w).to(dy.dtype)
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """In fp32 also under autocast, and in bits that do not depend on a's strides."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a.float().contiguous() @ b
