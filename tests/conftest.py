@@ -15,9 +15,6 @@ import hypothesis
 import pytest
 import torch
 
-# torch's trace log, thousands of lines a compiled test, would bury the report of a failure.
-logging.getLogger("torch.__trace").propagate = False
-
 # The same examples on every run and machine; `--hypothesis-profile=explore` draws new ones. The isa fixture stays the
 # same over all examples of a test, which is what the suppressed check warns about.
 _ISA_IS_CONSTANT = [hypothesis.HealthCheck.function_scoped_fixture]
@@ -34,6 +31,8 @@ hypothesis.settings.load_profile("committed")
 def poisoned_allocations():
     assert torch.utils.deterministic.fill_uninitialized_memory, "torch's default changed: the poison would be off"
     torch.use_deterministic_algorithms(True)
+    # torch's trace log, thousands of lines a compiled test, would bury the report of a failure.
+    logging.getLogger("torch.__trace").propagate = False
     yield
     torch.use_deterministic_algorithms(False)
 
