@@ -54,12 +54,10 @@ def isa(request):
     if request.param == "reference":
         yield request.param
         return
-    before = cases.LIBRARY.isa
-    cases.LIBRARY.force_isa(request.param)
-    assert cases.LIBRARY.isa == request.param
-    yield request.param
-    assert cases.LIBRARY.isa == request.param, "something changed the instruction set during the test"
-    cases.LIBRARY.force_isa(before)
+    with cases.LIBRARY.running_isa(request.param):
+        assert cases.LIBRARY.isa == request.param
+        yield request.param
+        assert cases.LIBRARY.isa == request.param, "something changed the instruction set during the test"
 
 
 @pytest.fixture

@@ -67,15 +67,20 @@ def test_forced_levels_are_different_code(native_library):
     """Bits of a product may differ by level; at one shape at least they do, so that a level is not another's alias."""
     if "avx2" not in native_library.isas:
         pytest.skip("this CPU has the scalar level only")
-    before = native_library.isa
     qweight = cases.quantized(256, 512)
     x = cases.activations(16, 512, torch.float32)
     results = {}
     for level in ("scalar", "avx2"):
-        native_library.force_isa(level)
-        results[level] = nf4kernels.linear(x, qweight)
-    native_library.force_isa(before)
+        with native_library.running_isa(level):
+            results[level] = nf4kernels.linear(x, qweight)
     assert not torch.equal(results["scalar"], results["avx2"])
+
+
+def test_running_isa_puts_everything_back(native_library):
+    before = str(nf4kernels.backend_info())
+    with native_library.running_isa("scalar"):
+        assert "native scalar (forced)" in str(nf4kernels.backend_info())
+    assert str(nf4kernels.backend_info()) == before
 
 
 def test_backend_info_tells_what_runs():

@@ -2,6 +2,8 @@
 
 import ctypes
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -37,6 +39,17 @@ class CpuLibrary:
         if error is not None:
             raise ValueError(f"nf4kernels: {ISA_VARIABLE} {error.decode()}")
         self.reason = "forced"
+
+    @contextmanager
+    def running_isa(self, isa: str) -> Iterator[None]:
+        """Run `isa` inside a `with` block; raises as `force_isa` does."""
+        before, reason = self.isa, self.reason
+        self.force_isa(isa)
+        try:
+            yield
+        finally:
+            self.force_isa(before)
+            self.reason = reason
 
 
 def load_cpu() -> CpuLibrary | None:
