@@ -5,6 +5,7 @@
 Without a C++ compiler the package is installed without the library and runs on its PyTorch reference.
 """
 
+import os
 import platform
 import shutil
 import sys
@@ -60,7 +61,7 @@ def build_options() -> dict:
 
 
 if __name__ == "__main__":
-    has_compiler = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
+    has_compiler = any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++"))
     if not has_compiler:
         print("nf4kernels: no C++ compiler found, installing without compiled kernels", file=sys.stderr)
     setup(**(build_options() if has_compiler else {}))
