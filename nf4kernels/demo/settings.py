@@ -36,7 +36,7 @@ class Settings:
     lr: float = 1e-3
     rank: int = 8
     seed: int = 0
-    byte_steps: int = 300
+    byte_steps: int = 250
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "rank", "byte_steps"):
