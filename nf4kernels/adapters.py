@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .atomic import replacing
 from .lora import LoraConfig
+from .model import unwrapped
 from .quant_linear import QuantLinear
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -56,8 +57,7 @@ def save_adapters(model: nn.Module, directory: str | Path) -> None:
         OSError: directory cannot be written.
     """
     who = "nf4kernels.save_adapters"
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{who}: model must be an nn.Module, got {type(model).__name__}")
+    model = unwrapped(model, "model", who)
     layers = {}
     for name, layer in _layers(model).items():
         if layer.lora is not None and layer not in layers.values():  # PEFT, too, names a layer once
@@ -99,8 +99,7 @@ def load_adapters(model: nn.Module, directory: str | Path) -> None:
         OSError: a file is missing.
     """
     who = "nf4kernels.load_adapters"
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{who}: model must be an nn.Module, got {type(model).__name__}")
+    model = unwrapped(model, "model", who)
     directory = Path(directory)
     for name in (CONFIG, WEIGHTS):
         if not (directory / name).is_file():
@@ -117,6 +116,8 @@ def load_adapters(model: nn.Module, directory: str | Path) -> None:
         with torch.no_grad():
             layer.lora_A.weight.copy_(adapter.A)
             layer.lora_B.weight.copy_(adapter.B)
+        layer.lora_A.requires_grad_(True)
+        layer.lora_B.requires_grad_(True)
 
 
 def _layers(model: nn.Module) -> dict[str, QuantLinear]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from .atomic import replacing
 from .codebook import CODEBOOKS, SCALE_CODEBOOKS
 from .lora import LoraConfig
-from .model import replace_module
+from .model import replace_module, unwrapped
 from .quant_linear import BUFFERS, QuantLinear
 from .quantized_weight import (
     SUPERBLOCK,
@@ -190,8 +191,7 @@ def save_checkpoint(model: nn.Module, path: str | Path) -> None:
         OSError: path cannot be written.
     """
     who = "nf4kernels.save_checkpoint"
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{who}: model must be an nn.Module, got {type(model).__name__}")
+    model = unwrapped(model, "model", who)
     tensors, adapters = {}, {}
     layers = _quant_layers(model)
     expected = _dense_state(model, layers)
@@ -232,7 +232,8 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
 
     Where the file has a 4-bit weight, an nn.Linear of that shape becomes a QuantLinear and a QuantLinear takes over the
     file's codebook, block size and scales. Adapters stored with their configuration are attached. Other tensors are
-    copied into the model's, or put in their place where the model is on the meta device.
+    copied into the model's, or put in their place where the model is on the meta device; buffers that no state dict
+    holds (rotary embeddings' frequencies) stay on meta, and a warning names them.
 
     Args:
         model: a module with the checkpoint's names, dense or quantized.
@@ -245,8 +246,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
         OSError: path cannot be read.
     """
     who = "nf4kernels.load_checkpoint"
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{who}: model must be an nn.Module, got {type(model).__name__}")
+    model = unwrapped(model, "model", who)
     tensors, configs = {}, {}
     for file in checkpoint_files(Path(path), who):
         found, metadata = _read_file(file, who)
@@ -254,7 +254,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
         configs.update(_lora_configs(metadata, file, who))
     qweights = {}
     for weight_key in [name.rpartition(STATE)[0] for name in tensors if STATE in name]:
-        parts = {name: tensors.pop(name) for name in _weight_keys(weight_key, tensors)}
+        parts = {name: tensors.pop(name).clone() for name in _weight_keys(weight_key, tensors)}  # not views of the file
         try:
             qweights[weight_key.removesuffix("weight").removesuffix(".")] = weight_from_tensors(parts, weight_key)
         except (TypeError, ValueError) as error:
@@ -400,9 +400,14 @@ def _install(model: nn.Module, layers, qweights, attach, tensors) -> None:
         target = state[name]
         if target.is_meta:
             trainable = isinstance(target, nn.Parameter) and target.requires_grad
+            tensor = tensor.clone()  # not a view of the file
             placed[id(target)] = nn.Parameter(tensor, trainable) if isinstance(target, nn.Parameter) else tensor
         else:
             target.data.copy_(tensor)
     for module in model.modules() if placed else ():
         for store in (module._parameters, module._buffers):
             store.update({leaf: placed[id(t)] for leaf, t in store.items() if id(t) in placed})
+    left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    if left:
+        message = f"nf4kernels.load_checkpoint: still on the meta device, since no checkpoint holds them: {left}"
+        warnings.warn(message, stacklevel=3)

@@ -187,9 +187,11 @@ def quantize_model(
     who = "nf4kernels.quantize_model"
     patterns = _check_arguments(model, skip, lora, quant_options, who)
     targets, skipped = plan_layers(model, patterns)
-    if quant_options.get("nonfinite", "raise") == "raise":
-        for names in targets:
-            _check_finite(names[0], model.get_submodule(names[0]).weight, who)
+    for names in targets:
+        weight = model.get_submodule(names[0]).weight
+        _check_dtype(names[0], weight, who)
+        if quant_options.get("nonfinite", "raise") == "raise":
+            _check_finite(names[0], weight, who)
 
     before = _model_bytes(model)
     layers = []
@@ -221,11 +223,12 @@ def merge_model(model: nn.Module, base: nn.Module | None = None, dtype: torch.dt
             floating point (the message names the layer). The model is then unchanged.
     """
     who = "nf4kernels.merge_model"
+    model = unwrapped(model, "model", who)
     _check_container(model, "model", who)
     if dtype not in WEIGHT_DTYPES:
         raise TypeError(f"{who}: dtype must be float32, bfloat16 or float16, got {dtype}")
-    if base is not None and not isinstance(base, nn.Module):
-        raise TypeError(f"{who}: base must be an nn.Module, got {type(base).__name__}")
+    if base is not None:
+        base = unwrapped(base, "base", who)
     targets = [names for module, names in _names(model).items() if isinstance(module, QuantLinear)]
     for names in targets:
         layer = model.get_submodule(names[0])
@@ -253,6 +256,15 @@ def replace_module(model: nn.Module, names: Iterable[str], old: nn.Module, new: 
         setattr(model.get_submodule(parent), leaf, new)
 
 
+def unwrapped(model: nn.Module, argument: str, who: str) -> nn.Module:
+    """The module inside torch.compile's; TypeError for what is no module, ValueError for one inside DDP."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{who}: {argument} must be an nn.Module, got {type(model).__name__}")
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise ValueError(f"{who}: {argument} must be the module inside, pass .module, got {type(model).__name__}")
+    return getattr(model, "_orig_mod", model)
+
+
 def _check_container(model: nn.Module, argument: str, who: str) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{who}: {argument} must be an nn.Module, got {type(model).__name__}")
@@ -265,7 +277,10 @@ def _check_container(model: nn.Module, argument: str, who: str) -> None:
 
 def _check_arguments(model, skip, lora, quant_options, who: str) -> tuple[str, ...]:
     _check_container(model, "model", who)
-    if isinstance(skip, str) or not all(isinstance(entry, str) for entry in skip):
+    if isinstance(skip, str) or not isinstance(skip, Iterable):
+        raise TypeError(f"{who}: skip must be a sequence of names, got {skip!r}")
+    skip = tuple(skip)
+    if not all(isinstance(entry, str) for entry in skip):
         raise TypeError(f"{who}: skip must be a sequence of names, got {skip!r}")
     if lora is not None and not isinstance(lora, LoraConfig):
         raise TypeError(f"{who}: lora must be a LoraConfig or None, got {type(lora).__name__}")
@@ -273,7 +288,7 @@ def _check_arguments(model, skip, lora, quant_options, who: str) -> tuple[str, .
         QuantLinear.from_linear(nn.Linear(1, 1, device="meta"), lora, **quant_options)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{who}: {error}") from None
-    return tuple(skip)
+    return skip
 
 
 def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
@@ -361,9 +376,12 @@ def _address(parameter: Tensor) -> int:
     return parameter.data_ptr() or id(parameter)
 
 
-def _check_finite(name: str, weight: Tensor, who: str) -> None:
+def _check_dtype(name: str, weight: Tensor, who: str) -> None:
     if weight.dtype not in WEIGHT_DTYPES:
         raise TypeError(f"{who}: the weight of {name} must be float32, bfloat16 or float16, got {weight.dtype}")
+
+
+def _check_finite(name: str, weight: Tensor, who: str) -> None:
     if weight.is_meta or not weight.numel() or all(bound.isfinite() for bound in weight.detach().aminmax()):
         return
     row, col = (~weight.isfinite()).nonzero()[0].tolist()

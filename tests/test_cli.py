@@ -395,10 +395,22 @@ def test_overwrite_killed_between_its_renames(target_is_there, tmp_path):
     if target_is_there:
         target.mkdir()
         (target / "config.json").write_text("new")
+        (target / "model.safetensors").write_text("")
     with pytest.raises(RuntimeError, match="stop"), staging.staged_directory(target, overwrite=True):
         raise RuntimeError("stop")
     assert os.listdir(tmp_path) == ["out"]
     assert (target / "config.json").read_text() == ("new" if target_is_there else "old")
+
+
+def test_overwrite_wants_a_model_and_not_any_config(tmp_path):
+    (tmp_path / "project" / "src").mkdir(parents=True)
+    (tmp_path / "project" / "config.json").write_text("{}")
+    with (
+        pytest.raises(CommandError, match="OUT_DIR must be a model directory to be overwritten"),
+        staging.staged_directory(tmp_path / "project", overwrite=True),
+    ):
+        pass
+    assert (tmp_path / "project" / "src").is_dir()
 
 
 def test_output_that_cannot_be_made(in_dir, tmp_path):

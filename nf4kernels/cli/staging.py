@@ -52,8 +52,9 @@ def _check_target(target: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise CommandError(f"OUT_DIR must not exist (or say --overwrite), got {target}")
-    if not (target / "config.json").is_file():
-        raise CommandError(f"OUT_DIR must be a model directory to be overwritten, got {target} without config.json")
+    weights = any(target.glob("*.safetensors")) if target.is_dir() else False
+    if not weights or not (target / "config.json").is_file():
+        raise CommandError(f"OUT_DIR must be a model directory to be overwritten, got {target} without model files")
 
 
 def _lock(descriptor: int, target: Path) -> None:

@@ -60,7 +60,7 @@ def read_examples(path: Path, seed: int = 0) -> tuple[list[Example], list[Exampl
         ValueError: a line is not such an object (the message names it), or there are fewer than two examples.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() also splits inside strings
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--data {path} must be a readable text file: {error}") from None
     examples = [

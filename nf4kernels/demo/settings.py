@@ -48,6 +48,15 @@ class Settings:
             raise ValueError(f"--model must be a Hugging Face directory with a config.json, got {self.model}")
         if self.data is not None and not self.data.is_file():
             raise ValueError(f"--data must be a .jsonl file, got {self.data}")
+        out = self.out.resolve()
+        if out == Path.cwd() or out in Path.cwd().parents:
+            raise ValueError(f"--out must be a directory of its own, got {self.out}")
+        if any(parent.exists() and not parent.is_dir() for parent in out.parents):
+            raise ValueError(f"--out must be a directory that can be made, got {self.out}")
+        for name in ("model", "data", "cache"):
+            path = getattr(self, name)
+            if path is not None and out in (path.resolve(), *path.resolve().parents):
+                raise ValueError(f"--{name} must lie outside --out, which is replaced, got {path}")
         if not may_replace(self.out):
             raise ValueError(f"--out must be new, empty or written by an earlier demo, got {self.out}")
 
@@ -72,4 +81,4 @@ def may_replace(out: Path) -> bool:
 
 def missing_packages() -> list[str]:
     """Packages of the [demo] extra that are not installed."""
-    return [name for name in ("transformers", "gguf", "matplotlib") if find_spec(name) is None]
+    return [name for name in ("transformers", "accelerate", "gguf", "matplotlib") if find_spec(name) is None]
