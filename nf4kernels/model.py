@@ -239,8 +239,8 @@ def merge_model(model: nn.Module, base: nn.Module | None = None, dtype: torch.dt
 
     for names in targets:
         layer = model.get_submodule(names[0])
-        dense = layer.to_linear(dtype) if base is None else _merged_into(_base_weight(base, names[0], layer, who),
-                                                                         layer, dtype)  # fmt: skip
+        base_weight = None if base is None else _base_weight(base, names[0], layer, who)
+        dense = layer.to_linear(dtype, base_weight=base_weight)
         if dense.bias is not None:
             dense.bias.requires_grad_(layer.bias.requires_grad)
         replace_module(model, names, layer, dense)
@@ -435,15 +435,3 @@ def _base_weight(base: nn.Module, name: str, layer: QuantLinear, who: str) -> Te
     if weight.is_meta:
         raise ValueError(f"{who}: base must be loaded, got {name} on the meta device")
     return weight.detach()
-
-
-def _merged_into(weight: Tensor, layer: QuantLinear, dtype: torch.dtype) -> nn.Linear:
-    """`layer.to_linear(dtype)` with another weight in Ŵ's place."""
-    merged = weight.to(layer.weight.device, torch.float32, copy=True)
-    if layer.lora is not None:
-        merged += layer.lora_delta()
-    dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-    dense.weight = nn.Parameter(merged.to(dtype))
-    if layer.bias is not None:
-        dense.bias = nn.Parameter(layer.bias.detach().to(dtype, copy=True))
-    return dense.train(layer.training)

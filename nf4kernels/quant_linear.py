@@ -172,12 +172,17 @@ class QuantLinear(nn.Linear):
         with torch.no_grad():
             return self.lora.scaling * (self.lora_B.weight.float() @ self.lora_A.weight.float())
 
-    def to_linear(self, dtype: torch.dtype = torch.bfloat16, merge_lora: bool = True) -> nn.Linear:
+    def to_linear(
+        self, dtype: torch.dtype = torch.bfloat16, merge_lora: bool = True, base_weight: Tensor | None = None
+    ) -> nn.Linear:
         """A dense nn.Linear with Ŵ, plus the adapter's product if `merge_lora`, summed in fp32 and rounded once.
 
-        This layer is left as it is. Copies everything.
+        `base_weight`, `[out_features, in_features]`, takes Ŵ's place. This layer is left as it is. Copies everything.
         """
-        weight = self.dequantize(torch.float32)
+        if base_weight is None:
+            weight = self.dequantize(torch.float32)
+        else:
+            weight = base_weight.to(self.weight.device, torch.float32, copy=True)
         if merge_lora and self.lora is not None:
             weight += self.lora_delta()
         dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")

@@ -69,8 +69,7 @@ void pack_tiles(const T* x, int64_t rows, int64_t depth, int64_t tile_begin, int
 }
 
 // One depth slice's sum for ROWS x kTileCols elements, which starts (first) or is added to the fp32 tile. It is summed
-// in three levels, registers over kRun products, then runs, then slices: no chain is longer than kRun or K /
-// kGemmDepth.
+// in three levels: kRun products in registers, the runs of a slice, and here the slices.
 template <class Core, int ROWS>
 void register_tile(const typename Core::Element* x, const typename Core::Element* b, int64_t steps, bool first,
                    float* tile) {
