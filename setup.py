@@ -28,7 +28,7 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 
 def sources_of(isa: str) -> list[str]:
-    stems = ("quantize", "dequantize", "gemm", "linear", "linear_dgrad")
+    stems = ("quantize", "dequantize", "linear", "linear_dgrad")
     return [f"{CPU}/{stem}_{isa}.cpp" for stem in stems if (ROOT / f"{CPU}/{stem}_{isa}.cpp").exists()]
 
 
@@ -46,7 +46,7 @@ def build_options() -> dict:
     ]
     binding = CppExtension(
         "nf4kernels._cpu",
-        ["csrc/torch_cpu.cpp", f"{CPU}/dispatch.cpp", f"{CPU}/quantize_absmax.cpp"],
+        ["csrc/torch_cpu.cpp", f"{CPU}/dispatch.cpp", f"{CPU}/bf16_code.cpp", f"{CPU}/quantize_absmax.cpp"],
         depends=HEADERS,
         py_limited_api=True,
         define_macros=[("TORCH_STABLE_ONLY", None), ("TORCH_TARGET_VERSION", "0x020a000000000000")],

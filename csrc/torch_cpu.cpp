@@ -230,8 +230,45 @@ struct Product {
   const char* input_name;
   const char* depth_name;
   int64_t depth, columns;
-  nf4::GemmFn nf4::GemmKernels::* kernel;
+  const nf4::GemmKernel* nf4::ProductKernels::* kernel;
 };
+
+const nf4::ProductKernels& kernels_for(Dtype dtype, const nf4::Weight& w, int64_t rows) {
+  const auto& kernels = nf4::active_kernels();
+  if (dtype != Dtype::kBFloat16) return kernels.any;
+  return rows <= nf4::kCodesRows && nf4::has_whole_codes(w) ? kernels.bf16_codes : kernels.bf16;
+}
+
+void multiply_rows(const nf4::GemvKernel& gemv, nf4::GemmArgs& args, const void* x) {
+  const int64_t N = args.weight.N, K = args.weight.K;
+  Tensor panel =
+      empty({args.rows * ceil_div(K, gemv.depth_step) * gemv.depth_step * gemv.element_bytes}, ScalarType::Byte);
+  gemv.pack(x, args.dtype, args.rows, K, panel.mutable_data_ptr());
+  args.panel = panel.const_data_ptr();
+  const int64_t grain = ceil_div(65536, std::max<int64_t>(K, 1));  // 5 us of work
+  torch::stable::parallel_for(0, N, grain, [&](int64_t begin, int64_t end) { gemv.run(args, begin, end); });
+}
+
+void multiply_tiles(const nf4::GemmKernel& gemm, nf4::GemmArgs& args, const void* in, int64_t depth, int64_t columns) {
+  const int64_t rows = args.rows, padded = ceil_div(depth, gemm.depth_step) * gemm.depth_step;
+  const int64_t most = std::min<int64_t>(rows, nf4::kGemmRows);
+  Tensor panel = empty({most * padded * gemm.element_bytes}, ScalarType::Byte);
+  void* panel_data = panel.mutable_data_ptr();
+  args.panel = panel_data;
+  const auto* x = static_cast<const char*>(in);
+  auto* y = static_cast<char*>(args.out);
+  for (int64_t m = 0; m < rows; m += nf4::kGemmRows) {
+    args.rows = std::min<int64_t>(rows - m, nf4::kGemmRows);
+    const auto* pass = x + size_t(m * depth) * element_bytes(args.dtype);
+    torch::stable::parallel_for(
+        0, nf4::row_tiles(args.rows, gemm.max_tile_rows), ceil_div(32768, (padded + 1) * gemm.max_tile_rows),
+        [&](int64_t begin, int64_t end) { gemm.pack(pass, args.dtype, args.rows, depth, begin, end, panel_data); });
+    args.out = y + size_t(m * columns) * element_bytes(args.dtype);
+    torch::stable::parallel_for(0, ceil_div(columns, gemm.tile_cols), 1, [&](int64_t begin, int64_t end) {
+      gemm.run(args, begin, end, thread_workspace(gemm.workspace_bytes));
+    });
+  }
+}
 
 Tensor multiply(const Product& product, const Tensor& in, const nf4::Weight& w, const OptionalTensor& bias) {
   const Dtype dtype = dtype_of(in.scalar_type(), product.op, product.input_name);
@@ -245,46 +282,20 @@ Tensor multiply(const Product& product, const Tensor& in, const nf4::Weight& w, 
   for (size_t d = 0; d + 1 < shape.size(); ++d) rows *= shape[d];
   Tensor out = torch::stable::empty(shape, in.scalar_type());
 
-  const auto& kernels = nf4::active_kernels();
-  const nf4::GemmKernels& gemm = dtype == Dtype::kBFloat16 ? *kernels.gemm_bf16 : *kernels.gemm;
   nf4::GemmArgs args{};
   args.weight = w;
   args.dtype = dtype;
+  args.rows = rows;
   args.bias = bias.has_value() ? checked_data(*bias, in.scalar_type(), w.N, product.op, "bias") : nullptr;
   if (rows == 0 || product.columns == 0) return out;
-  const auto* x = static_cast<const char*>(contiguous.const_data_ptr());
-  auto* y = static_cast<char*>(out.mutable_data_ptr());
-
-  if (product.kernel == &nf4::GemmKernels::linear && rows <= nf4::kGemvRows) {
-    Tensor panel = empty({rows * product.depth}, ScalarType::Float);
-    kernels.gemv.pack(x, dtype, rows, product.depth, panel.mutable_data_ptr());
-    args.panel = panel.const_data_ptr();
-    args.rows = rows;
-    args.out = y;
-    const int64_t grain = ceil_div(65536, std::max<int64_t>(product.depth, 1));  // 5 us of work
-    torch::stable::parallel_for(0, w.N, grain,
-                                [&](int64_t begin, int64_t end) { kernels.gemv.linear(args, begin, end); });
-    return out;
-  }
-
-  const int64_t padded = ceil_div(product.depth, gemm.depth_step) * gemm.depth_step;
-  const int64_t most = std::min<int64_t>(rows, nf4::kGemmRows) + gemm.max_tile_rows;
-  Tensor panel = empty({most * padded * gemm.element_bytes}, ScalarType::Byte);
-  for (int64_t m = 0; m < rows; m += nf4::kGemmRows) {
-    args.rows = std::min<int64_t>(rows - m, nf4::kGemmRows);
-    const int64_t row_tiles = ceil_div(args.rows, nf4::even_tile_rows(args.rows, gemm.max_tile_rows));
-    const auto* pass = x + size_t(m * product.depth) * element_bytes(dtype);
-    void* panel_data = panel.mutable_data_ptr();
-    torch::stable::parallel_for(
-        0, row_tiles, ceil_div(32768, (padded + 1) * gemm.max_tile_rows),
-        [&](int64_t begin, int64_t end) { gemm.pack(pass, dtype, args.rows, product.depth, begin, end, panel_data); });
-    args.panel = panel_data;
-    args.out = y + size_t(m * product.columns) * element_bytes(dtype);
-    const auto run = gemm.*product.kernel;
-    torch::stable::parallel_for(0, ceil_div(product.columns, gemm.tile_cols), 1, [&](int64_t begin, int64_t end) {
-      run(args, begin, end, thread_workspace(gemm.workspace_bytes));
-    });
-  }
+  args.out = out.mutable_data_ptr();
+  const nf4::ProductKernels& kernels = kernels_for(dtype, w, rows);
+  if (&kernels == &nf4::active_kernels().bf16_codes) args.bf16_code = nf4::bf16_code(w.code);
+  const void* x = contiguous.const_data_ptr();
+  if (product.kernel == &nf4::ProductKernels::linear && rows <= nf4::kGemvRows)
+    multiply_rows(*kernels.gemv, args, x);
+  else
+    multiply_tiles(*(kernels.*product.kernel), args, x, product.depth, product.columns);
   return out;
 }
 
@@ -293,7 +304,7 @@ Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& absmax, const
               int64_t K, int64_t block_size, const OptionalTensor& bias) {
   const auto w =
       checked_weight("linear", packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size);
-  return multiply({"linear", "x", "K", K, N, &nf4::GemmKernels::linear}, x, w, bias);
+  return multiply({"linear", "x", "K", K, N, &nf4::ProductKernels::linear}, x, w, bias);
 }
 
 Tensor linear_dgrad(const Tensor& dy, const Tensor& packed, const Tensor& absmax, const OptionalTensor& scale_absmax,
@@ -301,7 +312,7 @@ Tensor linear_dgrad(const Tensor& dy, const Tensor& packed, const Tensor& absmax
                     int64_t K, int64_t block_size) {
   const auto w =
       checked_weight("linear_dgrad", packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size);
-  return multiply({"linear_dgrad", "dy", "N", N, K, &nf4::GemmKernels::linear_dgrad}, dy, w, std::nullopt);
+  return multiply({"linear_dgrad", "dy", "N", N, K, &nf4::ProductKernels::linear_dgrad}, dy, w, std::nullopt);
 }
 
 }  // namespace

@@ -29,7 +29,7 @@ def test_every_shape(isa, shape, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_layout(isa, layout, dtype):
-    for N, K in ((64, 96), (37, 100), (33, 65), (40, 4096)):
+    for N, K in ((64, 96), (37, 100), (33, 65), (33, 192), (40, 4096)):
         qweight = cases.quantized(N, K, layout)
         for M in (1, 4, 17):
             assert_linear_within_bound(cases.activations(M, K, dtype), qweight, None, f"{isa} {layout} M={M}")

@@ -44,15 +44,23 @@ bool has_avx512_bf16() { return features().avx512_bf16; }
 #endif
 
 // One row per instruction set, best first.
+constexpr ProductKernels kScalar{&kGemv_scalar, &kLinear_scalar, &kLinearDgrad_scalar};
+#if defined(__x86_64__)
+constexpr ProductKernels kAvx2{&kGemv_avx2, &kLinear_avx2, &kLinearDgrad_avx2};
+constexpr ProductKernels kAvx512{&kGemv_avx512, &kLinear_avx512, &kLinearDgrad_avx512};
+constexpr ProductKernels kBf16{&kGemv_avx512, &kLinear_avx512_bf16, &kLinearDgrad_avx512_bf16};
+constexpr ProductKernels kBf16Codes{&kGemvCodes_avx512_bf16, &kLinearCodes_avx512_bf16, &kLinearDgradCodes_avx512_bf16};
+#endif
+
 // clang-format off
 const CpuKernels kTable[] = {
-  // name         supported        quantize         dequantize         small M                                 fp32 gemm      bf16 gemm
+  // name         supported        quantize         dequantize         products: any dtype, bf16, bf16 with whole codes
 #if defined(__x86_64__)
-  {"avx512_bf16", has_avx512_bf16, quantize_avx512, dequantize_avx512, {gemv_pack_avx512, linear_gemv_avx512}, &kGemm_avx512, &kGemm_avx512_bf16},
-  {"avx512",      has_avx512,      quantize_avx512, dequantize_avx512, {gemv_pack_avx512, linear_gemv_avx512}, &kGemm_avx512, &kGemm_avx512},
-  {"avx2",        has_avx2,        quantize_avx2,   dequantize_avx2,   {gemv_pack_avx2,   linear_gemv_avx2},   &kGemm_avx2,   &kGemm_avx2},
+  {"avx512_bf16", has_avx512_bf16, quantize_avx512, dequantize_avx512, kAvx512, kBf16,   kBf16Codes},
+  {"avx512",      has_avx512,      quantize_avx512, dequantize_avx512, kAvx512, kAvx512, kAvx512},
+  {"avx2",        has_avx2,        quantize_avx2,   dequantize_avx2,   kAvx2,   kAvx2,   kAvx2},
 #endif
-  {"scalar",      always,          quantize_scalar, dequantize_scalar, {gemv_pack_scalar, linear_gemv_scalar}, &kGemm_scalar, &kGemm_scalar},
+  {"scalar",      always,          quantize_scalar, dequantize_scalar, kScalar, kScalar, kScalar},
 };
 // clang-format on
 

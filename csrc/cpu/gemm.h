@@ -9,8 +9,13 @@
 //   |  x  ||   fp32    |       store the tile, rounded once, with bias
 //   +-----++-----------+
 //
-// x is packed once into row tiles [depth/step][tile_rows][step], so that a register tile reads it in order whatever its
-// dtype, stride and tail; B's slice is [depth/step][tile_cols][step]. A decoded slice serves up to kGemmRows rows.
+// x is packed once into row tiles, so that a register tile reads it in order whatever its dtype, stride and tail. A
+// decoded slice serves up to kGemmRows rows.
+//
+// A Core is the part that differs: Element of the panel, whose rows are padded to kPanelStep; kStep of the contraction;
+// kRows x kCols of a register tile; the Slice that B is decoded into; kGroup column tiles that share a depth
+// slice of x; and multiply<ROWS>: one slice's sum for a register tile, which starts (first) or is added to the fp32 tile.
+// Here are the cores that multiply decoded weights: x is [depth/step][tile_rows][step], a slice [depth/step][cols][step].
 #pragma once
 
 #include "kernels.h"
@@ -18,62 +23,44 @@
 namespace nf4 {
 namespace {
 
-// fp32 products: step 1.
-struct Fp32Core {
-  using Element = float;
-  static constexpr int kStep = 1;
-  // Products summed in a register: chains of 64 left 1 row of 50,000 outside dense fp32's error bound; 6 % slower.
-  static constexpr int kRun = 16;
-  static Isa::F multiply_add(const Element* x, Isa::F b, Isa::F acc) { return Isa::fma(Isa::set1(*x), b, acc); }
-  static Isa::F load_columns(const Element* b) { return Isa::load(b); }
-  static void put(Element* out, float a) { *out = a; }
-  template <class T>
-  static void pack(Element* out, const T* x) {
-    *out = to_float(*x);
-  }
-};
-
 constexpr int kVectors = 2;                   // weight vectors of a register tile
 constexpr int kTileCols = kVectors * Isa::L;  // its columns
-constexpr int kGroup = 4;                     // column tiles that linear_dgrad decodes together
 
-constexpr int64_t kSliceElements = int64_t(kGemmDepth) * kTileCols;
+static inline int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
 template <class Core>
 constexpr int64_t gemm_workspace_bytes() {
-  return kGroup * (kSliceElements * int64_t(sizeof(typename Core::Element)) +
-                   int64_t(kGemmRows + Isa::kTileRows) * kTileCols * 4);
+  return Core::kGroup * int64_t(sizeof(typename Core::Slice) + kGemmRows * Core::kCols * 4);
 }
-
-static inline int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
 template <class Core, class T>
 void pack_tiles(const T* x, int64_t rows, int64_t depth, int64_t tile_begin, int64_t tile_end,
                 typename Core::Element* panel) {
-  using Element = typename Core::Element;
-  const int64_t tile_rows = even_tile_rows(rows, Isa::kTileRows), padded = round_up(depth, Core::kStep);
+  const int64_t tiles = row_tiles(rows, Core::kRows), padded = round_up(depth, Core::kPanelStep);
   const int64_t whole = depth / Core::kStep * Core::kStep;
-  for (int64_t t = tile_begin; t < tile_end; ++t)
+  for (int64_t t = tile_begin; t < tile_end; ++t) {
+    const int64_t first = row_of_tile(t, tiles, rows), tile_rows = row_of_tile(t + 1, tiles, rows) - first;
     for (int64_t r = 0; r < tile_rows; ++r) {
-      const int64_t m = t * tile_rows + r;
-      Element* out = panel + t * tile_rows * padded + r * Core::kStep;
+      const T* in = x + (first + r) * depth;
+      auto* out = panel + first * padded + r * Core::kStep;
       for (int64_t d = 0; d < padded; d += Core::kStep, out += tile_rows * Core::kStep) {
-        if (m < rows && d < whole) {
-          Core::pack(out, x + m * depth + d);
+        if (d < whole) {
+          Core::pack(out, in + d);
         } else {
-          for (int s = 0; s < Core::kStep; ++s)
-            Core::put(out + s, m < rows && d + s < depth ? to_float(x[m * depth + d + s]) : 0.f);
+          for (int s = 0; s < Core::kStep; ++s) Core::put(out + s, d + s < depth ? to_float(in[d + s]) : 0.f);
         }
       }
     }
+  }
 }
 
-// One depth slice's sum for ROWS x kTileCols elements, which starts (first) or is added to the fp32 tile. It is summed
-// in three levels: kRun products in registers, the runs of a slice, and here the slices.
+// multiply<ROWS> of decoded weights. Sums have three levels: kRun products in registers, the runs of a slice, and here
+// the slices.
 template <class Core, int ROWS>
-void register_tile(const typename Core::Element* x, const typename Core::Element* b, int64_t steps, bool first,
-                   float* tile) {
+void multiply_decoded(const typename Core::Element* x, const typename Core::Element* b, int64_t depth, bool first,
+                      float* tile) {
   constexpr int64_t kRunSteps = Core::kRun / Core::kStep;
+  const int64_t steps = depth / Core::kStep;
   const auto add_to = [](float* sums, bool start, Isa::F(&acc)[ROWS][kVectors]) {
 #pragma GCC unroll 12
     for (int r = 0; r < ROWS; ++r)
@@ -111,66 +98,85 @@ void register_tile(const typename Core::Element* x, const typename Core::Element
   }
 }
 
+// fp32 products.
+struct Fp32Core {
+  using Element = float;
+  using Slice = Element[kGemmDepth * kTileCols];
+  static constexpr int kStep = 1, kPanelStep = kStep, kRows = Isa::kTileRows, kCols = kTileCols;
+  // Products summed in a register: chains of 64 left 1 row of 50,000 outside dense fp32's error bound; 6 % slower.
+  static constexpr int kRun = 16;
+  static Isa::F multiply_add(const Element* x, Isa::F b, Isa::F acc) { return Isa::fma(Isa::set1(*x), b, acc); }
+  static Isa::F load_columns(const Element* b) { return Isa::load(b); }
+  static void put(Element* out, float a) { *out = a; }
+  template <class T>
+  static void pack(Element* out, const T* x) {
+    *out = to_float(*x);
+  }
+  template <int ROWS>
+  static void multiply(const GemmArgs&, const Element* x, const Slice& b, int64_t depth, bool first, float* tile) {
+    multiply_decoded<Fp32Core, ROWS>(x, b, depth, first, tile);
+  }
+};
+
 // GemmPackFn of the fp32 products.
-inline void pack_fp32(const void* x, Dtype dtype, int64_t rows, int64_t depth, int64_t tile_begin, int64_t tile_end,
-                      void* panel) {
+inline void pack_any(const void* x, Dtype dtype, int64_t rows, int64_t depth, int64_t tile_begin, int64_t tile_end,
+                     void* panel) {
   with_type(dtype, [&](auto t) {
     const auto* in = static_cast<const decltype(t)*>(x);
     pack_tiles<Fp32Core>(in, rows, depth, tile_begin, tile_end, static_cast<float*>(panel));
   });
 }
 
-// The row of a dispatch table for this Isa and Core.
+// What the caller needs to know of a Core.
 template <class Core>
-constexpr GemmKernels describe_gemm(GemmPackFn pack, GemmFn linear, GemmFn linear_dgrad) {
-  return {Isa::kTileRows, kTileCols, Core::kStep, int(sizeof(typename Core::Element)), gemm_workspace_bytes<Core>(),
-          pack,           linear,    linear_dgrad};
+constexpr GemmKernel describe_gemm(GemmPackFn pack, GemmFn run) {
+  return {Core::kRows, Core::kCols, Core::kPanelStep, int(sizeof(typename Core::Element)), gemm_workspace_bytes<Core>(),
+          pack,        run};
 }
 
 template <class Core>
-using RegisterTileFn = void (*)(const typename Core::Element*, const typename Core::Element*, int64_t, bool, float*);
+using MultiplyFn = void (*)(const GemmArgs&, const typename Core::Element*, const typename Core::Slice&, int64_t, bool,
+                            float*);
 
-template <class Core, int ROWS = Isa::kTileRows>
-RegisterTileFn<Core> register_tile_for(int64_t rows) {
-  if constexpr (ROWS == 1)
-    return register_tile<Core, 1>;
+template <class Core, int ROWS = Core::kRows>
+MultiplyFn<Core> multiply_for(int64_t rows) {
+  if constexpr (ROWS == 1)  // also for 13 of 12, which is not called
+    return Core::template multiply<1>;
   else
-    return rows == ROWS ? register_tile<Core, ROWS> : register_tile_for<Core, ROWS - 1>(rows);
+    return rows == ROWS ? Core::template multiply<ROWS> : multiply_for<Core, ROWS - 1>(rows);
 }
 
-// decode(col, cols, d_begin, d_count, slice): B[d_begin.., col..col+kTileCols) for `cols` of columns that exist, zero
-// for depth past the end. store(m, col, cols, row): one finished fp32 row of the tile. GROUP column tiles share a depth
-// slice.
-template <class Core, int GROUP, class Decode, class Store>
+// decode(col, cols, d_begin, d_count, slices): B[d_begin.., col..col+cols) into as many slices as hold `cols`, zero for
+// depth past the end. store(m, col, cols, row): one finished fp32 row of a tile.
+template <class Core, class Decode, class Store>
 void gemm(const GemmArgs& args, int64_t depth, int64_t columns, int64_t tile_begin, int64_t tile_end, void* workspace,
           Decode decode, Store store) {
-  using Element = typename Core::Element;
-  const int64_t tile_rows = even_tile_rows(args.rows, Isa::kTileRows), padded = round_up(depth, Core::kStep);
-  const int64_t row_tiles = (args.rows + tile_rows - 1) / tile_rows, tile_size = row_tiles * tile_rows * kTileCols;
-  const Element* panel = static_cast<const Element*>(args.panel);
-  Element* slices = static_cast<Element*>(workspace);
-  float* tiles = reinterpret_cast<float*>(slices + GROUP * kSliceElements);
-  const auto multiply = register_tile_for<Core>(tile_rows);
+  const int64_t tiles = row_tiles(args.rows, Core::kRows), padded = round_up(depth, Core::kPanelStep);
+  const int64_t end = round_up(depth, Core::kStep), tile_size = args.rows * Core::kCols;
+  const auto* panel = static_cast<const typename Core::Element*>(args.panel);
+  auto* slices = static_cast<typename Core::Slice*>(workspace);
+  float* sums = reinterpret_cast<float*>(slices + Core::kGroup);
+  const int64_t few = args.rows / tiles;  // a tile has that many rows or one more
+  const MultiplyFn<Core> multiply[2] = {multiply_for<Core>(few), multiply_for<Core>(few + 1)};
 
-  for (int64_t group = tile_begin; group < tile_end; group += GROUP) {
-    const int64_t count = tile_end - group < GROUP ? tile_end - group : GROUP;
-    for (int64_t d = 0; d == 0 || d < padded; d += kGemmDepth) {  // depth 0 writes zeros
-      const int64_t slice = padded - d < kGemmDepth ? padded - d : kGemmDepth;
-      for (int64_t g = 0; g < count && slice > 0; ++g) {
-        const int64_t col = (group + g) * kTileCols, cols = columns - col < kTileCols ? columns - col : kTileCols;
-        decode(col, cols, d, slice, slices + g * kSliceElements);
-      }
-      for (int64_t t = 0; t < row_tiles; ++t) {
-        const Element* x = panel + t * tile_rows * padded + d * tile_rows;
+  for (int64_t group = tile_begin; group < tile_end; group += Core::kGroup) {
+    const int64_t count = tile_end - group < Core::kGroup ? tile_end - group : Core::kGroup;
+    const int64_t first_col = group * Core::kCols, left = columns - first_col;
+    const int64_t group_cols = left < count * Core::kCols ? left : count * Core::kCols;
+    for (int64_t d = 0; d == 0 || d < end; d += kGemmDepth) {  // depth 0 writes zeros
+      const int64_t slice = end - d < kGemmDepth ? end - d : kGemmDepth;
+      if (slice > 0) decode(first_col, group_cols, d, slice, slices);
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t first = row_of_tile(t, tiles, args.rows), rows = row_of_tile(t + 1, tiles, args.rows) - first;
         for (int64_t g = 0; g < count; ++g)
-          multiply(x, slices + g * kSliceElements, slice / Core::kStep, d == 0,
-                   tiles + g * tile_size + t * tile_rows * kTileCols);
+          multiply[rows - few](args, panel + first * padded + d * rows, slices[g], slice, d == 0,
+                               sums + g * tile_size + first * Core::kCols);
       }
     }
     for (int64_t m = 0; m < args.rows; ++m)
       for (int64_t g = 0; g < count; ++g) {
-        const int64_t col = (group + g) * kTileCols, cols = columns - col < kTileCols ? columns - col : kTileCols;
-        store(m, col, cols, tiles + g * tile_size + m * kTileCols);
+        const int64_t col = (group + g) * Core::kCols, cols = columns - col < Core::kCols ? columns - col : Core::kCols;
+        store(m, col, cols, sums + g * tile_size + m * Core::kCols);
       }
   }
 }

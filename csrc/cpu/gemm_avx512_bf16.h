@@ -9,7 +9,8 @@ namespace {
 
 struct Bf16Core {
   using Element = BFloat16;
-  static constexpr int kStep = 2;
+  using Slice = Element[kGemmDepth * kTileCols];
+  static constexpr int kStep = 2, kPanelStep = kStep, kRows = Isa::kTileRows, kCols = kTileCols;
   static constexpr int kRun = kGemmDepth;
   static Isa::F multiply_add(const Element* x, Isa::F b, Isa::F acc) {
     int32_t pair;
@@ -19,6 +20,10 @@ struct Bf16Core {
   static Isa::F load_columns(const Element* b) { return _mm512_loadu_ps(b); }
   static void put(Element* out, float a) { *out = from_float<BFloat16>(a); }
   static void pack(Element* out, const BFloat16* x) { std::memcpy(out, x, 4); }
+  template <int ROWS>
+  static void multiply(const GemmArgs&, const Element* x, const Slice& b, int64_t depth, bool first, float* tile) {
+    multiply_decoded<Bf16Core, ROWS>(x, b, depth, first, tile);
+  }
   // Lane i of `out` becomes the pair (first[i], second[i]), each rounded to nearest even.
   static void store_pairs(Element* out, Isa::F first, Isa::F second) {
     const Isa::I interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
@@ -27,6 +32,13 @@ struct Bf16Core {
     _mm512_storeu_si512(out, _mm512_permutexvar_epi16(interleave, halves));
   }
 };
+
+// GemmPackFn.
+inline void pack_bf16(const void* x, Dtype, int64_t rows, int64_t depth, int64_t tile_begin, int64_t tile_end,
+                      void* panel) {
+  pack_tiles<Bf16Core>(static_cast<const BFloat16*>(x), rows, depth, tile_begin, tile_end,
+                       static_cast<BFloat16*>(panel));
+}
 
 }  // namespace
 }  // namespace nf4

@@ -5,7 +5,8 @@
 
 namespace nf4 {
 
-constexpr int kGemvRows = 4;     // linear with M <= kGemvRows multiplies in fp32 straight from the packed bytes
+constexpr int kGemvRows = 4;     // linear with M <= kGemvRows goes row by row of W straight from the packed bytes
+constexpr int kCodesRows = 128;  // up to here bf16 products of unscaled codes beat those of decoded weights
 constexpr int kGemmRows = 512;   // rows of x per pass: what one decode of a weight tile is used for
 constexpr int kGemmDepth = 256;  // contraction length decoded at a time and added to the fp32 tile at once
 
@@ -19,9 +20,16 @@ struct QuantizeArgs {
   float* absmax;    // [ceil(numel/block_size)]
 };
 
+// scale * levels is the codebook, its levels rounded to bf16 so that the errors cancel; see bf16_code.cpp.
+struct Bf16Code {
+  BFloat16 levels[kLevels];
+  float scale;  // goes into the block scales
+};
+
 // One matrix product against the weight. linear: rows of x are K long and y's are N; dgrad: dy's are N, dx's are K.
 struct GemmArgs {
   Weight weight;
+  Bf16Code bf16_code;  // for GemmKernels and GemvKernels of unscaled codes, else unset
   Dtype dtype;
   const void* panel;  // packed rows of x or dy, as GemvKernels::pack or GemmKernels::pack left them
   int64_t rows;       // at most kGemmRows (gemm) or kGemvRows (gemv)
@@ -34,27 +42,37 @@ using QuantizeFn = void (*)(const QuantizeArgs&, int64_t block_begin, int64_t bl
 using DequantizeFn = void (*)(const Weight&, int64_t begin, int64_t count, Dtype dtype, void* out);
 // Row-major [rows, depth] of dtype into the layout that the product reads.
 using PackFn = void (*)(const void* x, Dtype dtype, int64_t rows, int64_t depth, void* panel);
-// Row tiles [tile_begin, tile_end) of x, each of even_tile_rows(rows, max_tile_rows) rows.
+// Row tiles [tile_begin, tile_end) of x; see row_tiles.
 using GemmPackFn = void (*)(const void* x, Dtype dtype, int64_t rows, int64_t depth, int64_t tile_begin,
                             int64_t tile_end, void* panel);
+// Rows [n_begin, n_end) of W.
 using GemvFn = void (*)(const GemmArgs&, int64_t n_begin, int64_t n_end);
 // Column tiles [tile_begin, tile_end) of the output, each of `tile_cols`; workspace of `workspace_bytes`.
 using GemmFn = void (*)(const GemmArgs&, int64_t tile_begin, int64_t tile_end, void* workspace);
 
-struct GemmKernels {
+// linear or linear_dgrad as a blocked product, see gemm.h.
+struct GemmKernel {
   int max_tile_rows;        // rows of x per register tile
   int tile_cols;            // columns of the output per register tile
-  int depth_step;           // contraction elements per multiply instruction: 1 for fp32, 2 for bf16 pairs
+  int depth_step;           // a panel's rows are padded to whole steps of the contraction
   int element_bytes;        // of a panel element
   int64_t workspace_bytes;  // per thread
   GemmPackFn pack;
-  GemmFn linear;
-  GemmFn linear_dgrad;
+  GemmFn run;
 };
 
-struct GemvKernels {
-  PackFn pack;    // into fp32 [rows * depth]
-  GemvFn linear;  // rows <= kGemvRows
+// linear at M <= kGemvRows.
+struct GemvKernel {
+  int depth_step;     // as above
+  int element_bytes;  // of a panel element
+  PackFn pack;
+  GemvFn run;
+};
+
+struct ProductKernels {
+  const GemvKernel* gemv;
+  const GemmKernel* linear;
+  const GemmKernel* linear_dgrad;
 };
 
 struct CpuKernels {
@@ -62,16 +80,21 @@ struct CpuKernels {
   bool (*supported)();  // by this CPU and its operating system
   QuantizeFn quantize;
   DequantizeFn dequantize;
-  GemvKernels gemv;
-  const GemmKernels* gemm;       // fp32 products, any activation dtype
-  const GemmKernels* gemm_bf16;  // for bf16 activations
+  ProductKernels any;         // fp32 products, any activation dtype
+  ProductKernels bf16;        // for bf16 activations
+  ProductKernels bf16_codes;  // the same where has_whole_codes(weight)
 };
 
-// Rows a register tile takes when `rows` are split evenly over as few tiles as max_tile_rows allows.
-static inline int64_t even_tile_rows(int64_t rows, int64_t max_tile_rows) {
-  const int64_t tiles = (rows + max_tile_rows - 1) / max_tile_rows;
-  return tiles == 0 ? 1 : (rows + tiles - 1) / tiles;
+// Whether every 64 consecutive weights of a row share a scale: what the products of unscaled codes need.
+static inline bool has_whole_codes(const Weight& w) { return w.K > 0 && w.K % 64 == 0 && w.block_shift >= 6; }
+
+// Rows of x are split evenly over as few register tiles as can hold them; tile t begins at row_of_tile.
+static inline int64_t row_tiles(int64_t rows, int64_t max_tile_rows) {
+  return (rows + max_tile_rows - 1) / max_tile_rows;
 }
+static inline int64_t row_of_tile(int64_t tile, int64_t tiles, int64_t rows) { return tile * rows / tiles; }
+
+Bf16Code bf16_code(const float code[kLevels]);
 
 // The scales' own quantization: 1/block_size of the data, so one portable version is enough.
 double superblock_sum(const float* absmax, int64_t count);
@@ -80,22 +103,18 @@ void quantize_superblock_e4m3(const float* absmax, int64_t count, float scale_of
 void quantize_superblock_sorted(const float* absmax, int64_t count, float scale_offset, float scale_absmax,
                                 const float* scale_code, uint8_t* out);
 
-#define NF4_DECLARE_GEMM(isa)                                                                     \
-  extern const GemmKernels kGemm_##isa;                                                           \
-  void linear_gemm_##isa(const GemmArgs&, int64_t tile_begin, int64_t tile_end, void* workspace); \
-  void linear_dgrad_gemm_##isa(const GemmArgs&, int64_t tile_begin, int64_t tile_end, void* workspace);
-
 #define NF4_DECLARE_ISA(isa)                                                                  \
   void quantize_##isa(const QuantizeArgs&, int64_t block_begin, int64_t block_end);           \
   void dequantize_##isa(const Weight&, int64_t begin, int64_t count, Dtype dtype, void* out); \
-  void gemv_pack_##isa(const void* x, Dtype dtype, int64_t rows, int64_t depth, void* panel); \
-  void linear_gemv_##isa(const GemmArgs&, int64_t n_begin, int64_t n_end);                    \
-  NF4_DECLARE_GEMM(isa)
+  extern const GemvKernel kGemv_##isa;                                                        \
+  extern const GemmKernel kLinear_##isa, kLinearDgrad_##isa;
 
 NF4_DECLARE_ISA(scalar)
 NF4_DECLARE_ISA(avx2)
 NF4_DECLARE_ISA(avx512)
-NF4_DECLARE_GEMM(avx512_bf16)
+extern const GemvKernel kGemvCodes_avx512_bf16;
+extern const GemmKernel kLinear_avx512_bf16, kLinearDgrad_avx512_bf16;
+extern const GemmKernel kLinearCodes_avx512_bf16, kLinearDgradCodes_avx512_bf16;
 
 // dispatch.cpp
 const CpuKernels& active_kernels();

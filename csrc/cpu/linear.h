@@ -34,6 +34,7 @@ static inline void decode_column_pair(const Isa::Table& table, Isa::I codes, Isa
 
 // fp32 slices are [k][tile_cols]. store_column_pair writes k and k+1 of the L columns from `out` on.
 struct LinearFp32 : Fp32Core {
+  static constexpr int kGroup = 1;
   static void store_column_pair(float* out, Isa::F even, Isa::F odd) {
     Isa::store(out, even);
     Isa::store(out + kTileCols, odd);
@@ -90,29 +91,32 @@ void decode_row_spans(const Weight& w, int64_t n, int64_t rows, int64_t k, int64
   }
 }
 
-template <class Core>
-void linear_tiles(const GemmArgs& args, int64_t tile_begin, int64_t tile_end, void* workspace) {
-  const Weight& w = args.weight;
+// One finished fp32 row of y's columns n..n+cols, with bias.
+static inline void store_row(const GemmArgs& args, int64_t m, int64_t n, int64_t cols, const float* row) {
   with_type(args.dtype, [&](auto t) {
     using T = decltype(t);
     const T* bias = static_cast<const T*>(args.bias);
-    const auto decode = [&](int64_t n, int64_t rows, int64_t k, int64_t count, typename Core::Element* slice) {
-      if (w.K % 32 == 0)
-        decode_rows<Core>(w, n, rows, k, count, slice);
-      else
-        decode_row_spans<Core>(w, n, rows, k, count, slice);
-    };
-    const auto store = [&](int64_t m, int64_t n, int64_t cols, const float* row) {
-      T* y = static_cast<T*>(args.out) + m * w.N + n;
-      int64_t c = 0;
-      for (; c + Isa::L <= cols; c += Isa::L) {
-        const Isa::F sum = Isa::load(row + c);
-        Isa::store(y + c, bias == nullptr ? sum : Isa::add(sum, Isa::load(bias + n + c)));
-      }
-      for (; c < cols; ++c) y[c] = from_float<T>(row[c] + (bias == nullptr ? 0.f : to_float(bias[n + c])));
-    };
-    gemm<Core, 1>(args, w.K, w.N, tile_begin, tile_end, workspace, decode, store);
+    T* y = static_cast<T*>(args.out) + m * args.weight.N + n;
+    int64_t c = 0;
+    for (; c + Isa::L <= cols; c += Isa::L) {
+      const Isa::F sum = Isa::load(row + c);
+      Isa::store(y + c, bias == nullptr ? sum : Isa::add(sum, Isa::load(bias + n + c)));
+    }
+    for (; c < cols; ++c) y[c] = from_float<T>(row[c] + (bias == nullptr ? 0.f : to_float(bias[n + c])));
   });
+}
+
+template <class Core>
+void linear_tiles(const GemmArgs& args, int64_t tile_begin, int64_t tile_end, void* workspace) {
+  const Weight& w = args.weight;
+  const auto decode = [&](int64_t n, int64_t rows, int64_t k, int64_t count, typename Core::Slice* slice) {
+    if (w.K % 32 == 0)
+      decode_rows<Core>(w, n, rows, k, count, *slice);
+    else
+      decode_row_spans<Core>(w, n, rows, k, count, *slice);
+  };
+  const auto store = [&](int64_t m, int64_t n, int64_t cols, const float* row) { store_row(args, m, n, cols, row); };
+  gemm<Core>(args, w.K, w.N, tile_begin, tile_end, workspace, decode, store);
 }
 
 }  // namespace

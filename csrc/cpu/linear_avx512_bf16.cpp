@@ -1,18 +1,22 @@
+#include "codes_avx512_bf16.h"
 #include "gemm_avx512_bf16.h"
 #include "linear.h"
+#include "linear_codes.h"
+#include "linear_gemv_codes.h"
 
 namespace nf4 {
 namespace {
 
 // bf16 slices are [k/2][tile_cols][2].
 struct LinearBf16 : Bf16Core {
+  static constexpr int kGroup = 1;
   static void store_column_pair(Element* out, Isa::F even, Isa::F odd) { store_pairs(out, even, odd); }
 };
 
 }  // namespace
 
-void linear_gemm_avx512_bf16(const GemmArgs& args, int64_t tile_begin, int64_t tile_end, void* workspace) {
-  linear_tiles<LinearBf16>(args, tile_begin, tile_end, workspace);
-}
+const GemvKernel kGemvCodes_avx512_bf16{kGemvGroup, int(sizeof(BFloat16)), gemv_codes_pack, gemv_codes};
+const GemmKernel kLinear_avx512_bf16 = describe_gemm<LinearBf16>(pack_bf16, linear_tiles<LinearBf16>);
+const GemmKernel kLinearCodes_avx512_bf16 = describe_gemm<LinearCodes>(linear_codes_pack, linear_codes);
 
 }  // namespace nf4

@@ -14,6 +14,8 @@
 namespace nf4 {
 namespace {
 
+constexpr int kDgradGroup = 4;  // column tiles that are decoded together
+
 // 2L weights of row n from column k, even k's and odd k's apart; `cols` of them exist.
 static inline void decode_even_odd(const Weight& w, const Isa::Table& table, int64_t n, int64_t k, int64_t cols,
                                    Isa::F& even, Isa::F& odd) {
@@ -39,6 +41,7 @@ static inline void prefetch_row(const Weight& w, int64_t n, int64_t k) {
 }
 
 struct DgradFp32 : Fp32Core {
+  static constexpr int kGroup = kDgradGroup;
   static void decode_depth(const Weight& w, int64_t k, int64_t cols, int64_t n, int64_t count, float* slice) {
     const Isa::Table table = Isa::load_table(w.code);
     for (int64_t i = 0; i < count; ++i) {
@@ -56,8 +59,9 @@ void linear_dgrad_tiles(const GemmArgs& args, int64_t tile_begin, int64_t tile_e
   const Weight& w = args.weight;
   with_type(args.dtype, [&](auto t) {
     using T = decltype(t);
-    const auto decode = [&](int64_t k, int64_t cols, int64_t n, int64_t count, typename Core::Element* slice) {
-      Core::decode_depth(w, k, cols, n, count, slice);
+    const auto decode = [&](int64_t k, int64_t cols, int64_t n, int64_t count, typename Core::Slice* slices) {
+      for (int64_t c = 0; c < cols; c += kTileCols)
+        Core::decode_depth(w, k + c, cols - c < kTileCols ? cols - c : kTileCols, n, count, *slices++);
     };
     const auto store = [&](int64_t m, int64_t k, int64_t cols, const float* row) {
       T* dx = static_cast<T*>(args.out) + m * w.K + k;
@@ -67,7 +71,7 @@ void linear_dgrad_tiles(const GemmArgs& args, int64_t tile_begin, int64_t tile_e
       Isa::store_pairs(whole, even, odd);
       std::memcpy(static_cast<void*>(dx), whole, size_t(cols) * sizeof(T));
     };
-    gemm<Core, kGroup>(args, w.N, w.K, tile_begin, tile_end, workspace, decode, store);
+    gemm<Core>(args, w.N, w.K, tile_begin, tile_end, workspace, decode, store);
   });
 }
 

@@ -3,8 +3,6 @@
 
 namespace nf4 {
 
-void linear_dgrad_gemm_avx2(const GemmArgs& args, int64_t tile_begin, int64_t tile_end, void* workspace) {
-  linear_dgrad_tiles<DgradFp32>(args, tile_begin, tile_end, workspace);
-}
+const GemmKernel kLinearDgrad_avx2 = describe_gemm<DgradFp32>(pack_any, linear_dgrad_tiles<DgradFp32>);
 
 }  // namespace nf4

@@ -1,11 +1,13 @@
 #include "gemm_avx512_bf16.h"
 #include "linear_dgrad.h"
+#include "linear_dgrad_codes.h"
 
 namespace nf4 {
 namespace {
 
 // bf16 slices are [n/2][L even k | L odd k][2]: rows n and n+1 of W meet in one lane.
 struct DgradBf16 : Bf16Core {
+  static constexpr int kGroup = kDgradGroup;
   static void decode_depth(const Weight& w, int64_t k, int64_t cols, int64_t n, int64_t count, Element* slice) {
     const Isa::Table table = Isa::load_table(w.code);
     for (int64_t i = 0; i < count; i += 2) {
@@ -22,8 +24,7 @@ struct DgradBf16 : Bf16Core {
 
 }  // namespace
 
-void linear_dgrad_gemm_avx512_bf16(const GemmArgs& args, int64_t tile_begin, int64_t tile_end, void* workspace) {
-  linear_dgrad_tiles<DgradBf16>(args, tile_begin, tile_end, workspace);
-}
+const GemmKernel kLinearDgrad_avx512_bf16 = describe_gemm<DgradBf16>(pack_bf16, linear_dgrad_tiles<DgradBf16>);
+const GemmKernel kLinearDgradCodes_avx512_bf16 = describe_gemm<DgradCodes>(dgrad_codes_pack, linear_dgrad_codes);
 
 }  // namespace nf4

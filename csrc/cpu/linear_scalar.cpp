@@ -4,14 +4,7 @@
 
 namespace nf4 {
 
-void gemv_pack_scalar(const void* x, Dtype dtype, int64_t rows, int64_t depth, void* panel) {
-  gemv_pack_x(x, dtype, rows, depth, panel);
-}
-
-void linear_gemv_scalar(const GemmArgs& args, int64_t n_begin, int64_t n_end) { gemv_columns(args, n_begin, n_end); }
-
-void linear_gemm_scalar(const GemmArgs& args, int64_t tile_begin, int64_t tile_end, void* workspace) {
-  linear_tiles<LinearFp32>(args, tile_begin, tile_end, workspace);
-}
+const GemvKernel kGemv_scalar{1, int(sizeof(float)), gemv_pack_x, gemv_columns};
+const GemmKernel kLinear_scalar = describe_gemm<LinearFp32>(pack_any, linear_tiles<LinearFp32>);
 
 }  // namespace nf4

@@ -1,0 +1,161 @@
+// A codebook in bf16 whose rounding does not bias the product.
+//
+// Rounding the 16 levels to bf16 gives each an error that all weights of that level share, so that the errors do not
+// average out over a row: with x of mean one sigma NF4's nearest roundings put 2.06 % on the output, dense bf16 0.26 %.
+// Three things are free: the factor by which levels are multiplied first and scales divided in the end, which neighbour
+// a level is rounded to, and the factor of the scales alone. Out of 64 factors and up to four levels rounded the other
+// way, those are taken that keep small what Gaussian weights of sigma = absmax / width see, the worst of several widths
+// (a heavy-tailed block is wide): the mean error, which multiplies the sum of x, and the slope of the error on the
+// weight, which scales the output. NF4: mean 1.4e-5 of absmax and slope 7e-5. INT4 and FP4 become exact.
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <iterator>
+#include <mutex>
+
+#include "convert.h"
+#include "kernels.h"
+
+namespace nf4 {
+namespace {
+
+constexpr int kFactors = 64, kFlips = 4;
+constexpr double kWidths[] = {0.8, 1.5, 2.0, 2.4, 2.8, 3.3, 4.0, 6.0};
+constexpr int kWidthCount = int(std::size(kWidths));
+constexpr double kMeanWeight = 60, kSlopeWeight = 3;  // against the errors' RMS over the levels
+
+using Levels = std::array<double, kLevels>;
+
+// The share of each level among weights of that width; levels ascend.
+Levels occupancy(const Levels& levels, double width) {
+  const auto below = [&](double a) { return 0.5 * std::erfc(-width * a / std::sqrt(2.0)); };
+  const double low = below(-1), inside = 1 - 2 * low;
+  Levels share;
+  for (int i = 0; i < kLevels; ++i) {
+    const double from = i == 0 ? low : below((levels[i - 1] + levels[i]) / 2);
+    const double to = i == kLevels - 1 ? 1 - low : below((levels[i] + levels[i + 1]) / 2);
+    share[i] = (to - from) / inside;
+  }
+  return share;
+}
+
+// What the weights of each width see of a rounded codebook. All sums are linear in the levels' values.
+struct Seen {
+  double mean[kWidthCount] = {};   // of rounded / factor - level
+  double slope[kWidthCount] = {};  // of rounded / factor on level
+  double square = 0;               // sum over the levels of (rounded / factor - level)^2
+
+  void add(const std::array<Levels, kWidthCount>& share, const std::array<double, kWidthCount>& power, int i,
+           double level, double from, double to) {  // level i's value changes
+    for (int w = 0; w < kWidthCount; ++w) {
+      mean[w] += share[w][i] * (to - from);
+      slope[w] += share[w][i] * level * (to - from) / power[w];
+    }
+    square += (to - level) * (to - level) - (from - level) * (from - level);
+  }
+  double scale() const {  // puts the slopes' middle at 1
+    return 2 / (*std::min_element(slope, slope + kWidthCount) + *std::max_element(slope, slope + kWidthCount));
+  }
+  double cost() const {
+    double bias = 0;
+    for (double m : mean) bias = std::max(bias, std::fabs(m));
+    const double tilt = *std::max_element(slope, slope + kWidthCount) * scale() - 1;
+    return std::sqrt(std::max(square, 0.0) / kLevels) + kMeanWeight * bias + kSlopeWeight * tilt;
+  }
+};
+
+// The bf16 next to `rounded` on the other side of `exact`.
+float other_neighbour(float exact, float rounded) {
+  if (exact == rounded) return rounded;
+  const bool away_from_zero = std::fabs(exact) > std::fabs(rounded);
+  const uint32_t bits = bits_of(rounded);
+  return float_of(away_from_zero ? bits + 0x10000 : bits - 0x10000);
+}
+
+struct Search {
+  Levels levels;  // ascending
+  std::array<Levels, kWidthCount> share;
+  std::array<double, kWidthCount> power{};
+  std::array<float, kLevels> values, best;  // the present candidate's and the best one's levels times the factor
+  double least = INFINITY, best_scale = 1;
+
+  explicit Search(const float code[kLevels]) {
+    std::copy(code, code + kLevels, levels.begin());
+    std::sort(levels.begin(), levels.end());
+    for (int w = 0; w < kWidthCount; ++w) {
+      share[w] = occupancy(levels, kWidths[w]);
+      for (int i = 0; i < kLevels; ++i) power[w] += share[w][i] * levels[i] * levels[i];
+    }
+    std::copy(levels.begin(), levels.end(), best.begin());
+    for (int f = 0; f < kFactors; ++f) try_factor(1 + float(f) / kFactors);
+  }
+
+  void try_factor(float factor) {
+    std::array<float, kLevels> other;
+    Seen seen;
+    for (int i = 0; i < kLevels; ++i) {
+      const float exact = float(levels[i]) * factor;
+      values[i] = to_float(from_float<BFloat16>(exact));
+      other[i] = other_neighbour(exact, values[i]);
+      seen.add(share, power, i, levels[i], levels[i], values[i] / double(factor));
+    }
+    for (int w = 0; w < kWidthCount; ++w) seen.slope[w] += 1;  // of the exact levels, from which it was counted
+    flip_from(0, kFlips, factor, other, seen);
+  }
+
+  // Offers this candidate, and all that round up to `flips` of the levels from `first` on the other way.
+  void flip_from(int first, int flips, float factor, const std::array<float, kLevels>& other, const Seen& seen) {
+    const double cost = seen.cost();
+    if (cost < least) {
+      least = cost;
+      best = values;
+      best_scale = seen.scale() / factor;
+    }
+    for (int i = first; flips > 0 && i < kLevels; ++i) {
+      if (values[i] == other[i]) continue;
+      const float nearest = values[i];
+      Seen flipped = seen;
+      flipped.add(share, power, i, levels[i], nearest / double(factor), other[i] / double(factor));
+      values[i] = other[i];
+      flip_from(i + 1, flips - 1, factor, other, flipped);
+      values[i] = nearest;
+    }
+  }
+};
+
+Bf16Code search(const float code[kLevels]) {
+  const Search found(code);
+  Bf16Code result;
+  result.scale = float(found.best_scale);
+  for (int i = 0; i < kLevels; ++i) {
+    const auto at = std::lower_bound(found.levels.begin(), found.levels.end(), double(code[i])) - found.levels.begin();
+    result.levels[i] = from_float<BFloat16>(found.best[size_t(at)]);
+  }
+  return result;
+}
+
+struct Found {
+  float code[kLevels];
+  Bf16Code bf16;
+  bool set = false;
+};
+
+}  // namespace
+
+Bf16Code bf16_code(const float code[kLevels]) {
+  static std::mutex mutex;
+  static Found cache[8];  // a search takes 6 ms
+  static int oldest = 0;
+  const std::lock_guard<std::mutex> lock(mutex);
+  for (const Found& found : cache)
+    if (found.set && std::memcmp(found.code, code, sizeof found.code) == 0) return found.bf16;
+  Found& found = cache[oldest];
+  oldest = (oldest + 1) % int(std::size(cache));
+  found.bf16 = search(code);
+  std::memcpy(found.code, code, sizeof found.code);
+  found.set = true;
+  return found.bf16;
+}
+
+}  // namespace nf4

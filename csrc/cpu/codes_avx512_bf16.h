@@ -1,0 +1,73 @@
+// What the products of unscaled codes share.
+//
+// The 16 levels are bf16 in one register of 32: vpermw counts 5 index bits, so the table stands there twice and a nibble
+// needs no mask. Levels are rounded without bias (bf16_code.cpp); a block's scale goes where one multiply serves many
+// weights.
+#pragma once
+
+#include "decode_avx512.h"
+#include "kernels.h"
+
+namespace nf4 {
+namespace {
+
+constexpr int kScaled = 64;  // consecutive k that certainly share a scale
+
+static inline Isa::I load_code_table(const Bf16Code& code) {
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(code.levels));
+  return _mm512_inserti64x4(_mm512_castsi256_si512(half), half, 1);
+}
+
+// Nibble NIBBLE, from the lowest, of each of 32 words as its bf16 level. In memory order a word's four codes are nibbles
+// 1, 0, 3, 2.
+template <int NIBBLE>
+static inline __m512bh code_values(Isa::I table, Isa::I words) {
+  return (__m512bh)_mm512_permutexvar_epi16(NIBBLE == 0 ? words : _mm512_srli_epi16(words, 4 * NIBBLE), table);
+}
+
+// The pair of bf16 at p, in every lane.
+static inline __m512bh broadcast_pair(const BFloat16* p) {
+  int32_t pair;
+  std::memcpy(&pair, p, 4);
+  return (__m512bh)_mm512_set1_epi32(pair);
+}
+
+// The scales of blocks block(0), ... block(15), ascending; past `count` the last one again. Half the time of 16 calls of
+// block_scale: the lookups stay off the vector ports.
+template <class Block>
+static inline Isa::F gather_scales(const Weight& w, int count, Block block) {
+  alignas(64) float scales[Isa::L], group_scales[Isa::L];
+  const auto block_of = [&](int i) { return block(i < count ? i : count - 1); };
+  if (w.absmax_u8 == nullptr) {
+    for (int i = 0; i < Isa::L; ++i) scales[i] = w.absmax[block_of(i)];
+    return Isa::load(scales);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < Isa::L; ++i) std::memcpy(scales + i, w.scale_code + w.absmax_u8[block_of(i)], sizeof(float));
+  const int64_t first = block_of(0) >> kSuperblockShift, last = block_of(Isa::L - 1) >> kSuperblockShift;
+  Isa::F group = Isa::set1(w.scale_absmax[first]);
+  if (first != last) {
+#pragma GCC unroll 16
+    for (int i = 0; i < Isa::L; ++i)
+      std::memcpy(group_scales + i, w.scale_absmax + (block_of(i) >> kSuperblockShift), sizeof(float));
+    group = Isa::load(group_scales);
+  }
+  return Isa::add(Isa::mul(Isa::load(scales), group), Isa::set1(w.scale_offset));
+}
+
+// *low in lanes 0..7, *high in lanes 8..15.
+static inline Isa::F broadcast_halves(const float* low, const float* high) {
+  return _mm512_mask_broadcastss_ps(Isa::set1(*low), 0xff00, _mm_load_ss(high));
+}
+
+// The scale of block `low` in lanes 0..7, of `high` in lanes 8..15.
+static inline Isa::F half_scales(const Weight& w, int64_t low, int64_t high) {
+  if (w.absmax_u8 == nullptr) return broadcast_halves(w.absmax + low, w.absmax + high);
+  const Isa::F values = broadcast_halves(w.scale_code + w.absmax_u8[low], w.scale_code + w.absmax_u8[high]);
+  const Isa::F groups =
+      broadcast_halves(w.scale_absmax + (low >> kSuperblockShift), w.scale_absmax + (high >> kSuperblockShift));
+  return Isa::add(Isa::mul(values, groups), Isa::set1(w.scale_offset));
+}
+
+}  // namespace
+}  // namespace nf4

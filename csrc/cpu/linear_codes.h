@@ -1,0 +1,128 @@
+// linear in bf16, M > 4, codes decoded in registers: y[m, n]
+//              = sum_b scale[n, b] * (sum_{k in b} x[m, k] * code[n, k]) + bias[n]
+//
+// Work split   column tiles of 32 rows of W; see gemm.h. The caller splits them over threads.
+// Inner loop   lane n of a register holds 8 codes of row n of W: 4 x (shift, vpermw) give the pairs (k, k + 4), each x up
+//              to 12 rows of x, broadcast. After 64 k one FMA by the 16 rows' scales.
+// The trick    a code is looked up unscaled, as bf16, straight into vdpbf16ps: 7 instructions give 128 weights, on ports
+//              that the products leave idle, so that each tile of rows looks them up anew and nothing is stored.
+// Rejected     decoding to scaled bf16 in L1 (linear.h): 42 instructions and 4 stores for 128 weights, as long as the
+//              products of 11 rows (4096x4096, M = 16: 4.1 against 3.0 ms, one core of a Zen 4 EPYC). From 128 rows on
+//              the two meet, and decoding once for all rows wins.
+// Prefetch     the next slice's lines one by one between the products: in a burst they fill the miss buffers that x needs
+//              (3.4 against 3.0 ms).
+// Flops        2*M*N*K at one vdpbf16ps of 64 a cycle.
+// Needs        has_whole_codes. |x| summed over a block stays in fp32's range: the scale comes after that sum.
+#pragma once
+
+#include "codes_avx512_bf16.h"
+#include "gemm.h"
+
+namespace nf4 {
+namespace {
+
+constexpr int kCodesOfWord = 8;  // in a lane's u32
+
+// Panels are [tile][kGemmDepth slice][row][k of the slice], 8 k in the order in which their pairs meet x.
+struct LinearCodes {
+  using Element = BFloat16;
+  static constexpr int kStep = kScaled, kPanelStep = kGemmDepth, kRows = 12, kCols = kTileCols, kGroup = 1;
+  struct Slice {
+    Isa::I codes[kVectors][kGemmDepth / kCodesOfWord];  // lane: 8 codes of one row of W
+    Isa::F scales[kVectors][kGemmDepth / kScaled];
+    const uint8_t* ahead;  // the slice after this one, in its first row
+    int64_t row_bytes;     // to its next row
+  };
+
+  template <int ROWS>
+  static void multiply(const GemmArgs& args, const Element* x, const Slice& slice, int64_t depth, bool first,
+                       float* tile) {
+    const Isa::I table = load_code_table(args.bf16_code);
+    Isa::F sums[ROWS][kVectors];
+    for (int64_t b = 0; b * kScaled < depth; ++b) {
+      Isa::F acc[ROWS][kVectors];
+#pragma GCC unroll 12
+      for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) acc[r][v] = Isa::zero();
+      for (int64_t word = b * kScaled / kCodesOfWord; word < (b + 1) * kScaled / kCodesOfWord; ++word) {
+        const Element* xw = x + word * kCodesOfWord;
+        for (int line = 0; line < ROWS; line += 4)  // of this tile's next slice
+          __builtin_prefetch(x + ROWS * kGemmDepth + (word * ROWS / 4 + line / 4) * 32);
+        __builtin_prefetch(slice.ahead + word * slice.row_bytes);
+        __builtin_prefetch(slice.ahead + word * slice.row_bytes + 64);
+        const auto add_products = [&](int pair, __m512bh first_cols, __m512bh next_cols) {
+#pragma GCC unroll 12
+          for (int r = 0; r < ROWS; ++r) {
+            const __m512bh xr = broadcast_pair(xw + r * kGemmDepth + 2 * pair);
+            acc[r][0] = _mm512_dpbf16_ps(acc[r][0], first_cols, xr);
+            acc[r][1] = _mm512_dpbf16_ps(acc[r][1], next_cols, xr);
+          }
+        };
+        const Isa::I codes = slice.codes[0][word], next = slice.codes[1][word];
+        add_products(0, code_values<0>(table, codes), code_values<0>(table, next));
+        add_products(1, code_values<1>(table, codes), code_values<1>(table, next));
+        add_products(2, code_values<2>(table, codes), code_values<2>(table, next));
+        add_products(3, code_values<3>(table, codes), code_values<3>(table, next));
+      }
+#pragma GCC unroll 12
+      for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) {
+          const Isa::F scale = slice.scales[v][b];
+          sums[r][v] = b == 0 ? Isa::mul(acc[r][v], scale) : Isa::fma(acc[r][v], scale, sums[r][v]);
+        }
+    }
+    for (int r = 0; r < ROWS; ++r)
+      for (int v = 0; v < kVectors; ++v) {
+        float* out = tile + r * kCols + v * Isa::L;
+        Isa::store(out, first ? sums[r][v] : Isa::add(sums[r][v], Isa::load(out)));
+      }
+  }
+};
+
+// k of the slice that stand 1, 5 | 0, 4 | 3, 7 | 2, 6: nibble i of a word's low half and of its high half.
+constexpr int kPairOrder[kCodesOfWord] = {1, 5, 0, 4, 3, 7, 2, 6};
+
+void linear_codes_pack(const void* x, Dtype, int64_t rows, int64_t K, int64_t tile_begin, int64_t tile_end,
+                       void* panel) {
+  const int64_t tiles = row_tiles(rows, LinearCodes::kRows), padded = round_up(K, kGemmDepth);
+  const Isa::I order = _mm512_set4_epi32(0x0d0c0504, 0x0f0e0706, 0x09080100, 0x0b0a0302);
+  const auto* in = static_cast<const BFloat16*>(x);
+  for (int64_t t = tile_begin; t < tile_end; ++t) {
+    const int64_t first = row_of_tile(t, tiles, rows), end = row_of_tile(t + 1, tiles, rows);
+    auto* out = static_cast<BFloat16*>(panel) + first * padded;
+    for (int64_t k = 0; k < K; k += 32)
+      for (int64_t m = first; m < end; ++m) {
+        const int64_t at = (k / kGemmDepth * (end - first) + m - first) * kGemmDepth + k % kGemmDepth;
+        _mm512_storeu_si512(out + at, _mm512_shuffle_epi8(_mm512_loadu_si512(in + m * K + k), order));
+      }
+  }
+}
+
+void linear_codes(const GemmArgs& args, int64_t tile_begin, int64_t tile_end, void* workspace) {
+  const Weight& w = args.weight;
+  const Isa::F code_scale = Isa::set1(args.bf16_code.scale);
+  const auto decode = [&](int64_t n, int64_t rows, int64_t k, int64_t count, LinearCodes::Slice* slices) {
+    LinearCodes::Slice& slice = *slices;
+    slice.row_bytes = w.K / 2;
+    slice.ahead = w.packed + (k + count < w.K ? n * w.K + k + count : (n + kTileCols) * w.K) / 2;
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t first = n + v * Isa::L < n + rows ? n + v * Isa::L : n + rows - 1;
+      const int64_t here = n + rows - first < Isa::L ? n + rows - first : Isa::L;
+      const uint8_t* sources[Isa::L];
+      for (int64_t r = 0; r < Isa::L; ++r) sources[r] = w.packed + (first + (r < here ? r : here - 1)) * (w.K / 2);
+      for (int64_t i = 0; i < count; i += 32)
+        Isa::load_columns(sources, (k + i) / 2, slice.codes[v] + i / kCodesOfWord);
+      for (int64_t i = 0; i < count; i += kScaled) {
+        const auto block = [&](int r) { return ((first + r) * w.K + k + i) >> w.block_shift; };
+        slice.scales[v][i / kScaled] = Isa::mul(gather_scales(w, int(here), block), code_scale);
+      }
+    }
+  };
+  const auto store = [&](int64_t m, int64_t n, int64_t cols, const float* row) { store_row(args, m, n, cols, row); };
+  gemm<LinearCodes>(args, w.K, w.N, tile_begin, tile_end, workspace, decode, store);
+}
+
+}  // namespace
+}  // namespace nf4

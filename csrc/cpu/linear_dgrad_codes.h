@@ -1,0 +1,153 @@
+// linear_dgrad in bf16, codes decoded in registers: dx[m, k] = sum_n (dy[m, n] * scale[n, k / 64]) * code[n, k]
+//
+// Work split   column tiles of 64 k, which share a scale in each row of W; see gemm.h.
+// Inner loop   lane j of a register holds codes 4j..4j+3 of rows n (low half) and n+1 (high half): 4 x (shift, vpermw)
+//              give the pairs (n, n+1) of 64 k, each x up to 6 rows of dy, broadcast.
+// The trick    a scale belongs to one n, which is summed over, so it goes into dy: once per 64 k, rounded to bf16 as a
+//              weight would be. Codes are looked up unscaled, straight into vdpbf16ps, as linear_codes.h does.
+// Rejected     decoding to scaled bf16 in L1 (linear_dgrad.h): as long as the products of 16 rows (4096x4096,
+//              M = 16: 4.2 against 3.1 ms, one core of a Zen 4 EPYC). From 128 rows on the two meet.
+// Flops        2*M*N*K at one vdpbf16ps of 64 a cycle, and 4 instructions in 64 for dy's scales.
+// Needs        has_whole_codes; |dy * scale| in fp32's range.
+#pragma once
+
+#include "codes_avx512_bf16.h"
+#include "gemm.h"
+
+namespace nf4 {
+namespace {
+
+// Panels are [tile][kGemmDepth slice][row][n of the slice], padded with zeros.
+struct DgradCodes {
+  using Element = BFloat16;
+  static constexpr int kNibbles = 4;  // of a word: as many weight vectors
+  static constexpr int kStep = 2, kPanelStep = kGemmDepth, kRows = 6, kCols = kNibbles * Isa::L, kGroup = 2;
+  struct Slice {
+    Isa::I codes[kGemmDepth / 2];
+    alignas(64) float scales[kGemmDepth];
+    const uint8_t* ahead;  // the slice after this one, in its first row
+    int64_t row_bytes;     // to its next row
+  };
+
+  template <int ROWS>
+  static void multiply(const GemmArgs& args, const Element* dy, const Slice& slice, int64_t depth, bool first,
+                       float* tile) {
+    alignas(64) Element scaled[ROWS][kGemmDepth];
+    for (int r = 0; r < ROWS; ++r)
+      for (int64_t n = 0; n < depth; n += 2 * Isa::L) {
+        const Element* from = dy + r * kGemmDepth + n;
+        const Isa::F low = Isa::mul(Isa::load(from), Isa::load(slice.scales + n));
+        const Isa::F high = Isa::mul(Isa::load(from + Isa::L), Isa::load(slice.scales + n + Isa::L));
+        _mm512_store_si512(scaled[r] + n, (Isa::I)_mm512_cvtne2ps_pbh(high, low));
+      }
+
+    const Isa::I table = load_code_table(args.bf16_code);
+    Isa::F acc[ROWS][kNibbles];
+#pragma GCC unroll 6
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < kNibbles; ++v) acc[r][v] = Isa::zero();
+    for (int64_t pair = 0; pair < depth / 2; ++pair) {
+      __builtin_prefetch(slice.ahead + 2 * pair * slice.row_bytes);
+      __builtin_prefetch(slice.ahead + (2 * pair + 1) * slice.row_bytes);
+      const Isa::I codes = slice.codes[pair];
+      const __m512bh values[kNibbles] = {code_values<0>(table, codes), code_values<1>(table, codes),
+                                         code_values<2>(table, codes), code_values<3>(table, codes)};
+#pragma GCC unroll 6
+      for (int r = 0; r < ROWS; ++r) {
+        const __m512bh dy_pair = broadcast_pair(scaled[r] + 2 * pair);
+#pragma GCC unroll 4
+        for (int v = 0; v < kNibbles; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], values[v], dy_pair);
+      }
+    }
+    for (int r = 0; r < ROWS; ++r)
+      for (int v = 0; v < kNibbles; ++v) {
+        float* out = tile + r * kCols + v * Isa::L;
+        Isa::store(out, first ? acc[r][v] : Isa::add(acc[r][v], Isa::load(out)));
+      }
+  }
+};
+
+void dgrad_codes_pack(const void* dy, Dtype, int64_t rows, int64_t N, int64_t tile_begin, int64_t tile_end,
+                      void* panel) {
+  const int64_t tiles = row_tiles(rows, DgradCodes::kRows), padded = round_up(N, kGemmDepth);
+  const auto* in = static_cast<const BFloat16*>(dy);
+  for (int64_t t = tile_begin; t < tile_end; ++t) {
+    const int64_t first = row_of_tile(t, tiles, rows), end = row_of_tile(t + 1, tiles, rows);
+    auto* out = static_cast<BFloat16*>(panel) + first * padded;
+    for (int64_t n = 0; n < N; n += kGemmDepth)
+      for (int64_t m = first; m < end; ++m, out += kGemmDepth) {
+        const int64_t count = N - n < kGemmDepth ? N - n : kGemmDepth;
+        std::memset(static_cast<void*>(out + count), 0, size_t(kGemmDepth - count) * sizeof *out);
+        std::memcpy(static_cast<void*>(out), in + m * N + n, size_t(count) * sizeof *out);
+      }
+  }
+}
+
+// A finished row of the tile, whose vector v is nibble v of each word, in the order of k.
+static inline void in_order(const float* row, float* natural) {
+  const auto vector = [&](int v) { return Isa::load(row + v * Isa::L); };
+  const Isa::I low = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), high = _mm512_add_epi64(low, _mm512_set1_epi64(4));
+  float pairs[2][2 * Isa::L];  // k 0 and 1, k 2 and 3 of each word: a word's elements are nibbles 1, 0, 3, 2
+  Isa::store_pairs(pairs[0], vector(1), vector(0));
+  Isa::store_pairs(pairs[1], vector(3), vector(2));
+  for (int half = 0; half < 2; ++half) {
+    const __m512d a = _mm512_castps_pd(Isa::load(pairs[0] + half * Isa::L));
+    const __m512d b = _mm512_castps_pd(Isa::load(pairs[1] + half * Isa::L));
+    float* out = natural + half * 2 * Isa::L;
+    Isa::store(out, _mm512_castpd_ps(_mm512_permutex2var_pd(a, low, b)));
+    Isa::store(out + Isa::L, _mm512_castpd_ps(_mm512_permutex2var_pd(a, high, b)));
+  }
+}
+
+// Scales of rows n.. of W at column k, zero past `count`.
+static inline void decode_scales(const GemmArgs& args, int64_t n, int64_t count, int64_t k, float* scales) {
+  const Weight& w = args.weight;
+  const Isa::F code_scale = Isa::set1(args.bf16_code.scale);
+  for (int64_t i = 0; i < kGemmDepth; i += Isa::L) {
+    if (i >= count) {
+      Isa::store(scales + i, Isa::zero());
+      continue;
+    }
+    const int here = count - i < Isa::L ? int(count - i) : Isa::L;
+    const auto block = [&](int r) { return ((n + i + r) * w.K + k) >> w.block_shift; };
+    const Isa::F values = Isa::mul(gather_scales(w, here, block), code_scale);
+    Isa::store(scales + i, _mm512_maskz_mov_ps(__mmask16(0xffff >> (Isa::L - here)), values));
+  }
+}
+
+void linear_dgrad_codes(const GemmArgs& args, int64_t tile_begin, int64_t tile_end, void* workspace) {
+  const Weight& w = args.weight;
+  const Isa::I words = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                        5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const Isa::I next_words = _mm512_add_epi16(words, _mm512_set1_epi16(16));
+  // A row's codes for both tiles of a group are one load: rows are K/2 bytes apart, where a power of two makes all of
+  // them contend for two sets of L1 (8 cycles a load at K = 4096).
+  const auto decode = [&](int64_t k, int64_t cols, int64_t n, int64_t count, DgradCodes::Slice* slices) {
+    const int tiles = int(cols / DgradCodes::kCols);
+    const int64_t there = w.N - n < count ? w.N - n : count, row_bytes = w.K / 2;
+    const uint8_t* row = w.packed + n * row_bytes + k / 2;
+    const __mmask8 half_or_all = tiles == 1 ? 0x0f : 0xff;  // of 8 quadwords
+    for (int64_t i = 0; i < count; i += 2, row += 2 * row_bytes) {
+      const Isa::I even = _mm512_maskz_loadu_epi64(half_or_all, row);
+      const Isa::I odd = i + 1 < there ? _mm512_maskz_loadu_epi64(half_or_all, row + row_bytes) : even;
+      slices[0].codes[i / 2] = _mm512_permutex2var_epi16(even, words, odd);
+      if (tiles == 2) slices[1].codes[i / 2] = _mm512_permutex2var_epi16(even, next_words, odd);
+    }
+    for (int g = 0; g < tiles; ++g) {
+      decode_scales(args, n, there, k + g * DgradCodes::kCols, slices[g].scales);
+      slices[g].row_bytes = row_bytes;
+      slices[g].ahead = w.packed + (n + count < w.N ? (n + count) * row_bytes + k / 2 : (k + cols) / 2);
+    }
+  };
+  const auto store = [&](int64_t m, int64_t k, int64_t cols, const float* row) {
+    auto* dx = static_cast<BFloat16*>(args.out) + m * w.K + k;
+    float natural[DgradCodes::kCols];
+    in_order(row, natural);
+    for (int64_t c = 0; c < cols; c += Isa::L) Isa::store(dx + c, Isa::load(natural + c));
+  };
+  gemm<DgradCodes>(args, w.N, w.K, tile_begin, tile_end, workspace, decode, store);
+}
+
+}  // namespace
+}  // namespace nf4
