@@ -46,7 +46,7 @@ def build_options() -> dict:
     ]
     binding = CppExtension(
         "nf4kernels._cpu",
-        ["csrc/torch_cpu.cpp", f"{CPU}/dispatch.cpp", f"{CPU}/quantize_absmax.cpp"],
+        ["csrc/torch_cpu.cpp", f"{CPU}/dispatch.cpp", f"{CPU}/quantize_absmax.cpp", f"{CPU}/low_rank.cpp"],
         depends=HEADERS,
         py_limited_api=True,
         define_macros=[("TORCH_STABLE_ONLY", None), ("TORCH_TARGET_VERSION", "0x020a000000000000")],

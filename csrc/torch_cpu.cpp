@@ -244,7 +244,39 @@ struct Product {
   nf4::GemmFn nf4::GemmKernels::* kernel;
 };
 
-Tensor multiply(const Product& product, const Tensor& in, const nf4::Weight& w, const OptionalTensor& bias) {
+// LoRA's term: out += scaling * small @ factor^T for linear (small P, factor B), scaling * small @ factor for dgrad.
+struct LowRank {
+  const OptionalTensor& small;
+  const OptionalTensor& factor;
+  float scaling;
+  const char* small_name;
+  const char* factor_name;
+  int64_t rank_dim;  // of factor
+};
+
+// The [rows, rank] of `small` in fp32, scaled; fills in the rest of what args need of the term.
+std::vector<float> checked_low_rank(const Product& product, const LowRank& term, const Tensor& in, int64_t rows,
+                                    nf4::GemmArgs& args) {
+  CHECK(term.small.has_value() == term.factor.has_value(), product.op, ": ", term.small_name, " and ", term.factor_name,
+        " must be given together");
+  if (!term.factor.has_value()) return {};
+  const Tensor &small = *term.small, &factor = *term.factor;
+  CHECK(factor.dim() == 2 && factor.size(1 - term.rank_dim) == product.columns, product.op, ": ", term.factor_name,
+        " must have ", product.columns, term.rank_dim == 1 ? " rows" : " columns", ", got shape ", Shape{factor});
+  const int64_t rank = factor.size(term.rank_dim);
+  CHECK(small.dim() > 0 && small.size(small.dim() - 1) == rank, product.op, ": ", term.small_name,
+        " must have r=", rank, " columns as ", term.factor_name, " has, got shape ", Shape{small});
+  const ScalarType type = in.scalar_type();
+  const void* values = checked_data(small, type, rows * rank, product.op, term.small_name);
+  args.rank = rank;
+  args.low_rank_factor = checked_data(factor, type, product.columns * rank, product.op, term.factor_name);
+  std::vector<float> scaled(static_cast<size_t>(rows * rank));
+  nf4::scale_low_rank(values, args.dtype, rows * rank, term.scaling, scaled.data());
+  return scaled;
+}
+
+Tensor multiply(const Product& product, const Tensor& in, const nf4::Weight& w, const OptionalTensor& bias,
+                const LowRank& low_rank) {
   const Dtype dtype = dtype_of(in.scalar_type(), product.op, product.input_name);
   CHECK(in.is_cpu(), product.op, ": ", product.input_name, " must be on the CPU");
   CHECK(in.dim() > 0 && in.size(in.dim() - 1) == product.depth, product.op, ": ", product.input_name, " must have ",
@@ -262,6 +294,8 @@ Tensor multiply(const Product& product, const Tensor& in, const nf4::Weight& w, 
   args.weight = w;
   args.dtype = dtype;
   args.bias = bias.has_value() ? checked_data(*bias, in.scalar_type(), w.N, product.op, "bias") : nullptr;
+  const std::vector<float> low_rank_x = checked_low_rank(product, low_rank, in, rows, args);
+  args.low_rank_x = low_rank_x.data();
   if (rows == 0 || product.columns == 0) return out;
   const auto* x = static_cast<const char*>(contiguous.const_data_ptr());
   auto* y = static_cast<char*>(out.mutable_data_ptr());
@@ -292,6 +326,7 @@ Tensor multiply(const Product& product, const Tensor& in, const nf4::Weight& w, 
         0, row_tiles, ceil_div(32768, (padded + 1) * gemm.max_tile_rows),
         [&](int64_t begin, int64_t end) { gemm.pack(pass, dtype, args.rows, product.depth, begin, end, panel_data); });
     args.panel = panel_data;
+    args.low_rank_x = low_rank_x.data() + m * args.rank;
     args.out = y + size_t(m * product.columns) * element_bytes(dtype);
     const auto run = gemm.*product.kernel;
     torch::stable::parallel_for(0, ceil_div(product.columns, gemm.tile_cols), 1, [&](int64_t begin, int64_t end) {
@@ -303,18 +338,22 @@ Tensor multiply(const Product& product, const Tensor& in, const nf4::Weight& w, 
 
 Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& absmax, const OptionalTensor& scale_absmax,
               const OptionalTensor& scale_offset, const Tensor& code, const OptionalTensor& scale_code, int64_t N,
-              int64_t K, int64_t block_size, const OptionalTensor& bias) {
+              int64_t K, int64_t block_size, const OptionalTensor& bias, const OptionalTensor& lora_P,
+              const OptionalTensor& lora_B, double scaling) {
   const auto w =
       checked_weight("linear", packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size);
-  return multiply({"linear", "x", "K", K, N, &nf4::GemmKernels::linear}, x, w, bias);
+  return multiply({"linear", "x", "K", K, N, &nf4::GemmKernels::linear}, x, w, bias,
+                  {lora_P, lora_B, float(scaling), "lora_P", "lora_B", 1});
 }
 
 Tensor linear_dgrad(const Tensor& dy, const Tensor& packed, const Tensor& absmax, const OptionalTensor& scale_absmax,
                     const OptionalTensor& scale_offset, const Tensor& code, const OptionalTensor& scale_code, int64_t N,
-                    int64_t K, int64_t block_size) {
+                    int64_t K, int64_t block_size, const OptionalTensor& lora_Q, const OptionalTensor& lora_A,
+                    double scaling) {
   const auto w =
       checked_weight("linear_dgrad", packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size);
-  return multiply({"linear_dgrad", "dy", "N", N, K, &nf4::GemmKernels::linear_dgrad}, dy, w, std::nullopt);
+  return multiply({"linear_dgrad", "dy", "N", N, K, &nf4::GemmKernels::linear_dgrad}, dy, w, std::nullopt,
+                  {lora_Q, lora_A, float(scaling), "lora_Q", "lora_A", 0});
 }
 
 }  // namespace

@@ -291,19 +291,22 @@ class _Linear(torch.autograd.Function):
 
 def _lora_forward(x, lora_A, lora_B, bias, scaling, dropout_p, weight_args):
     """(y, P, mask) as `_LoraLinear` names them."""
-    A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
     dropped, mask = x, None
     if dropout_p > 0:
         dropped, mask = torch.native_dropout(x, dropout_p, True)
-    P = _matrix(dropped) @ A.T  # [M, r]
-    y = _linear(x, *weight_args, bias)
-    _matrix(y).addmm_(P, B.T, alpha=scaling)
+    P = torch.nn.functional.linear(dropped, lora_A.to(x.dtype))  # [..., r]
+    y = _linear(x, *weight_args, bias, P, _factor(lora_B, x.dtype), scaling)
     return y, P, mask
 
 
+def _factor(lora: Tensor, dtype: torch.dtype) -> Tensor:
+    """A LoRA factor as the op wants it; both calls return the tensor itself where there is nothing to do."""
+    return lora.to(dtype).contiguous()
+
+
 class _LoraLinear(torch.autograd.Function):
-    """With P = dropout(x) @ A.T and Q = scaling * dy @ B: dA = Q.T @ dropout(x), dB = scaling * dy.T @ P,
-    dx = dy @ Ŵ + dropout'(Q @ A), the mask of forward used again."""
+    """With P = dropout(x) @ A.T and Q = dy @ B: dA = scaling * Q.T @ dropout(x), dB = scaling * dy.T @ P,
+    dx = dy @ Ŵ + scaling * dropout'(Q @ A), the mask of forward used again."""
 
     @staticmethod
     def forward(ctx, x, lora_A, lora_B, bias, scaling, dropout_p, weight_args):
@@ -324,22 +327,26 @@ class _LoraLinear(torch.autograd.Function):
 def _lora_gradients(ctx, dy):
     x, mask, P, lora_A, lora_B, *weight = ctx.saved_tensors
     need_x, need_A, need_B, need_bias = ctx.needs_input_grad[:4]
-    dx = dA = dB = dbias = None
-    flat_dy = _matrix(dy)  # [M, N]
+    scaling, dx, dA, dB, dbias = ctx.scaling, None, None, None, None
     if need_x or need_A:
-        Q = (flat_dy @ lora_B.to(dy.dtype)) * ctx.scaling  # [M, r]
+        Q = dy @ lora_B.to(dy.dtype)  # [..., r]
     if need_x:
-        dx = _linear_dgrad(dy, *weight, *ctx.sizes)
+        A = _factor(lora_A, dy.dtype)
         if mask is None:
-            _matrix(dx).addmm_(Q, lora_A.to(dy.dtype))
-        else:
-            lora_dx = (Q @ lora_A.to(dy.dtype)).view_as(dx)
-            dx += torch.ops.aten.native_dropout_backward(lora_dx, mask, ctx.dropout_scale)
+            dx = _linear_dgrad(dy, *weight, *ctx.sizes, Q, A, scaling)
+        else:  # the mask is on Q @ A alone
+            dx = _linear_dgrad(dy, *weight, *ctx.sizes)
+            dx += torch.ops.aten.native_dropout_backward(Q @ A, mask, scaling * ctx.dropout_scale)
     if need_A:
         dropped = x if mask is None else torch.ops.aten.native_dropout_backward(x, mask, ctx.dropout_scale)
-        dA = (Q.T @ _matrix(dropped)).to(lora_A.dtype)
+        dA = _scaled_product(scaling, _matrix(Q).T, _matrix(dropped)).to(lora_A.dtype)
     if need_B:
-        dB = (flat_dy.T @ (P * ctx.scaling)).to(lora_B.dtype)
+        dB = _scaled_product(scaling, _matrix(dy).T, _matrix(P)).to(lora_B.dtype)
     if need_bias:
-        dbias = flat_dy.sum(0)
+        dbias = _matrix(dy).sum(0)
     return dx, dA, dB, dbias, None, None, None
+
+
+def _scaled_product(scaling: float, a: Tensor, b: Tensor) -> Tensor:
+    """scaling * a @ b, scaled before the one rounding to their dtype."""
+    return torch.addmm(a.new_zeros(()), a, b, beta=0, alpha=scaling)

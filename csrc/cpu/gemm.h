@@ -13,7 +13,7 @@
 // dtype, stride and tail; B's slice is [depth/step][tile_cols][step]. A decoded slice serves up to kGemmRows rows.
 #pragma once
 
-#include "kernels.h"
+#include "low_rank.h"
 
 namespace nf4 {
 namespace {
@@ -140,8 +140,8 @@ RegisterTileFn<Core> register_tile_for(int64_t rows) {
 
 // decode(col, cols, d_begin, d_count, slice): B[d_begin.., col..col+kTileCols) for `cols` of columns that exist, zero
 // for depth past the end. store(m, col, cols, row): one finished fp32 row of the tile. GROUP column tiles share a depth
-// slice.
-template <class Core, int GROUP, class Decode, class Store>
+// slice. Factor: of LoRA's term, see low_rank.h.
+template <class Core, int GROUP, class Factor, class Decode, class Store>
 void gemm(const GemmArgs& args, int64_t depth, int64_t columns, int64_t tile_begin, int64_t tile_end, void* workspace,
           Decode decode, Store store) {
   using Element = typename Core::Element;
@@ -166,6 +166,10 @@ void gemm(const GemmArgs& args, int64_t depth, int64_t columns, int64_t tile_beg
           multiply(x, slices + g * kSliceElements, slice / Core::kStep, d == 0,
                    tiles + g * tile_size + t * tile_rows * kTileCols);
       }
+    }
+    for (int64_t g = 0; g < count && args.rank > 0; ++g) {
+      const int64_t col = (group + g) * kTileCols, cols = columns - col < kTileCols ? columns - col : kTileCols;
+      add_low_rank<Factor, kTileCols>(args, col, cols, tiles + g * tile_size);
     }
     for (int64_t m = 0; m < args.rows; ++m)
       for (int64_t g = 0; g < count; ++g) {

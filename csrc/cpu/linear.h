@@ -111,7 +111,7 @@ void linear_tiles(const GemmArgs& args, int64_t tile_begin, int64_t tile_end, vo
       }
       for (; c < cols; ++c) y[c] = from_float<T>(row[c] + (bias == nullptr ? 0.f : to_float(bias[n + c])));
     };
-    gemm<Core, 1>(args, w.K, w.N, tile_begin, tile_end, workspace, decode, store);
+    gemm<Core, 1, LoraB>(args, w.K, w.N, tile_begin, tile_end, workspace, decode, store);
   });
 }
 

@@ -67,7 +67,7 @@ void linear_dgrad_tiles(const GemmArgs& args, int64_t tile_begin, int64_t tile_e
       Isa::store_pairs(whole, even, odd);
       std::memcpy(static_cast<void*>(dx), whole, size_t(cols) * sizeof(T));
     };
-    gemm<Core, kGroup>(args, w.N, w.K, tile_begin, tile_end, workspace, decode, store);
+    gemm<Core, kGroup, LoraA>(args, w.N, w.K, tile_begin, tile_end, workspace, decode, store);
   });
 }
 
