@@ -46,7 +46,10 @@ def build_options() -> dict:
     ]
     binding = CppExtension(
         "nf4kernels._cpu",
-        ["csrc/torch_cpu.cpp", f"{CPU}/dispatch.cpp", f"{CPU}/bf16_code.cpp", f"{CPU}/quantize_absmax.cpp"],
+        [
+            "csrc/torch_cpu.cpp",
+            *(f"{CPU}/{name}.cpp" for name in ("dispatch", "bf16_code", "quantize_absmax", "low_rank")),
+        ],
         depends=HEADERS,
         py_limited_api=True,
         define_macros=[("TORCH_STABLE_ONLY", None), ("TORCH_TARGET_VERSION", "0x020a000000000000")],

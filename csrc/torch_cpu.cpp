@@ -1,4 +1,5 @@
 // The ops of nf4kernels/ops.py for CPU tensors: argument checks, allocation, threads, registration. No arithmetic here.
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_aten.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -44,6 +45,16 @@ size_t element_bytes(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 
 Tensor empty(std::initializer_list<int64_t> shape, ScalarType type) {
   return torch::stable::empty({shape.begin(), shape.size()}, type);
+}
+
+// On the CPU like `like`. The products allocate by this C function: stable::empty looks its op up by name, 0.5 us more.
+Tensor new_empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType type) {
+  int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle out;
+  CHECK(aoti_torch_aten_new_empty(like.get(), shape.data(), int64_t(shape.size()), &dtype, nullptr, nullptr, 0, nullptr,
+                                  &out) == 0,
+        "new_empty: torch could not allocate ", shape.size(), " dimensions of ", torch::headeronly::toString(type));
+  return Tensor(out);
 }
 
 // A contiguous CPU tensor of `count` elements of `type`.
@@ -239,30 +250,33 @@ const nf4::ProductKernels& kernels_for(Dtype dtype, const nf4::Weight& w, int64_
   return rows <= nf4::kCodesRows && nf4::has_whole_codes(w) ? kernels.bf16_codes : kernels.bf16;
 }
 
-void multiply_rows(const nf4::GemvKernel& gemv, nf4::GemmArgs& args, const void* x) {
+void multiply_rows(const nf4::GemvKernel& gemv, nf4::GemmArgs& args, const Tensor& x) {
   const int64_t N = args.weight.N, K = args.weight.K;
-  Tensor panel =
-      empty({args.rows * ceil_div(K, gemv.depth_step) * gemv.depth_step * gemv.element_bytes}, ScalarType::Byte);
-  gemv.pack(x, args.dtype, args.rows, K, panel.mutable_data_ptr());
+  const int64_t panel_bytes = args.rows * ceil_div(K, gemv.depth_step) * gemv.depth_step * gemv.element_bytes;
+  Tensor panel = new_empty(x, {&panel_bytes, 1}, ScalarType::Byte);
+  gemv.pack(x.const_data_ptr(), args.dtype, args.rows, K, panel.mutable_data_ptr());
   args.panel = panel.const_data_ptr();
   const int64_t grain = ceil_div(65536, std::max<int64_t>(K, 1));  // 5 us of work
   torch::stable::parallel_for(0, N, grain, [&](int64_t begin, int64_t end) { gemv.run(args, begin, end); });
 }
 
-void multiply_tiles(const nf4::GemmKernel& gemm, nf4::GemmArgs& args, const void* in, int64_t depth, int64_t columns) {
+void multiply_tiles(const nf4::GemmKernel& gemm, nf4::GemmArgs& args, const Tensor& in, int64_t depth,
+                    int64_t columns) {
   const int64_t rows = args.rows, padded = ceil_div(depth, gemm.depth_step) * gemm.depth_step;
-  const int64_t most = std::min<int64_t>(rows, nf4::kGemmRows);
-  Tensor panel = empty({most * padded * gemm.element_bytes}, ScalarType::Byte);
+  const int64_t panel_bytes = std::min<int64_t>(rows, nf4::kGemmRows) * padded * gemm.element_bytes;
+  Tensor panel = new_empty(in, {&panel_bytes, 1}, ScalarType::Byte);
   void* panel_data = panel.mutable_data_ptr();
   args.panel = panel_data;
-  const auto* x = static_cast<const char*>(in);
+  const auto* x = static_cast<const char*>(in.const_data_ptr());
   auto* y = static_cast<char*>(args.out);
+  const float* low_rank_x = args.low_rank_x;
   for (int64_t m = 0; m < rows; m += nf4::kGemmRows) {
     args.rows = std::min<int64_t>(rows - m, nf4::kGemmRows);
     const auto* pass = x + size_t(m * depth) * element_bytes(args.dtype);
     torch::stable::parallel_for(
         0, nf4::row_tiles(args.rows, gemm.max_tile_rows), ceil_div(32768, (padded + 1) * gemm.max_tile_rows),
         [&](int64_t begin, int64_t end) { gemm.pack(pass, args.dtype, args.rows, depth, begin, end, panel_data); });
+    args.low_rank_x = low_rank_x + m * args.rank;
     args.out = y + size_t(m * columns) * element_bytes(args.dtype);
     torch::stable::parallel_for(0, ceil_div(columns, gemm.tile_cols), 1, [&](int64_t begin, int64_t end) {
       gemm.run(args, begin, end, thread_workspace(gemm.workspace_bytes));
@@ -270,49 +284,86 @@ void multiply_tiles(const nf4::GemmKernel& gemm, nf4::GemmArgs& args, const void
   }
 }
 
-Tensor multiply(const Product& product, const Tensor& in, const nf4::Weight& w, const OptionalTensor& bias) {
+// LoRA's term: out += scaling * small @ factor^T for linear (small P, factor B), scaling * small @ factor for dgrad.
+struct LowRank {
+  const OptionalTensor& small;
+  const OptionalTensor& factor;
+  float scaling;
+  const char* small_name;
+  const char* factor_name;
+  int64_t rank_dim;  // of factor
+};
+
+// The [rows, rank] of `small` in fp32, scaled; fills in the rest of what args need of the term.
+std::vector<float> checked_low_rank(const Product& product, const LowRank& term, const Tensor& in, int64_t rows,
+                                    nf4::GemmArgs& args) {
+  CHECK(term.small.has_value() == term.factor.has_value(), product.op, ": ", term.small_name, " and ", term.factor_name,
+        " must be given together");
+  if (!term.factor.has_value()) return {};
+  const Tensor &small = *term.small, &factor = *term.factor;
+  CHECK(factor.dim() == 2 && factor.size(1 - term.rank_dim) == product.columns, product.op, ": ", term.factor_name,
+        " must have ", product.columns, term.rank_dim == 1 ? " rows" : " columns", ", got shape ", Shape{factor});
+  const int64_t rank = factor.size(term.rank_dim);
+  CHECK(small.dim() > 0 && small.size(small.dim() - 1) == rank, product.op, ": ", term.small_name,
+        " must have r=", rank, " columns as ", term.factor_name, " has, got shape ", Shape{small});
+  const ScalarType type = in.scalar_type();
+  const void* values = checked_data(small, type, rows * rank, product.op, term.small_name);
+  args.rank = rank;
+  args.low_rank_factor = checked_data(factor, type, product.columns * rank, product.op, term.factor_name);
+  std::vector<float> scaled(static_cast<size_t>(rows * rank));
+  nf4::scale_low_rank(values, args.dtype, rows * rank, term.scaling, scaled.data());
+  return scaled;
+}
+
+Tensor multiply(const Product& product, const Tensor& in, const nf4::Weight& w, const OptionalTensor& bias,
+                const LowRank& low_rank) {
   const Dtype dtype = dtype_of(in.scalar_type(), product.op, product.input_name);
   CHECK(in.is_cpu(), product.op, ": ", product.input_name, " must be on the CPU");
   CHECK(in.dim() > 0 && in.size(in.dim() - 1) == product.depth, product.op, ": ", product.input_name, " must have ",
         product.depth_name, "=", product.depth, " columns, got shape ", Shape{in});
-  const Tensor contiguous = torch::stable::contiguous(in);
+  const Tensor contiguous = in.is_contiguous() ? in : torch::stable::contiguous(in);
   std::vector<int64_t> shape(in.sizes().begin(), in.sizes().end());
   shape.back() = product.columns;
   int64_t rows = 1;
   for (size_t d = 0; d + 1 < shape.size(); ++d) rows *= shape[d];
-  Tensor out = torch::stable::empty(shape, in.scalar_type());
+  Tensor out = new_empty(in, shape, in.scalar_type());
 
   nf4::GemmArgs args{};
   args.weight = w;
   args.dtype = dtype;
   args.rows = rows;
   args.bias = bias.has_value() ? checked_data(*bias, in.scalar_type(), w.N, product.op, "bias") : nullptr;
+  const std::vector<float> low_rank_x = checked_low_rank(product, low_rank, in, rows, args);
+  args.low_rank_x = low_rank_x.data();
   if (rows == 0 || product.columns == 0) return out;
   args.out = out.mutable_data_ptr();
   const nf4::ProductKernels& kernels = kernels_for(dtype, w, rows);
   if (&kernels == &nf4::active_kernels().bf16_codes) args.bf16_code = nf4::bf16_code(w.code);
-  const void* x = contiguous.const_data_ptr();
   if (product.kernel == &nf4::ProductKernels::linear && rows <= nf4::kGemvRows)
-    multiply_rows(*kernels.gemv, args, x);
+    multiply_rows(*kernels.gemv, args, contiguous);
   else
-    multiply_tiles(*(kernels.*product.kernel), args, x, product.depth, product.columns);
+    multiply_tiles(*(kernels.*product.kernel), args, contiguous, product.depth, product.columns);
   return out;
 }
 
 Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& absmax, const OptionalTensor& scale_absmax,
               const OptionalTensor& scale_offset, const Tensor& code, const OptionalTensor& scale_code, int64_t N,
-              int64_t K, int64_t block_size, const OptionalTensor& bias) {
+              int64_t K, int64_t block_size, const OptionalTensor& bias, const OptionalTensor& lora_P,
+              const OptionalTensor& lora_B, double scaling) {
   const auto w =
       checked_weight("linear", packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size);
-  return multiply({"linear", "x", "K", K, N, &nf4::ProductKernels::linear}, x, w, bias);
+  return multiply({"linear", "x", "K", K, N, &nf4::ProductKernels::linear}, x, w, bias,
+                  {lora_P, lora_B, float(scaling), "lora_P", "lora_B", 1});
 }
 
 Tensor linear_dgrad(const Tensor& dy, const Tensor& packed, const Tensor& absmax, const OptionalTensor& scale_absmax,
                     const OptionalTensor& scale_offset, const Tensor& code, const OptionalTensor& scale_code, int64_t N,
-                    int64_t K, int64_t block_size) {
+                    int64_t K, int64_t block_size, const OptionalTensor& lora_Q, const OptionalTensor& lora_A,
+                    double scaling) {
   const auto w =
       checked_weight("linear_dgrad", packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size);
-  return multiply({"linear_dgrad", "dy", "N", N, K, &nf4::ProductKernels::linear_dgrad}, dy, w, std::nullopt);
+  return multiply({"linear_dgrad", "dy", "N", N, K, &nf4::ProductKernels::linear_dgrad}, dy, w, std::nullopt,
+                  {lora_Q, lora_A, float(scaling), "lora_Q", "lora_A", 0});
 }
 
 }  // namespace

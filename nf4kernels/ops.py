@@ -29,10 +29,14 @@ LIBRARY.define(
 LIBRARY.define(f"dequantize({WEIGHT}, {RANGE}, ScalarType dtype) -> Tensor")
 # The same into out, whose shape is the range's and whose last dimension is contiguous.
 LIBRARY.define(f"dequantize_out({WEIGHT}, {RANGE}, Tensor(a!) out) -> ()")
-# y[..., N] = x[..., K] @ Ŵ.T + bias, in x's dtype; products summed in fp32.
-LIBRARY.define(f"linear(Tensor x, {WEIGHT}, Tensor? bias) -> Tensor")
-# dx[..., K] = dy[..., N] @ Ŵ, in dy's dtype; products summed in fp32.
-LIBRARY.define(f"linear_dgrad(Tensor dy, {WEIGHT}) -> Tensor")
+# y[..., N] = x[..., K] @ Ŵ.T + scaling * lora_P[..., r] @ lora_B[N, r].T + bias, in x's dtype; summed in fp32.
+LIBRARY.define(
+    f"linear(Tensor x, {WEIGHT}, Tensor? bias, Tensor? lora_P=None, Tensor? lora_B=None, float scaling=1.0) -> Tensor"
+)
+# dx[..., K] = dy[..., N] @ Ŵ + scaling * lora_Q[..., r] @ lora_A[r, K], in dy's dtype; summed in fp32.
+LIBRARY.define(
+    f"linear_dgrad(Tensor dy, {WEIGHT}, Tensor? lora_Q=None, Tensor? lora_A=None, float scaling=1.0) -> Tensor"
+)
 
 
 def _check_devices(op: str, *tensors: Tensor | None) -> None:
@@ -89,8 +93,11 @@ def _(packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_
 
 
 @torch.library.register_fake("nf4kernels::linear", lib=LIBRARY)
-def _(x, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size, bias):
-    _check_devices("linear", x, packed, absmax, scale_absmax, scale_offset, code, scale_code, bias)
+def _(x, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size, bias,
+      lora_P=None, lora_B=None, scaling=1.0):  # fmt: skip
+    _check_devices(
+        "linear", x, packed, absmax, scale_absmax, scale_offset, code, scale_code, bias, lora_P, lora_B
+    )  # fmt: skip
     torch._check(
         x.dim() > 0 and x.shape[-1] == K,
         lambda: f"nf4kernels.linear: x must have K={K} columns, got shape {list(x.shape)}",
@@ -99,8 +106,11 @@ def _(x, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, blo
 
 
 @torch.library.register_fake("nf4kernels::linear_dgrad", lib=LIBRARY)
-def _(dy, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size):
-    _check_devices("linear_dgrad", dy, packed, absmax, scale_absmax, scale_offset, code, scale_code)
+def _(dy, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size,
+      lora_Q=None, lora_A=None, scaling=1.0):  # fmt: skip
+    _check_devices(
+        "linear_dgrad", dy, packed, absmax, scale_absmax, scale_offset, code, scale_code, lora_Q, lora_A
+    )  # fmt: skip
     torch._check(
         dy.dim() > 0 and dy.shape[-1] == N,
         lambda: f"nf4kernels.linear_dgrad: dy must have N={N} columns, got shape {list(dy.shape)}",

@@ -118,31 +118,39 @@ class QuantLinear(nn.Linear):
         return self.scale_codebook is not None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.compute_dtype is None or autocast_is_on(x.device):
+            return self._product(x)
         in_dtype = x.dtype
-        cast = self.compute_dtype is not None and not autocast_is_on(x)
-        if cast and in_dtype in WEIGHT_DTYPES:
-            x = x.to(self.compute_dtype)
-        if self.lora is None:
-            y = linear_from_args(x, self._weight_args(), self.bias, "nf4kernels.QuantLinear")
-        else:
-            dropout_p = self.lora.dropout if self.training else 0.0
-            y = lora_linear_from_args(
-                x, self._weight_args(), self.lora_A.weight, self.lora_B.weight, self.lora.scaling, self.bias, dropout_p
-            )
-        return y.to(in_dtype) if cast else y
+        return self._product(x.to(self.compute_dtype) if in_dtype in WEIGHT_DTYPES else x).to(in_dtype)
+
+    def _product(self, x: Tensor) -> Tensor:
+        bias, lora = self._parameter("bias"), self.lora
+        if lora is None:
+            return linear_from_args(x, self._weight_args(), bias, "nf4kernels.QuantLinear")
+        return lora_linear_from_args(
+            x, self._weight_args(), self.lora_A.weight, self.lora_B.weight, lora.scaling, bias,
+            lora.dropout if self.training else 0.0,
+        )  # fmt: skip
+
+    def _parameter(self, name: str) -> Tensor | None:
+        """By nn.Module's dictionary (its attribute look-up takes 0.6 us), unless sharding made it a plain attribute."""
+        parameters = self._parameters
+        return parameters[name] if name in parameters else getattr(self, name)
 
     def _weight_args(self) -> tuple:
-        scales = tuple(getattr(self, name) for name in SCALES)
-        for name, scale in zip(SCALES, scales):
+        buffers = self._buffers
+        absmax = buffers["absmax"]
+        scales = (buffers["scale_absmax"], buffers["scale_offset"], buffers["code"], buffers["scale_code"])
+        for scale in scales:
             if scale is not None and scale.dtype != torch.float32:
                 raise TypeError(
-                    f"nf4kernels.QuantLinear: {name} must stay float32, got {scale.dtype}"
-                    " (something other than Module.to cast this layer's buffers)"
+                    f"nf4kernels.QuantLinear: {next(n for n in SCALES if buffers[n] is scale)} must stay float32,"
+                    f" got {scale.dtype} (something other than Module.to cast this layer's buffers)"
                 )
-        expected = torch.uint8 if self.double_quant else torch.float32
-        if self.absmax.dtype != expected:
-            raise TypeError(f"nf4kernels.QuantLinear: absmax must stay {expected}, got {self.absmax.dtype}")
-        return self.weight, self.absmax, *scales, self.out_features, self.in_features, self.block_size
+        expected = torch.float32 if self.scale_codebook is None else torch.uint8
+        if absmax.dtype != expected:
+            raise TypeError(f"nf4kernels.QuantLinear: absmax must stay {expected}, got {absmax.dtype}")
+        return self._parameter("weight"), absmax, *scales, self.out_features, self.in_features, self.block_size
 
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """Ŵ `[out_features, in_features]`, without the adapter."""

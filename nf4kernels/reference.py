@@ -76,21 +76,28 @@ def dequantize_out(
 
 def linear(
     x: Tensor, packed: Tensor, absmax: Tensor, scale_absmax: Tensor | None, scale_offset: Tensor | None, code: Tensor,
-    scale_code: Tensor | None, N: int, K: int, block_size: int, bias: Tensor | None,
+    scale_code: Tensor | None, N: int, K: int, block_size: int, bias: Tensor | None, lora_P: Tensor | None = None,
+    lora_B: Tensor | None = None, scaling: float = 1.0,
 ) -> Tensor:  # fmt: skip
     w = dequantize(packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size,
                    0, N, 0, K, torch.float32)  # fmt: skip
     y = _matmul(x, w.T)
+    if lora_P is not None:
+        y += scaling * _matmul(lora_P, lora_B.float().T)
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
 def linear_dgrad(
     dy: Tensor, packed: Tensor, absmax: Tensor, scale_absmax: Tensor | None, scale_offset: Tensor | None, code: Tensor,
-    scale_code: Tensor | None, N: int, K: int, block_size: int,
+    scale_code: Tensor | None, N: int, K: int, block_size: int, lora_Q: Tensor | None = None,
+    lora_A: Tensor | None = None, scaling: float = 1.0,
 ) -> Tensor:  # fmt: skip
     w = dequantize(packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size,
                    0, N, 0, K, torch.float32)  # fmt: skip
-    return _matmul(dy, w).to(dy.dtype)
+    dx = _matmul(dy, w)
+    if lora_Q is not None:
+        dx += scaling * _matmul(lora_Q, lora_A.float())
+    return dx.to(dy.dtype)
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:

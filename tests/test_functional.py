@@ -329,6 +329,41 @@ def test_expanded_gradient():
             torch.testing.assert_close(gradient, same[0], rtol=2**-20, atol=2**-18)  # BLAS may order sums by stride
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_factors_of_any_strides(isa, dtype):
+    """Tied or sliced factors are not contiguous; the values are what counts."""
+    qweight = cases.quantized(37, 100)
+    x, A, B, bias = inputs(6, 37, 100, 4, dtype, requires=())
+    leaves = [x, A.T.contiguous().T, torch.cat([B, B], 1)[:, :4], bias]
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    assert not leaves[1].is_contiguous()
+    assert not leaves[2].is_contiguous()
+    y = lora_linear(leaves[0], qweight, leaves[1], leaves[2], SCALING, leaves[3])
+    dy = cases.activations(6, 37, dtype, seed=5)
+    y.backward(dy)
+    w = cases.dense(qweight)
+    exact, sizes = exact_lora(*leaves, w, dy), magnitudes(*leaves, w, dy)
+    for name, actual, expected, size in zip(("y", *NAMES), (y, *(t.grad for t in leaves)), exact, sizes):
+        assert_relative(actual.detach(), expected, size, dtype, steps_of(dtype), f"{name} {isa}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_transposed_x_and_gradient(isa, dtype):
+    """[batch, sequence] swapped, as attention leaves both: P and Q must suit the op, whatever strides they came of."""
+    qweight = cases.quantized(37, 100)
+    w = cases.dense(qweight)
+    _, A, B, bias = inputs(6, 37, 100, 4, dtype)
+    x, dy = torch.randn(6, 5, 100).to(dtype).transpose(0, 1), torch.randn(6, 5, 37).to(dtype).transpose(0, 1)
+    leaves = [x.requires_grad_(), A, B, bias]
+    y = lora_linear(x, qweight, A, B, SCALING, bias)
+    gradients = torch.autograd.grad(y, leaves, dy)
+    assert not x.is_contiguous()
+    flat = x.detach().reshape(30, 100), A, B, bias, w, dy.reshape(30, 37)
+    for name, actual, expected, size in zip(("y", *NAMES), (y, *gradients), exact_lora(*flat), magnitudes(*flat)):
+        actual = actual.detach().reshape(expected.shape)
+        assert_relative(actual, expected, size, dtype, steps_of(dtype), f"{name} {isa}")
+
+
 def test_view_of_x_keeps_its_graph():
     qweight = cases.quantized(37, 100)
     base = torch.randn(4, 6, 200, requires_grad=True)

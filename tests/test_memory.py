@@ -60,8 +60,13 @@ for shape, layout in cases.paired(cases.SHAPES + ((7, 16), (3, 8), (2, 24), (65,
             out = g(torch.zeros(rows[1] - rows[0], cols[1] - cols[0], dtype=dtype), read_only=False)
             dequantize(qweight, out=out, rows=rows, cols=cols)
         for M in (1, 2, 3, 4, 5, 7, 12, 13, 16, 17, 33):
-            ops.linear(g(cases.activations(M, K, dtype)), *args, g(torch.zeros(N, dtype=dtype)))
-            ops.linear_dgrad(g(cases.activations(M, N, dtype)), *args)
+            x, dy = g(cases.activations(M, K, dtype)), g(cases.activations(M, N, dtype))
+            ops.linear(x, *args, g(torch.zeros(N, dtype=dtype)))
+            ops.linear_dgrad(dy, *args)
+            for r in (1, 3, 8, 19):
+                small = g(cases.activations(M, r, dtype))
+                ops.linear(x, *args, None, small, g(cases.activations(N, r, dtype)))
+                ops.linear_dgrad(dy, *args, small, g(cases.activations(r, K, dtype)))
     absmax = g(torch.rand(N * K))
     for name, table in cases.codebook.SCALE_CODEBOOKS.items():
         ops.quantize_absmax(absmax, g(table), name == 'e4m3')
@@ -98,6 +103,10 @@ for shape, layout in cases.paired(cases.SHAPES, cases.LAYOUTS):
             x, dy = cases.activations(M, K, dtype), cases.activations(M, N, dtype)
             assert_product_within_bound(ops.linear(x, *qweight.op_args(), None), x, w.T, 'linear')
             assert_product_within_bound(ops.linear_dgrad(dy, *qweight.op_args()), dy, w, 'linear_dgrad')
+            P, A, B = cases.activations(M, 5, dtype), cases.activations(5, K, dtype), cases.activations(N, 5, dtype)
+            y, dx = ops.linear(x, *qweight.op_args(), None, P, B), ops.linear_dgrad(dy, *qweight.op_args(), P, A)
+            assert_product_within_bound(y, torch.cat([x, P], 1), torch.cat([w, B.float()], 1).T, 'linear low rank')
+            assert_product_within_bound(dx, torch.cat([dy, P], 1), torch.cat([w, A.float()]), 'dgrad low rank')
     packed, absmax = cases.reference.quantize(cases.weight(N, K), layout.code, layout.block_size)
     ours = ops.quantize(cases.weight(N, K), layout.code, layout.block_size)
     assert_same_bits(ours[0], packed, 'packed')

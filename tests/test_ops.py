@@ -26,9 +26,10 @@ def samples(op, N=37, K=100, layout=DEFAULT, dtype=torch.bfloat16):
     if op == "dequantize_out":
         return *weight, N // 3, N, 0, K - K // 4, torch.empty(N - N // 3, K - K // 4, dtype=dtype)
     if op == "linear":
-        return torch.randn(2, 3, K).to(dtype), *weight, torch.randn(N).to(dtype)
+        low_rank = torch.randn(2, 3, 4).to(dtype), torch.randn(N, 4).to(dtype), 0.75
+        return torch.randn(2, 3, K).to(dtype), *weight, torch.randn(N).to(dtype), *low_rank
     assert op == "linear_dgrad"
-    return torch.randn(2, 3, N).to(dtype), *weight
+    return torch.randn(2, 3, N).to(dtype), *weight, torch.randn(2, 3, 4).to(dtype), torch.randn(4, K).to(dtype), 0.75
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -115,6 +116,21 @@ WRONG = [
     ("linear", {"bias": torch.randn(37).double()}, "bias", False),
     ("linear", {"scale_code": None}, "scale", False),
     ("linear", {"block_size": 100}, "block_size", False),
+    ("linear", {"lora_P": None}, "lora_P and lora_B must be given together", False),
+    ("linear", {"lora_B": None}, "lora_P and lora_B must be given together", False),
+    ("linear", {"lora_P": torch.randn(2, 3, 5).bfloat16()}, "lora_P must have r=4 columns", False),
+    ("linear", {"lora_P": torch.randn(2, 2, 4).bfloat16()}, "lora_P must have 24 elements", False),
+    ("linear", {"lora_P": torch.randn(2, 3, 4)}, "lora_P must be BFloat16, got Float", False),
+    ("linear", {"lora_P": torch.randn(3, 2, 4).bfloat16().transpose(0, 1)}, "lora_P must be contiguous", False),
+    ("linear", {"lora_B": torch.randn(36, 4).bfloat16()}, "lora_B must have 37 rows, got shape [36, 4]", False),
+    ("linear", {"lora_B": torch.randn(37 * 4).bfloat16()}, "lora_B must have 37 rows, got shape [148]", False),
+    ("linear", {"lora_B": torch.randn(37, 4)}, "lora_B must be BFloat16, got Float", False),
+    ("linear", {"lora_B": torch.randn(4, 37).bfloat16().T}, "lora_B must be contiguous", False),
+    ("linear_dgrad", {"lora_Q": None}, "lora_Q and lora_A must be given together", False),
+    ("linear_dgrad", {"lora_A": None}, "lora_Q and lora_A must be given together", False),
+    ("linear_dgrad", {"lora_Q": torch.randn(2, 3, 5).bfloat16()}, "lora_Q must have r=4 columns", False),
+    ("linear_dgrad", {"lora_A": torch.randn(4, 99).bfloat16()}, "lora_A must have 100 columns", False),
+    ("linear_dgrad", {"lora_A": torch.randn(100, 4).bfloat16().T}, "lora_A must be contiguous", False),
     ("linear_dgrad", {"dy": torch.randn(3, 100)}, "dy", True),
     ("linear_dgrad", {"dy": torch.randn(3, 37).double()}, "dy", False),
     ("linear_dgrad", {"code": torch.zeros(17)}, "code", False),

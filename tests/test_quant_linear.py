@@ -307,6 +307,18 @@ def test_trains_the_adapter_only():
     assert not torch.equal(layer.lora_A.weight, frozen.lora_A.weight)
 
 
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_parameter_turned_into_a_plain_attribute(name):
+    """As nn.DataParallel's replicas and FSDP1 hold theirs: forward must find it there."""
+    layer = make()
+    x = torch.randn(5, 100)
+    expected = layer(x)
+    tensor = getattr(layer, name).data
+    delattr(layer, name)
+    layer.__dict__[name] = tensor
+    assert torch.equal(layer(x), expected)
+
+
 def test_requires_grad_of_the_whole_module():
     """requires_grad_(True) over a model meets an integer parameter: torch's own error, and freezing works."""
     layer = make()

@@ -14,11 +14,12 @@
 //
 // A Core is the part that differs: Element of the panel, whose rows are padded to kPanelStep; kStep of the contraction;
 // kRows x kCols of a register tile; the Slice that B is decoded into; kGroup column tiles that share a depth
-// slice of x; and multiply<ROWS>: one slice's sum for a register tile, which starts (first) or is added to the fp32 tile.
+// slice of x; Factor, LoRA's, see low_rank.h; and multiply<ROWS>: one slice's sum for a register tile, which starts (first)
+// or is added to the fp32 tile.
 // Here are the cores that multiply decoded weights: x is [depth/step][tile_rows][step], a slice [depth/step][cols][step].
 #pragma once
 
-#include "kernels.h"
+#include "low_rank.h"
 
 namespace nf4 {
 namespace {
@@ -173,10 +174,15 @@ void gemm(const GemmArgs& args, int64_t depth, int64_t columns, int64_t tile_beg
                                sums + g * tile_size + first * Core::kCols);
       }
     }
+    const auto cols_from = [&](int64_t col) { return columns - col < Core::kCols ? columns - col : Core::kCols; };
+    for (int64_t g = 0; g < count && args.rank > 0; ++g) {
+      const int64_t col = first_col + g * Core::kCols;
+      add_low_rank<typename Core::Factor, Core::kCols>(args, col, cols_from(col), sums + g * tile_size);
+    }
     for (int64_t m = 0; m < args.rows; ++m)
       for (int64_t g = 0; g < count; ++g) {
-        const int64_t col = (group + g) * Core::kCols, cols = columns - col < Core::kCols ? columns - col : Core::kCols;
-        store(m, col, cols, sums + g * tile_size + m * Core::kCols);
+        const int64_t col = first_col + g * Core::kCols;
+        store(m, col, cols_from(col), sums + g * tile_size + m * Core::kCols);
       }
   }
 }

@@ -35,6 +35,10 @@ struct GemmArgs {
   int64_t rows;       // at most kGemmRows (gemm) or kGemvRows (gemv)
   const void* bias;   // [N] of dtype, or null
   void* out;          // [rows, N] or [rows, K] of dtype, contiguous
+  // LoRA's term, see low_rank.h.
+  int64_t rank;                 // 0: none
+  const float* low_rank_x;      // [rows, rank], times the scaling
+  const void* low_rank_factor;  // linear: B [N, rank]; linear_dgrad: A [rank, K]; of dtype
 };
 
 using QuantizeFn = void (*)(const QuantizeArgs&, int64_t block_begin, int64_t block_end);
@@ -102,6 +106,9 @@ float superblock_absmax(const float* absmax, int64_t count, float scale_offset);
 void quantize_superblock_e4m3(const float* absmax, int64_t count, float scale_offset, float scale_absmax, uint8_t* out);
 void quantize_superblock_sorted(const float* absmax, int64_t count, float scale_offset, float scale_absmax,
                                 const float* scale_code, uint8_t* out);
+
+// fp32 out[i] = small[i] * scaling: GemmArgs::low_rank_x of a small factor [rows, rank] of dtype.
+void scale_low_rank(const void* small, Dtype dtype, int64_t count, float scaling, float* out);
 
 #define NF4_DECLARE_ISA(isa)                                                                  \
   void quantize_##isa(const QuantizeArgs&, int64_t block_begin, int64_t block_end);           \

@@ -34,6 +34,7 @@ static inline void decode_column_pair(const Isa::Table& table, Isa::I codes, Isa
 
 // fp32 slices are [k][tile_cols]. store_column_pair writes k and k+1 of the L columns from `out` on.
 struct LinearFp32 : Fp32Core {
+  using Factor = LoraB;
   static constexpr int kGroup = 1;
   static void store_column_pair(float* out, Isa::F even, Isa::F odd) {
     Isa::store(out, even);

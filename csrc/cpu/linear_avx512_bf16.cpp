@@ -9,6 +9,7 @@ namespace {
 
 // bf16 slices are [k/2][tile_cols][2].
 struct LinearBf16 : Bf16Core {
+  using Factor = LoraB;
   static constexpr int kGroup = 1;
   static void store_column_pair(Element* out, Isa::F even, Isa::F odd) { store_pairs(out, even, odd); }
 };

@@ -26,6 +26,7 @@ constexpr int kCodesOfWord = 8;  // in a lane's u32
 // Panels are [tile][kGemmDepth slice][row][k of the slice], 8 k in the order in which their pairs meet x.
 struct LinearCodes {
   using Element = BFloat16;
+  using Factor = LoraB;
   static constexpr int kStep = kScaled, kPanelStep = kGemmDepth, kRows = 12, kCols = kTileCols, kGroup = 1;
   struct Slice {
     Isa::I codes[kVectors][kGemmDepth / kCodesOfWord];  // lane: 8 codes of one row of W

@@ -16,6 +16,10 @@ namespace {
 
 constexpr int kDgradGroup = 4;  // column tiles that are decoded together
 
+struct EvenThenOdd {  // the columns of a tile
+  static constexpr int first_column(int vector) { return vector; }
+};
+
 // 2L weights of row n from column k, even k's and odd k's apart; `cols` of them exist.
 static inline void decode_even_odd(const Weight& w, const Isa::Table& table, int64_t n, int64_t k, int64_t cols,
                                    Isa::F& even, Isa::F& odd) {
@@ -41,6 +45,7 @@ static inline void prefetch_row(const Weight& w, int64_t n, int64_t k) {
 }
 
 struct DgradFp32 : Fp32Core {
+  using Factor = LoraA<EvenThenOdd>;
   static constexpr int kGroup = kDgradGroup;
   static void decode_depth(const Weight& w, int64_t k, int64_t cols, int64_t n, int64_t count, float* slice) {
     const Isa::Table table = Isa::load_table(w.code);

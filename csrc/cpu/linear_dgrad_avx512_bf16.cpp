@@ -7,6 +7,7 @@ namespace {
 
 // bf16 slices are [n/2][L even k | L odd k][2]: rows n and n+1 of W meet in one lane.
 struct DgradBf16 : Bf16Core {
+  using Factor = LoraA<EvenThenOdd>;
   static constexpr int kGroup = kDgradGroup;
   static void decode_depth(const Weight& w, int64_t k, int64_t cols, int64_t n, int64_t count, Element* slice) {
     const Isa::Table table = Isa::load_table(w.code);

@@ -17,9 +17,15 @@
 namespace nf4 {
 namespace {
 
+// The columns of a tile: its vectors are the nibbles of words, and an element of a word is its nibble's number ^ 1.
+struct NibbleByNibble {
+  static constexpr int first_column(int vector) { return vector ^ 1; }
+};
+
 // Panels are [tile][kGemmDepth slice][row][n of the slice], padded with zeros.
 struct DgradCodes {
   using Element = BFloat16;
+  using Factor = LoraA<NibbleByNibble>;
   static constexpr int kNibbles = 4;  // of a word: as many weight vectors
   static constexpr int kStep = 2, kPanelStep = kGemmDepth, kRows = 6, kCols = kNibbles * Isa::L, kGroup = 2;
   struct Slice {

@@ -12,6 +12,7 @@
 #pragma once
 
 #include "decode_span.h"
+#include "low_rank.h"
 
 namespace nf4 {
 namespace {
@@ -126,8 +127,10 @@ void gemv_columns(const GemmArgs& args, int64_t n_begin, int64_t n_end) {
       else
         gemv_rows_of<kRowsAtOnce>(args, table, n, sums);
       for (int r = 0; r < rows; ++r, ++n)
-        for (int64_t m = 0; m < args.rows; ++m)
+        for (int64_t m = 0; m < args.rows; ++m) {
+          if (args.rank > 0) sums[r][m] += low_rank_sum<T>(args, m, n);
           y[m * w.N + n] = from_float<T>(sums[r][m] + (bias == nullptr ? 0.f : to_float(bias[n])));
+        }
     }
   });
 }

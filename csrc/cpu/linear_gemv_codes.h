@@ -12,6 +12,7 @@
 #pragma once
 
 #include "codes_avx512_bf16.h"
+#include "low_rank.h"
 
 namespace nf4 {
 namespace {
@@ -115,8 +116,10 @@ void gemv_codes(const GemmArgs& args, int64_t n_begin, int64_t n_end) {
     else
       gemv_codes_rows_of<kRowsAtOnce>(args, table, n, sums);
     for (int r = 0; r < rows; ++r, ++n)
-      for (int64_t m = 0; m < args.rows; ++m)
+      for (int64_t m = 0; m < args.rows; ++m) {
+        if (args.rank > 0) sums[r][m] += low_rank_sum<BFloat16>(args, m, n);
         y[m * w.N + n] = from_float<BFloat16>(sums[r][m] + (bias == nullptr ? 0.f : to_float(bias[n])));
+      }
   }
 }
 
