@@ -22,7 +22,7 @@ def forward(layer: Callable, x: torch.Tensor) -> Callable[[], torch.Tensor]:
 
 def rows(layers: Layers, limits: Limits, plan: Plan) -> Iterator[Row]:
     N, K = layers.shape
-    replicas = layers.replicas(training=False)
+    replicas = layers.replicas(plan.caches, training=False)
     decoded = nf4.dequantize(layers.qweight, torch.float32).T
     for M in plan.rows:
         x = torch.randn(M, K, dtype=torch.bfloat16)

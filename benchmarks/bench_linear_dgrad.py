@@ -24,7 +24,7 @@ def forward_backward(layer: Callable, x: torch.Tensor, dy: torch.Tensor) -> Call
 
 def rows(layers: Layers, limits: Limits, plan: Plan) -> Iterator[Row]:
     N, K = layers.shape
-    replicas = layers.replicas(training=True)
+    replicas = layers.replicas(plan.caches, training=True)
     decoded = nf4.dequantize(layers.qweight, torch.float32)
     for M in plan.rows:
         x, dy = torch.randn(M, K, dtype=torch.bfloat16), torch.randn(M, N, dtype=torch.bfloat16)

@@ -53,7 +53,7 @@ def rows(layers: Layers, limits: Limits, plan: Plan) -> Iterator[Row]:
     N, K = layers.shape
     sides = {
         side: [(layer, *factors(layer)) for layer in own]
-        for side, own in layers.replicas(training=True, lora=True).items()
+        for side, own in layers.replicas(plan.caches, training=True, lora=True).items()
     }
     decoded = nf4.dequantize(layers.qweight, torch.float32)
     for M in plan.rows:

@@ -126,12 +126,16 @@ def rotate(values: list) -> Callable:
 
 
 def alternate(
-    sides: dict[str, Callable[[], object]], seconds: float, warm: bool = False, clock: Callable = time.perf_counter
+    sides: dict[str, Callable[[], object]],
+    seconds: float,
+    warm: bool = False,
+    most: int = MOST_ROUNDS,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Milliseconds a call of each side in each round.
 
     A round times every side once, for at least 5 ms, and starts with another side than the round before. There are as
-    many rounds as fit `seconds` for all sides together, but LEAST_ROUNDS to MOST_ROUNDS. With `warm`, an untimed call
+    many rounds as fit `seconds` for all sides together, but LEAST_ROUNDS to `most`. With `warm`, an untimed call
     brings back what the other sides drove out of the caches, where calls are so short that this shows.
     """
     calls, warming = {}, {}
@@ -147,7 +151,7 @@ def alternate(
     names = list(sides)
     samples: dict[str, list[float]] = {name: [] for name in names}
     deadline = clock() + seconds
-    for done in range(MOST_ROUNDS):
+    for done in range(most):
         if done >= LEAST_ROUNDS and clock() > deadline:
             break
         first = done % len(names)

@@ -77,8 +77,8 @@ class Layers:
         """How many weights of `nbytes` no cache holds together; one where it is to stay in the cache."""
         return 1 if cache == "in" else max(2, -(-cache_bytes() // nbytes))
 
-    def replicas(self, training: bool, lora: bool = False) -> dict[str, list[nn.Module]]:
-        """side -> so many copies of its layer that no cache holds them together.
+    def replicas(self, caches: tuple[str, ...], training: bool, lora: bool = False) -> dict[str, list[nn.Module]]:
+        """side -> copies of its layer: as many as `in_turn` needs for these cache states.
 
         bitsandbytes repacks its weight in place at the first evaluation forward; that is done here, before any timing.
         """
@@ -87,7 +87,8 @@ class Layers:
             first = _with_lora(side, layer) if lora else copy.deepcopy(layer)
             first.train(training)
             nbytes = self.dense_weight.nbytes if side == DENSE else self.nbytes
-            replicas[side] = [first, *(copy.deepcopy(first) for _ in range(self.copies("out", nbytes) - 1))]
+            count = max(self.copies(cache, nbytes) for cache in caches)
+            replicas[side] = [first, *(copy.deepcopy(first) for _ in range(count - 1))]
             if not training:
                 with torch.no_grad():
                     for replica in replicas[side]:
