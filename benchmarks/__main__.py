@@ -12,7 +12,7 @@ import torch
 
 from . import bench_dequantize, bench_linear, bench_linear_dgrad, bench_lora, bench_model, bench_quantize, plots, report
 from .goals import SHAPE
-from .harness import MOST_OTHERS, Plan, Row, machine
+from .harness import Plan, Row, is_disturbed, machine
 from .limits import Limits
 from .peers import Layers
 from .shapes import FOCUS, layer_names
@@ -42,7 +42,7 @@ def parse() -> argparse.Namespace:
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(OPS)} and model; all if none is named")
-    parser.add_argument("--all", action="store_true", help="every op at every shape and M (an hour and more)")
+    parser.add_argument("--all", action="store_true", help="every op at every shape and M (most of an hour)")
     parser.add_argument("--shapes", nargs="+", type=shape, metavar="NxK", help="these weights, at every M")
     parser.add_argument("--rows", type=whole_numbers, metavar="M,...", help="these numbers of rows of x")
     parser.add_argument("--threads", type=whole_numbers, metavar="T,...", help="torch threads (default: torch's and 1)")
@@ -111,7 +111,7 @@ def main() -> None:
     print(
         f"\nthe goals, on a {SHAPE} weight out of cache with all threads, and on a model\n\n{report.goal_table(rows)}"
     )
-    disturbed = sum(row.others is not None and row.others > MOST_OTHERS for row in rows)
+    disturbed = sum(is_disturbed(row.others) for row in rows)
     if disturbed:
         print(f"{disturbed} of {len(rows)} rows were DISTURBED by other processes: measure again on an idle machine")
     if args.csv:

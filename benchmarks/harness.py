@@ -22,6 +22,7 @@ BNB_DQ = "bitsandbytes double-quantized"
 DENSE = "dense bf16"
 Spread = tuple[float, float, float]  # the 20th percentile, the median, the 80th percentile
 LEAST_ROUNDS, MOST_ROUNDS = 5, 25
+STAT = Path("/proc/stat")
 MOST_OTHERS = 0.1  # cores; threads that wait for one which lost its core make a product many times slower
 
 
@@ -47,7 +48,7 @@ class Row:
         share = f"{self.share[1]:5.0%} of floor" if self.share else ""
         ratios = " |".join(f" {r[1]:6.2f}x {side} ({r[0]:.2f}-{r[2]:.2f})" for side, r in self.ratios.items())
         text = f"{what} | {self.ms[OURS]:8.3f} ms {share:14} |{ratios}"
-        if self.others is not None and self.others > MOST_OTHERS:
+        if is_disturbed(self.others):
             text += f" | DISTURBED: other processes used {self.others:.1f} cores"
         if self.tokens:
             text += "\n" + ", ".join(f"  {side}: {self.tokens / ms * 1e3:.1f} tokens/s" for side, ms in self.ms.items())
@@ -75,22 +76,28 @@ class Plan:
 
     def measure(self, op: str, shape: object, M: int | None, cache: str, sides: dict, floor_ms: float | None) -> Row:
         """The row of these sides, ours first."""
-        begin, busy = time.perf_counter(), busy_elsewhere()
+        others = watch_others()
         samples = alternate(sides, self.seconds, warm=cache == "in")
         row = row_of(samples, op, shape, M, torch.get_num_threads(), cache, floor_ms)
-        if busy is not None:
-            row.others = max(0.0, busy_elsewhere() - busy) / (time.perf_counter() - begin)
+        row.others = others()
         return row
 
 
-def busy_elsewhere() -> float | None:
-    """Seconds that this machine's cores spent on other processes since it started; None where Linux does not say."""
-    stat = Path("/proc/stat")
-    if not stat.exists():
-        return None
-    user, nice, system, _idle, _waiting, *interrupts_and_stolen = map(int, stat.read_text().split("\n")[0].split()[1:9])
-    ticks = user + nice + system + sum(interrupts_and_stolen)
-    return ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
+def watch_others() -> Callable[[], float | None]:
+    """A function that returns how many cores other processes kept busy since now; None where Linux does not say."""
+    if not STAT.exists():
+        return lambda: None
+
+    def busy_elsewhere() -> float:
+        user, nice, system, _idle, _waiting, *interrupted = map(int, STAT.read_text().split("\n")[0].split()[1:9])
+        return (user + nice + system + sum(interrupted)) / os.sysconf("SC_CLK_TCK") - time.process_time()
+
+    begin, busy = time.perf_counter(), busy_elsewhere()
+    return lambda: max(0.0, busy_elsewhere() - busy) / (time.perf_counter() - begin)
+
+
+def is_disturbed(others: float | None) -> bool:
+    return others is not None and others > MOST_OTHERS
 
 
 def spread(values: Sequence[float]) -> Spread:

@@ -81,6 +81,18 @@ def test_a_warm_side_is_called_untimed_first_unless_its_calls_are_long():
     assert clock.calls.count("long") == 2 + harness.LEAST_ROUNDS
 
 
+def test_a_row_is_disturbed_by_what_other_processes_use(tmp_path, monkeypatch):
+    stat = tmp_path / "stat"
+    monkeypatch.setattr(harness, "STAT", stat)
+    assert harness.watch_others()() is None
+    stat.write_text("cpu  1000 0 0 5000 70 0 0 0 0 0\ncpu0 1 1 1 1\n")
+    others = harness.watch_others()
+    stat.write_text("cpu  1000 0 0 9000 90 0 0 0 0 0\n")  # idle and waiting for a disk
+    assert not harness.is_disturbed(others())
+    stat.write_text("cpu  900000 0 0 9000 90 0 0 100000 0 0\n")  # in use, and stolen from this virtual machine
+    assert harness.is_disturbed(others())
+
+
 def test_ratios_are_of_rounds_and_the_floor_is_over_our_time():
     samples = {OURS: [1.0, 2.0, 4.0, 8.0, 16.0, 32.0], DENSE: [3.0, 6.0, 12.0, 24.0, 48.0, 96.0]}
     row = harness.row_of(samples, "linear", (2, 3), 1, 2, "out", floor_ms=3.0)
