@@ -28,7 +28,7 @@ bench: $(VENV)/.installed-bench
 
 bench-micro: $(VENV)/.installed-bench
 	$(BIN)/python -m pytest benchmarks/bench_micro.py --benchmark-only \
-	    --benchmark-columns=median,iqr,rounds --benchmark-time-unit=us --benchmark-group-by=group
+	    --benchmark-columns=median,iqr,rounds --benchmark-time-unit=us
 
 bench-compare: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks.compare $(or $(BASE),$(error say which version: make bench-compare BASE=main))

@@ -40,6 +40,8 @@ def add_peft_lora(model: nn.Module, targets: list[str] | str) -> None:
     """PEFT's adapters on the named layers of `model`, in bf16: in fp32, its default, PEFT computes them in fp32."""
     from peft import LoraConfig, inject_adapter_in_model
 
+    # as transformers marks a model that it loads in 4 bits; without it PEFT takes its layer for nn.Linear
+    model.is_loaded_in_4bit = any(isinstance(layer, bnb.nn.Linear4bit) for layer in model.modules())
     inject_adapter_in_model(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets), model)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
