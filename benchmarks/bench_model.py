@@ -115,7 +115,7 @@ def check_losses(losses: dict[str, float]) -> None:
 
 def peak_mib(side: str, threads: int) -> float:
     command = [sys.executable, "-m", "benchmarks.bench_model", side, str(threads)]
-    return float(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()[-1])
+    return float(subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1])
 
 
 def rows(plan: Plan) -> Iterator[Row]:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,27 @@ def test_readme_shows_the_csv_that_it_names():
 )
 def test_a_regression_is_over_five_percent_and_outside_the_spread(now_over_then, expected):
     assert compare.is_regression(now_over_then) == expected
+
+
+@pytest.mark.parametrize(("now_ms", "status", "said"), [(2.0, 0, "nothing is slower"), (2.2, 1, "slower by more")])
+def test_a_comparison_ends_with_status_1_where_something_is_slower(monkeypatch, capsys, now_ms, status, said):
+    class Worker(nullcontext):
+        implementation = "native"
+
+        def __init__(self, tree: str) -> None:
+            super().__init__(self)
+            self.tree = Path(tree)
+
+        def milliseconds(self, case: int) -> float:
+            return now_ms if self.tree == ROOT and case == 3 else 2.0
+
+    monkeypatch.setattr(compare, "Worker", Worker)
+    monkeypatch.setattr(compare, "built", lambda base: nullcontext("elsewhere"))
+    monkeypatch.setattr(compare, "git", lambda *arguments: "abc")
+    assert compare.main(["main", "--rounds", "5"]) == status
+    text = capsys.readouterr().out
+    assert said in text
+    assert text.count("SLOWER") == status
 
 
 def test_both_versions_of_a_comparison_run_here(native_library):
