@@ -1,6 +1,9 @@
 # Every target sets itself up: a .venv with torch, what the target needs, and the compiled library.
 #   make demo        quantize, fine-tune, merge and save a real language model
-#   make test        the tests        make lint    the linters        make bench   the benchmarks
+#   make test        the tests        make lint    the linters
+#   make bench       every op and a whole model beside their peers: about ten minutes
+#   make bench-micro     what a call costs on small layers
+#   make bench-compare BASE=main     this working tree against another version, in turns
 
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
@@ -9,7 +12,7 @@ BIN    := $(VENV)/bin
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 BUILD  := pyproject.toml setup.py $(CXX_FILES)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench bench-micro bench-compare clean
 .SECONDARY:
 
 # Threads that wait for others spin; on a busy machine that is 20 times slower, so let them sleep soon.
@@ -22,6 +25,13 @@ test: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks
+
+bench-micro: $(VENV)/.installed-bench
+	$(BIN)/python -m pytest benchmarks/bench_micro.py --benchmark-only \
+	    --benchmark-columns=median,iqr,rounds --benchmark-time-unit=us
+
+bench-compare: $(VENV)/.installed-bench
+	$(BIN)/python -m benchmarks.compare $(or $(BASE),$(error say which version: make bench-compare BASE=main))
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .

@@ -1,42 +1,123 @@
-"""python -m benchmarks [op ...]: measure, print the table, write results/<cpu>.csv."""
+"""Measure every op beside its peers, print the tables, and write results/<machine>.csv and its pictures.
+
+Without a selection: both shapes of shapes.FOCUS at every M, in and out of cache, with all threads and with one; the
+other models' shapes at fewer M, out of cache, with all threads; and a whole model: about ten minutes on two cores.
+"""
 
 import argparse
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
-from . import bench_dequantize, bench_linear, bench_linear_dgrad, bench_quantize
-from .harness import RESULTS, Limits, machine, write_csv
+from . import bench_dequantize, bench_linear, bench_linear_dgrad, bench_lora, bench_model, bench_quantize, plots, report
+from .goals import SHAPE
+from .harness import Plan, Row, is_disturbed, machine
+from .limits import Limits
+from .peers import Layers
+from .shapes import FOCUS, layer_names
 
-BENCHMARKS = {
+OPS = {
     "quantize": bench_quantize,
     "dequantize": bench_dequantize,
     "linear": bench_linear,
     "linear_dgrad": bench_linear_dgrad,
+    "lora": bench_lora,
 }
+ALL_M = {"linear": (1, 4, 16, 64, 512), "linear_dgrad": (16, 64, 512), "lora": (16, 64, 512)}
+FEWER_M = {"linear": (1, 64), "linear_dgrad": (64,)}  # of the shapes that are not in focus; no other op is measured
 
-parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-parser.add_argument("ops", nargs="*", metavar="op", help=f"which of {', '.join(BENCHMARKS)}; all if none is named")
-parser.add_argument("--threads", type=int, help="torch threads (default: torch's)")
-args = parser.parse_args()
-unknown = set(args.ops) - set(BENCHMARKS)
-if unknown:
-    parser.error(f"op must be one of {', '.join(BENCHMARKS)}, got {', '.join(sorted(unknown))}")
-if args.threads:
-    torch.set_num_threads(args.threads)
 
-torch.manual_seed(0)
-about = machine()
-print(", ".join(f"{key} {value}" for key, value in about.items()))
-limits = Limits.measure()
-print(
-    f"limits in this run: reading {limits.read_gb_s:.1f} GB/s, copying {limits.copy_gb_s:.1f} GB/s, "
-    f"dense bf16 at M=512 {limits.bf16_gflop_s:.0f} GFLOP/s"
-)
-print("ours in ms, then how many times faster it is than each peer: median over the rounds (p20-p80)\n")
-rows = []
-for name in args.ops or BENCHMARKS:
-    for row in BENCHMARKS[name].rows(limits):
+def whole_numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def shape(text: str) -> tuple[int, int]:
+    N, K = text.split("x")
+    return int(N), int(K)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(OPS)} and model; all if none is named")
+    parser.add_argument("--all", action="store_true", help="every op at every shape and M (most of an hour)")
+    parser.add_argument("--shapes", nargs="+", type=shape, metavar="NxK", help="these weights, at every M")
+    parser.add_argument("--rows", type=whole_numbers, metavar="M,...", help="these numbers of rows of x")
+    parser.add_argument("--threads", type=whole_numbers, metavar="T,...", help="torch threads (default: torch's and 1)")
+    parser.add_argument("--cache", choices=("in", "out"), help="only with the weight in a cache, or in none")
+    parser.add_argument("--seconds", type=float, default=2.0, help="a row, all sides together (default: %(default)s)")
+    parser.add_argument("--csv", type=Path, help="write here (default: results/<machine>.csv when nothing is selected)")
+    parser.add_argument(
+        "--readme", action="store_true", help="measure nothing: bring README up to its CSV, or to --csv"
+    )
+    args = parser.parse_args()
+    unknown = set(args.ops) - set(OPS) - {"model"}
+    if unknown:
+        parser.error(f"op must be one of {', '.join(OPS)}, model, got {', '.join(sorted(unknown))}")
+    selected = args.ops or args.shapes or args.rows or args.threads or args.cache
+    if args.csv is None and not selected and not args.readme:
+        args.csv = report.csv_path(machine())
+    default_threads = tuple(dict.fromkeys((torch.get_num_threads(), 1)))
+    args.threads_given, args.threads = args.threads, args.threads or default_threads
+    return args
+
+
+def plan_of(op: str, weight: tuple[int, int], args: argparse.Namespace) -> Plan | None:
+    """What to measure of the op at this weight; None for nothing."""
+    caches = (args.cache,) if args.cache else ("out", "in")
+    if args.all or args.shapes or weight in FOCUS:
+        return Plan(args.rows or ALL_M.get(op, ()), args.threads, caches, args.seconds)
+    if op not in FEWER_M or args.cache == "in":
+        return None
+    return Plan(args.rows or FEWER_M[op], args.threads_given or args.threads[:1], ("out",), args.seconds)
+
+
+def measure(args: argparse.Namespace) -> Iterator[Row]:
+    limits = Limits()
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        print(limits)
+    torch.set_num_threads(args.threads[0])
+    print("ours in ms, then how many times faster it is than each peer: median over the rounds (p20-p80)\n")
+    ops = [op for op in OPS if not args.ops or op in args.ops]
+    names = layer_names()
+    for weight in args.shapes or names:
+        plans = {op: plan for op in ops if (plan := plan_of(op, weight, args))}
+        if not plans:
+            continue
+        print(f"{weight[0]}x{weight[1]}: {names.get(weight, 'no known model')}")
+        layers = Layers(*weight)
+        for op, plan in plans.items():
+            yield from OPS[op].rows(layers, limits, plan)
+    if "model" in args.ops or not (args.ops or args.shapes):
+        yield from bench_model.rows(Plan(threads=args.threads, seconds=args.seconds))
+
+
+def main() -> None:
+    args = parse()
+    if args.readme:
+        text = report.README.read_text()
+        report.README.write_text(report.with_section(text, args.csv or report.named_in(text)))
+        return
+    torch.manual_seed(0)
+    about = machine()
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    rows = []
+    for row in measure(args):
         print(row, flush=True)
         rows.append(row)
-if not args.ops:
-    print(f"\nwritten to {write_csv(rows, about).relative_to(RESULTS.parent.parent)}")
+    print(
+        f"\nthe goals, on a {SHAPE} weight out of cache with all threads, and on a model\n\n{report.goal_table(rows)}"
+    )
+    disturbed = sum(is_disturbed(row.others) for row in rows)
+    if disturbed:
+        print(f"{disturbed} of {len(rows)} rows were DISTURBED by other processes: measure again on an idle machine")
+    if args.csv:
+        report.write_csv(args.csv, rows, about)
+        for path in (args.csv, *plots.draw(rows, about, args.csv)):
+            print(f"written: {path}")
+
+
+main()

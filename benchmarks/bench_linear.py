@@ -4,9 +4,12 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from .harness import OURS, Limits, Row, measure
-from .peers import DENSE, layers
-from .shapes import LINEAR, ROWS
+import nf4kernels as nf4
+
+from .checks import assert_as_exact_as_dense, assert_close_to_dense
+from .harness import DENSE, OURS, Plan, Row
+from .limits import Limits
+from .peers import Layers, in_turn
 
 
 def forward(layer: Callable, x: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -17,12 +20,16 @@ def forward(layer: Callable, x: torch.Tensor) -> Callable[[], torch.Tensor]:
     return run
 
 
-def rows(limits: Limits) -> Iterator[Row]:
-    for N, K in LINEAR.values():
-        rotating = layers(torch.randn(N, K).mul_(0.02).bfloat16(), training=False)
-        for M in ROWS:
-            x = torch.randn(M, K, dtype=torch.bfloat16)
-            sides = {name: forward(layer, x) for name, layer in rotating.items()}
-            difference = (sides[OURS]() - sides[DENSE]()).float().norm() / sides[DENSE]().float().norm()
-            assert difference < 0.12, f"NF4 changes Gaussian weights by 9 %, the output changed by {difference:.1%}"
-            yield measure("linear", (N, K), M, sides, limits.floor_ms(read=0.52 * N * K, flops=2 * M * N * K))
+def rows(layers: Layers, limits: Limits, plan: Plan) -> Iterator[Row]:
+    N, K = layers.shape
+    replicas = layers.replicas(plan.caches, training=False)
+    decoded = nf4.dequantize(layers.qweight, torch.float32).T
+    for M in plan.rows:
+        x = torch.randn(M, K, dtype=torch.bfloat16)
+        y = {side: forward(in_turn(own, "in"), x)() for side, own in replicas.items()}
+        assert_as_exact_as_dense(y[OURS], x, decoded, f"linear {N}x{K}, M={M}")
+        assert_close_to_dense(y, DENSE, f"linear {N}x{K}, M={M}")
+        for _, cache in plan.settings():
+            sides = {side: forward(in_turn(own, cache), x) for side, own in replicas.items()}
+            floor = limits.product_ms(layers.nbytes, 2 * M * N * K, cache)
+            yield plan.measure("linear", layers.shape, M, cache, sides, floor)

@@ -4,27 +4,34 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from .harness import OURS, Limits, Row, measure
-from .peers import DENSE, layers
-from .shapes import LINEAR, ROWS
+import nf4kernels as nf4
+
+from .checks import assert_as_exact_as_dense, assert_close_to_dense
+from .harness import DENSE, OURS, Plan, Row
+from .limits import Limits
+from .peers import Layers, in_turn
 
 
 def forward_backward(layer: Callable, x: torch.Tensor, dy: torch.Tensor) -> Callable[[], torch.Tensor]:
+    x = x.clone().requires_grad_()
+
     def run() -> torch.Tensor:
-        leaf = x.detach().requires_grad_()
-        layer()(leaf).backward(dy)
-        return leaf.grad
+        (dx,) = torch.autograd.grad(layer()(x), x, dy)
+        return dx
 
     return run
 
 
-def rows(limits: Limits) -> Iterator[Row]:
-    for N, K in LINEAR.values():
-        rotating = layers(torch.randn(N, K).mul_(0.02).bfloat16(), training=True)
-        for M in ROWS:
-            x, dy = torch.randn(M, K, dtype=torch.bfloat16), torch.randn(M, N, dtype=torch.bfloat16)
-            sides = {name: forward_backward(layer, x, dy) for name, layer in rotating.items()}
-            difference = (sides[OURS]() - sides[DENSE]()).float().norm() / sides[DENSE]().float().norm()
-            assert difference < 0.12, f"NF4 changes Gaussian weights by 9 %, the gradient changed by {difference:.1%}"
-            floor = limits.floor_ms(read=2 * 0.52 * N * K, flops=4 * M * N * K)
-            yield measure("linear + dgrad", (N, K), M, sides, floor)
+def rows(layers: Layers, limits: Limits, plan: Plan) -> Iterator[Row]:
+    N, K = layers.shape
+    replicas = layers.replicas(plan.caches, training=True)
+    decoded = nf4.dequantize(layers.qweight, torch.float32)
+    for M in plan.rows:
+        x, dy = torch.randn(M, K, dtype=torch.bfloat16), torch.randn(M, N, dtype=torch.bfloat16)
+        dx = {side: forward_backward(in_turn(own, "in"), x, dy)() for side, own in replicas.items()}
+        assert_as_exact_as_dense(dx[OURS], dy, decoded, f"dgrad {N}x{K}, M={M}")
+        assert_close_to_dense(dx, DENSE, f"dgrad {N}x{K}, M={M}")
+        for _, cache in plan.settings():
+            sides = {side: forward_backward(in_turn(own, cache), x, dy) for side, own in replicas.items()}
+            floor = limits.product_ms(layers.nbytes, 4 * M * N * K, cache, passes=2)
+            yield plan.measure("linear + dgrad", layers.shape, M, cache, sides, floor)

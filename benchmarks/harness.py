@@ -1,38 +1,124 @@
-"""Fair timing: all sides alternate in one run, medians and ratios, and the machine's own limits beside them."""
+"""Fair timing: all sides take turns within one run; medians of every time, and of every round's ratio."""
 
-import csv
+import os
 import platform
-import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import nf4kernels as nf4
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parent.parent
 OURS = "nf4kernels"
-CACHE_BYTES = 96 << 20  # weights rotate over three times the L3 of the machines measured so far
+BNB = "bitsandbytes"  # no double quantization: its faster layer
+BNB_DQ = "bitsandbytes double-quantized"
+DENSE = "dense bf16"
+Spread = tuple[float, float, float]  # the 20th percentile, the median, the 80th percentile
+LEAST_ROUNDS, MOST_ROUNDS = 5, 25
+STAT = Path("/proc/stat")
+MOST_OTHERS = 0.1  # cores; threads that wait for one which lost its core make a product many times slower
 
 
 @dataclass
 class Row:
-    """One line of the table: what each side took, and the floor for ours."""
+    """One line of the table: what each side took, how much faster ours is, and the floor for ours."""
 
     op: str
-    shape: str
-    M: str
+    shape: str  # "4096x4096", or a model's name
+    M: int | None
+    threads: int
+    cache: str  # "in": one weight over and over; "out": over so many that no cache holds them; "" for a model
     ms: dict[str, float]
-    ratios: dict[str, tuple[float, float, float]]  # side -> how much faster ours is: p20, median, p80
+    ratios: dict[str, Spread] = field(default_factory=dict)  # side -> its time over ours
     floor_ms: float | None = None
+    share: Spread | None = None  # the floor over our time
+    tokens: int | None = None  # that one call processes, of a model
+    peak_mib: dict[str, float] = field(default_factory=dict)
+    others: float | None = None  # cores that other processes kept busy meanwhile
 
     def __str__(self) -> str:
-        share = "" if self.floor_ms is None else f"{self.floor_ms / self.ms[OURS]:5.0%} of floor"
-        text = f"{self.op:16} {self.shape:12} {self.M:>5} | {self.ms[OURS]:8.3f} ms {share:14} |"
-        return text + " |".join(f" {r[1]:6.2f}x {side} ({r[0]:.2f}-{r[2]:.2f})" for side, r in self.ratios.items())
+        what = f"{self.op:16} {self.shape:12} {self.M or '':>4} {self.threads:>2}t {self.cache:3}"
+        share = f"{self.share[1]:5.0%} of floor" if self.share else ""
+        ratios = " |".join(f" {r[1]:6.2f}x {side} ({r[0]:.2f}-{r[2]:.2f})" for side, r in self.ratios.items())
+        text = f"{what} | {self.ms[OURS]:8.3f} ms {share:14} |{ratios}"
+        if is_disturbed(self.others):
+            text += f" | DISTURBED: other processes used {self.others:.1f} cores"
+        if self.tokens:
+            text += "\n" + ", ".join(f"  {side}: {self.tokens / ms * 1e3:.1f} tokens/s" for side, ms in self.ms.items())
+        if self.peak_mib:
+            text += "\n" + ", ".join(f"  {side}: peak {mib:.0f} MiB" for side, mib in self.peak_mib.items())
+        return text
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure of one op at one shape."""
+
+    rows: tuple[int, ...] = ()  # values of M
+    threads: tuple[int, ...] = ()
+    caches: tuple[str, ...] = ("out",)
+    seconds: float = 2.0  # a row, all sides together, as long as LEAST_ROUNDS are not longer
+
+    def settings(self) -> Iterator[tuple[int, str]]:
+        """Every (threads, cache state), with torch at that number of threads."""
+        for threads in self.threads:
+            torch.set_num_threads(threads)
+            for cache in self.caches:
+                yield threads, cache
+        torch.set_num_threads(self.threads[0])
+
+    def measure(self, op: str, shape: object, M: int | None, cache: str, sides: dict, floor_ms: float | None) -> Row:
+        """The row of these sides, ours first."""
+        others = watch_others()
+        samples = alternate(sides, self.seconds, warm=cache == "in")
+        row = row_of(samples, op, shape, M, torch.get_num_threads(), cache, floor_ms)
+        row.others = others()
+        return row
+
+
+def watch_others() -> Callable[[], float | None]:
+    """A function that returns how many cores other processes kept busy since now; None where Linux does not say."""
+    if not STAT.exists():
+        return lambda: None
+
+    def busy_elsewhere() -> float:
+        user, nice, system, _idle, _waiting, *interrupted = map(int, STAT.read_text().split("\n")[0].split()[1:9])
+        return (user + nice + system + sum(interrupted)) / os.sysconf("SC_CLK_TCK") - time.process_time()
+
+    begin, busy = time.perf_counter(), busy_elsewhere()
+    return lambda: max(0.0, busy_elsewhere() - busy) / (time.perf_counter() - begin)
+
+
+def is_disturbed(others: float | None) -> bool:
+    return others is not None and others > MOST_OTHERS
+
+
+def spread(values: Sequence[float]) -> Spread:
+    return tuple(float(q) for q in np.quantile(values, (0.2, 0.5, 0.8)))
+
+
+def ratios(others: Sequence[float], ours: Sequence[float]) -> Spread:
+    """Round by round, so that what slows a whole round down cancels."""
+    return spread([other / own for other, own in zip(others, ours)])
+
+
+def row_of(samples: dict[str, list[float]], op, shape, M, threads, cache, floor_ms) -> Row:
+    ours = samples[OURS]
+    text = "x".join(map(str, shape)) if isinstance(shape, tuple) else shape
+    return Row(
+        op, text, M, threads, cache,
+        ms={side: spread(values)[1] for side, values in samples.items()},
+        ratios={side: ratios(values, ours) for side, values in samples.items() if side != OURS},
+        floor_ms=floor_ms,
+        share=None if floor_ms is None else spread([floor_ms / ms for ms in ours]),
+    )  # fmt: skip
 
 
 def rotate(values: list) -> Callable:
@@ -46,76 +132,49 @@ def rotate(values: list) -> Callable:
     return next_value
 
 
-def copies(nbytes: int) -> int:
-    """How many weights of this size no cache holds together."""
-    return max(2, -(-CACHE_BYTES // nbytes))
+def alternate(
+    sides: dict[str, Callable[[], object]],
+    seconds: float,
+    warm: bool = False,
+    most: int = MOST_ROUNDS,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Milliseconds a call of each side in each round.
 
-
-def alternate(sides: dict[str, Callable[[], object]], seconds: float = 2.0, rounds: int = 15) -> dict[str, list[float]]:
-    """Per-call milliseconds of each side in each round; a round times every side once, for at least 5 ms.
-
-    As many rounds as fit `seconds` a side, but at least 5 and at most `rounds`.
+    A round times every side once, for at least 5 ms, and starts with another side than the round before. There are as
+    many rounds as fit `seconds` for all sides together, but LEAST_ROUNDS to `most`. With `warm`, an untimed call
+    brings back what the other sides drove out of the caches, where calls are so short that this shows.
     """
-    calls = {}
+    calls, warming = {}, {}
     for name, run in sides.items():
+        start = clock()
         run()
-        start = time.perf_counter()
-        run()
-        calls[name] = max(1, round(0.005 / max(time.perf_counter() - start, 1e-6)))
-    samples: dict[str, list[float]] = {name: [] for name in sides}
-    deadline = time.perf_counter() + seconds * len(sides)
-    while len(samples[OURS]) < 5 or (len(samples[OURS]) < rounds and time.perf_counter() < deadline):
-        for name, run in sides.items():
-            start = time.perf_counter()
+        took = clock() - start
+        if took < 0.1:  # else the first call, with whatever it sets up, tells enough
+            start = clock()
+            run()
+            took = clock() - start
+        calls[name], warming[name] = max(1, round(0.005 / max(took, 1e-6))), warm and took < 0.02
+    names = list(sides)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    deadline = clock() + seconds
+    for done in range(most):
+        if done >= LEAST_ROUNDS and clock() > deadline:
+            break
+        first = done % len(names)
+        for name in names[first:] + names[:first]:
+            run = sides[name]
+            if warming[name]:
+                run()
+            start = clock()
             for _ in range(calls[name]):
                 run()
-            samples[name].append((time.perf_counter() - start) / calls[name] * 1e3)
+            samples[name].append((clock() - start) / calls[name] * 1e3)
     return samples
 
 
-def measure(op: str, shape: tuple[int, int], M: int | str, sides: dict, floor_ms: float | None = None) -> Row:
-    """Time the sides and put ours beside each of the others: the median over the rounds of the round's ratio."""
-    samples = alternate(sides)
-    ratios = {}
-    for name in sides:
-        if name != OURS:
-            per_round = sorted(other / ours for other, ours in zip(samples[name], samples[OURS]))
-            ratios[name] = tuple(per_round[int(q * (len(per_round) - 1))] for q in (0.2, 0.5, 0.8))
-    medians = {name: statistics.median(values) for name, values in samples.items()}
-    return Row(op, f"{shape[0]}x{shape[1]}", str(M), medians, ratios, floor_ms)
-
-
-@dataclass
-class Limits:
-    """What this machine can do, measured in this run."""
-
-    read_gb_s: float  # summing bytes that no cache holds
-    copy_gb_s: float  # read and written bytes of a copy that no cache holds
-    bf16_gflop_s: float  # dense bf16 product at M = 512
-
-    @classmethod
-    def measure(cls) -> "Limits":
-        source = torch.randint(0, 255, (CACHE_BYTES,), dtype=torch.uint8).view(torch.int64)
-        target = torch.empty_like(source)
-        x, w = torch.randn(512, 4096).bfloat16(), torch.randn(4096, 4096).bfloat16()
-        sides = {
-            OURS: lambda: source.sum(),
-            "copy": lambda: target.copy_(source),
-            "product": lambda: torch.nn.functional.linear(x, w),
-        }
-        ms = {name: statistics.median(values) for name, values in alternate(sides).items()}
-        return cls(
-            CACHE_BYTES / ms[OURS] / 1e6, 2 * CACHE_BYTES / ms["copy"] / 1e6, 2 * 512 * 4096**2 / ms["product"] / 1e6
-        )
-
-    def floor_ms(self, *, read: float = 0, write: float = 0, flops: float = 0) -> float:
-        """The longest of reading alone, moving both ways, and computing."""
-        moving = (read + write) / self.copy_gb_s if write else read / self.read_gb_s
-        return max(moving, flops / self.bf16_gflop_s) / 1e6
-
-
 def machine() -> dict[str, str]:
-    """What a result must say about where it was measured."""
+    """What a result must say about where and how it was measured."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -124,29 +183,15 @@ def machine() -> dict[str, str]:
         )
         cpu = f"{fields.get('model name', cpu)} family {fields.get('cpu family')} model {fields.get('model')}"
     commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=RESULTS.parent, check=False
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT, check=False
     )
+    waiting = [f"{name}={os.environ[name]} " for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if name in os.environ]
     return {
-        "cpu": cpu,
-        "threads": str(torch.get_num_threads()),
+        "machine": f"{cpu}, {os.cpu_count()} cores",
         "kernels": nf4.backend_info().devices["cpu"][0],
         "torch": torch.__version__,
+        "bitsandbytes": version("bitsandbytes"),
         "commit": commit.stdout.strip() or "unknown",
         "date": time.strftime("%Y-%m-%d"),
+        "command": "".join(waiting) + " ".join(["python -m benchmarks", *sys.argv[1:]]),
     }
-
-
-def write_csv(rows: Iterator[Row], about: dict[str, str]) -> Path:
-    """Every row with every side's milliseconds, as results/<cpu>.csv."""
-    rows = list(rows)
-    path = RESULTS / ("-".join(about["cpu"].lower().split()) + f"-{about['threads']}t.csv")
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["op", "shape", "M", "side", "ms", "ours_is_faster_by", "p20", "p80", "floor_ms", *about])
-        for row in rows:
-            for side, ms in row.ms.items():
-                p20, median, p80 = row.ratios.get(side, (1.0, 1.0, 1.0))
-                floor = "" if row.floor_ms is None else f"{row.floor_ms:.4f}"
-                figures = [f"{ms:.4f}", f"{median:.3f}", f"{p20:.3f}", f"{p80:.3f}", floor]
-                writer.writerow([row.op, row.shape, row.M, side, *figures, *about.values()])
-    return path

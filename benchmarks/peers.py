@@ -1,7 +1,8 @@
-"""bitsandbytes' layers, each on the path it is best at, and ours beside them, all from one dense weight."""
+"""One dense weight as everybody's layer: ours, bitsandbytes' and PEFT's on their best paths, and nn.Linear."""
 
 import copy
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -11,45 +12,105 @@ import nf4kernels as nf4
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about an optional package at every import
 import bitsandbytes as bnb  # noqa: E402
 
-from .harness import copies, rotate  # noqa: E402
+from .harness import BNB, BNB_DQ, DENSE, OURS, rotate  # noqa: E402
+from .limits import cache_bytes  # noqa: E402
 
-BNB = "bitsandbytes"  # no double quantization: its faster layer
-BNB_DQ = "bitsandbytes double-quantized"
-DENSE = "dense bf16"
+RANK, ALPHA = 16, 32
 
 
-def bitsandbytes_linear(weight: torch.Tensor, double_quant: bool) -> nn.Module:
-    N, K = weight.shape
-    layer = bnb.nn.LinearNF4(K, N, bias=False, compute_dtype=torch.bfloat16, compress_statistics=double_quant)
-    layer.weight = bnb.nn.Params4bit(
-        weight.clone(), requires_grad=False, compress_statistics=double_quant, quant_type="nf4", module=layer
+def bitsandbytes_linear(dense: nn.Linear, double_quant: bool) -> nn.Module:
+    """bitsandbytes' layer with bf16 products; its weight is quantized here, by the move to the CPU."""
+    N, K = dense.weight.shape
+    layer = bnb.nn.LinearNF4(
+        K, N, bias=dense.bias is not None, compute_dtype=torch.bfloat16, compress_statistics=double_quant
     )
+    layer.weight = bnb.nn.Params4bit(
+        dense.weight.detach().clone(),
+        requires_grad=False,
+        compress_statistics=double_quant,
+        quant_type="nf4",
+        module=layer,
+    )
+    if dense.bias is not None:
+        layer.bias = nn.Parameter(dense.bias.detach().clone(), requires_grad=False)
     return layer.to("cpu")
 
 
-def layers(weight: torch.Tensor, training: bool) -> dict:
-    """side -> a function that returns its layers in turn, so many that no cache holds them all.
+def add_peft_lora(model: nn.Module, targets: list[str] | str) -> None:
+    """PEFT's adapters on the named layers of `model`, in bf16: in fp32, its default, PEFT computes them in fp32."""
+    from peft import LoraConfig, inject_adapter_in_model
 
-    bitsandbytes repacks its weight in place at the first evaluation forward; that is done here, before any timing.
-    """
-    N, K = weight.shape
-    dense = nn.Linear(K, N, bias=False, dtype=torch.bfloat16)
-    dense.weight = nn.Parameter(weight.clone(), requires_grad=False)
-    ours = nf4.QuantLinear.from_linear(dense)
-    sides = {
-        "nf4kernels": ours,
-        BNB: bitsandbytes_linear(weight, double_quant=False),
-        BNB_DQ: bitsandbytes_linear(weight, double_quant=True),
-        DENSE: dense,
-    }
-    rotating = {}
-    for name, layer in sides.items():
-        layer.train(training)
-        nbytes = weight.nbytes if name == DENSE else ours.qweight.nbytes
-        replicas = [copy.deepcopy(layer) for _ in range(copies(nbytes))]
-        if not training:
-            with torch.no_grad():
-                for replica in replicas:
-                    replica(torch.randn(1, K, dtype=torch.bfloat16))
-        rotating[name] = rotate(replicas)
-    return rotating
+    # as transformers marks a model that it loads in 4 bits; without it PEFT takes its layer for nn.Linear
+    model.is_loaded_in_4bit = any(isinstance(layer, bnb.nn.Linear4bit) for layer in model.modules())
+    inject_adapter_in_model(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets), model)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.bfloat16()
+
+
+def randomize_second_factor(model: nn.Module) -> None:
+    """Random lora_B, which starts as zeros."""
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.02)
+
+
+class Layers:
+    """The sides' layers of one random weight; what `rotating` returns is made of copies."""
+
+    def __init__(self, N: int, K: int) -> None:
+        self.shape = (N, K)
+        dense = nn.Linear(K, N, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+        dense.weight.normal_(std=0.02)
+        self.sides = {
+            OURS: nf4.QuantLinear.from_linear(dense),
+            BNB: bitsandbytes_linear(dense, double_quant=False),
+            BNB_DQ: bitsandbytes_linear(dense, double_quant=True),
+            DENSE: dense,
+        }
+        self.qweight = self.sides[OURS].qweight
+        self.nbytes = self.sides[OURS].weight.nbytes + self.sides[OURS].absmax.nbytes
+
+    @property
+    def dense_weight(self) -> torch.Tensor:
+        return self.sides[DENSE].weight
+
+    def copies(self, cache: str, nbytes: int) -> int:
+        """How many weights of `nbytes` no cache holds together; one where it is to stay in the cache."""
+        return 1 if cache == "in" else max(2, -(-cache_bytes() // nbytes))
+
+    def replicas(self, caches: tuple[str, ...], training: bool, lora: bool = False) -> dict[str, list[nn.Module]]:
+        """side -> copies of its layer: as many as `in_turn` needs for these cache states.
+
+        bitsandbytes repacks its weight in place at the first evaluation forward; that is done here, before any timing.
+        """
+        replicas = {}
+        for side, layer in self.sides.items():
+            first = _with_lora(side, layer) if lora else copy.deepcopy(layer)
+            first.train(training)
+            nbytes = self.dense_weight.nbytes if side == DENSE else self.nbytes
+            count = max(self.copies(cache, nbytes) for cache in caches)
+            replicas[side] = [first, *(copy.deepcopy(first) for _ in range(count - 1))]
+            if not training:
+                with torch.no_grad():
+                    for replica in replicas[side]:
+                        replica(torch.randn(1, self.shape[1], dtype=torch.bfloat16))
+        return replicas
+
+
+def in_turn(replicas: list, cache: str) -> Callable:
+    """A function that returns the replicas in turn, or the first one again and again."""
+    return rotate(replicas if cache == "out" else replicas[:1])
+
+
+def _with_lora(side: str, layer: nn.Module) -> nn.Module:
+    """A copy of the layer with an adapter, whose lora_B is not zero."""
+    if side == OURS:
+        layer = copy.deepcopy(layer)
+        layer.add_lora(nf4.LoraConfig(r=RANK, alpha=ALPHA), dtype=torch.bfloat16)
+    else:
+        holder = nn.ModuleDict({"layer": copy.deepcopy(layer)})
+        add_peft_lora(holder, ["layer"])
+        layer = holder["layer"]
+    randomize_second_factor(layer)
+    return layer

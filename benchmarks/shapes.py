@@ -1,7 +1,19 @@
-"""The [N, K] weights that the benchmarks use, and where they come from."""
+"""The [N, K] weights that the benchmarks use: every linear layer of some well-known models, from their config.json."""
 
-LINEAR = {
-    "llama-7b attention": (4096, 4096),
-    "llama-7b gate/up": (11008, 4096),
+MODELS = {
+    "Llama-7B": {"q, k, v, o": (4096, 4096), "gate, up": (11008, 4096), "down": (4096, 11008)},
+    "Llama-3-8B": {"q, o": (4096, 4096), "k, v": (1024, 4096), "gate, up": (14336, 4096), "down": (4096, 14336)},
+    "Mistral-7B": {"q, o": (4096, 4096), "k, v": (1024, 4096), "gate, up": (14336, 4096), "down": (4096, 14336)},
+    "Qwen2.5-7B": {"q, o": (3584, 3584), "k, v": (512, 3584), "gate, up": (18944, 3584), "down": (3584, 18944)},
+    "SmolLM2-135M": {"q, o": (576, 576), "k, v": (192, 576), "gate, up": (1536, 576), "down": (576, 1536)},
 }
-ROWS = (1, 16, 64, 512)
+FOCUS = ((4096, 4096), (11008, 4096))  # measured at every M, thread count and cache state
+
+
+def layer_names() -> dict[tuple[int, int], str]:
+    """(N, K) -> "Llama-7B q, k, v, o; Llama-3-8B q, o": each shape once, in the order of MODELS."""
+    names: dict[tuple[int, int], list[str]] = {}
+    for model, layers in MODELS.items():
+        for layer, shape in layers.items():
+            names.setdefault(shape, []).append(f"{model} {layer}")
+    return {shape: "; ".join(users) for shape, users in names.items()}
