@@ -244,10 +244,13 @@ struct Product {
   const nf4::GemmKernel* nf4::ProductKernels::* kernel;
 };
 
-const nf4::ProductKernels& kernels_for(Dtype dtype, const nf4::Weight& w, int64_t rows) {
+bool is_linear(const Product& product) { return product.kernel == &nf4::ProductKernels::linear; }
+
+const nf4::ProductKernels& kernels_for(const Product& product, Dtype dtype, const nf4::Weight& w, int64_t rows) {
   const auto& kernels = nf4::active_kernels();
   if (dtype != Dtype::kBFloat16) return kernels.any;
-  return rows <= nf4::kCodesRows && nf4::has_whole_codes(w) ? kernels.bf16_codes : kernels.bf16;
+  const bool codes = nf4::has_whole_codes(w) && (is_linear(product) || rows <= nf4::kDgradCodesRows);
+  return codes ? kernels.bf16_codes : kernels.bf16;
 }
 
 void multiply_rows(const nf4::GemvKernel& gemv, nf4::GemmArgs& args, const Tensor& x) {
@@ -337,9 +340,9 @@ Tensor multiply(const Product& product, const Tensor& in, const nf4::Weight& w, 
   args.low_rank_x = low_rank_x.data();
   if (rows == 0 || product.columns == 0) return out;
   args.out = out.mutable_data_ptr();
-  const nf4::ProductKernels& kernels = kernels_for(dtype, w, rows);
+  const nf4::ProductKernels& kernels = kernels_for(product, dtype, w, rows);
   if (&kernels == &nf4::active_kernels().bf16_codes) args.bf16_code = nf4::bf16_code(w.code);
-  if (product.kernel == &nf4::ProductKernels::linear && rows <= nf4::kGemvRows)
+  if (is_linear(product) && rows <= nf4::kGemvRows)
     multiply_rows(*kernels.gemv, args, contiguous);
   else
     multiply_tiles(*(kernels.*product.kernel), args, contiguous, product.depth, product.columns);

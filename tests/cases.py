@@ -151,6 +151,15 @@ def random_bytes(N: int, K: int, layout: Layout = DEFAULT) -> QuantizedWeight:
     )  # fmt: skip
 
 
+def uneven(N: int, K: int) -> QuantizedWeight:
+    """Neighbouring blocks differ by up to 10^6 in scale, and some scales are zero."""
+    qweight = quantized(N, K, Layout(scale_codebook=None))
+    generator = torch.Generator().manual_seed(N * K)
+    factors = torch.randn(qweight.absmax.shape, generator=generator).mul(3).clamp(-10, 10).exp2()
+    factors[torch.rand(factors.shape, generator=generator) < 0.1] = 0
+    return with_tensors(qweight, absmax=qweight.absmax * factors)
+
+
 def activations(M: int, K: int, dtype: torch.dtype, mean: float = 0.0, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed + 31 * M + K)
     return (torch.randn(M, K, generator=generator) + mean).to(dtype)

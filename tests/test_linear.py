@@ -61,9 +61,17 @@ def test_very_long_rows(isa, K, dtype):
 @pytest.mark.parametrize("M", [511, 512, 513, 1100])
 def test_many_rows(isa, M, dtype):
     """A kernel takes so many rows at a time; the rest is another pass."""
-    qweight = cases.quantized(70, 97)
-    x = cases.activations(M, 97, dtype)
-    assert_linear_within_bound(x, qweight, torch.randn(70).to(dtype), f"{isa} M={M}")
+    for K in (97, 192):
+        x = cases.activations(M, K, dtype)
+        assert_linear_within_bound(x, cases.quantized(70, K), torch.randn(70).to(dtype), f"{isa} {K} M={M}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("shape", [(40, 1088), (37, 100)], ids=shape_id)
+def test_uneven_scales(isa, shape, dtype):
+    qweight = cases.uneven(*shape)
+    for M in (1, 4, 7, 16, 33):
+        assert_linear_within_bound(cases.activations(M, shape[1], dtype, 1.0), qweight, None, f"{isa} M={M}")
 
 
 @pytest.mark.parametrize("shape", EMPTY_SHAPES, ids=shape_id)

@@ -57,7 +57,16 @@ def test_very_long_rows(isa, shape, dtype):
 @pytest.mark.parametrize("M", [511, 512, 513, 1100])
 def test_many_rows(isa, M, dtype):
     """A kernel takes so many rows at a time; the rest is another pass."""
-    assert_dgrad_within_bound(cases.activations(M, 97, dtype), cases.quantized(97, 70), f"{isa} M={M}")
+    for K in (70, 192):
+        assert_dgrad_within_bound(cases.activations(M, 97, dtype), cases.quantized(97, K), f"{isa} {K} M={M}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("shape", [(1088, 64), (100, 37)], ids=shape_id)
+def test_uneven_scales(isa, shape, dtype):
+    qweight = cases.uneven(*shape)
+    for M in (1, 4, 7, 16, 33):
+        assert_dgrad_within_bound(cases.activations(M, shape[0], dtype, 1.0), qweight, f"{isa} M={M}")
 
 
 @pytest.mark.parametrize("shape", EMPTY_SHAPES, ids=shape_id)

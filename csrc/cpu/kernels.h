@@ -5,10 +5,10 @@
 
 namespace nf4 {
 
-constexpr int kGemvRows = 4;     // linear with M <= kGemvRows goes row by row of W straight from the packed bytes
-constexpr int kCodesRows = 128;  // up to here bf16 products of unscaled codes beat those of decoded weights
-constexpr int kGemmRows = 512;   // rows of x per pass: what one decode of a weight tile is used for
-constexpr int kGemmDepth = 256;  // contraction length decoded at a time and added to the fp32 tile at once
+constexpr int kGemvRows = 4;          // linear with M <= kGemvRows goes row by row of W straight from the packed bytes
+constexpr int kDgradCodesRows = 128;  // above, scaling dy anew for each 64 columns costs more than decoding once
+constexpr int kGemmRows = 512;        // rows of x per pass: what one decode of a weight tile is used for
+constexpr int kGemmDepth = 256;       // contraction length decoded at a time and added to the fp32 tile at once
 
 struct QuantizeArgs {
   const void* weight;  // [numel] of dtype
@@ -86,7 +86,7 @@ struct CpuKernels {
   DequantizeFn dequantize;
   ProductKernels any;         // fp32 products, any activation dtype
   ProductKernels bf16;        // for bf16 activations
-  ProductKernels bf16_codes;  // the same where has_whole_codes(weight)
+  ProductKernels bf16_codes;  // the same where has_whole_codes(weight); linear_dgrad up to kDgradCodesRows
 };
 
 // Whether every 64 consecutive weights of a row share a scale: what the products of unscaled codes need.

@@ -6,7 +6,7 @@
 // The trick    a scale belongs to one n, which is summed over, so it goes into dy: once per 64 k, rounded to bf16 as a
 //              weight would be. Codes are looked up unscaled, straight into vdpbf16ps, as linear_codes.h does.
 // Rejected     decoding to scaled bf16 in L1 (linear_dgrad.h): as long as the products of 16 rows (4096x4096,
-//              M = 16: 4.2 against 3.1 ms, one core of a Zen 4 EPYC). From 128 rows on the two meet.
+//              M = 16: 4.5 against 3.2 ms, M = 128: both 22, M = 256: 41 against 44; one core of a Zen 4 EPYC).
 // Flops        2*M*N*K at one vdpbf16ps of 64 a cycle, and 4 instructions in 64 for dy's scales.
 // Needs        has_whole_codes; |dy * scale| in fp32's range.
 #pragma once
