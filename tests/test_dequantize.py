@@ -37,6 +37,11 @@ def test_empty(isa, shape):
     assert dequantize(qweight, out=torch.empty(shape)).shape == shape
 
 
+def test_output_of_several_huge_pages(isa):
+    for shape in ((1100, 1024), (1031, 2047)):
+        assert_dequantize_equals_reference(cases.random_bytes(*shape), torch.float32, f"{isa} {shape}")
+
+
 def ranges(size):
     """All, none, single ends, and cuts inside and on the edge of a block."""
     cuts = {(0, size), (0, 0), (size, size), (0, 1), (size - 1, size), (size // 3, size - size // 4)}

@@ -82,6 +82,31 @@ def test_ties_take_the_lower_code(isa, codebook, block_size):
     assert torch.equal(decoded[1], 2 * decoded[0]), "scaling a block by 2 must change its scale only"
 
 
+# What cannot be found by bucket (levels closer than 1/15, equal, or midpoints beyond 1), and midpoints on bucket edges.
+LEVELS = {
+    "close": torch.tensor([-1.0, *torch.linspace(-1e-6, 1e-6, 14).tolist(), 1.0]),
+    "two-close": torch.cat([torch.linspace(-1, 0.8, 13), torch.tensor([0.9, 0.91, 0.92])]),
+    "equal": torch.full((16,), 0.25),
+    "beyond": torch.linspace(-3, 3, 16),
+    "edges": torch.linspace(-14.5, 15.5, 16) / 15,
+}
+
+
+@pytest.mark.parametrize("codebook", ["nf4", "fp4", "int4", "af4", "custom", *LEVELS])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_every_16_bit_value_and_any_levels(isa, codebook, dtype):
+    """Every bf16 or fp16 number within its block's absmax, and as many fp32 ones about the midpoints."""
+    code = LEVELS[codebook] if codebook in LEVELS else Layout(codebook=codebook).code
+    if dtype == torch.float32:
+        values = ties(code, 32)[0].repeat(40) * (1 + torch.arange(-20, 20).repeat_interleave(64) * 2.0**-23)
+    else:
+        values = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    values = values[values.abs() <= 1]
+    w = torch.cat([torch.ones(len(values) // 31, 1, dtype=dtype), values[: len(values) // 31 * 31].view(-1, 31)], 1)
+    for scale in (1.0, -0.37):  # a reciprocal that is exact, and one that is not
+        assert_quantize_equals_reference(w * scale, code, 32, f"{isa} {codebook} {dtype} times {scale}")
+
+
 @pytest.mark.parametrize("shape", [(3, 5), (5, 63), (33, 65), (129, 31), (1, 1)], ids=shape_id)
 @pytest.mark.parametrize(("codebook", "nibble"), [("nf4", 7), ("int4", 7), ("fp4", 0), ("af4", 7)])
 def test_odd_tail_nibble_is_the_code_of_zero(isa, shape, codebook, nibble):

@@ -1,5 +1,5 @@
 // What every instruction set needs and none makes faster: one element between fp32 and bf16 or fp16, rounded to nearest
-// even; the midpoints of a binary search as lookup tables.
+// even; the largest magnitude of a row; the midpoints of a binary search as lookup tables.
 #pragma once
 
 #include <cstdint>
@@ -54,6 +54,20 @@ inline Float16 from_float<Float16>(float a) {
     return Float16{uint16_t(sign | (bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u))};
   }
   return Float16{uint16_t(sign | (magnitude - 0x38000000u + 0xfff + (magnitude >> 13 & 1)) >> 13)};
+}
+
+static inline int32_t magnitude(float a) { return int32_t(bits_of(a) & 0x7fffffffu); }
+static inline int16_t magnitude(BFloat16 a) { return int16_t(a.bits & 0x7fff); }
+static inline int16_t magnitude(Float16 a) { return int16_t(a.bits & 0x7fff); }
+
+// max |p[i]| over the bits as integers, which compilers vectorise at every width; NaN > inf > every number.
+template <class T>
+static inline float max_magnitude(const T* p, int count) {
+  auto largest = magnitude(T{});
+  for (int i = 0; i < count; ++i) largest = magnitude(p[i]) > largest ? magnitude(p[i]) : largest;
+  T element;
+  std::memcpy(static_cast<void*>(&element), &largest, sizeof element);
+  return to_float(element);
 }
 
 // A search step compares with midpoint rank + by; rotated, the rank itself indexes the 16-entry table.

@@ -31,6 +31,18 @@ struct Isa {
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
   }
   static F load(const Float16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  template <class T>
+  static void load_pairs(const T* p, F& even, F& odd) {
+    const F a = load(p), b = load(p + L);
+    const F low = _mm256_permute2f128_ps(a, b, 0x20), high = _mm256_permute2f128_ps(a, b, 0x31);
+    even = _mm256_shuffle_ps(low, high, 0x88);
+    odd = _mm256_shuffle_ps(low, high, 0xdd);
+  }
+  static void load_pairs(const BFloat16* p, F& even, F& odd) {
+    const I pairs = _mm256_loadu_si256(reinterpret_cast<const I*>(p));
+    even = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+    odd = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(-65536)));
+  }
 
   // bf16 in the high half of each lane, rounded to nearest even; a NaN becomes the quiet NaN.
   static I round_bf16(F a) {
@@ -73,14 +85,9 @@ struct Isa {
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
   }
 
-  static I abs_bits(F a) { return _mm256_and_si256(_mm256_castps_si256(a), _mm256_set1_epi32(0x7fffffff)); }
-  static I max(I a, I b) { return _mm256_max_epi32(a, b); }
-  static I zero_bits() { return _mm256_setzero_si256(); }
-  static uint32_t reduce_max(I a) {
-    __m128i s = _mm_max_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
-    s = _mm_max_epi32(s, _mm_shuffle_epi32(s, 0x4e));
-    s = _mm_max_epi32(s, _mm_shuffle_epi32(s, 0xb1));
-    return uint32_t(_mm_cvtsi128_si32(s));
+  template <class T>
+  static float max_abs(const T* p, int count) {
+    return max_magnitude(p, count);
   }
 
   static Table load_table(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
@@ -138,13 +145,17 @@ struct Isa {
       return step(a, plus0, above, r, 1);
     }
   };
+  template <class Fn>
+  static void with_ranker(const float* midpoints, Fn&& fn) {
+    fn(Ranker(midpoints));
+  }
   static I as_bits(F a) { return _mm256_castps_si256(a); }
-  static void store_nibbles(uint8_t* p, I codes) {
-    const I bytes = _mm256_or_si256(_mm256_slli_epi64(codes, 4), _mm256_srli_epi64(codes, 32));  // byte 0 of each u64
-    const I gathered = _mm256_shuffle_epi8(bytes, _mm256_set1_epi16(0x0800));
-    const uint16_t halves[2] = {uint16_t(_mm256_extract_epi16(gathered, 0)),
-                                uint16_t(_mm256_extract_epi16(gathered, 8))};
-    std::memcpy(p, halves, 4);
+  static void store_nibbles(uint8_t* p, I even, I odd) {
+    const I bytes = _mm256_or_si256(_mm256_slli_epi32(even, 4), odd);  // byte 0 of each u32
+    const I gathered = _mm256_shuffle_epi8(bytes, _mm256_set1_epi32(0x0c080400));
+    const uint32_t halves[2] = {uint32_t(_mm256_extract_epi32(gathered, 0)),
+                                uint32_t(_mm256_extract_epi32(gathered, 4))};
+    std::memcpy(p, halves, 8);
   }
 };
 

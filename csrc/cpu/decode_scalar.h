@@ -39,6 +39,14 @@ struct Isa {
     for (int i = 0; i < L; ++i) r.v[i] = to_float(p[i]);
     return r;
   }
+  // even[i] = p[2i], odd[i] = p[2i+1]
+  template <class T>
+  static void load_pairs(const T* p, F& even, F& odd) {
+    for (int i = 0; i < L; ++i) {
+      even.v[i] = to_float(p[2 * i]);
+      odd.v[i] = to_float(p[2 * i + 1]);
+    }
+  }
   template <class T>
   static void store(T* p, F a) {
     for (int i = 0; i < L; ++i) p[i] = from_float<T>(a.v[i]);
@@ -69,21 +77,10 @@ struct Isa {
     return a.v[0];
   }
 
-  static I abs_bits(F a) {
-    I r;
-    std::memcpy(&r, &a, sizeof r);
-    for (int i = 0; i < L; ++i) r.v[i] &= 0x7fffffffu;
-    return r;
-  }
-  static I max(I a, I b) {
-    for (int i = 0; i < L; ++i) a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
-    return a;
-  }
-  static I zero_bits() { return I{}; }
-  static uint32_t reduce_max(I a) {
-    uint32_t r = 0;
-    for (int i = 0; i < L; ++i) r = a.v[i] > r ? a.v[i] : r;
-    return r;
+  // max |p[i]|, as integers: NaN if there is one, else inf if there is one. `count` is a multiple of 32.
+  template <class T>
+  static float max_abs(const T* p, int count) {
+    return max_magnitude(p, count);
   }
 
   static Table load_table(const float* p) {
@@ -134,14 +131,19 @@ struct Isa {
       return r;
     }
   };
+  // fn(ranker), the quickest that is exact for these midpoints when |a| is at most 1, but for a rounding.
+  template <class Fn>
+  static void with_ranker(const float* midpoints, Fn&& fn) {
+    fn(Ranker(midpoints));
+  }
   static I as_bits(F a) {
     I r;
     std::memcpy(&r, &a, sizeof r);
     return r;
   }
-  // L codes -> L/2 bytes, the even code in the high nibble.
-  static void store_nibbles(uint8_t* p, I codes) {
-    for (int i = 0; i < L / 2; ++i) p[i] = uint8_t(codes.v[2 * i] << 4 | codes.v[2 * i + 1]);
+  // 2L codes -> L bytes, the even code in the high nibble.
+  static void store_nibbles(uint8_t* p, I even, I odd) {
+    for (int i = 0; i < L; ++i) p[i] = uint8_t(even.v[i] << 4 | odd.v[i]);
   }
 };
 

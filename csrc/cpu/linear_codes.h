@@ -133,8 +133,9 @@ void linear_codes(const GemmArgs& args, int64_t tile_begin, int64_t tile_end, vo
         slice.scales[v][i / kScaled] = Isa::mul(gather_scales(w, int(here), block), code_scale);
       }
       for (int64_t b = 1; b < count / kScaled; ++b) {
+        // Without their sign the bits order as the ratios do, NaN on top.
         slice.ratios[v][b] = _mm512_div_ps(slice.scales[v][b - 1], slice.scales[v][b]);
-        const Isa::I size = Isa::abs_bits(slice.ratios[v][b]);  // as integers they order as the ratios do, NaN on top
+        const Isa::I size = _mm512_and_si512(_mm512_castps_si512(slice.ratios[v][b]), _mm512_set1_epi32(0x7fffffff));
         slice.steady &= _mm512_cmpgt_epi32_mask(size, _mm512_set1_epi32(bits_of(0x1p-10f))) == 0xffff &&
                         _mm512_cmplt_epi32_mask(size, _mm512_set1_epi32(bits_of(0x1p10f))) == 0xffff;
       }

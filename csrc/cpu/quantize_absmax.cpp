@@ -1,5 +1,5 @@
 // quantize_absmax: one superblock (256 scales) at a time; portable, being 1/block_size of the data.
-#include <cmath>
+#include <algorithm>
 
 #include "convert.h"
 #include "kernels.h"
@@ -13,13 +13,9 @@ double superblock_sum(const float* absmax, int64_t count) {
 }
 
 float superblock_absmax(const float* absmax, int64_t count, float scale_offset) {
-  float largest = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const float distance = std::fabs(absmax[i] - scale_offset);
-    if (distance != distance) return distance;
-    if (distance > largest) largest = distance;
-  }
-  return largest;
+  int32_t largest = 0;  // as integers NaN is above all
+  for (int64_t i = 0; i < count; ++i) largest = std::max(largest, magnitude(absmax[i] - scale_offset));
+  return float_of(uint32_t(largest));
 }
 
 static float at_least(float a, float least) { return a < least ? least : a; }
@@ -43,13 +39,12 @@ void quantize_superblock_e4m3(const float* absmax, int64_t count, float scale_of
 void quantize_superblock_sorted(const float* absmax, int64_t count, float scale_offset, float scale_absmax,
                                 const float* scale_code, uint8_t* out) {
   const float scale = 1.f / at_least(scale_absmax, 0x1p-100f);
+  float midpoints[255];
+  for (int m = 0; m < 255; ++m) midpoints[m] = (scale_code[m] + scale_code[m + 1]) / 2;
   for (int64_t i = 0; i < count; ++i) {
     const float value = (absmax[i] - scale_offset) * scale;
     int rank = 0;  // how many midpoints are strictly below
-    for (int step = 128; step > 0; step /= 2) {
-      const int m = rank + step - 1;
-      if (value > (scale_code[m] + scale_code[m + 1]) / 2) rank += step;
-    }
+    for (int step = 128; step > 0; step /= 2) rank += step * int(value > midpoints[rank + step - 1]);
     out[i] = uint8_t(rank);
   }
 }
