@@ -43,16 +43,18 @@ bool has_avx512() { return features().avx512; }
 bool has_avx512_bf16() { return features().avx512_bf16; }
 #endif
 
+constexpr Dtype kFp32 = Dtype::kFloat32;
+
 // One row per instruction set, best first.
 // clang-format off
 const CpuKernels kTable[] = {
-  // name         supported        quantize         dequantize         small M                                 fp32 gemm      bf16 gemm
+  // name         supported        quantize         dequantize         small M                                 fp32 gemm      bf16 gemm            LoRA gradients
 #if defined(__x86_64__)
-  {"avx512_bf16", has_avx512_bf16, quantize_avx512, dequantize_avx512, {gemv_pack_avx512, linear_gemv_avx512}, &kGemm_avx512, &kGemm_avx512_bf16},
-  {"avx512",      has_avx512,      quantize_avx512, dequantize_avx512, {gemv_pack_avx512, linear_gemv_avx512}, &kGemm_avx512, &kGemm_avx512},
-  {"avx2",        has_avx2,        quantize_avx2,   dequantize_avx2,   {gemv_pack_avx2,   linear_gemv_avx2},   &kGemm_avx2,   &kGemm_avx2},
+  {"avx512_bf16", has_avx512_bf16, quantize_avx512, dequantize_avx512, {gemv_pack_avx512, linear_gemv_avx512}, &kGemm_avx512, &kGemm_avx512_bf16, {lora_grad_avx512, 32, kFp32}, {lora_grad_avx512_bf16, 32, Dtype::kBFloat16}},
+  {"avx512",      has_avx512,      quantize_avx512, dequantize_avx512, {gemv_pack_avx512, linear_gemv_avx512}, &kGemm_avx512, &kGemm_avx512,      {lora_grad_avx512, 32, kFp32}, {lora_grad_avx512, 32, kFp32}},
+  {"avx2",        has_avx2,        quantize_avx2,   dequantize_avx2,   {gemv_pack_avx2,   linear_gemv_avx2},   &kGemm_avx2,   &kGemm_avx2,        {lora_grad_avx2,   16, kFp32}, {lora_grad_avx2,   16, kFp32}},
 #endif
-  {"scalar",      always,          quantize_scalar, dequantize_scalar, {gemv_pack_scalar, linear_gemv_scalar}, &kGemm_scalar, &kGemm_scalar},
+  {"scalar",      always,          quantize_scalar, dequantize_scalar, {gemv_pack_scalar, linear_gemv_scalar}, &kGemm_scalar, &kGemm_scalar,      {lora_grad_scalar, 16, kFp32}, {lora_grad_scalar, 16, kFp32}},
 };
 // clang-format on
 

@@ -33,6 +33,21 @@ struct GemmArgs {
   const void* low_rank_factor;  // linear: B [N, rank]; linear_dgrad: A [rank, K]; of dtype
 };
 
+// The gradient of a LoRA factor, see lora_grad.h.
+struct LoraGradArgs {
+  const void* small;     // [rank, small_stride], of LoraGradKernels::small
+  int64_t small_stride;  // rows, rounded up to even; what is past the rows is zero
+  int64_t rank;
+  const void* wide;  // [rows, columns] of dtype
+  Dtype dtype;
+  int64_t rows;
+  int64_t columns;
+  float scaling;
+  void* out;  // [rank, columns], or [columns, rank] if transposed, of out_dtype
+  Dtype out_dtype;
+  bool transposed;
+};
+
 using QuantizeFn = void (*)(const QuantizeArgs&, int64_t block_begin, int64_t block_end);
 // Flat elements [begin, begin + count) of the weight into out, of dtype.
 using DequantizeFn = void (*)(const Weight&, int64_t begin, int64_t count, Dtype dtype, void* out);
@@ -44,6 +59,15 @@ using GemmPackFn = void (*)(const void* x, Dtype dtype, int64_t rows, int64_t de
 using GemvFn = void (*)(const GemmArgs&, int64_t n_begin, int64_t n_end);
 // Column tiles [tile_begin, tile_end) of the output, each of `tile_cols`; workspace of `workspace_bytes`.
 using GemmFn = void (*)(const GemmArgs&, int64_t tile_begin, int64_t tile_end, void* workspace);
+
+// Tiles of 2L columns.
+using LoraGradFn = void (*)(const LoraGradArgs&, int64_t tile_begin, int64_t tile_end);
+
+struct LoraGradKernels {
+  LoraGradFn run;
+  int tile_cols;
+  Dtype small;  // what LoraGradArgs::small is
+};
 
 struct GemmKernels {
   int max_tile_rows;        // rows of x per register tile
@@ -67,8 +91,10 @@ struct CpuKernels {
   QuantizeFn quantize;
   DequantizeFn dequantize;
   GemvKernels gemv;
-  const GemmKernels* gemm;       // fp32 products, any activation dtype
-  const GemmKernels* gemm_bf16;  // for bf16 activations
+  const GemmKernels* gemm;         // fp32 products, any activation dtype
+  const GemmKernels* gemm_bf16;    // for bf16 activations
+  LoraGradKernels lora_grad;       // any dtype
+  LoraGradKernels lora_grad_bf16;  // for bf16
 };
 
 // Rows a register tile takes when `rows` are split evenly over as few tiles as max_tile_rows allows.
@@ -84,8 +110,11 @@ void quantize_superblock_e4m3(const float* absmax, int64_t count, float scale_of
 void quantize_superblock_sorted(const float* absmax, int64_t count, float scale_offset, float scale_absmax,
                                 const float* scale_code, uint8_t* out);
 
-// fp32 out[i] = small[i] * scaling: GemmArgs::low_rank_x of a small factor [rows, rank] of dtype.
+// fp32 out[i] = small[i] * scaling, for GemmArgs::low_rank_x.
 void scale_low_rank(const void* small, Dtype dtype, int64_t count, float scaling, float* out);
+// [rank, stride] of out_dtype (fp32, or dtype itself) from small [rows, rank], for LoraGradArgs::small.
+void transpose_low_rank(const void* small, Dtype dtype, int64_t rows, int64_t rank, int64_t stride, Dtype out_dtype,
+                        void* out);
 
 #define NF4_DECLARE_GEMM(isa)                                                                     \
   extern const GemmKernels kGemm_##isa;                                                           \
@@ -97,12 +126,14 @@ void scale_low_rank(const void* small, Dtype dtype, int64_t count, float scaling
   void dequantize_##isa(const Weight&, int64_t begin, int64_t count, Dtype dtype, void* out); \
   void gemv_pack_##isa(const void* x, Dtype dtype, int64_t rows, int64_t depth, void* panel); \
   void linear_gemv_##isa(const GemmArgs&, int64_t n_begin, int64_t n_end);                    \
+  void lora_grad_##isa(const LoraGradArgs&, int64_t tile_begin, int64_t tile_end);            \
   NF4_DECLARE_GEMM(isa)
 
 NF4_DECLARE_ISA(scalar)
 NF4_DECLARE_ISA(avx2)
 NF4_DECLARE_ISA(avx512)
 NF4_DECLARE_GEMM(avx512_bf16)
+void lora_grad_avx512_bf16(const LoraGradArgs&, int64_t tile_begin, int64_t tile_end);  // bf16 wide and small
 
 // dispatch.cpp
 const CpuKernels& active_kernels();
