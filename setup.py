@@ -28,7 +28,7 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 
 def sources_of(isa: str) -> list[str]:
-    stems = ("quantize", "dequantize", "linear", "linear_dgrad")
+    stems = ("quantize", "dequantize", "linear", "linear_dgrad", "lora_grad")
     return [f"{CPU}/{stem}_{isa}.cpp" for stem in stems if (ROOT / f"{CPU}/{stem}_{isa}.cpp").exists()]
 
 

@@ -390,6 +390,43 @@ Tensor linear_dgrad(const Tensor& dy, const Tensor& packed, const Tensor& absmax
                   {lora_Q, lora_A, float(scaling), "lora_Q", "lora_A", 0});
 }
 
+int64_t rows_of(const Tensor& tensor) {
+  int64_t rows = 1;
+  for (int64_t d = 0; d + 1 < tensor.dim(); ++d) rows *= tensor.size(d);
+  return rows;
+}
+
+Tensor lora_grad(const Tensor& small, const Tensor& wide, double scaling, ScalarType type, bool transposed) {
+  nf4::LoraGradArgs args{};
+  args.dtype = dtype_of(wide.scalar_type(), "lora_grad", "wide");
+  args.out_dtype = dtype_of(type, "lora_grad", "dtype");
+  CHECK(wide.is_cpu(), "lora_grad: wide must be on the CPU");
+  CHECK(wide.dim() > 0 && small.dim() > 0, "lora_grad: small and wide must have columns, got shapes ", Shape{small},
+        " and ", Shape{wide});
+  args.rows = rows_of(wide);
+  args.columns = wide.size(wide.dim() - 1);
+  args.rank = small.size(small.dim() - 1);
+  const void* values = checked_data(small, wide.scalar_type(), args.rows * args.rank, "lora_grad", "small");
+  const Tensor contiguous = wide.is_contiguous() ? wide : torch::stable::contiguous(wide);
+  args.wide = contiguous.const_data_ptr();
+  args.transposed = transposed;
+  args.scaling = float(scaling);
+  const int64_t shape[2] = {transposed ? args.columns : args.rank, transposed ? args.rank : args.columns};
+  Tensor out = new_empty(wide, {shape, 2}, type);
+  if (args.rank == 0 || args.columns == 0) return out;
+  args.out = out.mutable_data_ptr();
+  const auto& kernels = nf4::active_kernels();
+  const nf4::LoraGradKernel& kernel = *(args.dtype == Dtype::kBFloat16 ? kernels.bf16 : kernels.any).lora_grad;
+  args.small_stride = ceil_div(args.rows, 2) * 2;
+  std::vector<char> turned(size_t(args.rank * args.small_stride) * element_bytes(kernel.small));
+  nf4::transpose_low_rank(values, args.dtype, args.rows, args.rank, args.small_stride, kernel.small, turned.data());
+  args.small = turned.data();
+  const int64_t grain = ceil_div(1 << 19, std::max<int64_t>(args.rows * args.rank * kernel.tile_cols, 1));
+  torch::stable::parallel_for(0, ceil_div(args.columns, kernel.tile_cols), grain,
+                              [&](int64_t begin, int64_t end) { kernel.run(args, begin, end); });
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(nf4kernels, CPU, library) {
@@ -399,4 +436,5 @@ STABLE_TORCH_LIBRARY_IMPL(nf4kernels, CPU, library) {
   library.impl("dequantize_out", TORCH_BOX(&dequantize_out));
   library.impl("linear", TORCH_BOX(&linear));
   library.impl("linear_dgrad", TORCH_BOX(&linear_dgrad));
+  library.impl("lora_grad", TORCH_BOX(&lora_grad));
 }

@@ -16,6 +16,7 @@ from .quantized_weight import WEIGHT_DTYPES, QuantizedWeight, check_block_size
 
 _ops = torch.ops.nf4kernels
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_lora_grad = _ops.lora_grad.default
 _linear, _linear_dgrad = _ops.linear.default, _ops.linear_dgrad.default  # each lookup would cost every call 0.1 us
 
 
@@ -340,9 +341,9 @@ def _lora_gradients(ctx, dy):
             dx += torch.ops.aten.native_dropout_backward((Q @ A).view_as(dx), mask, scaling * ctx.dropout_scale)
     if need_A:
         dropped = x if mask is None else torch.ops.aten.native_dropout_backward(x, mask, ctx.dropout_scale)
-        dA = _scaled_product(scaling, Q.T, _matrix(dropped)).to(lora_A.dtype)
+        dA = _lora_grad(Q, dropped, scaling, _gradient_dtype(lora_A)).to(lora_A.dtype)
     if need_B:
-        dB = _scaled_product(scaling, _matrix(dy).T, P).to(lora_B.dtype)
+        dB = _lora_grad(P, dy, scaling, _gradient_dtype(lora_B), True).to(lora_B.dtype)
     if need_bias:
         dbias = _matrix(dy).sum(0)
     return dx, dA, dB, dbias, None, None, None
@@ -353,6 +354,5 @@ def _small_product(x: Tensor, factor: Tensor) -> Tensor:
     return (factor @ _matrix(x).T).T.contiguous()
 
 
-def _scaled_product(scaling: float, a: Tensor, b: Tensor) -> Tensor:
-    """scaling * a @ b, scaled before the one rounding to their dtype."""
-    return torch.addmm(a.new_zeros(()), a, b, beta=0, alpha=scaling)
+def _gradient_dtype(lora: Tensor) -> torch.dtype:
+    return lora.dtype if lora.dtype in WEIGHT_DTYPES else torch.float32

@@ -29,14 +29,17 @@ LIBRARY.define(
 LIBRARY.define(f"dequantize({WEIGHT}, {RANGE}, ScalarType dtype) -> Tensor")
 # The same into out, whose shape is the range's and whose last dimension is contiguous.
 LIBRARY.define(f"dequantize_out({WEIGHT}, {RANGE}, Tensor(a!) out) -> ()")
-# y[..., N] = x[..., K] @ Ŵ.T + scaling * lora_P[..., r] @ lora_B[N, r].T + bias, in x's dtype; summed in fp32.
+# y[..., N] = x[..., K] @ Ŵ.T + scaling * lora_P[M, r] @ lora_B[N, r].T + bias, in x's dtype; summed in fp32. M rows of
+# lora_P as of x, whatever their leading dimensions; both factors contiguous and in x's dtype.
 LIBRARY.define(
     f"linear(Tensor x, {WEIGHT}, Tensor? bias, Tensor? lora_P=None, Tensor? lora_B=None, float scaling=1.0) -> Tensor"
 )
-# dx[..., K] = dy[..., N] @ Ŵ + scaling * lora_Q[..., r] @ lora_A[r, K], in dy's dtype; summed in fp32.
+# dx[..., K] = dy[..., N] @ Ŵ + scaling * lora_Q[M, r] @ lora_A[r, K], in dy's dtype; summed in fp32.
 LIBRARY.define(
     f"linear_dgrad(Tensor dy, {WEIGHT}, Tensor? lora_Q=None, Tensor? lora_A=None, float scaling=1.0) -> Tensor"
 )
+# scaling * small[M, r].T @ wide[..., C] as a new [r, C] (transposed: [C, r]) of dtype; summed in fp32, rounded once.
+LIBRARY.define("lora_grad(Tensor small, Tensor wide, float scaling, ScalarType dtype, bool transposed=False) -> Tensor")
 
 
 def _check_devices(op: str, *tensors: Tensor | None) -> None:
@@ -116,3 +119,14 @@ def _(dy, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, bl
         lambda: f"nf4kernels.linear_dgrad: dy must have N={N} columns, got shape {list(dy.shape)}",
     )
     return dy.new_empty((*dy.shape[:-1], K))
+
+
+@torch.library.register_fake("nf4kernels::lora_grad", lib=LIBRARY)
+def _(small, wide, scaling, dtype, transposed=False):
+    _check_devices("lora_grad", small, wide)
+    torch._check(
+        small.dim() > 0 and wide.dim() > 0,
+        lambda: f"nf4kernels.lora_grad: small and wide must have columns, got {list(small.shape)}, {list(wide.shape)}",
+    )
+    shape = (small.shape[-1], wide.shape[-1])
+    return wide.new_empty(shape[::-1] if transposed else shape, dtype=dtype)

@@ -83,7 +83,7 @@ def linear(
                    0, N, 0, K, torch.float32)  # fmt: skip
     y = _matmul(x, w.T)
     if lora_P is not None:
-        y += scaling * _matmul(lora_P, lora_B.float().T)
+        y += scaling * _matmul(lora_P, lora_B.float().T).reshape(y.shape)
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
@@ -96,8 +96,15 @@ def linear_dgrad(
                    0, N, 0, K, torch.float32)  # fmt: skip
     dx = _matmul(dy, w)
     if lora_Q is not None:
-        dx += scaling * _matmul(lora_Q, lora_A.float())
+        dx += scaling * _matmul(lora_Q, lora_A.float()).reshape(dx.shape)
     return dx.to(dy.dtype)
+
+
+def lora_grad(small: Tensor, wide: Tensor, scaling: float, dtype: torch.dtype, transposed: bool = False) -> Tensor:
+    rows = small.reshape(small.shape[:-1].numel(), small.shape[-1])
+    grad = scaling * _matmul(rows.T, wide.reshape(rows.shape[0], wide.shape[-1]).float())
+    grad = grad.T if transposed else grad
+    return torch.empty(grad.shape, dtype=dtype, device=grad.device).copy_(grad)
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:

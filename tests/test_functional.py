@@ -126,6 +126,14 @@ def test_factors_of_another_dtype(dtype, factor_dtype):
         assert_relative(leaf.grad, expected, size, coarse, steps_of(coarse), f"d{name}")
 
 
+def test_gradients_of_fp32_factors_are_not_rounded_to_bf16():
+    qweight = cases.quantized(37, 100)
+    x, A, B, bias = inputs(6, 37, 100, 4, torch.bfloat16, torch.float32)
+    lora_linear(x, qweight, A, B, SCALING, bias).square().sum().backward()
+    for factor in (A, B):
+        assert not torch.equal(factor.grad.bfloat16().float(), factor.grad)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("dropout_p", [0.1, 0.5])
 def test_dropout_uses_one_mask(dtype, dropout_p):

@@ -183,6 +183,8 @@ def test_leading_dimensions(isa, product, dtype):
     for shape in ((2, 3, 4), (24, 1), (1, 24)):
         actual = product.run(a.view(*shape, -1), qweight, small.view(*shape, 3), factor)
         assert_same_bits(actual, expected.view(*shape, columns), f"{product.name} {shape}")
+        flat = product.run(a.view(*shape, -1), qweight, small, factor)
+        assert_same_bits(flat, actual, f"{product.name} {shape}, small factor without leading dimensions")
     one = product.run(a[5:6], qweight, small[5:6], factor)
     assert_same_bits(product.run(a[5], qweight, small[5], factor), one[0], "no leading dimension")
 

@@ -67,6 +67,8 @@ for shape, layout in cases.paired(cases.SHAPES + ((7, 16), (3, 8), (2, 24), (65,
                 small = g(cases.activations(M, r, dtype))
                 ops.linear(x, *args, None, small, g(cases.activations(N, r, dtype)))
                 ops.linear_dgrad(dy, *args, small, g(cases.activations(r, K, dtype)))
+                ops.lora_grad(small, x, 1.0, dtype)
+                ops.lora_grad(small, dy, 1.0, torch.float32, True)
     absmax = g(torch.rand(N * K))
     for name, table in cases.codebook.SCALE_CODEBOOKS.items():
         ops.quantize_absmax(absmax, g(table), name == 'e4m3')

@@ -28,6 +28,8 @@ def samples(op, N=37, K=100, layout=DEFAULT, dtype=torch.bfloat16):
     if op == "linear":
         low_rank = torch.randn(2, 3, 4).to(dtype), torch.randn(N, 4).to(dtype), 0.75
         return torch.randn(2, 3, K).to(dtype), *weight, torch.randn(N).to(dtype), *low_rank
+    if op == "lora_grad":
+        return torch.randn(2, 3, 4).to(dtype), torch.randn(2, 3, N).to(dtype), 0.75, torch.float32, True
     assert op == "linear_dgrad"
     return torch.randn(2, 3, N).to(dtype), *weight, torch.randn(2, 3, 4).to(dtype), torch.randn(4, K).to(dtype), 0.75
 
@@ -131,6 +133,12 @@ WRONG = [
     ("linear_dgrad", {"lora_Q": torch.randn(2, 3, 5).bfloat16()}, "lora_Q must have r=4 columns", False),
     ("linear_dgrad", {"lora_A": torch.randn(4, 99).bfloat16()}, "lora_A must have 100 columns", False),
     ("linear_dgrad", {"lora_A": torch.randn(100, 4).bfloat16().T}, "lora_A must be contiguous", False),
+    ("lora_grad", {"small": torch.randn(2, 2, 4).bfloat16()}, "small must have 24 elements", False),
+    ("lora_grad", {"small": torch.randn(2, 3, 4)}, "small must be BFloat16, got Float", False),
+    ("lora_grad", {"small": torch.randn(3, 2, 4).bfloat16().transpose(0, 1)}, "small must be contiguous", False),
+    ("lora_grad", {"small": torch.randn(()).bfloat16()}, "small and wide must have columns", True),
+    ("lora_grad", {"wide": torch.randn(2, 3, 37).double()}, "wide must be float32, bfloat16 or float16", False),
+    ("lora_grad", {"dtype": torch.float64}, "dtype must be float32, bfloat16 or float16", False),
     ("linear_dgrad", {"dy": torch.randn(3, 100)}, "dy", True),
     ("linear_dgrad", {"dy": torch.randn(3, 37).double()}, "dy", False),
     ("linear_dgrad", {"code": torch.zeros(17)}, "code", False),

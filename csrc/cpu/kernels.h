@@ -41,6 +41,21 @@ struct GemmArgs {
   const void* low_rank_factor;  // linear: B [N, rank]; linear_dgrad: A [rank, K]; of dtype
 };
 
+// The gradient of a LoRA factor, see lora_grad.h.
+struct LoraGradArgs {
+  const void* small;     // [rank, small_stride], of LoraGradKernels::small
+  int64_t small_stride;  // rows, rounded up to even; what is past the rows is zero
+  int64_t rank;
+  const void* wide;  // [rows, columns] of dtype
+  Dtype dtype;
+  int64_t rows;
+  int64_t columns;
+  float scaling;
+  void* out;  // [rank, columns], or [columns, rank] if transposed, of out_dtype
+  Dtype out_dtype;
+  bool transposed;
+};
+
 using QuantizeFn = void (*)(const QuantizeArgs&, int64_t block_begin, int64_t block_end);
 // Flat elements [begin, begin + count) of the weight into out, of dtype.
 using DequantizeFn = void (*)(const Weight&, int64_t begin, int64_t count, Dtype dtype, void* out);
@@ -53,6 +68,15 @@ using GemmPackFn = void (*)(const void* x, Dtype dtype, int64_t rows, int64_t de
 using GemvFn = void (*)(const GemmArgs&, int64_t n_begin, int64_t n_end);
 // Column tiles [tile_begin, tile_end) of the output, each of `tile_cols`; workspace of `workspace_bytes`.
 using GemmFn = void (*)(const GemmArgs&, int64_t tile_begin, int64_t tile_end, void* workspace);
+
+// Tiles of 2L columns.
+using LoraGradFn = void (*)(const LoraGradArgs&, int64_t tile_begin, int64_t tile_end);
+
+struct LoraGradKernel {
+  LoraGradFn run;
+  int tile_cols;
+  Dtype small;  // what LoraGradArgs::small is
+};
 
 // linear or linear_dgrad as a blocked product, see gemm.h.
 struct GemmKernel {
@@ -77,6 +101,7 @@ struct ProductKernels {
   const GemvKernel* gemv;
   const GemmKernel* linear;
   const GemmKernel* linear_dgrad;
+  const LoraGradKernel* lora_grad;
 };
 
 struct CpuKernels {
@@ -107,14 +132,18 @@ void quantize_superblock_e4m3(const float* absmax, int64_t count, float scale_of
 void quantize_superblock_sorted(const float* absmax, int64_t count, float scale_offset, float scale_absmax,
                                 const float* scale_code, uint8_t* out);
 
-// fp32 out[i] = small[i] * scaling: GemmArgs::low_rank_x of a small factor [rows, rank] of dtype.
+// fp32 out[i] = small[i] * scaling, for GemmArgs::low_rank_x.
 void scale_low_rank(const void* small, Dtype dtype, int64_t count, float scaling, float* out);
+// [rank, stride] of out_dtype (fp32, or dtype itself) from small [rows, rank], for LoraGradArgs::small.
+void transpose_low_rank(const void* small, Dtype dtype, int64_t rows, int64_t rank, int64_t stride, Dtype out_dtype,
+                        void* out);
 
 #define NF4_DECLARE_ISA(isa)                                                                  \
   void quantize_##isa(const QuantizeArgs&, int64_t block_begin, int64_t block_end);           \
   void dequantize_##isa(const Weight&, int64_t begin, int64_t count, Dtype dtype, void* out); \
   extern const GemvKernel kGemv_##isa;                                                        \
-  extern const GemmKernel kLinear_##isa, kLinearDgrad_##isa;
+  extern const GemmKernel kLinear_##isa, kLinearDgrad_##isa;                                  \
+  extern const LoraGradKernel kLoraGrad_##isa;
 
 NF4_DECLARE_ISA(scalar)
 NF4_DECLARE_ISA(avx2)
@@ -122,6 +151,7 @@ NF4_DECLARE_ISA(avx512)
 extern const GemvKernel kGemvCodes_avx512_bf16;
 extern const GemmKernel kLinear_avx512_bf16, kLinearDgrad_avx512_bf16;
 extern const GemmKernel kLinearCodes_avx512_bf16, kLinearDgradCodes_avx512_bf16;
+extern const LoraGradKernel kLoraGrad_avx512_bf16;  // bf16 wide and small
 
 // dispatch.cpp
 const CpuKernels& active_kernels();

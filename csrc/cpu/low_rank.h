@@ -52,20 +52,28 @@ struct LoraA {
   }
 };
 
-template <int ROWS, int COLS>
-void add_ranks(const float* p, int64_t stride, const float* packed, int ranks, float* tile) {
+struct Fp32Dot {
+  using Element = float;
+  static constexpr int kStep = 1;  // ranks per multiply
+  static Isa::F multiply_add(const float* p, Isa::F factor, Isa::F acc) { return Isa::fma(Isa::set1(*p), factor, acc); }
+};
+
+// packed is [ranks / kStep][COLS][kStep].
+template <class Dot, int ROWS, int COLS>
+void add_ranks(const typename Dot::Element* p, int64_t stride, const typename Dot::Element* packed, int ranks,
+               float* tile) {
   constexpr int kVectors = COLS / Isa::L;
   Isa::F acc[ROWS][kVectors];
 #pragma GCC unroll 4
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) acc[r][v] = Isa::zero();
-  for (int j = 0; j < ranks; ++j, packed += COLS)
+  for (int j = 0; j < ranks; j += Dot::kStep, packed += COLS * Dot::kStep)
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      const Isa::F factor = Isa::load(packed + v * Isa::L);
+      const Isa::F factor = Isa::load(reinterpret_cast<const float*>(packed) + v * Isa::L);
 #pragma GCC unroll 4
-      for (int r = 0; r < ROWS; ++r) acc[r][v] = Isa::fma(Isa::set1(p[r * stride + j]), factor, acc[r][v]);
+      for (int r = 0; r < ROWS; ++r) acc[r][v] = Dot::multiply_add(p + r * stride + j, factor, acc[r][v]);
     }
 #pragma GCC unroll 4
   for (int r = 0; r < ROWS; ++r)
@@ -89,8 +97,9 @@ void add_low_rank(const GemmArgs& args, int64_t col, int64_t cols, float* tile) 
     const float* p = args.low_rank_x + rank;
     int64_t m = 0;
     for (; m + kLowRankRows <= args.rows; m += kLowRankRows)
-      add_ranks<kLowRankRows, COLS>(p + m * args.rank, args.rank, packed, ranks, tile + m * COLS);
-    for (; m < args.rows; ++m) add_ranks<1, COLS>(p + m * args.rank, args.rank, packed, ranks, tile + m * COLS);
+      add_ranks<Fp32Dot, kLowRankRows, COLS>(p + m * args.rank, args.rank, packed, ranks, tile + m * COLS);
+    for (; m < args.rows; ++m)
+      add_ranks<Fp32Dot, 1, COLS>(p + m * args.rank, args.rank, packed, ranks, tile + m * COLS);
   }
 }
 

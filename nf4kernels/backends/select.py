@@ -8,7 +8,7 @@ from .. import reference
 from ..ops import LIBRARY
 from . import native
 
-OPS = ("quantize", "quantize_absmax", "dequantize", "dequantize_out", "linear", "linear_dgrad")
+OPS = ("quantize", "quantize_absmax", "dequantize", "dequantize_out", "linear", "linear_dgrad", "lora_grad")
 
 
 @dataclass(frozen=True)

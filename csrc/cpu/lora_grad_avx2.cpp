@@ -1,0 +1,8 @@
+#include "decode_avx2.h"
+#include "lora_grad.h"
+
+namespace nf4 {
+
+const LoraGradKernel kLoraGrad_avx2{lora_grad_tiles<GradFp32>, kGradCols, Dtype::kFloat32};
+
+}  // namespace nf4

@@ -1,0 +1,8 @@
+#include "decode_avx512.h"
+#include "lora_grad.h"
+
+namespace nf4 {
+
+const LoraGradKernel kLoraGrad_avx512{lora_grad_tiles<GradFp32>, kGradCols, Dtype::kFloat32};
+
+}  // namespace nf4
