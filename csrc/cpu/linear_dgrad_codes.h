@@ -127,18 +127,22 @@ void linear_dgrad_codes(const GemmArgs& args, int64_t tile_begin, int64_t tile_e
   const Isa::I words = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
                                         5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
   const Isa::I next_words = _mm512_add_epi16(words, _mm512_set1_epi16(16));
-  // A row's codes for both tiles of a group are one load: rows are K/2 bytes apart, where a power of two makes all of
+  constexpr int kTileBytes = DgradCodes::kCols / 2;
+  // A row's codes for two tiles are one load: rows are K/2 bytes apart, where a power of two makes all of
   // them contend for two sets of L1 (8 cycles a load at K = 4096).
   const auto decode = [&](int64_t k, int64_t cols, int64_t n, int64_t count, DgradCodes::Slice* slices) {
     const int tiles = int(cols / DgradCodes::kCols);
     const int64_t there = w.N - n < count ? w.N - n : count, row_bytes = w.K / 2;
     const uint8_t* row = w.packed + n * row_bytes + k / 2;
-    const __mmask8 half_or_all = tiles == 1 ? 0x0f : 0xff;  // of 8 quadwords
     for (int64_t i = 0; i < count; i += 2, row += 2 * row_bytes) {
-      const Isa::I even = _mm512_maskz_loadu_epi64(half_or_all, row);
-      const Isa::I odd = i + 1 < there ? _mm512_maskz_loadu_epi64(half_or_all, row + row_bytes) : even;
-      slices[0].codes[i / 2] = _mm512_permutex2var_epi16(even, words, odd);
-      if (tiles == 2) slices[1].codes[i / 2] = _mm512_permutex2var_epi16(even, next_words, odd);
+      const uint8_t* next = i + 1 < there ? row + row_bytes : row;
+      for (int g = 0; g < tiles; g += 2) {
+        const __mmask8 half_or_all = g + 1 == tiles ? 0x0f : 0xff;  // of 8 quadwords
+        const Isa::I even = _mm512_maskz_loadu_epi64(half_or_all, row + g * kTileBytes);
+        const Isa::I odd = _mm512_maskz_loadu_epi64(half_or_all, next + g * kTileBytes);
+        slices[g].codes[i / 2] = _mm512_permutex2var_epi16(even, words, odd);
+        if (g + 1 < tiles) slices[g + 1].codes[i / 2] = _mm512_permutex2var_epi16(even, next_words, odd);
+      }
     }
     for (int g = 0; g < tiles; ++g) {
       decode_scales(args, n, there, k + g * DgradCodes::kCols, slices[g].scales);
