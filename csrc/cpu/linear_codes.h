@@ -116,6 +116,7 @@ void linear_codes_pack(const void* x, Dtype, int64_t rows, int64_t K, int64_t ti
 void linear_codes(const GemmArgs& args, int64_t tile_begin, int64_t tile_end, void* workspace) {
   const Weight& w = args.weight;
   const Isa::F code_scale = Isa::set1(args.bf16_code.scale);
+  const bool one_superblock = w.K % kGemmDepth == 0;  // for a row's part of a slice
   const auto decode = [&](int64_t n, int64_t rows, int64_t k, int64_t count, LinearCodes::Slice* slices) {
     LinearCodes::Slice& slice = *slices;
     slice.steady = true;
@@ -128,9 +129,11 @@ void linear_codes(const GemmArgs& args, int64_t tile_begin, int64_t tile_end, vo
       for (int64_t r = 0; r < Isa::L; ++r) sources[r] = w.packed + (first + (r < here ? r : here - 1)) * (w.K / 2);
       for (int64_t i = 0; i < count; i += 32)
         Isa::load_columns(sources, (k + i) / 2, slice.codes[v] + i / kCodesOfWord);
+      Isa::F superblocks = Isa::zero();
       for (int64_t i = 0; i < count; i += kScaled) {
         const auto block = [&](int r) { return ((first + r) * w.K + k + i) >> w.block_shift; };
-        slice.scales[v][i / kScaled] = Isa::mul(gather_scales(w, int(here), block), code_scale);
+        if (i == 0 || !one_superblock) superblocks = gather_superblocks(w, int(here), block);
+        slice.scales[v][i / kScaled] = Isa::mul(gather_scales(w, int(here), block, superblocks), code_scale);
       }
       for (int64_t b = 1; b < count / kScaled; ++b) {
         // Without their sign the bits order as the ratios do, NaN on top.

@@ -117,7 +117,7 @@ static inline void decode_scales(const GemmArgs& args, int64_t n, int64_t count,
     }
     const int here = count - i < Isa::L ? int(count - i) : Isa::L;
     const auto block = [&](int r) { return ((n + i + r) * w.K + k) >> w.block_shift; };
-    const Isa::F values = Isa::mul(gather_scales(w, here, block), code_scale);
+    const Isa::F values = Isa::mul(gather_scales(w, here, block, gather_superblocks(w, here, block)), code_scale);
     Isa::store(scales + i, _mm512_maskz_mov_ps(__mmask16(0xffff >> (Isa::L - here)), values));
   }
 }
