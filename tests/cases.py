@@ -151,12 +151,15 @@ def random_bytes(N: int, K: int, layout: Layout = DEFAULT) -> QuantizedWeight:
     )  # fmt: skip
 
 
-def uneven(N: int, K: int) -> QuantizedWeight:
-    """Neighbouring blocks differ by up to 10^6 in scale, and some scales are zero."""
+def uneven(N: int, K: int, zeros: bool = True) -> QuantizedWeight:
+    """Scales up to 10^6 apart, some of them zero; without zeros, falling to 2^-9 within four blocks."""
     qweight = quantized(N, K, Layout(scale_codebook=None))
     generator = torch.Generator().manual_seed(N * K)
     factors = torch.randn(qweight.absmax.shape, generator=generator).mul(3).clamp(-10, 10).exp2()
-    factors[torch.rand(factors.shape, generator=generator) < 0.1] = 0
+    if zeros:
+        factors[torch.rand(factors.shape, generator=generator) < 0.1] = 0
+    else:
+        factors = 2.0 ** -(torch.arange(factors.numel()) % 4 * 3.0).view(factors.shape)
     return with_tensors(qweight, absmax=qweight.absmax * factors)
 
 

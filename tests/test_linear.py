@@ -67,11 +67,44 @@ def test_many_rows(isa, M, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("shape", [(40, 1088), (37, 100)], ids=shape_id)
-def test_uneven_scales(isa, shape, dtype):
-    qweight = cases.uneven(*shape)
+@pytest.mark.parametrize("zeros", [True, False], ids=["zeros", "descending"])
+@pytest.mark.parametrize("shape", [(40, 1088), (64, 1152), (37, 100)], ids=shape_id)
+def test_uneven_scales(isa, shape, zeros, dtype):
+    qweight = cases.uneven(*shape, zeros)
     for M in (1, 4, 7, 16, 33):
         assert_linear_within_bound(cases.activations(M, shape[1], dtype, 1.0), qweight, None, f"{isa} M={M}")
+
+
+def test_large_x_under_falling_scales(isa):
+    """A sum kept in units of the last block's scale overflows if the scales fall too far: 2^-27 within four blocks."""
+    qweight = cases.quantized(40, 256, Layout(scale_codebook=None))
+    falling = 2.0 ** -(torch.arange(4) * 9.0).expand(40, 4)
+    qweight = cases.with_tensors(qweight, absmax=qweight.absmax * falling)
+    x = torch.zeros(8, 256)
+    x[:, :64] = cases.activations(8, 64, torch.float32) * 1e30
+    assert_linear_within_bound(x.bfloat16(), qweight, None, isa)
+
+
+def test_more_codebooks_than_are_remembered(isa):
+    """Each codebook's bf16 levels are searched once and kept; two that begin alike are not taken for each other."""
+    generator = torch.Generator().manual_seed(5)
+    for i in range(12):
+        code = torch.rand(16, generator=generator).mul(2).sub(1).sort().values
+        code[:4] = torch.tensor([-1, -0.9, -0.8, -0.75])
+        qweight = cases.with_tensors(cases.random_bytes(40, 128), code=code.sort().values, codebook="custom")
+        assert_linear_within_bound(cases.activations(7, 128, torch.bfloat16, 1.0), qweight, None, f"{isa} codebook {i}")
+
+
+def test_a_level_that_is_nan_is_only_seen_where_it_is_used(isa):
+    qweight = cases.quantized(40, 128, Layout(scale_codebook=None))
+    packed = qweight.packed.clone()
+    packed[(packed & 15) == 3] += 1
+    packed[(packed >> 4) == 3] += 16
+    x = cases.activations(8, 128, torch.bfloat16)
+    code = qweight.code.clone()
+    code[3] = torch.nan
+    for M in (1, 8):
+        assert linear(x[:M], cases.with_tensors(qweight, packed=packed, code=code)).isfinite().all()
 
 
 @pytest.mark.parametrize("shape", EMPTY_SHAPES, ids=shape_id)

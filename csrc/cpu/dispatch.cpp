@@ -50,7 +50,7 @@ constexpr ProductKernels kAvx2{&kGemv_avx2, &kLinear_avx2, &kLinearDgrad_avx2, &
 constexpr ProductKernels kAvx512{&kGemv_avx512, &kLinear_avx512, &kLinearDgrad_avx512, &kLoraGrad_avx512};
 constexpr ProductKernels kBf16{&kGemv_avx512, &kLinear_avx512_bf16, &kLinearDgrad_avx512_bf16, &kLoraGrad_avx512_bf16};
 constexpr ProductKernels kBf16Codes{&kGemvCodes_avx512_bf16, &kLinearCodes_avx512_bf16, &kLinearDgradCodes_avx512_bf16,
-                                    &kLoraGrad_avx512_bf16};
+                                    &kLoraGrad_avx512_bf16, true};
 #endif
 
 // clang-format off

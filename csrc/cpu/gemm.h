@@ -4,7 +4,7 @@
 //          +-----------+     for each column tile (a thread's share of them)
 //   depth  | B: decoded|       for each kGemmDepth slice of the contraction
 //   slice  | once      |         decode B's slice into the workspace (L1/L2)
-//          +-----------+         for each row tile of x: registers acc[tile_rows][2 vectors], run by run,
+//          +-----------+         for each row tile of x: the sums of a register tile,
 //   +-----++-----------+           then added to the fp32 tile in the workspace
 //   |  x  ||   fp32    |       store the tile, rounded once, with bias
 //   +-----++-----------+

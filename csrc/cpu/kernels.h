@@ -29,9 +29,9 @@ struct Bf16Code {
 // One matrix product against the weight. linear: rows of x are K long and y's are N; dgrad: dy's are N, dx's are K.
 struct GemmArgs {
   Weight weight;
-  Bf16Code bf16_code;  // for GemmKernels and GemvKernels of unscaled codes, else unset
+  Bf16Code bf16_code;  // set for ProductKernels of codes
   Dtype dtype;
-  const void* panel;  // packed rows of x or dy, as GemvKernels::pack or GemmKernels::pack left them
+  const void* panel;  // packed rows of x or dy, as GemvKernel::pack or GemmKernel::pack left them
   int64_t rows;       // at most kGemmRows (gemm) or kGemvRows (gemv)
   const void* bias;   // [N] of dtype, or null
   void* out;          // [rows, N] or [rows, K] of dtype, contiguous
@@ -43,7 +43,7 @@ struct GemmArgs {
 
 // The gradient of a LoRA factor, see lora_grad.h.
 struct LoraGradArgs {
-  const void* small;     // [rank, small_stride], of LoraGradKernels::small
+  const void* small;     // [rank, small_stride], of LoraGradKernel::small
   int64_t small_stride;  // rows, rounded up to even; what is past the rows is zero
   int64_t rank;
   const void* wide;  // [rows, columns] of dtype
@@ -102,6 +102,7 @@ struct ProductKernels {
   const GemmKernel* linear;
   const GemmKernel* linear_dgrad;
   const LoraGradKernel* lora_grad;
+  bool codes = false;  // whether they read GemmArgs::bf16_code
 };
 
 struct CpuKernels {

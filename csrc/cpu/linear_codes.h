@@ -35,7 +35,7 @@ struct LinearCodes {
     Isa::I codes[kVectors][kGemmDepth / kCodesOfWord];  // lane: 8 codes of one row of W
     Isa::F scales[kVectors][kBlocks];
     Isa::F ratios[kVectors][kBlocks];  // of the block before to this one
-    bool steady;                       // all ratios are moderate
+    bool steady;                       // no two scales of a row are 2^10 apart
     const uint8_t* ahead;              // the slice after this one, in its first row
     int64_t row_bytes;                 // to its next row
   };
@@ -94,8 +94,7 @@ struct LinearCodes {
   }
 };
 
-// k of the slice that stand 1, 5 | 0, 4 | 3, 7 | 2, 6: nibble i of a word's low half and of its high half.
-constexpr int kPairOrder[kCodesOfWord] = {1, 5, 0, 4, 3, 7, 2, 6};
+// Of 8 k the panel holds 1, 5 | 0, 4 | 3, 7 | 2, 6: nibble i of a word's low half and of its high half.
 
 void linear_codes_pack(const void* x, Dtype, int64_t rows, int64_t K, int64_t tile_begin, int64_t tile_end,
                        void* panel) {
@@ -135,13 +134,15 @@ void linear_codes(const GemmArgs& args, int64_t tile_begin, int64_t tile_end, vo
         if (i == 0 || !one_superblock) superblocks = gather_superblocks(w, int(here), block);
         slice.scales[v][i / kScaled] = Isa::mul(gather_scales(w, int(here), block, superblocks), code_scale);
       }
+      const auto size = [&](int64_t b) { return _mm512_abs_ps(slice.scales[v][b]); };
+      Isa::F least = size(0), most = size(0);
       for (int64_t b = 1; b < count / kScaled; ++b) {
-        // Without their sign the bits order as the ratios do, NaN on top.
         slice.ratios[v][b] = _mm512_div_ps(slice.scales[v][b - 1], slice.scales[v][b]);
-        const Isa::I size = _mm512_and_si512(_mm512_castps_si512(slice.ratios[v][b]), _mm512_set1_epi32(0x7fffffff));
-        slice.steady &= _mm512_cmpgt_epi32_mask(size, _mm512_set1_epi32(bits_of(0x1p-10f))) == 0xffff &&
-                        _mm512_cmplt_epi32_mask(size, _mm512_set1_epi32(bits_of(0x1p10f))) == 0xffff;
+        least = _mm512_min_ps(least, size(b));
+        most = _mm512_max_ps(most, size(b));
       }
+      const Isa::F limit = Isa::mul(least, Isa::set1(0x1p10f));
+      slice.steady &= _mm512_cmp_ps_mask(most, limit, _CMP_LT_OQ) == 0xffff;  // not if a scale is zero
     }
   };
   const auto store = [&](int64_t m, int64_t n, int64_t cols, const float* row) { store_row(args, m, n, cols, row); };

@@ -106,7 +106,7 @@ static inline void in_order(const float* row, float* natural) {
   }
 }
 
-// Scales of rows n.. of W at column k, zero past `count`.
+// Scales of rows n.. of W at column k; past `count`, where dy is zero, of the last row or zero.
 static inline void decode_scales(const GemmArgs& args, int64_t n, int64_t count, int64_t k, float* scales) {
   const Weight& w = args.weight;
   const Isa::F code_scale = Isa::set1(args.bf16_code.scale);
@@ -118,7 +118,7 @@ static inline void decode_scales(const GemmArgs& args, int64_t n, int64_t count,
     const int here = count - i < Isa::L ? int(count - i) : Isa::L;
     const auto block = [&](int r) { return ((n + i + r) * w.K + k) >> w.block_shift; };
     const Isa::F values = Isa::mul(gather_scales(w, here, block, gather_superblocks(w, here, block)), code_scale);
-    Isa::store(scales + i, _mm512_maskz_mov_ps(__mmask16(0xffff >> (Isa::L - here)), values));
+    Isa::store(scales + i, values);
   }
 }
 

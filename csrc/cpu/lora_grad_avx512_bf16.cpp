@@ -4,7 +4,7 @@
 namespace nf4 {
 namespace {
 
-// Rows m and m+1 of each column meet in one lane. The products are exact and the sums fp32, as in GradFp32.
+// Rows m and m+1 of each column meet in one lane. The products are exact and the sums fp32, as in GradFp32, but subnormals count as zero.
 template <class>
 struct GradBf16 {
   using Element = BFloat16;
