@@ -25,13 +25,6 @@ static inline __m512bh code_values(Isa::I table, Isa::I words) {
   return (__m512bh)_mm512_permutexvar_epi16(NIBBLE == 0 ? words : _mm512_srli_epi16(words, 4 * NIBBLE), table);
 }
 
-// The pair of bf16 at p, in every lane.
-static inline __m512bh broadcast_pair(const BFloat16* p) {
-  int32_t pair;
-  std::memcpy(&pair, p, 4);
-  return (__m512bh)_mm512_set1_epi32(pair);
-}
-
 // scale_absmax of blocks block(0), ... block(15), ascending; past `count` the last one again.
 template <class Block>
 static inline Isa::F gather_superblocks(const Weight& w, int count, Block block) {

@@ -42,6 +42,13 @@ struct Isa {
     odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(-65536)));
   }
 
+  // The two elements at p, in every 32-bit lane.
+  static I broadcast_pair(const BFloat16* p) {
+    int32_t pair;
+    std::memcpy(&pair, p, sizeof pair);
+    return _mm512_set1_epi32(pair);
+  }
+
   // Not vcvtneps2bf16: it flushes subnormals. bf16 in the high half of each lane; a NaN becomes the quiet NaN.
   static I round_bf16(F a) {
     const I u = _mm512_castps_si512(a);

@@ -13,9 +13,7 @@ struct Bf16Core {
   static constexpr int kStep = 2, kPanelStep = kStep, kRows = Isa::kTileRows, kCols = kTileCols;
   static constexpr int kRun = kGemmDepth;
   static Isa::F multiply_add(const Element* x, Isa::F b, Isa::F acc) {
-    int32_t pair;
-    std::memcpy(&pair, x, 4);
-    return _mm512_dpbf16_ps(acc, (__m512bh)b, (__m512bh)_mm512_set1_epi32(pair));
+    return _mm512_dpbf16_ps(acc, (__m512bh)b, (__m512bh)Isa::broadcast_pair(x));
   }
   static Isa::F load_columns(const Element* b) { return _mm512_loadu_ps(b); }
   static void put(Element* out, float a) { *out = from_float<BFloat16>(a); }

@@ -73,7 +73,7 @@ struct LinearCodes {
         const auto add_products = [&](int pair, __m512bh first_cols, __m512bh next_cols) {
 #pragma GCC unroll 12
           for (int r = 0; r < ROWS; ++r) {
-            const __m512bh xr = broadcast_pair(xw + r * kGemmDepth + 2 * pair);
+            const auto xr = (__m512bh)Isa::broadcast_pair(xw + r * kGemmDepth + 2 * pair);
             acc[r][0] = _mm512_dpbf16_ps(acc[r][0], first_cols, xr);
             acc[r][1] = _mm512_dpbf16_ps(acc[r][1], next_cols, xr);
           }
@@ -94,8 +94,7 @@ struct LinearCodes {
   }
 };
 
-// Of 8 k the panel holds 1, 5 | 0, 4 | 3, 7 | 2, 6: nibble i of a word's low half and of its high half.
-
+// Of 8 k the panel holds 1, 5 | 0, 4 | 3, 7 | 2, 6: nibble i of the low word of a lane and of its high word.
 void linear_codes_pack(const void* x, Dtype, int64_t rows, int64_t K, int64_t tile_begin, int64_t tile_end,
                        void* panel) {
   const int64_t tiles = row_tiles(rows, LinearCodes::kRows), padded = round_up(K, kGemmDepth);

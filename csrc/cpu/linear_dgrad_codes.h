@@ -61,7 +61,7 @@ struct DgradCodes {
                                          code_values<2>(table, codes), code_values<3>(table, codes)};
 #pragma GCC unroll 6
       for (int r = 0; r < ROWS; ++r) {
-        const __m512bh dy_pair = broadcast_pair(scaled[r] + 2 * pair);
+        const auto dy_pair = (__m512bh)Isa::broadcast_pair(scaled[r] + 2 * pair);
 #pragma GCC unroll 4
         for (int v = 0; v < kNibbles; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], values[v], dy_pair);
       }

@@ -10,9 +10,7 @@ struct GradBf16 {
   using Element = BFloat16;
   static constexpr int kStep = 2;
   static Isa::F multiply_add(const Element* p, Isa::F pairs, Isa::F acc) {
-    int32_t pair;
-    std::memcpy(&pair, p, 4);
-    return _mm512_dpbf16_ps(acc, (__m512bh)pairs, (__m512bh)_mm512_set1_epi32(pair));
+    return _mm512_dpbf16_ps(acc, (__m512bh)pairs, (__m512bh)Isa::broadcast_pair(p));
   }
   static void load(const void* row, const void* next, int64_t cols, Element* out) {
     for (int v = 0; v < 2; ++v) {
