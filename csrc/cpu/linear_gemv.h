@@ -114,8 +114,6 @@ void gemv_columns(const GemmArgs& args, int64_t n_begin, int64_t n_end) {
   const bool pairs = gemv_in_pairs(w.K) && w.K > 0, whole_blocks = w.K % (int64_t(1) << w.block_shift) == 0;
   with_type(args.dtype, [&](auto t) {
     using T = decltype(t);
-    const T* bias = static_cast<const T*>(args.bias);
-    T* y = static_cast<T*>(args.out);
     for (int64_t n = n_begin; n < n_end;) {
       const int rows = pairs && whole_blocks && n + kRowsAtOnce <= n_end ? kRowsAtOnce : 1;
       float sums[kRowsAtOnce][kGemvRows];
@@ -125,11 +123,7 @@ void gemv_columns(const GemmArgs& args, int64_t n_begin, int64_t n_end) {
         gemv_rows_of<1>(args, table, n, sums);
       else
         gemv_rows_of<kRowsAtOnce>(args, table, n, sums);
-      for (int r = 0; r < rows; ++r, ++n)
-        for (int64_t m = 0; m < args.rows; ++m) {
-          if (args.rank > 0) sums[r][m] += low_rank_sum<T>(args, m, n);
-          y[m * w.N + n] = from_float<T>(sums[r][m] + (bias == nullptr ? 0.f : to_float(bias[n])));
-        }
+      for (int r = 0; r < rows; ++r, ++n) store_column<T>(args, n, sums[r]);
     }
   });
 }

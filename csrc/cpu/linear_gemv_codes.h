@@ -104,10 +104,7 @@ void gemv_codes_rows_of(const GemmArgs& args, Isa::I table, int64_t n, float sum
 }
 
 void gemv_codes(const GemmArgs& args, int64_t n_begin, int64_t n_end) {
-  const Weight& w = args.weight;
   const Isa::I table = load_code_table(args.bf16_code);
-  const auto* bias = static_cast<const BFloat16*>(args.bias);
-  auto* y = static_cast<BFloat16*>(args.out);
   for (int64_t n = n_begin; n < n_end;) {
     const int rows = n + kRowsAtOnce <= n_end ? kRowsAtOnce : 1;
     float sums[kRowsAtOnce][kGemvRows];
@@ -115,11 +112,7 @@ void gemv_codes(const GemmArgs& args, int64_t n_begin, int64_t n_end) {
       gemv_codes_rows_of<1>(args, table, n, sums);
     else
       gemv_codes_rows_of<kRowsAtOnce>(args, table, n, sums);
-    for (int r = 0; r < rows; ++r, ++n)
-      for (int64_t m = 0; m < args.rows; ++m) {
-        if (args.rank > 0) sums[r][m] += low_rank_sum<BFloat16>(args, m, n);
-        y[m * w.N + n] = from_float<BFloat16>(sums[r][m] + (bias == nullptr ? 0.f : to_float(bias[n])));
-      }
+    for (int r = 0; r < rows; ++r, ++n) store_column<BFloat16>(args, n, sums[r]);
   }
 }
 

@@ -2,7 +2,7 @@
 //
 //   linear        P = x A^T [M, r], factor(n, j) = B[n, j]        linear_dgrad   P = dy B [M, r], factor(k, j) = A[j, k]
 //
-// Who calls    the finishing stage of each product: add_low_rank for a tile of sums, low_rank_sum for one of them.
+// Who calls    the finishing stage of each product: add_low_rank for a tile of sums, store_column for a column.
 // The trick    kRanks columns of the factor become fp32 vectors in the tile's own column order, once for all rows; then
 //              4 rows at a time, P broadcast from memory. 0.7 % of linear at M = 16 and 64, 0.8 % at 512 (r = 16,
 //              4096x4096, one Zen 4 core); a second pass over y (torch's addmm_) took 4.5, 2.8 and 1.5 %, and rounded
@@ -103,7 +103,7 @@ void add_low_rank(const GemmArgs& args, int64_t col, int64_t cols, float* tile) 
   }
 }
 
-// One sum of linear's term, for kernels that finish a column at a time.
+// One sum of linear's term.
 template <class T>
 float low_rank_sum(const GemmArgs& args, int64_t m, int64_t n) {
   const float* p = args.low_rank_x + m * args.rank;
@@ -114,6 +114,16 @@ float low_rank_sum(const GemmArgs& args, int64_t m, int64_t n) {
   float sum = j == 0 ? 0.f : Isa::reduce_add(total);
   for (; j < args.rank; ++j) sum += p[j] * to_float(b[j]);
   return sum;
+}
+
+// y[:, n] of linear from its sums: the term and bias added, rounded once.
+template <class T>
+void store_column(const GemmArgs& args, int64_t n, const float sums[kGemvRows]) {
+  const T* bias = static_cast<const T*>(args.bias);
+  for (int64_t m = 0; m < args.rows; ++m) {
+    const float sum = args.rank > 0 ? sums[m] + low_rank_sum<T>(args, m, n) : sums[m];
+    static_cast<T*>(args.out)[m * args.weight.N + n] = from_float<T>(sum + (bias == nullptr ? 0.f : to_float(bias[n])));
+  }
 }
 
 }  // namespace
