@@ -9,6 +9,12 @@
 
 #include <cstdint>
 
+#if defined(__CUDACC__)
+#define NF4_HOST_DEVICE __host__ __device__
+#else
+#define NF4_HOST_DEVICE
+#endif
+
 namespace nf4 {
 
 constexpr int kLevels = 16;
@@ -32,22 +38,22 @@ struct Weight {
   const uint8_t* absmax_u8;   // [blocks], or null
   const float* scale_absmax;  // [ceil(blocks/256)], or null
   const float* scale_code;    // [256], or null
-  float scale_offset;
-  const float* code;  // [16]
+  const float* scale_offset;  // [1], or null
+  const float* code;          // [16]
   int64_t N;
   int64_t K;
   int block_shift;  // log2(block_size)
 };
 
-static inline int nibble(const uint8_t* packed, int64_t i) {
+NF4_HOST_DEVICE static inline int nibble(const uint8_t* packed, int64_t i) {
   return i % 2 == 0 ? packed[i / 2] >> 4 : packed[i / 2] & 15;
 }
 
-// Callers compile with -ffp-contract=off: an FMA here would change the last bit.
-static inline float block_scale(const Weight& w, int64_t block) {
+// Callers compile with -ffp-contract=off, or -fmad=false: an FMA here would change the last bit.
+NF4_HOST_DEVICE static inline float block_scale(const Weight& w, int64_t block) {
   if (w.absmax_u8 == nullptr) return w.absmax[block];
   const float product = w.scale_code[w.absmax_u8[block]] * w.scale_absmax[block >> kSuperblockShift];
-  return product + w.scale_offset;
+  return product + *w.scale_offset;
 }
 
 }  // namespace nf4

@@ -122,7 +122,7 @@ nf4::Weight checked_weight(const char* op, const Tensor& packed, const Tensor& a
   w.absmax_u8 = static_cast<const uint8_t*>(checked_data(absmax, ScalarType::Byte, blocks, op, "absmax"));
   const int64_t superblocks = ceil_div(blocks, int64_t(1) << nf4::kSuperblockShift);
   w.scale_absmax = checked_floats(*scale_absmax, superblocks, op, "scale_absmax");
-  w.scale_offset = *checked_floats(*scale_offset, 1, op, "scale_offset");
+  w.scale_offset = checked_floats(*scale_offset, 1, op, "scale_offset");
   w.scale_code = checked_floats(*scale_code, 256, op, "scale_code");
   return w;
 }

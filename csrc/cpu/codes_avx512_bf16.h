@@ -48,7 +48,7 @@ static inline Isa::F gather_scales(const Weight& w, int count, Block block, Isa:
   }
 #pragma GCC unroll 16
   for (int i = 0; i < Isa::L; ++i) std::memcpy(values + i, w.scale_code + w.absmax_u8[block_of(i)], sizeof(float));
-  return Isa::add(Isa::mul(Isa::load(values), superblocks), Isa::set1(w.scale_offset));
+  return Isa::add(Isa::mul(Isa::load(values), superblocks), Isa::set1(*w.scale_offset));
 }
 
 // *low in lanes 0..7, *high in lanes 8..15.
@@ -62,7 +62,7 @@ static inline Isa::F half_scales(const Weight& w, int64_t low, int64_t high) {
   const Isa::F values = broadcast_halves(w.scale_code + w.absmax_u8[low], w.scale_code + w.absmax_u8[high]);
   const Isa::F groups =
       broadcast_halves(w.scale_absmax + (low >> kSuperblockShift), w.scale_absmax + (high >> kSuperblockShift));
-  return Isa::add(Isa::mul(values, groups), Isa::set1(w.scale_offset));
+  return Isa::add(Isa::mul(values, groups), Isa::set1(*w.scale_offset));
 }
 
 }  // namespace

@@ -1,0 +1,178 @@
+// Every intrinsic and every piece of CUDA syntax that the kernels use, under names of our own; nothing else in csrc/cuda
+// names one. Compiled by nvcc these are the instructions. Compiled by a host compiler with NF4_SIMT, tests/simt/simt.h
+// gives the same names their meaning on a CPU, one fiber a thread, and the same kernels and launchers run there.
+//
+// Kernels take shared memory from shared_memory() alone, so that the executor can poison it, and are compiled with
+// -fmad=false: a multiply-add happens where fmaf is written.
+#pragma once
+
+#include <cstdint>
+
+#include "../format.h"
+
+#ifdef NF4_SIMT
+#include "simt.h"
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#define NF4_DEVICE __device__ __forceinline__
+
+namespace nf4::cuda {
+
+// --- Blocks, warps, launches ---
+
+// The block's dynamic shared memory, aligned to 128 bytes: as many bytes as the launch asked for.
+template <class T>
+NF4_DEVICE T* shared_memory() {
+  extern __shared__ __align__(128) unsigned char nf4_shared[];
+  return reinterpret_cast<T*>(nf4_shared);
+}
+
+NF4_DEVICE void sync_block() { __syncthreads(); }
+NF4_DEVICE void sync_warp() { __syncwarp(); }
+
+// All 32 lanes take part. T has 4 bytes.
+template <class T>
+NF4_DEVICE T shuffle(T value, int lane) {
+  return __shfl_sync(0xffffffffu, value, lane);
+}
+template <class T>
+NF4_DEVICE T shuffle_xor(T value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
+// Launches kernel<<<grid, threads, shared_bytes, stream>>>(args...).
+template <class... Params, class... Args>
+cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, size_t shared_bytes, cudaStream_t stream,
+                   const Args&... args) {
+  constexpr size_t kWithoutAsking = 48 << 10;
+  if (shared_bytes > kWithoutAsking) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  kernel<<<grid, threads, shared_bytes, stream> > >(args...);
+  return cudaGetLastError();
+}
+
+// --- Memory ---
+
+// Read-only data that this launch reads once: not kept in the L1, fetched from DRAM by 128 bytes. V: 4, 8 or 16 bytes.
+NF4_DEVICE uint32_t load_streamed(const uint32_t* p) {
+  uint32_t v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.b32 %0, [%1];" : "=r"(v) : "l"(p));
+  return v;
+}
+NF4_DEVICE uint2 load_streamed(const uint2* p) {
+  uint2 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+  return v;
+}
+NF4_DEVICE uint4 load_streamed(const uint4* p) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p));
+  return v;
+}
+
+// Read-only data that other threads read too: through the L1.
+template <class V>
+NF4_DEVICE V load_cached(const V* p) {
+  return __ldg(p);
+}
+
+// Written once and not read by this launch.
+template <class V>
+NF4_DEVICE void store_streamed(V* p, V v) {
+  __stcs(p, v);
+}
+
+// 16 bytes to shared memory in the background, zeros where not valid (then `global` is not read). The bytes are there
+// for this thread after copy_async_wait, for the others after a barrier that follows it.
+NF4_DEVICE void copy_async_16(void* shared, const void* global, bool valid) {
+  const uint32_t to = uint32_t(__cvta_generic_to_shared(shared)), bytes = valid ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
+}
+NF4_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most kPending of this thread's committed groups are on their way.
+template <int kPending>
+NF4_DEVICE void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// --- Bits and numbers ---
+
+NF4_DEVICE uint32_t bits_of(float a) { return __float_as_uint(a); }
+NF4_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
+
+// Byte i of the result is byte (selector >> 4i & 7) of the eight bytes a (0 to 3), b (4 to 7). Selector bits 3 are 0.
+NF4_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
+
+NF4_DEVICE float to_float(float a) { return a; }
+NF4_DEVICE float to_float(BFloat16 a) { return float_of(uint32_t(a.bits) << 16); }
+NF4_DEVICE float to_float(Float16 a) { return __half2float(__ushort_as_half(a.bits)); }
+
+// Nearest, ties to even; NaN stays NaN.
+template <class T>
+NF4_DEVICE T from_float(float a);
+template <>
+NF4_DEVICE float from_float<float>(float a) {
+  return a;
+}
+template <>
+NF4_DEVICE BFloat16 from_float<BFloat16>(float a) {
+  return {__bfloat16_as_ushort(__float2bfloat16_rn(a))};
+}
+template <>
+NF4_DEVICE Float16 from_float<Float16>(float a) {
+  return {__half_as_ushort(__float2half_rn(a))};
+}
+
+// Two elements in 32 bits, the first in the low half. T: BFloat16 or Float16.
+template <class T>
+NF4_DEVICE uint32_t pack(float low, float high) {
+  return from_float<T>(low).bits | uint32_t(from_float<T>(high).bits) << 16;
+}
+
+// Products of the two pairs, each rounded once to T.
+template <class T>
+NF4_DEVICE uint32_t multiply_pairs(uint32_t a, uint32_t b);
+template <>
+NF4_DEVICE uint32_t multiply_pairs<BFloat16>(uint32_t a, uint32_t b) {
+  const __nv_bfloat162 product =
+      __hmul2(reinterpret_cast<const __nv_bfloat162&>(a), reinterpret_cast<const __nv_bfloat162&>(b));
+  return reinterpret_cast<const uint32_t&>(product);
+}
+template <>
+NF4_DEVICE uint32_t multiply_pairs<Float16>(uint32_t a, uint32_t b) {
+  const __half2 product = __hmul2(reinterpret_cast<const __half2&>(a), reinterpret_cast<const __half2&>(b));
+  return reinterpret_cast<const uint32_t&>(product);
+}
+
+// --- Tensor cores ---
+
+// c[16, 8] += a[16, 16] @ b[16, 8] over a warp, in fp32. With g = lane / 4 and t = lane % 4, each register two elements:
+//   a: [g, 2t..] [g + 8, 2t..] [g, 2t + 8..] [g + 8, 2t + 8..]     b: [2t.., g] [2t + 8.., g]
+//   c, one element each: [g, 2t] [g, 2t + 1] [g + 8, 2t] [g + 8, 2t + 1]
+template <class T>
+NF4_DEVICE void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+template <>
+NF4_DEVICE void mma_16x8x16<BFloat16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <>
+NF4_DEVICE void mma_16x8x16<Float16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+}  // namespace nf4::cuda
+
+#endif  // NF4_SIMT
