@@ -5,15 +5,15 @@
 
 namespace nf4::cuda {
 
-// A row is cut into pieces of 16 bytes, eight in 128 bytes. A quarter of a warp reads pieces of two neighbouring rows at
-// a time; piece p of row r stands at place(p, r), so that these eight are all of different banks.
+// A row is cut into pieces of 16 bytes, eight in 128 bytes. Piece p of row r stands at place(p, r), so that what a warp
+// reads in one cycle, 128 bytes of several rows, is of different banks.
 enum class Order {
-  kEvenPieces,  // the quarter reads pieces 0, 2, 4, 6 (or 1, 3, 5, 7) of both rows
-  kFourPieces,  // it reads pieces 0 to 3 (or 4 to 7) of both rows
+  kEvenPieces,    // 16 bytes a lane: pieces 0, 2, 4, 6 (or 1, 3, 5, 7) of rows 2i and 2i + 1
+  kPieceInPairs,  // 8 bytes a lane: pieces 2j and 2j + 1 of rows 4i to 4i + 3
 };
 template <Order order>
 NF4_HOST_DEVICE inline int place(int piece, int row) {
-  return order == Order::kEvenPieces ? piece ^ (row & 7) : piece ^ ((row & 1) << 2 | (row >> 1 & 3));
+  return order == Order::kEvenPieces ? piece ^ (row & 7) : piece ^ (row & 3) << 1;
 }
 
 // Rows [row, row + kTileRows) and elements [column, column + kTileColumns) of a [rows, columns] matrix of 2-byte
