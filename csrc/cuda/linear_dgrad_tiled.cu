@@ -14,13 +14,13 @@
 // Needs: bf16 or fp16, has_whole_codes(weight), N % 8 == 0, all pointers aligned to 16 bytes.
 #include "pair_table.cuh"
 #include "tile.cuh"
+#include "turned.cuh"
 
 namespace nf4::cuda {
 namespace {
 
 constexpr int kStages = 4;
 constexpr int kGroup = 32;  // n a warp multiplies at a time: two steps of mma
-constexpr int kTiles = 4;   // of 16 rows of W^T: 64 k
 
 template <int kWarpsK_, int kWarpsM_, int kWarpsN_, int kTokenTiles_, int kStageN_>
 struct Shape {
@@ -36,18 +36,6 @@ struct Shape {
   static_assert(kPackedPitch % 16 == 0 && kPackedPitch * 4 % 128 == 0, "rows 4 apart begin at the same bank");
   static_assert(kTokens * kColumns * 4 <= kSharedBytes || kWarpsN == 1, "the warps of n add up in all of it");
 };
-
-// [tile of 16 k][token tile][the four of a c fragment]: c0, c1 are column 8g + 2 tile, c2, c3 the next, of tokens 2t, 2t + 1.
-template <int kTokenTiles>
-using Sums = float[kTiles][kTokenTiles][4];
-
-// The a fragment of tile i from pairs along k of rows n, n + 1, n + 2, n + 3.
-NF4_DEVICE void turn(uint32_t (&a)[4], const uint32_t (&along_k)[4]) {
-  a[0] = permute_bytes(along_k[0], along_k[1], 0x5410);
-  a[1] = permute_bytes(along_k[0], along_k[1], 0x7632);
-  a[2] = permute_bytes(along_k[2], along_k[3], 0x5410);
-  a[3] = permute_bytes(along_k[2], along_k[3], 0x7632);
-}
 
 template <class T, class S>
 struct TiledDgrad {
@@ -108,7 +96,7 @@ struct TiledDgrad {
   }
 
   // sums += W[32 n, 64 k]^T @ dY^T of group `group` in the stage.
-  NF4_DEVICE void multiply(Sums<S::kTokenTiles>& sums, int stage, int group, const uint32_t (&scales)[4],
+  NF4_DEVICE void multiply(TurnedSums<S::kTokenTiles>& sums, int stage, int group, const uint32_t (&scales)[4],
                            const PairTable& table) const {
 #pragma unroll
     for (int step = 0; step < 2; ++step) {  // 4 n a lane
@@ -142,25 +130,13 @@ struct TiledDgrad {
   }
 
   // sums = scaling * A[rank, 64 k]^T @ Q^T, 4 ranks a lane and step.
-  NF4_DEVICE void begin_with_low_rank(Sums<S::kTokenTiles>& sums) const {
+  NF4_DEVICE void begin_with_low_rank(TurnedSums<S::kTokenTiles>& sums) const {
     const T* factor = static_cast<const T*>(args.low_rank_factor);
     const T* q = static_cast<const T*>(args.low_rank_x);
     for (int64_t step = 0; step < args.rank; step += 16) {
       const int64_t r = step + 4 * lane.t;
-      uint32_t pairs[kTiles][4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const bool valid = r + i < args.rank && column() < w.K;
-        const T* from = factor + (r + i) * w.K + column() + 8 * lane.g;
-        const uint4 eight = valid ? load_cached(reinterpret_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0);
-        pairs[0][i] = eight.x;
-        pairs[1][i] = eight.y;
-        pairs[2][i] = eight.z;
-        pairs[3][i] = eight.w;
-      }
       uint32_t a[kTiles][4];
-#pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) turn(a[tile], pairs[tile]);
+      load_turned(a, factor + r * w.K + column() + 8 * lane.g, r, args.rank, w.K, column() < w.K);
 #pragma unroll
       for (int m = 0; m < S::kTokenTiles; ++m) {
         const int64_t token = tile_token + token_in_tile(m) + lane.g;
@@ -179,17 +155,8 @@ struct TiledDgrad {
         for (int i = 0; i < 4; ++i) sums[tile][m][i] *= args.scaling;
   }
 
-  // The 8 consecutive k of token 2t + odd of a token tile.
-  NF4_DEVICE static void eight(float (&values)[8], const Sums<S::kTokenTiles>& sums, int m, int odd) {
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      values[2 * tile] = sums[tile][m][odd];
-      values[2 * tile + 1] = sums[tile][m][2 + odd];
-    }
-  }
-
   // Adds the sums of the warps of n in order, in the first of them, and stores them from there.
-  NF4_DEVICE void finish(Sums<S::kTokenTiles>& sums, int64_t split) const {
+  NF4_DEVICE void finish(TurnedSums<S::kTokenTiles>& sums, int64_t split) const {
     constexpr int kValues = kTiles * S::kTokenTiles * 4, kOwners = S::kWarpsK * S::kWarpsM * kWarp;
     float* others = reinterpret_cast<float*>(shared) + int(threadIdx.x) % kOwners;  // [kValues, kOwners]
     for (int n = 1; n < S::kWarpsN; ++n) {
@@ -210,7 +177,7 @@ struct TiledDgrad {
       for (int odd = 0; odd < 2; ++odd) {
         const int64_t token = tile_token + token_in_tile(m) + 2 * lane.t + odd;
         float values[8];
-        eight(values, sums, m, odd);
+        eight_columns<S::kTokenTiles>(values, sums, m, odd);
         if (token < args.M) store.template run<8>(token, column() + 8 * lane.g, values);
       }
   }
@@ -229,7 +196,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) linear_dgrad_tiled_kernel(cons
   build_pair_table<T>(words, args.weight.code);
   const PairTable table(words, product.lane.index);
 
-  Sums<S::kTokenTiles> sums = {};
+  TurnedSums<S::kTokenTiles> sums = {};
   if (args.rank > 0 && blockIdx.z == 0 && product.warp_n == 0) product.begin_with_low_rank(sums);
   // Groups of 32 n that this warp takes of a stage, and their scales a group ahead.
   constexpr int kGroups = S::kStageN / (kGroup * S::kWarpsN);
