@@ -23,8 +23,8 @@ struct Chunk {
 
 struct Loader {
   const Weight& w;
-  RowScale scale;
   Lane lane;
+  RowScale scale;
   int64_t first_row, blocks;
 
   NF4_DEVICE Loader(const Weight& w, int64_t first_row)
