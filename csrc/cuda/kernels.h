@@ -70,6 +70,17 @@ cudaError_t linear_small(const ProductArgs& args, cudaStream_t stream);  // M <=
 cudaError_t linear_tiled(const ProductArgs& args, cudaStream_t stream);
 cudaError_t linear_dgrad_tiled(const ProductArgs& args, cudaStream_t stream);  // N % 8 == 0
 
+// out [rows, width] of rows `stride` elements apart = scaling * small [rows, rank], zeros beyond rank; bf16 or fp16.
+struct ScaleLowRankArgs {
+  const void* small;
+  Dtype dtype;
+  int64_t rows, rank;
+  float scaling;
+  void* out;
+  int64_t width, stride;
+};
+cudaError_t scale_low_rank(const ScaleLowRankArgs& args, cudaStream_t stream);
+
 // out [rows, columns] = scaling * small [depth, rows]^T @ wide [depth, columns], or its transpose [columns, rows].
 struct LoraGradArgs {
   const void* small;
@@ -80,8 +91,8 @@ struct LoraGradArgs {
   void* out;
   Dtype out_dtype;
   bool transposed;
-  int splits;  // of the depth, as above
-  float* partial;
+  int splits;      // of the depth; lora_grad alone
+  float* partial;  // [splits, rows, columns], also where splits is 1
 };
 cudaError_t lora_grad_any(const LoraGradArgs& args, cudaStream_t stream);
 cudaError_t lora_grad(const LoraGradArgs& args, cudaStream_t stream);  // bf16 or fp16, columns % 8 == 0, aligned to 16

@@ -12,6 +12,7 @@
 // Instructions a weight: 0.5 table loads, 0.5 permutes, 0.5 multiplications of pairs, about 0.7 to form addresses.
 // Time: 2 M N K flops; M = 512, 4096 x 4096 at 400 TFLOP/s: 43 us.
 // Needs: bf16 or fp16, has_whole_codes(weight), N % 8 == 0, all pointers aligned to 16 bytes.
+#include "choose.h"
 #include "pair_table.cuh"
 #include "tile.cuh"
 #include "turned.cuh"
@@ -70,7 +71,7 @@ struct TiledDgrad {
   // Rows [n, n + kStageN) of W and of dY^T, zeros beyond N and K.
   NF4_DEVICE void fetch(int stage, int64_t n) const {
     fetch_rows<S::kTokens, S::kStageN, Order::kPieceInPairs, S::kThreads>(token_tile(stage), args.x, args.M, w.N,
-                                                                        tile_token, n);
+                                                                          tile_token, n);
     constexpr int kPieces = S::kPackedPitch / 16;
 #pragma unroll
     for (int i = int(threadIdx.x); i < S::kStageN * kPieces; i += S::kThreads) {
@@ -200,7 +201,9 @@ __global__ void __launch_bounds__(S::kThreads, 1) linear_dgrad_tiled_kernel(cons
   if (args.rank > 0 && blockIdx.z == 0 && product.warp_n == 0) product.begin_with_low_rank(sums);
   // Groups of 32 n that this warp takes of a stage, and their scales a group ahead.
   constexpr int kGroups = S::kStageN / (kGroup * S::kWarpsN);
-  const auto row_of = [&](int64_t step, int i) { return step * S::kStageN + (i * S::kWarpsN + product.warp_n) * kGroup; };
+  const auto row_of = [&](int64_t step, int i) {
+    return step * S::kStageN + (i * S::kWarpsN + product.warp_n) * kGroup;
+  };
   uint32_t stored = product.stored(row_of(steps.begin, 0));
   int stage = 0, free = kStages - 1;
   for (int64_t step = steps.begin; step < steps.end; ++step) {
@@ -230,11 +233,23 @@ cudaError_t launch_shape(const ProductArgs& args, cudaStream_t stream) {
   return launch(linear_dgrad_tiled_kernel<T, S>, grid, S::kThreads, S::kSharedBytes, stream, args);
 }
 
+using Tokens16 = Shape<2, 1, 4, 2, 128>;
+using Tokens64 = Shape<2, 1, 2, 8, 64>;
+using Tokens128 = Shape<4, 2, 1, 8, 64>;
+template <class S>
+constexpr bool is(const Tile& tile) {
+  return tile.columns == S::kColumns && tile.rows == S::kTokens && tile.step == S::kStageN;
+}
+static_assert(is<Tokens16>(kDgradTiles[0]) && is<Tokens64>(kDgradTiles[1]) && is<Tokens128>(kDgradTiles[2]),
+              "the shapes that choose.h counts on");
+
 template <class T>
 cudaError_t launch_for(const ProductArgs& args, cudaStream_t stream) {
-  if (args.M <= 16) return launch_shape<T, Shape<2, 1, 4, 2, 128>>(args, stream);
-  if (args.M <= 64) return launch_shape<T, Shape<2, 1, 2, 8, 64>>(args, stream);
-  return launch_shape<T, Shape<4, 2, 1, 8, 64>>(args, stream);
+  switch (tile_index(kDgradTiles, args.M)) {
+    case 0: return launch_shape<T, Tokens16>(args, stream);
+    case 1: return launch_shape<T, Tokens64>(args, stream);
+    default: return launch_shape<T, Tokens128>(args, stream);
+  }
 }
 
 }  // namespace

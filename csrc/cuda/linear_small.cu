@@ -8,6 +8,7 @@
 //   of W a load, which would bring two blocks of one row, with two scales, into one mma.
 // Bytes: 0.516 N K, and x from the L2 for each block of threads: an H200 (4.3 TB/s) does 4096 x 4096 in 2.0 us.
 // Needs: bf16 or fp16, has_whole_codes(weight), all pointers aligned to 16 bytes.
+#include "choose.h"
 #include "linear.cuh"
 
 namespace nf4::cuda {
@@ -94,20 +95,20 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) linear_small_kernel(const Pr
       const int64_t block = chunk * kChunk + i;
       if (block >= loader.blocks) break;
       const T* x = static_cast<const T*>(args.x) + block * kBlockK + 16 * lane.t;
-      multiply_block<T, kTokenTiles>(sums, now.words[i], loader.scale.decode(block, now.scales[i]), table, lane,
-                                     [&](int m, int half) {
-                                       const int64_t token = 8 * m + lane.g;
-                                       const T* from = x + token * w.K + 8 * half;
-                                       return token < args.M ? load_cached(reinterpret_cast<const uint4*>(from))
-                                                             : make_uint4(0, 0, 0, 0);
-                                     });
+      multiply_block<T, kTokenTiles>(
+          sums, now.words[i], loader.scale.decode(block, now.scales[i]), table, lane, [&](int m, int half) {
+            const int64_t token = 8 * m + lane.g;
+            const T* from = x + token * w.K + 8 * half;
+            return token < args.M ? load_cached(reinterpret_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0);
+          });
     }
   }
   sync_block();  // the last reader of the table, whose memory the sums take
   finish<T, kTokenTiles>(sums, args, first_row, lane, shared_memory<float>());
 }
 
-static_assert(kWarps * 16 * kWarpRows * 4 <= kPairTableBytes, "the warps' sums fit where the table was");
+static_assert(kLinearSmallTile.columns == kWarpRows && kLinearSmallTile.step == kWarps * kChunk * kBlockK, "as chosen");
+static_assert(kWarps * kSmallRows * kWarpRows * 4 <= kPairTableBytes, "the warps' sums fit where the table was");
 
 template <class T>
 cudaError_t launch_for(const ProductArgs& args, cudaStream_t stream) {

@@ -10,6 +10,7 @@
 //   sm_86, 89, 120: 8 weights, 52 bytes.
 // Time: 2 M N K flops; M = 512, 4096 x 4096 at 400 TFLOP/s: 43 us.
 // Needs: bf16 or fp16, has_whole_codes(weight), all pointers aligned to 16 bytes.
+#include "choose.h"
 #include "linear.cuh"
 #include "tile.cuh"
 
@@ -159,12 +160,24 @@ cudaError_t launch_shape(const ProductArgs& args, cudaStream_t stream) {
   return launch(linear_tiled_kernel<T, S>, grid, S::kThreads, S::kSharedBytes, stream, args);
 }
 
-// Up to 64 tokens are one tile; then rows of W are few enough a tile to fill the machine.
+// Up to 64 tokens are one tile, of fewer rows of W, so that there are blocks enough to fill the machine.
+using Tokens32 = Shape<2, 1, 2, 4>;
+using Tokens64 = Shape<2, 1, 2, 8>;
+using Tokens128 = Shape<4, 2, 1, 8>;
+template <class S>
+constexpr bool is(const Tile& tile) {
+  return tile.columns == S::kRows && tile.rows == S::kTokens && tile.step == S::kWarpsK * kBlockK;
+}
+static_assert(is<Tokens32>(kLinearTiles[0]) && is<Tokens64>(kLinearTiles[1]) && is<Tokens128>(kLinearTiles[2]),
+              "the shapes that choose.h counts on");
+
 template <class T>
 cudaError_t launch_for(const ProductArgs& args, cudaStream_t stream) {
-  if (args.M <= 32) return launch_shape<T, Shape<2, 1, 2, 4>>(args, stream);
-  if (args.M <= 64) return launch_shape<T, Shape<2, 1, 2, 8>>(args, stream);
-  return launch_shape<T, Shape<4, 2, 1, 8>>(args, stream);
+  switch (tile_index(kLinearTiles, args.M)) {
+    case 0: return launch_shape<T, Tokens32>(args, stream);
+    case 1: return launch_shape<T, Tokens64>(args, stream);
+    default: return launch_shape<T, Tokens128>(args, stream);
+  }
 }
 
 }  // namespace

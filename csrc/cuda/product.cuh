@@ -6,7 +6,8 @@
 namespace nf4::cuda {
 
 constexpr int kWarp = 32;
-constexpr int kBlockK = 64;  // weights of a row that share a scale, at least: the kernels' condition, see has_whole_codes
+constexpr int kBlockK =
+    64;  // weights of a row that share a scale, at least: the kernels' condition, see has_whole_codes
 
 // A thread's place in the fragments of mma_16x8x16.
 struct Lane {
@@ -16,6 +17,12 @@ struct Lane {
 
 NF4_HOST_DEVICE inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 NF4_HOST_DEVICE inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Blocks of threads for `count` elements in a stride over the grid.
+inline unsigned blocks_for(int64_t count, int threads) {
+  constexpr int64_t kMost = 4096;
+  return unsigned(smaller(ceil_div(count, threads), kMost));
+}
 
 // The part of `count` steps that split `s` of `splits` takes.
 struct Part {
@@ -75,8 +82,8 @@ struct Store {
       return;
     } else if (partial != nullptr) {
       for (int j = 0; j < kCount; j += 4)
-        *reinterpret_cast<uint4*>(partial + i + j) = make_uint4(bits_of(values[j]), bits_of(values[j + 1]),
-                                                                bits_of(values[j + 2]), bits_of(values[j + 3]));
+        *reinterpret_cast<uint4*>(partial + i + j) =
+            make_uint4(bits_of(values[j]), bits_of(values[j + 1]), bits_of(values[j + 2]), bits_of(values[j + 3]));
     } else {
       uint32_t packed[kCount / 2];
       for (int j = 0; j < kCount; j += 2) {

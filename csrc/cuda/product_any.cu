@@ -25,9 +25,7 @@ template <class T>
 struct Strided {
   const T* data;
   int64_t row_stride, column_stride;
-  NF4_DEVICE float operator()(int64_t i, int64_t k) const {
-    return to_float(data[i * row_stride + k * column_stride]);
-  }
+  NF4_DEVICE float operator()(int64_t i, int64_t k) const { return to_float(data[i * row_stride + k * column_stride]); }
 };
 
 // Ŵ[n, k] in fp32; turned: element (n, k) for linear_dgrad, else (k, n) for linear.

@@ -26,9 +26,7 @@ __global__ void __launch_bounds__(kThreads) reduce_splits_kernel(const ReduceArg
 
 template <class T>
 cudaError_t launch_for(const ReduceArgs& args, cudaStream_t stream) {
-  constexpr int64_t kMostBlocks = 4096;
-  const unsigned blocks = unsigned(smaller(ceil_div(args.rows * args.columns, kThreads), kMostBlocks));
-  return launch(reduce_splits_kernel<T>, blocks, kThreads, 0, stream, args);
+  return launch(reduce_splits_kernel<T>, blocks_for(args.rows * args.columns, kThreads), kThreads, 0, stream, args);
 }
 
 }  // namespace
