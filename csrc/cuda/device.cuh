@@ -54,7 +54,7 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, size_t sha
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
     if (error != cudaSuccess) return error;
   }
-  kernel<<<grid, threads, shared_bytes, stream> > >(args...);
+  kernel<<<grid, threads, shared_bytes, stream>>>(args...);
   return cudaGetLastError();
 }
 
