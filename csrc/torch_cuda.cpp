@@ -261,13 +261,16 @@ void torch_linear(const Tensor& a, const Tensor& b, const OptionalTensor& bias, 
   (void)torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-void copy_into(Tensor to, const Tensor& from) { torch::stable::copy_(to, from); }
+Tensor part(Tensor whole, int64_t dim, int64_t begin, int64_t count) {
+  return torch::stable::narrow(whole, dim, begin, count);
+}
+void copy(Tensor to, const Tensor& from) { torch::stable::copy_(to, from); }
+void zero(Tensor to) { torch::stable::zero_(to); }
 
 // A panel of Ŵ at a time, in memory that every panel reuses, and torch's product with it: rows of Ŵ for linear, columns
 // for linear_dgrad, so that each panel gives whole columns of out. LoRA's term is more of the contraction: [in | s P]
 // times [Ŵ | B], or [in | s Q] times [Ŵ ; A], with zeros up to a multiple of 8, which cuBLAS wants for its fast kernels.
 void multiply_panels(const Product& product, const Launch& launch) {
-  using torch::stable::narrow;
   constexpr int64_t kPanelBytes = 24 << 20;  // stays in the L2 of an A100 and later
   const auto& args = product.args;
   const int64_t extra = ceil_div(args.rank, 8) * 8, depth = product.depth + extra;
@@ -276,7 +279,7 @@ void multiply_panels(const Product& product, const Launch& launch) {
   Tensor out = torch::stable::view(product.out, {args.M, product.columns});
   if (extra > 0) {
     const Tensor wide = new_empty(in, {args.M, depth}, type);
-    copy_into(narrow(wide, 1, 0, product.depth), in);
+    copy(part(wide, 1, 0, product.depth), in);
     void* beside = static_cast<char*>(wide.mutable_data_ptr()) + product.depth * int64_t(element_bytes(args.dtype));
     check_launch(
         nf4::cuda::scale_low_rank({args.low_rank_x, args.dtype, args.M, args.rank, args.scaling, beside, extra, depth},
@@ -286,33 +289,24 @@ void multiply_panels(const Product& product, const Launch& launch) {
   }
   const int64_t panels = std::max<int64_t>(ceil_div(product.columns * depth * 2, kPanelBytes), 1);
   const int64_t width = ceil_div(ceil_div(product.columns, panels), 128) * 128;
-  const int64_t widest = std::min(width, product.columns);
-  const Tensor memory = new_empty(in, {widest * depth}, type);
+  const Tensor memory = new_empty(in, {std::min(width, product.columns) * depth}, type);
   for (int64_t begin = 0; begin < product.columns; begin += width) {
-    const int64_t count = std::min(width, product.columns - begin);
-    const Tensor flat = narrow(memory, 0, 0, count * depth);
-    const Tensor to = narrow(out, 1, begin, count);
+    const int64_t count = std::min(width, product.columns - begin), along = product.dgrad ? 0 : 1;  // of the depth
+    const Tensor panel = product.dgrad ? torch::stable::view(part(memory, 0, 0, count * depth), {depth, count})
+                                       : torch::stable::view(part(memory, 0, 0, count * depth), {count, depth});
+    const Range range =
+        product.dgrad ? Range{0, args.weight.N, begin, begin + count} : Range{begin, begin + count, 0, args.weight.K};
+    dequantize_into(args.weight, range, args.dtype, panel, panel.size(1), launch, product.op);
+    if (extra > 0) {
+      copy(part(panel, along, product.depth, args.rank), part(*product.low_rank.factor, 1 - along, begin, count));
+      zero(part(panel, along, product.depth + args.rank, extra - args.rank));
+    }
+    const Tensor to = part(out, 1, begin, count);
     if (product.dgrad) {
-      const Tensor panel = torch::stable::view(flat, {depth, count});
-      dequantize_into(args.weight, {0, args.weight.N, begin, begin + count}, args.dtype, panel, count, launch,
-                      product.op);
-      if (extra > 0) {
-        copy_into(narrow(panel, 0, product.depth, args.rank), narrow(*product.low_rank.factor, 1, begin, count));
-        Tensor rest = narrow(panel, 0, product.depth + args.rank, extra - args.rank);
-        torch::stable::zero_(rest);
-      }
       torch_mm(in, panel, to);
     } else {
-      const Tensor panel = torch::stable::view(flat, {count, depth});
-      dequantize_into(args.weight, {begin, begin + count, 0, args.weight.K}, args.dtype, panel, depth, launch,
-                      product.op);
-      if (extra > 0) {
-        copy_into(narrow(panel, 1, product.depth, args.rank), narrow(*product.low_rank.factor, 0, begin, count));
-        Tensor rest = narrow(panel, 1, product.depth + args.rank, extra - args.rank);
-        torch::stable::zero_(rest);
-      }
       OptionalTensor bias;
-      if (product.bias.has_value()) bias = narrow(*product.bias, 0, begin, count);
+      if (product.bias.has_value()) bias = part(*product.bias, 0, begin, count);
       torch_linear(in, panel, bias, to);
     }
   }

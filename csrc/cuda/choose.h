@@ -63,7 +63,7 @@ constexpr Tile kLinearSmallTile = {32, kSmallRows, 1024, 8 * 512 * 64, 2};
 constexpr Tile kLinearTiles[] = {
     {64, 32, 128, 2 * 512 * 64, 1}, {64, 64, 128, 2 * 512 * 64, 1}, {128, 128, 64, 512 * 64, 1}};
 constexpr Tile kDgradTiles[] = {
-    {128, 16, 128, 4 * 512 * 16, 1}, {128, 64, 64, 2 * 512 * 16, 1}, {256, 128, 64, 512 * 16, 1}};
+    {128, 16, 128, 4 * 512 * 16, 1}, {128, 64, 64, 2 * 512 * 16, 1}, {256, 128, 32, 512 * 16, 1}};
 // The first of a kernel's three tiles that takes M rows at once, else the last.
 inline int tile_index(const Tile (&tiles)[3], int64_t M) { return M <= tiles[0].rows ? 0 : M <= tiles[1].rows ? 1 : 2; }
 

@@ -33,6 +33,7 @@ struct Shape {
   static constexpr int kPackedPitch = kColumns / 2, kPackedBytes = kStageN * kPackedPitch + kStageN / 4 * 32;
   static constexpr int kTokenBytes = kTokens * kStageN * 2, kStageBytes = kPackedBytes + kTokenBytes;
   static constexpr int kSharedBytes = kPairTableBytes + kStages * kStageBytes;
+  static_assert(kSharedBytes <= kSharedMost, "every architecture has so much");
   static_assert(kStageN % (kGroup * kWarpsN) == 0, "a stage is whole groups for every warp");
   static_assert(kPackedPitch % 16 == 0 && kPackedPitch * 4 % 128 == 0, "rows 4 apart begin at the same bank");
   static_assert(kTokens * kColumns * 4 <= kSharedBytes || kWarpsN == 1, "the warps of n add up in all of it");
@@ -123,7 +124,8 @@ struct TiledDgrad {
         const int token = token_in_tile(m) + lane.g;
         const uint2 dy = *reinterpret_cast<const uint2*>(
             token_tile(stage) + token * S::kStageN * 2 +
-            16 * place<Order::kPieceInPairs>((group * kGroup + 16 * step + 4 * lane.t) / 8, token) + 8 * (lane.t % 2));
+            16 * place<Order::kPieceInPairs, S::kStageN / 8>((group * kGroup + 16 * step + 4 * lane.t) / 8, token) +
+            8 * (lane.t % 2));
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) mma_16x8x16<T>(sums[tile][m], a[tile], dy.x, dy.y);
       }
@@ -235,7 +237,7 @@ cudaError_t launch_shape(const ProductArgs& args, cudaStream_t stream) {
 
 using Tokens16 = Shape<2, 1, 4, 2, 128>;
 using Tokens64 = Shape<2, 1, 2, 8, 64>;
-using Tokens128 = Shape<4, 2, 1, 8, 64>;
+using Tokens128 = Shape<4, 2, 1, 8, 32>;
 template <class S>
 constexpr bool is(const Tile& tile) {
   return tile.columns == S::kColumns && tile.rows == S::kTokens && tile.step == S::kStageN;

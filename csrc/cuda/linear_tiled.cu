@@ -17,7 +17,7 @@
 namespace nf4::cuda {
 namespace {
 
-constexpr int kStages = 3;  // two on their way while one is multiplied: 92 KB with the table; sm_86 has 99
+constexpr int kStages = 3;  // two on their way while one is multiplied: 92 KB with the table
 
 template <int kWarpsN_, int kWarpsM_, int kWarpsK_, int kTokenTiles_>
 struct Shape {
@@ -28,6 +28,7 @@ struct Shape {
   static constexpr int kStageBytes = kWarpsK * (kPackedBytes + kTokenBytes);
   static constexpr int kPitch = kRows + 4;  // floats a token of the finished tile: lanes write to banks 8t + g
   static constexpr int kSharedBytes = kPairTableBytes + kStages * kStageBytes;
+  static_assert(kSharedBytes <= kSharedMost, "every architecture has so much");
   static_assert(kTokens * kPitch * 4 <= kSharedBytes, "the finished tile fits where table and stages were");
   static_assert(kRows * 2 % kThreads == 0 || kThreads % (kRows * 2) == 0, "threads share out the packed pieces evenly");
 };
@@ -85,7 +86,7 @@ struct TiledLinear {
     multiply_block<T, S::kTokenTiles>(sums, words, scale, table, lane, [&](int m, int half) {
       const int token = (warp_m * S::kTokenTiles + m) * 8 + lane.g;
       return *reinterpret_cast<const uint4*>(tokens + token * kBlockK * 2 +
-                                             16 * place<Order::kEvenPieces>(2 * lane.t + half, token));
+                                             16 * place<Order::kEvenPieces, kBlockK / 8>(2 * lane.t + half, token));
     });
   }
 
