@@ -243,6 +243,15 @@ def test_a_missing_barrier_is_caught(executor, variant):
         assert ("random", "late") in caught
 
 
+def test_blocks_that_rely_on_their_order_are_caught(executor):
+    def right():
+        code, out, expected = sums(executor, 5, grid=(8, 1, 1))
+        assert code == 0
+        return np.allclose(out, expected.cumsum(), atol=1e-3)
+
+    assert {schedule for schedule, _ in caught_under(executor, EVERY_SETTING, right)} == {"descending", "random"}
+
+
 def test_shared_memory_never_written_is_nan(executor):
     out, expected = shift(executor, 3, 0)
     np.testing.assert_array_equal(out[: THREADS // 2], expected[: THREADS // 2])
@@ -325,6 +334,7 @@ PIPELINE_MISTAKES = {
     "a-wait-that-leaves-one-group": (2, LATE),
     "no-barrier": (3, set(SETTINGS)),
     "a-copy-into-a-stage-still-read": (4, {("ascending", "early")}),
+    "a-store-under-a-copy": (8, {(schedule, "early") for schedule in SCHEDULES}),
 }
 
 

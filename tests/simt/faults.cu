@@ -22,7 +22,7 @@ __global__ void shift_kernel(const float* in, float* out, int by) {
 }
 
 // out[block] = sum of in[block * kThreads..], by shuffles and then the warps' sums through shared memory.
-enum class Sum { kCorrect, kDivergentShuffle, kDivergentBarrier, kEarlyExit, kOtherBarrier };
+enum class Sum { kCorrect, kDivergentShuffle, kDivergentBarrier, kEarlyExit, kOtherBarrier, kBlockOrder };
 template <Sum kVariant>
 __global__ void sum_kernel(const float* in, float* out) {
   float* sums = shared_memory<float>();
@@ -44,7 +44,8 @@ __global__ void sum_kernel(const float* in, float* out) {
   } else {
     sync_block();
   }
-  if (threadIdx.x == 0) out[block] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  const float of_block_before = kVariant == Sum::kBlockOrder && block > 0 ? out[block - 1] : 0;
+  if (threadIdx.x == 0) out[block] = (sums[0] + sums[1]) + (sums[2] + sums[3]) + of_block_before;
 }
 
 // out[i] = in[from[i] % 32 of the warp], and lane 5's.
@@ -82,7 +83,17 @@ __global__ void mma_registers_kernel(const uint32_t* a, const uint32_t* b, const
 
 // out[i] = sum over steps of in[step][kThreads - 1 - i], by a pipeline of two stages: 4 floats a copy, so that the first
 // quarter of the block copies. The last step's copy is past the end: zeros.
-enum class Pipeline { kCorrect, kNoWait, kWaitTooFew, kNoBarrier, kCopyTooSoon, kUnfinished, kMisaligned, kOutside };
+enum class Pipeline {
+  kCorrect,
+  kNoWait,
+  kWaitTooFew,
+  kNoBarrier,
+  kCopyTooSoon,
+  kUnfinished,
+  kMisaligned,
+  kOutside,
+  kStoreTooSoon
+};
 template <Pipeline kVariant>
 __global__ void pipeline_kernel(const float* in, float* out, int steps) {
   float* stages = shared_memory<float>();
@@ -93,6 +104,7 @@ __global__ void pipeline_kernel(const float* in, float* out, int steps) {
     if (kVariant == Pipeline::kOutside) to += 2 * kThreads;
     if (i < kThreads / 4) copy_async_16(to, step < steps ? in + step * kThreads + 4 * i : in, step < steps);
     copy_async_commit();
+    if (kVariant == Pipeline::kStoreTooSoon && i < kThreads / 4) to[0] = 0;
   };
   float sum = 0;
   copy(0);
@@ -144,8 +156,8 @@ NF4_TEST_API int run_shift(int variant, const float* in, float* out, int by) {
 }
 NF4_TEST_API int run_sum(int variant, const float* in, float* out, int x, int y, int z) {
   constexpr decltype(&sum_kernel<Sum::kCorrect>) kKernels[] = {
-      sum_kernel<Sum::kCorrect>, sum_kernel<Sum::kDivergentShuffle>, sum_kernel<Sum::kDivergentBarrier>,
-      sum_kernel<Sum::kEarlyExit>, sum_kernel<Sum::kOtherBarrier>};
+      sum_kernel<Sum::kCorrect>,   sum_kernel<Sum::kDivergentShuffle>, sum_kernel<Sum::kDivergentBarrier>,
+      sum_kernel<Sum::kEarlyExit>, sum_kernel<Sum::kOtherBarrier>,     sum_kernel<Sum::kBlockOrder>};
   return launch(kKernels[variant], dim3(x, y, z), kThreads, 4 * 4, nullptr, in, out);
 }
 NF4_TEST_API int run_shuffle(const uint32_t* in, const int* from, uint32_t* out) {
@@ -165,7 +177,8 @@ NF4_TEST_API int run_pipeline(int variant, const float* in, float* out, int step
       pipeline_kernel<Pipeline::kCorrect>,     pipeline_kernel<Pipeline::kNoWait>,
       pipeline_kernel<Pipeline::kWaitTooFew>,  pipeline_kernel<Pipeline::kNoBarrier>,
       pipeline_kernel<Pipeline::kCopyTooSoon>, pipeline_kernel<Pipeline::kUnfinished>,
-      pipeline_kernel<Pipeline::kMisaligned>,  pipeline_kernel<Pipeline::kOutside>};
+      pipeline_kernel<Pipeline::kMisaligned>,  pipeline_kernel<Pipeline::kOutside>,
+      pipeline_kernel<Pipeline::kStoreTooSoon>};
   return launch(kKernels[variant], 1, kThreads, 2 * kThreads * 4, nullptr, in, out, steps);
 }
 NF4_TEST_API int run_read(int variant, int threads, int shared_bytes, const uint32_t* in, uint32_t* out) {

@@ -67,8 +67,10 @@ constexpr size_t kStackBytes = 256 << 10, kGuardBytes = 4096;
 constexpr size_t kArenaAlignment = 128;
 constexpr unsigned char kPoison = 0xff;  // NaN in every float type
 
+enum class Schedule { kAscending, kDescending, kRandom };
+
 struct Settings {
-  std::string schedule = "ascending";
+  Schedule schedule = Schedule::kAscending;
   unsigned seed = 0;
   bool copies_late = true;
   size_t shared_limit = 227 << 10;
@@ -206,12 +208,14 @@ std::string describe_threads() {
   return text;
 }
 
+bool same(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
+
 bool joins(Meeting& meeting, const Thread& thread) {
-  const bool same = meeting.arrived == 0 ||
-                    (std::strcmp(meeting.what, thread.waits_at) == 0 &&
-                     std::strcmp(meeting.site.file, thread.site.file) == 0 && meeting.site.line == thread.site.line);
+  const bool at_its_site =
+      meeting.arrived == 0 || (meeting.site.line == thread.site.line && same(meeting.site.file, thread.site.file) &&
+                               same(meeting.what, thread.waits_at));
   meeting = {thread.waits_at, thread.site, meeting.arrived + 1};
-  return same;
+  return at_its_site;
 }
 
 // Threads of one warp, or of one block at its barrier, that wait at different sites would wait for ever.
@@ -244,9 +248,9 @@ void redraw() {
 int next_thread() {
   const unsigned char* all = runnable.data();
   const size_t count = runnable.size();
-  bool upwards = settings.schedule == "ascending";
+  bool upwards = settings.schedule == Schedule::kAscending;
   size_t from = upwards ? 0 : count;
-  if (settings.schedule == "random") {
+  if (settings.schedule == Schedule::kRandom) {
     if (random_numbers() % 64 == 0) redraw();
     upwards = random_upwards;
     from = random_from;
@@ -420,9 +424,9 @@ cudaError_t run(const void* kernel, dim3 grid, int thread_count, size_t shared_b
   random_numbers.seed(settings.seed);
   redraw();
   const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
-  const uint64_t first = settings.schedule == "random" ? random_numbers() % blocks : 0;
+  const uint64_t first = settings.schedule == Schedule::kRandom ? random_numbers() % blocks : 0;
   for (uint64_t i = 0; i < blocks; ++i) {
-    const uint64_t block = settings.schedule == "descending" ? blocks - 1 - i : (first + i) % blocks;
+    const uint64_t block = settings.schedule == Schedule::kDescending ? blocks - 1 - i : (first + i) % blocks;
     blockIdx = {unsigned(block % grid.x), unsigned(block / grid.x % grid.y), unsigned(block / grid.x / grid.y)};
     if (run_block()) continue;
     last_error = "kernel " + name + ", block (" + describe(dim3(blockIdx.x, blockIdx.y, blockIdx.z)) + ")" + failure;
@@ -459,10 +463,10 @@ const char* cudaGetErrorString(cudaError_t error) {
 
 #define NF4_SIMT_API extern "C" __attribute__((visibility("default")))
 
-// schedule: ascending, descending or random; copies: late or early. Checked by the caller.
-NF4_SIMT_API void nf4_simt_set(const char* schedule, unsigned seed, const char* copies, size_t shared_limit) {
+// schedule: 0, 1 or 2 as in Schedule.
+NF4_SIMT_API void nf4_simt_set(int schedule, unsigned seed, bool copies_late, size_t shared_limit) {
   using namespace nf4::cuda::simt;
-  settings = {schedule, seed, std::strcmp(copies, "late") == 0, shared_limit};
+  settings = {Schedule(schedule), seed, copies_late, shared_limit};
 }
 
 NF4_SIMT_API const char* nf4_simt_last_error() { return nf4::cuda::simt::last_error.c_str(); }
