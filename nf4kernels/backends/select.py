@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 
 from .. import reference
-from ..ops import LIBRARY
+from ..ops import LIBRARY, SCHEMAS
 from . import native
 
-OPS = ("quantize", "quantize_absmax", "dequantize", "dequantize_out", "linear", "linear_dgrad", "lora_grad")
+OPS = tuple(schema.split("(")[0] for schema in SCHEMAS)
 
 
 @dataclass(frozen=True)
