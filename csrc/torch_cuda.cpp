@@ -13,7 +13,9 @@
 #include "cuda/kernels.h"
 #include "torch_checks.h"
 
-#ifndef NF4_SIMT
+#ifdef NF4_SIMT
+#define NF4_CUDA_ARCHITECTURES "the host executor"
+#else
 #include <dlfcn.h>
 #endif
 
@@ -69,7 +71,8 @@ struct Launch {
 #endif
 
 void check_launch(cudaError_t error, const Op& op) {
-  CHECK(error == cudaSuccess, op, ": the launch on ", op.place, " failed: ", cudaGetErrorString(error));
+  CHECK(error == cudaSuccess, op, ": the launch on ", op.place, " failed: ", cudaGetErrorString(error),
+        " (this library has kernels for ", NF4_CUDA_ARCHITECTURES, ")");
 }
 
 std::tuple<Tensor, Tensor> quantize(const Tensor& weight, const Tensor& code, int64_t block_size) {
@@ -151,6 +154,22 @@ void dequantize_out(const Tensor& packed, const Tensor& absmax, const OptionalTe
 }
 
 }  // namespace
+
+#ifndef NF4_SIMT
+// For nf4kernels/backends/native.py.
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// Separated by spaces: 80 for sm_80, 90a, 120+PTX if newer devices can compile it.
+EXPORT const char* nf4kernels_cuda_architectures() { return NF4_CUDA_ARCHITECTURES; }
+
+// CUDA versions as 1000 * major + 10 * minor: the one this was built with, and the newest that the driver knows (0: no
+// driver). Neither touches a device.
+EXPORT int nf4kernels_cuda_version() { return CUDART_VERSION; }
+EXPORT int nf4kernels_cuda_driver_version() {
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
+#endif
 
 #ifdef NF4_SIMT
 STABLE_TORCH_LIBRARY_IMPL(nf4kernels_simt, CPU, library) {

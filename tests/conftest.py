@@ -96,7 +96,8 @@ def gpu():
     """The CUDA ops on a GPU."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device: the kernels ran on the host executor only")
-    implementation, reason = backend_info().devices["cuda"]
+    devices = backend_info().devices
+    implementation, reason = devices.get("cuda") or devices["cuda:0"]
     if not implementation.startswith("native"):
         pytest.skip(f"no CUDA kernels for this device: {reason}")
     yield simt_ops.CudaOps(torch.ops.nf4kernels, "cuda", None)
