@@ -102,11 +102,9 @@ class Kernel:
         return dict(zip(words[::2], map(int, words[1::2])))
 
 
-# Weights a byte of the streamed loads, by kernel and element type; with tensor cores fragments are counted instead.
-WEIGHTS_A_BYTE = {
-    "quantize_kernel": {"float": 1 / 4, "BFloat16": 1 / 2, "Float16": 1 / 2},
-    "dequantize_kernel": {"float": 1, "BFloat16": 2, "Float16": 2},  # of 4 bytes fp32 takes half: 16 bytes of output
-}
+# Weights a byte of dequantize's streamed loads: of 4 bytes fp32 takes half, for 16 bytes of output. With tensor cores
+# fragments are counted instead. quantize has several loops one after the other: no figure a weight.
+DEQUANTIZE_WEIGHTS_A_BYTE = {"float": 1, "BFloat16": 2, "Float16": 2}
 
 
 def tool(name: str, package: str | None = None) -> str:
@@ -128,7 +126,7 @@ def tool(name: str, package: str | None = None) -> str:
 
 
 def nvcc_version() -> str:
-    return re.search(r"release (\d+\.\d+)", _output(tool("nvcc"), "--version"))[1]
+    return re.search(r"release (\d+\.\d+)", output(tool("nvcc"), "--version"))[1]
 
 
 def kernels_of(cubins: Iterable[Path]) -> list[Kernel]:
@@ -137,7 +135,7 @@ def kernels_of(cubins: Iterable[Path]) -> list[Kernel]:
     environment = os.environ | {"NVDISASM_PATH": str(Path(tool("nvdisasm", "nvidia-cuda-nvdisasm")).parent)}
 
     def read(cubin: Path) -> list[Kernel]:
-        text = _output(cuobjdump, "-res-usage", "-sass", str(cubin), env=environment)
+        text = output(cuobjdump, "-res-usage", "-sass", str(cubin), env=environment)
         compiler = re.search(rb"Cuda compilation tools, release (\d+\.\d+)", cubin.read_bytes())
         return list(parse(text, compiler[1].decode() if compiler else "unknown"))
 
@@ -151,7 +149,7 @@ def kernels_of(cubins: Iterable[Path]) -> list[Kernel]:
 def kernels_in_library(library: Path = LIBRARY) -> list[Kernel]:
     cuobjdump = tool("cuobjdump", "nvidia-cuda-cuobjdump")
     with tempfile.TemporaryDirectory() as folder:
-        _output(cuobjdump, "-xelf", "all", str(library.resolve()), cwd=folder)
+        output(cuobjdump, "-xelf", "all", str(library.resolve()), cwd=folder)
         return kernels_of(sorted(Path(folder).glob("*.cubin")))
 
 
@@ -164,7 +162,7 @@ def kernels_compiled(architectures: Iterable[str], folder: Path) -> list[Kernel]
     def compile_one(job: tuple[Path, str]) -> Path:
         source, arch = job
         cubin = folder / f"{source.stem}.sm_{arch}.cubin"
-        _output(nvcc, *NVCC_FLAGS, "-cubin", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-o", str(cubin), source)
+        output(nvcc, *NVCC_FLAGS, "-cubin", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-o", str(cubin), source)
         return cubin
 
     jobs = [(source, arch) for arch in architectures for source in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
@@ -197,7 +195,7 @@ def readable(symbols: list[str]) -> list[str]:
     """Demangled, without return type, parameters and the namespaces that all kernels are in."""
     if not symbols:
         return []
-    names = _output("c++filt", input="\n".join(symbols)).splitlines()
+    names = output("c++filt", input="\n".join(symbols)).splitlines()
     return [_short(name) for name in names]
 
 
@@ -243,8 +241,8 @@ def _is_inside(inner: list[Instruction], outer: list[Instruction]) -> bool:
 def weights_in(kernel: str, loop: list[Instruction]) -> int:
     """Weights a thread handles in one pass: the weights are the A operand of every product."""
     name, _, arguments = kernel.partition("<")
-    if name in WEIGHTS_A_BYTE:
-        a_byte = WEIGHTS_A_BYTE[name][re.match(r"\w+", arguments)[0]]
+    if name == "dequantize_kernel":
+        a_byte = DEQUANTIZE_WEIGHTS_A_BYTE[re.match(r"\w+", arguments)[0]]
         return round(sum(i.bits for i in loop if i.is_streamed_load) / 8 * a_byte)
     if not name.startswith("linear"):
         return 0  # products without a weight
@@ -318,7 +316,7 @@ def table(kernels: Iterable[Kernel]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
 
 
-def _output(*command, input: str | None = None, cwd: str | None = None, env: dict | None = None) -> str:
+def output(*command, input: str | None = None, cwd: str | None = None, env: dict | None = None) -> str:
     done = subprocess.run(command, input=input, cwd=cwd, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))} ended with {done.returncode}:\n{done.stderr}")
