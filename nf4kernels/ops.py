@@ -18,28 +18,26 @@ WEIGHT = (
 )
 RANGE = "SymInt row_begin, SymInt row_end, SymInt col_begin, SymInt col_end"
 
-# weight [N, K] fp32, bf16 or fp16 -> packed uint8, absmax fp32. A block with NaN or inf gets a NaN absmax.
-LIBRARY.define("quantize(Tensor weight, Tensor code, int block_size) -> (Tensor packed, Tensor absmax)")
-# absmax fp32 -> absmax uint8 of the same shape, scale_absmax fp32 [ceil(blocks/256)], scale_offset fp32 [].
-LIBRARY.define(
+SCHEMAS = (
+    # weight [N, K] fp32, bf16 or fp16 -> packed uint8, absmax fp32. A block with NaN or inf gets a NaN absmax.
+    "quantize(Tensor weight, Tensor code, int block_size) -> (Tensor packed, Tensor absmax)",
+    # absmax fp32 -> absmax uint8 of the same shape, scale_absmax fp32 [ceil(blocks/256)], scale_offset fp32 [].
     "quantize_absmax(Tensor absmax, Tensor scale_code, bool scale_is_e4m3)"
-    " -> (Tensor absmax, Tensor scale_absmax, Tensor scale_offset)"
+    " -> (Tensor absmax, Tensor scale_absmax, Tensor scale_offset)",
+    # Ŵ[row_begin:row_end, col_begin:col_end] as a new contiguous tensor of dtype.
+    f"dequantize({WEIGHT}, {RANGE}, ScalarType dtype) -> Tensor",
+    # The same into out, whose shape is the range's and whose last dimension is contiguous.
+    f"dequantize_out({WEIGHT}, {RANGE}, Tensor(a!) out) -> ()",
+    # y[..., N] = x[..., K] @ Ŵ.T + scaling * lora_P[M, r] @ lora_B[N, r].T + bias, in x's dtype; summed in fp32. M rows
+    # of lora_P as of x, whatever their leading dimensions; both factors contiguous and in x's dtype.
+    f"linear(Tensor x, {WEIGHT}, Tensor? bias, Tensor? lora_P=None, Tensor? lora_B=None, float scaling=1.0) -> Tensor",
+    # dx[..., K] = dy[..., N] @ Ŵ + scaling * lora_Q[M, r] @ lora_A[r, K], in dy's dtype; summed in fp32.
+    f"linear_dgrad(Tensor dy, {WEIGHT}, Tensor? lora_Q=None, Tensor? lora_A=None, float scaling=1.0) -> Tensor",
+    # scaling * small[M, r].T @ wide[..., C] as a new [r, C] (transposed: [C, r]) of dtype; fp32 sums, rounded once.
+    "lora_grad(Tensor small, Tensor wide, float scaling, ScalarType dtype, bool transposed=False) -> Tensor",
 )
-# Ŵ[row_begin:row_end, col_begin:col_end] as a new contiguous tensor of dtype.
-LIBRARY.define(f"dequantize({WEIGHT}, {RANGE}, ScalarType dtype) -> Tensor")
-# The same into out, whose shape is the range's and whose last dimension is contiguous.
-LIBRARY.define(f"dequantize_out({WEIGHT}, {RANGE}, Tensor(a!) out) -> ()")
-# y[..., N] = x[..., K] @ Ŵ.T + scaling * lora_P[M, r] @ lora_B[N, r].T + bias, in x's dtype; summed in fp32. M rows of
-# lora_P as of x, whatever their leading dimensions; both factors contiguous and in x's dtype.
-LIBRARY.define(
-    f"linear(Tensor x, {WEIGHT}, Tensor? bias, Tensor? lora_P=None, Tensor? lora_B=None, float scaling=1.0) -> Tensor"
-)
-# dx[..., K] = dy[..., N] @ Ŵ + scaling * lora_Q[M, r] @ lora_A[r, K], in dy's dtype; summed in fp32.
-LIBRARY.define(
-    f"linear_dgrad(Tensor dy, {WEIGHT}, Tensor? lora_Q=None, Tensor? lora_A=None, float scaling=1.0) -> Tensor"
-)
-# scaling * small[M, r].T @ wide[..., C] as a new [r, C] (transposed: [C, r]) of dtype; summed in fp32, rounded once.
-LIBRARY.define("lora_grad(Tensor small, Tensor wide, float scaling, ScalarType dtype, bool transposed=False) -> Tensor")
+for _schema in SCHEMAS:
+    LIBRARY.define(_schema)
 
 
 def _check_devices(op: str, *tensors: Tensor | None) -> None:

@@ -1,4 +1,4 @@
-"""What surrounds every test: poisoned allocations, a seed, and the forced instruction sets.
+"""What surrounds every test: poisoned allocations, a seed, the forced instruction sets, and the CUDA ops.
 
 Poison: while a test runs, every allocation by torch, in Python or C++, is filled with NaN (integers: all ones), so that
 an element which no kernel wrote shows every time. A kernel's own malloc is poisoned in `test_memory.py`.
@@ -6,14 +6,21 @@ an element which no kernel wrote shows every time. A kernel's own malloc is pois
 
 import logging
 import os
+import platform
+import shutil
 
 # Read when torch loads OpenMP. Threads that spin while they wait make a test 200 times slower on a loaded machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Without it torch refuses cuBLAS while its algorithms are to be deterministic, as they are in every test.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import cases
 import hypothesis
 import pytest
+import simt_ops
 import torch
+
+from nf4kernels.backends.select import backend_info
 
 # The same examples on every run and machine; `--hypothesis-profile=explore` draws new ones. The isa fixture stays the
 # same over all examples of a test, which is what the suppressed check warns about.
@@ -66,3 +73,38 @@ def native_library():
     if cases.LIBRARY is None:
         pytest.skip("needs the native library, and nf4kernels/_cpu.abi3.so was not built")
     return cases.LIBRARY
+
+
+@pytest.fixture(scope="session")
+def simt_executor():
+    if platform.machine() != "x86_64" or shutil.which(simt_ops.build.CXX) is None:
+        pytest.skip(f"the host executor needs an x86-64 machine with a C++ compiler ({simt_ops.build.CXX})")
+    return simt_ops.load()
+
+
+@pytest.fixture
+def simt(simt_executor):
+    """The CUDA ops on the host executor, for a test that means nothing on a GPU."""
+    simt_executor.set()
+    simt_executor.reset()
+    yield simt_ops.CudaOps(getattr(torch.ops, simt_ops.NAMESPACE), "cpu", simt_executor)
+    simt_executor.set()
+
+
+@pytest.fixture
+def gpu():
+    """The CUDA ops on a GPU."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device: the kernels ran on the host executor only")
+    devices = backend_info().devices
+    implementation, reason = devices.get("cuda") or devices["cuda:0"]
+    if not implementation.startswith("native"):
+        pytest.skip(f"no CUDA kernels for this device: {reason}")
+    yield simt_ops.CudaOps(torch.ops.nf4kernels, "cuda", None)
+    torch.cuda.synchronize()  # an error of a kernel belongs to the test that launched it
+
+
+@pytest.fixture(params=["simt", "cuda"])
+def cuda_ops(request):
+    """The CUDA ops, on the host executor and on a GPU in turn."""
+    return request.getfixturevalue("simt" if request.param == "simt" else "gpu")

@@ -2,7 +2,13 @@
 // for nothing, so that it can be captured in a graph.
 #pragma once
 
+#if defined(__CUDACC__) || defined(NF4_SIMT)
 #include "device.cuh"
+#else  // the binding, which a host compiler compiles
+#include <cuda_runtime_api.h>
+
+#include "../format.h"
+#endif
 
 namespace nf4::cuda {
 

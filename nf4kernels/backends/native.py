@@ -1,4 +1,4 @@
-"""Loads the compiled libraries and asks the CPU one which instruction set it runs."""
+"""Loads the compiled libraries, and asks them what they can run here."""
 
 import ctypes
 import os
@@ -11,6 +11,8 @@ import torch
 CPU_LIBRARY = Path(__file__).parent.parent / "_cpu.abi3.so"
 ISA_VARIABLE = "NF4KERNELS_CPU_ISA"
 NOT_BUILT = f"{CPU_LIBRARY.name} was not built (no C++ compiler at install time?)"
+CUDA_LIBRARY = Path(__file__).parent.parent / "_cuda.abi3.so"
+CUDA_VARIABLE = "NF4KERNELS_CUDA"
 
 
 class CpuLibrary:
@@ -68,3 +70,64 @@ def load_cpu() -> CpuLibrary | None:
         library.force_isa(forced)
         library.reason = f"forced by {ISA_VARIABLE}"
     return library
+
+
+class CudaLibrary:
+    """The loaded CUDA library; loading it registers its ops for CUDA tensors and touches no device."""
+
+    def __init__(self, path: Path) -> None:
+        torch.ops.load_library(path)
+        library = ctypes.CDLL(str(path))
+        library.nf4kernels_cuda_architectures.restype = ctypes.c_char_p
+        self.architectures: list[str] = library.nf4kernels_cuda_architectures().decode().split()
+        self.version: int = library.nf4kernels_cuda_version()
+        self._driver_version = library.nf4kernels_cuda_driver_version
+
+    def code_for(self, capability: tuple[int, int]) -> tuple[str | None, str]:
+        """What a device of this compute capability runs, as "sm_86", or None; and why not."""
+        driver = self._driver_version()
+        if driver // 1000 < self.version // 1000:
+            made, found = (f"{version // 1000}.{version % 1000 // 10}" for version in (self.version, driver))
+            return None, f"the library was built with CUDA {made}, the driver is for CUDA {found}"
+        code = code_for(capability, self.architectures)
+        if code is not None:
+            return code, ""
+        device = "sm_{}{}".format(*capability)
+        if capability < (8, 0):
+            return None, f"this device is {device}, and the kernels need sm_80"
+        return None, f"this device is {device}, and the library has code for {' '.join(self.architectures)}"
+
+
+def code_for(capability: tuple[int, int], architectures: list[str]) -> str | None:
+    """Which of these ("86", "90a", "120+PTX") a device runs, as "sm_86"; None if none.
+
+    Machine code runs on its own minor version and later ones of the same major version, with an "a" on its own device
+    alone; PTX is compiled on any newer device.
+    """
+    machine, ptx = [], []
+    for name in architectures:
+        number = name.removesuffix("+PTX")
+        version, own_device = divmod(int(number.rstrip("af")), 10), number.endswith("a")
+        if version == capability or (version[0] == capability[0] and version < capability and not own_device):
+            machine.append((version, f"sm_{number}"))
+        if name.endswith("+PTX") and version < capability and not own_device:
+            ptx.append((version, f"sm_{number} by PTX"))
+    return max(machine or ptx)[1] if machine or ptx else None
+
+
+def load_cuda() -> tuple[CudaLibrary | None, str]:
+    """The CUDA library where torch has CUDA, else None; and why it was not loaded.
+
+    Raises:
+        ValueError: NF4KERNELS_CUDA is neither unset nor 0. OSError: the library does not load.
+    """
+    wish = os.environ.get(CUDA_VARIABLE)
+    if wish not in (None, "0"):
+        raise ValueError(f"nf4kernels: {CUDA_VARIABLE} must be 0 (no CUDA kernels) or unset, got {wish}")
+    if wish == "0":
+        return None, f"{CUDA_VARIABLE}=0"
+    if not CUDA_LIBRARY.exists():
+        return None, f"{CUDA_LIBRARY.name} was not built (no nvcc at install time?)"
+    if torch.version.cuda is None:
+        return None, "this torch has no CUDA"
+    return CudaLibrary(CUDA_LIBRARY), ""

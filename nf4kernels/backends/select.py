@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 
 from .. import reference
-from ..ops import LIBRARY
+from ..ops import LIBRARY, SCHEMAS
 from . import native
 
-OPS = ("quantize", "quantize_absmax", "dequantize", "dequantize_out", "linear", "linear_dgrad", "lora_grad")
+OPS = tuple(schema.split("(")[0] for schema in SCHEMAS)
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ for _name in OPS:
     LIBRARY.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
 
 CPU_LIBRARY = native.load_cpu()
+CUDA_LIBRARY, _NO_CUDA_LIBRARY = native.load_cuda()
 
 
 def backend_info() -> BackendInfo:
@@ -41,9 +42,20 @@ def backend_info() -> BackendInfo:
         devices = {"cpu": ("reference (plain PyTorch)", native.NOT_BUILT)}
     else:
         devices = {"cpu": (f"native {CPU_LIBRARY.isa}", CPU_LIBRARY.reason)}
-    if torch.cuda.is_available():
-        devices["cuda"] = ("reference (plain PyTorch)", "no CUDA kernels in this version")
-    else:
-        devices["cuda"] = ("none", "torch sees no CUDA device")
     isas = [] if CPU_LIBRARY is None else CPU_LIBRARY.isas
-    return BackendInfo(devices, isas, torch.get_num_threads(), torch.__version__)
+    return BackendInfo(devices | _cuda_devices(), isas, torch.get_num_threads(), torch.__version__)
+
+
+def _cuda_devices() -> dict[str, tuple[str, str]]:
+    """One row for all CUDA devices, or one each where they differ."""
+    if not torch.cuda.is_available():
+        reason = "torch has no CUDA" if torch.version.cuda is None else "torch sees no CUDA device"
+        return {"cuda": ("none", reason)}
+    if CUDA_LIBRARY is None:
+        return {"cuda": ("reference (plain PyTorch)", _NO_CUDA_LIBRARY)}
+    rows = {}
+    for i in range(torch.cuda.device_count()):
+        code, why_not = CUDA_LIBRARY.code_for(torch.cuda.get_device_capability(i))
+        without = f"{why_not}; with {native.CUDA_VARIABLE}=0 the reference would run"
+        rows[f"cuda:{i}"] = ("none", without) if code is None else (f"native {code}", torch.cuda.get_device_name(i))
+    return {"cuda": rows["cuda:0"]} if len(set(rows.values())) == 1 else rows

@@ -1,0 +1,66 @@
+"""The CUDA half on a CPU: its kernels, launchers and binding as torch.ops.nf4kernels_simt, and where tests call it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from simt import build
+from simt.executor import SETTINGS, Executor, Launch
+from torch.utils import cpp_extension
+
+from nf4kernels import ops
+
+ROOT = Path(__file__).parent.parent
+NAMESPACE = "nf4kernels_simt"
+
+
+def load(asan: bool = False) -> Executor:
+    """Builds csrc/cuda and its binding for the host executor, and registers the ops for CPU tensors: once a process.
+
+    With asan under AddressSanitizer, which the process must have been started with: `simt.build.asan_environment`.
+    """
+    sources = [*sorted(ROOT.glob("csrc/cuda/*.cu")), ROOT / "csrc/torch_cuda.cpp"]
+    flags = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    flags += [f"-isystem{path}" for path in cpp_extension.include_paths()]
+    link = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch", "-ltorch_cpu", "-lc10"]
+    path = build.build("torch_cuda", sources, flags, link, asan)
+    library = torch.library.Library(NAMESPACE, "DEF")
+    for schema in ops.SCHEMAS:
+        library.define(schema)
+    torch.ops.load_library(path)
+    executor = Executor(path)
+    executor.schemas = library  # they live as long as this object
+    return executor
+
+
+@dataclass(frozen=True)
+class CudaOps:
+    """The CUDA ops, on the host executor or on a GPU."""
+
+    ops: object  # as torch.ops.nf4kernels
+    device: str
+    executor: Executor | None  # None on a GPU
+
+    def move(self, arguments: tuple) -> list:
+        """An op's arguments with their tensors on the device."""
+        return [a.to(self.device) if isinstance(a, torch.Tensor) else a for a in arguments]
+
+    def set(self, **settings) -> None:
+        """`Executor.set`, until the end of the test; nothing on a GPU."""
+        if self.executor is not None:
+            self.executor.set(**settings)
+
+    def settings(self) -> Iterator[tuple[str, str]]:
+        """Sets each schedule with each mode of copying in turn, and then the usual one; on a GPU one turn."""
+        if self.executor is None:
+            yield "device", "device"
+            return
+        for schedule, copies in SETTINGS:
+            self.executor.set(schedule, copies)
+            yield schedule, copies
+        self.executor.set()
+
+    def launches(self) -> list[Launch] | None:
+        """The kernels that ran since the test began, by name; None on a GPU, which keeps no list."""
+        return None if self.executor is None else self.executor.launches()
