@@ -1,4 +1,4 @@
-"""dequantize and dequantize_out in CUDA, bit for bit the reference: on the host executor and, where there is one, a GPU."""
+"""dequantize and dequantize_out in CUDA, bit for bit the reference, on the host executor and a GPU."""
 
 import cases
 import pytest

@@ -1,4 +1,4 @@
-"""quantize and quantize_absmax in CUDA, bit for bit the reference: on the host executor and, where there is one, a GPU."""
+"""quantize and quantize_absmax in CUDA, bit for bit the reference, on the host executor and a GPU."""
 
 import ctypes
 import mmap
@@ -234,7 +234,8 @@ extern "C" __attribute__((visibility("default"))) int far_quantize_absmax(
     int64_t superblock) {
   using namespace nf4::cuda;
   const QuantizeAbsmaxArgs args{absmax, blocks, nullptr, true, sums, quantized, scale_absmax, offset};
-  const auto error = launch(far_sums_kernel, dim3(1), kThreads, kWarps * kPitch * sizeof(float), nullptr, args, superblock);
+  const size_t bytes = kWarps * kPitch * sizeof(float);
+  const auto error = launch(far_sums_kernel, dim3(1), kThreads, bytes, nullptr, args, superblock);
   return error ? error : launch(far_codes_kernel, dim3(1), 32, 0, nullptr, args, superblock);
 }
 """
