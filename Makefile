@@ -4,6 +4,7 @@
 #   make bench       every op and a whole model beside their peers: about ten minutes
 #   make bench-micro     what a call costs on small layers
 #   make bench-compare BASE=main     this working tree against another version, in turns
+#   make gpu         on a machine with an NVIDIA GPU, by its own python: build, test, check and measure; nine minutes
 
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
@@ -12,7 +13,7 @@ BIN    := $(VENV)/bin
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 BUILD  := pyproject.toml setup.py $(CXX_FILES)
 
-.PHONY: demo test lint bench bench-micro bench-compare clean
+.PHONY: demo test lint bench bench-micro bench-compare gpu clean
 .SECONDARY:
 
 # Threads that wait for others spin; on a busy machine that is 20 times slower, so let them sleep soon.
@@ -32,6 +33,10 @@ bench-micro: $(VENV)/.installed-bench
 
 bench-compare: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks.compare $(or $(BASE),$(error say which version: make bench-compare BASE=main))
+
+# By the machine's own python: its torch knows CUDA, and there may be no network to make a .venv from.
+gpu:
+	$(PYTHON) benchmarks/gpu.py
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .

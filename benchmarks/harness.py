@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -42,6 +43,7 @@ class Row:
     tokens: int | None = None  # that one call processes, of a model
     peak_mib: dict[str, float] = field(default_factory=dict)
     others: float | None = None  # cores that other processes kept busy meanwhile
+    predicted_ms: float | None = None  # ours, by `gpu_predictions`
 
     def __str__(self) -> str:
         what = f"{self.op:16} {self.shape:12} {self.M or '':>4} {self.threads:>2}t {self.cache:3}"
@@ -155,7 +157,27 @@ def alternate(
             run()
             took = clock() - start
         calls[name], warming[name] = max(1, round(0.005 / max(took, 1e-6))), warm and took < 0.02
-    names = list(sides)
+
+    def sample(name: str) -> float:
+        run = sides[name]
+        if warming[name]:
+            run()
+        start = clock()
+        for _ in range(calls[name]):
+            run()
+        return (clock() - start) / calls[name] * 1e3
+
+    return take_turns({name: partial(sample, name) for name in sides}, seconds, most, clock)
+
+
+def take_turns(
+    samplers: dict[str, Callable[[], float]],
+    seconds: float,
+    most: int = MOST_ROUNDS,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """What each side's sampler returned in each round; rounds as `alternate` has them."""
+    names = list(samplers)
     samples: dict[str, list[float]] = {name: [] for name in names}
     deadline = clock() + seconds
     for done in range(most):
@@ -163,13 +185,7 @@ def alternate(
             break
         first = done % len(names)
         for name in names[first:] + names[:first]:
-            run = sides[name]
-            if warming[name]:
-                run()
-            start = clock()
-            for _ in range(calls[name]):
-                run()
-            samples[name].append((clock() - start) / calls[name] * 1e3)
+            samples[name].append(samplers[name]())
     return samples
 
 

@@ -12,10 +12,15 @@ SHAPES = tuple(f"{N}x{K}" for N, K in FOCUS)
 
 
 def draw(rows: list[Row], about: dict[str, str], csv_path: Path) -> list[Path]:
-    """The pictures beside the CSV, as far as there are rows for them."""
+    """The pictures of a CPU's run beside its CSV."""
     threads = max(row.threads for row in rows)
     chosen = [row for row in rows if row.threads == threads and row.cache == "out" and row.shape in SHAPES]
-    where = f"{about['machine']}; {threads} threads; so many weights in turn that no cache holds them"
+    return draw_rows(chosen, f"{about['machine']}; {threads} threads", csv_path)
+
+
+def draw_rows(chosen: list[Row], machine: str, csv_path: Path) -> list[Path]:
+    """Two pictures beside the CSV, as far as there are rows for them."""
+    where = f"{machine}; so many weights in turn that no cache holds them"
     pictures = []
     for kind, figure in (("speed", _speed(chosen, where)), ("floor", _floor(chosen, where))):
         if figure is not None:
@@ -37,7 +42,7 @@ def _speed(rows: list[Row], where: str):
     """One panel an op and shape: speed-up over dense bf16 against M."""
     from matplotlib.figure import Figure
 
-    ops = [op for op in ("linear", "linear + dgrad", "lora step") if any(row.op == op for row in rows)]
+    ops = [op for op in ("linear", "linear_dgrad", "linear + dgrad", "lora step") if any(row.op == op for row in rows)]
     if not ops:
         return None
     shapes = _shapes_of(rows)
@@ -62,7 +67,7 @@ def _speed(rows: list[Row], where: str):
 
 
 def _speed_panel(axes, rows: list[Row]) -> None:
-    for side in (OURS, BNB, BNB_DQ):
+    for side in [side for side in MARKERS if all(side in row.ms for row in rows)]:
         speed = [row.ratios[DENSE][1] if side == OURS else row.ms[DENSE] / row.ms[side] for row in rows]
         style = {"color": COLORS[side], "marker": MARKERS[side], "label": side, "markersize": 5}
         front = side == OURS
@@ -78,7 +83,7 @@ def _speed_panel(axes, rows: list[Row]) -> None:
 
 
 def _shapes_of(rows: list[Row]) -> list[str]:
-    return [shape for shape in SHAPES if any(row.shape == shape for row in rows)]
+    return list(dict.fromkeys(row.shape for row in rows))
 
 
 def _floor(rows: list[Row], where: str):

@@ -23,6 +23,7 @@ OP_ORDER = (
 FIGURES = (
     "op", "shape", "M", "threads", "cache", "side", "ms", "ours_is_faster_by", "p20", "p80",
     "floor_ms", "share_of_floor", "share_p20", "share_p80", "tokens", "tokens_per_s", "peak_mib", "other_cores",
+    "predicted_ms",
 )  # fmt: skip
 
 
@@ -49,6 +50,8 @@ def write_csv(path: Path, rows: Iterable[Row], about: dict[str, str]) -> None:
                     line |= {"tokens": row.tokens, "tokens_per_s": f"{row.tokens / ms * 1e3:.5g}"}
                 if side in row.peak_mib:
                     line["peak_mib"] = f"{row.peak_mib[side]:.0f}"
+                if side == OURS and row.predicted_ms is not None:
+                    line["predicted_ms"] = f"{row.predicted_ms:.5g}"
                 if row.others is not None:
                     line["other_cores"] = f"{row.others:.2f}"
                 writer.writerow(line | about)
@@ -75,6 +78,8 @@ def read_csv(path: Path) -> tuple[list[Row], dict[str, str]]:
                 row.tokens = int(line["tokens"])
             if line["other_cores"]:
                 row.others = float(line["other_cores"])
+            if line.get("predicted_ms"):
+                row.predicted_ms = float(line["predicted_ms"])
             if line["peak_mib"]:
                 row.peak_mib[side] = float(line["peak_mib"])
     return list(rows.values()), about

@@ -6,10 +6,16 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include <algorithm>
+#include <array>
+#include <atomic>
 #include <cstdint>
+#include <iterator>
 #include <optional>
+#include <string_view>
 #include <tuple>
+#include <vector>
 
+#include "cuda/choose.h"
 #include "cuda/kernels.h"
 #include "torch_checks.h"
 
@@ -43,6 +49,12 @@ struct Launch {
   cudaStream_t stream = nullptr;
 };
 
+struct Device {
+  int arch = 90, multiprocessors = 4;
+};
+Device simulated;  // what the choice of kernels sees
+Device device_of(const Op&) { return simulated; }
+
 #else
 
 // torch's current stream of a device. The function is in libtorch_cuda, which a torch without CUDA does not have: looked
@@ -67,6 +79,20 @@ struct Launch {
   torch::stable::accelerator::DeviceGuard guard;
   cudaStream_t stream;
 };
+
+struct Device {
+  int arch, multiprocessors;
+};
+Device device_of(const Op& op) {
+  const auto attribute = [&](cudaDeviceAttr name) {
+    int value;
+    const cudaError_t error = cudaDeviceGetAttribute(&value, name, op.place.index);
+    CHECK(error == cudaSuccess, op, ": ", op.place, " does not tell what it is: ", cudaGetErrorString(error));
+    return value;
+  };
+  return {10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor),
+          attribute(cudaDevAttrMultiProcessorCount)};
+}
 
 #endif
 
@@ -153,6 +179,222 @@ void dequantize_out(const Tensor& packed, const Tensor& absmax, const OptionalTe
   dequantize_into(w, range, dtype, out, stride, Launch(op), op);
 }
 
+// --- Products ---
+
+std::atomic<int> forced_path{-1};  // of cuda::Path; -1: choose.h decides
+
+// linear: in x [M, K], out [M, N]. linear_dgrad: in dY [M, N], out dX [M, K].
+struct Product {
+  Op op;
+  bool dgrad;
+  Tensor in, out;
+  OptionalTensor bias;
+  LowRank low_rank;
+  int64_t depth, columns;
+  nf4::cuda::ProductArgs args;
+};
+
+bool is_aligned(std::initializer_list<const void*> pointers) {
+  return std::all_of(pointers.begin(), pointers.end(), [](const void* p) { return uintptr_t(p) % 16 == 0; });
+}
+
+nf4::cuda::Choice choice_for(const Product& product) {
+  const nf4::cuda::ProductArgs& args = product.args;
+  const Device device = device_of(product.op);
+  nf4::cuda::Problem problem{};
+  problem.dgrad = product.dgrad;
+  problem.dtype = args.dtype;
+  problem.M = args.M;
+  problem.N = args.weight.N;
+  problem.K = args.weight.K;
+  problem.whole_codes = nf4::has_whole_codes(args.weight);
+  problem.aligned =
+      is_aligned({args.x, args.weight.packed, args.bias, args.out, args.low_rank_x, args.low_rank_factor});
+  problem.arch = device.arch;
+  problem.multiprocessors = device.multiprocessors;
+  const int forced = forced_path;
+  if (forced < 0) return nf4::cuda::choose(problem);
+  const auto path = nf4::cuda::Path(forced);
+  const char* obstacle = nf4::cuda::obstacle(problem, path);
+  CHECK(obstacle == nullptr, product.op, ": the forced kernel ", nf4::cuda::kPathNames[forced],
+        " cannot run this: ", obstacle);
+  return {path, nf4::cuda::splits_of(problem, path), "forced"};
+}
+
+// One of csrc/cuda's kernels, a million rows at a time: a grid has at most 65,535 blocks in y.
+void multiply_fused(const Product& product, const nf4::cuda::Choice& choice, const Launch& launch) {
+  using nf4::cuda::Path;
+  constexpr int64_t kMostRows = 1 << 20;
+  const auto run = choice.path == Path::kSmall ? nf4::cuda::linear_small
+                   : choice.path == Path::kTiled
+                       ? (product.dgrad ? nf4::cuda::linear_dgrad_tiled : nf4::cuda::linear_tiled)
+                       : (product.dgrad ? nf4::cuda::linear_dgrad_any : nf4::cuda::linear_any);
+  nf4::cuda::ProductArgs args = product.args;
+  const int64_t rows = args.M, bytes = int64_t(element_bytes(args.dtype));
+  args.splits = choice.splits;
+  OptionalTensor partial;
+  if (args.splits > 1) {
+    partial = new_empty(product.in, {args.splits, std::min(rows, kMostRows), product.columns}, ScalarType::Float);
+    args.partial = static_cast<float*>(partial->mutable_data_ptr());
+  }
+  for (int64_t m = 0; m < rows; m += kMostRows) {
+    args.M = std::min(rows - m, kMostRows);
+    args.x = static_cast<const char*>(product.args.x) + m * product.depth * bytes;
+    args.out = static_cast<char*>(product.args.out) + m * product.columns * bytes;
+    if (args.rank > 0) args.low_rank_x = static_cast<const char*>(product.args.low_rank_x) + m * args.rank * bytes;
+    check_launch(run(args, launch.stream), product.op);
+    if (args.splits == 1) continue;
+    const nf4::cuda::ReduceArgs reduce{args.partial, args.splits, args.M, product.columns, 1.f, args.bias,
+                                       args.dtype,   args.out,    false};
+    check_launch(nf4::cuda::reduce_splits(reduce, launch.stream), product.op);
+  }
+}
+
+// torch's own product, out = a @ b (mm) or a @ b^T + bias (linear).
+void torch_mm(const Tensor& a, const Tensor& b, const Tensor& out) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
+                                    torch::stable::detail::from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  (void)torch::stable::detail::to<Tensor>(stack[0]);  // takes the returned reference
+}
+void torch_linear(const Tensor& a, const Tensor& b, const OptionalTensor& bias, const Tensor& out) {
+  std::array<StableIValue, 4> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
+                                    torch::stable::detail::from(bias), torch::stable::detail::from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
+  (void)torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+Tensor part(Tensor whole, int64_t dim, int64_t begin, int64_t count) {
+  return torch::stable::narrow(whole, dim, begin, count);
+}
+void copy(Tensor to, const Tensor& from) { torch::stable::copy_(to, from); }
+void zero(Tensor to) { torch::stable::zero_(to); }
+
+// A panel of Ŵ at a time, in memory that every panel reuses, and torch's product with it: rows of Ŵ for linear, columns
+// for linear_dgrad, so that each panel gives whole columns of out. LoRA's term is more of the contraction: [in | s P]
+// times [Ŵ | B], or [in | s Q] times [Ŵ ; A], with zeros up to a multiple of 8, which cuBLAS wants for its fast kernels.
+void multiply_panels(const Product& product, const Launch& launch) {
+  constexpr int64_t kPanelBytes = 24 << 20;  // stays in the L2 of an A100 and later
+  const auto& args = product.args;
+  const int64_t extra = ceil_div(args.rank, 8) * 8, depth = product.depth + extra;
+  const ScalarType type = product.in.scalar_type();
+  Tensor in = torch::stable::view(product.in, {args.M, product.depth});
+  Tensor out = torch::stable::view(product.out, {args.M, product.columns});
+  if (extra > 0) {
+    const Tensor wide = new_empty(in, {args.M, depth}, type);
+    copy(part(wide, 1, 0, product.depth), in);
+    void* beside = static_cast<char*>(wide.mutable_data_ptr()) + product.depth * int64_t(element_bytes(args.dtype));
+    check_launch(
+        nf4::cuda::scale_low_rank({args.low_rank_x, args.dtype, args.M, args.rank, args.scaling, beside, extra, depth},
+                                  launch.stream),
+        product.op);
+    in = wide;
+  }
+  const int64_t panels = std::max<int64_t>(ceil_div(product.columns * depth * 2, kPanelBytes), 1);
+  const int64_t width = ceil_div(ceil_div(product.columns, panels), 128) * 128;
+  const Tensor memory = new_empty(in, {std::min(width, product.columns) * depth}, type);
+  for (int64_t begin = 0; begin < product.columns; begin += width) {
+    const int64_t count = std::min(width, product.columns - begin), along = product.dgrad ? 0 : 1;  // of the depth
+    const Tensor panel = product.dgrad ? torch::stable::view(part(memory, 0, 0, count * depth), {depth, count})
+                                       : torch::stable::view(part(memory, 0, 0, count * depth), {count, depth});
+    const Range range =
+        product.dgrad ? Range{0, args.weight.N, begin, begin + count} : Range{begin, begin + count, 0, args.weight.K};
+    dequantize_into(args.weight, range, args.dtype, panel, panel.size(1), launch, product.op);
+    if (extra > 0) {
+      copy(part(panel, along, product.depth, args.rank), part(*product.low_rank.factor, 1 - along, begin, count));
+      zero(part(panel, along, product.depth + args.rank, extra - args.rank));
+    }
+    const Tensor to = part(out, 1, begin, count);
+    if (product.dgrad) {
+      torch_mm(in, panel, to);
+    } else {
+      OptionalTensor bias;
+      if (product.bias.has_value()) bias = part(*product.bias, 0, begin, count);
+      torch_linear(in, panel, bias, to);
+    }
+  }
+}
+
+Tensor multiply(const Op& op, bool dgrad, const Tensor& in, const nf4::Weight& w, const OptionalTensor& bias,
+                const LowRank& low_rank) {
+  const int64_t depth = dgrad ? w.N : w.K, columns = dgrad ? w.K : w.N;
+  nf4::cuda::ProductArgs args{};
+  args.weight = w;
+  args.dtype = checked_input(in, op, dgrad ? "dy" : "x", dgrad ? "N" : "K", depth);
+  args.M = rows_of(in);
+  args.bias = bias.has_value() ? checked_data(*bias, in.scalar_type(), w.N, op, "bias") : nullptr;
+  const LowRankData term = checked_low_rank(low_rank, in.scalar_type(), args.M, columns, op);
+  args.rank = term.rank;
+  args.low_rank_x = term.small;
+  args.low_rank_factor = term.factor;
+  args.scaling = low_rank.scaling;
+
+  const Launch launch(op);
+  std::vector<int64_t> shape(in.sizes().begin(), in.sizes().end());
+  shape.back() = columns;
+  const Tensor out = new_empty(in, shape, in.scalar_type());
+  if (args.M == 0 || columns == 0) return out;
+  const Tensor contiguous = in.is_contiguous() ? in : torch::stable::contiguous(in);
+  args.x = contiguous.const_data_ptr();
+  args.out = out.mutable_data_ptr();
+  const Product product{op, dgrad, contiguous, out, bias, low_rank, depth, columns, args};
+  const nf4::cuda::Choice choice = choice_for(product);
+  if (choice.path == nf4::cuda::Path::kPanel)
+    multiply_panels(product, launch);
+  else
+    multiply_fused(product, choice, launch);
+  return out;
+}
+
+Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& absmax, const OptionalTensor& scale_absmax,
+              const OptionalTensor& scale_offset, const Tensor& code, const OptionalTensor& scale_code, int64_t N,
+              int64_t K, int64_t block_size, const OptionalTensor& bias, const OptionalTensor& lora_P,
+              const OptionalTensor& lora_B, double scaling) {
+  const Op op = op_at("linear", x, "x");
+  const auto w = checked_weight(op, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size);
+  return multiply(op, false, x, w, bias, {lora_P, lora_B, float(scaling), "lora_P", "lora_B", 1});
+}
+
+Tensor linear_dgrad(const Tensor& dy, const Tensor& packed, const Tensor& absmax, const OptionalTensor& scale_absmax,
+                    const OptionalTensor& scale_offset, const Tensor& code, const OptionalTensor& scale_code, int64_t N,
+                    int64_t K, int64_t block_size, const OptionalTensor& lora_Q, const OptionalTensor& lora_A,
+                    double scaling) {
+  const Op op = op_at("linear_dgrad", dy, "dy");
+  const auto w = checked_weight(op, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size);
+  return multiply(op, true, dy, w, std::nullopt, {lora_Q, lora_A, float(scaling), "lora_Q", "lora_A", 0});
+}
+
+Tensor lora_grad(const Tensor& small, const Tensor& wide, double scaling, ScalarType type, bool transposed) {
+  const Op op = op_at("lora_grad", wide, "wide");
+  nf4::cuda::LoraGradArgs args{};
+  args.dtype = dtype_of(wide.scalar_type(), op, "wide");
+  args.out_dtype = dtype_of(type, op, "dtype");
+  CHECK(wide.dim() > 0 && small.dim() > 0, op, ": small and wide must have columns, got shapes ", Shape{small}, " and ",
+        Shape{wide});
+  args.depth = rows_of(wide);
+  args.columns = wide.size(wide.dim() - 1);
+  args.rows = small.size(small.dim() - 1);
+  args.small = checked_data(small, wide.scalar_type(), args.depth * args.rows, op, "small");
+  args.scaling = float(scaling);
+  args.transposed = transposed;
+  const Launch launch(op);
+  const Tensor out =
+      transposed ? new_empty(wide, {args.columns, args.rows}, type) : new_empty(wide, {args.rows, args.columns}, type);
+  if (args.rows == 0 || args.columns == 0) return out;
+  const Tensor contiguous = wide.is_contiguous() ? wide : torch::stable::contiguous(wide);
+  args.wide = contiguous.const_data_ptr();
+  args.out = out.mutable_data_ptr();
+  if (args.dtype == Dtype::kFloat32 || args.columns % 8 != 0 || !is_aligned({args.wide})) {
+    check_launch(nf4::cuda::lora_grad_any(args, launch.stream), op);
+    return out;
+  }
+  args.splits = nf4::cuda::lora_grad_splits(args.depth, args.rows, args.columns, device_of(op).multiprocessors);
+  const Tensor partial = new_empty(wide, {args.splits, args.rows, args.columns}, ScalarType::Float);
+  args.partial = static_cast<float*>(partial.mutable_data_ptr());
+  check_launch(nf4::cuda::lora_grad(args, launch.stream), op);
+  return out;
+}
+
 }  // namespace
 
 #ifndef NF4_SIMT
@@ -180,4 +422,38 @@ STABLE_TORCH_LIBRARY_IMPL(nf4kernels, CUDA, library) {
   library.impl("quantize_absmax", TORCH_BOX(&quantize_absmax));
   library.impl("dequantize", TORCH_BOX(&dequantize));
   library.impl("dequantize_out", TORCH_BOX(&dequantize_out));
+  library.impl("linear", TORCH_BOX(&linear));
+  library.impl("linear_dgrad", TORCH_BOX(&linear_dgrad));
+  library.impl("lora_grad", TORCH_BOX(&lora_grad));
 }
+
+#define NF4_EXPORT extern "C" __attribute__((visibility("default")))
+
+// Every product runs the kernel of this name from now on; null: the table's choice again. Returns what is wrong, or null.
+NF4_EXPORT const char* nf4kernels_cuda_force_kernel(const char* name) {
+  if (name == nullptr) {
+    forced_path = -1;
+    return nullptr;
+  }
+  for (int i = 0; i < int(std::size(nf4::cuda::kPathNames)); ++i) {
+    if (std::string_view(name) != nf4::cuda::kPathNames[i]) continue;
+    forced_path = i;
+    return nullptr;
+  }
+  return "must be any, small, tiled or panel";
+}
+
+// The table's choice for a product: the kernel's name, how many splits, and why.
+NF4_EXPORT const char* nf4kernels_cuda_choose(bool dgrad, int32_t dtype, int64_t M, int64_t N, int64_t K,
+                                              bool whole_codes, bool aligned, int arch, int multiprocessors,
+                                              int* splits, const char** reason) {
+  const nf4::cuda::Choice choice =
+      nf4::cuda::choose({dgrad, Dtype(dtype), M, N, K, whole_codes, aligned, arch, multiprocessors});
+  *splits = choice.splits;
+  *reason = choice.reason;
+  return nf4::cuda::kPathNames[int(choice.path)];
+}
+
+#ifdef NF4_SIMT
+NF4_EXPORT void nf4kernels_simt_device(int arch, int multiprocessors) { simulated = {arch, multiprocessors}; }
+#endif

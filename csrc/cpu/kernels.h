@@ -115,9 +115,6 @@ struct CpuKernels {
   ProductKernels bf16_codes;  // the same where has_whole_codes(weight); linear_dgrad up to kDgradCodesRows
 };
 
-// Whether every 64 consecutive weights of a row share a scale: what the products of unscaled codes need.
-static inline bool has_whole_codes(const Weight& w) { return w.K > 0 && w.K % 64 == 0 && w.block_shift >= 6; }
-
 // Rows of x are split evenly over as few register tiles as can hold them; tile t begins at row_of_tile.
 static inline int64_t row_tiles(int64_t rows, int64_t max_tile_rows) {
   return (rows + max_tile_rows - 1) / max_tile_rows;

@@ -44,4 +44,70 @@ struct DequantizeArgs {
 };
 cudaError_t dequantize(const DequantizeArgs& args, cudaStream_t stream);
 
+// One product with the weight. linear: x [M, K] to out [M, N]; linear_dgrad: x is dY [M, N], out is dX [M, K].
+struct ProductArgs {
+  Weight weight;
+  Dtype dtype;
+  const void* x;
+  int64_t M;
+  const void* bias;  // linear: [N] of dtype, or null
+  void* out;
+  // LoRA's term, scaling * low_rank_x @ factor: linear P [M, rank] and B [N, rank], dgrad Q [M, rank] and A [rank, K].
+  int64_t rank;  // 0: none
+  const void* low_rank_x;
+  const void* low_rank_factor;
+  float scaling;
+  // The contraction in `splits` parts, each to partial [splits, M, columns of out], then added up in order.
+  int splits;
+  float* partial;  // null where splits is 1
+};
+
+// Any shape, dtype and alignment, without tensor cores, unsplit.
+cudaError_t linear_any(const ProductArgs& args, cudaStream_t stream);
+cudaError_t linear_dgrad_any(const ProductArgs& args, cudaStream_t stream);
+// The tensor-core products: bf16 or fp16, has_whole_codes(weight), every pointer aligned to 16 bytes.
+cudaError_t linear_small(const ProductArgs& args, cudaStream_t stream);  // M <= kSmallRows
+cudaError_t linear_tiled(const ProductArgs& args, cudaStream_t stream);
+cudaError_t linear_dgrad_tiled(const ProductArgs& args, cudaStream_t stream);  // N % 8 == 0
+
+// out [rows, width] of rows `stride` elements apart = scaling * small [rows, rank], zeros beyond rank; bf16 or fp16.
+struct ScaleLowRankArgs {
+  const void* small;
+  Dtype dtype;
+  int64_t rows, rank;
+  float scaling;
+  void* out;
+  int64_t width, stride;
+};
+cudaError_t scale_low_rank(const ScaleLowRankArgs& args, cudaStream_t stream);
+
+// out [rows, columns] = scaling * small [depth, rows]^T @ wide [depth, columns], or its transpose [columns, rows].
+struct LoraGradArgs {
+  const void* small;
+  const void* wide;
+  Dtype dtype;  // of both
+  int64_t depth, rows, columns;
+  float scaling;
+  void* out;
+  Dtype out_dtype;
+  bool transposed;
+  int splits;      // of the depth; lora_grad alone
+  float* partial;  // [splits, rows, columns], also where splits is 1
+};
+cudaError_t lora_grad_any(const LoraGradArgs& args, cudaStream_t stream);
+cudaError_t lora_grad(const LoraGradArgs& args, cudaStream_t stream);  // bf16 or fp16, columns % 8 == 0, aligned to 16
+
+// out = the sum over the splits of partial [splits, rows, columns], in order, times scaling, plus bias, rounded once.
+struct ReduceArgs {
+  const float* partial;
+  int splits;
+  int64_t rows, columns;
+  float scaling;
+  const void* bias;  // [columns] of dtype, or null
+  Dtype dtype;
+  void* out;
+  bool transposed;  // out is [columns, rows]
+};
+cudaError_t reduce_splits(const ReduceArgs& args, cudaStream_t stream);
+
 }  // namespace nf4::cuda

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 SIMT = Path(__file__).parent
 CXX = os.environ.get("CXX", "g++")
 # Contracted or merged, the functions would round or be named differently.
-FLAGS = ["-std=c++17", "-O1", "-g", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-ipa-icf"]
+FLAGS = ["-std=c++17", "-O2", "-g", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-ipa-icf"]
 FLAGS += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DNF4_SIMT", f"-I{ROOT / 'csrc'}", f"-I{SIMT}"]
 ASAN_FLAGS = ["-fsanitize=address,alignment", "-fno-sanitize-recover=alignment", "-fno-omit-frame-pointer"]
 COMPILES_AT_ONCE = 2

@@ -4,7 +4,7 @@ import ctypes
 from pathlib import Path
 from typing import NamedTuple
 
-SCHEDULES = ("ascending", "descending", "random")
+SCHEDULES = ("ascending", "descending", "random")  # in the order of simt.cpp's enum
 COPIES = ("late", "early")
 SETTINGS = tuple((schedule, copies) for schedule in SCHEDULES for copies in COPIES)
 SM_90_SHARED, SM_86_SHARED = 227 << 10, 99 << 10
@@ -21,7 +21,7 @@ class Launch(NamedTuple):
 class Executor:
     def __init__(self, library: Path):
         self.library = ctypes.CDLL(str(library))
-        self.library.nf4_simt_set.argtypes = [ctypes.c_char_p, ctypes.c_uint, ctypes.c_char_p, ctypes.c_size_t]
+        self.library.nf4_simt_set.argtypes = [ctypes.c_int, ctypes.c_uint, ctypes.c_bool, ctypes.c_size_t]
         self.library.nf4_simt_last_error.restype = ctypes.c_char_p
         self.library.nf4_simt_launches.restype = ctypes.c_char_p
 
@@ -29,7 +29,7 @@ class Executor:
         """Which runnable thread goes on, when copy_async_16's bytes arrive, and how much shared memory there is."""
         if schedule not in SCHEDULES or copies not in COPIES:
             raise ValueError(f"schedule must be one of {SCHEDULES} and copies of {COPIES}, got {schedule}, {copies}")
-        self.library.nf4_simt_set(schedule.encode(), seed, copies.encode(), shared_limit)
+        self.library.nf4_simt_set(SCHEDULES.index(schedule), seed, copies == "late", shared_limit)
 
     def error(self) -> str:
         """Of the last launch that failed since reset; empty if none did."""

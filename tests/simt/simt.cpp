@@ -67,8 +67,10 @@ constexpr size_t kStackBytes = 256 << 10, kGuardBytes = 4096;
 constexpr size_t kArenaAlignment = 128;
 constexpr unsigned char kPoison = 0xff;  // NaN in every float type
 
+enum class Schedule { kAscending, kDescending, kRandom };
+
 struct Settings {
-  std::string schedule = "ascending";
+  Schedule schedule = Schedule::kAscending;
   unsigned seed = 0;
   bool copies_late = true;
   size_t shared_limit = 227 << 10;
@@ -121,7 +123,8 @@ unsigned char* arena;
 size_t arena_bytes;
 std::string failure;
 std::minstd_rand random_numbers;
-size_t random_from;  // the thread that a random schedule goes on upwards from
+size_t random_from;
+bool random_upwards;
 
 // --- Fibers ---
 
@@ -187,7 +190,7 @@ std::string describe(Site site) {
 
 std::string describe(const Thread& thread) {
   if (thread.exited) return "have exited";
-  return thread.waits_at ? std::string("wait at ") + thread.waits_at + " (" + describe(thread.site) + ")" : "run";
+  return thread.waits_at ? std::string("wait at ") + thread.waits_at + " (" + describe(thread.site) + ")" : "can run";
 }
 
 // "threads 0-15, 32 wait at shuffle (linear.cu:80); threads 16-31 have exited"
@@ -205,12 +208,14 @@ std::string describe_threads() {
   return text;
 }
 
+bool same(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
+
 bool joins(Meeting& meeting, const Thread& thread) {
-  const bool same = meeting.arrived == 0 ||
-                    (std::strcmp(meeting.what, thread.waits_at) == 0 &&
-                     std::strcmp(meeting.site.file, thread.site.file) == 0 && meeting.site.line == thread.site.line);
+  const bool at_its_site =
+      meeting.arrived == 0 || (meeting.site.line == thread.site.line && same(meeting.site.file, thread.site.file) &&
+                               same(meeting.what, thread.waits_at));
   meeting = {thread.waits_at, thread.site, meeting.arrived + 1};
-  return same;
+  return at_its_site;
 }
 
 // Threads of one warp, or of one block at its barrier, that wait at different sites would wait for ever.
@@ -233,19 +238,27 @@ void release(int begin, int end) {
   }
 }
 
-// The lowest or the highest that can run. Random: the next upwards of some thread, for some 64 turns, then of another,
-// so that some warps run far ahead.
+void redraw() {
+  random_from = random_numbers() % runnable.size();
+  random_upwards = random_numbers() % 2;
+}
+
+// The lowest or the highest that can run. Random: the next one upwards, or downwards, of some thread for some 64 turns,
+// then of another, so that some warps run far ahead.
 int next_thread() {
   const unsigned char* all = runnable.data();
   const size_t count = runnable.size();
-  const void* found = nullptr;
-  if (settings.schedule == "ascending") found = std::memchr(all, 1, count);
-  if (settings.schedule == "descending") found = memrchr(all, 1, count);
-  if (settings.schedule == "random") {
-    if (random_numbers() % 64 == 0) random_from = random_numbers() % count;
-    found = std::memchr(all + random_from, 1, count - random_from);
-    if (found == nullptr) found = std::memchr(all, 1, random_from);
+  bool upwards = settings.schedule == Schedule::kAscending;
+  size_t from = upwards ? 0 : count;
+  if (settings.schedule == Schedule::kRandom) {
+    if (random_numbers() % 64 == 0) redraw();
+    upwards = random_upwards;
+    from = random_from;
   }
+  const auto up = [&](size_t begin, size_t end) { return std::memchr(all + begin, 1, end - begin); };
+  const auto down = [&](size_t begin, size_t end) { return memrchr(all + begin, 1, end - begin); };
+  const void* found = upwards ? up(from, count) : down(0, from);
+  if (found == nullptr) found = upwards ? up(0, from) : down(from, count);
   return found ? int(static_cast<const unsigned char*>(found) - all) : -1;
 }
 
@@ -253,11 +266,12 @@ int next_thread() {
 
 // The name of a function of this library, static ones and instances of templates included, from the library's own table
 // of symbols: "nf4::cuda::(anonymous namespace)::scale_kernel<nf4::BFloat16>(float*)" is "scale_kernel<BFloat16>".
-std::string name_of(const void* function) {
+std::string read_name(const void* function) {
   Dl_info library;
   if (!dladdr(function, &library)) return "?";
   std::ifstream file(library.dli_fname, std::ios::binary);
   const std::string bytes{std::istreambuf_iterator<char>(file), {}};
+  if (bytes.size() < sizeof(Elf64_Ehdr)) return "?";  // built anew since it was loaded
   const auto* header = reinterpret_cast<const Elf64_Ehdr*>(bytes.data());
   const auto* sections = reinterpret_cast<const Elf64_Shdr*>(bytes.data() + header->e_shoff);
   const size_t offset = static_cast<const char*>(function) - static_cast<const char*>(library.dli_fbase);
@@ -281,6 +295,13 @@ std::string name_of(const void* function) {
     depth += (name[i] == '<') - (name[i] == '>');
     if (name[i] == '(' && depth == 0) name.resize(i);
   }
+  return name;
+}
+
+const std::string& name_of(const void* function) {
+  static std::map<const void*, std::string> names;
+  std::string& name = names[function];
+  if (name.empty()) name = read_name(function);
   return name;
 }
 
@@ -377,7 +398,7 @@ void copy_async_wait(int pending) {
 cudaError_t run(const void* kernel, dim3 grid, int thread_count, size_t shared_bytes,
                 const std::function<void()>& thread) {
   const std::lock_guard<std::mutex> guard(one_launch);
-  const std::string name = name_of(kernel);
+  const std::string& name = name_of(kernel);
   const std::string shape =
       "grid " + describe(grid) + " threads " + std::to_string(thread_count) + " shared " + std::to_string(shared_bytes);
   if (grid.x == 0 || grid.x > 0x7fffffffu || grid.y - 1 >= 65535 || grid.z - 1 >= 65535 || thread_count < 1 ||
@@ -401,10 +422,11 @@ cudaError_t run(const void* kernel, dim3 grid, int thread_count, size_t shared_b
   gridDim = grid;
   blockDim = dim3(thread_count);
   random_numbers.seed(settings.seed);
-  random_from = random_numbers() % thread_count;
+  redraw();
   const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
+  const uint64_t first = settings.schedule == Schedule::kRandom ? random_numbers() % blocks : 0;
   for (uint64_t i = 0; i < blocks; ++i) {
-    const uint64_t block = settings.schedule == "descending" ? blocks - 1 - i : i;
+    const uint64_t block = settings.schedule == Schedule::kDescending ? blocks - 1 - i : (first + i) % blocks;
     blockIdx = {unsigned(block % grid.x), unsigned(block / grid.x % grid.y), unsigned(block / grid.x / grid.y)};
     if (run_block()) continue;
     last_error = "kernel " + name + ", block (" + describe(dim3(blockIdx.x, blockIdx.y, blockIdx.z)) + ")" + failure;
@@ -441,10 +463,10 @@ const char* cudaGetErrorString(cudaError_t error) {
 
 #define NF4_SIMT_API extern "C" __attribute__((visibility("default")))
 
-// schedule: ascending, descending or random; copies: late or early. Checked by the caller.
-NF4_SIMT_API void nf4_simt_set(const char* schedule, unsigned seed, const char* copies, size_t shared_limit) {
+// schedule: 0, 1 or 2 as in Schedule.
+NF4_SIMT_API void nf4_simt_set(int schedule, unsigned seed, bool copies_late, size_t shared_limit) {
   using namespace nf4::cuda::simt;
-  settings = {schedule, seed, std::strcmp(copies, "late") == 0, shared_limit};
+  settings = {Schedule(schedule), seed, copies_late, shared_limit};
 }
 
 NF4_SIMT_API const char* nf4_simt_last_error() { return nf4::cuda::simt::last_error.c_str(); }

@@ -167,6 +167,7 @@ NF4_DEVICE T shuffle(T value, int lane, simt::Site site = simt::Site::here()) {
 }
 template <class T>
 NF4_DEVICE T shuffle_xor(T value, int mask, simt::Site site = simt::Site::here()) {
+  if (mask < 0 || mask > 31) simt::fail(site, "shuffle_xor must have a mask of 0 to 31, got %d", mask);
   return simt::exchange("shuffle_xor", value, (threadIdx.x ^ mask) & 31, site);
 }
 
@@ -211,7 +212,8 @@ NF4_DEVICE void copy_async_wait() {
 using nf4::bits_of;
 using nf4::float_of;
 
-NF4_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+NF4_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector, simt::Site site = simt::Site::here()) {
+  if (selector & 0x8888) simt::fail(site, "permute_bytes must have a selector without bits 3, got %#x", selector);
   const uint64_t bytes = uint64_t(b) << 32 | a;
   uint32_t result = 0;
   for (int i = 0; i < 4; ++i) result |= uint32_t(bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;

@@ -1,0 +1,126 @@
+// linear for few rows of x: y[M, N] = x[M, K] @ W[N, K]^T, M <= 16, on tensor cores straight from the packed bytes.
+//
+// Who: a block of 8 warps owns 32 rows of W and one of `splits` parts of K; its warps take turns at chunks of 128 k, and
+//   their sums are added in order. How a warp multiplies: linear.cuh.
+// Trick: W goes from memory to registers, 8 bytes a lane and load, a chunk ahead (2 KB a warp, 32 KB an SM on their way),
+//   x comes through the L1: nothing but the table is in shared memory and no barrier is in the loop. Rejected: FMAs
+//   without tensor cores (an H200 has 3.2 issue slots a weight at memory speed; decode, convert and FMA take 5); 16 bytes
+//   of W a load, which would bring two blocks of one row, with two scales, into one mma.
+// Bytes: 0.516 N K, and x from the L2 for each block of threads: an H200 (4.3 TB/s) does 4096 x 4096 in 2.0 us.
+// Needs: bf16 or fp16, has_whole_codes(weight), all pointers aligned to 16 bytes.
+#include "choose.h"
+#include "linear.cuh"
+
+namespace nf4::cuda {
+namespace {
+
+constexpr int kWarps = 8;
+constexpr int kChunk = 2;  // blocks of 64 k a warp takes at a time
+
+struct Chunk {
+  uint2 words[kChunk][kSlots];
+  uint32_t scales[kChunk];  // as stored
+};
+
+struct Loader {
+  const Weight& w;
+  Lane lane;
+  RowScale scale;
+  int64_t first_row, blocks;
+
+  NF4_DEVICE Loader(const Weight& w, int64_t first_row)
+      : w(w), scale(w, first_row, lane), first_row(first_row), blocks(w.K / kBlockK) {}
+
+  NF4_DEVICE void load(Chunk& chunk, int64_t first_block) const {
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      const int64_t block = first_block + i;
+#pragma unroll
+      for (int slot = 0; slot < kSlots; ++slot) {
+        const int64_t row = first_row + lane.g + 8 * slot;
+        const uint8_t* bytes = w.packed + (row * w.K + block * kBlockK) / 2 + 8 * lane.t;
+        const bool valid = row < w.N && block < blocks;
+        chunk.words[i][slot] = valid ? load_streamed(reinterpret_cast<const uint2*>(bytes)) : make_uint2(0, 0);
+      }
+      chunk.scales[i] = scale.stored(block);
+    }
+  }
+};
+
+// Adds the warps' sums in order and stores them; `scratch` [kWarps, 8 kTokenTiles, kWarpRows].
+template <class T, int kTokenTiles>
+NF4_DEVICE void finish(const Sums<kTokenTiles>& sums, const ProductArgs& args, int64_t first_row, const Lane& lane,
+                       float* scratch) {
+  constexpr int kTokens = 8 * kTokenTiles;
+  float* own = scratch + int(threadIdx.x) / kWarp * kTokens * kWarpRows;
+  for (int tile = 0; tile < kRowTiles; ++tile)
+    for (int m = 0; m < kTokenTiles; ++m)
+      for (int i = 0; i < 4; ++i)
+        own[(8 * m + 2 * lane.t + i % 2) * kWarpRows + 16 * tile + lane.g + 8 * (i / 2)] = sums[tile][m][i];
+  sync_block();
+  const Store<T> store(args, args.weight.N, blockIdx.y);
+  for (int i = int(threadIdx.x); i < kTokens * kWarpRows; i += kWarps * kWarp) {
+    const int64_t token = i / kWarpRows, row = first_row + i % kWarpRows;
+    float total = 0;
+    for (int warp = 0; warp < kWarps; ++warp) total += scratch[warp * kTokens * kWarpRows + i];
+    if (token < args.M && row < args.weight.N) store.one(token, row, total);
+  }
+}
+
+template <class T, int kTokenTiles>
+__global__ void __launch_bounds__(kWarps* kWarp, 2) linear_small_kernel(const ProductArgs args) {
+  const Weight& w = args.weight;
+  const int64_t first_row = int64_t(blockIdx.x) * kWarpRows;
+  const int warp = int(threadIdx.x) / kWarp;
+  const Loader loader(w, first_row);
+  const Lane& lane = loader.lane;
+  const Part chunks(ceil_div(loader.blocks, kChunk), blockIdx.y, args.splits);
+  Chunk next;
+  int64_t chunk = chunks.begin + warp;
+  if (chunk < chunks.end) loader.load(next, chunk * kChunk);
+
+  uint32_t* words = shared_memory<uint32_t>();
+  build_pair_table<T>(words, w.code);
+  sync_block();
+  const PairTable table(words, lane.index);
+
+  Sums<kTokenTiles> sums = {};
+  if (args.rank > 0 && blockIdx.y == 0 && warp == kWarps - 1)
+    add_low_rank<T, kTokenTiles>(sums, args, first_row, 0, lane);
+  for (; chunk < chunks.end; chunk += kWarps) {
+    const Chunk now = next;
+    if (chunk + kWarps < chunks.end) loader.load(next, (chunk + kWarps) * kChunk);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      const int64_t block = chunk * kChunk + i;
+      if (block >= loader.blocks) break;
+      const T* x = static_cast<const T*>(args.x) + block * kBlockK + 16 * lane.t;
+      multiply_block<T, kTokenTiles>(
+          sums, now.words[i], loader.scale.decode(block, now.scales[i]), table, lane, [&](int m, int half) {
+            const int64_t token = 8 * m + lane.g;
+            const T* from = x + token * w.K + 8 * half;
+            return token < args.M ? load_cached(reinterpret_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0);
+          });
+    }
+  }
+  sync_block();  // the last reader of the table, whose memory the sums take
+  finish<T, kTokenTiles>(sums, args, first_row, lane, shared_memory<float>());
+}
+
+static_assert(kLinearSmallTile.columns == kWarpRows && kLinearSmallTile.step == kWarps * kChunk * kBlockK, "as chosen");
+static_assert(kWarps * kSmallRows * kWarpRows * 4 <= kPairTableBytes, "the warps' sums fit where the table was");
+
+template <class T>
+cudaError_t launch_for(const ProductArgs& args, cudaStream_t stream) {
+  const auto kernel = args.M <= 8 ? linear_small_kernel<T, 1> : linear_small_kernel<T, 2>;
+  const dim3 grid(unsigned(ceil_div(args.weight.N, kWarpRows)), unsigned(args.splits));
+  return launch(kernel, grid, kWarps * kWarp, kPairTableBytes, stream, args);
+}
+
+}  // namespace
+
+cudaError_t linear_small(const ProductArgs& args, cudaStream_t stream) {
+  return args.dtype == Dtype::kBFloat16 ? launch_for<BFloat16>(args, stream) : launch_for<Float16>(args, stream);
+}
+
+}  // namespace nf4::cuda

@@ -1,0 +1,190 @@
+// linear for many rows of x: y[M, N] = x[M, K] @ W[N, K]^T on tensor cores, W decoded in registers, never rearranged.
+//
+// Who: a block owns kWarpsN * 32 rows of W by kWarpsM * 8 kTokenTiles rows of x (tokens) and one of `splits` parts of K.
+//   Its warps are kWarpsN x kWarpsM x kWarpsK, the last to share out the blocks of 64 k in a stage. How a warp
+//   multiplies: linear.cuh; a decoded fragment of W serves all the warp's tokens before the next one is decoded.
+// Trick: packed bytes and x come through three stages of cp.async; W is decoded on its way to the tensor cores, not into
+//   shared memory (bitsandbytes 0.50), which would have to move 4 more bytes a weight.
+// Shared memory, the limit: a weight takes 2 bytes of table, 0.5 packed and, at 64 tokens a warp, 4 bytes of x. At 1270
+//   multiply-adds a cycle (sm_90's mma.sync) that is 20 weights, 129 of 128 bytes a cycle; sm_80: 16 weights, 104 bytes;
+//   sm_86, 89, 120: 8 weights, 52 bytes.
+// Time: 2 M N K flops; M = 512, 4096 x 4096 at 400 TFLOP/s: 43 us.
+// Needs: bf16 or fp16, has_whole_codes(weight), all pointers aligned to 16 bytes.
+#include "choose.h"
+#include "linear.cuh"
+#include "tile.cuh"
+
+namespace nf4::cuda {
+namespace {
+
+constexpr int kStages = 3;  // two on their way while one is multiplied: 92 KB with the table
+
+template <int kWarpsN_, int kWarpsM_, int kWarpsK_, int kTokenTiles_>
+struct Shape {
+  static constexpr int kWarpsN = kWarpsN_, kWarpsM = kWarpsM_, kWarpsK = kWarpsK_, kTokenTiles = kTokenTiles_;
+  static constexpr int kThreads = kWarpsN * kWarpsM * kWarpsK * kWarp;
+  static constexpr int kRows = kWarpsN * kWarpRows, kTokens = kWarpsM * 8 * kTokenTiles;
+  static constexpr int kPackedBytes = kRows * kBlockK / 2, kTokenBytes = kTokens * kBlockK * 2;  // of 64 k
+  static constexpr int kStageBytes = kWarpsK * (kPackedBytes + kTokenBytes);
+  static constexpr int kPitch = kRows + 4;  // floats a token of the finished tile: lanes write to banks 8t + g
+  static constexpr int kSharedBytes = kPairTableBytes + kStages * kStageBytes;
+  static_assert(kSharedBytes <= kSharedMost, "every architecture has so much");
+  static_assert(kTokens * kPitch * 4 <= kSharedBytes, "the finished tile fits where table and stages were");
+  static_assert(kRows * 2 % kThreads == 0 || kThreads % (kRows * 2) == 0, "threads share out the packed pieces evenly");
+};
+
+template <class T, class S>
+struct TiledLinear {
+  const ProductArgs& args;
+  const Weight& w;
+  Lane lane;
+  int warp_n, warp_m, warp_k;
+  int64_t tile_row, tile_token, blocks;  // of W, of x; of 64 k in a row
+  unsigned char* shared;
+
+  NF4_DEVICE explicit TiledLinear(const ProductArgs& args)
+      : args(args),
+        w(args.weight),
+        warp_n(int(threadIdx.x) / kWarp % S::kWarpsN),
+        warp_m(int(threadIdx.x) / (kWarp * S::kWarpsN) % S::kWarpsM),
+        warp_k(int(threadIdx.x) / (kWarp * S::kWarpsN * S::kWarpsM)),
+        tile_row(int64_t(blockIdx.x) * S::kRows),
+        tile_token(int64_t(blockIdx.y) * S::kTokens),
+        blocks(w.K / kBlockK),
+        shared(shared_memory<unsigned char>()) {}
+
+  // Of block k of the stage: [kRows, 32] packed bytes, and [kTokens, 64] of x.
+  NF4_DEVICE unsigned char* packed_tile(int stage, int k) const {
+    return shared + kPairTableBytes + stage * S::kStageBytes + k * S::kPackedBytes;
+  }
+  NF4_DEVICE unsigned char* token_tile(int stage, int k) const {
+    return packed_tile(stage, S::kWarpsK) + k * S::kTokenBytes;
+  }
+
+  // Blocks [block, block + kWarpsK) of k, zeros beyond the last.
+  NF4_DEVICE void fetch(int stage, int64_t block) const {
+#pragma unroll
+    for (int k = 0; k < S::kWarpsK; ++k) {
+      fetch_rows<S::kTokens, kBlockK, Order::kEvenPieces, S::kThreads>(token_tile(stage, k), args.x, args.M, w.K,
+                                                                       tile_token, (block + k) * kBlockK);
+#pragma unroll
+      for (int i = int(threadIdx.x); i < S::kRows * 2; i += S::kThreads) {
+        const int64_t row = tile_row + i / 2;
+        const bool valid = row < w.N && block + k < blocks;
+        const int64_t from = valid ? (row * w.K + (block + k) * kBlockK) / 2 + 16 * (i % 2) : 0;
+        copy_async_16(packed_tile(stage, k) + 16 * i, w.packed + from, valid);
+      }
+    }
+  }
+
+  NF4_DEVICE void multiply(Sums<S::kTokenTiles>& sums, int stage, float scale, const PairTable& table) const {
+    const unsigned char* packed = packed_tile(stage, warp_k) + (warp_n * kWarpRows + lane.g) * 32 + 8 * lane.t;
+    uint2 words[kSlots];
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) words[slot] = *reinterpret_cast<const uint2*>(packed + 8 * slot * 32);
+    const unsigned char* tokens = token_tile(stage, warp_k);
+    multiply_block<T, S::kTokenTiles>(sums, words, scale, table, lane, [&](int m, int half) {
+      const int token = (warp_m * S::kTokenTiles + m) * 8 + lane.g;
+      return *reinterpret_cast<const uint4*>(tokens + token * kBlockK * 2 +
+                                             16 * place<Order::kEvenPieces, kBlockK / 8>(2 * lane.t + half, token));
+    });
+  }
+
+  // The sums of the warps of k in order, then y, four consecutive rows of W a thread.
+  NF4_DEVICE void finish(const Sums<S::kTokenTiles>& sums, int64_t split) const {
+    float* tile = reinterpret_cast<float*>(shared);  // [kTokens, kPitch]
+    for (int k = 0; k < S::kWarpsK; ++k) {
+      sync_block();  // the stages' and the table's last reader, or the warps before
+      if (warp_k != k) continue;
+      for (int i = 0; i < kRowTiles; ++i)
+        for (int m = 0; m < S::kTokenTiles; ++m)
+          for (int j = 0; j < 4; ++j) {
+            const int token = (warp_m * S::kTokenTiles + m) * 8 + 2 * lane.t + j % 2;
+            float& at = tile[token * S::kPitch + warp_n * kWarpRows + 16 * i + lane.g + 8 * (j / 2)];
+            at = k == 0 ? sums[i][m][j] : at + sums[i][m][j];
+          }
+    }
+    sync_block();
+    const Store<T> store(args, w.N, split);
+    for (int i = int(threadIdx.x); i < S::kTokens * S::kRows / 4; i += S::kThreads) {
+      const int token = i / (S::kRows / 4), row = i % (S::kRows / 4) * 4;
+      const float* from = tile + token * S::kPitch + row;
+      const float four[4] = {from[0], from[1], from[2], from[3]};
+      if (tile_token + token < args.M) store.template run<4>(tile_token + token, tile_row + row, four);
+    }
+  }
+};
+
+template <class T, class S>
+__global__ void __launch_bounds__(S::kThreads, 1) linear_tiled_kernel(const ProductArgs args) {
+  const TiledLinear<T, S> product(args);
+  const int64_t first_row = product.tile_row + product.warp_n * kWarpRows;
+  const RowScale row_scale(args.weight, first_row, product.lane);
+  const Part steps(ceil_div(product.blocks, S::kWarpsK), blockIdx.z, args.splits);
+  const auto block_of = [&](int64_t step) { return step * S::kWarpsK + product.warp_k; };
+
+#pragma unroll
+  for (int s = 0; s < kStages - 1; ++s) {
+    if (steps.begin + s < steps.end) product.fetch(s, (steps.begin + s) * S::kWarpsK);
+    copy_async_commit();
+  }
+  uint32_t stored = row_scale.stored(block_of(steps.begin));
+  uint32_t* words = shared_memory<uint32_t>();
+  build_pair_table<T>(words, args.weight.code);
+  const PairTable table(words, product.lane.index);
+
+  Sums<S::kTokenTiles> sums = {};
+  if (args.rank > 0 && blockIdx.z == 0 && product.warp_k == 0)
+    add_low_rank<T, S::kTokenTiles>(sums, args, first_row, product.tile_token + product.warp_m * 8 * S::kTokenTiles,
+                                    product.lane);
+  int stage = 0, free = kStages - 1;
+  for (int64_t step = steps.begin; step < steps.end; ++step) {
+    copy_async_wait<kStages - 2>();
+    sync_block();  // the stage is there for all, and the one before it has been read by all
+    const int64_t ahead = step + kStages - 1;
+    if (ahead < steps.end) product.fetch(free, ahead * S::kWarpsK);
+    copy_async_commit();
+    const float scale = row_scale.decode(block_of(step), stored);
+    stored = row_scale.stored(block_of(step + 1));
+    if (block_of(step) < product.blocks) product.multiply(sums, stage, scale, table);
+    free = stage;
+    stage = stage + 1 == kStages ? 0 : stage + 1;
+  }
+  copy_async_wait<0>();
+  product.finish(sums, blockIdx.z);
+}
+
+template <class T, class S>
+cudaError_t launch_shape(const ProductArgs& args, cudaStream_t stream) {
+  const dim3 grid(unsigned(ceil_div(args.weight.N, S::kRows)), unsigned(ceil_div(args.M, S::kTokens)),
+                  unsigned(args.splits));
+  return launch(linear_tiled_kernel<T, S>, grid, S::kThreads, S::kSharedBytes, stream, args);
+}
+
+// Up to 64 tokens are one tile, of fewer rows of W, so that there are blocks enough to fill the machine.
+using Tokens32 = Shape<2, 1, 2, 4>;
+using Tokens64 = Shape<2, 1, 2, 8>;
+using Tokens128 = Shape<4, 2, 1, 8>;
+template <class S>
+constexpr bool is(const Tile& tile) {
+  return tile.columns == S::kRows && tile.rows == S::kTokens && tile.step == S::kWarpsK * kBlockK;
+}
+static_assert(is<Tokens32>(kLinearTiles[0]) && is<Tokens64>(kLinearTiles[1]) && is<Tokens128>(kLinearTiles[2]),
+              "the shapes that choose.h counts on");
+
+template <class T>
+cudaError_t launch_for(const ProductArgs& args, cudaStream_t stream) {
+  switch (tile_index(kLinearTiles, args.M)) {
+    case 0: return launch_shape<T, Tokens32>(args, stream);
+    case 1: return launch_shape<T, Tokens64>(args, stream);
+    default: return launch_shape<T, Tokens128>(args, stream);
+  }
+}
+
+}  // namespace
+
+cudaError_t linear_tiled(const ProductArgs& args, cudaStream_t stream) {
+  return args.dtype == Dtype::kBFloat16 ? launch_for<BFloat16>(args, stream) : launch_for<Float16>(args, stream);
+}
+
+}  // namespace nf4::cuda
