@@ -64,8 +64,8 @@ def find_nvcc() -> str | None:
 def cuda_architectures(nvcc: str) -> list[str]:
     """What to compile for, as "80", "90a", or "120+PTX" for code that newer devices can compile as well.
 
-    TORCH_CUDA_ARCH_LIST says it, else CUDA_ARCHITECTURES as far as this nvcc knows them, with PTX of the newest one that
-    newer devices can compile.
+    TORCH_CUDA_ARCH_LIST says it, else CUDA_ARCHITECTURES as far as this nvcc knows them, with PTX of the newest without
+    a letter.
     """
     asked = os.environ.get(ARCHITECTURES_VARIABLE, "").replace(";", " ").split()
     if not asked:
