@@ -136,10 +136,19 @@ NF4_DEVICE Float16 from_float<Float16>(float a) {
   return {__half_as_ushort(__float2half_rn(a))};
 }
 
-// Two elements in 32 bits, the first in the low half. T: BFloat16 or Float16.
+// Two elements in 32 bits, the first in the low half. T: BFloat16 or Float16. One instruction, where from_float twice
+// is three on sm_100.
 template <class T>
-NF4_DEVICE uint32_t pack(float low, float high) {
-  return from_float<T>(low).bits | uint32_t(from_float<T>(high).bits) << 16;
+NF4_DEVICE uint32_t pack(float low, float high);
+template <>
+NF4_DEVICE uint32_t pack<BFloat16>(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+template <>
+NF4_DEVICE uint32_t pack<Float16>(float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(pair);
 }
 
 // Products of the two pairs, each rounded once to T.
