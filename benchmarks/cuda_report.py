@@ -208,7 +208,7 @@ def _short(name: str) -> str:
             name = name[:i]
             break
     # a template's name starts with its return type
-    return re.sub(r"\((?:int|bool|unsigned int)\)", "", name.removeprefix("void "))
+    return re.sub(r"\((?:int|bool|unsigned int)\)", "", name.removeprefix("void ")).replace("> >", ">>")
 
 
 def instructions_in(listing: str) -> list[Instruction]:

@@ -46,7 +46,7 @@ def stages(architecture: str) -> list[Stage]:
     return [
         Stage("build", [sys.executable, "setup.py", "-q", "build_clib", "build_ext", "--inplace"], 170,
               {"TORCH_CUDA_ARCH_LIST": architecture}, needs="nvcc"),
-        Stage("tests", [sys.executable, "-m", "pytest", "-q", "-k", "cuda and not simt"], 110),
+        Stage("tests", [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.gpu_tests"], 110),
         Stage("memcheck", [*sanitizer, "memcheck", *SANITIZED], 45, uncached, "compute-sanitizer", SANITIZED_BEGINS),
         Stage("racecheck", [*sanitizer, "racecheck", *SANITIZED], 45, {}, "compute-sanitizer", SANITIZED_BEGINS),
         Stage("benchmark", [sys.executable, "-m", "benchmarks.gpu_measure", "--seconds", "{seconds}"], 540),

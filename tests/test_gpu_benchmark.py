@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import nf4kernels as nf4
-from benchmarks import goals, gpu, gpu_measure, gpu_predictions, gpu_sanitize, harness, report
+from benchmarks import cuda_report, goals, gpu, gpu_measure, gpu_predictions, gpu_sanitize, harness, report
 from benchmarks.harness import BNB_DQ, DENSE, OURS, Row
 
 SHAPES = ((128, 128), (64, 256))
@@ -48,7 +48,7 @@ class Force:
     @contextmanager
     def __call__(self, kernel: str):
         if kernel in self.refuses:
-            raise RuntimeError(f"{kernel} cannot take this shape")
+            raise RuntimeError(f"the forced kernel {kernel} cannot run this: too many rows")
         self.now = kernel
         self.seen.add(kernel)
         yield
@@ -196,7 +196,10 @@ def test_a_kernel_that_refuses_a_shape_is_said_and_no_fault(capsys):
     gpu_measure.measure_linear(run, gpu_measure.Weights((128, 128), run.machine), 4)
     assert run.wrong == 0
     assert "kernel small" not in run.rows[0].ms
-    assert "linear 128x128, M=4, kernel small: refused: RuntimeError: small cannot" in capsys.readouterr().out
+    assert (
+        "linear 128x128, M=4, kernel small: refused: RuntimeError: the forced kernel small cannot"
+        in capsys.readouterr().out
+    )
 
 
 def test_wrong_bits_of_quantize_and_dequantize_are_not_timed(monkeypatch):
@@ -346,6 +349,21 @@ def test_the_sanitizers_script_calls_every_op_with_every_kernel(capsys, monkeypa
     printed = capsys.readouterr().out
     assert printed.startswith(gpu.SANITIZED_BEGINS)
     assert re.search(r"\d+ calls, 0 wrong, 12 refused by a forced kernel", printed)  # 3 dtypes, 2 ops, with LoRA or not
+
+
+def test_the_sanitizers_script_runs_every_kernel(monkeypatch, simt):
+    """The kernels themselves, on the host executor."""
+    monkeypatch.setattr(gpu_sanitize, "SHAPES", ((32, 64),))
+    monkeypatch.setattr(gpu_sanitize, "ROWS", (9,))
+    assert gpu_sanitize.main("cpu", gpu_measure.Forcing(simt.executor.library), simt.ops) == 0
+    ran = {launch.kernel.partition("<")[0] for launch in simt.launches()}
+    assert ran == {kernel.kernel.partition("<")[0] for kernel in cuda_report.read_csv()} - {"reduce_splits_kernel"}
+
+
+def test_an_unknown_kernel_cannot_be_forced(simt):
+    force = gpu_measure.Forcing(simt.executor.library)
+    with pytest.raises(ValueError, match="huge: must be any, small, tiled or panel"), force("huge"):
+        pass
 
 
 def test_the_sanitizers_script_finds_a_wrong_result(monkeypatch):
