@@ -1,13 +1,13 @@
 // dequantize: out[row, col] = code[nibble] * scale(block), rounded once to fp32, then once to the output dtype, for a
 // range of rows and columns of the weight; scale(block) = scale_code[absmax] * scale_absmax + scale_offset if nested.
 //
-// Work split   a thread decodes 4 groups of 16 bytes of output (8 bf16, out of 4 packed bytes); neighbours have neighbouring
-//              groups, so that a warp loads and stores whole lines. A power of two of threads goes along a row.
+// Work split   a thread decodes 4 groups of 16 bytes of output (8 bf16, out of 4 packed bytes), its neighbours the groups
+//              beside, so that a warp loads and stores whole lines. A power of two of threads goes along a row.
 // The trick    both codebooks lie in shared memory: the 16 levels are 16 banks, so a lookup has no conflicts, and it is
 //              exact, as products with a table of bf16 pairs are not. Loads of 16 packed bytes a thread would need a
 //              shuffle to store whole lines, and have no more bytes under way.
 // Bytes        reads 0.5 + 1/block_size and writes 2 (bf16) a weight: 2.52 B at block size 64, 9.8 us for 4096 x 4096 at
-//              an H200's 4.3 TB/s of copy. In that time its SMs can issue 17.3 instructions a weight; this takes 9.8.
+//              an H200's 4.3 TB/s of copy. Its SMs can issue 17.3 instructions a weight in that time; this takes 9.8.
 // Needs        rows of out that do not overlap. Where rows are not whole, aligned groups an item is one element: 60
 //              instructions a weight.
 #include "kernels.h"

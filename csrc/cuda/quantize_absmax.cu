@@ -1,4 +1,4 @@
-// quantize_absmax: scale_offset = mean of absmax; scale_absmax[s] = max |absmax - scale_offset| over superblock s of 256;
+// quantize_absmax: scale_offset = mean of absmax; scale_absmax[s] = max |absmax - scale_offset| over superblock s;
 // quantized = the 8-bit code of (absmax - scale_offset) / scale_absmax, see scale_bits.h.
 //
 // Work split   three launches: the fp64 sum of each superblock by one thread, the mean by one block, then the codes by
@@ -24,24 +24,27 @@ NF4_HOST_DEVICE static inline int64_t superblocks_of(int64_t blocks) { return (b
 
 // kWarps superblocks at a time pass through shared memory, so that the loads of a sum in turn are contiguous.
 constexpr int kPitch = kWidth + 1;  // floats from superblock to superblock: the threads that sum meet no bank twice
+NF4_DEVICE void sum_superblocks(const QuantizeAbsmaxArgs& args, int64_t first, float* staged) {
+  for (int s = 0; s < kWarps; ++s) {
+    const int64_t block = (first + s) * kWidth + threadIdx.x;
+    if (block < args.blocks) staged[s * kPitch + threadIdx.x] = load_cached(args.absmax + block);
+  }
+  sync_block();
+  const int64_t superblock = first + threadIdx.x;
+  if (threadIdx.x < kWarps && superblock < superblocks_of(args.blocks)) {
+    const int count = int(min(args.blocks - superblock * kWidth, int64_t(kWidth)));
+    double sum = 0;
+    for (int i = 0; i < count; ++i) sum += staged[threadIdx.x * kPitch + i];
+    args.superblock_sums[superblock] = sum;
+  }
+  sync_block();
+}
+
 __global__ void __launch_bounds__(kThreads) superblock_sums_kernel(QuantizeAbsmaxArgs args) {
   float* staged = shared_memory<float>();  // [kWarps, kPitch]
-  const int64_t superblocks = superblocks_of(args.blocks);
-  for (int64_t first = int64_t(blockIdx.x) * kWarps; first < superblocks; first += int64_t(gridDim.x) * kWarps) {
-    for (int s = 0; s < kWarps; ++s) {
-      const int64_t block = (first + s) * kWidth + threadIdx.x;
-      if (block < args.blocks) staged[s * kPitch + threadIdx.x] = load_cached(args.absmax + block);
-    }
-    sync_block();
-    const int64_t superblock = first + threadIdx.x;
-    if (threadIdx.x < kWarps && superblock < superblocks) {
-      const int count = int(min(args.blocks - superblock * kWidth, int64_t(kWidth)));
-      double sum = 0;
-      for (int i = 0; i < count; ++i) sum += staged[threadIdx.x * kPitch + i];
-      args.superblock_sums[superblock] = sum;
-    }
-    sync_block();
-  }
+  const int64_t superblocks = superblocks_of(args.blocks), step = int64_t(gridDim.x) * kWarps;
+  for (int64_t first = int64_t(blockIdx.x) * kWarps; first < superblocks; first += step)
+    sum_superblocks(args, first, staged);
 }
 
 // The sum over the block's threads, in an order of its own.
