@@ -9,7 +9,9 @@ copies of the weight that the L2 cannot hold them. Outputs are checked against a
 import argparse
 import ctypes
 import re
+import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -502,6 +504,7 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=200, help="in all (default: %(default)s)")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))  # so that what is measured is written
     torch.manual_seed(0)
     run = Run(Cuda(), Forcing(ctypes.CDLL(str(CUDA_LIBRARY))), begin + args.seconds - REPORT_SECONDS)
     if BNB_MISSING:

@@ -56,7 +56,11 @@ class Prediction:
 
 
 def card_of(name: str, arch: str, sms: int, ghz: float, copy_gb_s: float, bf16_gflop_s: float) -> Card:
-    """A present device; of an architecture that the report lacks, the newest one before it is taken."""
+    """A present device; of an architecture that the report lacks, the newest one before it is taken.
+
+    A device tells its highest clock; a card of CARDS runs at the clock that it keeps under load.
+    """
+    ghz = next((card.ghz for card in CARDS if card.name in name), ghz)
     number = _number(arch)
     known = max((a for a in ARCHITECTURES if _number(a) <= number), key=_number)
     return Card(name, f"sm_{known}", sms, ghz, copy_gb_s, bf16_gflop_s)
