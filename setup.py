@@ -62,13 +62,19 @@ def find_nvcc() -> str | None:
 
 
 def cuda_architectures(nvcc: str) -> list[str]:
-    """What to compile for, as "80", "90a", or "120+PTX" for code that newer devices can compile: TORCH_CUDA_ARCH_LIST,
-    or what this nvcc knows of CUDA_ARCHITECTURES with PTX of the newest."""
+    """What to compile for, as "80", "90a", or "120+PTX" for code that newer devices can compile as well.
+
+    TORCH_CUDA_ARCH_LIST says it, else CUDA_ARCHITECTURES as far as this nvcc knows them, with PTX of the newest without
+    a letter.
+    """
     asked = os.environ.get(ARCHITECTURES_VARIABLE, "").replace(";", " ").split()
     if not asked:
         listed = subprocess.run([nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout.split()
         known = [a for a in CUDA_ARCHITECTURES if f"compute_{a.rstrip('a')}" in listed]
-        return [*known[:-1], f"{known[-1]}+PTX"]
+        if "80" not in known:
+            sys.exit(f"nf4kernels: the CUDA kernels need an nvcc that knows sm_80; {nvcc} knows {' '.join(listed)}")
+        newest = [a for a in known if a.isdigit()][-1]
+        return [f"{a}+PTX" if a == newest else a for a in known]
     architectures = []
     for item in asked:
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", item)

@@ -1,6 +1,7 @@
 """The CUDA half on a CPU: its kernels, launchers and binding as torch.ops.nf4kernels_simt, and where tests call it."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from simt.executor import SETTINGS, Executor, Launch
 from torch.utils import cpp_extension
 
 from nf4kernels import ops
+from nf4kernels.backends import native, select
 
 ROOT = Path(__file__).parent.parent
 NAMESPACE = "nf4kernels_simt"
@@ -60,6 +62,11 @@ class CudaOps:
             self.executor.set(schedule, copies)
             yield schedule, copies
         self.executor.set()
+
+    def running(self, kernel: str) -> AbstractContextManager:
+        """Every product by this kernel: any, small, tiled or panel."""
+        library = select.CUDA_LIBRARY.handle if self.executor is None else self.executor.library
+        return native.running_kernel(library, kernel)
 
     def launches(self) -> list[Launch] | None:
         """The kernels that ran since the test began, by name; None on a GPU, which keeps no list."""

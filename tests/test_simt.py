@@ -201,7 +201,10 @@ def test_launches_are_logged_by_name_and_shape(executor):
 def test_launches_that_a_device_refuses(executor):
     assert run(executor, "empty", 1, 1, 1, 1024, 227 << 10) == 0
     assert run(executor, "empty", 1, 1, 1, 1024, (227 << 10) + 1) == INVALID_VALUE
-    assert "kernel empty_kernel: at most 232448 shared bytes" in executor.error()
+    assert (
+        "kernel empty_kernel: at most 232448 bytes of shared memory, got grid 1,1,1 threads 1024 shared 232449"
+        in executor.error()
+    )
     executor.set(shared_limit=SM_86_SHARED)
     assert run(executor, "empty", 1, 1, 1, 32, 99 << 10) == 0
     assert run(executor, "empty", 1, 1, 1, 32, 100 << 10) == INVALID_VALUE

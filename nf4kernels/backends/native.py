@@ -72,12 +72,29 @@ def load_cpu() -> CpuLibrary | None:
     return library
 
 
+@contextmanager
+def running_kernel(library: ctypes.CDLL, name: str) -> Iterator[None]:
+    """Run every CUDA product by this kernel (any, small, tiled, panel) inside a `with` block.
+
+    A product that it cannot run is a RuntimeError that says why. ValueError for an unknown name.
+    """
+    force = library.nf4kernels_cuda_force_kernel
+    force.argtypes, force.restype = [ctypes.c_char_p], ctypes.c_char_p
+    error = force(name.encode())
+    if error is not None:
+        raise ValueError(f"nf4kernels: a CUDA kernel's name {error.decode()}, got {name}")
+    try:
+        yield
+    finally:
+        force(None)
+
+
 class CudaLibrary:
     """The loaded CUDA library; loading it registers its ops for CUDA tensors and touches no device."""
 
     def __init__(self, path: Path) -> None:
         torch.ops.load_library(path)
-        library = ctypes.CDLL(str(path))
+        self.handle = library = ctypes.CDLL(str(path))
         library.nf4kernels_cuda_architectures.restype = ctypes.c_char_p
         self.architectures: list[str] = library.nf4kernels_cuda_architectures().decode().split()
         self.version: int = library.nf4kernels_cuda_version()

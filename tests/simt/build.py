@@ -37,7 +37,7 @@ def build(
         return target
 
     with ThreadPoolExecutor(COMPILES_AT_ONCE) as pool:
-        objects = list(pool.map(compiled, [SIMT / "simt.cpp", *sources]))
+        objects = list(pool.map(compiled, [*sorted(SIMT.glob("*.cpp")), *sources]))
     library = folder / f"{name}-{_hash(*map(str, objects), *link)}.so"
     if not library.exists():
         sanitizers = ASAN_FLAGS if asan else []

@@ -2,15 +2,11 @@
 // of a launch, its log, and the C functions of tests/simt/executor.py.
 #include "simt.h"
 
-#include <cxxabi.h>
-#include <dlfcn.h>
-#include <elf.h>
 #include <sys/mman.h>
 
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
-#include <fstream>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -60,6 +56,9 @@ nf4_simt_switch:
 )");
 
 namespace nf4::cuda::simt {
+
+std::string kernel_name(const void* function);  // kernel_name.cpp
+
 namespace {
 
 constexpr int kMaxThreads = 1024;
@@ -85,7 +84,8 @@ struct Fiber {
 
 struct Copy {
   void* shared;
-  const void* global;  // null: zeros
+  const void* global;
+  bool valid;
   int group;
   Site site;
 };
@@ -264,44 +264,10 @@ int next_thread() {
 
 // --- Launches ---
 
-// The name of a function of this library, static ones and instances of templates included, from the library's own table
-// of symbols: "nf4::cuda::(anonymous namespace)::scale_kernel<nf4::BFloat16>(float*)" is "scale_kernel<BFloat16>".
-std::string read_name(const void* function) {
-  Dl_info library;
-  if (!dladdr(function, &library)) return "?";
-  std::ifstream file(library.dli_fname, std::ios::binary);
-  const std::string bytes{std::istreambuf_iterator<char>(file), {}};
-  if (bytes.size() < sizeof(Elf64_Ehdr)) return "?";  // built anew since it was loaded
-  const auto* header = reinterpret_cast<const Elf64_Ehdr*>(bytes.data());
-  const auto* sections = reinterpret_cast<const Elf64_Shdr*>(bytes.data() + header->e_shoff);
-  const size_t offset = static_cast<const char*>(function) - static_cast<const char*>(library.dli_fbase);
-  std::string name = "?";
-  for (int s = 0; s < header->e_shnum; ++s) {
-    if (sections[s].sh_type != SHT_SYMTAB) continue;
-    const auto* symbols = reinterpret_cast<const Elf64_Sym*>(bytes.data() + sections[s].sh_offset);
-    const char* names = bytes.data() + sections[sections[s].sh_link].sh_offset;
-    for (size_t i = 0; i < sections[s].sh_size / sizeof(Elf64_Sym); ++i) {
-      if (symbols[i].st_value != offset || ELF64_ST_TYPE(symbols[i].st_info) != STT_FUNC) continue;
-      std::unique_ptr<char, decltype(&std::free)> plain(
-          abi::__cxa_demangle(names + symbols[i].st_name, nullptr, nullptr, nullptr), &std::free);
-      name = plain ? plain.get() : names + symbols[i].st_name;
-    }
-  }
-  for (const char* space : {"(anonymous namespace)::", "nf4::cuda::", "nf4::", "void "}) {
-    for (size_t at; (at = name.find(space)) != std::string::npos;) name.erase(at, std::strlen(space));
-  }
-  int depth = 0;
-  for (size_t i = 0; i < name.size(); ++i) {
-    depth += (name[i] == '<') - (name[i] == '>');
-    if (name[i] == '(' && depth == 0) name.resize(i);
-  }
-  return name;
-}
-
 const std::string& name_of(const void* function) {
   static std::map<const void*, std::string> names;
   std::string& name = names[function];
-  if (name.empty()) name = read_name(function);
+  if (name.empty()) name = kernel_name(function);
   return name;
 }
 
@@ -336,10 +302,10 @@ bool run_block() {
 }
 
 void perform(const Copy& copy) {
-  if (copy.global == nullptr)
-    std::memset(copy.shared, 0, 16);
-  else
+  if (copy.valid)
     std::memcpy(copy.shared, copy.global, 16);
+  else
+    std::memset(copy.shared, 0, 16);
 }
 
 }  // namespace
@@ -403,11 +369,13 @@ cudaError_t run(const void* kernel, dim3 grid, int thread_count, size_t shared_b
       "grid " + describe(grid) + " threads " + std::to_string(thread_count) + " shared " + std::to_string(shared_bytes);
   if (grid.x == 0 || grid.x > 0x7fffffffu || grid.y - 1 >= 65535 || grid.z - 1 >= 65535 || thread_count < 1 ||
       thread_count > kMaxThreads) {
-    last_error = "kernel " + name + ": invalid launch, " + shape;
+    last_error = "kernel " + name +
+                 ": blocks must have 1 to 1024 threads and grids 1 to 2^31 - 1, 65535, 65535 blocks, got " + shape;
     return cudaErrorInvalidConfiguration;
   }
   if (shared_bytes > settings.shared_limit) {
-    last_error = "kernel " + name + ": at most " + std::to_string(settings.shared_limit) + " shared bytes, " + shape;
+    last_error = "kernel " + name + ": at most " + std::to_string(settings.shared_limit) +
+                 " bytes of shared memory, got " + shape;
     return cudaErrorInvalidValue;
   }
   void* memory;
@@ -447,7 +415,7 @@ void copy_async_16(void* shared, const void* global, bool valid, simt::Site site
   if (reinterpret_cast<uintptr_t>(to) % 16 != 0) fail(site, "copy_async_16 to misaligned %p", shared);
   if (to < arena || to + 16 > arena + arena_bytes) fail(site, "copy_async_16 to an address outside shared memory");
   Thread& self = threads[current];
-  self.copies.push_back({shared, valid ? global : nullptr, self.groups, site});
+  self.copies.push_back({shared, global, valid, self.groups, site});
   if (!settings.copies_late) perform(self.copies.back());
 }
 
