@@ -469,9 +469,10 @@ def about(run: Run) -> dict[str, str]:
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT, check=False
     )
+    devices = nf4.backend_info().devices
     return {
         "machine": run.machine.name,
-        "kernels": nf4.backend_info().devices["cuda"][0],
+        "kernels": (devices.get("cuda") or devices["cuda:0"])[0],
         "torch": torch.__version__,
         "bitsandbytes": bnb.__version__ if bnb else "missing",
         "commit": commit.stdout.strip() or "unknown",
