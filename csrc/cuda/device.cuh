@@ -95,6 +95,14 @@ NF4_DEVICE void store_streamed(V* p, V v) {
   __stcs(p, v);
 }
 
+// Where in shared memory `p` points, and 4 bytes from there: 32 bits of address, where a pointer costs an instruction more.
+NF4_DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+NF4_DEVICE uint32_t load_shared(uint32_t address) {
+  uint32_t v;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(address));  // volatile: stays behind a barrier before it
+  return v;
+}
+
 // 16 bytes to shared memory in the background, zeros where not valid (then `global` is not read). The bytes are there
 // for this thread after copy_async_wait, for the others after a barrier that follows it.
 NF4_DEVICE void copy_async_16(void* shared, const void* global, bool valid) {

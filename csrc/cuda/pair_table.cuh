@@ -61,19 +61,16 @@ NF4_DEVICE void build_pair_table(uint32_t* table, const float* code) {
   }
 }
 
-// This lane's view of the table.
+// This lane's column of the table.
 struct PairTable {
-  const unsigned char* table;
-  uint32_t lane_bytes;  // 4 * lane
+  uint32_t column;  // its address in shared memory
 
-  NF4_DEVICE PairTable(const uint32_t* words, int lane)
-      : table(reinterpret_cast<const unsigned char*>(words)), lane_bytes(uint32_t(lane) * 4) {}
+  NF4_DEVICE PairTable(const uint32_t* words, int lane) : column(shared_address(words + lane)) {}
 
-  // The two elements of byte i of a packed word: a shift, one and-or, one load.
+  // The two elements of byte i of a packed word: a permute, a multiply-add for the address, a load.
   template <int i>
   NF4_DEVICE uint32_t pair(uint32_t word) const {
-    const uint32_t shifted = i == 0 ? word << 7 : word >> (i == 0 ? 0 : 8 * i - 7);
-    return *reinterpret_cast<const uint32_t*>(table + ((shifted & 0x7f80u) | lane_bytes));
+    return load_shared(column + permute_bytes(word, 0, 0x4440 + i) * 128);
   }
 };
 

@@ -202,6 +202,13 @@ NF4_DEVICE void store_streamed(V* p, V v, simt::Site site = simt::Site::here()) 
   *p = v;
 }
 
+NF4_DEVICE uint32_t shared_address(const void* p) {
+  return uint32_t(static_cast<const unsigned char*>(p) - static_cast<unsigned char*>(simt::shared_arena()));
+}
+NF4_DEVICE uint32_t load_shared(uint32_t address) {
+  return *reinterpret_cast<const uint32_t*>(static_cast<unsigned char*>(simt::shared_arena()) + address);
+}
+
 void copy_async_16(void* shared, const void* global, bool valid, simt::Site site = simt::Site::here());
 void copy_async_commit();
 template <int kPending>
