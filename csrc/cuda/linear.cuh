@@ -100,8 +100,9 @@ struct RowScale {
   NF4_DEVICE uint32_t stored(int64_t block) const {
     return row < w.N && block < blocks ? stored_scale(w, index(block)) : 0;
   }
-  NF4_DEVICE float decode(int64_t block, uint32_t stored) const {
-    return row < w.N && block < blocks ? scale_of(w, index(block), stored) : 0.f;
+  // Times the factor that goes with the table.
+  NF4_DEVICE float decode(int64_t block, uint32_t stored, float factor) const {
+    return row < w.N && block < blocks ? scale_of(w, index(block), stored) * factor : 0.f;
   }
 };
 

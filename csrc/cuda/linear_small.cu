@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) linear_small_kernel(const Pr
   if (chunk < chunks.end) loader.load(next, chunk * kChunk);
 
   uint32_t* words = shared_memory<uint32_t>();
-  build_pair_table<T>(words, w.code);
+  const float factor = build_pair_table<T>(words, args);
   sync_block();
   const PairTable table(words, lane.index);
 
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) linear_small_kernel(const Pr
       if (block >= loader.blocks) break;
       const T* x = static_cast<const T*>(args.x) + block * kBlockK + 16 * lane.t;
       multiply_block<T, kTokenTiles>(
-          sums, now.words[i], loader.scale.decode(block, now.scales[i]), table, lane, [&](int m, int half) {
+          sums, now.words[i], loader.scale.decode(block, now.scales[i], factor), table, lane, [&](int m, int half) {
             const int64_t token = 8 * m + lane.g;
             const T* from = x + token * w.K + 8 * half;
             return token < args.M ? load_cached(reinterpret_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0);

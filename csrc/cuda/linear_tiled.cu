@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) linear_tiled_kernel(const Prod
   }
   uint32_t stored = row_scale.stored(block_of(steps.begin));
   uint32_t* words = shared_memory<uint32_t>();
-  build_pair_table<T>(words, args.weight.code);
+  const float factor = build_pair_table<T>(words, args);
   const PairTable table(words, product.lane.index);
 
   Sums<S::kTokenTiles> sums = {};
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) linear_tiled_kernel(const Prod
     const int64_t ahead = step + kStages - 1;
     if (ahead < steps.end) product.fetch(free, ahead * S::kWarpsK);
     copy_async_commit();
-    const float scale = row_scale.decode(block_of(step), stored);
+    const float scale = row_scale.decode(block_of(step), stored, factor);
     stored = row_scale.stored(block_of(step + 1));
     if (block_of(step) < product.blocks) product.multiply(sums, stage, scale, table);
     free = stage;
