@@ -10,8 +10,8 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
-BUILD  := pyproject.toml setup.py $(CXX_FILES)
+CXX_NAMES := -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
+BUILD  := pyproject.toml setup.py $(shell find csrc $(CXX_NAMES))
 
 .PHONY: demo test lint bench bench-micro bench-compare gpu clean
 .SECONDARY:
@@ -41,7 +41,7 @@ gpu:
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc tests/simt $(CXX_NAMES))
 
 $(VENV)/.venv:
 	$(PYTHON) -m venv $(VENV)

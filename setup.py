@@ -19,7 +19,6 @@ from pathlib import Path
 
 from setuptools import setup
 from setuptools.errors import CompileError
-from setuptools.modified import newer_group
 
 ROOT = Path(__file__).parent
 CPU = "csrc/cpu"
@@ -118,8 +117,9 @@ def build_cuda(nvcc: str, target: str, include: list[str], library_dirs: list[st
         stem = CUDA_OBJECTS / Path(source).name
         output, record = Path(f"{stem}.o"), Path(f"{stem}.command")
         command = [*commands[source], "-o", str(output)]
-        unchanged = record.exists() and record.read_text() == shlex.join(command)
-        if not unchanged or newer_group([source, *HEADERS], str(output)):
+        newest_input = max((ROOT / path).stat().st_mtime for path in (source, *HEADERS))
+        same_command = record.exists() and record.read_text() == shlex.join(command)
+        if not same_command or not output.exists() or output.stat().st_mtime < newest_input:
             record.unlink(missing_ok=True)
             run_nvcc(command)
             record.write_text(shlex.join(command))

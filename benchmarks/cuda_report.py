@@ -70,7 +70,7 @@ class Instruction:
     @property
     def target(self) -> int | None:
         """Where a branch goes, None for any other instruction."""
-        found = re.search(r"0x([0-9a-f]+)\s*$", self.operands) if self.kind == "BRA" else None
+        found = re.search(r"0x([0-9a-f]+)$", self.operands) if self.kind == "BRA" else None
         return int(found[1], 16) if found else None
 
 
@@ -123,10 +123,6 @@ def tool(name: str, package: str | None = None) -> str:
         source = f"PyPI's {package}, " if package else ""
         raise MissingToolError(f"{name} is missing: looked for it in {source}PATH, CUDA_HOME and /usr/local/cuda")
     return found
-
-
-def nvcc_version() -> str:
-    return re.search(r"release (\d+\.\d+)", output(tool("nvcc"), "--version"))[1]
 
 
 def kernels_of(cubins: Iterable[Path]) -> list[Kernel]:
@@ -213,24 +209,23 @@ def _short(name: str) -> str:
 
 def instructions_in(listing: str) -> list[Instruction]:
     """In order of address, without the NOPs that fill the end up."""
-    pattern = r"/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)\s*([^;]*);"
+    pattern = r"/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)\s*([^;]*?)\s*;"
     found = (Instruction(int(address, 16), *rest) for address, *rest in re.findall(pattern, listing))
     return [i for i in found if i.kind != "NOP"]
 
 
 def main_loop(code: list[Instruction]) -> list[Instruction]:
-    loops = [
-        [i for i in code if branch.target <= i.address <= branch.address]
-        for branch in code
-        if branch.target is not None and branch.target < branch.address
-    ]
+    jumps = [(i.target, i.address) for i in code if i.kind == "BRA"]
+    backward = [(to, at) for to, at in jumps if to is not None and to < at]
+    loops = [[i for i in code if to <= i.address <= at] for to, at in backward]
     for is_telling in (lambda i: i.is_product, lambda i: i.is_streamed_load):
         telling = [loop for loop in loops if any(map(is_telling, loop))]
         if telling:
             smallest = [loop for loop in telling if not any(_is_inside(other, loop) for other in telling)]
             chosen = max(smallest, key=lambda loop: sum(map(is_telling, loop)))
-            tails = [loop for loop in loops if loop not in telling and _is_inside(loop, chosen)]
-            return [i for i in chosen if not any(i in tail for tail in tails)]
+            tails = [loop for loop in loops if not any(map(is_telling, loop)) and _is_inside(loop, chosen)]
+            in_tails = {i.address for tail in tails for i in tail}
+            return [i for i in chosen if i.address not in in_tails]
     return max(loops, key=len, default=[])
 
 

@@ -9,7 +9,9 @@ copies of the weight that the L2 cannot hold them. Outputs are checked against a
 import argparse
 import ctypes
 import re
+import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -467,9 +469,10 @@ def about(run: Run) -> dict[str, str]:
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT, check=False
     )
+    devices = nf4.backend_info().devices
     return {
         "machine": run.machine.name,
-        "kernels": nf4.backend_info().devices["cuda"][0],
+        "kernels": (devices.get("cuda") or devices["cuda:0"])[0],
         "torch": torch.__version__,
         "bitsandbytes": bnb.__version__ if bnb else "missing",
         "commit": commit.stdout.strip() or "unknown",
@@ -502,6 +505,7 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=200, help="in all (default: %(default)s)")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))  # so that what is measured is written
     torch.manual_seed(0)
     run = Run(Cuda(), Forcing(ctypes.CDLL(str(CUDA_LIBRARY))), begin + args.seconds - REPORT_SECONDS)
     if BNB_MISSING:

@@ -13,16 +13,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
-from .cuda_report import Kernel, read_csv
+from .cuda_report import ARCHITECTURES, Kernel, read_csv
 
 LAUNCH_MS = 0.0025  # of a kernel in a graph, with its first loads; assumed
 WEIGHT_BYTES = 0.516  # NF4, block size 64, double-quantized
 ISSUE_LANES, ALU_LANES, SHARED_WORDS = 128, 64, 32  # a cycle and SM
 ALU = {"LOP3", "SHF", "PRMT", "IADD3", "IADD", "LEA", "ISETP", "VIADD", "SEL", "IMNMX", "VIMNMX", "VIMNMX3", "FSETP"}
 ALU |= {"FSEL", "FMNMX", "PLOP3", "I2FP", "F2FP", "MOV"}
-# Multiply-adds a cycle and SM that mma.sync reaches in bf16 with fp32 sums: sm_90 62 % of what wgmma does (published
-# measurements), sm_100 assumed to be as sm_80, the others their full rate.
-MMA_A_CYCLE = {"sm_80": 1024, "sm_86": 512, "sm_89": 512, "sm_90a": 1270, "sm_100": 1024, "sm_120": 512}
+# Multiply-adds a cycle and SM that mma.sync reaches in bf16 with fp32 sums where cuBLAS has quicker instructions: sm_90
+# 62 % of what wgmma does (published measurements), sm_100 assumed to be as sm_80. Elsewhere cuBLAS uses mma.sync too.
+MMA_A_CYCLE = {"sm_90a": 1270, "sm_100": 1024}
 TOKENS = 8  # rows of x in one mma
 
 
@@ -36,6 +36,9 @@ class Card:
     bf16_gflop_s: float  # cuBLAS
 
     def mma_gflop_s(self) -> float:
+        """The rate of mma.sync."""
+        if self.arch not in MMA_A_CYCLE:
+            return self.bf16_gflop_s
         return 2 * MMA_A_CYCLE[self.arch] * self.sms * self.ghz
 
 
@@ -53,10 +56,14 @@ class Prediction:
 
 
 def card_of(name: str, arch: str, sms: int, ghz: float, copy_gb_s: float, bf16_gflop_s: float) -> Card:
-    """A present device; of an architecture that the report lacks, the newest one before it is taken."""
+    """A present device; of an architecture that the report lacks, the newest one before it is taken.
+
+    A device tells its highest clock; a card of CARDS runs at the clock that it keeps under load.
+    """
+    ghz = next((card.ghz for card in CARDS if card.name in name), ghz)
     number = _number(arch)
-    known = max((a for a in MMA_A_CYCLE if _number(a) <= number), key=_number)
-    return Card(name, known, sms, ghz, copy_gb_s, bf16_gflop_s)
+    known = max((a for a in ARCHITECTURES if _number(a) <= number), key=_number)
+    return Card(name, f"sm_{known}", sms, ghz, copy_gb_s, bf16_gflop_s)
 
 
 def _number(arch: str) -> int:
@@ -106,7 +113,7 @@ def panel(card: Card, N: int, K: int, M: int) -> Prediction:
     """Dequantizes, then multiplies by cuBLAS; a panel is read from the L2."""
     decode = dequantize(card, N, K).ms
     gemm = max(2 * M * N * K / card.bf16_gflop_s, 2 * M * (N + K) / card.copy_gb_s) / 1e6
-    return Prediction(decode + gemm + LAUNCH_MS, "dequantize and cuBLAS")
+    return Prediction(decode + gemm + LAUNCH_MS, "panels")
 
 
 def dequantize(card: Card, N: int, K: int) -> Prediction:
@@ -152,6 +159,8 @@ def predicted_ms(card: Card, op: str, N: int, K: int, M: int | None) -> float | 
 
 
 def lines() -> Iterator[str]:
+    """One a kernel, shape and M: milliseconds and what takes longest, by card."""
+    yield " " * 36 + "".join(f" | {card.name:22}" for card in CARDS)
     for N, K in ((4096, 4096), (14336, 4096)):
         for op, rows in (
             ("quantize", (None,)),
@@ -162,11 +171,9 @@ def lines() -> Iterator[str]:
             for M in rows:
                 by_card = {card.name: predictions(card, op, N, K, M) for card in CARDS}
                 for kernel in next(iter(by_card.values())):
-                    cells = [
-                        f"{card:>8} {found[kernel].ms:8.4f} ms, {found[kernel].bound}"
-                        for card, found in by_card.items()
-                    ]
-                    yield f"{op} {kernel} {N}x{K} M={M or ''}".ljust(36) + "".join(f" | {cell:36}" for cell in cells)
+                    cells = (f" | {found[kernel].ms:7.4f} {found[kernel].bound:14}" for found in by_card.values())
+                    what = " ".join(filter(None, (op, kernel, f"{N}x{K}", M and f"M={M}")))
+                    yield f"{what:36}{''.join(cells)}"
 
 
 def main() -> None:

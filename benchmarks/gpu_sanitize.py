@@ -61,6 +61,7 @@ def is_close(result: Tensor, expected: Tensor) -> bool:
 
 def main(device: str, force: Callable[[str], AbstractContextManager], ops=torch.ops.nf4kernels) -> int:
     """How many results were wrong; a forced kernel may refuse a case."""
+    torch.zeros(1, device=device)  # fails here, before a word, where the sanitizer refuses the device
     print(f"every op once on {device}", flush=True)
     ran = refused = wrong = 0
     for what, op, args in cases():

@@ -19,6 +19,7 @@ import hypothesis
 import pytest
 import simt_ops
 import torch
+from simt.executor import SM_86_SHARED
 
 from nf4kernels.backends.select import backend_info
 
@@ -85,9 +86,12 @@ def simt_executor():
 @pytest.fixture
 def simt(simt_executor):
     """The CUDA ops on the host executor, for a test that means nothing on a GPU."""
-    simt_executor.set()
+    cuda_ops = simt_ops.CudaOps(getattr(torch.ops, simt_ops.NAMESPACE), "cpu", simt_executor)
+    # The smallest shared memory of all architectures: a kernel that needs more would fail on some.
+    simt_executor.set(shared_limit=SM_86_SHARED)
+    cuda_ops.pretend(90, 4)
     simt_executor.reset()
-    yield simt_ops.CudaOps(getattr(torch.ops, simt_ops.NAMESPACE), "cpu", simt_executor)
+    yield cuda_ops
     simt_executor.set()
 
 

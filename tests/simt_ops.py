@@ -64,6 +64,10 @@ class CudaOps:
             yield schedule, copies
         self.executor.set()
 
+    def pretend(self, arch: int, multiprocessors: int) -> None:
+        """What the choice of kernels sees of the executor's device, until the end of the test."""
+        self.executor.library.nf4kernels_simt_device(arch, multiprocessors)
+
     def running(self, kernel: str) -> AbstractContextManager:
         """Every product by this kernel: any, small, tiled or panel."""
         library = select.CUDA_LIBRARY.handle if self.executor is None else self.executor.library

@@ -171,3 +171,12 @@ def test_indices_past_2_to_the_32(simt, K):
         assert_same_bits(row, expected[-K:].to(dtype).view(1, -1), f"last row of {N} x {K}")
         part = simt.ops.dequantize(packed, absmax, scale_absmax, *shared, N - 3, N, K - 9, K - 1, dtype)
         assert_same_bits(part, expected[-3 * K :].view(3, K)[:, -9:-1].to(dtype), f"columns of {N} x {K}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_rows_of_out_that_are_not_aligned_as_the_first(cuda_ops, dtype):
+    qweight = cases.random_bytes(5, 64)
+    out = torch.zeros(5, 67, dtype=dtype, device=cuda_ops.device)[:, :64]
+    assert out.data_ptr() % 16 == 0
+    cuda_ops.ops.dequantize_out(*cuda_ops.move(qweight.op_args()), 0, 5, 0, 64, out)
+    assert_same_bits(out.cpu(), cases.dense(qweight, dtype), f"stride of 67 {dtype}")

@@ -4,12 +4,13 @@ import re
 import sys
 import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import nf4kernels as nf4
-from benchmarks import cuda_report, goals, gpu, gpu_measure, gpu_predictions, gpu_sanitize, harness, report
+from benchmarks import cuda_report, goals, gpu, gpu_measure, gpu_predictions, gpu_sanitize, gpu_tests, harness, report
 from benchmarks.harness import BNB_DQ, DENSE, OURS, Row
 
 SHAPES = ((128, 128), (64, 256))
@@ -353,11 +354,11 @@ def test_the_sanitizers_script_calls_every_op_with_every_kernel(capsys, monkeypa
 
 def test_the_sanitizers_script_runs_every_kernel(monkeypatch, simt):
     """The kernels themselves, on the host executor."""
-    monkeypatch.setattr(gpu_sanitize, "SHAPES", ((32, 64),))
+    monkeypatch.setattr(gpu_sanitize, "SHAPES", ((32, 64), (33, 71)))
     monkeypatch.setattr(gpu_sanitize, "ROWS", (9,))
     assert gpu_sanitize.main("cpu", gpu_measure.Forcing(simt.executor.library), simt.ops) == 0
     ran = {launch.kernel.partition("<")[0] for launch in simt.launches()}
-    assert ran == {kernel.kernel.partition("<")[0] for kernel in cuda_report.read_csv()} - {"reduce_splits_kernel"}
+    assert ran == {kernel.kernel.partition("<")[0] for kernel in cuda_report.read_csv()}
 
 
 def test_an_unknown_kernel_cannot_be_forced(simt):
@@ -412,3 +413,22 @@ def test_a_device_is_predicted_by_the_architecture_that_it_runs():
     assert [arch(a) for a in ("sm_80", "sm_87", "sm_90a", "sm_103", "sm_121")] == [
         "sm_80", "sm_86", "sm_90a", "sm_100", "sm_120",
     ]  # fmt: skip
+
+
+def test_a_known_card_is_predicted_at_the_clock_that_it_keeps():
+    assert gpu_predictions.card_of("NVIDIA H200", "sm_90a", 132, 1.98, 1.0, 1.0).ghz == 1.755
+    assert gpu_predictions.card_of("Another", "sm_90a", 132, 1.98, 1.0, 1.0).ghz == 1.98
+
+
+def test_the_tests_of_a_gpu_are_those_that_ask_for_one():
+    def item(fixtures: tuple[str, ...], **params: str) -> SimpleNamespace:
+        callspec = {"callspec": SimpleNamespace(params=params)} if params else {}
+        return SimpleNamespace(fixturenames=fixtures, **callspec)
+
+    items = [
+        item(("gpu",)),
+        item(("cuda_ops",), cuda_ops="cuda"),
+        item(("cuda_ops",), cuda_ops="simt"),
+        item(("simt",)),
+    ]
+    assert [gpu_tests.runs_on_a_gpu(i) for i in items] == [True, True, False, False]

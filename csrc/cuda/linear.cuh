@@ -89,20 +89,19 @@ NF4_DEVICE void add_low_rank(Sums<kTokenTiles>& sums, const ProductArgs& args, i
   add_scaled<kTokenTiles>(sums, part, args.scaling, lane);
 }
 
-// The scale of row g + 8t of a warp's rows, which the lane decodes for all; 0 beyond N and K.
+// The scale of row g + 8t of a warp's rows, which the lane decodes for all. Beyond N it is the last row's: what comes of
+// it is not stored, and no load needs a condition.
 struct RowScale {
   const Weight& w;
-  int64_t row, blocks;  // blocks of 64 k in a row
+  int64_t first;  // element of the row
   NF4_DEVICE RowScale(const Weight& w, int64_t first_row, const Lane& lane)
-      : w(w), row(first_row + lane.g + 8 * lane.t), blocks(w.K / kBlockK) {}
+      : w(w), first(smaller(first_row + lane.g + 8 * lane.t, w.N - 1) * w.K) {}
 
-  NF4_DEVICE int64_t index(int64_t block) const { return (row * w.K + block * kBlockK) >> w.block_shift; }
-  NF4_DEVICE uint32_t stored(int64_t block) const {
-    return row < w.N && block < blocks ? stored_scale(w, index(block)) : 0;
-  }
+  NF4_DEVICE int64_t index(int block) const { return (first + int64_t(block) * kBlockK) >> w.block_shift; }
+  NF4_DEVICE uint32_t stored(int block) const { return stored_scale(w, index(block)); }
   // Times the factor that goes with the table.
-  NF4_DEVICE float decode(int64_t block, uint32_t stored, float factor) const {
-    return row < w.N && block < blocks ? scale_of(w, index(block), stored) * factor : 0.f;
+  NF4_DEVICE float decode(int block, uint32_t stored, float factor) const {
+    return scale_of(w, index(block), stored) * factor;
   }
 };
 

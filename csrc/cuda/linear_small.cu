@@ -22,28 +22,40 @@ struct Chunk {
   uint32_t scales[kChunk];  // as stored
 };
 
-struct Loader {
-  const Weight& w;
+// A lane's rows of W, tokens of x and scale. Rows beyond N and M are the last row's: what comes of them is not stored.
+template <class T, int kTokenTiles>
+struct Lines {
   Lane lane;
   RowScale scale;
-  int64_t first_row, blocks;
+  int blocks;  // of 64 k in a row
+  const uint8_t* packed[kSlots];
+  const T* tokens[kTokenTiles];
 
-  NF4_DEVICE Loader(const Weight& w, int64_t first_row)
-      : w(w), scale(w, first_row, lane), first_row(first_row), blocks(w.K / kBlockK) {}
+  NF4_DEVICE Lines(const ProductArgs& args, int64_t first_row)
+      : scale(args.weight, first_row, lane), blocks(int(args.weight.K / kBlockK)) {
+    const Weight& w = args.weight;
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot)
+      packed[slot] = w.packed + smaller(first_row + lane.g + 8 * slot, w.N - 1) * (w.K / 2) + 8 * lane.t;
+#pragma unroll
+    for (int m = 0; m < kTokenTiles; ++m)
+      tokens[m] = static_cast<const T*>(args.x) + smaller(8 * m + lane.g, args.M - 1) * w.K + 16 * lane.t;
+  }
 
-  NF4_DEVICE void load(Chunk& chunk, int64_t first_block) const {
+  NF4_DEVICE void load(Chunk& chunk, int first_block) const {
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
-      const int64_t block = first_block + i;
+      const int block = min(first_block + i, blocks - 1);  // an odd last chunk has the last block twice, and uses it once
 #pragma unroll
-      for (int slot = 0; slot < kSlots; ++slot) {
-        const int64_t row = first_row + lane.g + 8 * slot;
-        const uint8_t* bytes = w.packed + (row * w.K + block * kBlockK) / 2 + 8 * lane.t;
-        const bool valid = row < w.N && block < blocks;
-        chunk.words[i][slot] = valid ? load_streamed(reinterpret_cast<const uint2*>(bytes)) : make_uint2(0, 0);
-      }
+      for (int slot = 0; slot < kSlots; ++slot)
+        chunk.words[i][slot] = load_streamed(reinterpret_cast<const uint2*>(packed[slot] + int64_t(block) * 32));
       chunk.scales[i] = scale.stored(block);
     }
+  }
+
+  // Of token 8m + g, the lane's first or second 8 k of a block.
+  NF4_DEVICE uint4 x(int block, int m, int half) const {
+    return load_cached(reinterpret_cast<const uint4*>(tokens[m] + int64_t(block) * kBlockK + 8 * half));
   }
 };
 
@@ -69,15 +81,15 @@ NF4_DEVICE void finish(const Sums<kTokenTiles>& sums, const ProductArgs& args, i
 
 template <class T, int kTokenTiles>
 __global__ void __launch_bounds__(kWarps* kWarp, 2) linear_small_kernel(const ProductArgs args) {
-  const Weight& w = args.weight;
   const int64_t first_row = int64_t(blockIdx.x) * kWarpRows;
   const int warp = int(threadIdx.x) / kWarp;
-  const Loader loader(w, first_row);
-  const Lane& lane = loader.lane;
-  const Part chunks(ceil_div(loader.blocks, kChunk), blockIdx.y, args.splits);
+  const Lines<T, kTokenTiles> lines(args, first_row);
+  const Lane& lane = lines.lane;
+  const Part chunks(ceil_div(lines.blocks, kChunk), blockIdx.y, args.splits);
+  const int end = int(chunks.end);
+  int chunk = int(chunks.begin) + warp;
   Chunk next;
-  int64_t chunk = chunks.begin + warp;
-  if (chunk < chunks.end) loader.load(next, chunk * kChunk);
+  if (chunk < end) lines.load(next, chunk * kChunk);
 
   uint32_t* words = shared_memory<uint32_t>();
   const float factor = build_pair_table<T>(words, args);
@@ -87,20 +99,16 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) linear_small_kernel(const Pr
   Sums<kTokenTiles> sums = {};
   if (args.rank > 0 && blockIdx.y == 0 && warp == kWarps - 1)
     add_low_rank<T, kTokenTiles>(sums, args, first_row, 0, lane);
-  for (; chunk < chunks.end; chunk += kWarps) {
+  for (; chunk < end; chunk += kWarps) {
     const Chunk now = next;
-    if (chunk + kWarps < chunks.end) loader.load(next, (chunk + kWarps) * kChunk);
+    if (chunk + kWarps < end) lines.load(next, (chunk + kWarps) * kChunk);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
-      const int64_t block = chunk * kChunk + i;
-      if (block >= loader.blocks) break;
-      const T* x = static_cast<const T*>(args.x) + block * kBlockK + 16 * lane.t;
-      multiply_block<T, kTokenTiles>(
-          sums, now.words[i], loader.scale.decode(block, now.scales[i], factor), table, lane, [&](int m, int half) {
-            const int64_t token = 8 * m + lane.g;
-            const T* from = x + token * w.K + 8 * half;
-            return token < args.M ? load_cached(reinterpret_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0);
-          });
+      const int block = chunk * kChunk + i;
+      if (block >= lines.blocks) break;
+      const float scale = lines.scale.decode(block, now.scales[i], factor);
+      multiply_block<T, kTokenTiles>(sums, now.words[i], scale, table, lane,
+                                     [&](int m, int half) { return lines.x(block, m, half); });
     }
   }
   sync_block();  // the last reader of the table, whose memory the sums take

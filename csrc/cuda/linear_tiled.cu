@@ -121,14 +121,16 @@ __global__ void __launch_bounds__(S::kThreads, 1) linear_tiled_kernel(const Prod
   const int64_t first_row = product.tile_row + product.warp_n * kWarpRows;
   const RowScale row_scale(args.weight, first_row, product.lane);
   const Part steps(ceil_div(product.blocks, S::kWarpsK), blockIdx.z, args.splits);
-  const auto block_of = [&](int64_t step) { return step * S::kWarpsK + product.warp_k; };
+  const int blocks = int(product.blocks);
+  const auto block_of = [&](int64_t step) { return int(step) * S::kWarpsK + product.warp_k; };
+  const auto stored_scale_of = [&](int64_t step) { return row_scale.stored(min(block_of(step), blocks - 1)); };
 
 #pragma unroll
   for (int s = 0; s < kStages - 1; ++s) {
     if (steps.begin + s < steps.end) product.fetch(s, (steps.begin + s) * S::kWarpsK);
     copy_async_commit();
   }
-  uint32_t stored = row_scale.stored(block_of(steps.begin));
+  uint32_t stored = stored_scale_of(steps.begin);
   uint32_t* words = shared_memory<uint32_t>();
   const float factor = build_pair_table<T>(words, args);
   const PairTable table(words, product.lane.index);
@@ -144,9 +146,9 @@ __global__ void __launch_bounds__(S::kThreads, 1) linear_tiled_kernel(const Prod
     const int64_t ahead = step + kStages - 1;
     if (ahead < steps.end) product.fetch(free, ahead * S::kWarpsK);
     copy_async_commit();
-    const float scale = row_scale.decode(block_of(step), stored, factor);
-    stored = row_scale.stored(block_of(step + 1));
-    if (block_of(step) < product.blocks) product.multiply(sums, stage, scale, table);
+    const uint32_t now = stored;
+    stored = stored_scale_of(step + 1);
+    if (block_of(step) < blocks) product.multiply(sums, stage, row_scale.decode(block_of(step), now, factor), table);
     free = stage;
     stage = stage + 1 == kStages ? 0 : stage + 1;
   }

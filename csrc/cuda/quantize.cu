@@ -7,9 +7,9 @@
 //              that or not ascending (FP4's) take the binary search: 31 instructions a weight instead of 16 (sm_90a).
 // Bytes        reads 2 (bf16) and writes 0.5 + 4/block_size a weight: 2.56 B at block size 64, 10 us for 4096 x 4096 at
 //              an H200's 4.3 TB/s of copy. In that time its SMs can issue 17.6 instructions a weight (A100 29, 4090
-//              about 120), so the 16 are just within it, and the search would take 18 us.
+//              about 110), so the 16 are just within it, and the search would take 18 us.
 // Needs        code is a permutation of 16 ascending levels. Blocks behind the last whole 1024, and weights or bytes
-//              that are not aligned, go element by element: 10 times slower and for any address.
+//              that are not aligned, go element by element, at any address.
 #include <type_traits>
 
 #include "kernels.h"
