@@ -34,6 +34,8 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
 STABLE_ABI = [("TORCH_STABLE_ONLY", None), ("TORCH_TARGET_VERSION", "0x020a000000000000")]
 
+ROUNDED_CODE = "csrc/rounded_code.cpp"  # of both libraries
+
 CUDA_SOURCES = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*.cu"))
 CUDA_BINDING = "csrc/torch_cuda.cpp"
 CUDA_OBJECTS = ROOT / "build" / "cuda"  # not in setuptools' own folder, which pip makes anew for every build
@@ -107,7 +109,8 @@ def build_cuda(nvcc: str, target: str, include: list[str], library_dirs: list[st
     binding_flags += [flag for path in include for flag in ("-isystem", path)]
     binding_flags.append(f'-DNF4_CUDA_ARCHITECTURES="{" ".join(architectures)}"')
     commands = {source: [nvcc, *kernel_flags, "-c", source] for source in CUDA_SOURCES}
-    commands[CUDA_BINDING] = [nvcc, *binding_flags, "-c", CUDA_BINDING]  # no .cu: nvcc hands it to the host compiler
+    for source in (CUDA_BINDING, ROUNDED_CODE):  # no .cu: nvcc hands them to the host compiler
+        commands[source] = [nvcc, *binding_flags, "-c", source]
     CUDA_OBJECTS.mkdir(parents=True, exist_ok=True)
 
     def compiled(source: str) -> str:
@@ -122,7 +125,7 @@ def build_cuda(nvcc: str, target: str, include: list[str], library_dirs: list[st
             record.write_text(shlex.join(command))
         return str(output)
 
-    longest_first = sorted(commands, key=lambda source: (source == CUDA_BINDING, -(ROOT / source).stat().st_size))
+    longest_first = sorted(commands, key=lambda source: (source not in CUDA_SOURCES, -(ROOT / source).stat().st_size))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compiled, longest_first))
     Path(target).parent.mkdir(parents=True, exist_ok=True)
@@ -162,7 +165,8 @@ def build_options(nvcc: str | None) -> dict:
         "nf4kernels._cpu",
         [
             "csrc/torch_cpu.cpp",
-            *(f"{CPU}/{name}.cpp" for name in ("dispatch", "bf16_code", "quantize_absmax", "low_rank")),
+            ROUNDED_CODE,
+            *(f"{CPU}/{name}.cpp" for name in ("dispatch", "quantize_absmax", "low_rank")),
         ],
         depends=HEADERS,
         py_limited_api=True,

@@ -229,7 +229,7 @@ Tensor multiply(const Product& product, const Tensor& in, const nf4::Weight& w, 
   if (rows == 0 || product.columns == 0) return out;
   args.out = out.mutable_data_ptr();
   const nf4::ProductKernels& kernels = kernels_for(product, dtype, w, rows);
-  if (kernels.codes) args.bf16_code = nf4::bf16_code(w.code);
+  if (kernels.codes) args.bf16_code = nf4::rounded_code<nf4::BFloat16>(w.code);
   if (is_linear(product) && rows <= nf4::kGemvRows)
     multiply_rows(*kernels.gemv, args, contiguous);
   else

@@ -9,7 +9,9 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
+#include <cstring>
 #include <iterator>
+#include <mutex>
 #include <optional>
 #include <string_view>
 #include <tuple>
@@ -17,6 +19,7 @@
 
 #include "cuda/choose.h"
 #include "cuda/kernels.h"
+#include "rounded_code.h"
 #include "torch_checks.h"
 
 #ifdef NF4_SIMT
@@ -221,6 +224,47 @@ nf4::cuda::Choice choice_for(const Product& product) {
   return {path, nf4::cuda::splits_of(problem, path), "forced"};
 }
 
+// The codebooks that have a name, rounded when the first product wants them: 8 ms for each of the two dtypes.
+class CodeList {
+ public:
+  // False where there is no room for another.
+  bool add(const float* code) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const bool is_there = std::any_of(codes_.begin(), codes_.end(),
+                                      [&](const Code& c) { return std::memcmp(c.data(), code, sizeof c) == 0; });
+    if (is_there) return true;
+    if (codes_.size() == nf4::cuda::KnownCodes::kMost) return false;
+    std::copy_n(code, nf4::kLevels, codes_.emplace_back().begin());
+    return true;
+  }
+
+  nf4::cuda::KnownCodes rounded(Dtype dtype) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return dtype == Dtype::kBFloat16 ? rounded<nf4::BFloat16>(bf16_) : rounded<nf4::Float16>(fp16_);
+  }
+
+ private:
+  using Code = std::array<float, nf4::kLevels>;
+
+  template <class T>
+  const nf4::cuda::KnownCodes& rounded(nf4::cuda::KnownCodes& known) {
+    for (; known.count < int(codes_.size()); ++known.count) {
+      const Code& code = codes_[size_t(known.count)];
+      const auto result = nf4::rounded_code<T>(code.data());
+      auto& entry = known.entries[known.count];
+      std::copy(code.begin(), code.end(), entry.code);
+      std::transform(result.levels, result.levels + nf4::kLevels, entry.levels, [](T level) { return level.bits; });
+      entry.scale = result.scale;
+    }
+    return known;
+  }
+
+  std::mutex mutex_;
+  std::vector<Code> codes_;
+  nf4::cuda::KnownCodes bf16_{}, fp16_{};
+};
+CodeList known_codes;
+
 // One of csrc/cuda's kernels, a million rows at a time: a grid has at most 65,535 blocks in y.
 void multiply_fused(const Product& product, const nf4::cuda::Choice& choice, const Launch& launch) {
   using nf4::cuda::Path;
@@ -232,6 +276,7 @@ void multiply_fused(const Product& product, const nf4::cuda::Choice& choice, con
   nf4::cuda::ProductArgs args = product.args;
   const int64_t rows = args.M, bytes = int64_t(element_bytes(args.dtype));
   args.splits = choice.splits;
+  if (choice.path != Path::kAny) args.known = known_codes.rounded(args.dtype);
   OptionalTensor partial;
   if (args.splits > 1) {
     partial = new_empty(product.in, {args.splits, std::min(rows, kMostRows), product.columns}, ScalarType::Float);
@@ -442,6 +487,10 @@ NF4_EXPORT const char* nf4kernels_cuda_force_kernel(const char* name) {
   }
   return "must be any, small, tiled or panel";
 }
+
+// This codebook will be rounded without bias from now on, where others are dithered (cuda/pair_table.cuh): 16 floats of
+// the host. False where too many are known; one that is known already takes no room.
+NF4_EXPORT bool nf4kernels_cuda_know_codebook(const float* code) { return known_codes.add(code); }
 
 // The table's choice for a product: the kernel's name, how many splits, and why.
 NF4_EXPORT const char* nf4kernels_cuda_choose(bool dgrad, int32_t dtype, int64_t M, int64_t N, int64_t K,

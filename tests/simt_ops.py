@@ -22,7 +22,7 @@ def load(asan: bool = False) -> Executor:
 
     With asan under AddressSanitizer, which the process must have been started with: `simt.build.asan_environment`.
     """
-    sources = [*sorted(ROOT.glob("csrc/cuda/*.cu")), ROOT / "csrc/torch_cuda.cpp"]
+    sources = [*sorted(ROOT.glob("csrc/cuda/*.cu")), ROOT / "csrc/torch_cuda.cpp", ROOT / "csrc/rounded_code.cpp"]
     flags = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     flags += [f"-isystem{path}" for path in cpp_extension.include_paths()]
     link = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch", "-ltorch_cpu", "-lc10"]
@@ -32,6 +32,7 @@ def load(asan: bool = False) -> Executor:
         library.define(schema)
     torch.ops.load_library(path)
     executor = Executor(path)
+    native.know_codebooks(executor.library)
     executor.schemas = library  # they live as long as this object
     return executor
 

@@ -1,7 +1,7 @@
 // What the products of unscaled codes share.
 //
 // The 16 levels are bf16 in one register of 32: vpermw counts 5 index bits, so the table stands there twice and a nibble
-// needs no mask. Levels are rounded without bias (bf16_code.cpp); a block's scale goes where one multiply serves many
+// needs no mask. Levels are rounded without bias (rounded_code.cpp); a block's scale goes where one multiply serves many
 // weights.
 #pragma once
 
@@ -13,7 +13,7 @@ namespace {
 
 constexpr int kScaled = 64;  // consecutive k that certainly share a scale
 
-static inline Isa::I load_code_table(const Bf16Code& code) {
+static inline Isa::I load_code_table(const RoundedCode<BFloat16>& code) {
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(code.levels));
   return _mm512_inserti64x4(_mm512_castsi256_si512(half), half, 1);
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../format.h"
+#include "../rounded_code.h"
 
 namespace nf4 {
 
@@ -20,16 +21,10 @@ struct QuantizeArgs {
   float* absmax;    // [ceil(numel/block_size)]
 };
 
-// scale * levels is the codebook, its levels rounded to bf16 so that the errors cancel; see bf16_code.cpp.
-struct Bf16Code {
-  BFloat16 levels[kLevels];
-  float scale;  // goes into the block scales
-};
-
 // One matrix product against the weight. linear: rows of x are K long and y's are N; dgrad: dy's are N, dx's are K.
 struct GemmArgs {
   Weight weight;
-  Bf16Code bf16_code;  // set for ProductKernels of codes
+  RoundedCode<BFloat16> bf16_code;  // set for ProductKernels of codes
   Dtype dtype;
   const void* panel;  // packed rows of x or dy, as GemvKernel::pack or GemmKernel::pack left them
   int64_t rows;       // at most kGemmRows (gemm) or kGemvRows (gemv)
@@ -120,8 +115,6 @@ static inline int64_t row_tiles(int64_t rows, int64_t max_tile_rows) {
   return (rows + max_tile_rows - 1) / max_tile_rows;
 }
 static inline int64_t row_of_tile(int64_t tile, int64_t tiles, int64_t rows) { return tile * rows / tiles; }
-
-Bf16Code bf16_code(const float code[kLevels]);
 
 // The scales' own quantization: 1/block_size of the data, so one portable version is enough.
 double superblock_sum(const float* absmax, int64_t count);

@@ -44,6 +44,18 @@ struct DequantizeArgs {
 };
 cudaError_t dequantize(const DequantizeArgs& args, cudaStream_t stream);
 
+// Codebooks whose levels the host has rounded to the product's dtype, see ../rounded_code.h. They come by value: the host
+// cannot look at the weight's `code` without waiting for the device, so the kernel finds out which of them it is.
+struct KnownCodes {
+  static constexpr int kMost = 8;
+  struct Entry {
+    float code[kLevels];
+    uint16_t levels[kLevels];  // bits of the dtype; scale * levels is about code
+    float scale;               // goes into the block scales
+  } entries[kMost];
+  int count;
+};
+
 // One product with the weight. linear: x [M, K] to out [M, N]; linear_dgrad: x is dY [M, N], out is dX [M, K].
 struct ProductArgs {
   Weight weight;
@@ -59,7 +71,8 @@ struct ProductArgs {
   float scaling;
   // The contraction in `splits` parts, each to partial [splits, M, columns of out], then added up in order.
   int splits;
-  float* partial;  // null where splits is 1
+  float* partial;    // null where splits is 1
+  KnownCodes known;  // of the tensor-core products
 };
 
 // Any shape, dtype and alignment, without tensor cores, unsplit.

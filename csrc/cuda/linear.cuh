@@ -99,7 +99,10 @@ struct RowScale {
 
   NF4_DEVICE int64_t index(int block) const { return (first + int64_t(block) * kBlockK) >> w.block_shift; }
   NF4_DEVICE uint32_t stored(int block) const { return stored_scale(w, index(block)); }
-  NF4_DEVICE float decode(int block, uint32_t stored) const { return scale_of(w, index(block), stored); }
+  // Times the factor that goes with the table.
+  NF4_DEVICE float decode(int block, uint32_t stored, float factor) const {
+    return scale_of(w, index(block), stored) * factor;
+  }
 };
 
 }  // namespace nf4::cuda

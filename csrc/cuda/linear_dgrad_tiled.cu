@@ -88,9 +88,9 @@ struct TiledDgrad {
   NF4_DEVICE bool has_scale(int64_t n) const { return n + lane.index < w.N && column() < w.K; }
   NF4_DEVICE uint32_t stored(int64_t n) const { return has_scale(n) ? stored_scale(w, scale_index(n)) : 0; }
 
-  // The scales in T of the pairs along n, two in each of a group's two steps; zeros beyond N.
-  NF4_DEVICE void pair_scales(uint32_t (&pairs)[4], int64_t n, uint32_t stored) const {
-    const float own = has_scale(n) ? scale_of(w, scale_index(n), stored) : 0.f;
+  // The scales in T, times the table's factor, of the pairs along n, two in each of a group's two steps; zeros beyond N.
+  NF4_DEVICE void pair_scales(uint32_t (&pairs)[4], int64_t n, uint32_t stored, float factor) const {
+    const float own = has_scale(n) ? scale_of(w, scale_index(n), stored) * factor : 0.f;
     const float next = shuffle_xor(own, 1);
     const uint32_t pair = pack<T>(own, next);  // right in even lanes
 #pragma unroll
@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) linear_dgrad_tiled_kernel(cons
     copy_async_commit();
   }
   uint32_t* words = shared_memory<uint32_t>();
-  build_pair_table<T>(words, args.weight.code);
+  const float factor = build_pair_table<T>(words, args);
   const PairTable table(words, product.lane.index);
 
   TurnedSums<S::kTokenTiles> sums = {};
@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) linear_dgrad_tiled_kernel(cons
 #pragma unroll 1
     for (int i = 0; i < kGroups; ++i) {
       uint32_t scales[4];
-      product.pair_scales(scales, row_of(step, i), stored);
+      product.pair_scales(scales, row_of(step, i), stored, factor);
       stored = i + 1 < kGroups ? product.stored(row_of(step, i + 1)) : product.stored(row_of(step + 1, 0));
       product.multiply(sums, stage, i * S::kWarpsN + product.warp_n, scales, table);
     }

@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) linear_small_kernel(const Pr
   if (chunk < end) lines.load(next, chunk * kChunk);
 
   uint32_t* words = shared_memory<uint32_t>();
-  build_pair_table<T>(words, args.weight.code);
+  const float factor = build_pair_table<T>(words, args);
   sync_block();
   const PairTable table(words, lane.index);
 
@@ -106,7 +106,8 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) linear_small_kernel(const Pr
     for (int i = 0; i < kChunk; ++i) {
       const int block = chunk * kChunk + i;
       if (block >= lines.blocks) break;
-      multiply_block<T, kTokenTiles>(sums, now.words[i], lines.scale.decode(block, now.scales[i]), table, lane,
+      const float scale = lines.scale.decode(block, now.scales[i], factor);
+      multiply_block<T, kTokenTiles>(sums, now.words[i], scale, table, lane,
                                      [&](int m, int half) { return lines.x(block, m, half); });
     }
   }

@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) linear_tiled_kernel(const Prod
   }
   uint32_t stored = stored_scale_of(steps.begin);
   uint32_t* words = shared_memory<uint32_t>();
-  build_pair_table<T>(words, args.weight.code);
+  const float factor = build_pair_table<T>(words, args);
   const PairTable table(words, product.lane.index);
 
   Sums<S::kTokenTiles> sums = {};
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) linear_tiled_kernel(const Prod
     copy_async_commit();
     const uint32_t now = stored;
     stored = stored_scale_of(step + 1);
-    if (block_of(step) < blocks) product.multiply(sums, stage, row_scale.decode(block_of(step), now), table);
+    if (block_of(step) < blocks) product.multiply(sums, stage, row_scale.decode(block_of(step), now, factor), table);
     free = stage;
     stage = stage + 1 == kStages ? 0 : stage + 1;
   }

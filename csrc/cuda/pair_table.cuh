@@ -14,7 +14,7 @@
 // errors cancel, as on the CPU (bf16_code.cpp), is no better and would need the codebook on the host.
 #pragma once
 
-#include "device.cuh"
+#include "kernels.h"
 
 namespace nf4::cuda {
 
@@ -43,22 +43,49 @@ NF4_DEVICE uint32_t round_above(const Rounding<T>& level, float threshold) {
 // Bits of a 4-bit number in reverse: a prefix of 0..15 is spread evenly over 0..15.
 NF4_DEVICE int reversed(int i) { return (i & 1) << 3 | (i & 2) << 1 | (i & 4) >> 1 | (i & 8) >> 3; }
 
-// By the whole block; a sync_block must follow.
+// The words of a byte for lanes with lane % 4 = 0..3, from a codebook that nobody has rounded.
 template <class T>
-NF4_DEVICE void build_pair_table(uint32_t* table, const float* code) {
+NF4_DEVICE uint4 dithered(const float* code, int first, int second) {
+  const Rounding<T> low = rounding<T>(code[first]), high = rounding<T>(code[second]);
+  const auto word = [&](float quarter) {
+    const float for_first = (quarter + (float(reversed(second)) + 0.5f) / 16) / 4;
+    const float for_second = (quarter + (float(reversed(first)) + 0.5f) / 16) / 4;
+    return round_above(low, for_first) | round_above(high, for_second) << 16;
+  };
+  return make_uint4(word(0), word(2), word(1), word(3));
+}
+
+// Which of the known codebooks this is, bit for bit, or -1.
+NF4_DEVICE int find(const KnownCodes& known, const float* code) {
+#pragma unroll 1
+  for (int i = 0; i < known.count; ++i) {
+    uint32_t different = 0;
+#pragma unroll
+    for (int level = 0; level < kLevels; ++level)
+      different |= bits_of(load_cached(code + level)) ^ bits_of(known.entries[i].code[level]);
+    if (different == 0) return i;
+  }
+  return -1;
+}
+
+// By the whole block; a sync_block must follow. Returns the factor of the block scales that goes with the table.
+template <class T>
+NF4_DEVICE float build_pair_table(uint32_t* table, const ProductArgs& args) {
+  const int found = find(args.known, args.weight.code);
   for (int byte = threadIdx.x; byte < 256; byte += blockDim.x) {
     const int first = byte >> 4, second = byte & 15;
-    const Rounding<T> low = rounding<T>(code[first]), high = rounding<T>(code[second]);
-    uint32_t entry[4];  // of lanes with lane % 4 = 0..3
-    for (int t = 0; t < 4; ++t) {
-      const float quarter = float((t & 1) << 1 | t >> 1);
-      const float for_first = (quarter + (float(reversed(second)) + 0.5f) / 16) / 4;
-      const float for_second = (quarter + (float(reversed(first)) + 0.5f) / 16) / 4;
-      entry[t] = round_above(low, for_first) | round_above(high, for_second) << 16;
+    uint4 four;
+    if (found < 0) {
+      four = dithered<T>(args.weight.code, first, second);
+    } else {
+      const uint16_t* levels = args.known.entries[found].levels;
+      const uint32_t word = levels[first] | uint32_t(levels[second]) << 16;
+      four = make_uint4(word, word, word, word);
     }
     uint4* row = reinterpret_cast<uint4*>(table + byte * 32);
-    for (int i = 0; i < 8; ++i) row[(i + byte) % 8] = make_uint4(entry[0], entry[1], entry[2], entry[3]);
+    for (int i = 0; i < 8; ++i) row[(i + byte) % 8] = four;
   }
+  return found < 0 ? 1.f : args.known.entries[found].scale;
 }
 
 // This lane's column of the table.

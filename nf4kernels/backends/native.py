@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from ..codebook import CODEBOOKS
+
 CPU_LIBRARY = Path(__file__).parent.parent / "_cpu.abi3.so"
 ISA_VARIABLE = "NF4KERNELS_CPU_ISA"
 NOT_BUILT = f"{CPU_LIBRARY.name} was not built (no C++ compiler at install time?)"
@@ -89,12 +91,22 @@ def running_kernel(library: ctypes.CDLL, name: str) -> Iterator[None]:
         force(None)
 
 
+def know_codebooks(library: ctypes.CDLL) -> None:
+    """Tell the CUDA library of the codebooks that have a name: their products are the most exact."""
+    know = library.nf4kernels_cuda_know_codebook
+    know.argtypes, know.restype = [ctypes.c_void_p], ctypes.c_bool
+    for name, code in CODEBOOKS.items():
+        if not know(code.data_ptr()):
+            raise RuntimeError(f"nf4kernels: the CUDA library has no room for another codebook, {name}")
+
+
 class CudaLibrary:
     """The loaded CUDA library; loading it registers its ops for CUDA tensors and touches no device."""
 
     def __init__(self, path: Path) -> None:
         torch.ops.load_library(path)
         self.handle = library = ctypes.CDLL(str(path))
+        know_codebooks(library)
         library.nf4kernels_cuda_architectures.restype = ctypes.c_char_p
         self.architectures: list[str] = library.nf4kernels_cuda_architectures().decode().split()
         self.version: int = library.nf4kernels_cuda_version()

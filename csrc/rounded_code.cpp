@@ -1,12 +1,14 @@
-// A codebook in bf16 whose rounding does not bias the product.
+// A codebook in bf16 or fp16 whose rounding does not bias the product.
 //
-// Rounding the 16 levels to bf16 gives each an error that all weights of that level share, so that the errors do not
+// Rounding the 16 levels by nearest gives each an error that all weights of that level share, so that the errors do not
 // average out over a row: with x of mean one sigma NF4's nearest roundings put 2.06 % on the output, dense bf16 0.26 %.
 // Three things are free: the factor by which levels are multiplied first and scales divided in the end, which neighbour
 // a level is rounded to, and the factor of the scales alone. Out of 64 factors and up to four levels rounded the other
 // way, those are taken that keep small what Gaussian weights of sigma = absmax / width see, the worst of several widths
 // (a heavy-tailed block is wide): the mean error, which multiplies the sum of x, and the slope of the error on the
 // weight, which scales the output. NF4: mean 1.9e-5 of absmax and slope 9e-5. INT4 and FP4 become exact.
+#include "rounded_code.h"
+
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -15,8 +17,7 @@
 #include <mutex>
 #include <vector>
 
-#include "convert.h"
-#include "kernels.h"
+#include "element.h"
 
 namespace nf4 {
 namespace {
@@ -66,14 +67,16 @@ struct Seen {
   }
 };
 
-// The bf16 next to `rounded` on the other side of `exact`.
-float other_neighbour(float exact, float rounded) {
-  if (exact == rounded) return rounded;
-  const bool away_from_zero = std::fabs(exact) > std::fabs(rounded);
-  const uint32_t bits = bits_of(rounded);
-  return float_of(away_from_zero ? bits + 0x10000 : bits - 0x10000);
+// The T next to `rounded` on the other side of `exact`.
+template <class T>
+float other_neighbour(float exact, T rounded) {
+  const float value = to_float(rounded);
+  if (exact == value) return value;
+  const bool away_from_zero = std::fabs(exact) > std::fabs(value);
+  return to_float(T{uint16_t(away_from_zero ? rounded.bits + 1 : rounded.bits - 1)});
 }
 
+template <class T>
 struct Search {
   Levels levels;  // ascending
   std::array<Levels, kWidthCount> share;
@@ -97,8 +100,9 @@ struct Search {
     Seen seen;
     for (int i = 0; i < kLevels; ++i) {
       const float exact = float(levels[i]) * factor;
-      values[i] = to_float(from_float<BFloat16>(exact));
-      other[i] = other_neighbour(exact, values[i]);
+      const T rounded = from_float<T>(exact);
+      values[i] = to_float(rounded);
+      other[i] = other_neighbour(exact, rounded);
       seen.add(share, power, i, levels[i], levels[i], values[i] / double(factor));
     }
     for (int w = 0; w < kWidthCount; ++w) seen.slope[w] += 1;  // of the exact levels, from which it was counted
@@ -125,43 +129,49 @@ struct Search {
   }
 };
 
-Bf16Code search(const float code[kLevels]) {
-  Bf16Code result;
+template <class T>
+RoundedCode<T> search(const float code[kLevels]) {
+  RoundedCode<T> result;
   result.scale = 1;
-  for (int i = 0; i < kLevels; ++i) result.levels[i] = from_float<BFloat16>(code[i]);
+  for (int i = 0; i < kLevels; ++i) result.levels[i] = from_float<T>(code[i]);
   if (!std::all_of(code, code + kLevels, [](float level) { return std::isfinite(level); })) return result;
-  const Search found(code);
+  const Search<T> found(code);
   result.scale = float(found.best_scale);
   for (int i = 0; i < kLevels; ++i) {
     const auto at = std::lower_bound(found.levels.begin(), found.levels.end(), double(code[i])) - found.levels.begin();
-    result.levels[i] = from_float<BFloat16>(found.best[size_t(at)]);
+    result.levels[i] = from_float<T>(found.best[size_t(at)]);
   }
   return result;
 }
 
+template <class T>
 struct Found {
   float code[kLevels];
-  Bf16Code bf16;
+  RoundedCode<T> rounded;
 };
 
 }  // namespace
 
-Bf16Code bf16_code(const float code[kLevels]) {
+template <class T>
+RoundedCode<T> rounded_code(const float code[kLevels]) {
   constexpr size_t kMost = 256;
   static std::mutex mutex;
-  static std::vector<Found> cache;  // a search takes 2 ms
+  static std::vector<Found<T>> cache;  // a search takes 2 ms
   static size_t oldest = 0;
   const std::lock_guard<std::mutex> lock(mutex);
-  for (const Found& found : cache)
-    if (std::memcmp(found.code, code, sizeof found.code) == 0) return found.bf16;
-  Found found;
-  found.bf16 = search(code);
+  for (const Found<T>& found : cache)
+    if (std::memcmp(found.code, code, sizeof found.code) == 0) return found.rounded;
+  Found<T> found;
+  found.rounded = search<T>(code);
   std::memcpy(found.code, code, sizeof found.code);
   if (cache.size() < kMost)
     cache.push_back(found);
   else
     cache[oldest++ % kMost] = found;
-  return found.bf16;
+  return found.rounded;
 }
+
+template RoundedCode<BFloat16> rounded_code(const float code[kLevels]);
+template RoundedCode<Float16> rounded_code(const float code[kLevels]);
 
 }  // namespace nf4
