@@ -23,39 +23,45 @@ struct Chunk {
 };
 
 // A lane's rows of W, tokens of x and scale. Rows beyond N and M are the last row's: what comes of them is not stored.
+// Offsets have 32 bits (K < 2^26), two registers less a row than pointers.
 template <class T, int kTokenTiles>
 struct Lines {
   Lane lane;
   RowScale scale;
   int blocks;  // of 64 k in a row
-  const uint8_t* packed[kSlots];
-  const T* tokens[kTokenTiles];
+  const uint8_t* packed;
+  const uint8_t* x;
+  uint32_t rows[kSlots], tokens[kTokenTiles];  // bytes from packed and x
 
   NF4_DEVICE Lines(const ProductArgs& args, int64_t first_row)
       : scale(args.weight, first_row, lane), blocks(int(args.weight.K / kBlockK)) {
-    const Weight& w = args.weight;
+    const int K = int(args.weight.K), last_row = int(smaller(args.weight.N - first_row, kWarpRows)) - 1;
+    packed = args.weight.packed + first_row * (K / 2);
+    x = static_cast<const uint8_t*>(args.x);
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot)
-      packed[slot] = w.packed + smaller(first_row + lane.g + 8 * slot, w.N - 1) * (w.K / 2) + 8 * lane.t;
+      rows[slot] = uint32_t(min(lane.g + 8 * slot, last_row)) * (K / 2) + 8 * lane.t;
 #pragma unroll
     for (int m = 0; m < kTokenTiles; ++m)
-      tokens[m] = static_cast<const T*>(args.x) + smaller(8 * m + lane.g, args.M - 1) * w.K + 16 * lane.t;
+      tokens[m] = (uint32_t(min(8 * m + lane.g, int(args.M) - 1)) * K + 16 * lane.t) * 2;
   }
 
   NF4_DEVICE void load(Chunk& chunk, int first_block) const {
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
-      const int block = min(first_block + i, blocks - 1);  // an odd last chunk has the last block twice, and uses it once
+      const int block =
+          min(first_block + i, blocks - 1);  // an odd last chunk has the last block twice, and uses it once
 #pragma unroll
       for (int slot = 0; slot < kSlots; ++slot)
-        chunk.words[i][slot] = load_streamed(reinterpret_cast<const uint2*>(packed[slot] + int64_t(block) * 32));
+        chunk.words[i][slot] =
+            load_streamed(reinterpret_cast<const uint2*>(packed + (rows[slot] + uint32_t(block) * 32)));
       chunk.scales[i] = scale.stored(block);
     }
   }
 
   // Of token 8m + g, the lane's first or second 8 k of a block.
-  NF4_DEVICE uint4 x(int block, int m, int half) const {
-    return load_cached(reinterpret_cast<const uint4*>(tokens[m] + int64_t(block) * kBlockK + 8 * half));
+  NF4_DEVICE uint4 tokens_of(int block, int m, int half) const {
+    return load_cached(reinterpret_cast<const uint4*>(x + (tokens[m] + uint32_t(block) * kBlockK * 2 + 16 * half)));
   }
 };
 
@@ -108,7 +114,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2) linear_small_kernel(const Pr
       if (block >= lines.blocks) break;
       const float scale = lines.scale.decode(block, now.scales[i], factor);
       multiply_block<T, kTokenTiles>(sums, now.words[i], scale, table, lane,
-                                     [&](int m, int half) { return lines.x(block, m, half); });
+                                     [&](int m, int half) { return lines.tokens_of(block, m, half); });
     }
   }
   sync_block();  // the last reader of the table, whose memory the sums take
