@@ -25,9 +25,11 @@ constexpr int kMaxBlockSize = 4096;
 enum class Dtype : int32_t { kFloat32, kBFloat16, kFloat16 };
 
 struct BFloat16 {
+  static constexpr uint16_t kFraction = 0x7f;  // the significand's stored bits
   uint16_t bits;
 };
 struct Float16 {
+  static constexpr uint16_t kFraction = 0x3ff;
   uint16_t bits;
 };
 static_assert(sizeof(BFloat16) == 2 && sizeof(Float16) == 2 && sizeof(float) == 4, "element sizes of the format");

@@ -152,10 +152,14 @@ def random_bytes(N: int, K: int, layout: Layout = DEFAULT) -> QuantizedWeight:
 
 
 def uneven(N: int, K: int, zeros: bool = True) -> QuantizedWeight:
-    """Scales up to 10^6 apart, some of them zero; without zeros, falling to 2^-9 within four blocks."""
+    """Scales up to 10^6 apart, some of them zero; without zeros, falling to 2^-9 within four blocks.
+
+    The largest of every row are as large, so that no few columns of the output make up its error.
+    """
     qweight = quantized(N, K, Layout(scale_codebook=None))
     generator = torch.Generator().manual_seed(N * K)
     factors = torch.randn(qweight.absmax.shape, generator=generator).mul(3).clamp(-10, 10).exp2()
+    factors /= factors.amax(dim=-1, keepdim=True)
     if zeros:
         factors[torch.rand(factors.shape, generator=generator) < 0.1] = 0
     else:

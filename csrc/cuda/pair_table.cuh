@@ -7,11 +7,11 @@
 // registers: 2.21 instructions a weight, 2 of them on the ALU pipe, which has 1.6 at an H200's memory speed.
 //
 // Rounding a level to bf16 by nearest gives all its weights the same error, which an x whose mean is not zero adds up
-// (NF4, mean one sigma, K = 4096: 2.06 % of the output; dense bf16: 0.26 %). So a level is rounded up in some entries and
-// down in others, as often as its distance to both neighbours says: by the other level of the pair and by lane % 4, which
-// both run through all values within a row. NF4's mean error falls from 2.4e-4 of absmax to 1.0e-5, the slope's from
-// 3.3e-4 to 4e-5, and for any codebook alike; the rms error rises from 6.1e-4 to 9.4e-4. A search for roundings whose
-// errors cancel, as on the CPU (bf16_code.cpp), is no better and would need the codebook on the host.
+// (NF4, mean one sigma, K = 4096: 2.06 % of the output; dense bf16: 0.26 %). A codebook that has a name comes rounded so
+// that the errors cancel (rounded_code.cpp), and is found by its bits: to have the host look at `code` would wait for the
+// device. Any other is rounded up in some entries and down in others, as often as its distance to both neighbours says:
+// by the other level of the pair and by lane % 4, which both run through all values within a row. NF4's mean error falls
+// so from 2.4e-4 of absmax to 1.0e-5, the slope's from 3.3e-4 to 4e-5, but the rms error rises from 6.1e-4 to 9.4e-4.
 #pragma once
 
 #include "kernels.h"
@@ -20,24 +20,26 @@ namespace nf4::cuda {
 
 constexpr int kPairTableBytes = 256 * 32 * 4;
 
-// The two neighbours of a level in T, `near_zero` the lower in magnitude, and where the level is between them.
-template <class T>
+// The two neighbours of a level in T, `near_zero` the lower in magnitude, and where the level is between them. None has a
+// significand of all ones, see rounded_code.cpp.
 struct Rounding {
-  uint32_t near_zero;
+  uint32_t near_zero, away;
   float fraction;  // 0: exact, or NaN
 };
 
 template <class T>
-NF4_DEVICE Rounding<T> rounding(float level) {
-  T rounded = from_float<T>(level);
-  if (fabsf(to_float(rounded)) > fabsf(level)) rounded.bits = uint16_t(rounded.bits - 1);
-  const float low = to_float(rounded), high = to_float(T{uint16_t(rounded.bits + 1)});
-  return {rounded.bits, (level - low) / (high - low)};
+NF4_DEVICE Rounding rounding(float level) {
+  T low = from_float<T>(level);
+  if (fabsf(to_float(low)) > fabsf(level)) low.bits = uint16_t(low.bits - 1);
+  T high = {uint16_t(low.bits + 1)};
+  const auto is_all_ones = [](T a) { return (a.bits & T::kFraction) == T::kFraction; };
+  if (is_all_ones(low)) low.bits = uint16_t(low.bits - 1);
+  if (is_all_ones(high)) high.bits = uint16_t(high.bits + 1);
+  return {low.bits, high.bits, (level - to_float(low)) / (to_float(high) - to_float(low))};
 }
 
-template <class T>
-NF4_DEVICE uint32_t round_above(const Rounding<T>& level, float threshold) {
-  return level.near_zero + (level.fraction > threshold ? 1 : 0);
+NF4_DEVICE uint32_t round_above(const Rounding& level, float threshold) {
+  return level.fraction > threshold ? level.away : level.near_zero;
 }
 
 // Bits of a 4-bit number in reverse: a prefix of 0..15 is spread evenly over 0..15.
@@ -46,7 +48,7 @@ NF4_DEVICE int reversed(int i) { return (i & 1) << 3 | (i & 2) << 1 | (i & 4) >>
 // The words of a byte for lanes with lane % 4 = 0..3, from a codebook that nobody has rounded.
 template <class T>
 NF4_DEVICE uint4 dithered(const float* code, int first, int second) {
-  const Rounding<T> low = rounding<T>(code[first]), high = rounding<T>(code[second]);
+  const Rounding low = rounding<T>(code[first]), high = rounding<T>(code[second]);
   const auto word = [&](float quarter) {
     const float for_first = (quarter + (float(reversed(second)) + 0.5f) / 16) / 4;
     const float for_second = (quarter + (float(reversed(first)) + 0.5f) / 16) / 4;
