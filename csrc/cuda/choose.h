@@ -83,8 +83,9 @@ inline int splits_for(const Tile& tile, int64_t M, int64_t columns, int64_t cont
 }
 
 inline bool takes_tensor_cores(const Problem& p) {
-  constexpr int64_t kMostK = 1 << 26;  // of offsets in 32 bits
-  return p.dtype != Dtype::kFloat32 && p.whole_codes && p.aligned && p.K < kMostK && (!p.dgrad || p.N % 8 == 0);
+  constexpr int64_t kMost = 1 << 24;  // 128 rows of 2-byte elements are addressed by 32 bits
+  const bool contraction = p.dgrad ? p.N % 8 == 0 && p.N < kMost : p.K < kMost;
+  return p.dtype != Dtype::kFloat32 && p.whole_codes && p.aligned && contraction;
 }
 // Why `path` cannot run this; null if it can.
 inline const char* obstacle(const Problem& p, Path path) {

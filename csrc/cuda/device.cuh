@@ -105,7 +105,7 @@ NF4_DEVICE uint32_t load_shared(uint32_t address) {
 
 // 16 bytes to shared memory in the background, zeros where not valid (then `global` is not read). The bytes are there
 // for this thread after copy_async_wait, for the others after a barrier that follows it.
-NF4_DEVICE void copy_async_16(void* shared, const void* global, bool valid) {
+NF4_DEVICE void copy_async_16(void* shared, const void* global, bool valid = true) {
   const uint32_t to = uint32_t(__cvta_generic_to_shared(shared)), bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
 }

@@ -46,7 +46,11 @@ struct TiledDgrad {
   Lane lane;
   int warp_k, warp_m, warp_n;
   int64_t tile_column, tile_token;
-  unsigned char* shared;
+  int N;
+  Share<S::kStageN, S::kPackedPitch / 16, S::kThreads> packed_share;
+  const uint8_t* packed;  // this thread's piece of row 0
+  RowFetcher<S::kTokens, S::kStageN / 8, Order::kPieceInPairs, S::kThreads> token_fetcher;
+  unsigned char* stages;
 
   NF4_DEVICE explicit TiledDgrad(const ProductArgs& args)
       : args(args),
@@ -56,40 +60,39 @@ struct TiledDgrad {
         warp_n(int(threadIdx.x) / (kWarp * S::kWarpsK * S::kWarpsM)),
         tile_column(int64_t(blockIdx.x) * S::kColumns),
         tile_token(int64_t(blockIdx.y) * S::kTokens),
-        shared(shared_memory<unsigned char>()) {}
+        N(int(args.weight.N)),
+        packed(w.packed + smaller(tile_column + 32 * packed_share.piece, w.K - 32) / 2),
+        token_fetcher(args.x, tile_token, args.M, args.weight.N * 2),
+        stages(shared_memory<unsigned char>() + kPairTableBytes) {}
 
   NF4_DEVICE int64_t column() const { return tile_column + warp_k * kBlockK; }  // of this warp's 64
   NF4_DEVICE int token_in_tile(int m) const { return (warp_m * S::kTokenTiles + m) * 8; }
 
   // Of a stage: kStageN rows of packed bytes, and [kTokens, kStageN] of dY.
   NF4_DEVICE unsigned char* packed_row(int stage, int n) const {
-    return shared + kPairTableBytes + stage * S::kStageBytes + n * S::kPackedPitch + n / 4 * 32;
+    return stages + stage * S::kStageBytes + n * S::kPackedPitch + n / 4 * 32;
   }
-  NF4_DEVICE unsigned char* token_tile(int stage) const {
-    return shared + kPairTableBytes + stage * S::kStageBytes + S::kPackedBytes;
-  }
+  NF4_DEVICE unsigned char* token_tile(int stage) const { return stages + stage * S::kStageBytes + S::kPackedBytes; }
 
-  // Rows [n, n + kStageN) of W and of dY^T, zeros beyond N and K.
-  NF4_DEVICE void fetch(int stage, int64_t n) const {
-    fetch_rows<S::kTokens, S::kStageN, Order::kPieceInPairs, S::kThreads>(token_tile(stage), args.x, args.M, w.N,
-                                                                          tile_token, n);
-    constexpr int kPieces = S::kPackedPitch / 16;
+  // Rows [n, n + kStageN) of W and of dY^T. Beyond N these are zeros of dY; of W, there and beyond K, it is the last row
+  // and piece once more.
+  NF4_DEVICE void fetch(int stage, int n) const {
+    token_fetcher.fetch(token_tile(stage), uint32_t(n) * 2, n + 8 * token_fetcher.piece < N);
+    using Threads = decltype(packed_share);
 #pragma unroll
-    for (int i = int(threadIdx.x); i < S::kStageN * kPieces; i += S::kThreads) {
-      const int row = i / kPieces, piece = i % kPieces;
-      const bool valid = n + row < w.N && tile_column + 32 * piece < w.K;
-      const int64_t from = valid ? ((n + row) * w.K + tile_column + 32 * piece) / 2 : 0;
-      copy_async_16(packed_row(stage, row) + 16 * piece, w.packed + from, valid);
+    for (int i = 0; i < Threads::kCount; ++i) {
+      const int row = packed_share.row + i * Threads::kRowStep;
+      copy_async_16(packed_row(stage, row) + 16 * packed_share.piece, packed + min(n + row, N - 1) * (w.K / 2));
     }
   }
 
   // A lane decodes the scale of row n + lane of its group.
-  NF4_DEVICE int64_t scale_index(int64_t n) const { return ((n + lane.index) * w.K + column()) >> w.block_shift; }
-  NF4_DEVICE bool has_scale(int64_t n) const { return n + lane.index < w.N && column() < w.K; }
-  NF4_DEVICE uint32_t stored(int64_t n) const { return has_scale(n) ? stored_scale(w, scale_index(n)) : 0; }
+  NF4_DEVICE int64_t scale_index(int n) const { return ((n + lane.index) * w.K + column()) >> w.block_shift; }
+  NF4_DEVICE bool has_scale(int n) const { return n + lane.index < N && column() < w.K; }
+  NF4_DEVICE uint32_t stored(int n) const { return has_scale(n) ? stored_scale(w, scale_index(n)) : 0; }
 
   // The scales in T, times the table's factor, of the pairs along n, two in each of a group's two steps; zeros beyond N.
-  NF4_DEVICE void pair_scales(uint32_t (&pairs)[4], int64_t n, uint32_t stored, float factor) const {
+  NF4_DEVICE void pair_scales(uint32_t (&pairs)[4], int n, uint32_t stored, float factor) const {
     const float own = has_scale(n) ? scale_of(w, scale_index(n), stored) * factor : 0.f;
     const float next = shuffle_xor(own, 1);
     const uint32_t pair = pack<T>(own, next);  // right in even lanes
@@ -119,13 +122,12 @@ struct TiledDgrad {
 #pragma unroll
         for (int i = 0; i < 4; ++i) a[tile][i] = multiply_pairs<T>(a[tile][i], scales[2 * step + i / 2]);
       }
+      const int piece = (group * kGroup + 16 * step + 4 * lane.t) / 8;
+      const unsigned char* dys = token_tile(stage) + (token_in_tile(0) + lane.g) * S::kStageN * 2 +
+                                 16 * place<Order::kPieceInPairs, S::kStageN / 8>(piece, lane.g) + 8 * (lane.t % 2);
 #pragma unroll
       for (int m = 0; m < S::kTokenTiles; ++m) {
-        const int token = token_in_tile(m) + lane.g;
-        const uint2 dy = *reinterpret_cast<const uint2*>(
-            token_tile(stage) + token * S::kStageN * 2 +
-            16 * place<Order::kPieceInPairs, S::kStageN / 8>((group * kGroup + 16 * step + 4 * lane.t) / 8, token) +
-            8 * (lane.t % 2));
+        const uint2 dy = *reinterpret_cast<const uint2*>(dys + m * 8 * S::kStageN * 2);
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) mma_16x8x16<T>(sums[tile][m], a[tile], dy.x, dy.y);
       }
@@ -161,7 +163,7 @@ struct TiledDgrad {
   // Adds the sums of the warps of n in order, in the first of them, and stores them from there.
   NF4_DEVICE void finish(TurnedSums<S::kTokenTiles>& sums, int64_t split) const {
     constexpr int kValues = kTiles * S::kTokenTiles * 4, kOwners = S::kWarpsK * S::kWarpsM * kWarp;
-    float* others = reinterpret_cast<float*>(shared) + int(threadIdx.x) % kOwners;  // [kValues, kOwners]
+    float* others = shared_memory<float>() + int(threadIdx.x) % kOwners;  // [kValues, kOwners]
     for (int n = 1; n < S::kWarpsN; ++n) {
       sync_block();  // the stages' and the table's last reader, or the first warps having read those before
       if (warp_n == n)
@@ -190,9 +192,10 @@ template <class T, class S>
 __global__ void __launch_bounds__(S::kThreads, 1) linear_dgrad_tiled_kernel(const ProductArgs args) {
   const TiledDgrad<T, S> product(args);
   const Part steps(ceil_div(args.weight.N, S::kStageN), blockIdx.z, args.splits);
+  const int begin = int(steps.begin), end = int(steps.end);
 #pragma unroll
   for (int s = 0; s < kStages - 1; ++s) {
-    if (steps.begin + s < steps.end) product.fetch(s, (steps.begin + s) * S::kStageN);
+    if (begin + s < end) product.fetch(s, (begin + s) * S::kStageN);
     copy_async_commit();
   }
   uint32_t* words = shared_memory<uint32_t>();
@@ -203,16 +206,13 @@ __global__ void __launch_bounds__(S::kThreads, 1) linear_dgrad_tiled_kernel(cons
   if (args.rank > 0 && blockIdx.z == 0 && product.warp_n == 0) product.begin_with_low_rank(sums);
   // Groups of 32 n that this warp takes of a stage, and their scales a group ahead.
   constexpr int kGroups = S::kStageN / (kGroup * S::kWarpsN);
-  const auto row_of = [&](int64_t step, int i) {
-    return step * S::kStageN + (i * S::kWarpsN + product.warp_n) * kGroup;
-  };
-  uint32_t stored = product.stored(row_of(steps.begin, 0));
+  const auto row_of = [&](int step, int i) { return step * S::kStageN + (i * S::kWarpsN + product.warp_n) * kGroup; };
+  uint32_t stored = product.stored(row_of(begin, 0));
   int stage = 0, free = kStages - 1;
-  for (int64_t step = steps.begin; step < steps.end; ++step) {
+  for (int step = begin; step < end; ++step) {
     copy_async_wait<kStages - 2>();
     sync_block();  // the stage is there for all, and the one before it has been read by all
-    const int64_t ahead = step + kStages - 1;
-    if (ahead < steps.end) product.fetch(free, ahead * S::kStageN);
+    if (step + kStages - 1 < end) product.fetch(free, (step + kStages - 1) * S::kStageN);
     copy_async_commit();
 #pragma unroll 1
     for (int i = 0; i < kGroups; ++i) {

@@ -30,50 +30,46 @@ struct Shape {
   static constexpr int kSharedBytes = kPairTableBytes + kStages * kStageBytes;
   static_assert(kSharedBytes <= kSharedMost, "every architecture has so much");
   static_assert(kTokens * kPitch * 4 <= kSharedBytes, "the finished tile fits where table and stages were");
-  static_assert(kRows * 2 % kThreads == 0 || kThreads % (kRows * 2) == 0, "threads share out the packed pieces evenly");
 };
 
 template <class T, class S>
 struct TiledLinear {
   const ProductArgs& args;
-  const Weight& w;
   Lane lane;
   int warp_n, warp_m, warp_k;
-  int64_t tile_row, tile_token, blocks;  // of W, of x; of 64 k in a row
-  unsigned char* shared;
+  int64_t tile_row, tile_token;  // of W, of x
+  int blocks;                    // of 64 k in a row
+  RowFetcher<S::kRows, 2, Order::kPlain, S::kThreads> packed_fetcher;
+  RowFetcher<S::kTokens, kBlockK / 8, Order::kEvenPieces, S::kThreads> token_fetcher;
+  unsigned char* stages;
 
   NF4_DEVICE explicit TiledLinear(const ProductArgs& args)
       : args(args),
-        w(args.weight),
         warp_n(int(threadIdx.x) / kWarp % S::kWarpsN),
         warp_m(int(threadIdx.x) / (kWarp * S::kWarpsN) % S::kWarpsM),
         warp_k(int(threadIdx.x) / (kWarp * S::kWarpsN * S::kWarpsM)),
         tile_row(int64_t(blockIdx.x) * S::kRows),
         tile_token(int64_t(blockIdx.y) * S::kTokens),
-        blocks(w.K / kBlockK),
-        shared(shared_memory<unsigned char>()) {}
+        blocks(int(args.weight.K / kBlockK)),
+        packed_fetcher(args.weight.packed, tile_row, args.weight.N, args.weight.K / 2),
+        token_fetcher(args.x, tile_token, args.M, args.weight.K * 2),
+        stages(shared_memory<unsigned char>() + kPairTableBytes) {}
 
   // Of block k of the stage: [kRows, 32] packed bytes, and [kTokens, 64] of x.
   NF4_DEVICE unsigned char* packed_tile(int stage, int k) const {
-    return shared + kPairTableBytes + stage * S::kStageBytes + k * S::kPackedBytes;
+    return stages + stage * S::kStageBytes + k * S::kPackedBytes;
   }
   NF4_DEVICE unsigned char* token_tile(int stage, int k) const {
     return packed_tile(stage, S::kWarpsK) + k * S::kTokenBytes;
   }
 
-  // Blocks [block, block + kWarpsK) of k, zeros beyond the last.
-  NF4_DEVICE void fetch(int stage, int64_t block) const {
+  // The step's blocks of k. Beyond the last it is the last once more, which no warp multiplies.
+  NF4_DEVICE void fetch(int stage, int step) const {
 #pragma unroll
     for (int k = 0; k < S::kWarpsK; ++k) {
-      fetch_rows<S::kTokens, kBlockK, Order::kEvenPieces, S::kThreads>(token_tile(stage, k), args.x, args.M, w.K,
-                                                                       tile_token, (block + k) * kBlockK);
-#pragma unroll
-      for (int i = int(threadIdx.x); i < S::kRows * 2; i += S::kThreads) {
-        const int64_t row = tile_row + i / 2;
-        const bool valid = row < w.N && block + k < blocks;
-        const int64_t from = valid ? (row * w.K + (block + k) * kBlockK) / 2 + 16 * (i % 2) : 0;
-        copy_async_16(packed_tile(stage, k) + 16 * i, w.packed + from, valid);
-      }
+      const uint32_t block = uint32_t(min(step * S::kWarpsK + k, blocks - 1));
+      token_fetcher.fetch(token_tile(stage, k), block * (kBlockK * 2));
+      packed_fetcher.fetch(packed_tile(stage, k), block * (kBlockK / 2));
     }
   }
 
@@ -82,22 +78,26 @@ struct TiledLinear {
     uint2 words[kSlots];
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) words[slot] = *reinterpret_cast<const uint2*>(packed + 8 * slot * 32);
-    const unsigned char* tokens = token_tile(stage, warp_k);
+    const unsigned char* tokens =
+        token_tile(stage, warp_k) + (warp_m * S::kTokenTiles * 8 + lane.g) * kBlockK * 2;  // of the warp's 8 tokens' g
+    const int pieces[2] = {place<Order::kEvenPieces, kBlockK / 8>(2 * lane.t, lane.g),
+                           place<Order::kEvenPieces, kBlockK / 8>(2 * lane.t + 1, lane.g)};
     multiply_block<T, S::kTokenTiles>(sums, words, scale, table, lane, [&](int m, int half) {
-      const int token = (warp_m * S::kTokenTiles + m) * 8 + lane.g;
-      return *reinterpret_cast<const uint4*>(tokens + token * kBlockK * 2 +
-                                             16 * place<Order::kEvenPieces, kBlockK / 8>(2 * lane.t + half, token));
+      return *reinterpret_cast<const uint4*>(tokens + m * 8 * kBlockK * 2 + 16 * pieces[half]);
     });
   }
 
   // The sums of the warps of k in order, then y, four consecutive rows of W a thread.
   NF4_DEVICE void finish(const Sums<S::kTokenTiles>& sums, int64_t split) const {
-    float* tile = reinterpret_cast<float*>(shared);  // [kTokens, kPitch]
+    float* tile = shared_memory<float>();  // [kTokens, kPitch]
     for (int k = 0; k < S::kWarpsK; ++k) {
       sync_block();  // the stages' and the table's last reader, or the warps before
       if (warp_k != k) continue;
+#pragma unroll
       for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
         for (int m = 0; m < S::kTokenTiles; ++m)
+#pragma unroll
           for (int j = 0; j < 4; ++j) {
             const int token = (warp_m * S::kTokenTiles + m) * 8 + 2 * lane.t + j % 2;
             float& at = tile[token * S::kPitch + warp_n * kWarpRows + 16 * i + lane.g + 8 * (j / 2)];
@@ -105,7 +105,7 @@ struct TiledLinear {
           }
     }
     sync_block();
-    const Store<T> store(args, w.N, split);
+    const Store<T> store(args, args.weight.N, split);
     for (int i = int(threadIdx.x); i < S::kTokens * S::kRows / 4; i += S::kThreads) {
       const int token = i / (S::kRows / 4), row = i % (S::kRows / 4) * 4;
       const float* from = tile + token * S::kPitch + row;
@@ -121,16 +121,16 @@ __global__ void __launch_bounds__(S::kThreads, 1) linear_tiled_kernel(const Prod
   const int64_t first_row = product.tile_row + product.warp_n * kWarpRows;
   const RowScale row_scale(args.weight, first_row, product.lane);
   const Part steps(ceil_div(product.blocks, S::kWarpsK), blockIdx.z, args.splits);
-  const int blocks = int(product.blocks);
-  const auto block_of = [&](int64_t step) { return int(step) * S::kWarpsK + product.warp_k; };
-  const auto stored_scale_of = [&](int64_t step) { return row_scale.stored(min(block_of(step), blocks - 1)); };
+  const int begin = int(steps.begin), end = int(steps.end), last = product.blocks - 1;
+  const auto block_of = [&](int step) { return step * S::kWarpsK + product.warp_k; };
+  const auto stored_scale_of = [&](int step) { return row_scale.stored(min(block_of(step), last)); };
 
 #pragma unroll
   for (int s = 0; s < kStages - 1; ++s) {
-    if (steps.begin + s < steps.end) product.fetch(s, (steps.begin + s) * S::kWarpsK);
+    if (begin + s < end) product.fetch(s, begin + s);
     copy_async_commit();
   }
-  uint32_t stored = stored_scale_of(steps.begin);
+  uint32_t stored = stored_scale_of(begin);
   uint32_t* words = shared_memory<uint32_t>();
   const float factor = build_pair_table<T>(words, args);
   const PairTable table(words, product.lane.index);
@@ -140,15 +140,14 @@ __global__ void __launch_bounds__(S::kThreads, 1) linear_tiled_kernel(const Prod
     add_low_rank<T, S::kTokenTiles>(sums, args, first_row, product.tile_token + product.warp_m * 8 * S::kTokenTiles,
                                     product.lane);
   int stage = 0, free = kStages - 1;
-  for (int64_t step = steps.begin; step < steps.end; ++step) {
+  for (int step = begin; step < end; ++step) {
     copy_async_wait<kStages - 2>();
     sync_block();  // the stage is there for all, and the one before it has been read by all
-    const int64_t ahead = step + kStages - 1;
-    if (ahead < steps.end) product.fetch(free, ahead * S::kWarpsK);
+    if (step + kStages - 1 < end) product.fetch(free, step + kStages - 1);
     copy_async_commit();
     const uint32_t now = stored;
     stored = stored_scale_of(step + 1);
-    if (block_of(step) < blocks) product.multiply(sums, stage, row_scale.decode(block_of(step), now, factor), table);
+    if (block_of(step) <= last) product.multiply(sums, stage, row_scale.decode(block_of(step), now, factor), table);
     free = stage;
     stage = stage + 1 == kStages ? 0 : stage + 1;
   }

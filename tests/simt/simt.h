@@ -209,7 +209,7 @@ NF4_DEVICE uint32_t load_shared(uint32_t address) {
   return *reinterpret_cast<const uint32_t*>(static_cast<unsigned char*>(simt::shared_arena()) + address);
 }
 
-void copy_async_16(void* shared, const void* global, bool valid, simt::Site site = simt::Site::here());
+void copy_async_16(void* shared, const void* global, bool valid = true, simt::Site site = simt::Site::here());
 void copy_async_commit();
 template <int kPending>
 NF4_DEVICE void copy_async_wait() {
