@@ -182,8 +182,6 @@ void dequantize_out(const Tensor& packed, const Tensor& absmax, const OptionalTe
   dequantize_into(w, range, dtype, out, stride, Launch(op), op);
 }
 
-// --- Products ---
-
 std::atomic<int> forced_path{-1};  // of cuda::Path; -1: choose.h decides
 
 // linear: in x [M, K], out [M, N]. linear_dgrad: in dY [M, N], out dX [M, K].

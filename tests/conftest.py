@@ -80,7 +80,7 @@ def native_library():
 def simt_executor():
     if platform.machine() != "x86_64" or shutil.which(simt_ops.build.CXX) is None:
         pytest.skip(f"the host executor needs an x86-64 machine with a C++ compiler ({simt_ops.build.CXX})")
-    return simt_ops.load()
+    return simt_ops.load(asan=os.environ.get(simt_ops.ASAN_VARIABLE) == "1")
 
 
 @pytest.fixture

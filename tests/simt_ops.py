@@ -15,6 +15,7 @@ from nf4kernels.backends import native, select
 
 ROOT = Path(__file__).parent.parent
 NAMESPACE = "nf4kernels_simt"
+ASAN_VARIABLE = "NF4KERNELS_SIMT_ASAN"  # 1: the tests of this process run the kernels under AddressSanitizer
 
 
 def load(asan: bool = False) -> Executor:

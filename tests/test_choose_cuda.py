@@ -68,7 +68,20 @@ def test_the_break_even_of_each_architecture_is_the_tables(choose):
             path, _, reason = choose(is_dgrad, BF16, rows + 1, 4096, 4096, arch=arch)
             assert (path, "predicted" in reason) == ("panel", True)
     # An architecture that is not listed is as the one before it.
-    assert choose(False, BF16, 225, 4096, 4096, arch=99) == choose(False, BF16, 225, 4096, 4096, arch=90)
+    assert choose(False, BF16, 353, 4096, 4096, arch=99) == choose(False, BF16, 353, 4096, 4096, arch=90)
+
+
+def test_the_readme_shows_the_table():
+    choose_h, readme = (ROOT / "csrc/cuda/choose.h").read_text(), (ROOT / "README.md").read_text()
+    table = re.findall(r'\{(\d+), (\d+), (\d+), "(predicted.*?)"\}', choose_h)
+    assert re.findall(r"^\| sm_(\d+) \| (\d+) \| (\d+) \| (.*?) \|$", readme, re.MULTILINE) == table
+
+
+def test_offsets_of_32_bits_bound_the_contraction(choose):
+    for is_dgrad, at_limit in ((False, (8, 1 << 24)), (True, (1 << 24, 64))):
+        below = tuple(n - 64 if n > 64 else n for n in at_limit)
+        assert choose(is_dgrad, BF16, 20, *below)[0] == "tiled"
+        assert choose(is_dgrad, BF16, 20, *at_limit)[0] == "any"
 
 
 def test_no_running_sum_is_longer_than_design_allows(choose):

@@ -87,7 +87,7 @@ def caught_under(executor, settings, right) -> set:
     return caught
 
 
-# --- What it computes ---
+# What it computes.
 
 
 @pytest.mark.parametrize(("schedule", "copies", "seed"), EVERY_SETTING)
@@ -233,7 +233,7 @@ def test_a_library_is_built_anew_only_when_a_source_changed(tmp_path, monkeypatc
         build(name, [source])
 
 
-# --- That it can fail: barriers and memory ---
+# That it can fail: barriers and memory.
 
 
 @pytest.mark.parametrize("variant", [1, 2], ids=["none", "of-the-warp"])
@@ -277,7 +277,7 @@ def test_a_wrong_fragment_index_is_caught(executor):
         assert np.allclose(d, expected, atol=1e-4) == right
 
 
-# --- That it can fail: collectives to which not all come ---
+# That it can fail: collectives to which not all come.
 
 # A variant of sum_kernel, and the two lines at which its threads are when it ends.
 DIVERGENT = {
@@ -328,7 +328,7 @@ def test_the_next_launch_after_an_error_is_right(executor):
         np.testing.assert_allclose(out, expected, atol=1e-4)
 
 
-# --- That it can fail: copies in the background, addresses ---
+# That it can fail: copies in the background, addresses.
 
 # A variant of pipeline_kernel, and the settings that show its mistake.
 LATE = {(schedule, "late") for schedule in SCHEDULES}
@@ -405,7 +405,7 @@ def aligned(count, dtype):
     return raw[-raw.ctypes.data % 16 :][: count * 4].view(dtype)
 
 
-# --- AddressSanitizer ---
+# AddressSanitizer.
 
 OVERRUN = """
 import sys

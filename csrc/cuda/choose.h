@@ -29,20 +29,21 @@ constexpr int kSmallRows = 16;
 
 // Most rows of x that the tiled kernels take before dequantizing a panel and calling cuBLAS pays. PREDICTED, NOT
 // MEASURED: with F the speed of the tiled kernel and C that of cuBLAS, a panel costs 2.516 bytes a weight of copying, so
-// it pays from M = 2.516 / copy / (2 (1 / F - 1 / C)), here to the nearest 32. TB/s and TFLOP/s, by data sheet (sm_90: an H200's copy and cuBLAS
-// measured); F is what shared memory lets through (linear_tiled.cu), 0.85 C where the tensor cores are the limit; dgrad's
-// is 0.85 of linear's, for its permutes and multiplications. `python benchmarks/gpu.py` prints the measured break-even.
+// it pays from M = 2.516 / copy / (2 (1 / F - 1 / C)), here to the nearest 32. TB/s and TFLOP/s, by data sheet (sm_90: an
+// H200's copy and cuBLAS measured); F is 0.85 of what the tensor cores do by mma.sync or, on sm_90, shared memory lets
+// through (linear_tiled.cu), and for dgrad, which issues an eighth more instructions, 0.85 of that again.
+// `python benchmarks/gpu.py` prints the measured break-even.
 struct Fused {
   int arch;  // this one and those up to the next
   int64_t linear, linear_dgrad;
   const char* why;
 };
 constexpr Fused kFused[] = {
-    {80, 544, 320, "predicted from copy 1.7 TB/s, cuBLAS 250, tiled 187 TFLOP/s"},
+    {80, 1056, 480, "predicted from copy 1.7 TB/s, cuBLAS 250, tiled 212 TFLOP/s"},
     {86, 544, 256, "predicted from copy 0.85 TB/s, cuBLAS 64, tiled 54 TFLOP/s"},
     {89, 1152, 544, "predicted from copy 0.92 TB/s, cuBLAS 150, tiled 127 TFLOP/s"},
-    {90, 224, 160, "predicted from copy 4.3 TB/s, cuBLAS 788, tiled 400 TFLOP/s"},
-    {100, 96, 64, "predicted from copy 7 TB/s, cuBLAS 1500, tiled 400 TFLOP/s"},
+    {90, 352, 256, "predicted from copy 4.3 TB/s, cuBLAS 788, tiled 482 TFLOP/s"},
+    {100, 128, 96, "predicted from copy 7 TB/s, cuBLAS 1500, tiled 477 TFLOP/s"},
     {120, 896, 416, "predicted from copy 1.5 TB/s, cuBLAS 190, tiled 161 TFLOP/s"},
 };
 inline const Fused& fused_of(int arch) {

@@ -22,7 +22,7 @@
 
 namespace nf4::cuda {
 
-// --- Blocks, warps, launches ---
+// Blocks, warps, launches.
 
 // The block's dynamic shared memory, aligned to 128 bytes: as many bytes as the launch asked for.
 template <class T>
@@ -62,7 +62,7 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, size_t sha
   return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
-// --- Memory ---
+// Memory.
 
 // Read-only data that this launch reads once: not kept in the L1, fetched from DRAM by 128 bytes. V: 4, 8 or 16 bytes.
 NF4_DEVICE uint32_t load_streamed(const uint32_t* p) {
@@ -116,7 +116,7 @@ NF4_DEVICE void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// --- Bits and numbers ---
+// Bits and numbers.
 
 NF4_DEVICE uint32_t bits_of(float a) { return __float_as_uint(a); }
 NF4_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
@@ -174,7 +174,7 @@ NF4_DEVICE uint32_t multiply_pairs<Float16>(uint32_t a, uint32_t b) {
   return reinterpret_cast<const uint32_t&>(product);
 }
 
-// --- Tensor cores ---
+// Tensor cores.
 
 // c[16, 8] += a[16, 16] @ b[16, 8] over a warp, in fp32. With g = lane / 4 and t = lane % 4, each register two elements:
 //   a: [g, 2t..] [g + 8, 2t..] [g, 2t + 8..] [g + 8, 2t + 8..]     b: [2t.., g] [2t + 8.., g]

@@ -126,7 +126,7 @@ std::minstd_rand random_numbers;
 size_t random_from;
 bool random_upwards;
 
-// --- Fibers ---
+// Fibers.
 
 void switch_fiber(Fiber& from, const Fiber& to, [[maybe_unused]] bool for_good = false) {
 #ifdef __SANITIZE_ADDRESS__
@@ -181,7 +181,7 @@ Fiber new_fiber(int thread) {
   return {top - 8, stack + kGuardBytes, kStackBytes - kGuardBytes, nullptr};
 }
 
-// --- Meetings ---
+// Meetings.
 
 std::string describe(Site site) {
   const char* slash = std::strrchr(site.file, '/');
@@ -262,7 +262,7 @@ int next_thread() {
   return found ? int(static_cast<const unsigned char*>(found) - all) : -1;
 }
 
-// --- Launches ---
+// Launches.
 
 const std::string& name_of(const void* function) {
   static std::map<const void*, std::string> names;
@@ -427,7 +427,7 @@ const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : nf4::cuda::simt::last_error.c_str();
 }
 
-// --- For tests, by ctypes (executor.py) ---
+// For tests, by ctypes (executor.py).
 
 #define NF4_SIMT_API extern "C" __attribute__((visibility("default")))
 

@@ -22,7 +22,7 @@
 #include "../../csrc/element.h"
 #include "../../csrc/format.h"
 
-// --- The syntax of CUDA ---
+// The syntax of CUDA.
 
 #define __global__
 #define __device__
@@ -149,7 +149,7 @@ void perform_mma(void* const lanes[kLanes]) {
 
 }  // namespace simt
 
-// --- device.cuh's names, in its order ---
+// device.cuh's names, in its order.
 
 template <class T>
 NF4_DEVICE T* shared_memory() {
