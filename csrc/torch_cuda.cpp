@@ -1,8 +1,7 @@
 // The ops of nf4kernels/ops.py for CUDA tensors: argument checks, allocation, device and stream, registration. No kernel
 // is here, so the host compiler reads torch's headers once, not nvcc once for each architecture.
 //
-// Compiled with NF4_SIMT the same ops are those of the namespace nf4kernels_simt for CPU tensors, and the kernels run on
-// tests/simt.
+// Compiled with NF4_SIMT the same ops take CPU tensors, and the kernels run on tests/simt.
 #include <torch/csrc/stable/accelerator.h>
 
 #include <algorithm>
@@ -11,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <iterator>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <string_view>
@@ -456,11 +456,7 @@ EXPORT int nf4kernels_cuda_driver_version() {
 }
 #endif
 
-#ifdef NF4_SIMT
-STABLE_TORCH_LIBRARY_IMPL(nf4kernels_simt, CPU, library) {
-#else
-STABLE_TORCH_LIBRARY_IMPL(nf4kernels, CUDA, library) {
-#endif
+void register_ops(torch::stable::detail::StableLibrary& library) {
   library.impl("quantize", TORCH_BOX(&quantize));
   library.impl("quantize_absmax", TORCH_BOX(&quantize_absmax));
   library.impl("dequantize", TORCH_BOX(&dequantize));
@@ -471,6 +467,16 @@ STABLE_TORCH_LIBRARY_IMPL(nf4kernels, CUDA, library) {
 }
 
 #define NF4_EXPORT extern "C" __attribute__((visibility("default")))
+
+// The ops are those of this namespace for this dispatch key ("CUDA") from now on. Loading the library alone registers
+// nothing: whether its kernels run on a device is asked first. Once for a namespace and key.
+NF4_EXPORT void nf4kernels_cuda_register(const char* ops_namespace, const char* key) {
+  using torch::stable::detail::StableLibrary;
+  static std::vector<std::unique_ptr<StableLibrary>> registered;  // they count as long as they live
+  registered.push_back(
+      std::make_unique<StableLibrary>(StableLibrary::Kind::IMPL, ops_namespace, key, __FILE__, __LINE__));
+  register_ops(*registered.back());
+}
 
 // Every product runs the kernel of this name from now on; null: the table's choice again. Returns what is wrong, or null.
 NF4_EXPORT const char* nf4kernels_cuda_force_kernel(const char* name) {
