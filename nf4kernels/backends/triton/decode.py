@@ -31,9 +31,11 @@ def block_scales(absmax, scale_absmax, scale_offset, scale_code, block, mask):
     """The fp32 scales of these blocks; without double quantization scale_code is None."""
     stored = tl.load(absmax + block, mask=mask, other=0)
     if scale_code is None:
-        return stored
-    product = tl.load(scale_code + stored.to(tl.int32)) * tl.load(scale_absmax + (block >> 8), mask=mask, other=0.0)
-    return product + tl.load(scale_offset)
+        scale = stored
+    else:
+        of_superblock = tl.load(scale_absmax + (block >> 8), mask=mask, other=0.0)
+        scale = tl.load(scale_code + stored.to(tl.int32)) * of_superblock + tl.load(scale_offset)
+    return scale
 
 
 @triton.jit

@@ -23,7 +23,7 @@ SPLIT = 512  # rows of a program: as many as an fp32 sum may have in one run
 DEPTH, COLUMNS = 32, 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["depth"])
 def lora_grad_kernel(
     small, wide, partial, depth, rank, columns, SPLIT: tl.constexpr, DEPTH: tl.constexpr, RANK: tl.constexpr,
     COLUMNS: tl.constexpr,

@@ -59,7 +59,7 @@ def quantize_kernel(
     midpoints = (levels + tl.gather(levels, tl.minimum(i + 1, 15), 0)) / 2  # of the 16 the last has no use
     rank = tl.zeros([SIZE], tl.int32)
     for shift in tl.static_range(4):
-        step: tl.constexpr = 8 >> shift
+        step = 8 >> shift
         rank += tl.where(scaled > tl.gather(midpoints, rank + (step - 1), 0), step, 0)
     even, odd = tl.split(tl.reshape(tl.gather(codes, rank, 0), [SIZE // 2, 2]))
     byte = first_block * (block_size // 2) + tl.arange(0, SIZE // 2)
@@ -129,7 +129,7 @@ def scale_codes_kernel(absmax, mean, scale_code, quantized, scale_absmax, blocks
         midpoints = (tl.load(scale_code + i) + tl.load(scale_code + tl.minimum(i + 1, 255))) / 2
         index = tl.zeros([256], tl.int32)
         for shift in tl.static_range(8):
-            step: tl.constexpr = 128 >> shift
+            step = 128 >> shift
             index += tl.where(value > tl.gather(midpoints, index + (step - 1), 0), step, 0)
     tl.store(quantized + block, index.to(tl.uint8), mask=inside)
 

@@ -25,7 +25,7 @@ def pick(values, count: tl.constexpr, tile, first):
     return value
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "first", "splits"])
 def reduce_kernel(
     partial, out, columns, first, bias, scaling, M, splits, turned_stride, COUNT: tl.constexpr, SIZE: tl.constexpr
 ):  # fmt: skip
