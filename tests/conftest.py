@@ -21,6 +21,7 @@ import simt_ops
 import torch
 from simt.executor import SM_86_SHARED
 
+from nf4kernels.backends import native
 from nf4kernels.backends.select import backend_info
 
 # The same examples on every run and machine; `--hypothesis-profile=explore` draws new ones. The isa fixture stays the
@@ -101,11 +102,21 @@ def gpu():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device: the kernels ran on the host executor only")
     devices = backend_info().devices
-    implementation, reason = devices.get("cuda") or devices["cuda:0"]
+    implementation, reason = devices["cuda"]
     if not implementation.startswith("native"):
         pytest.skip(f"no CUDA kernels for this device: {reason}")
     yield simt_ops.CudaOps(torch.ops.nf4kernels, "cuda", None)
     torch.cuda.synchronize()  # an error of a kernel belongs to the test that launched it
+
+
+@pytest.fixture
+def cuda_library(monkeypatch):
+    """The CUDA library that was built, with a driver as new as it needs."""
+    if not native.CUDA_LIBRARY.exists():
+        pytest.skip("nf4kernels/_cuda.abi3.so was not built: no nvcc?")
+    library = native.CudaLibrary(native.CUDA_LIBRARY)
+    monkeypatch.setattr(library, "_driver_version", lambda: library.version)
+    return library
 
 
 @pytest.fixture(params=["simt", "cuda"])

@@ -71,7 +71,7 @@ class CudaOps:
 
     def running(self, kernel: str) -> AbstractContextManager:
         """Every product by this kernel: any, small, tiled or panel."""
-        library = select.cuda_library().handle if self.executor is None else self.executor.library
+        library = select.cuda_library()[0].handle if self.executor is None else self.executor.library
         return native.running_kernel(library, kernel)
 
     def launches(self) -> list[Launch] | None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_ops import WRONG, replaced, samples, wrong_id
 
-from nf4kernels.backends.select import OPS
+from nf4kernels.ops import OPS
 
 
 @pytest.mark.parametrize("case", WRONG, ids=wrong_id)

@@ -6,7 +6,7 @@ import torch
 from cases import DEFAULT, DTYPES, Layout, dtype_id
 from torch.library import opcheck
 
-from nf4kernels.backends.select import OPS
+from nf4kernels.ops import OPS
 from nf4kernels.codebook import SCALE_CODEBOOKS
 
 ops = torch.ops.nf4kernels

@@ -7,7 +7,7 @@ import torch
 from cases import DEFAULT, Layout
 from test_ops import SHAPES, fake_tensors, samples
 
-from nf4kernels.backends.select import OPS
+from nf4kernels.ops import OPS
 
 
 def tensors(result) -> tuple:

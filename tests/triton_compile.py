@@ -47,7 +47,9 @@ class Driver:
 
 def target_of(name: str) -> GPUTarget:
     backend, arch = name.split(":")
-    return GPUTarget("cuda", int(arch), 32) if backend == "cuda" else GPUTarget("hip", arch, 64 if "gfx9" in arch else 32)
+    return (
+        GPUTarget("cuda", int(arch), 32) if backend == "cuda" else GPUTarget("hip", arch, 64 if "gfx9" in arch else 32)
+    )
 
 
 def resources(kernel, target: GPUTarget) -> dict:

@@ -124,7 +124,7 @@ class CudaLibrary:
         register_cuda_ops(self.handle, namespace, "CUDA")
 
     def choices(self, dgrad: bool, capability: tuple[int, int], multiprocessors: int) -> list[tuple[int, str, str]]:
-        """(most rows of x, kernel, reason) of a bf16 product with a 4096 x 4096 weight; the last one takes any number."""
+        """(most rows of x, kernel, reason) of 16-bit products with a 4096 x 4096 weight; the last takes any number."""
         choose = self.handle.nf4kernels_cuda_choose
         choose.restype = ctypes.c_char_p
         arch, splits, reason = 10 * capability[0] + capability[1], ctypes.c_int(), ctypes.c_char_p()
