@@ -136,7 +136,7 @@ def _experts_rows(expert_offsets: Tensor, T: int, op: str) -> Iterator[tuple[int
     for expert, end in enumerate(expert_offsets.tolist()):
         if not begin <= end <= T:
             raise ValueError(
-                f"nf4kernels.{op}: expert_offsets must rise from 0 to T={T} at most, got {end} after {begin}"
+                f"nf4kernels.{op}: expert_offsets must not fall and not exceed T={T}, got {end} after {begin}"
             )
         if begin < end:
             yield expert, slice(begin, end)
