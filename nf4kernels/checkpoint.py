@@ -16,7 +16,8 @@ from .atomic import replacing
 from .codebook import CODEBOOKS, SCALE_CODEBOOKS
 from .lora import LoraConfig
 from .model import replace_module, unwrapped
-from .quant_linear import BUFFERS, QuantLinear
+from .quant_linear import QuantLinear
+from .quant_module import BUFFERS
 from .quantized_weight import (
     SUPERBLOCK,
     WEIGHT_DTYPES,

@@ -54,9 +54,13 @@ def expert_specs(E: int, N: int, K: int, block_size: int, double_quant: bool) ->
     }
 
 
+def expert_columns(block_size: int) -> int:
+    """What an expert's K must be a multiple of, so that neither a block nor a kernel's 64 columns straddle rows."""
+    return max(64, block_size)
+
+
 def check_expert_columns(K: int, block_size: int, caller: str) -> None:
-    """Every expert starts on a block, and the fast kernels' 64 columns never straddle rows."""
-    step = max(64, block_size)
+    step = expert_columns(block_size)
     if K % step:
         raise ValueError(f"{caller}: K must be a multiple of {step} at block_size={block_size}, got K={K}")
 
