@@ -7,12 +7,14 @@ from .checkpoint import load_checkpoint, save_checkpoint, weight_from_tensors, w
 from .functional import dequantize, grouped_linear, linear, lora_linear, quantize, quantize_experts
 from .lora import LoraConfig
 from .model import QuantizeReport, merge_model, quantize_model
+from .quant_experts import QuantExperts
 from .quant_linear import QuantLinear
 from .quantized_weight import QuantizedExperts, QuantizedWeight
 
 __version__ = "0.1.0"
 __all__ = [
     "LoraConfig",
+    "QuantExperts",
     "QuantLinear",
     "QuantizeReport",
     "QuantizedExperts",
