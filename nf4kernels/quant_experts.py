@@ -254,10 +254,10 @@ class _TakeRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, rows, places, times):
         ctx.save_for_backward(places)
-        ctx.times = times
+        ctx.sizes = x.shape[0], times
         return x[rows]
 
     @staticmethod
     def backward(ctx, dy):
         (places,) = ctx.saved_tensors
-        return dy[places].unflatten(0, (-1, ctx.times)).sum(1), None, None, None
+        return dy[places].unflatten(0, ctx.sizes).sum(1), None, None, None
