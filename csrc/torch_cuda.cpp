@@ -77,7 +77,9 @@ cudaStream_t current_stream(const Op& op) {
 // Where a launcher puts its work. While it lives, the op's device is the current one.
 struct Launch {
   explicit Launch(const Op& op) : guard(op.place.index), stream(current_stream(op)) {
-    cudaSetDevice(op.place.index);  // the guard sets the device of torch's runtime, this library has its own, static
+    // The guard sets the device of torch's runtime; this library has its own, static.
+    const cudaError_t error = cudaSetDevice(op.place.index);
+    CHECK(error == cudaSuccess, op, ": ", op.place, " cannot be made the current device: ", cudaGetErrorString(error));
   }
   torch::stable::accelerator::DeviceGuard guard;
   cudaStream_t stream;
@@ -209,8 +211,8 @@ nf4::cuda::Choice choice_for(const Product& product) {
   problem.N = args.weight.N;
   problem.K = args.weight.K;
   problem.whole_codes = nf4::has_whole_codes(args.weight);
-  problem.aligned =
-      is_aligned({args.x, args.weight.packed, args.bias, args.out, args.low_rank_x, args.low_rank_factor});
+  const void* read_16 = product.dgrad ? args.low_rank_factor : nullptr;  // the others are read element by element
+  problem.aligned = is_aligned({args.x, args.weight.packed, args.out, read_16});
   problem.arch = device.arch;
   problem.multiprocessors = device.multiprocessors;
   const int forced = forced_path;
@@ -293,17 +295,28 @@ void multiply_fused(const Product& product, const nf4::cuda::Choice& choice, con
   }
 }
 
+// Our products are not differentiable; torch's refuse to write into `out` where one of their inputs is.
+class NoGrad {
+ public:
+  NoGrad() : before_(aoti_torch_grad_mode_is_enabled()) { aoti_torch_grad_mode_set_enabled(false); }
+  ~NoGrad() { aoti_torch_grad_mode_set_enabled(before_); }
+  NoGrad(const NoGrad&) = delete;
+
+ private:
+  bool before_;
+};
+
 // torch's own product, out = a @ b (mm) or a @ b^T + bias (linear).
 void torch_mm(const Tensor& a, const Tensor& b, const Tensor& out) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
                                     torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   (void)torch::stable::detail::to<Tensor>(stack[0]);  // takes the returned reference
 }
 void torch_linear(const Tensor& a, const Tensor& b, const OptionalTensor& bias, const Tensor& out) {
   std::array<StableIValue, 4> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
                                     torch::stable::detail::from(bias), torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
   (void)torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -317,7 +330,8 @@ void zero(Tensor to) { torch::stable::zero_(to); }
 // for linear_dgrad, so that each panel gives whole columns of out. LoRA's term is more of the contraction: [in | s P]
 // times [Ŵ | B], or [in | s Q] times [Ŵ ; A], with zeros up to a multiple of 8, which cuBLAS wants for its fast kernels.
 void multiply_panels(const Product& product, const Launch& launch) {
-  constexpr int64_t kPanelBytes = 24 << 20;  // stays in the L2 of an A100 and later
+  constexpr int64_t kPanelBytes = 24 << 20;  // stays in the L2 of an A100, an RTX 4090 and later; an sm_86 has 6 MB
+  const NoGrad no_grad;
   const auto& args = product.args;
   const int64_t extra = ceil_div(args.rank, 8) * 8, depth = product.depth + extra;
   const ScalarType type = product.in.scalar_type();

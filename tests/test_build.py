@@ -3,6 +3,7 @@ CUDA whenever there is an nvcc."""
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -166,3 +167,10 @@ def test_where_nvcc_is_found(nvcc, monkeypatch):
     monkeypatch.setenv("NF4KERNELS_CUDA", "no")
     with pytest.raises(SystemExit, match=r"NF4KERNELS_CUDA must be 0 .*got no"):
         SETUP.find_nvcc()
+
+
+def test_the_bindings_use_macros_that_torch_2_10_has():
+    """The newest torch compiles them here; an older one is only seen where somebody has it."""
+    text = "".join(path.read_text() for suffix in ("cpp", "h") for path in sorted((ROOT / "csrc").glob(f"*.{suffix}")))
+    used = set(re.findall(r"\b(?:STABLE_|AOTI_)?TORCH_[A-Z_]+\b", text))
+    assert used <= {"STABLE_TORCH_LIBRARY_IMPL", "TORCH_BOX", "TORCH_ABI_VERSION", "TORCH_ERROR_CODE_CHECK"}

@@ -166,7 +166,7 @@ def code_for(capability: tuple[int, int], architectures: list[str]) -> str | Non
         version, own_device = divmod(int(number.rstrip("af")), 10), number.endswith("a")
         if version == capability or (version[0] == capability[0] and version < capability and not own_device):
             machine.append((version, f"sm_{number}"))
-        if name.endswith("+PTX") and version < capability and not own_device:
+        if name.endswith("+PTX") and version < capability and number.isdigit():
             ptx.append((version, f"sm_{number} by PTX"))
     return max(machine or ptx)[1] if machine or ptx else None
 
