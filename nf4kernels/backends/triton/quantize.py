@@ -23,7 +23,7 @@ from .decode import LAUNCH, on_device_of
 
 TILE = 4096  # weights of a program: a whole block of any size
 SUMS_TILE = 32  # superblocks of a program that sums
-MEAN_TILE = tl.constexpr(1024)
+MEAN_TILE = tl.constexpr(256)
 
 
 @triton.jit
