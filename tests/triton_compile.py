@@ -66,6 +66,20 @@ def resources(kernel, target: GPUTarget) -> dict:
     return {"registers": int(found[1]), "spilled": int(found[2]) + int(found[3])}
 
 
+def arithmetic(kernel, target: GPUTarget) -> dict:
+    """Whether denormals are flushed and a division of fp32 is not IEEE's, and how many contracted operations there are."""
+    if target.backend == "cuda":
+        text = kernel.asm["ptx"]
+        inexact = text.count("div.full") + text.count("div.approx") + text.count("rcp.approx")
+        return {"flushes": ".ftz" in text, "inexact_divisions": inexact, "fma": text.count("fma.")}
+    text = kernel.asm["amdgcn"]
+    return {
+        "flushes": "amdhsa_float_denorm_mode_32 3" not in text,
+        "inexact_divisions": text.count("v_rcp_f32") - text.count("v_div_fixup_f32"),
+        "fma": len(re.findall(r"v_(?:pk_|dual_)?(?:fma|fmac|mad|mac)", text)),
+    }
+
+
 class Recorder:
     """Takes the place of every launch."""
 
@@ -84,9 +98,8 @@ class Recorder:
     def report(self) -> list[dict]:
         rows = []
         for name, call, kernel in self.kernels.values():
-            text = kernel.asm.get("ptx", "")
-            row = {"kernel": name, "call": call, "shared": kernel.metadata.shared, "flushes": ".ftz" in text}
-            rows.append(row | resources(kernel, self.target))
+            row = {"kernel": name, "call": call, "shared": kernel.metadata.shared}
+            rows.append(row | arithmetic(kernel, self.target) | resources(kernel, self.target))
         return rows
 
 

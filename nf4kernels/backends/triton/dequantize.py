@@ -29,10 +29,9 @@ def dequantize_kernel(
     numel, TILE: tl.constexpr,
 ):  # fmt: skip
     """Of each row `length` weights, the first of all at flat index `first`; rows are `pitch` apart, `stride` in out."""
-    program = tl.program_id(0).to(tl.int64)
-    row = program // tiles
+    row = (tl.program_id(0) // tiles).to(tl.int64)
     begin = first + row * pitch
-    chunk = begin // CHUNK + (program % tiles) * TILE + tl.arange(0, TILE)
+    chunk = begin // CHUNK + (tl.program_id(0) % tiles).to(tl.int64) * TILE + tl.arange(0, TILE)
     start = chunk * CHUNK
     in_weight = start < numel
     scale = block_scales(absmax, scale_absmax, scale_offset, scale_code, start >> block_shift, in_weight)

@@ -56,7 +56,7 @@ def quantize_kernel(
 
     i = tl.arange(0, 16)
     levels, codes = sorted_levels(code, i)
-    midpoints = (levels + tl.gather(levels, tl.minimum(i + 1, 15), 0)) / 2  # of the 16 the last has no use
+    midpoints = (levels + tl.gather(levels, tl.minimum(i + 1, 15), 0)) * 0.5  # of the 16 the last has no use
     rank = tl.zeros([SIZE], tl.int32)
     for shift in tl.static_range(4):
         step = 8 >> shift
@@ -126,7 +126,7 @@ def scale_codes_kernel(absmax, mean, scale_code, quantized, scale_absmax, blocks
         index = e4m3_bits(centred * tl.div_rn(448.0, s))
     else:
         value = centred * tl.div_rn(1.0, s)
-        midpoints = (tl.load(scale_code + i) + tl.load(scale_code + tl.minimum(i + 1, 255))) / 2
+        midpoints = (tl.load(scale_code + i) + tl.load(scale_code + tl.minimum(i + 1, 255))) * 0.5
         index = tl.zeros([256], tl.int32)
         for shift in tl.static_range(8):
             step = 128 >> shift
