@@ -67,15 +67,17 @@ def resources(kernel, target: GPUTarget) -> dict:
 
 
 def arithmetic(kernel, target: GPUTarget) -> dict:
-    """Whether denormals are flushed and a division of fp32 is not IEEE's, and how many contracted operations there are."""
+    """Whether denormals are flushed; how many divisions of fp32 are IEEE's and not; how many contracted operations."""
     if target.backend == "cuda":
         text = kernel.asm["ptx"]
         inexact = text.count("div.full") + text.count("div.approx") + text.count("rcp.approx")
-        return {"flushes": ".ftz" in text, "inexact_divisions": inexact, "fma": text.count("fma.")}
+        exact = text.count("div.rn.f32") + text.count("rcp.rn.f32")
+        return {"flushes": ".ftz" in text, "exact": exact, "inexact": inexact, "fma": text.count("fma.")}
     text = kernel.asm["amdgcn"]
     return {
         "flushes": "amdhsa_float_denorm_mode_32 3" not in text,
-        "inexact_divisions": text.count("v_rcp_f32") - text.count("v_div_fixup_f32"),
+        "exact": text.count("v_div_fixup_f32"),
+        "inexact": 0,  # not to be told: v_rcp_f32 also divides integers
         "fma": len(re.findall(r"v_(?:pk_|dual_)?(?:fma|fmac|mad|mac)", text)),
     }
 
