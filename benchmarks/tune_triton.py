@@ -130,7 +130,8 @@ class Bench:
         try:
             with forcing(path, config):
                 if dense is not None:
-                    assert_as_exact_as_dense(product(), x, dense.T if op == "linear" else dense, f"{op} {path} {config}")
+                    matrix = dense.T if op == "linear" else dense
+                    assert_as_exact_as_dense(product(), x, matrix, f"{op} {path} {config}")
                 return min(take_turns({"": self.machine.sampler(product, copies)}, self.seconds)[""])
         except OutOfResources:
             return TOO_LARGE
@@ -141,7 +142,7 @@ class Bench:
             first = nf4.quantize(torch.randn(N, K, device=self.machine.device) * 0.02)
             copies = max(2, math.ceil(2 * self.machine.cache_bytes / first.nbytes))
             equal = [first, *(replace(first, packed=first.packed.clone()) for _ in range(copies - 1))]
-            dense = nf4.dequantize(first, torch.float32) if (N, K) == self.shapes[0] else None
+            dense = nf4.dequantize(first, torch.float32) if self.shapes[0] == (N, K) else None
             self.weights[N, K] = rotate(equal), copies, dense
         return self.weights[N, K]
 

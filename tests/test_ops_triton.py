@@ -1,4 +1,4 @@
-"""The Triton ops as ops: the reference's arguments, registered as `select.py` would, and bad arguments refused by name."""
+"""The Triton ops as ops: the reference's arguments, registered as `select.py` would; bad arguments refused by name."""
 
 import inspect
 

@@ -47,7 +47,9 @@ class Driver:
 
 def target_of(name: str) -> GPUTarget:
     backend, arch = name.split(":")
-    return GPUTarget("cuda", int(arch), 32) if backend == "cuda" else GPUTarget("hip", arch, 64 if "gfx9" in arch else 32)
+    if backend == "cuda":
+        return GPUTarget("cuda", int(arch), 32)
+    return GPUTarget("hip", arch, 64 if "gfx9" in arch else 32)
 
 
 def resources(kernel, target: GPUTarget) -> dict:
@@ -128,7 +130,7 @@ def run_calls(recorder: Recorder, table: choose.Table) -> None:
     call("columns of odd K", "dequantize", *weight(33, 65).op_args(), 1, 30, 3, 60, half)
 
     # Every bucket of the table, whole and split, with every term; then fp32, odd shapes and other layouts.
-    for op, depth_of in (("linear", lambda N, K: K), ("linear_dgrad", lambda N, K: N)):
+    for op in choose.PRODUCTS:
         for most, config in table.configs[op]:
             splits = 1 if most > 32 else 2  # a longer contraction has two
             n, k = (N, config.depth * splits) if op == "linear" else (config.depth * splits, K)

@@ -162,5 +162,5 @@ def choose(op: str, M: int, K: int, block_size: int, dtype: torch.dtype, device:
         return Choice("fused", _forced["config"] or (FP32 if block else ELEMENTS), block)
     table = table_for(architecture_of(device))
     least = table.panel_from[op] if block else ELEMENT_ROWS + 1
-    path = _forced["path"] or ("panel" if M >= least else "fused")
+    path = _forced["path"] or ("panel" if least <= M else "fused")
     return Choice(path, _forced["config"] or (table.config(op, M) if block else ELEMENTS), block)

@@ -1,11 +1,11 @@
 """quantize: absmax[b] = max |w| over block b; code = rank of w * (1 / max(absmax, 2^-126)) among the levels' midpoints.
-quantize_absmax: scale_offset = mean of absmax; scale_absmax = max |absmax - scale_offset| of 256 blocks; the 8-bit code.
+quantize_absmax: scale_offset = mean of absmax; scale_absmax = max |absmax - scale_offset| of 256 blocks; 8-bit codes.
 
-Who       quantize: a program takes BLOCKS whole blocks, 4096 weights. quantize_absmax: three launches, the fp64 sum of a
-          superblock by one thread, the mean by one program, the codes by a program a superblock.
-Trick     a rank is found by a binary search, 4 lookups in shared memory, against 15 compares and additions. Maxima are of
-          the bits as integers, which are ordered as the numbers are and put NaN and inf above all of them. The mean is
-          defined as a sum in order, and fp64 additions take turns; where no partial sum of any order is rounded all
+Who       quantize: a program takes BLOCKS whole blocks, 4096 weights. quantize_absmax: three launches, the fp64 sum of
+          a superblock by one thread, the mean by one program, the codes by a program a superblock.
+Trick     a rank is found by a binary search, 4 lookups in shared memory, against 15 compares and additions. Maxima are
+          of the bits as integers, which are ordered as the numbers are and put NaN and inf above all of them. The mean
+          is defined as a sum in order, and fp64 additions take turns; where no partial sum of any order is rounded all
           orders agree, and one addition a value tells: the order is only kept where it matters, as in the CUDA kernel.
 Bytes     reads 2 (bf16) and writes 0.5 + 4/block_size a weight: 2.56 B at block size 64, 10 us for 4096 x 4096 at an
           H200's 4.3 TB/s of copy. Not measured.
@@ -102,7 +102,7 @@ def mean_kernel(sums, mean, superblocks, blocks):
 
 @triton.jit
 def e4m3_bits(value):
-    """fp32 to FP8 E4M3's bits (bias 7, no inf, NaN at 0x7f), nearest even; in integers, for GPUs without FP8 as well."""
+    """fp32 to FP8 E4M3's bits (bias 7, no inf, NaN at 0x7f), nearest even; in integers, for GPUs without FP8."""
     bits = value.to(tl.int32, bitcast=True)
     sign = (bits >> 24) & 0x80
     magnitude = bits & 0x7FFFFFFF
