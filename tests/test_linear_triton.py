@@ -36,7 +36,7 @@ def test_every_bucket_and_shape(triton_ops, shape, path):
 def test_odd_shapes(triton_ops, dtype):
     for N, K in ODD_SHAPES:
         qweight = cases.quantized(N, K)
-        for M in (1, 17, 66):
+        for M in (1, 17) if K % 2 else (66,):
             x = cases.activations(M, K, dtype)
             assert_within_bound(triton_ops, x, qweight, f"{N}x{K} M={M}", torch.randn(N).to(dtype))
 

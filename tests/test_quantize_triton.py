@@ -89,7 +89,7 @@ def test_strided_and_empty_weights(triton_ops):
 
 
 @pytest.mark.parametrize("scale_codebook", list(SCALE_CODEBOOKS))
-@pytest.mark.parametrize("blocks", [0, 1, 31, 255, 256, 257, 513, 8500])
+@pytest.mark.parametrize("blocks", [0, 1, 255, 257, 8500])
 def test_quantize_absmax(triton_ops, scale_codebook, blocks):
     uniform = torch.rand(blocks, generator=torch.Generator().manual_seed(blocks))
     table = SCALE_CODEBOOKS[scale_codebook]
