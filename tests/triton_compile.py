@@ -47,9 +47,9 @@ class Driver:
 
 def target_of(name: str) -> GPUTarget:
     backend, arch = name.split(":")
-    return (
-        GPUTarget("cuda", int(arch), 32) if backend == "cuda" else GPUTarget("hip", arch, 64 if "gfx9" in arch else 32)
-    )
+    if backend == "cuda":
+        return GPUTarget("cuda", int(arch), 32)
+    return GPUTarget("hip", arch, 64 if "gfx9" in arch else 32)
 
 
 def resources(kernel, target: GPUTarget) -> dict:
@@ -66,6 +66,22 @@ def resources(kernel, target: GPUTarget) -> dict:
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
     return {"registers": int(found[1]), "spilled": int(found[2]) + int(found[3])}
+
+
+def arithmetic(kernel, target: GPUTarget) -> dict:
+    """Whether denormals are flushed; how many divisions of fp32 are IEEE's and not; how many contracted operations."""
+    if target.backend == "cuda":
+        text = kernel.asm["ptx"]
+        inexact = text.count("div.full") + text.count("div.approx") + text.count("rcp.approx")
+        exact = text.count("div.rn.f32") + text.count("rcp.rn.f32")
+        return {"flushes": ".ftz" in text, "exact": exact, "inexact": inexact, "fma": text.count("fma.")}
+    text = kernel.asm["amdgcn"]
+    return {
+        "flushes": "amdhsa_float_denorm_mode_32 3" not in text,
+        "exact": text.count("v_div_fixup_f32"),
+        "inexact": 0,  # not to be told: v_rcp_f32 also divides integers
+        "fma": len(re.findall(r"v_(?:pk_|dual_)?(?:fma|fmac|mad|mac)", text)),
+    }
 
 
 class Recorder:
@@ -86,9 +102,8 @@ class Recorder:
     def report(self) -> list[dict]:
         rows = []
         for name, call, kernel in self.kernels.values():
-            text = kernel.asm.get("ptx", "")
-            row = {"kernel": name, "call": call, "shared": kernel.metadata.shared, "flushes": ".ftz" in text}
-            rows.append(row | resources(kernel, self.target))
+            row = {"kernel": name, "call": call, "shared": kernel.metadata.shared}
+            rows.append(row | arithmetic(kernel, self.target) | resources(kernel, self.target))
         return rows
 
 
@@ -115,7 +130,7 @@ def run_calls(recorder: Recorder, table: choose.Table) -> None:
     call("columns of odd K", "dequantize", *weight(33, 65).op_args(), 1, 30, 3, 60, half)
 
     # Every bucket of the table, whole and split, with every term; then fp32, odd shapes and other layouts.
-    for op, depth_of in (("linear", lambda N, K: K), ("linear_dgrad", lambda N, K: N)):
+    for op in choose.PRODUCTS:
         for most, config in table.configs[op]:
             splits = 1 if most > 32 else 2  # a longer contraction has two
             n, k = (N, config.depth * splits) if op == "linear" else (config.depth * splits, K)

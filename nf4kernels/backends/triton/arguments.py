@@ -42,7 +42,7 @@ def check_block_size(op: str, block_size: int) -> None:
 def check_weight(op, device, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size) -> None:
     if N < 0 or K < 0:
         refuse(op, f"N and K must not be negative, got {N} and {K}")
-    if N * K > 2**63 - 1 - BLOCK_SIZES[-1]:
+    if N * K + BLOCK_SIZES[-1] >= 2**63:
         refuse(op, f"N and K must have a product within 63 bits, got {N} and {K}")
     check_block_size(op, block_size)
     blocks = -(-N * K // block_size)

@@ -49,9 +49,9 @@ class Config:
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
-# For fp32, without tensor cores, and for rows whose weights are decoded one by one. Not tuned.
+# For fp32, without tensor cores, and in 16 bits for rows whose weights are decoded one by one. Not tuned.
 FP32 = Config(columns=32, rows=16, warps=4, stages=2, depth=LONGEST_DEPTH)
-ELEMENTS = Config(columns=32, rows=16, warps=4, stages=1, depth=LONGEST_DEPTH)
+ELEMENTS = Config(columns=32, rows=16, warps=8, stages=1, depth=LONGEST_DEPTH)
 
 
 @dataclass(frozen=True)
@@ -159,8 +159,8 @@ def choose(op: str, M: int, K: int, block_size: int, dtype: torch.dtype, device:
     if dtype == torch.float32:
         if _forced["path"] == "panel":
             raise RuntimeError(f"nf4kernels.{op}: fp32 is multiplied in true fp32, not by panels")
-        return Choice("fused", _forced["config"] or (FP32 if block else ELEMENTS), block)
+        return Choice("fused", _forced["config"] or FP32, block)
     table = table_for(architecture_of(device))
     least = table.panel_from[op] if block else ELEMENT_ROWS + 1
-    path = _forced["path"] or ("panel" if M >= least else "fused")
+    path = _forced["path"] or ("panel" if least <= M else "fused")
     return Choice(path, _forced["config"] or (table.config(op, M) if block else ELEMENTS), block)

@@ -1,7 +1,7 @@
 """What the kernels share: a level by its code, a block's scale by the format's three operations, and the launch.
 
-A weight decodes to code[nibble] * scale in fp32, rounded once. Kernels are launched without contraction of a product and
-a sum to an FMA (`LAUNCH`), which would change the last bit of a scale.
+A weight decodes to code[nibble] * scale in fp32, rounded once. Kernels are launched without contraction of a product
+and a sum to an FMA (`LAUNCH`), which would change the last bit of a scale.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -16,7 +16,8 @@ LAUNCH = {"enable_fp_fusion": False}
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager:
     """Triton launches on the current device; a CPU tensor is one of Triton's interpreter."""
-    return nullcontext() if tensor.device.type == "cpu" else torch.get_device_module(tensor.device).device(tensor.device)
+    device = tensor.device
+    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
 @triton.jit

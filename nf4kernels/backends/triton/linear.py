@@ -1,16 +1,18 @@
 """linear: y[M, N] = x[M, K] @ W[N, K]^T + scaling * P[M, r] @ B[N, r]^T + bias, straight from the packed bytes.
 
-Who       a program sums `depth` of the contraction for COLUMNS rows of W by ROWS rows of x (tokens); with more than one
-          part of K, partial sums in fp32 are added up in order by reduce.py. Several weights that share x are more
+Who       a program sums `depth` of the contraction for COLUMNS rows of W by ROWS rows of x (tokens); with more than
+          one part of K, partial sums in fp32 are added up in order by reduce.py. Several weights that share x are more
           columns of one launch.
-Trick     W is the left operand of the dot, acc[N, M] = W @ x^T, so that it is decoded in registers; the high nibbles of
-          BLOCK weights are their even k and the low ones the odd k: two dots, with x split the same way, need no
-          interleaving. Ŵ is rounded to x's dtype once, as dense PyTorch on Ŵ would hold it: one multiplication a weight
-          more than levels multiplied unscaled, whose common rounding errors do not average out (2.06 % against 0.26 % of
-          the output for x with a mean of one sigma) unless the host looks at the codebook and waits for the device.
-Flops     2 M N K, and about 5 instructions a weight to decode it, once for every ROWS tokens; reads 0.516 B a weight:
-          2.0 us for 4096 x 4096 at an H200's 4.3 TB/s. Not measured.
-Needs     nothing: where rows of W are not whole blocks of 32 or 64, weights are decoded one by one, about 20 instructions.
+Trick     W is the left operand of the dot, acc[N, M] = W @ x^T, so that it is decoded in registers; the high nibbles
+          of BLOCK weights are their even k and the low ones the odd k: two dots, with x split the same way, need no
+          interleaving. Ŵ is rounded to x's dtype once, as dense PyTorch on Ŵ would hold it: one multiplication a
+          weight more than levels multiplied unscaled, whose common rounding errors do not average out (2.06 % against
+          0.26 % of the output for x with a mean of one sigma) unless the host looks at the codebook and waits for the
+          device.
+Flops     2 M N K; reads 0.516 B a weight: 2.0 us for 4096 x 4096 at an H200's 4.3 TB/s. The loop has 10 instructions a
+          weight for each ROWS tokens (SASS of sm_90, up to 64 tokens), 7 of them to decode it, where an H200 can issue
+          3.2 at memory speed: 6.4 us. Not measured.
+Needs     nothing. Where rows of W are not whole blocks of 32 or 64, weights are decoded one by one: 52 instructions.
 """
 
 from collections.abc import Sequence
@@ -32,7 +34,7 @@ ELEMENTS = 32  # k of a step where weights are decoded one by one
 
 @triton.jit
 def add_low_rank(acc, scaling, factor, small, rank, column, in_columns, token, in_tokens, RANK: tl.constexpr):
-    """acc [columns, tokens] + scaling * factor[column, rank] @ small[token, rank]^T, as more of the same contraction."""
+    """scaling * (acc [columns, tokens] + factor[column, rank] @ small[token, rank]^T)."""
     for first in range(0, rank, RANK):
         r = first + tl.arange(0, RANK)
         in_rank = (r < rank)[None, :]

@@ -1,10 +1,10 @@
-"""linear and linear_dgrad for many rows: a panel of Ŵ at a time, in memory that every panel reuses, times torch's matmul.
+"""linear and linear_dgrad for many rows: a panel of Ŵ at a time, in memory that all panels share, times torch's matmul.
 
-Who       dequantize.py fills the panel, the vendor's GEMM multiplies: rows of Ŵ for linear, columns for linear_dgrad, so
-          that each panel gives whole columns of out.
-Trick     LoRA's term is more of the contraction, [in | s P] times [Ŵ | B] or [in | s Q] times [Ŵ ; A], with zeros up to a
-          multiple of 8, which the vendor's fast kernels want. Rejected: adding it to out, which would be rounded twice
-          and read and written again.
+Who       dequantize.py fills the panel, the vendor's GEMM multiplies: rows of Ŵ for linear, columns for linear_dgrad,
+          so that each panel gives whole columns of out.
+Trick     LoRA's term is more of the contraction, [in | s P] times [Ŵ | B] or [in | s Q] times [Ŵ ; A], with zeros up
+          to a multiple of 8, which the vendor's fast kernels want. Rejected: adding it to out, which would be rounded
+          twice and read and written again.
 Bytes     2.516 a weight, most of them within the L2; never a 16-bit copy of the weight larger than PANEL_BYTES.
 Needs     bf16 or fp16: true fp32 does not go through torch's matmul, which a user may have allowed TF32.
 """

@@ -29,11 +29,11 @@ def pick(values, count: tl.constexpr, tile, first):
 def reduce_kernel(
     partial, out, columns, first, bias, scaling, M, splits, turned_stride, COUNT: tl.constexpr, SIZE: tl.constexpr
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
     source, to = pick(partial, COUNT, program, first), pick(out, COUNT, program, first)
     width = pick(columns, COUNT, program, first)
     numel = M.to(tl.int64) * width
-    index = (program - pick(first, COUNT, program, first)) * SIZE + tl.arange(0, SIZE)
+    index = (program - pick(first, COUNT, program, first)).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = index < numel
     total = tl.zeros([SIZE], tl.float32)
     for split in range(splits):
