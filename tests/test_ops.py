@@ -6,8 +6,8 @@ import torch
 from cases import DEFAULT, DTYPES, Layout, dtype_id
 from torch.library import opcheck
 
-from nf4kernels.ops import OPS
 from nf4kernels.codebook import SCALE_CODEBOOKS
+from nf4kernels.ops import OPS
 
 ops = torch.ops.nf4kernels
 CUDA_OPS = tuple(op for op in OPS if not op.startswith("grouped_"))  # on a CUDA device the reference runs the others

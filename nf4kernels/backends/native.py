@@ -171,16 +171,21 @@ def code_for(capability: tuple[int, int], architectures: list[str]) -> str | Non
     return max(machine or ptx)[1] if machine or ptx else None
 
 
+def cuda_is_wanted() -> bool:
+    """Raises ValueError where NF4KERNELS_CUDA is neither unset nor 0."""
+    wish = os.environ.get(CUDA_VARIABLE)
+    if wish not in (None, "0"):
+        raise ValueError(f"nf4kernels: {CUDA_VARIABLE} must be 0 (no CUDA kernels) or unset, got {wish}")
+    return wish is None
+
+
 def load_cuda() -> tuple[CudaLibrary | None, str]:
     """The CUDA library where torch has CUDA, else None; and why it was not loaded.
 
     Raises:
-        ValueError: NF4KERNELS_CUDA is neither unset nor 0. OSError: the library does not load.
+        ValueError: as `cuda_is_wanted`. OSError: the library does not load.
     """
-    wish = os.environ.get(CUDA_VARIABLE)
-    if wish not in (None, "0"):
-        raise ValueError(f"nf4kernels: {CUDA_VARIABLE} must be 0 (no CUDA kernels) or unset, got {wish}")
-    if wish == "0":
+    if not cuda_is_wanted():
         return None, f"{CUDA_VARIABLE}=0"
     if not CUDA_LIBRARY.exists():
         return None, f"{CUDA_LIBRARY.name} was not built (no nvcc at install time?)"

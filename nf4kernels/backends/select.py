@@ -64,6 +64,7 @@ def _forced_backend() -> str | None:
 
 
 FORCED = _forced_backend()
+native.cuda_is_wanted()  # a wrong value is an error now, not at the first op on a GPU
 CPU_LIBRARY = native.load_cpu() if FORCED in (None, "native") else None
 
 
