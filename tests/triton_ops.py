@@ -40,3 +40,13 @@ def load(device: str) -> TritonOps:
     backend = importlib.import_module("nf4kernels.backends.triton")
     importlib.import_module("nf4kernels.backends.triton.choose")
     return TritonOps(SimpleNamespace(**backend.OPS), backend, device)
+
+
+class LaunchRecorder:
+    """Stands in for a kernel: keeps each launch's grid and keyword arguments, and runs nothing."""
+
+    def __init__(self) -> None:
+        self.launches = []
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: self.launches.append((grid, options))

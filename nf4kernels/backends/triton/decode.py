@@ -14,6 +14,11 @@ from torch import Tensor
 LAUNCH = {"enable_fp_fusion": False}
 
 
+def ceil_div(a: int, b: int) -> int:
+    """triton.cdiv without the 4 us that it takes for being callable from kernels too."""
+    return -(-a // b)
+
+
 def on_device_of(tensor: Tensor) -> AbstractContextManager:
     """Triton launches on the current device; a CPU tensor is one of Triton's interpreter."""
     device = tensor.device

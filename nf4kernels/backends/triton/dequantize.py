@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .arguments import check_dtype, check_out, check_range, check_weight
-from .decode import LAUNCH, block_scales, lookup, on_device_of
+from .decode import LAUNCH, block_scales, ceil_div, lookup, on_device_of
 
 CHUNK = tl.constexpr(32)
 MOST_CHUNKS = 128  # of a program
@@ -52,7 +52,7 @@ def dequantize_kernel(
 
 def tile_of(length: int) -> int:
     """Chunks of a program: as many as a run has, up to MOST_CHUNKS; one more, for it can begin in the midst of one."""
-    return min(triton.next_power_of_2(triton.cdiv(length, CHUNK.value) + 1), MOST_CHUNKS)
+    return min(triton.next_power_of_2(ceil_div(length, CHUNK.value) + 1), MOST_CHUNKS)
 
 
 def dequantize(
@@ -92,7 +92,7 @@ def launch(weight: tuple, row_begin: int, col_begin: int, out: Tensor) -> None:
         rows, length = 1, rows * length
     tile = tile_of(length)
     # A run that begins in the midst of a chunk reaches into one chunk more.
-    tiles = triton.cdiv(triton.cdiv(length, CHUNK.value) + 1, tile)
+    tiles = ceil_div(ceil_div(length, CHUNK.value) + 1, tile)
     first = row_begin * K + col_begin
     with on_device_of(out):
         dequantize_kernel[(rows * tiles,)](

@@ -25,7 +25,7 @@ from torch import Tensor
 from ...quantized_weight import QuantizedWeight
 from .arguments import check_data, check_input, check_low_rank, check_weight
 from .choose import LONGEST_FP32, Choice, choose
-from .decode import LAUNCH, block_scales, decode_elements, lookup, on_device_of
+from .decode import LAUNCH, block_scales, ceil_div, decode_elements, lookup, on_device_of
 from .panels import multiply_panels
 from .reduce import pick, reduce_splits
 
@@ -148,18 +148,18 @@ def multiply_fused(
 ) -> None:  # fmt: skip
     """outs[i] [M, N_i] = x [M, K] @ Ŵ_i^T; the other terms are those of a single weight."""
     config, (M, K) = choice.config, x.shape
-    splits = max(triton.cdiv(K, config.depth), 1) if x.dtype != torch.float32 else 1
+    splits = max(ceil_div(K, config.depth), 1) if x.dtype != torch.float32 else 1
     targets = outs
     if splits > 1:
         targets = [x.new_empty((splits, M, out.shape[1]), dtype=torch.float32) for out in outs]
     first, tiles = [], 0
     for out in outs:
         first.append(tiles)
-        tiles += triton.cdiv(out.shape[1], config.columns)
+        tiles += ceil_div(out.shape[1], config.columns)
     packed, absmax, scale_absmax, scale_offset, code, scale_code = zip(*(weight[:6] for weight in weights))
     RANK = rank_step(factor, 1)
     with on_device_of(x):
-        linear_kernel[(tiles * triton.cdiv(M, config.rows), splits)](
+        linear_kernel[(tiles * ceil_div(M, config.rows), splits)](
             x, packed, absmax, scale_absmax, scale_offset, code, scale_code, tuple(targets),
             tuple(out.shape[1] for out in outs), tuple(first), tiles, bias if splits == 1 else None, small, factor,
             scaling, M, K, 0 if RANK == 0 else factor.shape[1], weights[0][8].bit_length() - 1,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .arguments import check_input, check_low_rank, check_weight
 from .choose import LONGEST_FP32, Choice, choose
-from .decode import LAUNCH, block_scales, decode_elements, lookup, on_device_of
+from .decode import LAUNCH, block_scales, ceil_div, decode_elements, lookup, on_device_of
 from .linear import matrix, rank_step
 from .panels import multiply_panels
 from .reduce import reduce_splits
@@ -144,13 +144,13 @@ def multiply_fused(
     """out [M, K] = dy [M, N] @ Ŵ and LoRA's term."""
     *tensors, N, K, block_size = weight
     config, M = choice.config, dy.shape[0]
-    splits = max(triton.cdiv(N, config.depth), 1) if dy.dtype != torch.float32 else 1
+    splits = max(ceil_div(N, config.depth), 1) if dy.dtype != torch.float32 else 1
     target = out if splits == 1 else dy.new_empty((splits, M, K), dtype=torch.float32)
     RANK = rank_step(factor, 0)
     BLOCK = choice.block or config.columns
-    tiles = triton.cdiv(K, BLOCK)
+    tiles = ceil_div(K, BLOCK)
     with on_device_of(dy):
-        linear_dgrad_kernel[(tiles * triton.cdiv(M, config.rows), splits)](
+        linear_dgrad_kernel[(tiles * ceil_div(M, config.rows), splits)](
             dy, *tensors, target, small, factor, scaling, M, N, K, 0 if RANK == 0 else factor.shape[0],
             block_size.bit_length() - 1, config.depth if splits > 1 else max(N, 1), tiles, ROWS=config.rows,
             BLOCK=BLOCK, DEPTH=DEPTH, WHOLE=choice.block > 0, RANK=RANK,

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .arguments import check_data, check_dtype, refuse
-from .decode import LAUNCH, on_device_of
+from .decode import LAUNCH, ceil_div, on_device_of
 from .linear import matrix
 from .reduce import reduce_splits
 
@@ -55,9 +55,9 @@ def lora_grad(small: Tensor, wide: Tensor, scaling: float, dtype: torch.dtype, t
     if rows == 0 or rank == 0 or columns == 0:
         return wide.new_zeros(shape, dtype=dtype)
     out = wide.new_empty(shape, dtype=dtype)
-    splits, RANK = triton.cdiv(rows, SPLIT), 16 if rank <= 16 else 32
+    splits, RANK = ceil_div(rows, SPLIT), 16 if rank <= 16 else 32
     partial = wide.new_empty((splits, rank, columns), dtype=torch.float32)
-    grid = (triton.cdiv(columns, COLUMNS), triton.cdiv(rank, RANK), splits)
+    grid = (ceil_div(columns, COLUMNS), ceil_div(rank, RANK), splits)
     with on_device_of(wide):
         lora_grad_kernel[grid](
             small, matrix(wide), partial, rows, rank, columns, SPLIT=SPLIT, DEPTH=DEPTH, RANK=RANK, COLUMNS=COLUMNS,

@@ -10,9 +10,9 @@ Needs     bf16 or fp16: true fp32 does not go through torch's matmul, which a us
 """
 
 import torch
-import triton
 from torch import Tensor
 
+from .decode import ceil_div
 from .dequantize import launch
 
 PANEL_BYTES = 24 << 20  # stays in the L2 of an A100 and later
@@ -25,14 +25,14 @@ def multiply_panels(
     """out [M, columns] = inputs [M, depth] @ (Ŵ if dgrad else Ŵ^T), LoRA's term and bias."""
     (M, depth), columns = inputs.shape, out.shape[1]
     rank = 0 if factor is None else factor.shape[0 if dgrad else 1]
-    width = depth + triton.cdiv(rank, 8) * 8
+    width = depth + ceil_div(rank, 8) * 8
     if rank > 0:
         wide = inputs.new_zeros((M, width))
         wide[:, :depth] = inputs
         torch.mul(small.view(M, rank), scaling, out=wide[:, depth : depth + rank])
         inputs = wide
-    panels = max(triton.cdiv(columns * width * 2, PANEL_BYTES), 1)
-    count = triton.cdiv(triton.cdiv(columns, panels), 128) * 128
+    panels = max(ceil_div(columns * width * 2, PANEL_BYTES), 1)
+    count = ceil_div(ceil_div(columns, panels), 128) * 128
     memory = inputs.new_empty(min(count, columns) * width)
     for begin in range(0, columns, count):
         size = min(count, columns - begin)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...quantized_weight import SUPERBLOCK, absmax_shape, packed_shape
 from .arguments import check_block_size, check_data, check_dtype, refuse
-from .decode import LAUNCH, on_device_of
+from .decode import LAUNCH, ceil_div, on_device_of
 
 TILE = 4096  # weights of a program: a whole block of any size
 SUMS_TILE = 32  # superblocks of a program that sums
@@ -146,7 +146,7 @@ def quantize(weight: Tensor, code: Tensor, block_size: int) -> tuple[Tensor, Ten
     absmax = weight.new_empty(absmax_shape(N, K, block_size), dtype=torch.float32)
     if packed.numel() == 0:
         return packed, absmax
-    grid = (triton.cdiv(N * K, TILE),)
+    grid = (ceil_div(N * K, TILE),)
     with on_device_of(weight):
         quantize_kernel[grid](
             weight.contiguous(), code, packed, absmax, N * K, block_size, TILE // block_size, num_warps=4, **LAUNCH
@@ -156,7 +156,7 @@ def quantize(weight: Tensor, code: Tensor, block_size: int) -> tuple[Tensor, Ten
 
 def quantize_absmax(absmax: Tensor, scale_code: Tensor, scale_is_e4m3: bool) -> tuple[Tensor, Tensor, Tensor]:
     blocks = absmax.numel()
-    superblocks = triton.cdiv(blocks, SUPERBLOCK)
+    superblocks = ceil_div(blocks, SUPERBLOCK)
     check_data("quantize_absmax", absmax.device, "absmax", absmax, torch.float32, blocks)
     check_data("quantize_absmax", absmax.device, "scale_code", scale_code, torch.float32, 256)
     quantized, scale_absmax = absmax.new_empty(absmax.shape, dtype=torch.uint8), absmax.new_empty(superblocks)
@@ -164,7 +164,7 @@ def quantize_absmax(absmax: Tensor, scale_code: Tensor, scale_is_e4m3: bool) -> 
         return quantized, scale_absmax, absmax.new_zeros(())
     scale_offset, sums = absmax.new_empty(()), absmax.new_empty(superblocks, dtype=torch.float64)
     with on_device_of(absmax):
-        grid = (triton.cdiv(superblocks, SUMS_TILE),)
+        grid = (ceil_div(superblocks, SUMS_TILE),)
         superblock_sums_kernel[grid](absmax, sums, blocks, superblocks, TILE=SUMS_TILE, num_warps=1, **LAUNCH)
         mean_kernel[(1,)](sums, scale_offset, superblocks, blocks, num_warps=4, **LAUNCH)
         scale_codes_kernel[(superblocks,)](

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .decode import LAUNCH, on_device_of
+from .decode import LAUNCH, ceil_div, on_device_of
 
 SIZE = 1024
 
@@ -55,7 +55,7 @@ def reduce_splits(
     first, programs = [], 0
     for width in columns:
         first.append(programs)
-        programs += triton.cdiv(M * width, SIZE)
+        programs += ceil_div(M * width, SIZE)
     with on_device_of(out[0]):
         reduce_kernel[(programs,)](
             tuple(partial), tuple(out), columns, tuple(first), bias, scaling, M, splits, M if turned else None,
