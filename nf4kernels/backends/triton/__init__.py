@@ -1,5 +1,6 @@
 """The ops in Triton, for GPUs without a compiled library. Importing this imports Triton."""
 
+from .choose import kernel_lines
 from .dequantize import dequantize, dequantize_out
 from .linear import linear, linear_shared
 from .linear_dgrad import linear_dgrad
@@ -10,4 +11,4 @@ OPS = {
     function.__name__: function
     for function in (quantize, quantize_absmax, dequantize, dequantize_out, linear, linear_dgrad, lora_grad)
 }
-__all__ = ["OPS", "linear_shared"]
+__all__ = ["OPS", "kernel_lines", "linear_shared"]

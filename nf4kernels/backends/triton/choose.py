@@ -122,6 +122,14 @@ def table_for(architecture: str) -> Table:
     return Table.from_json((TABLES / f"{known_architecture(architecture, known)}.json").read_text())
 
 
+def kernel_lines(device: torch.device) -> Iterator[str]:
+    """Which path the 16-bit products take on a device by rows of x, and why; for people."""
+    table = table_for(architecture_of(device))
+    for op, least in table.panel_from.items():
+        yield f"{op} bf16, fp16, up to {least - 1} rows: fused ({table.origin})"
+        yield f"{op} bf16, fp16, more rows: panel ({table.origin})"
+
+
 def is_whole(K: int, block_size: int) -> int:
     """How many consecutive weights of any row share a scale and whole bytes, 64 or 32; 0: fewer."""
     size = min(block_size, 64)
