@@ -159,6 +159,25 @@ def product(call, op, name, qweight, M, dtype, rank, config=None):
         call(name, op, torch.zeros(M, depth, dtype=dtype), *qweight.op_args(), *bias, small, factor, 2.0)
 
 
+def run_calls_of_one(recorder: Recorder) -> None:
+    """Sizes of 1, which Triton makes constants of their own: every kernel must still compile."""
+    half, full = torch.bfloat16, torch.float32
+    for N, K in ((1, 1), (1, 64), (64, 1), (1, 3000)):
+        recorder.call = f"{N}x{K}"
+        qweight = weight(N, K)
+        OPS["quantize"](torch.zeros(N, K), CODE, 64)
+        OPS["dequantize"](*qweight.op_args(), 0, N, 0, K, half)
+        OPS["dequantize"](*qweight.op_args(), 0, 1, 0, 1, full)
+        for dtype in (half, full):
+            one = torch.zeros(1, 1, dtype=dtype)
+            for op, depth, factor in (("linear", K, (N, 1)), ("linear_dgrad", N, (1, K))):
+                x, bias = torch.zeros(1, depth, dtype=dtype), () if op == "linear_dgrad" else (None,)
+                OPS[op](x, *qweight.op_args(), *bias, one, torch.zeros(factor, dtype=dtype), 1.0)
+            OPS["lora_grad"](one, torch.zeros(1, K, dtype=dtype), 1.0, full, True)
+        linear_shared(torch.zeros(1, K, dtype=half), [qweight, qweight])
+    OPS["quantize_absmax"](torch.zeros(1), torch.linspace(-1, 1, 256), True)
+
+
 def compilations_by_rows(recorder: Recorder) -> list[int]:
     """How many kernels serve all M of a bucket, and of all buckets."""
     counts = []
@@ -179,6 +198,8 @@ def main(name: str) -> None:
     table = choose.table_for(architecture)
     recorder = Recorder(target)
     run_calls(recorder, table)
+    if architecture == "sm_80":
+        run_calls_of_one(recorder)
     rows = recorder.report()
     counts = compilations_by_rows(recorder)
     print(json.dumps({"shared_limit": SHARED[target.arch] * 1024, "kernels": rows, "by_rows": counts}))

@@ -32,10 +32,13 @@ ELEMENT_ROWS = 64
 
 @dataclass(frozen=True)
 class Config:
-    """A program's share of a product: columns of W's side and rows of x's, and how it is compiled."""
+    """A program's share of a product, and how it is compiled.
+
+    The columns are rows of W; linear_dgrad has those of a block of W instead.
+    """
 
     columns: int
-    rows: int
+    rows: int  # of x or dY
     warps: int
     stages: int
     depth: int  # of the contraction that one program sums: a multiple of 64, at most LONGEST_DEPTH
@@ -50,7 +53,7 @@ class Config:
 
 
 # For fp32, without tensor cores, and in 16 bits for rows whose weights are decoded one by one. Not tuned.
-FP32 = Config(columns=32, rows=16, warps=4, stages=2, depth=LONGEST_DEPTH)
+FP32 = Config(columns=32, rows=16, warps=4, stages=1, depth=LONGEST_DEPTH)
 ELEMENTS = Config(columns=32, rows=16, warps=8, stages=1, depth=LONGEST_DEPTH)
 
 
