@@ -9,6 +9,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <limits>
@@ -125,32 +126,75 @@ inline int block_shift_of(int64_t block_size, const Op& op) {
   CHECK(false, op, ": block_size must be a power of two from 32 to 4096, got ", block_size);
 }
 
-inline Weight checked_weight(const Op& op, const Tensor& packed, const Tensor& absmax,
-                             const OptionalTensor& scale_absmax, const OptionalTensor& scale_offset, const Tensor& code,
-                             const OptionalTensor& scale_code, int64_t N, int64_t K, int64_t block_size) {
+// The weights [E, N, K] of E experts, each laid out as a weight of its own; the codebooks are shared.
+struct Experts {
+  Weight first;
+  int64_t count, blocks, superblocks;  // blocks and superblocks of one expert
+
+  Weight operator[](int64_t expert) const {
+    Weight w = first;
+    w.packed += expert * ceil_div(w.N * w.K, 2);
+    if (w.absmax_u8 == nullptr) {
+      w.absmax += expert * blocks;
+      return w;
+    }
+    w.absmax_u8 += expert * blocks;
+    w.scale_absmax += expert * superblocks;
+    w.scale_offset += expert;
+    return w;
+  }
+};
+
+inline Experts checked_weights(const Op& op, int64_t E, const Tensor& packed, const Tensor& absmax,
+                               const OptionalTensor& scale_absmax, const OptionalTensor& scale_offset,
+                               const Tensor& code, const OptionalTensor& scale_code, int64_t N, int64_t K,
+                               int64_t block_size) {
   CHECK(N >= 0 && K >= 0, op, ": N and K must not be negative, got ", N, " and ", K);
-  CHECK(K == 0 || N <= (std::numeric_limits<int64_t>::max() - kMaxBlockSize) / K, op,
-        ": N and K must have a product within 63 bits, got ", N, " and ", K);
-  Weight w{};
+  const int64_t most = std::numeric_limits<int64_t>::max() / std::max<int64_t>(E, 1) - kMaxBlockSize;
+  CHECK(K == 0 || N <= most / K, op, ": N and K must have a product within 63 bits, got ", N, " and ", K);
+  Experts experts{};
+  experts.count = E;
+  Weight& w = experts.first;
   w.N = N;
   w.K = K;
   w.block_shift = block_shift_of(block_size, op);
-  const int64_t blocks = ceil_div(N * K, block_size);
-  w.packed = static_cast<const uint8_t*>(checked_data(packed, ScalarType::Byte, ceil_div(N * K, 2), op, "packed"));
+  const int64_t blocks = experts.blocks = ceil_div(N * K, block_size);
+  w.packed = static_cast<const uint8_t*>(checked_data(packed, ScalarType::Byte, E * ceil_div(N * K, 2), op, "packed"));
   w.code = checked_floats(code, kLevels, op, "code");
   const bool double_quant = scale_code.has_value();
   CHECK(scale_absmax.has_value() == double_quant && scale_offset.has_value() == double_quant, op,
         ": scale_absmax, scale_offset and scale_code must be given together");
   if (!double_quant) {
-    w.absmax = checked_floats(absmax, blocks, op, "absmax");
-    return w;
+    w.absmax = checked_floats(absmax, E * blocks, op, "absmax");
+    return experts;
   }
-  w.absmax_u8 = static_cast<const uint8_t*>(checked_data(absmax, ScalarType::Byte, blocks, op, "absmax"));
-  const int64_t superblocks = ceil_div(blocks, int64_t(1) << kSuperblockShift);
-  w.scale_absmax = checked_floats(*scale_absmax, superblocks, op, "scale_absmax");
-  w.scale_offset = checked_floats(*scale_offset, 1, op, "scale_offset");
+  w.absmax_u8 = static_cast<const uint8_t*>(checked_data(absmax, ScalarType::Byte, E * blocks, op, "absmax"));
+  experts.superblocks = ceil_div(blocks, int64_t(1) << kSuperblockShift);
+  w.scale_absmax = checked_floats(*scale_absmax, E * experts.superblocks, op, "scale_absmax");
+  w.scale_offset = checked_floats(*scale_offset, E, op, "scale_offset");
   w.scale_code = checked_floats(*scale_code, 256, op, "scale_code");
-  return w;
+  return experts;
+}
+
+inline Weight checked_weight(const Op& op, const Tensor& packed, const Tensor& absmax,
+                             const OptionalTensor& scale_absmax, const OptionalTensor& scale_offset, const Tensor& code,
+                             const OptionalTensor& scale_code, int64_t N, int64_t K, int64_t block_size) {
+  return checked_weights(op, 1, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size).first;
+}
+
+// The grouped ops' weights, one for each of expert_offsets. The offsets themselves are not read.
+inline Experts checked_experts(const Op& op, const Tensor& expert_offsets, const Tensor& packed, const Tensor& absmax,
+                               const OptionalTensor& scale_absmax, const OptionalTensor& scale_offset,
+                               const Tensor& code, const OptionalTensor& scale_code, int64_t N, int64_t K,
+                               int64_t block_size) {
+  CHECK(expert_offsets.dim() == 1, op, ": expert_offsets must have shape [E], got ", Shape{expert_offsets});
+  const int64_t E = expert_offsets.size(0);
+  checked_data(expert_offsets, ScalarType::Int, E, op, "expert_offsets");
+  const Experts experts =
+      checked_weights(op, E, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size);
+  const int64_t step = std::max<int64_t>(64, block_size);
+  CHECK(K % step == 0, op, ": K must be a multiple of ", step, " at block_size=", block_size, ", got ", K);
+  return experts;
 }
 
 struct Range {

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <tuple>
 #include <vector>
@@ -166,24 +167,24 @@ const nf4::ProductKernels& kernels_for(const Product& product, Dtype dtype, cons
   return codes ? kernels.bf16_codes : kernels.bf16;
 }
 
-void multiply_rows(const nf4::GemvKernel& gemv, nf4::GemmArgs& args, const Tensor& x) {
+void multiply_rows(const nf4::GemvKernel& gemv, nf4::GemmArgs& args, const void* x, const Tensor& like) {
   const int64_t N = args.weight.N, K = args.weight.K;
   const int64_t panel_bytes = args.rows * ceil_div(K, gemv.depth_step) * gemv.depth_step * gemv.element_bytes;
-  Tensor panel = new_empty(x, {&panel_bytes, 1}, ScalarType::Byte);
-  gemv.pack(x.const_data_ptr(), args.dtype, args.rows, K, panel.mutable_data_ptr());
+  Tensor panel = new_empty(like, {&panel_bytes, 1}, ScalarType::Byte);
+  gemv.pack(x, args.dtype, args.rows, K, panel.mutable_data_ptr());
   args.panel = panel.const_data_ptr();
   const int64_t grain = ceil_div(65536, std::max<int64_t>(K, 1));  // 5 us of work
   torch::stable::parallel_for(0, N, grain, [&](int64_t begin, int64_t end) { gemv.run(args, begin, end); });
 }
 
-void multiply_tiles(const nf4::GemmKernel& gemm, nf4::GemmArgs& args, const Tensor& in, int64_t depth,
-                    int64_t columns) {
+void multiply_tiles(const nf4::GemmKernel& gemm, nf4::GemmArgs& args, const void* in, int64_t depth, int64_t columns,
+                    const Tensor& like) {
   const int64_t rows = args.rows, padded = ceil_div(depth, gemm.depth_step) * gemm.depth_step;
   const int64_t panel_bytes = std::min<int64_t>(rows, nf4::kGemmRows) * padded * gemm.element_bytes;
-  Tensor panel = new_empty(in, {&panel_bytes, 1}, ScalarType::Byte);
+  Tensor panel = new_empty(like, {&panel_bytes, 1}, ScalarType::Byte);
   void* panel_data = panel.mutable_data_ptr();
   args.panel = panel_data;
-  const auto* x = static_cast<const char*>(in.const_data_ptr());
+  const auto* x = static_cast<const char*>(in);
   auto* y = static_cast<char*>(args.out);
   const float* low_rank_x = args.low_rank_x;
   for (int64_t m = 0; m < rows; m += nf4::kGemmRows) {
@@ -198,6 +199,16 @@ void multiply_tiles(const nf4::GemmKernel& gemm, nf4::GemmArgs& args, const Tens
       gemm.run(args, begin, end, thread_workspace(gemm.workspace_bytes));
     });
   }
+}
+
+// args.out[rows, columns] = in[rows, depth] times args.weight. Scratch memory comes from torch, as `like` does.
+void multiply_contiguous(const Product& product, nf4::GemmArgs& args, const void* in, const Tensor& like) {
+  const nf4::ProductKernels& kernels = kernels_for(product, args.dtype, args.weight, args.rows);
+  if (kernels.codes) args.bf16_code = nf4::rounded_code<nf4::BFloat16>(args.weight.code);
+  if (is_linear(product) && args.rows <= nf4::kGemvRows)
+    multiply_rows(*kernels.gemv, args, in, like);
+  else
+    multiply_tiles(*(kernels.*product.kernel), args, in, product.depth, product.columns, like);
 }
 
 // The [rows, rank] of LoRA's small factor in fp32, scaled; fills in the rest of what args need of the term.
@@ -228,12 +239,39 @@ Tensor multiply(const Product& product, const Tensor& in, const nf4::Weight& w, 
   args.low_rank_x = low_rank_x.data();
   if (rows == 0 || product.columns == 0) return out;
   args.out = out.mutable_data_ptr();
-  const nf4::ProductKernels& kernels = kernels_for(product, dtype, w, rows);
-  if (kernels.codes) args.bf16_code = nf4::rounded_code<nf4::BFloat16>(w.code);
-  if (is_linear(product) && rows <= nf4::kGemvRows)
-    multiply_rows(*kernels.gemv, args, contiguous);
-  else
-    multiply_tiles(*(kernels.*product.kernel), args, contiguous, product.depth, product.columns);
+  multiply_contiguous(product, args, contiguous.const_data_ptr(), in);
+  return out;
+}
+
+// Expert by expert, each product with all threads, in the bits of a product of its rows alone.
+Tensor multiply_grouped(const Product& product, const Tensor& in, const Tensor& expert_offsets,
+                        const Experts& experts) {
+  const Dtype dtype = checked_input(in, product.op, product.input_name, product.depth_name, product.depth);
+  CHECK(in.dim() == 2, product.op, ": ", product.input_name, " must be 2-D [T, ", product.depth_name, "], got shape ",
+        Shape{in});
+  const Tensor contiguous = in.is_contiguous() ? in : torch::stable::contiguous(in);
+  const int64_t T = in.size(0);
+  Tensor out = new_empty(in, {T, product.columns}, in.scalar_type());
+  const auto* x = static_cast<const char*>(contiguous.const_data_ptr());
+  auto* y = static_cast<char*>(out.mutable_data_ptr());
+  const size_t x_row = size_t(product.depth) * element_bytes(dtype);
+  const size_t y_row = size_t(product.columns) * element_bytes(dtype);
+  const auto* offsets = static_cast<const int32_t*>(expert_offsets.const_data_ptr());
+  const auto begin_of = [&](int64_t e) { return e == 0 ? 0 : int64_t(offsets[e - 1]); };
+  for (int64_t e = 0; e < experts.count; ++e)
+    CHECK(begin_of(e) <= offsets[e] && offsets[e] <= T, product.op,
+          ": expert_offsets must not fall and not exceed T=", T, ", got ", offsets[e], " after ", begin_of(e));
+  if (y_row == 0) return out;
+  for (int64_t e = 0; e < experts.count; ++e) {
+    nf4::GemmArgs args{};
+    args.weight = experts[e];
+    args.dtype = dtype;
+    args.rows = offsets[e] - begin_of(e);
+    args.out = y + size_t(begin_of(e)) * y_row;
+    if (args.rows > 0) multiply_contiguous(product, args, x + size_t(begin_of(e)) * x_row, in);
+  }
+  const int64_t end = begin_of(experts.count);
+  std::memset(y + size_t(end) * y_row, 0, size_t(T - end) * y_row);
   return out;
 }
 
@@ -255,6 +293,24 @@ Tensor linear_dgrad(const Tensor& dy, const Tensor& packed, const Tensor& absmax
   const auto w = checked_weight(op, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size);
   return multiply({op, "dy", "N", N, K, &nf4::ProductKernels::linear_dgrad}, dy, w, std::nullopt,
                   {lora_Q, lora_A, float(scaling), "lora_Q", "lora_A", 0});
+}
+
+Tensor grouped_linear(const Tensor& x, const Tensor& expert_offsets, const Tensor& packed, const Tensor& absmax,
+                      const OptionalTensor& scale_absmax, const OptionalTensor& scale_offset, const Tensor& code,
+                      const OptionalTensor& scale_code, int64_t N, int64_t K, int64_t block_size) {
+  const Op op = cpu_op("grouped_linear");
+  const auto experts = checked_experts(op, expert_offsets, packed, absmax, scale_absmax, scale_offset, code, scale_code,
+                                       N, K, block_size);
+  return multiply_grouped({op, "x", "K", K, N, &nf4::ProductKernels::linear}, x, expert_offsets, experts);
+}
+
+Tensor grouped_linear_dgrad(const Tensor& dy, const Tensor& expert_offsets, const Tensor& packed, const Tensor& absmax,
+                            const OptionalTensor& scale_absmax, const OptionalTensor& scale_offset, const Tensor& code,
+                            const OptionalTensor& scale_code, int64_t N, int64_t K, int64_t block_size) {
+  const Op op = cpu_op("grouped_linear_dgrad");
+  const auto experts = checked_experts(op, expert_offsets, packed, absmax, scale_absmax, scale_offset, code, scale_code,
+                                       N, K, block_size);
+  return multiply_grouped({op, "dy", "N", N, K, &nf4::ProductKernels::linear_dgrad}, dy, expert_offsets, experts);
 }
 
 Tensor lora_grad(const Tensor& small, const Tensor& wide, double scaling, ScalarType type, bool transposed) {
@@ -298,5 +354,7 @@ STABLE_TORCH_LIBRARY_IMPL(nf4kernels, CPU, library) {
   library.impl("dequantize_out", TORCH_BOX(&dequantize_out));
   library.impl("linear", TORCH_BOX(&linear));
   library.impl("linear_dgrad", TORCH_BOX(&linear_dgrad));
+  library.impl("grouped_linear", TORCH_BOX(&grouped_linear));
+  library.impl("grouped_linear_dgrad", TORCH_BOX(&grouped_linear_dgrad));
   library.impl("lora_grad", TORCH_BOX(&lora_grad));
 }

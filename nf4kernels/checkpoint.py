@@ -16,7 +16,8 @@ from .atomic import replacing
 from .codebook import CODEBOOKS, SCALE_CODEBOOKS
 from .lora import LoraConfig
 from .model import replace_module, unwrapped
-from .quant_linear import BUFFERS, QuantLinear
+from .quant_linear import QuantLinear
+from .quant_module import BUFFERS, QuantModule
 from .quantized_weight import (
     SUPERBLOCK,
     WEIGHT_DTYPES,
@@ -179,6 +180,7 @@ def _shaped(tensor: Tensor, shape: tuple[int, ...], name: str, who: str) -> Tens
 def save_checkpoint(model: nn.Module, path: str | Path) -> None:
     """Write all tensors of `model` to one safetensors file: QuantLinear weights by bitsandbytes' names, the rest as is.
 
+    That includes QuantExperts, for which bitsandbytes has no format; such a file loads where a model has them already.
     Of tensors that share memory the first is written. Adapters are written with their configuration. The file is
     complete or absent: it is written under another name, flushed to disk and renamed.
 
@@ -231,9 +233,10 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     """Fill `model` with a checkpoint written by `save_checkpoint`, `nf4kernels quantize`, or bitsandbytes.
 
     Where the file has a 4-bit weight, an nn.Linear of that shape becomes a QuantLinear and a QuantLinear takes over the
-    file's codebook, block size and scales. Adapters stored with their configuration are attached. Other tensors are
-    copied into the model's, or put in their place where the model is on the meta device; buffers that no state dict
-    holds (rotary embeddings' frequencies) stay on meta, and a warning names them.
+    file's codebook, block size and scales. QuantExperts are filled, but must be in the model already. Adapters stored
+    with their configuration are attached. Other tensors are copied into the model's, or put in their place where the
+    model is on the meta device; buffers that no state dict holds (rotary embeddings' frequencies) stay on meta, and a
+    warning names them.
 
     Args:
         model: a module with the checkpoint's names, dense or quantized.
@@ -265,6 +268,10 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
               if not isinstance(layers.get(name), QuantLinear) or layers[name].lora is None}  # fmt: skip
     expected = _dense_state(model, layers)
     _check_dense(expected, tensors, layers, attach, who)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, QuantModule) and name not in layers:
+            for error in module.state_errors(tensors, f"{name}."):
+                raise ValueError(f"{who}: {path}: {error}")
     _install(model, layers, qweights, attach, tensors)
 
 

@@ -1,4 +1,4 @@
-"""quantize, dequantize, linear, lora_linear: the ops with checks, defaults and gradients.
+"""quantize, dequantize, linear, lora_linear, and the same for experts: the ops with checks, defaults and gradients.
 
 Gradients are `autograd.Function`s that call the ops directly, and only when a gradient is needed: registering autograd
 with the op costs 6 us more a call.
@@ -12,11 +12,19 @@ from torch.autograd.graph import increment_version
 
 from . import codebook as codebooks
 from . import ops  # noqa: F401 (defines what the next lines hold)
-from .quantized_weight import WEIGHT_DTYPES, QuantizedWeight, check_block_size
+from .quantized_weight import (
+    WEIGHT_DTYPES,
+    QuantizedExperts,
+    QuantizedWeight,
+    check_block_size,
+    check_expert_columns,
+    expert_specs,
+)
 
 _ops = torch.ops.nf4kernels
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _lora_grad = _ops.lora_grad.default
+_grouped_linear, _grouped_linear_dgrad = _ops.grouped_linear.default, _ops.grouped_linear_dgrad.default
 _linear, _linear_dgrad = _ops.linear.default, _ops.linear_dgrad.default  # each lookup would cost every call 0.1 us
 
 
@@ -73,6 +81,54 @@ def quantize(
     return QuantizedWeight(
         packed, absmax, scale_absmax, scale_offset, code, scale_code, tuple(weight.shape), weight.dtype, block_size,
         name, scale_codebook if double_quant else None,
+    )  # fmt: skip
+
+
+def quantize_experts(
+    weight: Tensor,
+    codebook: str | Tensor = "nf4",
+    block_size: int = 64,
+    double_quant: bool = True,
+    scale_codebook: str = "e4m3",
+    nonfinite: str = "raise",
+) -> QuantizedExperts:
+    """`quantize` of each of the E matrices: the same bits, stacked.
+
+    Args:
+        weight: `[E, N, K]`, float32, bfloat16 or float16, any strides; K a multiple of 64 and of block_size. One expert
+            at a time is copied where it is not contiguous.
+        codebook, block_size, double_quant, scale_codebook, nonfinite: as in `quantize`.
+
+    Returns:
+        The quantized experts, on weight's device, detached.
+
+    Raises:
+        TypeError, ValueError: as `quantize`; the message names the expert that holds NaN or inf.
+    """
+    who = "nf4kernels.quantize_experts"
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{who}: weight must be a tensor, got {type(weight).__name__}")
+    if weight.dim() != 3:
+        raise ValueError(f"{who}: weight must be 3-D [E, N, K], got shape {list(weight.shape)}")
+    check_block_size(block_size, who)
+    check_expert_columns(weight.shape[2], block_size, who)
+    options = (codebook, block_size, double_quant, scale_codebook, nonfinite)
+    like = quantize(weight.new_empty((0, weight.shape[2])), *options)  # every check, and the codebooks
+    tensors = {
+        name: None if dtype is None else weight.new_empty(shape, dtype=dtype)
+        for name, (dtype, shape) in expert_specs(*weight.shape, block_size, double_quant).items()
+    }
+    for expert, matrix in enumerate(weight.detach()):
+        try:
+            qweight = quantize(matrix, *options)
+        except ValueError as error:
+            raise ValueError(f"{who}: expert {expert}: {error}") from None
+        for name in ("packed", "absmax", "scale_absmax", "scale_offset"):
+            if tensors[name] is not None:
+                tensors[name][expert] = getattr(qweight, name)
+    return QuantizedExperts(
+        **tensors | {"code": like.code, "scale_code": like.scale_code}, shape=tuple(weight.shape), dtype=weight.dtype,
+        block_size=block_size, codebook=like.codebook, scale_codebook=like.scale_codebook,
     )  # fmt: skip
 
 
@@ -179,6 +235,33 @@ def lora_linear(
     return lora_linear_from_args(x, qweight.op_args(), lora_A, lora_B, scaling, bias, dropout_p)
 
 
+def grouped_linear(x: Tensor, expert_offsets: Tensor, qweights: QuantizedExperts) -> Tensor:
+    """x[rows of e] @ Ŵ[e].T for every expert e, without writing Ŵ to memory; differentiable in x.
+
+    On the CPU each expert's rows get the bits that `linear` gives them alone. Nothing waits for a device.
+
+    Args:
+        x: `[T, K]`, rows sorted by expert, float32, bfloat16 or float16, any strides. A non-contiguous x is copied.
+            Under autocast x is first cast to autocast's dtype.
+        expert_offsets: int32 `[E]` on x's device: the row past each expert's last one, which is the
+            cumulative sum of the experts' row counts, as `offs` of torch's grouped_mm. An expert may have no rows.
+        qweights: the `[E, N, K]` weight.
+
+    Returns:
+        `[T, N]` in x's dtype; products are summed in fp32. Rows past the last offset are zeros, in the gradient too.
+
+    Raises:
+        TypeError: x or expert_offsets is of another dtype, or qweights is no QuantizedExperts.
+        ValueError: a shape does not fit, or the tensors are on different devices.
+        RuntimeError: on the CPU, offsets that fall or exceed T. A device takes each as min(offset, T), or as the one
+            before it where that is larger.
+    """
+    who = "nf4kernels.grouped_linear"
+    if not isinstance(qweights, QuantizedExperts):
+        raise TypeError(f"{who}: qweights must be a QuantizedExperts, got {type(qweights).__name__}")
+    return grouped_linear_from_args(x, expert_offsets, qweights.op_args(), who)
+
+
 def linear_from_args(x: Tensor, weight_args: tuple, bias: Tensor | None, who: str) -> Tensor:
     """`linear` on the weight's op arguments, for callers that hold the tensors themselves."""
     x, bias = _check_input(x, weight_args, bias, who)
@@ -211,6 +294,25 @@ def lora_linear_from_args(
     if needs_grad or _is_transformed(x, lora_A, lora_B, bias):
         return _LoraLinear.apply(x, lora_A, lora_B, bias, scaling, dropout_p, weight_args)
     return _lora_forward(x, lora_A, lora_B, bias, scaling, dropout_p, weight_args)[0]
+
+
+def grouped_linear_from_args(x: Tensor, expert_offsets: Tensor, weight_args: tuple, who: str) -> Tensor:
+    """`grouped_linear` on the weight's op arguments."""
+    x, _ = _check_input(x, weight_args, None, who)
+    E = weight_args[0].shape[0]
+    if x.dim() != 2:
+        raise ValueError(f"{who}: x must be 2-D [T, K], got shape {list(x.shape)}")
+    if not isinstance(expert_offsets, Tensor) or expert_offsets.dtype != torch.int32:
+        came = expert_offsets.dtype if isinstance(expert_offsets, Tensor) else type(expert_offsets).__name__
+        raise TypeError(f"{who}: expert_offsets must be an int32 tensor, got {came}")
+    if expert_offsets.shape != (E,):
+        raise ValueError(f"{who}: expert_offsets must have shape [{E}], got {list(expert_offsets.shape)}")
+    if expert_offsets.device != x.device:
+        raise ValueError(f"{who}: expert_offsets must be on {x.device} as x is, got {expert_offsets.device}")
+    expert_offsets = expert_offsets.contiguous()
+    if (torch.is_grad_enabled() and x.requires_grad) or _is_transformed(x):
+        return _GroupedLinear.apply(x, expert_offsets, weight_args)
+    return _grouped_linear(x, expert_offsets, *weight_args)
 
 
 def autocast_is_on(device: torch.device) -> bool:
@@ -289,6 +391,21 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             dbias = _matrix(dy).sum(0)
         return dx, dbias, None
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """dx = each expert's rows of dy @ its Ŵ."""
+
+    @staticmethod
+    def forward(ctx, x, expert_offsets, weight_args):
+        ctx.save_for_backward(expert_offsets, *weight_args[:6])
+        ctx.sizes = _sizes(x, weight_args)
+        return _grouped_linear(x, expert_offsets, *weight_args)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        return _grouped_linear_dgrad(dy, *ctx.saved_tensors, *ctx.sizes), None, None
 
 
 def _lora_forward(x, lora_A, lora_B, bias, scaling, dropout_p, weight_args):

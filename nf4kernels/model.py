@@ -1,4 +1,4 @@
-"""quantize_model and merge_model: from nn.Linear to QuantLinear and back, over a whole model."""
+"""quantize_model and merge_model: from nn.Linear to QuantLinear, from experts to QuantExperts and back, in a model."""
 
 import math
 from collections import defaultdict
@@ -13,10 +13,13 @@ from tqdm import tqdm
 
 from .functional import dequantize
 from .lora import LoraConfig
+from .quant_experts import WEIGHTS, QuantExperts, layout_problem
 from .quant_linear import QuantLinear
-from .quantized_weight import WEIGHT_DTYPES, QuantizedWeight
+from .quant_module import QuantModule
+from .quantized_weight import WEIGHT_DTYPES, QuantizedExperts, QuantizedWeight
 
 PANELS = 8  # in which a weight's error is measured: fp32 Ŵ then takes a quarter of a bf16 weight's bytes
+QUANTIZED = (QuantLinear, QuantExperts)
 SMALLEST_PANEL = 1 << 20  # elements
 HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
@@ -26,10 +29,13 @@ HOOKS = (
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """One replaced layer: bytes of its weight before and after, and the sums behind its relative RMS error."""
+    """One replaced weight: its bytes before and after, and the sums behind its relative RMS error.
+
+    `name` is the layer's, and of experts that of one of their two weights; `shape` is [N, K] or [E, N, K].
+    """
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     bytes_before: int
     bytes_after: int
     squared_error: float
@@ -156,12 +162,12 @@ def quantize_model(
     progress: bool = True,
     **quant_options,
 ) -> QuantizeReport:
-    """Replace every nn.Linear of `model` by a QuantLinear, in place.
+    """Replace every nn.Linear of `model` by a QuantLinear, and fused 3-D experts by QuantExperts, in place.
 
     Left alone, each with its reason in the report: what `skip` names, subclasses of nn.Linear, tied and parametrized
-    weights, adapters, and every other matrix (embeddings, Conv1D, 3-D experts). QuantLinear layers stay as they are,
-    so a second call changes nothing. Training modes, hooks, biases and every `requires_grad` are kept; a module
-    registered under two names is replaced under both.
+    weights, adapters, experts of a layout that QuantExperts does not take, and every other matrix (embeddings, Conv1D).
+    Layers in 4 bits stay as they are, so a second call changes nothing. Training modes, hooks, biases and every
+    `requires_grad` but the experts' are kept; a module registered under two names is replaced under both.
 
     Weights are quantized one by one on their device and freed as it goes: the extra memory at the peak is about the
     bytes of the largest one. Every weight is checked for NaN and inf before the first one is replaced.
@@ -169,8 +175,9 @@ def quantize_model(
     Args:
         model: any module that contains layers.
         skip: names of layers or of modules around them, in full or a run of whole components ("lm_head",
-            "layers.0.mlp"), or fnmatch patterns over the full name ("*.mlp.gate").
-        lora: an adapter for every replaced layer.
+            "layers.0.mlp"), or fnmatch patterns over the full name ("*.mlp.gate"). Experts are skipped together, by
+            their name or that of one of their weights.
+        lora: an adapter for every replaced nn.Linear; there are none on experts.
         progress: show a progress bar on stderr.
         quant_options: codebook, block_size, double_quant, scale_codebook, nonfinite as in `nf4kernels.quantize`;
             compute_dtype as in `QuantLinear`.
@@ -186,18 +193,18 @@ def quantize_model(
     """
     who = "nf4kernels.quantize_model"
     patterns = _check_arguments(model, skip, lora, quant_options, who)
-    targets, skipped = plan_layers(model, patterns)
+    targets, skipped = plan_layers(model, patterns, quant_options.get("block_size", 64))
     for names in targets:
-        weight = model.get_submodule(names[0]).weight
-        _check_dtype(names[0], weight, who)
-        if quant_options.get("nonfinite", "raise") == "raise":
-            _check_finite(names[0], weight, who)
+        for name, weight in _weights(model.get_submodule(names[0]), names[0]):
+            _check_dtype(name, weight, who)
+            if quant_options.get("nonfinite", "raise") == "raise":
+                _check_finite(name, weight, who)
 
     before = _model_bytes(model)
     layers = []
     with tqdm(total=len(targets), desc="quantize", unit="layer", disable=not progress) as bar:
         for names in targets:
-            layers.append(_quantize_layer(model, names, lora, quant_options, who))
+            layers += _quantize_layer(model, names, lora, quant_options, who)
             bar.update()
     return QuantizeReport(layers, skipped, before, _model_bytes(model))
 
@@ -205,12 +212,14 @@ def quantize_model(
 def merge_model(model: nn.Module, base: nn.Module | None = None, dtype: torch.dtype = torch.bfloat16) -> list[str]:
     """Replace every QuantLinear of `model` by an nn.Linear of Ŵ + scaling * lora_B @ lora_A, in place.
 
+    QuantExperts become what they were made from, a module of the same class and configuration, of Ŵ.
+
     With `base` the original weight W takes the place of Ŵ, which also undoes the quantization error. The sum is taken
     in fp32 and rounded once to `dtype`. Merging into 4 bits is not offered: rounding to 4 bits takes most of the
     fine-tuning away.
 
     Args:
-        model: any module that contains layers. Its QuantLinear layers are replaced; their biases are rounded to
+        model: any module that contains layers. Its layers in 4 bits are replaced; their biases are rounded to
             `dtype` and nothing else is cast. Merged weights require gradients as any nn.Linear's do, a bias as before.
         base: the model before quantization, with the same names. It is read only.
         dtype: of the merged weights and biases; float32, bfloat16 or float16.
@@ -219,8 +228,9 @@ def merge_model(model: nn.Module, base: nn.Module | None = None, dtype: torch.dt
         The names of the replaced layers.
 
     Raises:
-        TypeError, ValueError: an argument is wrong, or `base` lacks a layer, has it in another shape, or not in
-            floating point (the message names the layer). The model is then unchanged.
+        TypeError, ValueError: an argument is wrong, `base` lacks a layer, has it in another shape, or not in floating
+            point, or QuantExperts were not made from a module (the message names the layer). The model is then
+            unchanged.
     """
     who = "nf4kernels.merge_model"
     model = unwrapped(model, "model", who)
@@ -229,20 +239,27 @@ def merge_model(model: nn.Module, base: nn.Module | None = None, dtype: torch.dt
         raise TypeError(f"{who}: dtype must be float32, bfloat16 or float16, got {dtype}")
     if base is not None:
         base = unwrapped(base, "base", who)
-    targets = [names for module, names in _names(model).items() if isinstance(module, QuantLinear)]
+    targets = [names for module, names in _names(model).items() if isinstance(module, QUANTIZED)]
     for names in targets:
         layer = model.get_submodule(names[0])
-        if layer.weight.is_meta:
+        if any(part.weight.is_meta for part in _parts(layer)):
             raise ValueError(f"{who}: model must be loaded, got layer {names[0]} on the meta device")
+        if isinstance(layer, QuantExperts) and not layer.can_be_dense:
+            raise ValueError(
+                f"{who}: {names[0]} must have been made by QuantExperts.from_experts, got one that was not"
+            )
         if base is not None:
-            _base_weight(base, names[0], layer, who)
+            _base_weights(base, names[0], layer, who)
 
     for names in targets:
         layer = model.get_submodule(names[0])
-        base_weight = None if base is None else _base_weight(base, names[0], layer, who)
-        dense = layer.to_linear(dtype, base_weight=base_weight)
-        if dense.bias is not None:
-            dense.bias.requires_grad_(layer.bias.requires_grad)
+        base_weights = None if base is None else _base_weights(base, names[0], layer, who)
+        if isinstance(layer, QuantExperts):
+            dense = layer.to_experts(dtype, base_weights)
+        else:
+            dense = layer.to_linear(dtype, base_weight=base_weights and base_weights[0])
+            if dense.bias is not None:
+                dense.bias.requires_grad_(layer.bias.requires_grad)
         replace_module(model, names, layer, dense)
     return [names[0] for names in targets]
 
@@ -273,6 +290,11 @@ def _check_container(model: nn.Module, argument: str, who: str) -> None:
             f"{who}: {argument} must contain its layers, got a {type(model).__name__} itself"
             " (QuantLinear.from_linear and QuantLinear.to_linear convert one)"
         )
+    if isinstance(model, QuantExperts) or layout_problem(model) is None:
+        raise ValueError(
+            f"{who}: {argument} must contain its layers, got a {type(model).__name__} itself"
+            " (QuantExperts.from_experts and QuantExperts.to_experts convert one)"
+        )
 
 
 def _check_arguments(model, skip, lora, quant_options, who: str) -> tuple[str, ...]:
@@ -291,19 +313,32 @@ def _check_arguments(model, skip, lora, quant_options, who: str) -> tuple[str, .
     return skip
 
 
+def _parts(layer: QuantLinear | QuantExperts) -> list[QuantModule]:
+    return [layer] if isinstance(layer, QuantLinear) else [getattr(layer, name) for name in WEIGHTS]
+
+
+def _weights(module: nn.Module, name: str) -> list[tuple[str, Tensor]]:
+    """(name, dense weight) of an nn.Linear or of experts, each with the name that messages and reports use."""
+    if isinstance(module, nn.Linear):
+        return [(name, module.weight)]
+    return [(f"{name}.{leaf}", getattr(module, leaf)) for leaf in WEIGHTS]
+
+
 def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """module -> all its names; nothing below a QuantLinear."""
+    """module -> all its names; nothing below a layer in 4 bits."""
     names, inside = defaultdict(list), ()
     for name, module in model.named_modules(remove_duplicate=False):
         if inside and name.startswith(inside):
             continue
         names[module].append(name)
-        if isinstance(module, QuantLinear):
+        if isinstance(module, QUANTIZED):
             inside = f"{name}."
     return names
 
 
-def plan_layers(model: nn.Module, patterns: Iterable[str]) -> tuple[list[list[str]], list[SkippedLayer]]:
+def plan_layers(
+    model: nn.Module, patterns: Iterable[str], block_size: int = 64
+) -> tuple[list[list[str]], list[SkippedLayer]]:
     """(all names of each layer to replace, the matrices to leave alone); works on the meta device."""
     names = _names(model)
     users = defaultdict(set)  # address of a parameter -> names of the parameters there
@@ -316,16 +351,18 @@ def plan_layers(model: nn.Module, patterns: Iterable[str]) -> tuple[list[list[st
 
     targets, skipped = [], []
     for module, aliases in names.items():
-        reason = _reason(module, aliases, patterns, users, fused)
+        reason = _reason(module, aliases, patterns, users, fused, block_size)
         if reason is None:
             targets.append(aliases)
-            continue
-        quantized = isinstance(module, QuantLinear)
-        for leaf, matrix in module._parameters.items():
-            if matrix is not None and (matrix.dim() >= 2 or (quantized and leaf == "weight")):
-                name = aliases[0] if leaf == "weight" else f"{aliases[0]}.{leaf}".lstrip(".")
-                shape = (module.out_features, module.in_features) if quantized else tuple(matrix.shape)
-                skipped.append(SkippedLayer(name, shape, matrix.nbytes, reason))
+        elif isinstance(module, QUANTIZED):
+            for part, leaf in zip(_parts(module), [""] if isinstance(module, QuantLinear) else WEIGHTS):
+                name = f"{aliases[0]}.{leaf}".strip(".")
+                skipped.append(SkippedLayer(name, part.weight_shape, part.weight.nbytes, reason))
+        else:
+            for leaf, matrix in module._parameters.items():
+                if matrix is not None and matrix.dim() >= 2:
+                    name = aliases[0] if leaf == "weight" else f"{aliases[0]}.{leaf}".lstrip(".")
+                    skipped.append(SkippedLayer(name, tuple(matrix.shape), matrix.nbytes, reason))
     return targets, skipped
 
 
@@ -334,31 +371,39 @@ def skips(pattern: str, name: str) -> bool:
     return f".{pattern}." in f".{name}." or fnmatchcase(name, pattern)
 
 
-def _reason(module: nn.Module, aliases: list[str], patterns, users, fused) -> str | None:
+def _reason(module: nn.Module, aliases: list[str], patterns, users, fused, block_size: int) -> str | None:
     """Why a module is left alone; None for a layer to replace."""
-    if isinstance(module, QuantLinear):
-        return "already a QuantLinear"
+    if isinstance(module, QUANTIZED):
+        return f"already a {type(module).__name__}"
     if parametrize.is_parametrized(module):
         return "parametrized"
     if type(module) is not nn.Linear:
-        return _reason_for_other(module)
+        reason = _reason_for_other(module, block_size)
+        if reason is not None:
+            return reason
+    leaves = ("weight",) if isinstance(module, nn.Linear) else WEIGHTS
     for name in aliases:
+        known_as = [name] if isinstance(module, nn.Linear) else [name, *(f"{name}.{leaf}" for leaf in WEIGHTS)]
         for pattern in patterns:
-            if skips(pattern, name):
+            if any(skips(pattern, each) for each in known_as):
                 return f"skip={pattern!r}"
         if {"lora_A", "lora_B"} & set(name.split(".")):
             return "a LoRA factor"
-    if module._parameters.get("weight") is None:
+    if module._parameters.get(leaves[0]) is None:
         return "its weight is computed by a hook"
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
     if id(module) in fused:
         return "nn.TransformerEncoderLayer's fused path reads it as a dense matrix"
-    others = users[_address(module.weight)] - {f"{name}.weight" for name in aliases}
-    return f"tied to {min(others)}" if others else None
+    for leaf in leaves:
+        others = users[_address(module._parameters[leaf])] - {f"{name}.{leaf}".lstrip(".") for name in aliases}
+        if others:
+            return f"tied to {min(others)}"
+    return None
 
 
-def _reason_for_other(module: nn.Module) -> str:
+def _reason_for_other(module: nn.Module, block_size: int) -> str | None:
+    """Why a module that is no nn.Linear is left alone; None for experts to replace."""
     kind = type(module).__name__
     if isinstance(module, nn.Embedding):
         return "an embedding"
@@ -367,7 +412,7 @@ def _reason_for_other(module: nn.Module) -> str:
     if isinstance(module, nn.Linear):
         return f"{kind}, a subclass of nn.Linear"
     if any(p is not None and p.dim() == 3 for p in module._parameters.values()):
-        return f"a 3-D parameter of {kind}"
+        return layout_problem(module, block_size)
     return f"{kind}, not an nn.Linear"
 
 
@@ -384,26 +429,34 @@ def _check_dtype(name: str, weight: Tensor, who: str) -> None:
 def _check_finite(name: str, weight: Tensor, who: str) -> None:
     if weight.is_meta or not weight.numel() or all(bound.isfinite() for bound in weight.detach().aminmax()):
         return
-    row, col = (~weight.isfinite()).nonzero()[0].tolist()
-    value = weight[row, col].item()
-    raise ValueError(f"{who}: the weight of {name} must be finite, got {value} at row {row}, column {col}")
+    index = tuple((~weight.isfinite()).nonzero()[0].tolist())
+    where = ", ".join(f"{axis} {i}" for axis, i in zip(("expert", "row", "column")[-len(index) :], index))
+    raise ValueError(f"{who}: the weight of {name} must be finite, got {weight[index].item()} at {where}")
 
 
-def _quantize_layer(model, names: list[str], lora, quant_options, who: str) -> QuantizedLayer:
-    linear = model.get_submodule(names[0])
-    weight = linear.weight.detach()
+def _quantize_layer(model, names: list[str], lora, quant_options, who: str) -> list[QuantizedLayer]:
+    dense = model.get_submodule(names[0])
+    layers = []
     try:
-        layer = QuantLinear.from_linear(linear, lora, **quant_options)
-        errors = (math.nan, math.nan) if weight.is_meta else squared_error(layer.qweight, weight)
+        if isinstance(dense, nn.Linear):
+            layer = QuantLinear.from_linear(dense, lora, **quant_options)
+        else:
+            layer = QuantExperts.from_experts(dense, **quant_options)
+        for part, (name, weight) in zip(_parts(layer), _weights(dense, names[0])):
+            errors = (math.nan, math.nan) if weight.is_meta else squared_error(part.qweight, weight.detach())
+            after = part.weight.nbytes + sum(buffer.nbytes for buffer in part.buffers())
+            layers.append(QuantizedLayer(name, tuple(weight.shape), weight.nbytes, after, *errors))
     except Exception as error:
         raise RuntimeError(f"{who}: layer {names[0]} failed, those before it are replaced: {error}") from error
-    after = layer.weight.nbytes + sum(buffer.nbytes for buffer in layer.buffers())
-    replace_module(model, names, linear, layer)
-    return QuantizedLayer(names[0], tuple(weight.shape), weight.nbytes, after, *errors)
+    replace_module(model, names, dense, layer)
+    return layers
 
 
-def squared_error(qweight: QuantizedWeight, weight: Tensor) -> tuple[float, float]:
+def squared_error(qweight: QuantizedWeight | QuantizedExperts, weight: Tensor) -> tuple[float, float]:
     """(|Ŵ - W|², |W|²), the differences in fp32, summed in fp64, a panel of rows at a time."""
+    if isinstance(qweight, QuantizedExperts):
+        errors, totals = zip(*map(squared_error, qweight, weight))
+        return sum(errors), sum(totals)
     N, K = weight.shape
     rows = max(-(-N // PANELS), SMALLEST_PANEL // max(K, 1), 1)
     error = total = 0.0
@@ -420,18 +473,25 @@ def _model_bytes(model: nn.Module) -> int:
     return sum(tensors.values())
 
 
-def _base_weight(base: nn.Module, name: str, layer: QuantLinear, who: str) -> Tensor:
-    """base's dense weight of that name; ValueError where it does not fit the layer."""
+def _base_weights(base: nn.Module, name: str, layer: QuantLinear | QuantExperts, who: str) -> list[Tensor]:
+    """base's dense weights of that name, one or the experts' two; ValueError where they do not fit the layer."""
     try:
         module = base.get_submodule(name)
     except AttributeError:
         raise ValueError(f"{who}: base must have a layer {name}, got none") from None
-    weight = getattr(module, "weight", None)
-    if not isinstance(module, nn.Linear) or isinstance(module, QuantLinear) or not weight.is_floating_point():
-        raise ValueError(f"{who}: base must have an nn.Linear in floating point as {name}, got {module}")
-    shape = (layer.out_features, layer.in_features)
-    if tuple(weight.shape) != shape:
-        raise ValueError(f"{who}: base must have {name} in shape {list(shape)}, got {list(weight.shape)}")
-    if weight.is_meta:
-        raise ValueError(f"{who}: base must be loaded, got {name} on the meta device")
-    return weight.detach()
+    is_linear = isinstance(layer, QuantLinear)
+    leaves, what = (("weight",), "an nn.Linear") if is_linear else (WEIGHTS, "experts")
+    weights = [module._parameters.get(leaf) for leaf in leaves]
+    if is_linear and (not isinstance(module, nn.Linear) or isinstance(module, QuantLinear)):
+        weights = [None]
+    if not all(weight is not None and weight.is_floating_point() for weight in weights):
+        raise ValueError(f"{who}: base must have {what} in floating point as {name}, got {module}")
+    for part, leaf, weight in zip(_parts(layer), leaves, weights):
+        key = name if is_linear else f"{name}.{leaf}"
+        if tuple(weight.shape) != part.weight_shape:
+            raise ValueError(
+                f"{who}: base must have {key} in shape {list(part.weight_shape)}, got {list(weight.shape)}"
+            )
+        if weight.is_meta:
+            raise ValueError(f"{who}: base must be loaded, got {key} on the meta device")
+    return [weight.detach() for weight in weights]

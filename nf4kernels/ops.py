@@ -33,6 +33,14 @@ SCHEMAS = (
     f"linear(Tensor x, {WEIGHT}, Tensor? bias, Tensor? lora_P=None, Tensor? lora_B=None, float scaling=1.0) -> Tensor",
     # dx[..., K] = dy[..., N] @ Ŵ + scaling * lora_Q[M, r] @ lora_A[r, K], in dy's dtype; summed in fp32.
     f"linear_dgrad(Tensor dy, {WEIGHT}, Tensor? lora_Q=None, Tensor? lora_A=None, float scaling=1.0) -> Tensor",
+    # y[T, N]: rows of x [T, K] times their expert's Ŵ.T, in x's dtype; summed in fp32. The weight of E experts, as
+    # `QuantizedExperts.op_args` lists it: scale_offset [E], and the other tensors but the codebooks have E in front.
+    # expert_offsets int32 [E]: the row past each expert's last one, as in torch's grouped_mm; an expert may have none.
+    # Rows past the last offset become zeros. Offsets that fall or exceed T are an error on the CPU. A device must not
+    # make the host wait: there each offset counts as min(offset, T), or as the one before it where that is larger.
+    f"grouped_linear(Tensor x, Tensor expert_offsets, {WEIGHT}) -> Tensor",
+    # dx[T, K]: rows of dy [T, N] times their expert's Ŵ, in dy's dtype.
+    f"grouped_linear_dgrad(Tensor dy, Tensor expert_offsets, {WEIGHT}) -> Tensor",
     # scaling * small[M, r].T @ wide[..., C] as a new [r, C] (transposed: [C, r]) of dtype; fp32 sums, rounded once.
     "lora_grad(Tensor small, Tensor wide, float scaling, ScalarType dtype, bool transposed=False) -> Tensor",
 )
@@ -117,6 +125,28 @@ def _(dy, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, bl
         lambda: f"nf4kernels.linear_dgrad: dy must have N={N} columns, got shape {list(dy.shape)}",
     )
     return dy.new_empty((*dy.shape[:-1], K))
+
+
+@torch.library.register_fake("nf4kernels::grouped_linear", lib=LIBRARY)
+def _(x, expert_offsets, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size):
+    _check_devices("grouped_linear", x, expert_offsets, packed, absmax, scale_absmax, scale_offset, code, scale_code)
+    torch._check(
+        x.dim() == 2 and x.shape[1] == K,
+        lambda: f"nf4kernels.grouped_linear: x must have shape [T, K={K}], got {list(x.shape)}",
+    )
+    return x.new_empty((x.shape[0], N))
+
+
+@torch.library.register_fake("nf4kernels::grouped_linear_dgrad", lib=LIBRARY)
+def _(dy, expert_offsets, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size):
+    _check_devices(
+        "grouped_linear_dgrad", dy, expert_offsets, packed, absmax, scale_absmax, scale_offset, code, scale_code
+    )  # fmt: skip
+    torch._check(
+        dy.dim() == 2 and dy.shape[1] == N,
+        lambda: f"nf4kernels.grouped_linear_dgrad: dy must have shape [T, N={N}], got {list(dy.shape)}",
+    )
+    return dy.new_empty((dy.shape[0], K))
 
 
 @torch.library.register_fake("nf4kernels::lora_grad", lib=LIBRARY)

@@ -3,16 +3,14 @@
 import torch
 from torch import Tensor, nn
 
-from .codebook import CODEBOOKS, SCALE_CODEBOOKS
+from .codebook import SCALE_CODEBOOKS
 from .functional import autocast_is_on, dequantize, linear_from_args, lora_linear_from_args, quantize
 from .lora import LoraConfig, init_adapter
-from .quantized_weight import WEIGHT_DTYPES, QuantizedWeight, tensor_specs
-
-SCALES = ("scale_absmax", "scale_offset", "code", "scale_code")
-BUFFERS = ("absmax", *SCALES)
+from .quant_module import QuantModule, checked_compute_dtype
+from .quantized_weight import WEIGHT_DTYPES, QuantizedWeight
 
 
-class QuantLinear(nn.Linear):
+class QuantLinear(QuantModule, nn.Linear):
     """y = x @ Ŵ.T + bias [+ scaling * dropout(x) @ lora_A.T @ lora_B.T], Ŵ in 4 bits.
 
     `weight` is a frozen uint8 parameter, the scales are buffers; `.to(dtype)` and mixed-precision casts leave both
@@ -28,6 +26,8 @@ class QuantLinear(nn.Linear):
 
     Source: QLoRA (arXiv 2305.14314), equation 5.
     """
+
+    WHO = "nf4kernels.QuantLinear"
 
     def __init__(
         self,
@@ -78,11 +78,7 @@ class QuantLinear(nn.Linear):
         return layer
 
     def _install(self, qweight, bias, compute_dtype, lora) -> None:
-        if compute_dtype is not None and compute_dtype not in WEIGHT_DTYPES:
-            raise TypeError(
-                f"nf4kernels.QuantLinear: compute_dtype must be float32, bfloat16 or float16, got {compute_dtype}"
-            )
-        self.compute_dtype = compute_dtype
+        self.compute_dtype = checked_compute_dtype(compute_dtype, self.WHO)
         self.set_qweight(qweight)
         self.register_parameter("bias", bias)
         self.lora: LoraConfig | None = None
@@ -90,32 +86,6 @@ class QuantLinear(nn.Linear):
         self.lora_B: nn.Linear | None = None
         if lora is not None:
             self.add_lora(lora, dtype=qweight.dtype if bias is None else bias.dtype)
-
-    def set_qweight(self, qweight: QuantizedWeight) -> None:
-        """Take over the tensors and the options of `qweight`; bias and adapter stay as they are."""
-        self.out_features, self.in_features = qweight.shape
-        self.block_size, self.codebook, self.scale_codebook = (
-            qweight.block_size, qweight.codebook, qweight.scale_codebook,
-        )  # fmt: skip
-        self.weight = nn.Parameter(qweight.packed, requires_grad=False)
-        for name in BUFFERS:
-            self.register_buffer(name, getattr(qweight, name))
-        source = torch.tensor(WEIGHT_DTYPES.index(qweight.dtype), dtype=torch.uint8, device=qweight.device)
-        self.register_buffer("source_dtype", source)
-
-    @property
-    def qweight(self) -> QuantizedWeight:
-        """The weight as a `QuantizedWeight` that shares this layer's tensors."""
-        if self.weight.is_meta:
-            raise ValueError("nf4kernels.QuantLinear.qweight: the layer is on the meta device, load its state first")
-        return QuantizedWeight(
-            self.weight.data, *(getattr(self, name) for name in BUFFERS), (self.out_features, self.in_features),
-            WEIGHT_DTYPES[self.source_dtype.item()], self.block_size, self.codebook, self.scale_codebook,
-        )  # fmt: skip
-
-    @property
-    def double_quant(self) -> bool:
-        return self.scale_codebook is not None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.compute_dtype is None or autocast_is_on(x.device):
@@ -126,31 +96,11 @@ class QuantLinear(nn.Linear):
     def _product(self, x: Tensor) -> Tensor:
         bias, lora = self._parameter("bias"), self.lora
         if lora is None:
-            return linear_from_args(x, self._weight_args(), bias, "nf4kernels.QuantLinear")
+            return linear_from_args(x, self._weight_args(), bias, self.WHO)
         return lora_linear_from_args(
             x, self._weight_args(), self.lora_A.weight, self.lora_B.weight, lora.scaling, bias,
             lora.dropout if self.training else 0.0,
         )  # fmt: skip
-
-    def _parameter(self, name: str) -> Tensor | None:
-        """By nn.Module's dictionary (its attribute look-up takes 0.6 us), unless sharding made it a plain attribute."""
-        parameters = self._parameters
-        return parameters[name] if name in parameters else getattr(self, name)
-
-    def _weight_args(self) -> tuple:
-        buffers = self._buffers
-        absmax = buffers["absmax"]
-        scales = (buffers["scale_absmax"], buffers["scale_offset"], buffers["code"], buffers["scale_code"])
-        for scale in scales:
-            if scale is not None and scale.dtype != torch.float32:
-                raise TypeError(
-                    f"nf4kernels.QuantLinear: {next(n for n in SCALES if buffers[n] is scale)} must stay float32,"
-                    f" got {scale.dtype} (something other than Module.to cast this layer's buffers)"
-                )
-        expected = torch.float32 if self.scale_codebook is None else torch.uint8
-        if absmax.dtype != expected:
-            raise TypeError(f"nf4kernels.QuantLinear: absmax must stay {expected}, got {absmax.dtype}")
-        return self._parameter("weight"), absmax, *scales, self.out_features, self.in_features, self.block_size
 
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """Ŵ `[out_features, in_features]`, without the adapter."""
@@ -212,51 +162,6 @@ class QuantLinear(nn.Linear):
             self.bias.data.copy_(dense.bias)
         if self.lora is not None:
             init_adapter(self.lora_A, self.lora_B, self.lora)
-
-    def _apply(self, fn, recurse: bool = True):
-        """As nn.Module, but a dtype cast never reaches the weight: the original goes to the new device instead."""
-        before = {name: getattr(self, name) for name in (*BUFFERS, "source_dtype")}
-        packed = self.weight.data
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = getattr(self, name)
-            if old is not None and new.dtype != old.dtype:
-                setattr(self, name, old.to(new.device))
-        if self.weight.dtype != packed.dtype:  # Module.type casts integers too
-            self.weight.data = packed.to(self.weight.device)
-        return self
-
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, error_msgs) -> None:
-        """Refuse, before anything is copied, state of another dtype, shape, block size or codebook."""
-        specs = tensor_specs(self.out_features, self.in_features, self.block_size, self.double_quant)
-        specs["weight"] = specs.pop("packed")
-        specs["source_dtype"] = (torch.uint8, ())
-        errors = []
-        for name, (dtype, shape) in specs.items():
-            key = prefix + name
-            if key not in state_dict:
-                continue
-            value = state_dict[key]
-            if dtype is None:
-                errors.append(f"{key}: this layer has no double quantization, its scales are float32")
-            elif value.dtype != dtype or tuple(value.shape) != shape:
-                errors.append(f"{key} must be {dtype} {list(shape)}, got {value.dtype} {list(value.shape)}")
-        source = state_dict.get(prefix + "source_dtype")
-        if not errors and source is not None and not source.is_meta and source.item() >= len(WEIGHT_DTYPES):
-            errors.append(f"{prefix}source_dtype must be 0 (float32), 1 (bfloat16) or 2 (float16), got {source.item()}")
-        for name, codebook, known in (
-            ("code", self.codebook, CODEBOOKS),
-            ("scale_code", self.scale_codebook, SCALE_CODEBOOKS),
-        ):
-            levels = state_dict.get(prefix + name)
-            if errors or levels is None or levels.is_meta or codebook not in known:
-                continue
-            if not torch.equal(levels.cpu(), known[codebook]):
-                errors.append(f"{prefix}{name} must be the {codebook} codebook, got {levels[:4].tolist()}...")
-        if errors:
-            error_msgs.extend(f"nf4kernels.QuantLinear: {error}" for error in errors)
-            return
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, error_msgs)
 
     def extra_repr(self) -> str:
         text = (

@@ -1,6 +1,8 @@
-"""QuantizedWeight: a [N, K] matrix in 4 bits, and the rules its tensors keep."""
+"""QuantizedWeight, a [N, K] matrix in 4 bits, QuantizedExperts, E of them, and the rules that their tensors keep."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,29 +32,42 @@ def check_block_size(block_size: int, caller: str) -> None:
         raise ValueError(f"{caller}: block_size must be one of {list(BLOCK_SIZES)}, got {block_size!r}")
 
 
+def tensor_specs(N: int, K: int, block_size: int, double_quant: bool) -> dict:
+    """name -> (dtype, shape) of the six tensors of a weight; (None, None) for those it lacks."""
+    none = (None, None)
+    return {
+        "packed": (torch.uint8, packed_shape(N, K)),
+        "absmax": (torch.uint8 if double_quant else torch.float32, absmax_shape(N, K, block_size)),
+        "scale_absmax": (torch.float32, (superblocks(N, K, block_size),)) if double_quant else none,
+        "scale_offset": (torch.float32, ()) if double_quant else none,
+        "code": (torch.float32, (16,)),
+        "scale_code": (torch.float32, (256,)) if double_quant else none,
+    }
+
+
+def expert_specs(E: int, N: int, K: int, block_size: int, double_quant: bool) -> dict:
+    """The same of E weights: each tensor of one, stacked; the codebooks are shared."""
+    specs = tensor_specs(N, K, block_size, double_quant)
+    return {
+        name: (dtype, shape if dtype is None or name in ("code", "scale_code") else (E, *shape))
+        for name, (dtype, shape) in specs.items()
+    }
+
+
+def expert_columns(block_size: int) -> int:
+    """What an expert's K must be a multiple of, so that neither a block nor a kernel's 64 columns straddle rows."""
+    return max(64, block_size)
+
+
+def check_expert_columns(K: int, block_size: int, caller: str) -> None:
+    step = expert_columns(block_size)
+    if K % step:
+        raise ValueError(f"{caller}: K must be a multiple of {step} at block_size={block_size}, got K={K}")
+
+
 @dataclass(frozen=True, eq=False)
-class QuantizedWeight:
-    """A frozen `[N, K]` weight: Ŵ[i] = code[nibble i] * scale(block i), blocks over the row-major flattened weight.
-
-    Without double quantization `scale = absmax` (fp32); with it
-    `scale = scale_code[absmax] * scale_absmax[block // 256] + scale_offset`, each operation rounded to fp32.
-
-    Attributes:
-        packed: uint8 `[N, K/2]` (flat `[ceil(N*K/2)]` for odd K), the even element in the high nibble.
-        absmax: `[N, K/block_size]` (flat when K % block_size != 0), fp32, or uint8 with double quantization.
-        scale_absmax: fp32 `[ceil(blocks/256)]`, or None.
-        scale_offset: fp32 scalar, or None.
-        code: fp32 `[16]`.
-        scale_code: fp32 `[256]`, or None.
-        shape: (N, K).
-        dtype: the dtype that was quantized, and the default of `dequantize`.
-        block_size: a power of two from 32 to 4096.
-        codebook: the name of `code`, or "custom".
-        scale_codebook: the name of `scale_code`, "custom" for one read from a checkpoint, or None.
-
-    Raises:
-        TypeError, ValueError: a tensor has the wrong dtype, shape or device; the message names it.
-    """
+class _Quantized:
+    """What both classes hold and check; `specs` and `SHAPE` tell them apart."""
 
     packed: Tensor
     absmax: Tensor
@@ -60,21 +75,24 @@ class QuantizedWeight:
     scale_offset: Tensor | None
     code: Tensor
     scale_code: Tensor | None
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     dtype: torch.dtype
     block_size: int
     codebook: str
     scale_codebook: str | None
 
+    SHAPE: ClassVar[str]
+    specs: ClassVar[Callable[..., dict]]
+
     def __post_init__(self) -> None:
-        who = "nf4kernels.QuantizedWeight"
-        if len(self.shape) != 2 or min(self.shape) < 0:
-            raise ValueError(f"{who}: shape must be (N, K), got {tuple(self.shape)}")
-        object.__setattr__(self, "shape", (int(self.shape[0]), int(self.shape[1])))
+        who = f"nf4kernels.{type(self).__name__}"
+        if len(self.shape) != self.SHAPE.count(",") + 1 or min(self.shape) < 0:
+            raise ValueError(f"{who}: shape must be {self.SHAPE}, got {tuple(self.shape)}")
+        object.__setattr__(self, "shape", tuple(int(size) for size in self.shape))
         if self.dtype not in WEIGHT_DTYPES:
             raise TypeError(f"{who}: dtype must be float32, bfloat16 or float16, got {self.dtype}")
         check_block_size(self.block_size, who)
-        for name, (dtype, shape) in tensor_specs(*self.shape, self.block_size, self.double_quant).items():
+        for name, (dtype, shape) in self.specs(*self.shape, self.block_size, self.double_quant).items():
             tensor = getattr(self, name)
             if dtype is None:
                 if tensor is not None:
@@ -105,7 +123,7 @@ class QuantizedWeight:
         tensors = (getattr(self, f.name) for f in fields(self))
         return sum(t.nbytes for t in tensors if isinstance(t, Tensor))
 
-    def to(self, device: torch.device | str) -> "QuantizedWeight":
+    def to(self, device: torch.device | str):
         """The same weight on another device; tensors already there are shared, not copied."""
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{k: v.to(device) for k, v in moved.items() if isinstance(v, Tensor)})
@@ -114,18 +132,73 @@ class QuantizedWeight:
         """The weight's part of every op's argument list, see `ops.WEIGHT`."""
         return (
             self.packed, self.absmax, self.scale_absmax, self.scale_offset, self.code, self.scale_code,
-            *self.shape, self.block_size,
+            *self.shape[-2:], self.block_size,
         )  # fmt: skip
 
 
-def tensor_specs(N: int, K: int, block_size: int, double_quant: bool) -> dict:
-    """name -> (dtype, shape) of the six tensors of a weight; (None, None) for those it lacks."""
-    none = (None, None)
-    return {
-        "packed": (torch.uint8, packed_shape(N, K)),
-        "absmax": (torch.uint8 if double_quant else torch.float32, absmax_shape(N, K, block_size)),
-        "scale_absmax": (torch.float32, (superblocks(N, K, block_size),)) if double_quant else none,
-        "scale_offset": (torch.float32, ()) if double_quant else none,
-        "code": (torch.float32, (16,)),
-        "scale_code": (torch.float32, (256,)) if double_quant else none,
-    }
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight(_Quantized):
+    """A frozen `[N, K]` weight: Ŵ[i] = code[nibble i] * scale(block i), blocks over the row-major flattened weight.
+
+    Without double quantization `scale = absmax` (fp32); with it
+    `scale = scale_code[absmax] * scale_absmax[block // 256] + scale_offset`, each operation rounded to fp32.
+
+    Attributes:
+        packed: uint8 `[N, K/2]` (flat `[ceil(N*K/2)]` for odd K), the even element in the high nibble.
+        absmax: `[N, K/block_size]` (flat when K % block_size != 0), fp32, or uint8 with double quantization.
+        scale_absmax: fp32 `[ceil(blocks/256)]`, or None.
+        scale_offset: fp32 scalar, or None.
+        code: fp32 `[16]`.
+        scale_code: fp32 `[256]`, or None.
+        shape: (N, K).
+        dtype: the dtype that was quantized, and the default of `dequantize`.
+        block_size: a power of two from 32 to 4096.
+        codebook: the name of `code`, or "custom".
+        scale_codebook: the name of `scale_code`, "custom" for one read from a checkpoint, or None.
+
+    Raises:
+        TypeError, ValueError: a tensor has the wrong dtype, shape or device; the message names it.
+    """
+
+    SHAPE = "(N, K)"
+    specs = staticmethod(tensor_specs)
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedExperts(_Quantized):
+    """A frozen `[E, N, K]` weight: expert e is a QuantizedWeight of its own, `experts[e]`, bit for bit.
+
+    No block and no superblock straddles two experts, and each expert has a scale_offset of its own.
+
+    Attributes:
+        packed: uint8 `[E, N, K/2]`, the even element in the high nibble.
+        absmax: `[E, N, K/block_size]`, fp32, or uint8 with double quantization.
+        scale_absmax: fp32 `[E, ceil(N*K/block_size/256)]`, or None.
+        scale_offset: fp32 `[E]`, or None.
+        code, scale_code, dtype, block_size, codebook, scale_codebook: as in `QuantizedWeight`, of all experts.
+        shape: (E, N, K), K a multiple of 64 and of block_size.
+
+    Raises:
+        TypeError, ValueError: a tensor has the wrong dtype, shape or device; the message names it.
+    """
+
+    SHAPE = "(E, N, K)"
+    specs = staticmethod(expert_specs)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_expert_columns(self.shape[2], self.block_size, "nf4kernels.QuantizedExperts")
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, expert: int) -> QuantizedWeight:
+        """One expert's weight; shares memory."""
+        if not -len(self) <= expert < len(self):
+            raise IndexError(f"nf4kernels.QuantizedExperts: expert must be one of {len(self)}, got {expert}")
+        stacked = (self.packed, self.absmax, self.scale_absmax, self.scale_offset)
+        packed, absmax, scale_absmax, scale_offset = (t if t is None else t[expert] for t in stacked)
+        return QuantizedWeight(
+            packed, absmax, scale_absmax, scale_offset, self.code, self.scale_code, self.shape[1:], self.dtype,
+            self.block_size, self.codebook, self.scale_codebook,
+        )  # fmt: skip

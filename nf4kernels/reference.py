@@ -6,6 +6,7 @@ and `dequantize` bit for bit. Where no compiled kernel is at hand these function
 
 import functools
 import operator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -100,11 +101,46 @@ def linear_dgrad(
     return dx.to(dy.dtype)
 
 
+def grouped_linear(
+    x: Tensor, expert_offsets: Tensor, packed: Tensor, absmax: Tensor, scale_absmax: Tensor | None,
+    scale_offset: Tensor | None, code: Tensor, scale_code: Tensor | None, N: int, K: int, block_size: int,
+) -> Tensor:  # fmt: skip
+    y = x.new_zeros(x.shape[0], N)
+    for expert, rows in _experts_rows(expert_offsets, x.shape[0], "grouped_linear"):
+        scales = (t if t is None else t[expert] for t in (scale_absmax, scale_offset))
+        y[rows] = linear(x[rows], packed[expert], absmax[expert], *scales, code, scale_code, N, K, block_size, None)
+    return y
+
+
+def grouped_linear_dgrad(
+    dy: Tensor, expert_offsets: Tensor, packed: Tensor, absmax: Tensor, scale_absmax: Tensor | None,
+    scale_offset: Tensor | None, code: Tensor, scale_code: Tensor | None, N: int, K: int, block_size: int,
+) -> Tensor:  # fmt: skip
+    dx = dy.new_zeros(dy.shape[0], K)
+    for expert, rows in _experts_rows(expert_offsets, dy.shape[0], "grouped_linear_dgrad"):
+        scales = (t if t is None else t[expert] for t in (scale_absmax, scale_offset))
+        dx[rows] = linear_dgrad(dy[rows], packed[expert], absmax[expert], *scales, code, scale_code, N, K, block_size)
+    return dx
+
+
 def lora_grad(small: Tensor, wide: Tensor, scaling: float, dtype: torch.dtype, transposed: bool = False) -> Tensor:
     rows = small.reshape(small.shape[:-1].numel(), small.shape[-1])
     grad = scaling * _matmul(rows.T, wide.reshape(rows.shape[0], wide.shape[-1]).float())
     grad = grad.T if transposed else grad
     return torch.empty(grad.shape, dtype=dtype, device=grad.device).copy_(grad)
+
+
+def _experts_rows(expert_offsets: Tensor, T: int, op: str) -> Iterator[tuple[int, slice]]:
+    """(expert, its rows) for each that has some. Reads the offsets: without them, every expert would take all rows."""
+    begin = 0
+    for expert, end in enumerate(expert_offsets.tolist()):
+        if not begin <= end <= T:
+            raise ValueError(
+                f"nf4kernels.{op}: expert_offsets must not fall and not exceed T={T}, got {end} after {begin}"
+            )
+        if begin < end:
+            yield expert, slice(begin, end)
+        begin = end
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:

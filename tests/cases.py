@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nf4kernels import QuantizedWeight, codebook, reference
+from nf4kernels import QuantizedExperts, QuantizedWeight, codebook, reference
 from nf4kernels.backends.select import CPU_LIBRARY as LIBRARY
 from nf4kernels.quantized_weight import tensor_specs
 
@@ -125,6 +125,34 @@ def from_parts(packed: Tensor, absmax: Tensor, shape: tuple[int, int], layout: L
 def quantized(N: int, K: int, layout: Layout = DEFAULT, dtype: torch.dtype = torch.bfloat16) -> QuantizedWeight:
     """A quantized Gaussian weight, made by the reference, so that a wrong `quantize` cannot hide a wrong product."""
     return from_parts(*reference.quantize(weight(N, K), layout.code, layout.block_size), (N, K), layout, dtype)
+
+
+def expert_weights(E: int, N: int, K: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """[E, N, K], each expert of another size, so that a scale from another expert shows."""
+    experts = [weight(N, K, seed=e) * 2.0 ** (e % 5) for e in range(E)]
+    return torch.stack(experts).to(dtype) if experts else torch.empty(0, N, K, dtype=dtype)
+
+
+def stacked(qweights: list[QuantizedWeight]) -> QuantizedExperts:
+    """The experts whose slices are these."""
+    first = qweights[0]
+    tensors = {
+        name: None if getattr(first, name) is None else torch.stack([getattr(q, name) for q in qweights])
+        for name in ("packed", "absmax", "scale_absmax", "scale_offset")
+    }
+    return QuantizedExperts(
+        **tensors, code=first.code, scale_code=first.scale_code, shape=(len(qweights), *first.shape), dtype=first.dtype,
+        block_size=first.block_size, codebook=first.codebook, scale_codebook=first.scale_codebook,
+    )  # fmt: skip
+
+
+def quantized_experts(
+    E: int, N: int, K: int, layout: Layout = DEFAULT, dtype: torch.dtype = torch.bfloat16
+) -> QuantizedExperts:
+    """`quantized` of each of `expert_weights`."""
+    weights = expert_weights(E, N, K)
+    parts = [reference.quantize(w, layout.code, layout.block_size) for w in weights]
+    return stacked([from_parts(*part, (N, K), layout, dtype) for part in parts])
 
 
 def with_tensors(qweight: QuantizedWeight, **tensors: Tensor) -> QuantizedWeight:

@@ -10,6 +10,7 @@ from nf4kernels.backends.select import OPS
 from nf4kernels.codebook import SCALE_CODEBOOKS
 
 ops = torch.ops.nf4kernels
+CUDA_OPS = tuple(op for op in OPS if not op.startswith("grouped_"))  # on a CUDA device the reference runs the others
 SHAPES = ((37, 100), (33, 65), (16, 64), (0, 64), (5, 0))
 
 
@@ -30,6 +31,10 @@ def samples(op, N=37, K=100, layout=DEFAULT, dtype=torch.bfloat16):
         return torch.randn(2, 3, K).to(dtype), *weight, torch.randn(N).to(dtype), *low_rank
     if op == "lora_grad":
         return torch.randn(2, 3, 4).to(dtype), torch.randn(2, 3, N).to(dtype), 0.75, torch.float32, True
+    if op.startswith("grouped_linear"):
+        qweights = cases.quantized_experts(3, N, -(-K // 64) * 64, layout)
+        x = torch.randn(7, N if op == "grouped_linear_dgrad" else qweights.shape[2]).to(dtype)
+        return x, offsets(4, 4, 6), *qweights.op_args()
     assert op == "linear_dgrad"
     return torch.randn(2, 3, N).to(dtype), *weight, torch.randn(2, 3, 4).to(dtype), torch.randn(4, K).to(dtype), 0.75
 
@@ -78,6 +83,10 @@ def replaced(op, **changes):
     arguments = dict(zip((a.name for a in schema.arguments), samples(op)))
     assert set(changes) <= set(arguments), f"{op} has no {set(changes) - set(arguments)}"
     return list((arguments | changes).values())
+
+
+def offsets(*ends):
+    return torch.tensor(ends, dtype=torch.int32)
 
 
 # op, replaced arguments, and what the message must name. `SHAPE` marks those that the fake must refuse as well, because
@@ -133,6 +142,42 @@ WRONG = [
     ("linear_dgrad", {"lora_Q": torch.randn(2, 3, 5).bfloat16()}, "lora_Q must have r=4 columns", False),
     ("linear_dgrad", {"lora_A": torch.randn(4, 99).bfloat16()}, "lora_A must have 100 columns", False),
     ("linear_dgrad", {"lora_A": torch.randn(100, 4).bfloat16().T}, "lora_A must be contiguous", False),
+    ("grouped_linear", {"x": torch.randn(7, 127)}, "x must have", True),
+    ("grouped_linear", {"x": torch.randn(128)}, "x must", True),
+    ("grouped_linear", {"x": torch.randn(2, 7, 128)}, "x must", True),
+    ("grouped_linear", {"x": torch.randn(7, 128).double()}, "x", False),
+    ("grouped_linear", {"expert_offsets": torch.tensor([4, 4, 6])}, "expert_offsets must be Int, got Long", False),
+    ("grouped_linear", {"expert_offsets": torch.ones(2, dtype=torch.int32)}, "packed must have", False),
+    (
+        "grouped_linear",
+        {"expert_offsets": torch.ones(3, 1, dtype=torch.int32)},
+        "expert_offsets must have shape",
+        False,
+    ),
+    ("grouped_linear", {"expert_offsets": torch.ones(6, dtype=torch.int32)[::2]}, "expert_offsets must be cont", False),
+    ("grouped_linear", {"expert_offsets": offsets(4, 3, 6)}, "must not fall and not exceed T=7, got 3 after 4", False),
+    (
+        "grouped_linear",
+        {"expert_offsets": offsets(-1, 3, 6)},
+        "must not fall and not exceed T=7, got -1 after 0",
+        False,
+    ),
+    ("grouped_linear", {"expert_offsets": offsets(4, 4, 8)}, "must not fall and not exceed T=7, got 8 after 4", False),
+    ("grouped_linear", {"scale_offset": torch.zeros(1)}, "scale_offset must have 3 elements", False),
+    ("grouped_linear", {"scale_absmax": torch.zeros(1)}, "scale_absmax must have 3 elements", False),
+    ("grouped_linear", {"scale_code": None}, "scale", False),
+    ("grouped_linear", {"block_size": 256, "absmax": torch.zeros(3, 37, dtype=torch.uint8)}, "absmax must have", False),
+    ("grouped_linear", {"N": 74, "K": 64}, "x must have", True),
+    ("grouped_linear_dgrad", {"dy": torch.randn(7, 128)}, "dy must", True),
+    ("grouped_linear_dgrad", {"dy": torch.randn(37)}, "dy must", True),
+    ("grouped_linear_dgrad", {"dy": torch.randn(7, 37).double()}, "dy", False),
+    ("grouped_linear_dgrad", {"expert_offsets": offsets(4, 3, 6)}, "expert_offsets must not fall", False),
+    (
+        "grouped_linear",
+        {"x": torch.randn(7, 32).bfloat16(), "N": 148, "K": 32},
+        "K must be a multiple of 64 at block_size=64, got 32",
+        False,
+    ),
     ("lora_grad", {"small": torch.randn(2, 2, 4).bfloat16()}, "small must have 24 elements", False),
     ("lora_grad", {"small": torch.randn(2, 3, 4)}, "small must be BFloat16, got Float", False),
     ("lora_grad", {"small": torch.randn(3, 2, 4).bfloat16().transpose(0, 1)}, "small must be contiguous", False),

@@ -5,9 +5,7 @@ import cases
 import pytest
 import torch
 from cases import DEFAULT, Layout
-from test_ops import SHAPES, fake_tensors, samples
-
-from nf4kernels.backends.select import OPS
+from test_ops import CUDA_OPS, SHAPES, fake_tensors, samples
 
 
 def tensors(result) -> tuple:
@@ -15,7 +13,7 @@ def tensors(result) -> tuple:
 
 
 @pytest.mark.parametrize("layout", [DEFAULT, Layout(32, "fp4", None)], ids=str)
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", CUDA_OPS)
 def test_result_is_as_the_fake_says(cuda_ops, op, layout):
     for shape in (*SHAPES, (0, 7), (300, 64)):
         arguments = samples(op, *shape, layout)
@@ -81,7 +79,7 @@ def test_runs_on_the_current_stream_of_its_tensors_device(gpu):
     assert torch.equal(result[1], expected[1] * 2)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", CUDA_OPS)
 def test_is_captured_in_a_graph(gpu, op):
     arguments = gpu.move(samples(op, 300, 640))
     call = getattr(gpu.ops, op)
@@ -98,7 +96,7 @@ def test_is_captured_in_a_graph(gpu, op):
 def test_runs_on_a_second_gpu(gpu):
     if torch.cuda.device_count() < 2:
         pytest.skip("one CUDA device only: nothing ran on a second one")
-    for op in OPS:
+    for op in CUDA_OPS:
         arguments = samples(op)
         results = []
         for device in ("cuda:0", "cuda:1"):

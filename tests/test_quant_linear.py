@@ -12,7 +12,7 @@ from cases import DTYPES, LAYOUTS, Layout, dtype_id
 from torch import nn
 
 from nf4kernels import LoraConfig, QuantLinear, dequantize, linear, quantize
-from nf4kernels.quant_linear import BUFFERS
+from nf4kernels.quant_module import BUFFERS
 
 LORA = LoraConfig(r=4, alpha=8)
 STATE = (*BUFFERS, "source_dtype")

@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from torch import nn
 
 from nf4kernels import LoraConfig, QuantLinear
-from nf4kernels.quant_linear import BUFFERS
+from nf4kernels.quant_module import BUFFERS
 
 dtypes = st.sampled_from(cases.DTYPES)
 FROZEN = ("weight", *BUFFERS, "source_dtype")
