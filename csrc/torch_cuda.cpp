@@ -199,11 +199,13 @@ bool is_aligned(std::initializer_list<const void*> pointers) {
   return std::all_of(pointers.begin(), pointers.end(), [](const void* p) { return uintptr_t(p) % 16 == 0; });
 }
 
-nf4::cuda::Choice choice_for(const Product& product) {
+// `experts` is 0 for one weight.
+nf4::cuda::Problem problem_of(const Product& product, int64_t experts) {
   const nf4::cuda::ProductArgs& args = product.args;
   const Device device = device_of(product.op);
   nf4::cuda::Problem problem{};
   problem.dgrad = product.dgrad;
+  problem.experts = experts;
   problem.dtype = args.dtype;
   problem.M = args.M;
   problem.N = args.weight.N;
@@ -213,11 +215,15 @@ nf4::cuda::Choice choice_for(const Product& product) {
       is_aligned({args.x, args.weight.packed, args.bias, args.out, args.low_rank_x, args.low_rank_factor});
   problem.arch = device.arch;
   problem.multiprocessors = device.multiprocessors;
+  return problem;
+}
+
+nf4::cuda::Choice choice_for(const nf4::cuda::Problem& problem, const Op& op) {
   const int forced = forced_path;
   if (forced < 0) return nf4::cuda::choose(problem);
   const auto path = nf4::cuda::Path(forced);
   const char* obstacle = nf4::cuda::obstacle(problem, path);
-  CHECK(obstacle == nullptr, product.op, ": the forced kernel ", nf4::cuda::kPathNames[forced],
+  CHECK(obstacle == nullptr, op, ": the forced kernel ", nf4::cuda::kPathNames[forced],
         " cannot run this: ", obstacle);
   return {path, nf4::cuda::splits_of(problem, path), "forced"};
 }
@@ -263,6 +269,13 @@ class CodeList {
 };
 CodeList known_codes;
 
+// The parts of the contraction, which a kernel has left in args.partial, to args.out.
+void reduce(const nf4::cuda::ProductArgs& args, const Product& product, const Launch& launch) {
+  const nf4::cuda::ReduceArgs sums{args.partial, args.splits, args.M, product.columns, 1.f, args.bias,
+                                   args.dtype,   args.out,    false};
+  check_launch(nf4::cuda::reduce_splits(sums, launch.stream), product.op);
+}
+
 // One of csrc/cuda's kernels, a million rows at a time: a grid has at most 65,535 blocks in y.
 void multiply_fused(const Product& product, const nf4::cuda::Choice& choice, const Launch& launch) {
   using nf4::cuda::Path;
@@ -286,10 +299,38 @@ void multiply_fused(const Product& product, const nf4::cuda::Choice& choice, con
     args.out = static_cast<char*>(product.args.out) + m * product.columns * bytes;
     if (args.rank > 0) args.low_rank_x = static_cast<const char*>(product.args.low_rank_x) + m * args.rank * bytes;
     check_launch(run(args, launch.stream), product.op);
-    if (args.splits == 1) continue;
-    const nf4::cuda::ReduceArgs reduce{args.partial, args.splits, args.M, product.columns, 1.f, args.bias,
-                                       args.dtype,   args.out,    false};
-    check_launch(nf4::cuda::reduce_splits(reduce, launch.stream), product.op);
+    if (args.splits > 1) reduce(args, product, launch);
+  }
+}
+
+// One of csrc/cuda's grouped kernels, as many rows at a time as have room for their partial sums.
+void multiply_fused(const Product& product, const nf4::Experts& experts, const int32_t* offsets,
+                    const nf4::cuda::Problem& problem, const nf4::cuda::Choice& choice, const Launch& launch) {
+  using nf4::cuda::Path;
+  constexpr int64_t kMostRows = 1 << 20, kLeastRows = 1 << 10, kPartialBytes = 256 << 20;
+  const auto run =
+      choice.path == Path::kSmall ? nf4::cuda::grouped_linear_small
+      : choice.path == Path::kTiled
+          ? (product.dgrad ? nf4::cuda::grouped_linear_dgrad_tiled : nf4::cuda::grouped_linear_tiled)
+          : (product.dgrad ? nf4::cuda::grouped_linear_dgrad_any : nf4::cuda::grouped_linear_any);
+  nf4::cuda::GroupedArgs grouped{product.args, 0, experts, offsets, nf4::cuda::rows_each(problem)};
+  nf4::cuda::ProductArgs& args = grouped.product;
+  const int64_t rows = args.M, bytes = int64_t(element_bytes(args.dtype));
+  int64_t at_once = std::min(rows, kMostRows);
+  args.splits = choice.splits;
+  if (choice.path != Path::kAny) args.known = known_codes.rounded(args.dtype);
+  OptionalTensor partial;
+  if (args.splits > 1) {
+    at_once = std::min(at_once, std::max(kPartialBytes / (args.splits * product.columns * 4), kLeastRows));
+    partial = new_empty(product.in, {args.splits, at_once, product.columns}, ScalarType::Float);
+    args.partial = static_cast<float*>(partial->mutable_data_ptr());
+  }
+  for (int64_t& m = grouped.first_row; m < rows; m += at_once) {
+    args.M = std::min(rows - m, at_once);
+    args.x = static_cast<const char*>(product.args.x) + m * product.depth * bytes;
+    args.out = static_cast<char*>(product.args.out) + m * product.columns * bytes;
+    check_launch(run(grouped, launch.stream), product.op);
+    if (args.splits > 1) reduce(args, product, launch);
   }
 }
 
@@ -381,7 +422,7 @@ Tensor multiply(const Op& op, bool dgrad, const Tensor& in, const nf4::Weight& w
   args.x = contiguous.const_data_ptr();
   args.out = out.mutable_data_ptr();
   const Product product{op, dgrad, contiguous, out, bias, low_rank, depth, columns, args};
-  const nf4::cuda::Choice choice = choice_for(product);
+  const nf4::cuda::Choice choice = choice_for(problem_of(product, 0), op);
   if (choice.path == nf4::cuda::Path::kPanel)
     multiply_panels(product, launch);
   else
@@ -405,6 +446,47 @@ Tensor linear_dgrad(const Tensor& dy, const Tensor& packed, const Tensor& absmax
   const Op op = op_at("linear_dgrad", dy, "dy");
   const auto w = checked_weight(op, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size);
   return multiply(op, true, dy, w, std::nullopt, {lora_Q, lora_A, float(scaling), "lora_Q", "lora_A", 0});
+}
+
+Tensor multiply_grouped(const Op& op, bool dgrad, const Tensor& in, const Tensor& expert_offsets,
+                        const nf4::Experts& experts) {
+  const nf4::Weight& w = experts.first;
+  const int64_t depth = dgrad ? w.N : w.K, columns = dgrad ? w.K : w.N;
+  nf4::cuda::ProductArgs args{};
+  args.weight = w;
+  args.dtype = checked_input(in, op, dgrad ? "dy" : "x", dgrad ? "N" : "K", depth);
+  CHECK(in.dim() == 2, op, ": ", dgrad ? "dy must be 2-D [T, N]" : "x must be 2-D [T, K]", ", got shape ", Shape{in});
+  args.M = in.size(0);
+  const Launch launch(op);
+  const Tensor out = new_empty(in, {args.M, columns}, in.scalar_type());
+  if (args.M == 0 || columns == 0) return out;
+  const Tensor contiguous = in.is_contiguous() ? in : torch::stable::contiguous(in);
+  args.x = contiguous.const_data_ptr();
+  args.out = out.mutable_data_ptr();
+  const OptionalTensor none;
+  const Product product{op, dgrad, contiguous, out, none, {none, none, 1.f, "", "", 0}, depth, columns, args};
+  const auto* offsets = static_cast<const int32_t*>(expert_offsets.const_data_ptr());
+  const nf4::cuda::Problem problem = problem_of(product, std::max<int64_t>(experts.count, 1));
+  multiply_fused(product, experts, offsets, problem, choice_for(problem, op), launch);
+  return out;
+}
+
+Tensor grouped_linear(const Tensor& x, const Tensor& expert_offsets, const Tensor& packed, const Tensor& absmax,
+                      const OptionalTensor& scale_absmax, const OptionalTensor& scale_offset, const Tensor& code,
+                      const OptionalTensor& scale_code, int64_t N, int64_t K, int64_t block_size) {
+  const Op op = op_at("grouped_linear", x, "x");
+  const auto experts = checked_experts(op, expert_offsets, packed, absmax, scale_absmax, scale_offset, code, scale_code,
+                                       N, K, block_size);
+  return multiply_grouped(op, false, x, expert_offsets, experts);
+}
+
+Tensor grouped_linear_dgrad(const Tensor& dy, const Tensor& expert_offsets, const Tensor& packed, const Tensor& absmax,
+                            const OptionalTensor& scale_absmax, const OptionalTensor& scale_offset, const Tensor& code,
+                            const OptionalTensor& scale_code, int64_t N, int64_t K, int64_t block_size) {
+  const Op op = op_at("grouped_linear_dgrad", dy, "dy");
+  const auto experts = checked_experts(op, expert_offsets, packed, absmax, scale_absmax, scale_offset, code, scale_code,
+                                       N, K, block_size);
+  return multiply_grouped(op, true, dy, expert_offsets, experts);
 }
 
 Tensor lora_grad(const Tensor& small, const Tensor& wide, double scaling, ScalarType type, bool transposed) {
@@ -467,6 +549,8 @@ STABLE_TORCH_LIBRARY_IMPL(nf4kernels, CUDA, library) {
   library.impl("dequantize_out", TORCH_BOX(&dequantize_out));
   library.impl("linear", TORCH_BOX(&linear));
   library.impl("linear_dgrad", TORCH_BOX(&linear_dgrad));
+  library.impl("grouped_linear", TORCH_BOX(&grouped_linear));
+  library.impl("grouped_linear_dgrad", TORCH_BOX(&grouped_linear_dgrad));
   library.impl("lora_grad", TORCH_BOX(&lora_grad));
 }
 
@@ -490,12 +574,12 @@ NF4_EXPORT const char* nf4kernels_cuda_force_kernel(const char* name) {
 // the host. False where too many are known; one that is known already takes no room.
 NF4_EXPORT bool nf4kernels_cuda_know_codebook(const float* code) { return known_codes.add(code); }
 
-// The table's choice for a product: the kernel's name, how many splits, and why.
+// The table's choice for a product (experts: 0, or how many share the M rows out): the kernel's name, how many splits, and why.
 NF4_EXPORT const char* nf4kernels_cuda_choose(bool dgrad, int32_t dtype, int64_t M, int64_t N, int64_t K,
-                                              bool whole_codes, bool aligned, int arch, int multiprocessors,
+                                              int64_t experts, bool whole_codes, bool aligned, int arch, int multiprocessors,
                                               int* splits, const char** reason) {
   const nf4::cuda::Choice choice =
-      nf4::cuda::choose({dgrad, Dtype(dtype), M, N, K, whole_codes, aligned, arch, multiprocessors});
+      nf4::cuda::choose({dgrad, Dtype(dtype), M, N, K, experts, whole_codes, aligned, arch, multiprocessors});
   *splits = choice.splits;
   *reason = choice.reason;
   return nf4::cuda::kPathNames[int(choice.path)];

@@ -13,6 +13,7 @@ struct Problem {
   bool dgrad;
   Dtype dtype;
   int64_t M, N, K;
+  int64_t experts;  // of a grouped product, whose weights share the M rows out; 0: one weight takes them all
   bool whole_codes;  // every 64 consecutive weights of a row share a scale
   bool aligned;      // every pointer to 16 bytes
   int arch;          // 10 * major + minor
@@ -26,6 +27,9 @@ struct Choice {
 };
 
 constexpr int kSmallRows = 16;
+
+// Rows that a weight is multiplied with; of experts on average, for the host does not know more.
+inline int64_t rows_each(const Problem& p) { return p.experts > 0 ? (p.M + p.experts - 1) / p.experts : p.M; }
 
 // Most rows of x that the tiled kernels take before dequantizing a panel and calling cuBLAS pays. PREDICTED, NOT
 // MEASURED: with F the speed of the tiled kernel and C that of cuBLAS, a panel costs 2.516 bytes a weight of copying, so
@@ -96,18 +100,31 @@ inline const char* obstacle(const Problem& p, Path path) {
   if (!takes_tensor_cores(p))
     return "K must be a multiple of 64, block_size at least 64, pointers aligned to 16 bytes, for dgrad N a multiple "
            "of 8";
-  if (path == Path::kSmall && (p.dgrad || p.M > kSmallRows)) return "the small kernel is linear's, for at most 16 rows";
+  if (path == Path::kSmall && (p.dgrad || (p.M > kSmallRows && p.experts == 0))) return "the small kernel is linear's, for at most 16 rows";
   return nullptr;
 }
 
+// Experts are blocks of threads enough (grouped_linear.cu): theirs are as many as the length of a sum demands.
 inline int splits_of(const Problem& p, Path path) {
-  if (path == Path::kSmall) return splits_for(kLinearSmallTile, p.M, p.N, p.K, p.multiprocessors);
-  if (path != Path::kTiled) return 1;
-  if (p.dgrad) return splits_for(kDgradTiles[tile_index(kDgradTiles, p.M)], p.M, p.K, p.N, p.multiprocessors);
-  return splits_for(kLinearTiles[tile_index(kLinearTiles, p.M)], p.M, p.N, p.K, p.multiprocessors);
+  if (path != Path::kSmall && path != Path::kTiled) return 1;
+  const int64_t columns = p.dgrad ? p.K : p.N, contraction = p.dgrad ? p.N : p.K;
+  const Tile& tile = path == Path::kSmall ? kLinearSmallTile
+                     : p.dgrad            ? kDgradTiles[tile_index(kDgradTiles, rows_each(p))]
+                                          : kLinearTiles[tile_index(kLinearTiles, rows_each(p))];
+  if (p.experts > 0) return int((contraction + tile.longest - 1) / tile.longest);
+  return splits_for(tile, p.M, columns, contraction, p.multiprocessors);
+}
+
+inline Choice choose_grouped(const Problem& p) {
+  if (p.dtype == Dtype::kFloat32) return {Path::kAny, 1, "fp32: true fp32, no tensor cores"};
+  if (!takes_tensor_cores(p)) return {Path::kAny, 1, "a shape, block size or alignment without a tensor-core kernel"};
+  if (!p.dgrad && rows_each(p) <= kSmallRows)
+    return {Path::kSmall, splits_of(p, Path::kSmall), "at most 16 rows an expert"};
+  return {Path::kTiled, splits_of(p, Path::kTiled), "experts: the tensor cores' kernel"};
 }
 
 inline Choice choose(const Problem& p) {
+  if (p.experts > 0) return choose_grouped(p);
   constexpr int64_t kAnyRows = 64;  // one tile of product_any: with more, it would decode the weight again
   if (p.dtype == Dtype::kFloat32) return {Path::kAny, 1, "fp32: true fp32, no tensor cores"};
   if (!takes_tensor_cores(p)) {
