@@ -1,108 +1,14 @@
-// The ops of nf4kernels/ops.py for CUDA tensors: argument checks, allocation, device and stream, registration. No kernel
-// is here, so the host compiler reads torch's headers once, not nvcc once for each architecture.
-//
-// Compiled with NF4_SIMT the same ops are those of the namespace nf4kernels_simt for CPU tensors, and the kernels run on
-// tests/simt.
-#include <torch/csrc/stable/accelerator.h>
-
-#include <algorithm>
-#include <array>
-#include <atomic>
-#include <cstdint>
-#include <cstring>
+// The ops of nf4kernels/ops.py for CUDA tensors: argument checks, allocation, registration. The grouped products are in
+// torch_cuda_grouped.cpp.
 #include <iterator>
-#include <mutex>
-#include <optional>
 #include <string_view>
-#include <tuple>
-#include <vector>
 
-#include "cuda/choose.h"
-#include "cuda/kernels.h"
-#include "rounded_code.h"
-#include "torch_checks.h"
-
-#ifdef NF4_SIMT
-#define NF4_CUDA_ARCHITECTURES "the host executor"
-#else
-#include <dlfcn.h>
-#endif
+#include "torch_cuda.h"
 
 namespace {
 
 using nf4::Dtype;
 using namespace nf4::binding;
-
-// The op, with all its tensors where `tensor` is.
-Op op_at(const char* name, const Tensor& tensor, const char* tensor_name) {
-  const Op op{name, place_of(tensor)};
-#ifdef NF4_SIMT
-  const bool runs_here = tensor.is_cpu();
-#else
-  const bool runs_here = tensor.is_cuda();
-#endif
-  CHECK(runs_here, op, ": ", tensor_name, " must be on a CUDA device as the other tensors, got ", op.place);
-  return op;
-}
-
-#ifdef NF4_SIMT
-
-struct Launch {
-  explicit Launch(const Op&) {}
-  cudaStream_t stream = nullptr;
-};
-
-struct Device {
-  int arch = 90, multiprocessors = 4;
-};
-Device simulated;  // what the choice of kernels sees
-Device device_of(const Op&) { return simulated; }
-
-#else
-
-// torch's current stream of a device. The function is in libtorch_cuda, which a torch without CUDA does not have: looked
-// up when it is needed, this library loads beside any torch.
-cudaStream_t current_stream(const Op& op) {
-  using Function = AOTITorchError (*)(int32_t device, void** stream);
-  static const auto function = [] {
-    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    return reinterpret_cast<Function>(library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr);
-  }();
-  void* stream;
-  CHECK(function != nullptr && function(op.place.index, &stream) == 0, op,
-        ": torch must have a current CUDA stream on ", op.place, ", and libtorch_cuda.so told of none");
-  return static_cast<cudaStream_t>(stream);
-}
-
-// Where a launcher puts its work. While it lives, the op's device is the current one.
-struct Launch {
-  explicit Launch(const Op& op) : guard(op.place.index), stream(current_stream(op)) {
-    cudaSetDevice(op.place.index);  // the guard sets the device of torch's runtime, this library has its own, static
-  }
-  torch::stable::accelerator::DeviceGuard guard;
-  cudaStream_t stream;
-};
-
-struct Device {
-  int arch, multiprocessors;
-};
-Device device_of(const Op& op) {
-  const auto attribute = [&](cudaDeviceAttr name) {
-    int value;
-    const cudaError_t error = cudaDeviceGetAttribute(&value, name, op.place.index);
-    CHECK(error == cudaSuccess, op, ": ", op.place, " does not tell what it is: ", cudaGetErrorString(error));
-    return value;
-  };
-  return {10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor),
-          attribute(cudaDevAttrMultiProcessorCount)};
-}
-
-#endif
-
-void check_launch(cudaError_t error, const Op& op) {
-  CHECK(error == cudaSuccess, op, ": the launch on ", op.place, " failed: ", cudaGetErrorString(error),
-        " (this library has kernels for ", NF4_CUDA_ARCHITECTURES, ")");
-}
 
 std::tuple<Tensor, Tensor> quantize(const Tensor& weight, const Tensor& code, int64_t block_size) {
   const Op op = op_at("quantize", weight, "weight");
@@ -182,8 +88,6 @@ void dequantize_out(const Tensor& packed, const Tensor& absmax, const OptionalTe
   dequantize_into(w, range, dtype, out, stride, Launch(op), op);
 }
 
-std::atomic<int> forced_path{-1};  // of cuda::Path; -1: choose.h decides
-
 // linear: in x [M, K], out [M, N]. linear_dgrad: in dY [M, N], out dX [M, K].
 struct Product {
   Op op;
@@ -194,87 +98,6 @@ struct Product {
   int64_t depth, columns;
   nf4::cuda::ProductArgs args;
 };
-
-bool is_aligned(std::initializer_list<const void*> pointers) {
-  return std::all_of(pointers.begin(), pointers.end(), [](const void* p) { return uintptr_t(p) % 16 == 0; });
-}
-
-// `experts` is 0 for one weight.
-nf4::cuda::Problem problem_of(const Product& product, int64_t experts) {
-  const nf4::cuda::ProductArgs& args = product.args;
-  const Device device = device_of(product.op);
-  nf4::cuda::Problem problem{};
-  problem.dgrad = product.dgrad;
-  problem.experts = experts;
-  problem.dtype = args.dtype;
-  problem.M = args.M;
-  problem.N = args.weight.N;
-  problem.K = args.weight.K;
-  problem.whole_codes = nf4::has_whole_codes(args.weight);
-  problem.aligned =
-      is_aligned({args.x, args.weight.packed, args.bias, args.out, args.low_rank_x, args.low_rank_factor});
-  problem.arch = device.arch;
-  problem.multiprocessors = device.multiprocessors;
-  return problem;
-}
-
-nf4::cuda::Choice choice_for(const nf4::cuda::Problem& problem, const Op& op) {
-  const int forced = forced_path;
-  if (forced < 0) return nf4::cuda::choose(problem);
-  const auto path = nf4::cuda::Path(forced);
-  const char* obstacle = nf4::cuda::obstacle(problem, path);
-  CHECK(obstacle == nullptr, op, ": the forced kernel ", nf4::cuda::kPathNames[forced],
-        " cannot run this: ", obstacle);
-  return {path, nf4::cuda::splits_of(problem, path), "forced"};
-}
-
-// The codebooks that have a name, rounded when the first product wants them: 8 ms for each of the two dtypes.
-class CodeList {
- public:
-  // False where there is no room for another.
-  bool add(const float* code) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const bool is_there = std::any_of(codes_.begin(), codes_.end(),
-                                      [&](const Code& c) { return std::memcmp(c.data(), code, sizeof c) == 0; });
-    if (is_there) return true;
-    if (codes_.size() == nf4::cuda::KnownCodes::kMost) return false;
-    std::copy_n(code, nf4::kLevels, codes_.emplace_back().begin());
-    return true;
-  }
-
-  nf4::cuda::KnownCodes rounded(Dtype dtype) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    return dtype == Dtype::kBFloat16 ? rounded<nf4::BFloat16>(bf16_) : rounded<nf4::Float16>(fp16_);
-  }
-
- private:
-  using Code = std::array<float, nf4::kLevels>;
-
-  template <class T>
-  const nf4::cuda::KnownCodes& rounded(nf4::cuda::KnownCodes& known) {
-    for (; known.count < int(codes_.size()); ++known.count) {
-      const Code& code = codes_[size_t(known.count)];
-      const auto result = nf4::rounded_code<T>(code.data());
-      auto& entry = known.entries[known.count];
-      std::copy(code.begin(), code.end(), entry.code);
-      std::transform(result.levels, result.levels + nf4::kLevels, entry.levels, [](T level) { return level.bits; });
-      entry.scale = result.scale;
-    }
-    return known;
-  }
-
-  std::mutex mutex_;
-  std::vector<Code> codes_;
-  nf4::cuda::KnownCodes bf16_{}, fp16_{};
-};
-CodeList known_codes;
-
-// The parts of the contraction, which a kernel has left in args.partial, to args.out.
-void reduce(const nf4::cuda::ProductArgs& args, const Product& product, const Launch& launch) {
-  const nf4::cuda::ReduceArgs sums{args.partial, args.splits, args.M, product.columns, 1.f, args.bias,
-                                   args.dtype,   args.out,    false};
-  check_launch(nf4::cuda::reduce_splits(sums, launch.stream), product.op);
-}
 
 // One of csrc/cuda's kernels, a million rows at a time: a grid has at most 65,535 blocks in y.
 void multiply_fused(const Product& product, const nf4::cuda::Choice& choice, const Launch& launch) {
@@ -299,38 +122,7 @@ void multiply_fused(const Product& product, const nf4::cuda::Choice& choice, con
     args.out = static_cast<char*>(product.args.out) + m * product.columns * bytes;
     if (args.rank > 0) args.low_rank_x = static_cast<const char*>(product.args.low_rank_x) + m * args.rank * bytes;
     check_launch(run(args, launch.stream), product.op);
-    if (args.splits > 1) reduce(args, product, launch);
-  }
-}
-
-// One of csrc/cuda's grouped kernels, as many rows at a time as have room for their partial sums.
-void multiply_fused(const Product& product, const nf4::Experts& experts, const int32_t* offsets,
-                    const nf4::cuda::Problem& problem, const nf4::cuda::Choice& choice, const Launch& launch) {
-  using nf4::cuda::Path;
-  constexpr int64_t kMostRows = 1 << 20, kLeastRows = 1 << 10, kPartialBytes = 256 << 20;
-  const auto run =
-      choice.path == Path::kSmall ? nf4::cuda::grouped_linear_small
-      : choice.path == Path::kTiled
-          ? (product.dgrad ? nf4::cuda::grouped_linear_dgrad_tiled : nf4::cuda::grouped_linear_tiled)
-          : (product.dgrad ? nf4::cuda::grouped_linear_dgrad_any : nf4::cuda::grouped_linear_any);
-  nf4::cuda::GroupedArgs grouped{product.args, 0, experts, offsets, nf4::cuda::rows_each(problem)};
-  nf4::cuda::ProductArgs& args = grouped.product;
-  const int64_t rows = args.M, bytes = int64_t(element_bytes(args.dtype));
-  int64_t at_once = std::min(rows, kMostRows);
-  args.splits = choice.splits;
-  if (choice.path != Path::kAny) args.known = known_codes.rounded(args.dtype);
-  OptionalTensor partial;
-  if (args.splits > 1) {
-    at_once = std::min(at_once, std::max(kPartialBytes / (args.splits * product.columns * 4), kLeastRows));
-    partial = new_empty(product.in, {args.splits, at_once, product.columns}, ScalarType::Float);
-    args.partial = static_cast<float*>(partial->mutable_data_ptr());
-  }
-  for (int64_t& m = grouped.first_row; m < rows; m += at_once) {
-    args.M = std::min(rows - m, at_once);
-    args.x = static_cast<const char*>(product.args.x) + m * product.depth * bytes;
-    args.out = static_cast<char*>(product.args.out) + m * product.columns * bytes;
-    check_launch(run(grouped, launch.stream), product.op);
-    if (args.splits > 1) reduce(args, product, launch);
+    if (args.splits > 1) add_splits(args, product.columns, launch, product.op);
   }
 }
 
@@ -422,7 +214,7 @@ Tensor multiply(const Op& op, bool dgrad, const Tensor& in, const nf4::Weight& w
   args.x = contiguous.const_data_ptr();
   args.out = out.mutable_data_ptr();
   const Product product{op, dgrad, contiguous, out, bias, low_rank, depth, columns, args};
-  const nf4::cuda::Choice choice = choice_for(problem_of(product, 0), op);
+  const nf4::cuda::Choice choice = choice_for(problem_of(op, dgrad, args, 0), op);
   if (choice.path == nf4::cuda::Path::kPanel)
     multiply_panels(product, launch);
   else
@@ -446,47 +238,6 @@ Tensor linear_dgrad(const Tensor& dy, const Tensor& packed, const Tensor& absmax
   const Op op = op_at("linear_dgrad", dy, "dy");
   const auto w = checked_weight(op, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size);
   return multiply(op, true, dy, w, std::nullopt, {lora_Q, lora_A, float(scaling), "lora_Q", "lora_A", 0});
-}
-
-Tensor multiply_grouped(const Op& op, bool dgrad, const Tensor& in, const Tensor& expert_offsets,
-                        const nf4::Experts& experts) {
-  const nf4::Weight& w = experts.first;
-  const int64_t depth = dgrad ? w.N : w.K, columns = dgrad ? w.K : w.N;
-  nf4::cuda::ProductArgs args{};
-  args.weight = w;
-  args.dtype = checked_input(in, op, dgrad ? "dy" : "x", dgrad ? "N" : "K", depth);
-  CHECK(in.dim() == 2, op, ": ", dgrad ? "dy must be 2-D [T, N]" : "x must be 2-D [T, K]", ", got shape ", Shape{in});
-  args.M = in.size(0);
-  const Launch launch(op);
-  const Tensor out = new_empty(in, {args.M, columns}, in.scalar_type());
-  if (args.M == 0 || columns == 0) return out;
-  const Tensor contiguous = in.is_contiguous() ? in : torch::stable::contiguous(in);
-  args.x = contiguous.const_data_ptr();
-  args.out = out.mutable_data_ptr();
-  const OptionalTensor none;
-  const Product product{op, dgrad, contiguous, out, none, {none, none, 1.f, "", "", 0}, depth, columns, args};
-  const auto* offsets = static_cast<const int32_t*>(expert_offsets.const_data_ptr());
-  const nf4::cuda::Problem problem = problem_of(product, std::max<int64_t>(experts.count, 1));
-  multiply_fused(product, experts, offsets, problem, choice_for(problem, op), launch);
-  return out;
-}
-
-Tensor grouped_linear(const Tensor& x, const Tensor& expert_offsets, const Tensor& packed, const Tensor& absmax,
-                      const OptionalTensor& scale_absmax, const OptionalTensor& scale_offset, const Tensor& code,
-                      const OptionalTensor& scale_code, int64_t N, int64_t K, int64_t block_size) {
-  const Op op = op_at("grouped_linear", x, "x");
-  const auto experts = checked_experts(op, expert_offsets, packed, absmax, scale_absmax, scale_offset, code, scale_code,
-                                       N, K, block_size);
-  return multiply_grouped(op, false, x, expert_offsets, experts);
-}
-
-Tensor grouped_linear_dgrad(const Tensor& dy, const Tensor& expert_offsets, const Tensor& packed, const Tensor& absmax,
-                            const OptionalTensor& scale_absmax, const OptionalTensor& scale_offset, const Tensor& code,
-                            const OptionalTensor& scale_code, int64_t N, int64_t K, int64_t block_size) {
-  const Op op = op_at("grouped_linear_dgrad", dy, "dy");
-  const auto experts = checked_experts(op, expert_offsets, packed, absmax, scale_absmax, scale_offset, code, scale_code,
-                                       N, K, block_size);
-  return multiply_grouped(op, true, dy, expert_offsets, experts);
 }
 
 Tensor lora_grad(const Tensor& small, const Tensor& wide, double scaling, ScalarType type, bool transposed) {
@@ -549,8 +300,6 @@ STABLE_TORCH_LIBRARY_IMPL(nf4kernels, CUDA, library) {
   library.impl("dequantize_out", TORCH_BOX(&dequantize_out));
   library.impl("linear", TORCH_BOX(&linear));
   library.impl("linear_dgrad", TORCH_BOX(&linear_dgrad));
-  library.impl("grouped_linear", TORCH_BOX(&grouped_linear));
-  library.impl("grouped_linear_dgrad", TORCH_BOX(&grouped_linear_dgrad));
   library.impl("lora_grad", TORCH_BOX(&lora_grad));
 }
 
@@ -576,8 +325,8 @@ NF4_EXPORT bool nf4kernels_cuda_know_codebook(const float* code) { return known_
 
 // The table's choice for a product (experts: 0, or how many share the M rows out): the kernel's name, how many splits, and why.
 NF4_EXPORT const char* nf4kernels_cuda_choose(bool dgrad, int32_t dtype, int64_t M, int64_t N, int64_t K,
-                                              int64_t experts, bool whole_codes, bool aligned, int arch, int multiprocessors,
-                                              int* splits, const char** reason) {
+                                              int64_t experts, bool whole_codes, bool aligned, int arch,
+                                              int multiprocessors, int* splits, const char** reason) {
   const nf4::cuda::Choice choice =
       nf4::cuda::choose({dgrad, Dtype(dtype), M, N, K, experts, whole_codes, aligned, arch, multiprocessors});
   *splits = choice.splits;

@@ -13,7 +13,7 @@ struct Problem {
   bool dgrad;
   Dtype dtype;
   int64_t M, N, K;
-  int64_t experts;  // of a grouped product, whose weights share the M rows out; 0: one weight takes them all
+  int64_t experts;   // of a grouped product, whose weights share the M rows out; 0: one weight takes them all
   bool whole_codes;  // every 64 consecutive weights of a row share a scale
   bool aligned;      // every pointer to 16 bytes
   int arch;          // 10 * major + minor
@@ -100,7 +100,8 @@ inline const char* obstacle(const Problem& p, Path path) {
   if (!takes_tensor_cores(p))
     return "K must be a multiple of 64, block_size at least 64, pointers aligned to 16 bytes, for dgrad N a multiple "
            "of 8";
-  if (path == Path::kSmall && (p.dgrad || (p.M > kSmallRows && p.experts == 0))) return "the small kernel is linear's, for at most 16 rows";
+  if (path == Path::kSmall && (p.dgrad || (p.M > kSmallRows && p.experts == 0)))
+    return "the small kernel is linear's, for at most 16 rows";
   return nullptr;
 }
 

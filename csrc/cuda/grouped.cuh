@@ -78,7 +78,7 @@ NF4_DEVICE void multiply_group(const GroupedArgs& args, int64_t columns, F&& mul
   if (group.row >= group.end) return;
   if (group.expert < args.experts.count) {
     const Weight weight = args.experts[group.expert];
-    multiply(Work(weight, column_tile, group.row, group.end, split, 0));
+    multiply(Work<int>{weight, column_tile, group.row, group.end, split, 0});
     return;
   }
   const Store<T> store(args.product, columns, split);

@@ -15,21 +15,21 @@ namespace {
 
 template <class T, int kTokenTiles>
 __global__ void __launch_bounds__(small::kWarps* kWarp, 2) grouped_linear_small_kernel(const GroupedArgs args) {
-  multiply_group<T, 8 * kTokenTiles, kWarpRows>(
-      args, args.experts.first.N,
-      [&](const Work& work) { small::linear_small_block<T, kTokenTiles>(args.product, work); });
+  multiply_group<T, 8 * kTokenTiles, kWarpRows>(args, args.experts.first.N, [&](const auto& work) {
+    small::linear_small_block<T, kTokenTiles>(args.product, work);
+  });
 }
 
 template <class T, class S>
 __global__ void __launch_bounds__(S::kThreads, 1) grouped_linear_tiled_kernel(const GroupedArgs args) {
   multiply_group<T, S::kTokens, S::kRows>(args, args.experts.first.N,
-                                          [&](const Work& work) { linear_tiled_block<T, S>(args.product, work); });
+                                          [&](const auto& work) { linear_tiled_block<T, S>(args.product, work); });
 }
 
 template <class T>
 __global__ void __launch_bounds__(any::kThreads, 2) grouped_linear_any_kernel(const GroupedArgs args) {
   multiply_group<T, any::kTile, any::kTile>(
-      args, args.experts.first.N, [&](const Work& work) { any::product_any_block<T, false>(args.product, work); });
+      args, args.experts.first.N, [&](const auto& work) { any::product_any_block<T, false>(args.product, work); });
 }
 
 template <class T>

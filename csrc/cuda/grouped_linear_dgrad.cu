@@ -14,13 +14,13 @@ namespace {
 template <class T, class S>
 __global__ void __launch_bounds__(S::kThreads, 1) grouped_linear_dgrad_tiled_kernel(const GroupedArgs args) {
   multiply_group<T, S::kTokens, S::kColumns>(
-      args, args.experts.first.K, [&](const Work& work) { linear_dgrad_tiled_block<T, S>(args.product, work); });
+      args, args.experts.first.K, [&](const auto& work) { linear_dgrad_tiled_block<T, S>(args.product, work); });
 }
 
 template <class T>
 __global__ void __launch_bounds__(any::kThreads, 2) grouped_linear_dgrad_any_kernel(const GroupedArgs args) {
   multiply_group<T, any::kTile, any::kTile>(
-      args, args.experts.first.K, [&](const Work& work) { any::product_any_block<T, true>(args.product, work); });
+      args, args.experts.first.K, [&](const auto& work) { any::product_any_block<T, true>(args.product, work); });
 }
 
 template <class T, class S>

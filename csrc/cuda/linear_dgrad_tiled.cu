@@ -6,7 +6,7 @@ namespace {
 
 template <class T, class S>
 __global__ void __launch_bounds__(S::kThreads, 1) linear_dgrad_tiled_kernel(const ProductArgs args) {
-  linear_dgrad_tiled_block<T, S>(args, Work(args, S::kTokens, int(blockIdx.z)));
+  linear_dgrad_tiled_block<T, S>(args, own_work(args, S::kTokens, blockIdx.z));
 }
 
 template <class T, class S>

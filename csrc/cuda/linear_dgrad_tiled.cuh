@@ -40,7 +40,7 @@ struct DgradShape {
   static_assert(kTokens * kColumns * 4 <= kSharedBytes || kWarpsN == 1, "the warps of n add up in all of it");
 };
 
-template <class T, class S>
+template <class T, class S, class Work>
 struct TiledDgrad {
   static constexpr int kGroup = S::kGroup;
   const ProductArgs& args;
@@ -193,10 +193,10 @@ struct TiledDgrad {
 };
 
 // The work of a block of threads.
-template <class T, class S>
+template <class T, class S, class Work>
 NF4_DEVICE void linear_dgrad_tiled_block(const ProductArgs& args, const Work& work) {
   constexpr int kStages = S::kStages;
-  const TiledDgrad<T, S> product(args, work);
+  const TiledDgrad<T, S, Work> product(args, work);
   const Part steps(ceil_div(work.weight.N, S::kStageN), work.split, args.splits);
   const int begin = int(steps.begin), end = int(steps.end);
 #pragma unroll
@@ -246,6 +246,5 @@ constexpr bool is_dgrad_tile(const Tile& tile) {
 static_assert(is_dgrad_tile<DgradTokens16>(kDgradTiles[0]) && is_dgrad_tile<DgradTokens64>(kDgradTiles[1]) &&
                   is_dgrad_tile<DgradTokens128>(kDgradTiles[2]),
               "the shapes that choose.h counts on");
-
 
 }  // namespace nf4::cuda

@@ -8,7 +8,7 @@ using namespace small;
 
 template <class T, int kTokenTiles>
 __global__ void __launch_bounds__(kWarps* kWarp, 2) linear_small_kernel(const ProductArgs args) {
-  linear_small_block<T, kTokenTiles>(args, Work(args.weight, int(blockIdx.x), 0, int(args.M), int(blockIdx.y), args.rank));
+  linear_small_block<T, kTokenTiles>(args, Work<int64_t>{args.weight, blockIdx.x, 0, args.M, blockIdx.y, args.rank});
 }
 
 template <class T>

@@ -34,6 +34,7 @@ struct Lines {
   const uint8_t* x;
   uint32_t rows[kSlots], tokens[kTokenTiles];  // bytes from packed and x
 
+  template <class Work>
   NF4_DEVICE Lines(const ProductArgs& args, const Work& work, int64_t first_row)
       : scale(work.weight, first_row, lane), blocks(int(work.weight.K / kBlockK)) {
     const int K = int(work.weight.K), last_row = int(smaller(work.weight.N - first_row, kWarpRows)) - 1;
@@ -44,7 +45,7 @@ struct Lines {
       rows[slot] = uint32_t(min(lane.g + 8 * slot, last_row)) * (K / 2) + 8 * lane.t;
 #pragma unroll
     for (int m = 0; m < kTokenTiles; ++m)
-      tokens[m] = (uint32_t(min(8 * m + lane.g, work.end - work.row - 1)) * K + 16 * lane.t) * 2;
+      tokens[m] = (uint32_t(min(8 * m + lane.g, int(work.end - work.row) - 1)) * K + 16 * lane.t) * 2;
   }
 
   NF4_DEVICE void load(Chunk& chunk, int first_block) const {
@@ -67,7 +68,7 @@ struct Lines {
 };
 
 // Adds the warps' sums in order and stores them; `scratch` [kWarps, 8 kTokenTiles, kWarpRows].
-template <class T, int kTokenTiles>
+template <class T, int kTokenTiles, class Work>
 NF4_DEVICE void finish(const Sums<kTokenTiles>& sums, const ProductArgs& args, const Work& work, int64_t first_row,
                        const Lane& lane, float* scratch) {
   constexpr int kTokens = 8 * kTokenTiles;
@@ -87,7 +88,7 @@ NF4_DEVICE void finish(const Sums<kTokenTiles>& sums, const ProductArgs& args, c
 }
 
 // The work of a block of threads.
-template <class T, int kTokenTiles>
+template <class T, int kTokenTiles, class Work>
 NF4_DEVICE void linear_small_block(const ProductArgs& args, const Work& work) {
   const int64_t first_row = int64_t(work.column_tile) * kWarpRows;
   const int warp = int(threadIdx.x) / kWarp;

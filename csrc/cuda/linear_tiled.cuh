@@ -32,7 +32,7 @@ struct LinearShape {
   static_assert(kTokens * kPitch * 4 <= kSharedBytes, "the finished tile fits where table and stages were");
 };
 
-template <class T, class S>
+template <class T, class S, class Work>
 struct TiledLinear {
   const ProductArgs& args;
   const Work& work;
@@ -118,10 +118,10 @@ struct TiledLinear {
 };
 
 // The work of a block of threads.
-template <class T, class S>
+template <class T, class S, class Work>
 NF4_DEVICE void linear_tiled_block(const ProductArgs& args, const Work& work) {
   constexpr int kStages = S::kStages;
-  const TiledLinear<T, S> product(args, work);
+  const TiledLinear<T, S, Work> product(args, work);
   const int64_t first_row = product.tile_row + product.warp_n * kWarpRows;
   const RowScale row_scale(work.weight, first_row, product.lane);
   const Part steps(ceil_div(product.blocks, S::kWarpsK), work.split, args.splits);
@@ -170,6 +170,5 @@ constexpr bool is_linear_tile(const Tile& tile) {
 static_assert(is_linear_tile<LinearTokens32>(kLinearTiles[0]) && is_linear_tile<LinearTokens64>(kLinearTiles[1]) &&
                   is_linear_tile<LinearTokens128>(kLinearTiles[2]),
               "the shapes that choose.h counts on");
-
 
 }  // namespace nf4::cuda

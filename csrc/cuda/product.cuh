@@ -32,20 +32,21 @@ struct Part {
 };
 
 // What a block of threads does: one tile of out, in one part of the contraction. Rows of x beyond `end` are not the
-// weight's.
+// weight's. Index is int where these are in registers, two less a number; constants of the launch are int64_t as they
+// are, or the conversions would take some.
+template <class Index>
 struct Work {
   const Weight& weight;
-  int column_tile;
-  int row, end;  // of x: the tile's first, and where the weight's rows end
-  int split;
+  Index column_tile;
+  Index row, end;  // of x: the tile's first, and where the weight's rows end
+  Index split;
   int64_t rank;  // of LoRA's term
-
-  NF4_DEVICE Work(const Weight& weight, int column_tile, int row, int end, int split, int64_t rank)
-      : weight(weight), column_tile(column_tile), row(row), end(end), split(split), rank(rank) {}
-  // Of a product with one weight, tiles of so many rows.
-  NF4_DEVICE Work(const ProductArgs& args, int rows, int split)
-      : Work(args.weight, int(blockIdx.x), int(blockIdx.y) * rows, int(args.M), split, args.rank) {}
 };
+
+// Of a product with one weight, tiles of so many rows.
+NF4_DEVICE Work<int64_t> own_work(const ProductArgs& args, int rows, int64_t split) {
+  return {args.weight, blockIdx.x, int64_t(blockIdx.y) * rows, args.M, split, args.rank};
+}
 
 // A block's scale as stored, on its way from memory: taken early, decoded by scale_of when it is needed.
 NF4_DEVICE uint32_t stored_scale(const Weight& w, int64_t block) {

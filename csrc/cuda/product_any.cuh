@@ -89,7 +89,7 @@ NF4_DEVICE void for_each_own(const Sums& sums, const Tile& tile, F&& store) {
 }
 
 // The work of a block of threads, in linear or linear_dgrad.
-template <class T, bool kDgrad>
+template <class T, bool kDgrad, class Work>
 NF4_DEVICE void product_any_block(const ProductArgs& args, const Work& work) {
   const Weight& w = work.weight;
   const int64_t depth = kDgrad ? w.N : w.K, columns = kDgrad ? w.K : w.N;
