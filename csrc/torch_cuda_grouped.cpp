@@ -18,9 +18,15 @@ struct GroupedProduct {
   GroupedArgs args;  // of all T rows
 };
 
+#ifdef NF4_SIMT
+constexpr int64_t kLeastRows = 16, kPartialBytes = 16 << 10;  // so that a test's rows are more
+#else
+constexpr int64_t kLeastRows = 1 << 10, kPartialBytes = 256 << 20;
+#endif
+
 // One of csrc/cuda's grouped kernels, as many rows at a time as have room for their partial sums.
 void multiply_fused(const GroupedProduct& product, const nf4::cuda::Choice& choice, const Launch& launch) {
-  constexpr int64_t kMostRows = 1 << 20, kLeastRows = 1 << 10, kPartialBytes = 256 << 20;
+  constexpr int64_t kMostRows = 1 << 20;  // the kernels number them by 32 bits
   const auto run = choice.path == Path::kSmall ? nf4::cuda::grouped_linear_small
                    : choice.path == Path::kTiled
                        ? (product.dgrad ? nf4::cuda::grouped_linear_dgrad_tiled : nf4::cuda::grouped_linear_tiled)

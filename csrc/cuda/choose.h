@@ -96,7 +96,7 @@ inline bool takes_tensor_cores(const Problem& p) {
 inline const char* obstacle(const Problem& p, Path path) {
   if (path == Path::kAny) return nullptr;
   if (p.dtype == Dtype::kFloat32) return "fp32 is multiplied in true fp32";
-  if (path == Path::kPanel) return nullptr;
+  if (path == Path::kPanel) return p.experts > 0 ? "a grouped product has no panels" : nullptr;
   if (!takes_tensor_cores(p))
     return "K must be a multiple of 64, block_size at least 64, pointers aligned to 16 bytes, for dgrad N a multiple "
            "of 8";
@@ -112,7 +112,7 @@ inline int splits_of(const Problem& p, Path path) {
   const Tile& tile = path == Path::kSmall ? kLinearSmallTile
                      : p.dgrad            ? kDgradTiles[tile_index(kDgradTiles, rows_each(p))]
                                           : kLinearTiles[tile_index(kLinearTiles, rows_each(p))];
-  if (p.experts > 0) return int((contraction + tile.longest - 1) / tile.longest);
+  if (p.experts > 0) return 1 + int((contraction - 1) / tile.longest);
   return splits_for(tile, p.M, columns, contraction, p.multiprocessors);
 }
 
