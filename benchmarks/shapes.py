@@ -9,6 +9,8 @@ MODELS = {
 }
 # On a GPU: a square layer, the widest of an 8B and of a 70B model, and one so small that its launch is what counts.
 GPU_SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192), (1024, 4096))
+# The gate and up projections of Qwen3-30B-A3B in one, [experts, N, K]; a token goes through 8 of them.
+GPU_EXPERTS, EXPERTS_OF_A_TOKEN = (128, 1536, 2048), 8
 FOCUS = ((4096, 4096), (11008, 4096))  # measured at every M, thread count and cache state
 
 
