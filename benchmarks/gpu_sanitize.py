@@ -54,9 +54,7 @@ def products(what: str, weight: tuple, N: int, K: int, M: int, dtype: torch.dtyp
     yield what, "lora_grad", (P, x, 2.0, dtype)
     if K % 64 == 0:
         experts = nf4.quantize_experts(torch.randn(5, N, K).to(dtype), double_quant=dtype != torch.float32)
-        offsets = torch.tensor(
-            [0, M // 3, M // 3, M - 1, M - 1], dtype=torch.int32
-        )  # two have rows
+        offsets = torch.tensor([0, M // 3, M // 3, M - 1, M - 1], dtype=torch.int32)  # two have rows
         yield f"{what} experts", "grouped_linear", (x, offsets, *experts.op_args())
         yield f"{what} experts", "grouped_linear_dgrad", (dy, offsets, *experts.op_args())
 
