@@ -19,9 +19,10 @@ struct GroupedProduct {
 };
 
 #ifdef NF4_SIMT
-constexpr int64_t kLeastRows = 16, kPartialBytes = 16 << 10;  // so that a test's rows are more
+// So that a test has more than one of each.
+constexpr int64_t kLeastRows = 16, kPartialBytes = 16 << 10, kPanelBytes = 1;
 #else
-constexpr int64_t kLeastRows = 1 << 10, kPartialBytes = 256 << 20;
+constexpr int64_t kLeastRows = 1 << 10, kPartialBytes = 256 << 20, kPanelBytes = 256 << 20;
 #endif
 
 // One of csrc/cuda's grouped kernels, as many rows at a time as have room for their partial sums.
@@ -52,6 +53,52 @@ void multiply_fused(const GroupedProduct& product, const nf4::cuda::Choice& choi
   }
 }
 
+// torch's own product of experts, rows of a by the b [E, depth, columns] that sound offsets say; rows of none are not
+// written.
+Tensor torch_grouped_mm(const Tensor& a, const Tensor& b, const Tensor& offsets) {
+  std::array<StableIValue, 5> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
+                                    torch::stable::detail::from(OptionalTensor(offsets)),
+                                    torch::stable::detail::from(OptionalTensor()),
+                                    torch::stable::detail::from(std::optional<ScalarType>())};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::_grouped_mm", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// A panel of the weights of all experts that have rows at a time, in memory that every panel reuses, and torch's product
+// with it: rows of Ŵ for grouped_linear, columns for grouped_linear_dgrad, so that each gives whole columns of out.
+void multiply_panels(const GroupedProduct& product, const Launch& launch) {
+  const nf4::Weight& w = product.args.experts.first;
+  const int64_t E = product.args.experts.count, depth = product.depth, columns = product.columns;
+  const int64_t width = std::max<int64_t>(kPanelBytes / (E * depth * 2) / 128, 1) * 128;
+  const Tensor memory = new_empty(product.in, {E * depth * std::min(width, columns)}, ScalarType::BFloat16);
+  const Tensor offsets = new_empty(product.expert_offsets, {E}, ScalarType::Int);
+  GroupedArgs args = product.args;
+  auto* sound = static_cast<int32_t*>(offsets.mutable_data_ptr());
+  check_launch(nf4::cuda::sound_offsets(args, sound, launch.stream), product.op);
+  args.offsets = sound;
+  for (int64_t begin = 0; begin < columns; begin += width) {
+    const int64_t count = std::min(width, columns - begin);
+    nf4::cuda::DequantizeExpertsArgs panel{};
+    panel.first =
+        product.dgrad
+            ? nf4::cuda::DequantizeArgs{w, 0, w.N, begin, begin + count, nf4::Dtype::kBFloat16, nullptr, count}
+            : nf4::cuda::DequantizeArgs{w, begin, begin + count, 0, w.K, nf4::Dtype::kBFloat16, nullptr, w.K};
+    panel.first.out = memory.mutable_data_ptr();
+    panel.experts = args.experts;
+    panel.offsets = sound;
+    panel.out_size = count * depth;
+    check_launch(nf4::cuda::dequantize_experts(panel, launch.stream), product.op);
+    Tensor used = memory;
+    used = torch::stable::narrow(used, 0, 0, E * count * depth);
+    used = product.dgrad ? torch::stable::view(used, {E, depth, count})
+                         : torch::stable::transpose(torch::stable::view(used, {E, count, depth}), 1, 2);
+    Tensor out = product.out;
+    out = torch::stable::narrow(out, 1, begin, count);
+    torch::stable::copy_(out, torch_grouped_mm(product.in, used, offsets));
+  }
+  check_launch(nf4::cuda::zero_rows_of_none(args, columns, launch.stream), product.op);
+}
+
 Tensor multiply(const Op& op, bool dgrad, const Tensor& in, const Tensor& expert_offsets, const Experts& experts) {
   const nf4::Weight& w = experts.first;
   const int64_t depth = dgrad ? w.N : w.K, columns = dgrad ? w.K : w.N;
@@ -67,13 +114,22 @@ Tensor multiply(const Op& op, bool dgrad, const Tensor& in, const Tensor& expert
   const Launch launch(op);
   const Tensor out = new_empty(in, {args.M, columns}, in.scalar_type());
   if (args.M == 0 || columns == 0) return out;
+  if (experts.count == 0 || depth == 0) {
+    Tensor zeros = out;
+    torch::stable::zero_(zeros);
+    return out;
+  }
   const Tensor contiguous = in.is_contiguous() ? in : torch::stable::contiguous(in);
   args.x = contiguous.const_data_ptr();
   args.out = out.mutable_data_ptr();
-  const auto problem = problem_of(op, dgrad, args, std::max<int64_t>(experts.count, 1));
+  const auto problem = problem_of(op, dgrad, args, experts.count);
   grouped.rows_each = nf4::cuda::rows_each(problem);
-  multiply_fused({op, dgrad, contiguous, out, expert_offsets, depth, columns, grouped}, choice_for(problem, op),
-                 launch);
+  const GroupedProduct product{op, dgrad, contiguous, out, expert_offsets, depth, columns, grouped};
+  const nf4::cuda::Choice choice = choice_for(problem, op);
+  if (choice.path == Path::kPanel)
+    multiply_panels(product, launch);
+  else
+    multiply_fused(product, choice, launch);
   return out;
 }
 

@@ -28,15 +28,18 @@ NF4_DEVICE int scan(int value, int lane, F&& combine) {
   return value;
 }
 
+// An offset of an expert, as a row of those given here.
+NF4_DEVICE int row_of_offset(const GroupedArgs& args, int expert) {
+  const int64_t row = load_cached(args.offsets + expert) - args.first_row;
+  return int(row < 0 ? 0 : smaller(row, args.product.M));
+}
+
 // Tile `tile` of kRows rows. Offsets that fall or exceed M count as the contract in ops.py says.
 template <int kRows>
 NF4_DEVICE Group find_group(const GroupedArgs& args, int tile) {
   const int lane = int(threadIdx.x) % kWarp;
   const int count = int(args.experts.count), rows = int(args.product.M), each = (count + kWarp - 1) / kWarp;
-  const auto offset = [&](int expert) {
-    const int64_t row = load_cached(args.offsets + expert) - args.first_row;
-    return int(row < 0 ? 0 : smaller(row, rows));
-  };
+  const auto offset = [&](int expert) { return row_of_offset(args, expert); };
   const auto tiles = [](int begin, int end) { return (end - begin + kRows - 1) / kRows; };
 
   const int first = min(lane * each, count), last = min(first + each, count);  // the lane's experts

@@ -26,6 +26,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) grouped_linear_tiled_kernel(co
                                           [&](const auto& work) { linear_tiled_block<T, S>(args.product, work); });
 }
 
+// Two blocks at once: for a third, ptxas would spill.
 template <class T>
 __global__ void __launch_bounds__(any::kThreads, 2) grouped_linear_any_kernel(const GroupedArgs args) {
   multiply_group<T, any::kTile, any::kTile>(

@@ -17,6 +17,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) grouped_linear_dgrad_tiled_ker
       args, args.experts.first.K, [&](const auto& work) { linear_dgrad_tiled_block<T, S>(args.product, work); });
 }
 
+// Two blocks at once: for a third, ptxas would spill.
 template <class T>
 __global__ void __launch_bounds__(any::kThreads, 2) grouped_linear_dgrad_any_kernel(const GroupedArgs args) {
   multiply_group<T, any::kTile, any::kTile>(

@@ -99,6 +99,20 @@ cudaError_t grouped_linear_small(const GroupedArgs& args, cudaStream_t stream);
 cudaError_t grouped_linear_tiled(const GroupedArgs& args, cudaStream_t stream);
 cudaError_t grouped_linear_dgrad_tiled(const GroupedArgs& args, cudaStream_t stream);
 
+// For a product that torch does, which takes no offsets but sound ones: `sound` [experts] is what the offsets count as.
+cudaError_t sound_offsets(const GroupedArgs& args, int32_t* sound, cudaStream_t stream);
+// Rows of out [M, columns], bf16, from the last of the sound `offsets` on become zeros.
+cudaError_t zero_rows_of_none(const GroupedArgs& args, int64_t columns, cudaStream_t stream);
+
+// Ŵ[range] of every expert that has rows by sound offsets, as bf16, each `out_size` elements after the one before.
+struct DequantizeExpertsArgs {
+  DequantizeArgs first;  // of the first expert
+  Experts experts;
+  const int32_t* offsets;
+  int64_t out_size;
+};
+cudaError_t dequantize_experts(const DequantizeExpertsArgs& args, cudaStream_t stream);  // aligned to 16 bytes
+
 // out [rows, width] of rows `stride` elements apart = scaling * small [rows, rank], zeros beyond rank; bf16 or fp16.
 struct ScaleLowRankArgs {
   const void* small;
