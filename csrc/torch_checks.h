@@ -23,6 +23,7 @@
 
 namespace nf4::binding {
 
+using nf4::Experts;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;

@@ -4,7 +4,6 @@
 
 namespace {
 
-using nf4::Experts;
 using nf4::cuda::GroupedArgs;
 using nf4::cuda::Path;
 using namespace nf4::binding;
