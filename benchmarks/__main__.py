@@ -1,7 +1,8 @@
 """Measure every op beside its peers, print the tables, and write results/<machine>.csv and its pictures.
 
 Without a selection: both shapes of shapes.FOCUS at every M, in and out of cache, with all threads and with one; the
-other models' shapes at fewer M, out of cache, with all threads; and a whole model: about ten minutes on two cores.
+other models' shapes at fewer M, out of cache, with all threads; the experts of shapes.EXPERTS with all threads; and a
+whole model: about ten minutes on two cores.
 """
 
 import argparse
@@ -10,12 +11,22 @@ from pathlib import Path
 
 import torch
 
-from . import bench_dequantize, bench_linear, bench_linear_dgrad, bench_lora, bench_model, bench_quantize, plots, report
+from . import (
+    bench_dequantize,
+    bench_grouped,
+    bench_linear,
+    bench_linear_dgrad,
+    bench_lora,
+    bench_model,
+    bench_quantize,
+    plots,
+    report,
+)
 from .goals import SHAPE
 from .harness import Plan, Row, is_disturbed, machine
 from .limits import Limits
 from .peers import Layers
-from .shapes import FOCUS, layer_names
+from .shapes import EXPERTS, FOCUS, layer_names
 
 OPS = {
     "quantize": bench_quantize,
@@ -24,6 +35,7 @@ OPS = {
     "linear_dgrad": bench_linear_dgrad,
     "lora": bench_lora,
 }
+NAMES = (*OPS, "grouped", "model")
 ALL_M = {"linear": (1, 4, 16, 64, 512), "linear_dgrad": (16, 64, 512), "lora": (16, 64, 512)}
 FEWER_M = {"linear": (1, 64), "linear_dgrad": (64,)}  # of the shapes that are not in focus; no other op is measured
 
@@ -41,7 +53,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(OPS)} and model; all if none is named")
+    parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(NAMES)}; all if none is named")
     parser.add_argument("--all", action="store_true", help="every op at every shape and M (most of an hour)")
     parser.add_argument("--shapes", nargs="+", type=shape, metavar="NxK", help="these weights, at every M")
     parser.add_argument("--rows", type=whole_numbers, metavar="M,...", help="these numbers of rows of x")
@@ -53,9 +65,9 @@ def parse() -> argparse.Namespace:
         "--readme", action="store_true", help="measure nothing: bring README up to its CSV, or to --csv"
     )
     args = parser.parse_args()
-    unknown = set(args.ops) - set(OPS) - {"model"}
+    unknown = set(args.ops) - set(NAMES)
     if unknown:
-        parser.error(f"op must be one of {', '.join(OPS)}, model, got {', '.join(sorted(unknown))}")
+        parser.error(f"op must be one of {', '.join(NAMES)}, got {', '.join(sorted(unknown))}")
     selected = args.ops or args.shapes or args.rows or args.threads or args.cache
     if args.csv is None and not selected and not args.readme:
         args.csv = report.csv_path(machine())
@@ -91,6 +103,13 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
         layers = Layers(*weight)
         for op, plan in plans.items():
             yield from OPS[op].rows(layers, limits, plan)
+    if "grouped" in args.ops or not (args.ops or args.shapes or args.cache == "in"):
+        for model, experts in EXPERTS.items():
+            print(f"{experts.experts} experts of {experts.N}x{experts.K}, {experts.top_k} a token: {model}")
+            plan = Plan(
+                args.rows or bench_grouped.TOKENS, args.threads_given or args.threads[:1], ("out",), args.seconds
+            )
+            yield from bench_grouped.rows(experts, limits, plan)
     if "model" in args.ops or not (args.ops or args.shapes):
         yield from bench_model.rows(Plan(threads=args.threads, seconds=args.seconds))
 

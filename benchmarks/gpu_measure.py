@@ -31,7 +31,7 @@ from .cuda_report import LIBRARY as CUDA_LIBRARY
 from .goals import WITHOUT_LORA, goal_rows, gpu_goals
 from .harness import BNB_DQ, DENSE, OURS, ROOT, Row, rotate, row_of, take_turns
 from .limits import floor_ms
-from .shapes import EXPERTS_OF_A_TOKEN, GPU_EXPERTS, GPU_SHAPES
+from .shapes import EXPERTS, GPU_SHAPES, ExpertsShape
 
 try:
     import bitsandbytes as bnb
@@ -249,9 +249,9 @@ class Weights:
 class ExpertWeights:
     """The random weights of experts as every side holds them, twice: one side's is more than an L2 holds."""
 
-    def __init__(self, shape: tuple[int, int, int], machine: Cuda) -> None:
+    def __init__(self, shape: ExpertsShape, machine: Cuda) -> None:
         self.shape = shape
-        dense = torch.randn(*shape, device=machine.device, dtype=torch.bfloat16).mul_(0.02)
+        dense = torch.randn(shape.experts, shape.N, shape.K, device=machine.device, dtype=torch.bfloat16).mul_(0.02)
         first = nf4.quantize_experts(dense)
         self.nbytes = (first.packed.nbytes + first.absmax.nbytes) // len(first)  # of an expert
         self.ours = [first, replace(first, packed=first.packed.clone(), absmax=first.absmax.clone())]
@@ -261,15 +261,15 @@ class ExpertWeights:
             self.bnb = [bnb.functional.quantize_4bit(w, quant_type="nf4", compress_statistics=True) for w in dense]
 
     def decoded(self, expert: int) -> Tensor:
-        _, N, K = self.shape
-        return reference.dequantize(*self.ours[0][expert].op_args(), 0, N, 0, K, torch.float32)
+        q = self.ours[0][expert]
+        return reference.dequantize(*q.op_args(), 0, self.shape.N, 0, self.shape.K, torch.float32)
 
 
 def measure(
     run: Run,
     shapes: Iterable[tuple[int, int]] = GPU_SHAPES,
     rows: Iterable[int] = ROWS,
-    experts: tuple[int, int, int] = GPU_EXPERTS,
+    experts: ExpertsShape = EXPERTS["Qwen3-30B-A3B"],
     tokens: Iterable[int] = TOKENS,
 ) -> None:
     """Every row that fits the time, the most telling ones first."""
@@ -455,8 +455,8 @@ def measure_grouped(run: Run, w: ExpertWeights, tokens: int) -> None:
     """
     if not run.has_time():
         return
-    E, N, K = w.shape
-    device, each = run.machine.device, min(EXPERTS_OF_A_TOKEN, E)
+    E, each, N, K = w.shape.experts, w.shape.top_k, w.shape.N, w.shape.K
+    device = run.machine.device
     counts = torch.rand(tokens, E).topk(each).indices.flatten().bincount(minlength=E)
     ends, rows = counts.cumsum(0).tolist(), tokens * each
     active = [(e, slice(end - count, end)) for e, (end, count) in enumerate(zip(ends, counts.tolist())) if count]

@@ -1,5 +1,18 @@
 """The [N, K] weights that the benchmarks use: every linear layer of some well-known models, from their config.json."""
 
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ExpertsShape:
+    """The gate_up_proj of a mixture-of-experts layer: each token takes `top_k` of `experts` [N, K] weights."""
+
+    experts: int
+    top_k: int
+    N: int
+    K: int
+
+
 MODELS = {
     "Llama-7B": {"q, k, v, o": (4096, 4096), "gate, up": (11008, 4096), "down": (4096, 11008)},
     "Llama-3-8B": {"q, o": (4096, 4096), "k, v": (1024, 4096), "gate, up": (14336, 4096), "down": (4096, 14336)},
@@ -9,8 +22,7 @@ MODELS = {
 }
 # On a GPU: a square layer, the widest of an 8B and of a 70B model, and one so small that its launch is what counts.
 GPU_SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192), (1024, 4096))
-# The gate and up projections of Qwen3-30B-A3B in one, [experts, N, K]; a token goes through 8 of them.
-GPU_EXPERTS, EXPERTS_OF_A_TOKEN = (128, 1536, 2048), 8
+EXPERTS = {"OLMoE-1B-7B": ExpertsShape(64, 8, 2048, 2048), "Qwen3-30B-A3B": ExpertsShape(128, 8, 1536, 2048)}
 FOCUS = ((4096, 4096), (11008, 4096))  # measured at every M, thread count and cache state
 
 

@@ -257,7 +257,7 @@ def merge_model(model: nn.Module, base: nn.Module | None = None, dtype: torch.dt
         if isinstance(layer, QuantExperts):
             dense = layer.to_experts(dtype, base_weights)
         else:
-            dense = layer.to_linear(dtype, base_weight=base_weights and base_weights[0])
+            dense = layer.to_linear(dtype, base_weight=None if base is None else base_weights[0])
             if dense.bias is not None:
                 dense.bias.requires_grad_(layer.bias.requires_grad)
         replace_module(model, names, layer, dense)
@@ -481,10 +481,9 @@ def _base_weights(base: nn.Module, name: str, layer: QuantLinear | QuantExperts,
         raise ValueError(f"{who}: base must have a layer {name}, got none") from None
     is_linear = isinstance(layer, QuantLinear)
     leaves, what = (("weight",), "an nn.Linear") if is_linear else (WEIGHTS, "experts")
-    weights = [module._parameters.get(leaf) for leaf in leaves]
-    if is_linear and (not isinstance(module, nn.Linear) or isinstance(module, QuantLinear)):
-        weights = [None]
-    if not all(weight is not None and weight.is_floating_point() for weight in weights):
+    weights = [getattr(module, leaf, None) for leaf in leaves]
+    is_dense = isinstance(module, nn.Linear) == is_linear and not isinstance(module, QUANTIZED)
+    if not is_dense or not all(isinstance(weight, Tensor) and weight.is_floating_point() for weight in weights):
         raise ValueError(f"{who}: base must have {what} in floating point as {name}, got {module}")
     for part, leaf, weight in zip(_parts(layer), leaves, weights):
         key = name if is_linear else f"{name}.{leaf}"

@@ -35,9 +35,10 @@ SCHEMAS = (
     f"linear_dgrad(Tensor dy, {WEIGHT}, Tensor? lora_Q=None, Tensor? lora_A=None, float scaling=1.0) -> Tensor",
     # y[T, N]: rows of x [T, K] times their expert's Ŵ.T, in x's dtype; summed in fp32. The weight of E experts, as
     # `QuantizedExperts.op_args` lists it: scale_offset [E], and the other tensors but the codebooks have E in front.
-    # expert_offsets int32 [E]: the row past each expert's last one, as in torch's grouped_mm; an expert may have none.
-    # Rows past the last offset become zeros. Offsets that fall or exceed T are an error on the CPU. A device must not
-    # make the host wait: there each offset counts as min(offset, T), or as the one before it where that is larger.
+    # expert_offsets int32 [E], contiguous: the row past each expert's last one, as in torch's grouped_mm; an expert may
+    # have none. Rows past the last offset become zeros. Offsets that fall or exceed T are an error on the CPU. A device
+    # must not make the host wait: there each offset counts as min(offset, T), or as the one before it where that is
+    # larger (0 before the first).
     f"grouped_linear(Tensor x, Tensor expert_offsets, {WEIGHT}) -> Tensor",
     # dx[T, K]: rows of dy [T, N] times their expert's Ŵ, in dy's dtype.
     f"grouped_linear_dgrad(Tensor dy, Tensor expert_offsets, {WEIGHT}) -> Tensor",

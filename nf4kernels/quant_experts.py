@@ -170,12 +170,12 @@ class QuantExperts(nn.Module):
             device when it gets there.
         """
         tokens, top_k = self._check(hidden_states, top_k_index, top_k_weights)
-        expert_ids = top_k_index.reshape(-1)
+        expert_ids = top_k_index.reshape(-1).long()
         in_range = ((expert_ids >= 0) & (expert_ids <= self.num_experts)).all()
         torch._assert_async(in_range, f"{self.WHO}: top_k_index must be in 0..{self.num_experts}")
         sorted_ids, order = expert_ids.sort(stable=True)
         place = order.argsort()  # where each (token, k) is among the sorted rows
-        experts = torch.arange(self.num_experts, device=expert_ids.device, dtype=expert_ids.dtype)
+        experts = torch.arange(self.num_experts, device=expert_ids.device)
         expert_offsets = torch.searchsorted(sorted_ids, experts, right=True, out_int32=True)
 
         x = hidden_states.to(self._dtype(hidden_states))
@@ -254,10 +254,10 @@ class _TakeRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, rows, places, times):
         ctx.save_for_backward(places)
-        ctx.times = times
+        ctx.sizes = x.shape[0], times
         return x[rows]
 
     @staticmethod
     def backward(ctx, dy):
         (places,) = ctx.saved_tensors
-        return dy[places].unflatten(0, (-1, ctx.times)).sum(1), None, None, None
+        return dy[places].unflatten(0, ctx.sizes).sum(1), None, None, None

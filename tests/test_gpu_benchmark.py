@@ -12,8 +12,9 @@ import torch
 import nf4kernels as nf4
 from benchmarks import cuda_report, goals, gpu, gpu_measure, gpu_predictions, gpu_sanitize, gpu_tests, harness, report
 from benchmarks.harness import BNB_DQ, DENSE, OURS, Row
+from benchmarks.shapes import ExpertsShape
 
-SHAPES, EXPERTS = ((128, 128), (64, 256)), (6, 64, 128)
+SHAPES, EXPERTS = ((128, 128), (64, 256)), ExpertsShape(6, 6, 64, 128)
 TOKENS = (1, 16)
 GROUPED_ROWS = (6, 96)  # each token goes through all six experts
 
