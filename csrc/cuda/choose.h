@@ -101,9 +101,10 @@ inline const Fused* grouped_fused_of(int arch) {
 }
 
 inline bool takes_tensor_cores(const Problem& p) {
-  constexpr int64_t kMost = 1 << 24;  // 128 rows of 2-byte elements are addressed by 32 bits
-  const bool contraction = p.dgrad ? p.N % 8 == 0 && p.N < kMost : p.K < kMost;
-  return p.dtype != Dtype::kFloat32 && p.whole_codes && p.aligned && contraction;
+  constexpr int64_t kMost = 1 << 24;                 // 128 rows of 2-byte elements are addressed by 32 bits
+  constexpr int64_t kMostBlocks = int64_t{1} << 32;  // of 64 weights, which linear numbers by 32 bits
+  const bool sizes = p.dgrad ? p.N % 8 == 0 && p.N < kMost : p.K < kMost && p.N * (p.K / 64) < kMostBlocks;
+  return p.dtype != Dtype::kFloat32 && p.whole_codes && p.aligned && sizes;
 }
 // Why `path` cannot run this; null if it can.
 inline const char* obstacle(const Problem& p, Path path) {

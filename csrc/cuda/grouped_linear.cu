@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(any::kThreads, 2) grouped_linear_any_kernel(co
 template <class T>
 cudaError_t launch_small(const GroupedArgs& args, cudaStream_t stream) {
   const auto launch_tile = [&](auto kernel, dim3 grid) {
-    return launch(kernel, grid, small::kWarps * kWarp, kPairTableBytes, stream, args);
+    return launch(kernel, grid, small::kWarps * kWarp, small::kSharedBytes, stream, args);
   };
   const int64_t N = args.experts.first.N;
   if (args.rows_each <= 8) return launch_tile(grouped_linear_small_kernel<T, 1>, grouped_grid<8, kWarpRows>(args, N));

@@ -97,7 +97,7 @@ struct TiledDgrad {
 
   // The scales in T, times the table's factor, of the pairs along n, two in each of a group's two steps; zeros beyond N.
   NF4_DEVICE void pair_scales(uint32_t (&pairs)[4], int n, uint32_t stored, float factor) const {
-    const float own = has_scale(n) ? scale_of(w, scale_index(n), stored) * factor : 0.f;
+    const float own = has_scale(n) ? scale_of(w, scale_index(n), stored, offset_of(w)) * factor : 0.f;
     const float next = shuffle_xor(own, 1);
     const uint32_t pair = pack<T>(own, next);  // right in even lanes
 #pragma unroll

@@ -15,7 +15,7 @@ template <class T>
 cudaError_t launch_for(const ProductArgs& args, cudaStream_t stream) {
   const auto kernel = args.M <= 8 ? linear_small_kernel<T, 1> : linear_small_kernel<T, 2>;
   const dim3 grid(unsigned(ceil_div(args.weight.N, kWarpRows)), unsigned(args.splits));
-  return launch(kernel, grid, kWarps * kWarp, kPairTableBytes, stream, args);
+  return launch(kernel, grid, kWarps * kWarp, small::kSharedBytes, stream, args);
 }
 
 }  // namespace

@@ -48,11 +48,11 @@ struct Lines {
       tokens[m] = (uint32_t(min(8 * m + lane.g, int(work.end - work.row) - 1)) * K + 16 * lane.t) * 2;
   }
 
-  NF4_DEVICE void load(Chunk& chunk, int first_block) const {
+  NF4_DEVICE void load(Chunk& chunk, int first_block, int last_block) const {
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
       const int block =
-          min(first_block + i, blocks - 1);  // an odd last chunk has the last block twice, and uses it once
+          min(first_block + i, last_block);  // an odd last chunk has the last block twice, and uses it once
 #pragma unroll
       for (int slot = 0; slot < kSlots; ++slot)
         chunk.words[i][slot] =
@@ -67,10 +67,18 @@ struct Lines {
   }
 };
 
+// What only the end needs, where the sums do not reach: registers are few.
+struct Kept {
+  int64_t row, end;   // of x
+  int64_t first_row;  // of W
+};
+constexpr int kSharedBytes = kPairTableBytes + sizeof(Kept);
+NF4_DEVICE Kept& kept() { return *reinterpret_cast<Kept*>(shared_memory<unsigned char>() + kPairTableBytes); }
+
 // Adds the warps' sums in order and stores them; `scratch` [kWarps, 8 kTokenTiles, kWarpRows].
 template <class T, int kTokenTiles, class Work>
-NF4_DEVICE void finish(const Sums<kTokenTiles>& sums, const ProductArgs& args, const Work& work, int64_t first_row,
-                       const Lane& lane, float* scratch) {
+NF4_DEVICE void finish(const Sums<kTokenTiles>& sums, const ProductArgs& args, const Work& work, const Lane& lane,
+                       float* scratch) {
   constexpr int kTokens = 8 * kTokenTiles;
   float* own = scratch + int(threadIdx.x) / kWarp * kTokens * kWarpRows;
   for (int tile = 0; tile < kRowTiles; ++tile)
@@ -80,10 +88,10 @@ NF4_DEVICE void finish(const Sums<kTokenTiles>& sums, const ProductArgs& args, c
   sync_block();
   const Store<T> store(args, work.weight.N, work.split);
   for (int i = int(threadIdx.x); i < kTokens * kWarpRows; i += kWarps * kWarp) {
-    const int64_t token = work.row + i / kWarpRows, row = first_row + i % kWarpRows;
+    const int64_t token = kept().row + i / kWarpRows, row = kept().first_row + i % kWarpRows;
     float total = 0;
     for (int warp = 0; warp < kWarps; ++warp) total += scratch[warp * kTokens * kWarpRows + i];
-    if (token < work.end && row < work.weight.N) store.one(token, row, total);
+    if (token < kept().end && row < work.weight.N) store.one(token, row, total);
   }
 }
 
@@ -95,33 +103,35 @@ NF4_DEVICE void linear_small_block(const ProductArgs& args, const Work& work) {
   const Lines<T, kTokenTiles> lines(args, work, first_row);
   const Lane& lane = lines.lane;
   const Part chunks(ceil_div(lines.blocks, kChunk), work.split, args.splits);
-  const int end = int(chunks.end);
-  int chunk = int(chunks.begin) + warp;
+  constexpr int kStep = kWarps * kChunk;
+  const int end = min(int(chunks.end) * kChunk, lines.blocks);
+  int first = (int(chunks.begin) + warp) * kChunk;  // of the chunk's blocks
   Chunk next;
-  if (chunk < end) lines.load(next, chunk * kChunk);
+  if (first < end) lines.load(next, first, end - 1);
 
   uint32_t* words = shared_memory<uint32_t>();
   const float factor = build_pair_table<T>(words, args);
+  if (threadIdx.x == 0) kept() = {work.row, work.end, first_row};
   sync_block();
   const PairTable table(words, lane.index);
 
   Sums<kTokenTiles> sums = {};
   if (work.rank > 0 && work.split == 0 && warp == kWarps - 1)
     add_low_rank<T, kTokenTiles>(sums, args, first_row, work.row, lane);
-  for (; chunk < end; chunk += kWarps) {
+  for (; first < end; first += kStep) {
     const Chunk now = next;
-    if (chunk + kWarps < end) lines.load(next, (chunk + kWarps) * kChunk);
+    if (first + kStep < end) lines.load(next, first + kStep, end - 1);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
-      const int block = chunk * kChunk + i;
-      if (block >= lines.blocks) break;
+      const int block = first + i;
+      if (block >= end) break;
       const float scale = lines.scale.decode(block, now.scales[i], factor);
-      multiply_block<T, kTokenTiles>(sums, now.words[i], scale, table, lane,
+      multiply_block<T, kTokenTiles>(sums, now.words[i], scale, table,
                                      [&](int m, int half) { return lines.tokens_of(block, m, half); });
     }
   }
   sync_block();  // the last reader of the table, whose memory the sums take
-  finish<T, kTokenTiles>(sums, args, work, first_row, lane, shared_memory<float>());
+  finish<T, kTokenTiles>(sums, args, work, lane, shared_memory<float>());
 }
 
 static_assert(kLinearSmallTile.columns == kWarpRows && kLinearSmallTile.step == kWarps * kChunk * kBlockK, "as chosen");

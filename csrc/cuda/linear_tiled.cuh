@@ -84,7 +84,7 @@ struct TiledLinear {
         token_tile(stage, warp_k) + (warp_m * S::kTokenTiles * 8 + lane.g) * kBlockK * 2;  // of the warp's 8 tokens' g
     const int pieces[2] = {place<Order::kEvenPieces, kBlockK / 8>(2 * lane.t, lane.g),
                            place<Order::kEvenPieces, kBlockK / 8>(2 * lane.t + 1, lane.g)};
-    multiply_block<T, S::kTokenTiles>(sums, words, scale, table, lane, [&](int m, int half) {
+    multiply_block<T, S::kTokenTiles>(sums, words, scale, table, [&](int m, int half) {
       return *reinterpret_cast<const uint4*>(tokens + m * 8 * kBlockK * 2 + 16 * pieces[half]);
     });
   }

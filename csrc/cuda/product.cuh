@@ -52,12 +52,13 @@ NF4_DEVICE Work<int64_t> own_work(const ProductArgs& args, int rows, int64_t spl
 NF4_DEVICE uint32_t stored_scale(const Weight& w, int64_t block) {
   return w.absmax_u8 == nullptr ? bits_of(load_cached(w.absmax + block)) : load_cached(w.absmax_u8 + block);
 }
-// block_scale of format.h.
-NF4_DEVICE float scale_of(const Weight& w, int64_t block, uint32_t stored) {
+// block_scale of format.h, of a weight with this scale_offset.
+NF4_DEVICE float scale_of(const Weight& w, int64_t block, uint32_t stored, float offset) {
   if (w.absmax_u8 == nullptr) return float_of(stored);
   const float product = load_cached(w.scale_code + stored) * load_cached(w.scale_absmax + (block >> kSuperblockShift));
-  return product + load_cached(w.scale_offset);
+  return product + offset;
 }
+NF4_DEVICE float offset_of(const Weight& w) { return w.absmax_u8 == nullptr ? 0.f : load_cached(w.scale_offset); }
 
 // Elements column and column + 1 of a row of `length` elements, zeros past its end.
 template <class T>
