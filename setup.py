@@ -37,7 +37,7 @@ STABLE_ABI = [("TORCH_STABLE_ONLY", None), ("TORCH_TARGET_VERSION", "0x020a00000
 ROUNDED_CODE = "csrc/rounded_code.cpp"  # of both libraries
 
 CUDA_SOURCES = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*.cu"))
-CUDA_BINDING = "csrc/torch_cuda.cpp"
+CUDA_BINDINGS = ["csrc/torch_cuda.cpp", "csrc/torch_cuda_grouped.cpp"]
 CUDA_OBJECTS = ROOT / "build" / "cuda"  # not in setuptools' own folder, which pip makes anew for every build
 CUDA_ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 CUDA_VARIABLE, ARCHITECTURES_VARIABLE = "NF4KERNELS_CUDA", "TORCH_CUDA_ARCH_LIST"
@@ -109,7 +109,7 @@ def build_cuda(nvcc: str, target: str, include: list[str], library_dirs: list[st
     binding_flags += [flag for path in include for flag in ("-isystem", path)]
     binding_flags.append(f'-DNF4_CUDA_ARCHITECTURES="{" ".join(architectures)}"')
     commands = {source: [nvcc, *kernel_flags, "-c", source] for source in CUDA_SOURCES}
-    for source in (CUDA_BINDING, ROUNDED_CODE):  # no .cu: nvcc hands them to the host compiler
+    for source in (*CUDA_BINDINGS, ROUNDED_CODE):  # no .cu: nvcc hands them to the host compiler
         commands[source] = [nvcc, *binding_flags, "-c", source]
     CUDA_OBJECTS.mkdir(parents=True, exist_ok=True)
 
@@ -173,7 +173,7 @@ def build_options(nvcc: str | None) -> dict:
         define_macros=STABLE_ABI,
         extra_compile_args=FLAGS,
     )
-    cuda = CppExtension("nf4kernels._cuda", [CUDA_BINDING], py_limited_api=True)
+    cuda = CppExtension("nf4kernels._cuda", CUDA_BINDINGS, py_limited_api=True)
     return {
         "libraries": libraries,
         "ext_modules": [cpu, cuda] if nvcc else [cpu],

@@ -239,7 +239,7 @@ def weights_in(kernel: str, loop: list[Instruction]) -> int:
     if name == "dequantize_kernel":
         a_byte = DEQUANTIZE_WEIGHTS_A_BYTE[re.match(r"\w+", arguments)[0]]
         return round(sum(i.bits for i in loop if i.is_streamed_load) / 8 * a_byte)
-    if not name.startswith("linear"):
+    if not name.removeprefix("grouped_").startswith("linear"):
         return 0  # products without a weight
     return FRAGMENT_WEIGHTS * distinct_fragments(loop)
 

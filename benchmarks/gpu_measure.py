@@ -30,7 +30,7 @@ from .cuda_report import LIBRARY as CUDA_LIBRARY
 from .goals import WITHOUT_LORA, goal_rows, gpu_goals
 from .harness import BNB_DQ, DENSE, OURS, Row, commit, rotate, row_of, take_turns
 from .limits import floor_ms
-from .shapes import GPU_SHAPES
+from .shapes import EXPERTS, GPU_SHAPES, ExpertsShape
 
 try:
     import bitsandbytes as bnb
@@ -47,7 +47,14 @@ RANK, SCALING = 16, 2.0
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 STEP_ROWS = (512, 2048, 8192)
 TELLING_ROWS = (1, 16, 64, 512, 8192)  # measured first
-SHOWN_ROWS = {"linear": TELLING_ROWS, "linear_dgrad": (64, 8192), "lora step": (8192,)}  # the table's; the CSV has all
+TOKENS = (1, 16, 512, 8192)  # of experts; their rows are as many times the experts of a token
+SHOWN_ROWS = {  # the table's; the CSV has all
+    "linear": TELLING_ROWS,
+    "linear_dgrad": (64, 8192),
+    "lora step": (8192,),
+    "grouped linear": (8, 128, 65536),
+    "grouped dgrad": (65536,),
+}
 # The kernels that can be forced, and the largest M where each is worth its time: `any` is the plain one.
 KERNELS = {"small": 16, "tiled": max(ROWS), "panel": max(ROWS), "any": 64}
 FORCED = "kernel "
@@ -239,7 +246,32 @@ class Weights:
             self.bnb = [(packed.clone(), state) for _ in range(self.copies)]
 
 
-def measure(run: Run, shapes: Iterable[tuple[int, int]] = GPU_SHAPES, rows: Iterable[int] = ROWS) -> None:
+class ExpertWeights:
+    """The random weights of experts as every side holds them, twice: one side's is more than an L2 holds."""
+
+    def __init__(self, shape: ExpertsShape, machine: Cuda) -> None:
+        self.shape = shape
+        dense = torch.randn(shape.experts, shape.N, shape.K, device=machine.device, dtype=torch.bfloat16).mul_(0.02)
+        first = nf4.quantize_experts(dense)
+        self.nbytes = (first.packed.nbytes + first.absmax.nbytes) // len(first)  # of an expert
+        self.ours = [first, replace(first, packed=first.packed.clone(), absmax=first.absmax.clone())]
+        self.dense = [dense, dense.clone()]
+        self.bnb = []
+        if bnb is not None:
+            self.bnb = [bnb.functional.quantize_4bit(w, quant_type="nf4", compress_statistics=True) for w in dense]
+
+    def decoded(self, expert: int) -> Tensor:
+        q = self.ours[0][expert]
+        return reference.dequantize(*q.op_args(), 0, self.shape.N, 0, self.shape.K, torch.float32)
+
+
+def measure(
+    run: Run,
+    shapes: Iterable[tuple[int, int]] = GPU_SHAPES,
+    rows: Iterable[int] = ROWS,
+    experts: ExpertsShape = EXPERTS["Qwen3-30B-A3B"],
+    tokens: Iterable[int] = TOKENS,
+) -> None:
     """Every row that fits the time, the most telling ones first."""
     rows = tuple(rows)
     telling = [M for M in rows if M in TELLING_ROWS]
@@ -256,6 +288,12 @@ def measure(run: Run, shapes: Iterable[tuple[int, int]] = GPU_SHAPES, rows: Iter
                 measure_dgrad(run, weights, M)
             for M in [M for M in stage if M in STEP_ROWS]:
                 measure_step(run, weights, M)
+            del weights
+            run.machine.between_shapes()
+        if stage is telling and run.has_time():
+            weights = ExpertWeights(experts, run.machine)
+            for count in tokens:
+                measure_grouped(run, weights, count)
             del weights
             run.machine.between_shapes()
     if run.skipped:
@@ -408,6 +446,64 @@ def measure_step(run: Run, w: Weights, M: int) -> None:
     if OURS in sides:
         flops = 4 * M * N * K + 6 * M * RANK * (N + K)
         run.add("lora step", w.shape, M, sides, w.copies, 2 * w.nbytes + 4 * M * (N + K), flops)
+
+
+def measure_grouped(run: Run, w: ExpertWeights, tokens: int) -> None:
+    """Both directions, each token through experts drawn at random, beside torch's grouped product in bf16.
+
+    bitsandbytes has no product with experts: a loop over those that have rows, which the host knows for nothing here.
+    """
+    if not run.has_time():
+        return
+    E, each, N, K = w.shape.experts, w.shape.top_k, w.shape.N, w.shape.K
+    device = run.machine.device
+    counts = torch.rand(tokens, E).topk(each).indices.flatten().bincount(minlength=E)
+    ends, rows = counts.cumsum(0).tolist(), tokens * each
+    active = [(e, slice(end - count, end)) for e, (end, count) in enumerate(zip(ends, counts.tolist())) if count]
+    offsets = torch.tensor(ends, dtype=torch.int32, device=device)
+    x, dy = (torch.randn(rows, width, device=device, dtype=torch.bfloat16) for width in (K, N))
+    ours, dense = rotate(w.ours), rotate(w.dense)
+
+    def loop_of_bitsandbytes(a: Tensor, transposed: bool) -> Tensor:
+        parts = []
+        for e, part in active:
+            packed, state = w.bnb[e]
+            if transposed:
+                parts.append(a[part] @ bnb.functional.dequantize_4bit(packed, state))
+            else:
+                parts.append(bnb.matmul_4bit(a[part], packed.t(), quant_state=state))
+        return torch.cat(parts)
+
+    for name, op, a, dgrad in (
+        ("grouped linear", ops.grouped_linear, x, False),
+        ("grouped dgrad", ops.grouped_linear_dgrad, dy, True),
+    ):
+
+        def product(op=op, a=a) -> Tensor:
+            return op(a, offsets, *ours().op_args())
+
+        def torchs(a=a, dgrad=dgrad) -> Tensor:
+            weight = dense()
+            return torch._grouped_mm(a, weight if dgrad else weight.mT, offs=offsets)
+
+        sides = {OURS: product, DENSE: torchs}
+        if bnb is not None:
+            sides[BNB_DQ] = torch.no_grad()(lambda a=a, dgrad=dgrad: loop_of_bitsandbytes(a, dgrad))
+        sides |= dict.fromkeys((FORCED + kernel for kernel in ("tiled", "small")[: 1 if dgrad else 2]), product)
+        what = f"{name} {E}x{N}x{K}, rows={rows}"
+        unquantized = torch.cat([a[part] @ (w.dense[0][e] if dgrad else w.dense[0][e].T) for e, part in active])
+
+        def check(side: str, result: Tensor, a=a, dgrad=dgrad, what=what, unquantized=unquantized) -> None:
+            if side == OURS or side.startswith(FORCED):
+                for e, part in active[:: max(1, len(active) // 4)]:
+                    matrix = w.decoded(e) if dgrad else w.decoded(e).T
+                    assert_as_exact_as_dense(result[part], a[part], matrix, f"{what}, expert {e}")
+            assert_close_to_dense({side: result, DENSE: unquantized}, DENSE, what)
+
+        sides = run.checked(sides, check, what)
+        if OURS in sides:
+            moved = len(active) * w.nbytes + 2 * rows * (N + K)
+            run.add(name, (N, K), rows, sides, len(w.ours), moved, 2 * rows * N * K)
 
 
 def line_of(row: Row) -> str:

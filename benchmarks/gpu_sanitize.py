@@ -52,6 +52,11 @@ def products(what: str, weight: tuple, N: int, K: int, M: int, dtype: torch.dtyp
     yield what, "linear_dgrad", (dy, *weight)
     yield f"{what} LoRA", "linear_dgrad", (dy, *weight, P, A, 2.0)
     yield what, "lora_grad", (P, x, 2.0, dtype)
+    if K % 64 == 0:
+        experts = nf4.quantize_experts(torch.randn(5, N, K).to(dtype), double_quant=dtype != torch.float32)
+        offsets = torch.tensor([0, M // 3, M // 3, M - 1, M - 1], dtype=torch.int32)  # two have rows
+        yield f"{what} experts", "grouped_linear", (x, offsets, *experts.op_args())
+        yield f"{what} experts", "grouped_linear_dgrad", (dy, offsets, *experts.op_args())
 
 
 def is_close(result: Tensor, expected: Tensor) -> bool:
@@ -67,7 +72,7 @@ def main(device: str, force: Callable[[str], AbstractContextManager], ops=torch.
     for what, op, args in cases():
         there = tree_map(lambda a: a.to(device) if isinstance(a, Tensor) else a, args)
         expected = getattr(reference, op)(*args)
-        for kernel in KERNELS if op in ("linear", "linear_dgrad") else (None,):
+        for kernel in KERNELS if "linear" in op else (None,):
             try:
                 with force(kernel) if kernel else nullcontext():
                     result = getattr(ops, op)(*there)

@@ -51,6 +51,25 @@ NF4_HOST_DEVICE static inline int nibble(const uint8_t* packed, int64_t i) {
   return i % 2 == 0 ? packed[i / 2] >> 4 : packed[i / 2] & 15;
 }
 
+// The weights [E, N, K] of E experts, each laid out as a weight of its own; the codebooks are shared.
+struct Experts {
+  Weight first;
+  int64_t count, blocks, superblocks;  // blocks and superblocks of one expert
+
+  NF4_HOST_DEVICE Weight operator[](int64_t expert) const {
+    Weight w = first;
+    w.packed += expert * ((w.N * w.K + 1) / 2);
+    if (w.absmax_u8 == nullptr) {
+      w.absmax += expert * blocks;
+      return w;
+    }
+    w.absmax_u8 += expert * blocks;
+    w.scale_absmax += expert * superblocks;
+    w.scale_offset += expert;
+    return w;
+  }
+};
+
 // Callers compile with -ffp-contract=off, or -fmad=false: an FMA here would change the last bit.
 NF4_HOST_DEVICE static inline float block_scale(const Weight& w, int64_t block) {
   if (w.absmax_u8 == nullptr) return w.absmax[block];

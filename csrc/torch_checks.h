@@ -23,6 +23,7 @@
 
 namespace nf4::binding {
 
+using nf4::Experts;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
@@ -125,25 +126,6 @@ inline int block_shift_of(int64_t block_size, const Op& op) {
     if (block_size == int64_t(1) << shift) return shift;
   CHECK(false, op, ": block_size must be a power of two from 32 to 4096, got ", block_size);
 }
-
-// The weights [E, N, K] of E experts, each laid out as a weight of its own; the codebooks are shared.
-struct Experts {
-  Weight first;
-  int64_t count, blocks, superblocks;  // blocks and superblocks of one expert
-
-  Weight operator[](int64_t expert) const {
-    Weight w = first;
-    w.packed += expert * ceil_div(w.N * w.K, 2);
-    if (w.absmax_u8 == nullptr) {
-      w.absmax += expert * blocks;
-      return w;
-    }
-    w.absmax_u8 += expert * blocks;
-    w.scale_absmax += expert * superblocks;
-    w.scale_offset += expert;
-    return w;
-  }
-};
 
 inline Experts checked_weights(const Op& op, int64_t E, const Tensor& packed, const Tensor& absmax,
                                const OptionalTensor& scale_absmax, const OptionalTensor& scale_offset,

@@ -1,110 +1,16 @@
-// The ops of nf4kernels/ops.py for CUDA tensors: argument checks, allocation, device and stream, registration. No kernel
-// is here, so the host compiler reads torch's headers once, not nvcc once for each architecture.
-//
-// Compiled with NF4_SIMT the same ops take CPU tensors, and the kernels run on tests/simt.
-#include <torch/csrc/stable/accelerator.h>
-
-#include <algorithm>
-#include <array>
-#include <atomic>
-#include <cstdint>
-#include <cstring>
+// The ops of nf4kernels/ops.py for CUDA tensors: argument checks, allocation, registration. The grouped products are in
+// torch_cuda_grouped.cpp.
 #include <iterator>
 #include <memory>
-#include <mutex>
-#include <optional>
 #include <string_view>
-#include <tuple>
 #include <vector>
 
-#include "cuda/choose.h"
-#include "cuda/kernels.h"
-#include "rounded_code.h"
-#include "torch_checks.h"
-
-#ifdef NF4_SIMT
-#define NF4_CUDA_ARCHITECTURES "the host executor"
-#else
-#include <dlfcn.h>
-#endif
+#include "torch_cuda.h"
 
 namespace {
 
 using nf4::Dtype;
 using namespace nf4::binding;
-
-// The op, with all its tensors where `tensor` is.
-Op op_at(const char* name, const Tensor& tensor, const char* tensor_name) {
-  const Op op{name, place_of(tensor)};
-#ifdef NF4_SIMT
-  const bool runs_here = tensor.is_cpu();
-#else
-  const bool runs_here = tensor.is_cuda();
-#endif
-  CHECK(runs_here, op, ": ", tensor_name, " must be on a CUDA device as the other tensors, got ", op.place);
-  return op;
-}
-
-#ifdef NF4_SIMT
-
-struct Launch {
-  explicit Launch(const Op&) {}
-  cudaStream_t stream = nullptr;
-};
-
-struct Device {
-  int arch = 90, multiprocessors = 4;
-};
-Device simulated;  // what the choice of kernels sees
-Device device_of(const Op&) { return simulated; }
-
-#else
-
-// torch's current stream of a device. The function is in libtorch_cuda, which a torch without CUDA does not have: looked
-// up when it is needed, this library loads beside any torch.
-cudaStream_t current_stream(const Op& op) {
-  using Function = AOTITorchError (*)(int32_t device, void** stream);
-  static const auto function = [] {
-    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    return reinterpret_cast<Function>(library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr);
-  }();
-  void* stream;
-  CHECK(function != nullptr && function(op.place.index, &stream) == 0, op,
-        ": torch must have a current CUDA stream on ", op.place, ", and libtorch_cuda.so told of none");
-  return static_cast<cudaStream_t>(stream);
-}
-
-// Where a launcher puts its work. While it lives, the op's device is the current one.
-struct Launch {
-  explicit Launch(const Op& op) : guard(op.place.index), stream(current_stream(op)) {
-    // The guard sets the device of torch's runtime; this library has its own, static.
-    const cudaError_t error = cudaSetDevice(op.place.index);
-    CHECK(error == cudaSuccess, op, ": ", op.place, " cannot be made the current device: ", cudaGetErrorString(error));
-  }
-  torch::stable::accelerator::DeviceGuard guard;
-  cudaStream_t stream;
-};
-
-struct Device {
-  int arch, multiprocessors;
-};
-Device device_of(const Op& op) {
-  const auto attribute = [&](cudaDeviceAttr name) {
-    int value;
-    const cudaError_t error = cudaDeviceGetAttribute(&value, name, op.place.index);
-    CHECK(error == cudaSuccess, op, ": ", op.place, " does not tell what it is: ", cudaGetErrorString(error));
-    return value;
-  };
-  return {10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor),
-          attribute(cudaDevAttrMultiProcessorCount)};
-}
-
-#endif
-
-void check_launch(cudaError_t error, const Op& op) {
-  CHECK(error == cudaSuccess, op, ": the launch on ", op.place, " failed: ", cudaGetErrorString(error),
-        " (this library has kernels for ", NF4_CUDA_ARCHITECTURES, ")");
-}
 
 std::tuple<Tensor, Tensor> quantize(const Tensor& weight, const Tensor& code, int64_t block_size) {
   const Op op = op_at("quantize", weight, "weight");
@@ -184,8 +90,6 @@ void dequantize_out(const Tensor& packed, const Tensor& absmax, const OptionalTe
   dequantize_into(w, range, dtype, out, stride, Launch(op), op);
 }
 
-std::atomic<int> forced_path{-1};  // of cuda::Path; -1: choose.h decides
-
 // linear: in x [M, K], out [M, N]. linear_dgrad: in dY [M, N], out dX [M, K].
 struct Product {
   Op op;
@@ -196,74 +100,6 @@ struct Product {
   int64_t depth, columns;
   nf4::cuda::ProductArgs args;
 };
-
-bool is_aligned(std::initializer_list<const void*> pointers) {
-  return std::all_of(pointers.begin(), pointers.end(), [](const void* p) { return uintptr_t(p) % 16 == 0; });
-}
-
-nf4::cuda::Choice choice_for(const Product& product) {
-  const nf4::cuda::ProductArgs& args = product.args;
-  const Device device = device_of(product.op);
-  nf4::cuda::Problem problem{};
-  problem.dgrad = product.dgrad;
-  problem.dtype = args.dtype;
-  problem.M = args.M;
-  problem.N = args.weight.N;
-  problem.K = args.weight.K;
-  problem.whole_codes = nf4::has_whole_codes(args.weight);
-  const void* read_16 = product.dgrad ? args.low_rank_factor : nullptr;  // the others are read element by element
-  problem.aligned = is_aligned({args.x, args.weight.packed, args.out, read_16});
-  problem.arch = device.arch;
-  problem.multiprocessors = device.multiprocessors;
-  const int forced = forced_path;
-  if (forced < 0) return nf4::cuda::choose(problem);
-  const auto path = nf4::cuda::Path(forced);
-  const char* obstacle = nf4::cuda::obstacle(problem, path);
-  CHECK(obstacle == nullptr, product.op, ": the forced kernel ", nf4::cuda::kPathNames[forced],
-        " cannot run this: ", obstacle);
-  return {path, nf4::cuda::splits_of(problem, path), "forced"};
-}
-
-// The codebooks that have a name, rounded when the first product wants them: 8 ms for each of the two dtypes.
-class CodeList {
- public:
-  // False where there is no room for another.
-  bool add(const float* code) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const bool is_there = std::any_of(codes_.begin(), codes_.end(),
-                                      [&](const Code& c) { return std::memcmp(c.data(), code, sizeof c) == 0; });
-    if (is_there) return true;
-    if (codes_.size() == nf4::cuda::KnownCodes::kMost) return false;
-    std::copy_n(code, nf4::kLevels, codes_.emplace_back().begin());
-    return true;
-  }
-
-  nf4::cuda::KnownCodes rounded(Dtype dtype) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    return dtype == Dtype::kBFloat16 ? rounded<nf4::BFloat16>(bf16_) : rounded<nf4::Float16>(fp16_);
-  }
-
- private:
-  using Code = std::array<float, nf4::kLevels>;
-
-  template <class T>
-  const nf4::cuda::KnownCodes& rounded(nf4::cuda::KnownCodes& known) {
-    for (; known.count < int(codes_.size()); ++known.count) {
-      const Code& code = codes_[size_t(known.count)];
-      const auto result = nf4::rounded_code<T>(code.data());
-      auto& entry = known.entries[known.count];
-      std::copy(code.begin(), code.end(), entry.code);
-      std::transform(result.levels, result.levels + nf4::kLevels, entry.levels, [](T level) { return level.bits; });
-      entry.scale = result.scale;
-    }
-    return known;
-  }
-
-  std::mutex mutex_;
-  std::vector<Code> codes_;
-  nf4::cuda::KnownCodes bf16_{}, fp16_{};
-};
-CodeList known_codes;
 
 // One of csrc/cuda's kernels, a million rows at a time: a grid has at most 65,535 blocks in y.
 void multiply_fused(const Product& product, const nf4::cuda::Choice& choice, const Launch& launch) {
@@ -288,23 +124,9 @@ void multiply_fused(const Product& product, const nf4::cuda::Choice& choice, con
     args.out = static_cast<char*>(product.args.out) + m * product.columns * bytes;
     if (args.rank > 0) args.low_rank_x = static_cast<const char*>(product.args.low_rank_x) + m * args.rank * bytes;
     check_launch(run(args, launch.stream), product.op);
-    if (args.splits == 1) continue;
-    const nf4::cuda::ReduceArgs reduce{args.partial, args.splits, args.M, product.columns, 1.f, args.bias,
-                                       args.dtype,   args.out,    false};
-    check_launch(nf4::cuda::reduce_splits(reduce, launch.stream), product.op);
+    if (args.splits > 1) add_splits(args, product.columns, launch, product.op);
   }
 }
-
-// Our products are not differentiable; torch's refuse to write into `out` where one of their inputs is.
-class NoGrad {
- public:
-  NoGrad() : before_(aoti_torch_grad_mode_is_enabled()) { aoti_torch_grad_mode_set_enabled(false); }
-  ~NoGrad() { aoti_torch_grad_mode_set_enabled(before_); }
-  NoGrad(const NoGrad&) = delete;
-
- private:
-  bool before_;
-};
 
 // torch's own product, out = a @ b (mm) or a @ b^T + bias (linear).
 void torch_mm(const Tensor& a, const Tensor& b, const Tensor& out) {
@@ -395,7 +217,7 @@ Tensor multiply(const Op& op, bool dgrad, const Tensor& in, const nf4::Weight& w
   args.x = contiguous.const_data_ptr();
   args.out = out.mutable_data_ptr();
   const Product product{op, dgrad, contiguous, out, bias, low_rank, depth, columns, args};
-  const nf4::cuda::Choice choice = choice_for(product);
+  const nf4::cuda::Choice choice = choice_for(problem_of(op, dgrad, args, 0), op);
   if (choice.path == nf4::cuda::Path::kPanel)
     multiply_panels(product, launch);
   else
@@ -478,6 +300,7 @@ void register_ops(torch::stable::detail::StableLibrary& library) {
   library.impl("linear", TORCH_BOX(&linear));
   library.impl("linear_dgrad", TORCH_BOX(&linear_dgrad));
   library.impl("lora_grad", TORCH_BOX(&lora_grad));
+  register_grouped_ops(library);
 }
 
 #define NF4_EXPORT extern "C" __attribute__((visibility("default")))
@@ -510,12 +333,12 @@ NF4_EXPORT const char* nf4kernels_cuda_force_kernel(const char* name) {
 // the host. False where too many are known; one that is known already takes no room.
 NF4_EXPORT bool nf4kernels_cuda_know_codebook(const float* code) { return known_codes.add(code); }
 
-// The table's choice for a product: the kernel's name, how many splits, and why.
+// The table's choice for a product (experts: 0, or how many share the M rows out): the kernel's name, how many splits, and why.
 NF4_EXPORT const char* nf4kernels_cuda_choose(bool dgrad, int32_t dtype, int64_t M, int64_t N, int64_t K,
-                                              bool whole_codes, bool aligned, int arch, int multiprocessors,
-                                              int* splits, const char** reason) {
+                                              int64_t experts, bool whole_codes, bool aligned, int arch,
+                                              int multiprocessors, int* splits, const char** reason) {
   const nf4::cuda::Choice choice =
-      nf4::cuda::choose({dgrad, Dtype(dtype), M, N, K, whole_codes, aligned, arch, multiprocessors});
+      nf4::cuda::choose({dgrad, Dtype(dtype), M, N, K, experts, whole_codes, aligned, arch, multiprocessors});
   *splits = choice.splits;
   *reason = choice.reason;
   return nf4::cuda::kPathNames[int(choice.path)];

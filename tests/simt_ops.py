@@ -23,7 +23,8 @@ def load(asan: bool = False) -> Executor:
 
     With asan under AddressSanitizer, which the process must have been started with: `simt.build.asan_environment`.
     """
-    sources = [*sorted(ROOT.glob("csrc/cuda/*.cu")), ROOT / "csrc/torch_cuda.cpp", ROOT / "csrc/rounded_code.cpp"]
+    sources = [*sorted(ROOT.glob("csrc/cuda/*.cu")), *sorted(ROOT.glob("csrc/torch_cuda*.cpp"))]
+    sources.append(ROOT / "csrc/rounded_code.cpp")
     flags = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     flags += [f"-isystem{path}" for path in cpp_extension.include_paths()]
     link = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch", "-ltorch_cpu", "-lc10"]

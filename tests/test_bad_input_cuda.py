@@ -4,8 +4,13 @@ import pytest
 import torch
 from test_ops import CUDA_OPS, WRONG, replaced, samples, wrong_id
 
+# The host does not read a device's offsets: those that no host would take are the grouped products' own tests'.
+NOT_READ = "must not fall"
 
-@pytest.mark.parametrize("case", [case for case in WRONG if case[0] in CUDA_OPS], ids=wrong_id)
+
+@pytest.mark.parametrize(
+    "case", [case for case in WRONG if case[0] in CUDA_OPS and NOT_READ not in case[2]], ids=wrong_id
+)
 def test_refuses(cuda_ops, case):
     op, changes, names, _ = case
     arguments = cuda_ops.move(replaced(op, **changes))

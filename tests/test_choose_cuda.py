@@ -18,15 +18,15 @@ def choose(simt):
     function.argtypes = [
         ctypes.c_bool,
         ctypes.c_int32,
-        *[ctypes.c_int64] * 3,
+        *[ctypes.c_int64] * 4,
         *[ctypes.c_bool] * 2,
         *[ctypes.c_int] * 2,
     ]
     function.argtypes += [ctypes.POINTER(ctypes.c_int), ctypes.POINTER(ctypes.c_char_p)]
 
-    def call(dgrad, dtype, M, N, K, whole=True, aligned=True, arch=90, multiprocessors=132):
+    def call(dgrad, dtype, M, N, K, whole=True, aligned=True, arch=90, multiprocessors=132, experts=0):
         splits, reason = ctypes.c_int(), ctypes.c_char_p()
-        path = function(dgrad, dtype, M, N, K, whole, aligned, arch, multiprocessors, splits, reason)
+        path = function(dgrad, dtype, M, N, K, experts, whole, aligned, arch, multiprocessors, splits, reason)
         return path.decode(), splits.value, reason.value.decode()
 
     yield call
@@ -35,7 +35,7 @@ def choose(simt):
 
 def test_every_problem_has_a_kernel_and_a_reason(choose):
     rows = (1, 16, 17, 64, 65, 500, 4096, 1 << 24)
-    sides = (64, 4096, 28672, 1 << 20)
+    sides = (64, 4096, 28672, 1 << 18)
     for dgrad, dtype, M, N, K in itertools.product((False, True), (FP32, BF16, FP16), rows, sides, sides):
         for whole, aligned, arch in itertools.product((True, False), (True, False), ARCHITECTURES):
             path, splits, reason = choose(dgrad, dtype, M, N, K, whole, aligned, arch)
@@ -75,10 +75,53 @@ def test_the_readme_shows_the_table():
     choose_h, readme = (ROOT / "csrc/cuda/choose.h").read_text(), (ROOT / "README.md").read_text()
     table = re.findall(r'\{(\d+), (\d+), (\d+), "(predicted.*?)"\}', choose_h)
     assert re.findall(r"^\| sm_(\d+) \| (\d+) \| (\d+) \| (.*?) \|$", readme, re.MULTILINE) == table
+    table = re.findall(r'\{(\d+), (\d+), (\d+), "experts, (predicted.*?)"\}', choose_h)
+    assert re.findall(r"^\| experts, sm_(\d+) \| (\d+) \| (\d+) \| (.*?) \|$", readme, re.MULTILINE) == table
 
 
-def test_offsets_of_32_bits_bound_the_contraction(choose):
-    for is_dgrad, at_limit in ((False, (8, 1 << 24)), (True, (1 << 24, 64))):
+def test_experts_get_a_kernel_by_the_mean_of_their_rows(choose):
+    for dgrad, dtype, mean, experts in itertools.product(
+        (False, True), (FP32, BF16, FP16), (1, 16, 17, 64, 65, 5000), (1, 8, 128)
+    ):
+        for whole, aligned, arch in itertools.product((True, False), (True, False), ARCHITECTURES):
+            path, splits, reason = choose(
+                dgrad, dtype, mean * experts, 1536, 2048, whole, aligned, arch, experts=experts
+            )
+            assert reason
+            assert splits == 1, "experts are tiles enough"
+            has_panels = dtype == BF16 and aligned and arch in (90, 100, 103)
+            if dtype == FP32:
+                assert path == "any"
+            elif not (whole and aligned):
+                assert path == ("panel" if has_panels and mean > 64 else "any")
+            elif mean <= 16 and not dgrad:
+                assert path == "small"
+            else:
+                assert path == ("panel" if has_panels and mean == 5000 else "tiled")
+    assert choose(False, BF16, 33, 1536, 2048, experts=2)[0] == "tiled", "a mean of 16.5"
+
+
+def test_the_break_even_of_experts_is_the_tables(choose):
+    table = re.findall(r'\{(\d+), (\d+), (\d+), "experts, predicted', (ROOT / "csrc/cuda/choose.h").read_text())
+    assert len(table) == 2
+    for arch, linear, dgrad in ((int(a), int(b), int(c)) for a, b, c in table):
+        for is_dgrad, rows in ((False, linear), (True, dgrad)):
+            assert choose(is_dgrad, BF16, 8 * rows, 1536, 2048, arch=arch, experts=8)[0] == "tiled"
+            assert choose(is_dgrad, BF16, 8 * rows + 1, 1536, 2048, arch=arch, experts=8)[0] == "panel"
+            assert choose(is_dgrad, FP16, 8 * rows + 1, 1536, 2048, arch=arch, experts=8)[0] == "tiled"
+
+
+def test_experts_sums_are_no_longer_than_design_allows(choose):
+    for mean, longest in ((16, 4 * 8192), (40, 2 * 8192), (200, 8192)):
+        for N in (longest, longest + 8, 3 * longest):
+            path, splits, _ = choose(True, BF16, 4 * mean, N, 2048, arch=89, experts=4)
+            assert (path, splits) == ("tiled", -(-N // longest))
+    for K in (8 * 32768, 8 * 32768 + 64):
+        assert choose(False, BF16, 16, 2048, K, experts=4)[:2] == ("small", -(-K // (8 * 32768)))
+
+
+def test_numbers_of_32_bits_bound_the_sizes(choose):
+    for is_dgrad, at_limit in ((False, (8, 1 << 24)), (False, (1 << 18, 1 << 20)), (True, (1 << 24, 64))):
         below = tuple(n - 64 if n > 64 else n for n in at_limit)
         assert choose(is_dgrad, BF16, 20, *below)[0] == "tiled"
         assert choose(is_dgrad, BF16, 20, *at_limit)[0] == "any"

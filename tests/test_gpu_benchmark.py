@@ -12,8 +12,11 @@ import torch
 import nf4kernels as nf4
 from benchmarks import cuda_report, goals, gpu, gpu_measure, gpu_predictions, gpu_sanitize, gpu_tests, harness, report
 from benchmarks.harness import BNB_DQ, DENSE, OURS, Row
+from benchmarks.shapes import ExpertsShape
 
-SHAPES = ((128, 128), (64, 256))
+SHAPES, EXPERTS = ((128, 128), (64, 256)), ExpertsShape(6, 6, 64, 128)
+TOKENS = (1, 16)
+GROUPED_ROWS = (6, 96)  # each token goes through all six experts
 
 
 class Cpu:
@@ -65,7 +68,7 @@ def finished():
     """One whole run at tiny shapes."""
     run = new_run()
     run.measure_limits()
-    gpu_measure.measure(run, SHAPES, rows=(1, 64, 512))
+    gpu_measure.measure(run, SHAPES, rows=(1, 64, 512), experts=EXPERTS, tokens=TOKENS)
     return run
 
 
@@ -81,13 +84,14 @@ def test_every_op_is_measured_beside_its_peers(finished, found):
     expected = {("quantize", s, None) for s in shapes} | {("dequantize out=", s, None) for s in shapes}
     expected |= {(op, s, M) for op in ("linear", "linear_dgrad") for s in shapes for M in (1, 64, 512)}
     expected |= {("lora step", s, 512) for s in shapes}
+    expected |= {(f"grouped {op}", "64x128", rows) for op in ("linear", "dgrad") for rows in GROUPED_ROWS}
     assert set(found) == expected
     for row in found.values():
         assert all(ms > 0 for ms in row.ms.values())
         assert row.share[1] > 0
         if gpu_measure.bnb is not None and row.op != "dequantize out=":  # bitsandbytes has no `out` on the CPU
             assert BNB_DQ in row.ratios
-        if row.op.startswith("l"):
+        if row.op.startswith(("l", "g")):
             assert DENSE in row.ratios
     assert goals.WITHOUT_LORA in found["lora step", "128x128", 512].ratios
 
@@ -98,6 +102,9 @@ def test_every_kernel_is_forced_where_it_is_worth_its_time(finished, found):
     assert kernels == {"kernel small", "kernel tiled", "kernel panel", "kernel any"}
     assert "kernel small" not in found["linear", "128x128", 64].ms
     assert "kernel small" not in found["linear_dgrad", "128x128", 1].ms
+    kernels = {side for side in found["grouped linear", "64x128", 6].ms if side.startswith(gpu_measure.FORCED)}
+    assert kernels == {"kernel small", "kernel tiled"}
+    assert "kernel small" not in found["grouped dgrad", "64x128", 6].ms
     assert "kernel any" not in found["linear", "128x128", 512].ms
 
 
@@ -134,6 +141,11 @@ def test_a_full_run_has_less_than_a_hundred_lines():
             run.rows += [
                 Row(op, f"{N}x{K}", M, 1, "out", sides, ratios, 1.0, (0.5, 0.6, 0.7), predicted_ms=9.0) for M in rows
             ]
+    for op in ("grouped linear", "grouped dgrad"):
+        for rows in (8, 128, 4096, 65536):
+            run.rows.append(
+                Row(op, "1536x2048", rows, 1, "out", ms | forced, ratios, 1.0, (0.5, 0.6, 0.7), predicted_ms=9.0)
+            )
     run.said += ["something"] * 30
     lines = gpu_measure.summary(run).splitlines()
     assert len(lines) <= 100
@@ -158,7 +170,7 @@ def test_when_time_is_out_what_was_not_measured_is_said(capsys):
     run.copy_gb_s = run.bf16_gflop_s = 1.0
     gpu_measure.measure(run, SHAPES, rows=(1, 2))
     assert run.rows == []
-    assert "out of time: 4 rows or shapes were not measured" in capsys.readouterr().out
+    assert "out of time: 5 rows or shapes were not measured" in capsys.readouterr().out
     assert "not measured" in gpu_measure.summary(run)
 
 
@@ -166,8 +178,8 @@ def test_a_missing_peer_is_said_by_name(monkeypatch):
     monkeypatch.setattr(gpu_measure, "bnb", None)
     run = new_run()
     run.measure_limits()
-    gpu_measure.measure(run, SHAPES[:1], rows=(1,))
-    assert len(run.rows) == 4
+    gpu_measure.measure(run, SHAPES[:1], rows=(1,), experts=EXPERTS, tokens=TOKENS)
+    assert len(run.rows) == 4 + 2 * len(GROUPED_ROWS)
     assert all(BNB_DQ not in row.ms for row in run.rows)
     assert gpu_measure.about(run)["bitsandbytes"] == "missing"
     assert any(cells[1] == f">= 1.00x {BNB_DQ}" and cells[-1] == "not measured"

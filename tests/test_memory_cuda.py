@@ -10,7 +10,7 @@ import simt_ops
 from simt.build import asan_environment
 
 TESTS = Path(__file__).parent
-STEMS = ("quantize", "dequantize", "linear", "linear_dgrad", "lora_grad", "ops")
+STEMS = ("quantize", "dequantize", "linear", "linear_dgrad", "grouped_linear", "lora_grad", "ops")
 
 
 def test_no_kernel_reads_or_writes_outside_of_its_tensors(simt_executor):

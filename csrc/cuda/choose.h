@@ -13,6 +13,7 @@ struct Problem {
   bool dgrad;
   Dtype dtype;
   int64_t M, N, K;
+  int64_t experts;   // of a grouped product, whose weights share the M rows out; 0: one weight takes them all
   bool whole_codes;  // every 64 consecutive weights of a row share a scale
   bool aligned;      // every pointer to 16 bytes
   int arch;          // 10 * major + minor
@@ -27,11 +28,14 @@ struct Choice {
 
 constexpr int kSmallRows = 16;
 
+// Rows that a weight is multiplied with; of experts on average, for the host does not know more.
+inline int64_t rows_each(const Problem& p) { return p.experts > 0 ? (p.M + p.experts - 1) / p.experts : p.M; }
+
 // Most rows of x that the tiled kernels take before dequantizing a panel and calling cuBLAS pays. PREDICTED, NOT
 // MEASURED: with F the speed of the tiled kernel and C that of cuBLAS, a panel costs 2.516 bytes a weight of copying, so
 // it pays from M = 2.516 / copy / (2 (1 / F - 1 / C)), here to the nearest 32. TB/s and TFLOP/s, by data sheet (sm_90: an
 // H200's copy and cuBLAS measured); F is 0.85 of what the tensor cores do by mma.sync or, on sm_90, shared memory lets
-// through (linear_tiled.cu), and for dgrad, which issues a quarter more instructions, 0.85 of that again.
+// through (linear_tiled.cuh), and for dgrad, which issues a quarter more instructions, 0.85 of that again.
 // `python benchmarks/gpu.py` prints the measured break-even.
 struct Fused {
   int arch;  // this one and those up to the next
@@ -74,7 +78,7 @@ inline int splits_for(const Tile& tile, int64_t M, int64_t columns, int64_t cont
   const int64_t blocks = ceil_div(columns, tile.columns) * ceil_div(M, tile.rows);
   const int64_t busy = int64_t(multiprocessors) * tile.per_processor / (blocks > 0 ? blocks : 1);
   const int64_t steps = ceil_div(contraction, tile.step);
-  const int64_t cheap = contraction / (16 * (M > 0 ? M : 1));  // 8 bytes a partial sum against half a byte a weight
+  const int64_t cheap = contraction / (16 * M);  // 8 bytes a partial sum against half a byte a weight
   const int64_t least = ceil_div(contraction, tile.longest);
   int64_t splits = busy;
   if (splits > steps) splits = steps;
@@ -83,32 +87,76 @@ inline int splits_for(const Tile& tile, int64_t M, int64_t columns, int64_t cont
   return int(splits < 1 ? 1 : splits);
 }
 
+// The same for experts, in rows each has on average, where torch's grouped product is native and waits for nothing: on
+// sm_90 and sm_100. PREDICTED, NOT MEASURED, by the numbers above, torch's product at 0.85 of cuBLAS, and its result copied
+// to where it belongs: from M = 2.516 / copy / (2 / F - 2 / C - 4 / (copy * 2048)) at a contraction of 2048.
+constexpr Fused kGroupedFused[] = {
+    {90, 832, 416, "experts, predicted from copy 4.3 TB/s, grouped product 670, tiled 482 TFLOP/s"},
+    {100, 160, 128, "experts, predicted from copy 7 TB/s, grouped product 1275, tiled 477 TFLOP/s"},
+};
+inline const Fused* grouped_fused_of(int arch) {
+  for (const Fused& row : kGroupedFused)
+    if (row.arch / 10 == arch / 10) return &row;
+  return nullptr;
+}
+
 inline bool takes_tensor_cores(const Problem& p) {
-  constexpr int64_t kMost = 1 << 24;  // 128 rows of 2-byte elements are addressed by 32 bits
-  const bool contraction = p.dgrad ? p.N % 8 == 0 && p.N < kMost : p.K < kMost;
-  return p.dtype != Dtype::kFloat32 && p.whole_codes && p.aligned && contraction;
+  constexpr int64_t kMost = 1 << 24;                 // 128 rows of 2-byte elements are addressed by 32 bits
+  constexpr int64_t kMostBlocks = int64_t{1} << 32;  // of 64 weights, which linear numbers by 32 bits
+  const bool sizes = p.dgrad ? p.N % 8 == 0 && p.N < kMost : p.K < kMost && p.N * (p.K / 64) < kMostBlocks;
+  return p.dtype != Dtype::kFloat32 && p.whole_codes && p.aligned && sizes;
 }
 // Why `path` cannot run this; null if it can.
 inline const char* obstacle(const Problem& p, Path path) {
   if (path == Path::kAny) return nullptr;
   if (p.dtype == Dtype::kFloat32) return "fp32 is multiplied in true fp32";
-  if (path == Path::kPanel) return nullptr;
+  if (path == Path::kPanel && p.experts == 0) return nullptr;
+  if (path == Path::kPanel) {
+    const bool sizes = p.N % 8 == 0 && p.aligned && p.experts < 1 << 16;
+    return p.dtype == Dtype::kBFloat16 && grouped_fused_of(p.arch) != nullptr && sizes
+               ? nullptr
+               : "panels of experts are for bf16 on sm_90 and sm_100, N a multiple of 8, pointers aligned to 16 bytes";
+  }
   if (!takes_tensor_cores(p))
     return "K must be a multiple of 64, block_size at least 64, pointers aligned to 16 bytes, for dgrad N a multiple "
            "of 8";
-  if (path == Path::kSmall && (p.dgrad || p.M > kSmallRows)) return "the small kernel is linear's, for at most 16 rows";
+  if (path == Path::kSmall && (p.dgrad || (p.M > kSmallRows && p.experts == 0)))
+    return "the small kernel is linear's, for at most 16 rows";
   return nullptr;
 }
 
+// Experts are blocks of threads enough (grouped_linear.cu): theirs are as many as the length of a sum demands.
 inline int splits_of(const Problem& p, Path path) {
-  if (path == Path::kSmall) return splits_for(kLinearSmallTile, p.M, p.N, p.K, p.multiprocessors);
-  if (path != Path::kTiled) return 1;
-  if (p.dgrad) return splits_for(kDgradTiles[tile_index(kDgradTiles, p.M)], p.M, p.K, p.N, p.multiprocessors);
-  return splits_for(kLinearTiles[tile_index(kLinearTiles, p.M)], p.M, p.N, p.K, p.multiprocessors);
+  if (path != Path::kSmall && path != Path::kTiled) return 1;
+  const int64_t columns = p.dgrad ? p.K : p.N, contraction = p.dgrad ? p.N : p.K;
+  const Tile& tile = path == Path::kSmall ? kLinearSmallTile
+                     : p.dgrad            ? kDgradTiles[tile_index(kDgradTiles, rows_each(p))]
+                                          : kLinearTiles[tile_index(kLinearTiles, rows_each(p))];
+  if (p.experts > 0) return 1 + int((contraction - 1) / tile.longest);
+  return splits_for(tile, p.M, columns, contraction, p.multiprocessors);
+}
+
+constexpr int64_t kAnyRows = 64;  // one tile of product_any: with more, it would decode the weight again
+
+inline Choice choose_grouped(const Problem& p) {
+  if (p.dtype == Dtype::kFloat32) return {Path::kAny, 1, "fp32: true fp32, no tensor cores"};
+  const bool has_panels = obstacle(p, Path::kPanel) == nullptr;
+  if (!takes_tensor_cores(p)) {
+    if (has_panels && rows_each(p) > kAnyRows)
+      return {Path::kPanel, 1, "no tensor-core kernel for the shape, and rows enough for torch's product"};
+    return {Path::kAny, 1, "a shape, block size or alignment without a tensor-core kernel"};
+  }
+  if (!p.dgrad && rows_each(p) <= kSmallRows)
+    return {Path::kSmall, splits_of(p, Path::kSmall), "at most 16 rows an expert"};
+  if (!has_panels) return {Path::kTiled, splits_of(p, Path::kTiled), "torch has no product of experts for this"};
+  const Fused& fused = *grouped_fused_of(p.arch);
+  if (rows_each(p) <= (p.dgrad ? fused.linear_dgrad : fused.linear))
+    return {Path::kTiled, splits_of(p, Path::kTiled), fused.why};
+  return {Path::kPanel, 1, fused.why};
 }
 
 inline Choice choose(const Problem& p) {
-  constexpr int64_t kAnyRows = 64;  // one tile of product_any: with more, it would decode the weight again
+  if (p.experts > 0) return choose_grouped(p);
   if (p.dtype == Dtype::kFloat32) return {Path::kAny, 1, "fp32: true fp32, no tensor cores"};
   if (!takes_tensor_cores(p)) {
     if (p.M <= kAnyRows) return {Path::kAny, 1, "a shape, block size or alignment without a tensor-core kernel"};

@@ -109,8 +109,9 @@ NF4_DEVICE void decode_items(const Weight& w, const Part& part, const Tables& ta
   }
 }
 
+// The work of a block of threads.
 template <class T, bool kGroups>
-__global__ void __launch_bounds__(kThreads, 4) dequantize_kernel(Weight w, Part part, T* out) {
+NF4_DEVICE void decode_part(const Weight& w, const Part& part, T* out) {
   Tables& tables = *shared_memory<Tables>();
   if (threadIdx.x < kLevels) tables.code[threadIdx.x] = load_cached(w.code + threadIdx.x);
   if (w.scale_code != nullptr) tables.scale_code[threadIdx.x] = load_cached(w.scale_code + threadIdx.x);
@@ -127,10 +128,25 @@ __global__ void __launch_bounds__(kThreads, 4) dequantize_kernel(Weight w, Part 
   }
 }
 
+template <class T, bool kGroups>
+__global__ void __launch_bounds__(kThreads, 4) dequantize_kernel(Weight w, Part part, T* out) {
+  decode_part<T, kGroups>(w, part, out);
+}
+
+// Experts without rows are not read, nor is memory for them written.
+__global__ void __launch_bounds__(kThreads, 4)
+    dequantize_experts_kernel(Experts experts, const int32_t* offsets, Part part, BFloat16* out, int64_t out_size) {
+  const int expert = int(blockIdx.z);
+  if (offsets[expert] == (expert == 0 ? 0 : offsets[expert - 1])) return;
+  const Weight weight = experts[expert];
+  decode_part<BFloat16, true>(weight, part, out + expert * out_size);
+}
+
 NF4_HOST_DEVICE static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// How many threads go along a row, and the grid.
 template <class T, bool kGroups>
-cudaError_t launch_part(const Weight& w, Part part, T* out, cudaStream_t stream) {
+dim3 plan(Part& part) {
   constexpr int64_t kWidth = kGroups ? group_width<T> : 1;
   // As many threads along a row as it has items, up to a warp; then as many as leave each its kItems.
   for (part.lanes_shift = 0; part.lanes_shift < 8; ++part.lanes_shift) {
@@ -140,7 +156,12 @@ cudaError_t launch_part(const Weight& w, Part part, T* out, cudaStream_t stream)
   const int64_t lanes = 1 << part.lanes_shift;
   const int64_t tiles = ceil_div(part.cols, lanes * kItems * kWidth), row_tiles = ceil_div(part.rows, kThreads / lanes);
   const int64_t across = min(tiles, int64_t(kMaxGrid)), down = min(row_tiles, max(kMaxGrid / across, int64_t(1)));
-  const dim3 grid{unsigned(across), unsigned(down)};
+  return dim3(unsigned(across), unsigned(down));
+}
+
+template <class T, bool kGroups>
+cudaError_t launch_part(const Weight& w, Part part, T* out, cudaStream_t stream) {
+  const dim3 grid = plan<T, kGroups>(part);
   return launch(dequantize_kernel<T, kGroups>, grid, kThreads, sizeof(Tables), stream, w, part, out);
 }
 
@@ -156,7 +177,7 @@ cudaError_t dequantize_to(const DequantizeArgs& args, Part part, cudaStream_t st
 
 }  // namespace
 
-cudaError_t dequantize(const DequantizeArgs& args, cudaStream_t stream) {
+static Part part_of(const DequantizeArgs& args) {
   const int64_t K = args.weight.K;
   Part part{args.row_begin * K + args.col_begin,
             args.row_end - args.row_begin,
@@ -164,11 +185,24 @@ cudaError_t dequantize(const DequantizeArgs& args, cudaStream_t stream) {
             K,
             args.stride,
             0};
-  if (part.rows == 0 || part.cols == 0) return cudaSuccess;
   if (part.cols == K && part.stride == K) {  // one run of weights, whatever K is
     part.cols *= part.rows;
     part.rows = 1;
   }
+  return part;
+}
+
+cudaError_t dequantize_experts(const DequantizeExpertsArgs& args, cudaStream_t stream) {
+  Part part = part_of(args.first);
+  dim3 grid = plan<BFloat16, true>(part);
+  grid.z = unsigned(args.experts.count);
+  return launch(dequantize_experts_kernel, grid, kThreads, sizeof(Tables), stream, args.experts, args.offsets, part,
+                static_cast<BFloat16*>(args.first.out), args.out_size);
+}
+
+cudaError_t dequantize(const DequantizeArgs& args, cudaStream_t stream) {
+  const Part part = part_of(args);
+  if (part.rows == 0 || part.cols == 0) return cudaSuccess;
   switch (args.dtype) {
     case Dtype::kFloat32: return dequantize_to<float>(args, part, stream);
     case Dtype::kBFloat16: return dequantize_to<BFloat16>(args, part, stream);

@@ -39,6 +39,11 @@ template <class T>
 NF4_DEVICE T shuffle(T value, int lane) {
   return __shfl_sync(0xffffffffu, value, lane);
 }
+// From the lane's four neighbours, itself among them, the value of number i: 0 to 3, no register where it is a constant.
+template <class T>
+NF4_DEVICE T shuffle_four(T value, int i) {
+  return __shfl_sync(0xffffffffu, value, i, 4);
+}
 template <class T>
 NF4_DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);

@@ -83,6 +83,36 @@ cudaError_t linear_small(const ProductArgs& args, cudaStream_t stream);  // M <=
 cudaError_t linear_tiled(const ProductArgs& args, cudaStream_t stream);
 cudaError_t linear_dgrad_tiled(const ProductArgs& args, cudaStream_t stream);  // N % 8 == 0
 
+// Products with the weights of experts, row by row the one whose rows these are. It takes the device to know them, so a
+// launch has a block of threads for every tile that there can be, and each finds its own: grouped.cuh.
+struct GroupedArgs {
+  ProductArgs product;     // weight: the first expert's; no bias, no rank; M: the rows of x and out given here
+  int64_t first_row;       // of these rows, as the offsets count them
+  Experts experts;         // the first is product.weight
+  const int32_t* offsets;  // [experts]: the row past each expert's last; rows past the last one's become zeros
+  int64_t rows_each;       // of an expert, about: the tile's height
+};
+cudaError_t grouped_linear_any(const GroupedArgs& args, cudaStream_t stream);
+cudaError_t grouped_linear_dgrad_any(const GroupedArgs& args, cudaStream_t stream);
+// As linear_small and so on of each expert, any number of rows.
+cudaError_t grouped_linear_small(const GroupedArgs& args, cudaStream_t stream);
+cudaError_t grouped_linear_tiled(const GroupedArgs& args, cudaStream_t stream);
+cudaError_t grouped_linear_dgrad_tiled(const GroupedArgs& args, cudaStream_t stream);
+
+// For a product that torch does, which takes no offsets but sound ones: `sound` [experts] is what the offsets count as.
+cudaError_t sound_offsets(const GroupedArgs& args, int32_t* sound, cudaStream_t stream);
+// Rows of out [M, columns], bf16, from the last of the sound `offsets` on become zeros.
+cudaError_t zero_rows_of_none(const GroupedArgs& args, int64_t columns, cudaStream_t stream);
+
+// Ŵ[range] of every expert that has rows by sound offsets, as bf16, each `out_size` elements after the one before.
+struct DequantizeExpertsArgs {
+  DequantizeArgs first;  // of the first expert
+  Experts experts;
+  const int32_t* offsets;
+  int64_t out_size;
+};
+cudaError_t dequantize_experts(const DequantizeExpertsArgs& args, cudaStream_t stream);  // aligned to 16 bytes
+
 // out [rows, width] of rows `stride` elements apart = scaling * small [rows, rank], zeros beyond rank; bf16 or fp16.
 struct ScaleLowRankArgs {
   const void* small;

@@ -22,10 +22,10 @@ using Sums = float[kRowTiles][kTokenTiles][4];
 
 // sums += part, each row of W times its scale; a lane's `scale` is that of row g + 8t.
 template <int kTokenTiles>
-NF4_DEVICE void add_scaled(Sums<kTokenTiles>& sums, const Sums<kTokenTiles>& part, float scale, const Lane& lane) {
+NF4_DEVICE void add_scaled(Sums<kTokenTiles>& sums, const Sums<kTokenTiles>& part, float scale) {
 #pragma unroll
   for (int tile = 0; tile < kRowTiles; ++tile) {
-    const float low = shuffle(scale, 4 * lane.g + 2 * tile), high = shuffle(scale, 4 * lane.g + 2 * tile + 1);
+    const float low = shuffle_four(scale, 2 * tile), high = shuffle_four(scale, 2 * tile + 1);
 #pragma unroll
     for (int m = 0; m < kTokenTiles; ++m)
 #pragma unroll
@@ -37,7 +37,7 @@ NF4_DEVICE void add_scaled(Sums<kTokenTiles>& sums, const Sums<kTokenTiles>& par
 // first or second 8 k.
 template <class T, int kTokenTiles, class LoadX>
 NF4_DEVICE void multiply_block(Sums<kTokenTiles>& sums, const uint2 (&words)[kSlots], float scale,
-                               const PairTable& table, const Lane& lane, LoadX&& x) {
+                               const PairTable& table, LoadX&& x) {
   Sums<kTokenTiles> part = {};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {  // 8 k a lane: two steps of mma
@@ -60,7 +60,7 @@ NF4_DEVICE void multiply_block(Sums<kTokenTiles>& sums, const uint2 (&words)[kSl
       for (int tile = 0; tile < kRowTiles; ++tile) mma_16x8x16<T>(part[tile][m], second[tile], tokens.z, tokens.w);
     }
   }
-  add_scaled<kTokenTiles>(sums, part, scale, lane);
+  add_scaled<kTokenTiles>(sums, part, scale);
 }
 
 // sums += scaling * B[32 rows, rank] @ P^T: LoRA's term is more of the same contraction.
@@ -86,22 +86,25 @@ NF4_DEVICE void add_low_rank(Sums<kTokenTiles>& sums, const ProductArgs& args, i
       for (int tile = 0; tile < kRowTiles; ++tile) mma_16x8x16<T>(part[tile][m], a[tile], b0, b1);
     }
   }
-  add_scaled<kTokenTiles>(sums, part, args.scaling, lane);
+  add_scaled<kTokenTiles>(sums, part, args.scaling);
 }
 
 // The scale of row g + 8t of a warp's rows, which the lane decodes for all. Beyond N it is the last row's: what comes of
 // it is not stored, and no load needs a condition.
 struct RowScale {
   const Weight& w;
-  int64_t first;  // element of the row
+  uint32_t first;  // of the row, in 64 weights: a register less than in weights, and no sums of 64 bits
+  float offset;
   NF4_DEVICE RowScale(const Weight& w, int64_t first_row, const Lane& lane)
-      : w(w), first(smaller(first_row + lane.g + 8 * lane.t, w.N - 1) * w.K) {}
+      : w(w),
+        first(uint32_t(smaller(first_row + lane.g + 8 * lane.t, w.N - 1) * (w.K / kBlockK))),
+        offset(offset_of(w)) {}
 
-  NF4_DEVICE int64_t index(int block) const { return (first + int64_t(block) * kBlockK) >> w.block_shift; }
+  NF4_DEVICE uint32_t index(int block) const { return (first + uint32_t(block)) >> (w.block_shift - 6); }
   NF4_DEVICE uint32_t stored(int block) const { return stored_scale(w, index(block)); }
   // Times the factor that goes with the table.
   NF4_DEVICE float decode(int block, uint32_t stored, float factor) const {
-    return scale_of(w, index(block), stored) * factor;
+    return scale_of(w, index(block), stored, offset) * factor;
   }
 };
 

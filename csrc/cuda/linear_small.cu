@@ -1,134 +1,21 @@
-// linear for few rows of x: y[M, N] = x[M, K] @ W[N, K]^T, M <= 16, on tensor cores straight from the packed bytes.
-//
-// Who: a block of 8 warps owns 32 rows of W and one of `splits` parts of K; its warps take turns at chunks of 128 k, and
-//   their sums are added in order. How a warp multiplies: linear.cuh.
-// Trick: W goes from memory to registers, 8 bytes a lane and load, a chunk ahead (2 KB a warp, 32 KB an SM on their way),
-//   x comes through the L1: nothing but the table is in shared memory and no barrier is in the loop. Rejected: FMAs
-//   without tensor cores (an H200 has 3.2 issue slots a weight at memory speed; decode, convert and FMA take 5); 16 bytes
-//   of W a load, which would bring two blocks of one row, with two scales, into one mma.
-// Bytes: 0.516 N K, and x from the L2 for each block of threads: an H200 (4.3 TB/s) does 4096 x 4096 in 2.0 us.
-// Needs: bf16 or fp16, has_whole_codes(weight), all pointers aligned to 16 bytes.
-#include "choose.h"
-#include "linear.cuh"
+// linear for at most 16 rows of x: linear_small.cuh's work, all rows in one tile of 8 or 16 and one of `splits` parts.
+#include "linear_small.cuh"
 
 namespace nf4::cuda {
 namespace {
 
-constexpr int kWarps = 8;
-constexpr int kChunk = 2;  // blocks of 64 k a warp takes at a time
-
-struct Chunk {
-  uint2 words[kChunk][kSlots];
-  uint32_t scales[kChunk];  // as stored
-};
-
-// A lane's rows of W, tokens of x and scale. Rows beyond N and M are the last row's: what comes of them is not stored.
-// Offsets have 32 bits (K < 2^26), two registers less a row than pointers.
-template <class T, int kTokenTiles>
-struct Lines {
-  Lane lane;
-  RowScale scale;
-  int blocks;  // of 64 k in a row
-  const uint8_t* packed;
-  const uint8_t* x;
-  uint32_t rows[kSlots], tokens[kTokenTiles];  // bytes from packed and x
-
-  NF4_DEVICE Lines(const ProductArgs& args, int64_t first_row)
-      : scale(args.weight, first_row, lane), blocks(int(args.weight.K / kBlockK)) {
-    const int K = int(args.weight.K), last_row = int(smaller(args.weight.N - first_row, kWarpRows)) - 1;
-    packed = args.weight.packed + first_row * (K / 2);
-    x = static_cast<const uint8_t*>(args.x);
-#pragma unroll
-    for (int slot = 0; slot < kSlots; ++slot)
-      rows[slot] = uint32_t(min(lane.g + 8 * slot, last_row)) * (K / 2) + 8 * lane.t;
-#pragma unroll
-    for (int m = 0; m < kTokenTiles; ++m)
-      tokens[m] = (uint32_t(min(8 * m + lane.g, int(args.M) - 1)) * K + 16 * lane.t) * 2;
-  }
-
-  NF4_DEVICE void load(Chunk& chunk, int first_block) const {
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      const int block =
-          min(first_block + i, blocks - 1);  // an odd last chunk has the last block twice, and uses it once
-#pragma unroll
-      for (int slot = 0; slot < kSlots; ++slot)
-        chunk.words[i][slot] =
-            load_streamed(reinterpret_cast<const uint2*>(packed + (rows[slot] + uint32_t(block) * 32)));
-      chunk.scales[i] = scale.stored(block);
-    }
-  }
-
-  // Of token 8m + g, the lane's first or second 8 k of a block.
-  NF4_DEVICE uint4 tokens_of(int block, int m, int half) const {
-    return load_cached(reinterpret_cast<const uint4*>(x + (tokens[m] + uint32_t(block) * kBlockK * 2 + 16 * half)));
-  }
-};
-
-// Adds the warps' sums in order and stores them; `scratch` [kWarps, 8 kTokenTiles, kWarpRows].
-template <class T, int kTokenTiles>
-NF4_DEVICE void finish(const Sums<kTokenTiles>& sums, const ProductArgs& args, int64_t first_row, const Lane& lane,
-                       float* scratch) {
-  constexpr int kTokens = 8 * kTokenTiles;
-  float* own = scratch + int(threadIdx.x) / kWarp * kTokens * kWarpRows;
-  for (int tile = 0; tile < kRowTiles; ++tile)
-    for (int m = 0; m < kTokenTiles; ++m)
-      for (int i = 0; i < 4; ++i)
-        own[(8 * m + 2 * lane.t + i % 2) * kWarpRows + 16 * tile + lane.g + 8 * (i / 2)] = sums[tile][m][i];
-  sync_block();
-  const Store<T> store(args, args.weight.N, blockIdx.y);
-  for (int i = int(threadIdx.x); i < kTokens * kWarpRows; i += kWarps * kWarp) {
-    const int64_t token = i / kWarpRows, row = first_row + i % kWarpRows;
-    float total = 0;
-    for (int warp = 0; warp < kWarps; ++warp) total += scratch[warp * kTokens * kWarpRows + i];
-    if (token < args.M && row < args.weight.N) store.one(token, row, total);
-  }
-}
+using namespace small;
 
 template <class T, int kTokenTiles>
 __global__ void __launch_bounds__(kWarps* kWarp, 2) linear_small_kernel(const ProductArgs args) {
-  const int64_t first_row = int64_t(blockIdx.x) * kWarpRows;
-  const int warp = int(threadIdx.x) / kWarp;
-  const Lines<T, kTokenTiles> lines(args, first_row);
-  const Lane& lane = lines.lane;
-  const Part chunks(ceil_div(lines.blocks, kChunk), blockIdx.y, args.splits);
-  const int end = int(chunks.end);
-  int chunk = int(chunks.begin) + warp;
-  Chunk next;
-  if (chunk < end) lines.load(next, chunk * kChunk);
-
-  uint32_t* words = shared_memory<uint32_t>();
-  const float factor = build_pair_table<T>(words, args);
-  sync_block();
-  const PairTable table(words, lane.index);
-
-  Sums<kTokenTiles> sums = {};
-  if (args.rank > 0 && blockIdx.y == 0 && warp == kWarps - 1)
-    add_low_rank<T, kTokenTiles>(sums, args, first_row, 0, lane);
-  for (; chunk < end; chunk += kWarps) {
-    const Chunk now = next;
-    if (chunk + kWarps < end) lines.load(next, (chunk + kWarps) * kChunk);
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      const int block = chunk * kChunk + i;
-      if (block >= lines.blocks) break;
-      const float scale = lines.scale.decode(block, now.scales[i], factor);
-      multiply_block<T, kTokenTiles>(sums, now.words[i], scale, table, lane,
-                                     [&](int m, int half) { return lines.tokens_of(block, m, half); });
-    }
-  }
-  sync_block();  // the last reader of the table, whose memory the sums take
-  finish<T, kTokenTiles>(sums, args, first_row, lane, shared_memory<float>());
+  linear_small_block<T, kTokenTiles>(args, Work<int64_t>{args.weight, blockIdx.x, 0, args.M, blockIdx.y, args.rank});
 }
-
-static_assert(kLinearSmallTile.columns == kWarpRows && kLinearSmallTile.step == kWarps * kChunk * kBlockK, "as chosen");
-static_assert(kWarps * kSmallRows * kWarpRows * 4 <= kPairTableBytes, "the warps' sums fit where the table was");
 
 template <class T>
 cudaError_t launch_for(const ProductArgs& args, cudaStream_t stream) {
   const auto kernel = args.M <= 8 ? linear_small_kernel<T, 1> : linear_small_kernel<T, 2>;
   const dim3 grid(unsigned(ceil_div(args.weight.N, kWarpRows)), unsigned(args.splits));
-  return launch(kernel, grid, kWarps * kWarp, kPairTableBytes, stream, args);
+  return launch(kernel, grid, kWarps * kWarp, small::kSharedBytes, stream, args);
 }
 
 }  // namespace

@@ -31,16 +31,34 @@ struct Part {
       : begin(count * s / splits), end(count * (s + 1) / splits) {}
 };
 
+// What a block of threads does: one tile of out, in one part of the contraction. Rows of x beyond `end` are not the
+// weight's. Index is int where these are in registers, two less a number; constants of the launch are int64_t as they
+// are, or the conversions would take some.
+template <class Index>
+struct Work {
+  const Weight& weight;
+  Index column_tile;
+  Index row, end;  // of x: the tile's first, and where the weight's rows end
+  Index split;
+  int64_t rank;  // of LoRA's term
+};
+
+// Of a product with one weight, tiles of so many rows.
+NF4_DEVICE Work<int64_t> own_work(const ProductArgs& args, int rows, int64_t split) {
+  return {args.weight, blockIdx.x, int64_t(blockIdx.y) * rows, args.M, split, args.rank};
+}
+
 // A block's scale as stored, on its way from memory: taken early, decoded by scale_of when it is needed.
 NF4_DEVICE uint32_t stored_scale(const Weight& w, int64_t block) {
   return w.absmax_u8 == nullptr ? bits_of(load_cached(w.absmax + block)) : load_cached(w.absmax_u8 + block);
 }
-// block_scale of format.h.
-NF4_DEVICE float scale_of(const Weight& w, int64_t block, uint32_t stored) {
+// block_scale of format.h, of a weight with this scale_offset.
+NF4_DEVICE float scale_of(const Weight& w, int64_t block, uint32_t stored, float offset) {
   if (w.absmax_u8 == nullptr) return float_of(stored);
   const float product = load_cached(w.scale_code + stored) * load_cached(w.scale_absmax + (block >> kSuperblockShift));
-  return product + load_cached(w.scale_offset);
+  return product + offset;
 }
+NF4_DEVICE float offset_of(const Weight& w) { return w.absmax_u8 == nullptr ? 0.f : load_cached(w.scale_offset); }
 
 // Elements column and column + 1 of a row of `length` elements, zeros past its end.
 template <class T>

@@ -1,118 +1,19 @@
-// linear, linear_dgrad and lora_grad for any shape, block size, dtype and alignment: true fp32, no tensor cores.
-//
-//   out[M, columns] = scaling * P[M, rank] @ F[rank, columns] + X[M, depth] @ Y[depth, columns] (+ bias)
-//
-// Who: a block of 256 threads owns 64 x 64 of out, a thread 4 x 4 of it. 16 of the depth at a time are brought to shared
-//   memory as fp32, Ŵ decoded one by one on its way.
-// Trick: none; this is the path of fp32 activations and of shapes the others do not take. Sums of 64 terms are added up
-//   apart: a running sum over 512 of one sign loses twice what dense fp32 does.
-// Time: 2 M N K flops on fp32 units at about a third of their rate (one load of 4 values a side for 16 multiply-adds);
-//   decoding, 20 instructions a weight for each 64 rows of x, comes on top: as long again for few rows.
-#include "product.cuh"
+// linear, linear_dgrad and lora_grad for any shape, block size, dtype and alignment: product_any.cuh's tiles.
+#include "product_any.cuh"
 
 namespace nf4::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kTile = 64;
-constexpr int kDepth = 16;
-constexpr int kOwn = 4;
-constexpr int kLongestSum = 64;
-constexpr int kPitch = kTile + 4;  // rows stay aligned to 16 bytes
-
-// Element (i, k) of a matrix of T with any strides.
-template <class T>
-struct Strided {
-  const T* data;
-  int64_t row_stride, column_stride;
-  NF4_DEVICE float operator()(int64_t i, int64_t k) const { return to_float(data[i * row_stride + k * column_stride]); }
-};
-
-// Ŵ[n, k] in fp32; turned: element (n, k) for linear_dgrad, else (k, n) for linear.
-template <bool kTurned>
-struct Decoded {
-  const Weight& w;
-  NF4_DEVICE float operator()(int64_t i, int64_t j) const {
-    const int64_t at = kTurned ? i * w.K + j : j * w.K + i;
-    return w.code[nibble(w.packed, at)] * block_scale(w, at >> w.block_shift);
-  }
-};
-
-struct Tile {
-  int64_t row, column, rows, columns;  // where it begins, and the size of out
-};
-
-using Sums = float[kOwn][kOwn];
-
-// sums += x[rows, depth] @ y[depth, columns] of this tile. `shared` holds [kDepth, kPitch] of x^T and of y.
-template <class X, class Y>
-NF4_DEVICE void add_product(Sums& sums, const X& x, const Y& y, int64_t depth, const Tile& tile, float* shared) {
-  float* x_tile = shared;
-  float* y_tile = shared + kDepth * kPitch;
-  const int thread = int(threadIdx.x), own_row = thread / 16 * kOwn, own_column = thread % 16 * kOwn;
-  for (int64_t chunk = 0; chunk < depth; chunk += kLongestSum) {
-    Sums part = {};
-    const int64_t end = smaller(chunk + kLongestSum, depth);
-    for (int64_t k = chunk; k < end; k += kDepth) {
-      sync_block();  // the tiles' last readers
-      for (int i = thread; i < kTile * kDepth; i += kThreads) {
-        const int64_t at = k + i % kDepth, row = tile.row + i / kDepth, column = tile.column + i % kTile;
-        x_tile[i % kDepth * kPitch + i / kDepth] = at < end && row < tile.rows ? x(row, at) : 0.f;
-        const int64_t y_at = k + i / kTile;
-        y_tile[i / kTile * kPitch + i % kTile] = y_at < end && column < tile.columns ? y(y_at, column) : 0.f;
-      }
-      sync_block();
-#pragma unroll
-      for (int d = 0; d < kDepth; ++d)
-#pragma unroll
-        for (int i = 0; i < kOwn; ++i)
-#pragma unroll
-          for (int j = 0; j < kOwn; ++j)
-            part[i][j] = fmaf(x_tile[d * kPitch + own_row + i], y_tile[d * kPitch + own_column + j], part[i][j]);
-    }
-    for (int i = 0; i < kOwn; ++i)
-      for (int j = 0; j < kOwn; ++j) sums[i][j] += part[i][j];
-  }
-}
-
-NF4_DEVICE Tile own_tile(int64_t rows, int64_t columns) {
-  return {int64_t(blockIdx.y) * kTile, int64_t(blockIdx.x) * kTile, rows, columns};
-}
-
-// store(row, column, sum) for this thread's part of the tile.
-template <class F>
-NF4_DEVICE void for_each_own(const Sums& sums, const Tile& tile, F&& store) {
-  for (int i = 0; i < kOwn; ++i)
-    for (int j = 0; j < kOwn; ++j) {
-      const int64_t row = tile.row + int(threadIdx.x) / 16 * kOwn + i;
-      const int64_t column = tile.column + int(threadIdx.x) % 16 * kOwn + j;
-      if (row < tile.rows && column < tile.columns) store(row, column, sums[i][j]);
-    }
-}
+using namespace any;
 
 template <class T, bool kDgrad>
 __global__ void __launch_bounds__(kThreads) product_any_kernel(const ProductArgs args) {
-  const Weight& w = args.weight;
-  const int64_t depth = kDgrad ? w.N : w.K, columns = kDgrad ? w.K : w.N;
-  const Tile tile = own_tile(args.M, columns);
-  const T* factor = static_cast<const T*>(args.low_rank_factor);
-  Sums sums = {};
-  if (args.rank > 0) {
-    const Strided<T> small{static_cast<const T*>(args.low_rank_x), args.rank, 1};
-    const Strided<T> wide{factor, kDgrad ? columns : 1, kDgrad ? 1 : args.rank};
-    add_product(sums, small, wide, args.rank, tile, shared_memory<float>());
-    for (int i = 0; i < kOwn; ++i)
-      for (int j = 0; j < kOwn; ++j) sums[i][j] *= args.scaling;
-  }
-  add_product(sums, Strided<T>{static_cast<const T*>(args.x), depth, 1}, Decoded<kDgrad>{w}, depth, tile,
-              shared_memory<float>());
-  const Store<T> store(args, columns, 0);
-  for_each_own(sums, tile, [&](int64_t row, int64_t column, float sum) { store.one(row, column, sum); });
+  product_any_block<T, kDgrad>(args, own_work(args, kTile, 0));
 }
 
 template <class T, class Out>
 __global__ void __launch_bounds__(kThreads) lora_grad_any_kernel(const LoraGradArgs args) {
-  const Tile tile = own_tile(args.rows, args.columns);
+  const Tile tile{int64_t(blockIdx.y) * kTile, int64_t(blockIdx.x) * kTile, args.rows, args.columns};
   Sums sums = {};
   add_product(sums, Strided<T>{static_cast<const T*>(args.small), 1, args.rows},
               Strided<T>{static_cast<const T*>(args.wide), args.columns, 1}, args.depth, tile, shared_memory<float>());
@@ -125,7 +26,7 @@ __global__ void __launch_bounds__(kThreads) lora_grad_any_kernel(const LoraGradA
 template <class Kernel, class Args>
 cudaError_t launch_tiles(Kernel kernel, int64_t rows, int64_t columns, const Args& args, cudaStream_t stream) {
   const dim3 grid(unsigned(ceil_div(columns, kTile)), unsigned(ceil_div(rows, kTile)));
-  return launch(kernel, grid, kThreads, size_t(2) * kDepth * kPitch * 4, stream, args);
+  return launch(kernel, grid, kThreads, kSharedBytes, stream, args);
 }
 
 template <bool kDgrad>

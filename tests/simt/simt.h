@@ -166,6 +166,10 @@ NF4_DEVICE T shuffle(T value, int lane, simt::Site site = simt::Site::here()) {
   return simt::exchange("shuffle", value, lane & 31, site);
 }
 template <class T>
+NF4_DEVICE T shuffle_four(T value, int i, simt::Site site = simt::Site::here()) {
+  return simt::exchange("shuffle_four", value, (threadIdx.x & 28) | (i & 3), site);
+}
+template <class T>
 NF4_DEVICE T shuffle_xor(T value, int mask, simt::Site site = simt::Site::here()) {
   if (mask < 0 || mask > 31) simt::fail(site, "shuffle_xor must have a mask of 0 to 31, got %d", mask);
   return simt::exchange("shuffle_xor", value, (threadIdx.x ^ mask) & 31, site);
