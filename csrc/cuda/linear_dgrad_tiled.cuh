@@ -137,7 +137,7 @@ struct TiledDgrad {
       uint32_t pairs[kTiles][4];            // along k, of n = 16 step + 4t + 0..3
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const unsigned char* row = packed_row(stage, group * S::kGroup + 16 * step + 4 * lane.t + i);
+        const unsigned char* row = packed_row(stage, group * kGroup + 16 * step + 4 * lane.t + i);
         const uint32_t word = *reinterpret_cast<const uint32_t*>(row + warp_k * kBlockK / 2 + 4 * lane.g);
         pairs[0][i] = table.pair<0>(word);
         pairs[1][i] = table.pair<1>(word);
@@ -152,7 +152,7 @@ struct TiledDgrad {
 #pragma unroll
           for (int i = 0; i < 4; ++i) a[tile][i] = scales.times(a[tile][i], 2 * step + i / 2);
       }
-      const int piece = (group * S::kGroup + 16 * step + 4 * lane.t) / 8;
+      const int piece = (group * kGroup + 16 * step + 4 * lane.t) / 8;
       const unsigned char* dys = token_tile(stage) + (token_in_tile(0) + lane.g) * S::kStageN * 2 +
                                  16 * place<Order::kPieceInPairs, S::kStageN / 8>(piece, lane.g) + 8 * (lane.t % 2);
 #pragma unroll
