@@ -10,9 +10,10 @@ import argparse
 import ctypes
 import re
 import signal
+import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch.nn.functional import linear as dense_linear
 
 import nf4kernels as nf4
 from nf4kernels import reference
+from nf4kernels.ops import OPS
 
 from . import gpu_predictions, plots, report
 from .checks import assert_as_exact_as_dense, assert_close_to_dense
@@ -38,6 +40,13 @@ try:
     BNB_MISSING = None
 except ImportError as error:
     bnb, BNB_MISSING = None, f"bitsandbytes is not measured: {error}"
+
+try:
+    from nf4kernels.backends import triton as triton_backend
+
+    TRITON_MISSING = None
+except ImportError as error:
+    triton_backend, TRITON_MISSING = None, f"our Triton kernels are not measured: {error}"
 
 ops = torch.ops.nf4kernels
 Sides = dict[str, Callable[[], object]]
@@ -58,6 +67,8 @@ SHOWN_ROWS = {  # the table's; the CSV has all
 # The kernels that can be forced, and the largest M where each is worth its time: `any` is the plain one.
 KERNELS = {"small": 16, "tiled": max(ROWS), "panel": max(ROWS), "any": 64}
 FORCED = "kernel "
+TRITON = "triton"  # our own kernels in Triton
+GROUPED = {"grouped linear": "grouped_linear", "grouped dgrad": "grouped_linear_dgrad"}  # row -> op
 REFUSAL = "cannot run this"  # a forced kernel says so of a shape, a dtype or an alignment
 LINE = 119  # characters, so that a hundred lines fit in 12,000
 SAID_LINES = 8  # of what was wrong or missing, at the end of the summary
@@ -307,23 +318,29 @@ def forced_sides(op: str, M: int) -> list[str]:
     ]
 
 
+def triton_side(run: Callable[[Mapping[str, Callable]], object]) -> Sides:
+    """The side that `run` is with Triton's functions by op; none without Triton."""
+    return {} if triton_backend is None else {TRITON: torch.no_grad()(lambda: run(triton_backend.OPS))}
+
+
 def measure_quantize(run: Run, w: Weights) -> None:
     if not run.has_time():
         return
     code, scale_code, dense, q = w.qweight.code, w.qweight.scale_code, rotate(w.dense), w.qweight
 
-    def ours() -> Tensor:
-        packed, absmax = ops.quantize(dense(), code, 64)
-        ops.quantize_absmax(absmax, scale_code, True)
+    def both(quantize: Callable, quantize_absmax: Callable) -> Tensor:
+        packed, absmax = quantize(dense(), code, 64)
+        quantize_absmax(absmax, scale_code, True)
         return packed
 
     expected = reference.quantize(w.dense[0], code, 64)[0]
-    sides: Sides = {OURS: ours}
+    sides: Sides = {OURS: lambda: both(ops.quantize, ops.quantize_absmax)}
+    sides |= triton_side(lambda by_op: both(by_op["quantize"], by_op["quantize_absmax"]))
     if bnb is not None:
         sides[BNB_DQ] = lambda: bnb.functional.quantize_4bit(dense(), quant_type="nf4", compress_statistics=True)[0]
 
     def check(side: str, packed: Tensor) -> None:
-        if side == OURS:
+        if side in (OURS, TRITON):
             assert torch.equal(packed, expected), "quantize must give the reference's bytes"
 
     sides = run.checked(sides, check, f"quantize {w.shape[0]}x{w.shape[1]}")
@@ -338,11 +355,17 @@ def measure_dequantize(run: Run, w: Weights) -> None:
     out, ours, packed = torch.empty_like(w.dense[0]), rotate(w.ours), rotate(w.bnb)
     expected = w.decoded.bfloat16()
     sides: Sides = {OURS: lambda: nf4.dequantize(ours(), out=out)}
+
+    def by_triton(by_op: Mapping[str, Callable]) -> Tensor:
+        by_op["dequantize_out"](*ours().op_args(), 0, N, 0, K, out)
+        return out
+
+    sides |= triton_side(by_triton)
     if bnb is not None:
         sides[BNB_DQ] = lambda: bnb.functional.dequantize_4bit(*packed(), out=out)
 
     def check(side: str, decoded: Tensor) -> None:
-        if side == OURS:
+        if side in (OURS, TRITON):
             assert torch.equal(decoded, expected), "dequantize must give the reference's bits"
 
     sides = run.checked(sides, check, f"dequantize {N}x{K}")
@@ -365,6 +388,7 @@ def measure_linear(run: Run, w: Weights, M: int) -> None:
             return bnb.matmul_4bit(x, packed.t(), quant_state=state)
 
         sides[BNB_DQ] = torch.no_grad()(bitsandbytes)
+    sides |= triton_side(lambda by_op: by_op["linear"](x, *ours().op_args(), None))
     sides |= dict.fromkeys(forced_sides("linear", M), product)
     _measure_product(run, "linear", w, M, x, w.decoded.T, sides, 2 * M * (K + N))
 
@@ -382,6 +406,7 @@ def measure_dgrad(run: Run, w: Weights, M: int) -> None:
     sides = {OURS: product, DENSE: lambda: dy @ dense()}
     if bnb is not None:  # what its autograd does
         sides[BNB_DQ] = lambda: dy @ bnb.functional.dequantize_4bit(*theirs())
+    sides |= triton_side(lambda by_op: by_op["linear_dgrad"](dy, *ours().op_args()))
     sides |= dict.fromkeys(forced_sides("linear_dgrad", M), product)
     _measure_product(run, "linear_dgrad", w, M, dy, w.decoded, sides, 2 * M * (K + N))
 
@@ -392,7 +417,7 @@ def _measure_product(run: Run, op: str, w: Weights, M: int, a: Tensor, matrix: T
     unquantized = sides[DENSE]()
 
     def check(side: str, product: Tensor) -> None:
-        if side == OURS or side.startswith(FORCED):
+        if side in (OURS, TRITON) or side.startswith(FORCED):
             assert_as_exact_as_dense(product, a, matrix, what)
         assert_close_to_dense({side: product, DENSE: unquantized}, DENSE, what)
 
@@ -474,13 +499,11 @@ def measure_grouped(run: Run, w: ExpertWeights, tokens: int) -> None:
                 parts.append(bnb.matmul_4bit(a[part], packed.t(), quant_state=state))
         return torch.cat(parts)
 
-    for name, op, a, dgrad in (
-        ("grouped linear", ops.grouped_linear, x, False),
-        ("grouped dgrad", ops.grouped_linear_dgrad, dy, True),
-    ):
+    for (name, op), a, dgrad in zip(GROUPED.items(), (x, dy), (False, True)):
+        function = getattr(ops, op)
 
-        def product(op=op, a=a) -> Tensor:
-            return op(a, offsets, *ours().op_args())
+        def product(function=function, a=a) -> Tensor:
+            return function(a, offsets, *ours().op_args())
 
         def torchs(a=a, dgrad=dgrad) -> Tensor:
             weight = dense()
@@ -489,12 +512,13 @@ def measure_grouped(run: Run, w: ExpertWeights, tokens: int) -> None:
         sides = {OURS: product, DENSE: torchs}
         if bnb is not None:
             sides[BNB_DQ] = torch.no_grad()(lambda a=a, dgrad=dgrad: loop_of_bitsandbytes(a, dgrad))
+        sides |= triton_side(lambda by_op, product=product, op=op: product(by_op[op]))
         sides |= dict.fromkeys((FORCED + kernel for kernel in ("tiled", "small")[: 1 if dgrad else 2]), product)
         what = f"{name} {E}x{N}x{K}, rows={rows}"
         unquantized = torch.cat([a[part] @ (w.dense[0][e] if dgrad else w.dense[0][e].T) for e, part in active])
 
         def check(side: str, result: Tensor, a=a, dgrad=dgrad, what=what, unquantized=unquantized) -> None:
-            if side == OURS or side.startswith(FORCED):
+            if side in (OURS, TRITON) or side.startswith(FORCED):
                 for e, part in active[:: max(1, len(active) // 4)]:
                     matrix = w.decoded(e) if dgrad else w.decoded(e).T
                     assert_as_exact_as_dense(result[part], a[part], matrix, f"{what}, expert {e}")
@@ -511,7 +535,7 @@ def line_of(row: Row) -> str:
     text = f"{row.op:15.15} {row.shape:>10} {row.M or '':>4} {row.ms[OURS]:8.4f} ms {row.share[1]:4.0%} of floor"
     if row.predicted_ms:
         text += f", pred {row.predicted_ms:8.4f}"
-    for side, name in ((DENSE, "dense"), (BNB_DQ, "bnb"), (WITHOUT_LORA, "no LoRA")):
+    for side, name in ((DENSE, "dense"), (BNB_DQ, "bnb"), (TRITON, "triton"), (WITHOUT_LORA, "no LoRA")):
         if side in row.ratios:
             text += f" |{row.ratios[side][1]:5.2f}x {name}"
     forced = {side.removeprefix(FORCED): ms for side, ms in row.ms.items() if side.startswith(FORCED)}
@@ -536,6 +560,25 @@ def break_even(rows: Iterable[Row]) -> Iterator[str]:
         yield f"{op:12} {shape:>10}: {', '.join(ranges)}"
 
 
+def backend_lines(rows: Iterable[Row], machine: Cuda) -> Iterator[str]:
+    """Lines for nf4kernels/backends/measured.csv: the rows of x at which Triton took under 0.95 of native's time.
+
+    By the geometric mean over the shapes; between two M that were measured the choice is the larger one's.
+    """
+    times: dict[tuple[str, int], list[float]] = {}
+    for row in rows:
+        op = GROUPED.get(row.op, row.op)
+        if op in OPS and row.M is not None and TRITON in row.ratios:
+            times.setdefault((op, row.M), []).append(row.ratios[TRITON][1])
+    for op in dict.fromkeys(op for op, _ in times):
+        of_op = sorted((M, statistics.geometric_mean(ratios)) for (name, M), ratios in times.items() if name == op)
+        winners = ["triton" if ratio < 0.95 else "native" for _, ratio in of_op]
+        for (M, ratio), winner, after in zip(of_op, winners, [*winners[1:], "native"]):
+            if winner != after:
+                reason = f"triton {ratio:.2f} of native's time at M={M} on {machine.name}"
+                yield f"{machine.arch.rstrip('a')},{op},bfloat16,{M},{winner},{reason}"
+
+
 def summary(run: Run) -> str:
     """What the run says, in less than a hundred lines of less than 120 characters."""
     m = run.machine
@@ -549,6 +592,9 @@ def summary(run: Run) -> str:
         "",
         "fastest kernel at the measured M",
         *break_even(run.rows),
+        "",
+        "for nf4kernels/backends/measured.csv (no line: the compiled kernels are the faster everywhere)",
+        *backend_lines(run.rows, m),
         "",
         report.aligned(report.GOAL_HEADER, goal_rows(run.rows, gpu_goals(0.65 if m.is_hbm else 0.75))),
     ]
@@ -601,8 +647,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))  # so that what is measured is written
     torch.manual_seed(0)
     run = Run(Cuda(), Forcing(ctypes.CDLL(str(CUDA_LIBRARY))), begin + args.seconds - REPORT_SECONDS)
-    if BNB_MISSING:
-        run.say(BNB_MISSING)
+    for missing in filter(None, (BNB_MISSING, TRITON_MISSING)):
+        run.say(missing)
     run.measure_limits()
     try:
         measure(run)

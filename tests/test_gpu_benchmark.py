@@ -8,11 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import triton_interpreter
 
 import nf4kernels as nf4
 from benchmarks import cuda_report, goals, gpu, gpu_measure, gpu_predictions, gpu_sanitize, gpu_tests, harness, report
 from benchmarks.harness import BNB_DQ, DENSE, OURS, Row
 from benchmarks.shapes import ExpertsShape
+from nf4kernels.backends import measured
 
 SHAPES, EXPERTS = ((128, 128), (64, 256)), ExpertsShape(6, 6, 64, 128)
 TOKENS = (1, 16)
@@ -65,7 +67,8 @@ def new_run(seconds: float = 1000.0, **settings) -> gpu_measure.Run:
 
 @pytest.fixture(scope="module")
 def finished():
-    """One whole run at tiny shapes."""
+    """One whole run at tiny shapes, Triton's kernels under its interpreter."""
+    triton_interpreter.correct()
     run = new_run()
     run.measure_limits()
     gpu_measure.measure(run, SHAPES, rows=(1, 64, 512), experts=EXPERTS, tokens=TOKENS)
@@ -75,6 +78,30 @@ def finished():
 @pytest.fixture
 def found(finished) -> dict[tuple, Row]:
     return {(row.op, row.shape, row.M): row for row in finished.rows}
+
+
+def row_of_triton(op: str, M: int, ratio: float, shape: str = "8x8") -> Row:
+    return Row(op, shape, M, 1, "out", {OURS: 1.0, gpu_measure.TRITON: ratio}, {gpu_measure.TRITON: (ratio,) * 3})
+
+
+def test_the_lines_for_measured_csv_give_each_backend_its_rows(tmp_path):
+    rows = [
+        row_of_triton("linear", M, ratio, shape)
+        for M, ratio in ((1, 1.5), (16, 0.5), (64, 0.9), (512, 0.96), (8192, 2.0))
+        for shape in ("8x8", "16x8")
+    ]
+    rows += [row_of_triton("grouped dgrad", 8, 0.2), row_of_triton("lora step", 8, 0.2)]
+    rows += [row_of_triton("linear_dgrad", 8, 0.8), row_of_triton("linear_dgrad", 8, 1.6, "16x8")]
+    lines = list(gpu_measure.backend_lines(rows, Cpu()))
+    assert lines == [
+        "sm_90,linear,bfloat16,1,native,triton 1.50 of native's time at M=1 on A Test GPU",
+        "sm_90,linear,bfloat16,64,triton,triton 0.90 of native's time at M=64 on A Test GPU",
+        "sm_90,grouped_linear_dgrad,bfloat16,8,triton,triton 0.20 of native's time at M=8 on A Test GPU",
+    ]
+    table = tmp_path / "measured.csv"
+    table.write_text("\n".join([measured.MEASURED.read_text().strip(), *lines, ""]))
+    rules = [(rule.op, rule.rows, rule.backend) for rule in measured.rules_for("sm_90", table)]
+    assert rules == [("linear", 1, "native"), ("grouped_linear_dgrad", 8, "triton"), ("linear", 64, "triton")]
 
 
 def test_every_op_is_measured_beside_its_peers(finished, found):
