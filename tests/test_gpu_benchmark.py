@@ -120,6 +120,9 @@ def test_every_op_is_measured_beside_its_peers(finished, found):
             assert BNB_DQ in row.ratios
         if row.op.startswith(("l", "g")):
             assert DENSE in row.ratios
+    assert all(
+        gpu_measure.TRITON in row.ratios for row in found.values() if row.op in ("quantize", "linear", "linear_dgrad")
+    )
     assert goals.WITHOUT_LORA in found["lora step", "128x128", 512].ratios
 
 
