@@ -44,7 +44,7 @@ class Card:
 
 CARDS = (
     Card("H200", "sm_90a", 132, 1.755, 4300, 788e3),  # measured on one
-    Card("A100-80", "sm_80", 108, 1.41, 2039, 312e3),  # these two from data sheets
+    Card("A100", "sm_80", 108, 1.41, 2039, 312e3),  # these two from data sheets
     Card("RTX 4090", "sm_89", 128, 2.52, 1008, 165e3),
 )
 

@@ -189,6 +189,16 @@ def take_turns(
     return samples
 
 
+def commit() -> str:
+    """Of this checkout, with "-dirty" where it was changed; "unknown" without git."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        described = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    except OSError:
+        return "unknown"
+    return described.stdout.strip() or "unknown"
+
+
 def machine() -> dict[str, str]:
     """What a result must say about where and how it was measured."""
     cpu = platform.processor() or platform.machine()
@@ -198,16 +208,13 @@ def machine() -> dict[str, str]:
             (part.strip() for part in line.split(":", 1)) for line in info.read_text().splitlines() if ":" in line
         )
         cpu = f"{fields.get('model name', cpu)} family {fields.get('cpu family')} model {fields.get('model')}"
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT, check=False
-    )
     waiting = [f"{name}={os.environ[name]} " for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if name in os.environ]
     return {
         "machine": f"{cpu}, {os.cpu_count()} cores",
         "kernels": nf4.backend_info().devices["cpu"][0],
         "torch": torch.__version__,
         "bitsandbytes": version("bitsandbytes"),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
         "command": "".join(waiting) + " ".join(["python -m benchmarks", *sys.argv[1:]]),
     }

@@ -1,6 +1,7 @@
 // The ops of nf4kernels/ops.py for CUDA tensors: argument checks, allocation, registration. The grouped products are in
 // torch_cuda_grouped.cpp.
 #include <iterator>
+#include <memory>
 #include <string_view>
 
 #include "torch_cuda.h"
@@ -130,13 +131,13 @@ void multiply_fused(const Product& product, const nf4::cuda::Choice& choice, con
 void torch_mm(const Tensor& a, const Tensor& b, const Tensor& out) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
                                     torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   (void)torch::stable::detail::to<Tensor>(stack[0]);  // takes the returned reference
 }
 void torch_linear(const Tensor& a, const Tensor& b, const OptionalTensor& bias, const Tensor& out) {
   std::array<StableIValue, 4> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
                                     torch::stable::detail::from(bias), torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
   (void)torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -150,7 +151,8 @@ void zero(Tensor to) { torch::stable::zero_(to); }
 // for linear_dgrad, so that each panel gives whole columns of out. LoRA's term is more of the contraction: [in | s P]
 // times [Ŵ | B], or [in | s Q] times [Ŵ ; A], with zeros up to a multiple of 8, which cuBLAS wants for its fast kernels.
 void multiply_panels(const Product& product, const Launch& launch) {
-  constexpr int64_t kPanelBytes = 24 << 20;  // stays in the L2 of an A100 and later
+  constexpr int64_t kPanelBytes = 24 << 20;  // stays in the L2 of an A100, an RTX 4090 and later; an sm_86 has 6 MB
+  const NoGrad no_grad;
   const auto& args = product.args;
   const int64_t extra = ceil_div(args.rank, 8) * 8, depth = product.depth + extra;
   const ScalarType type = product.in.scalar_type();
@@ -289,11 +291,7 @@ EXPORT int nf4kernels_cuda_driver_version() {
 }
 #endif
 
-#ifdef NF4_SIMT
-STABLE_TORCH_LIBRARY_IMPL(nf4kernels_simt, CPU, library) {
-#else
-STABLE_TORCH_LIBRARY_IMPL(nf4kernels, CUDA, library) {
-#endif
+void register_ops(torch::stable::detail::StableLibrary& library) {
   library.impl("quantize", TORCH_BOX(&quantize));
   library.impl("quantize_absmax", TORCH_BOX(&quantize_absmax));
   library.impl("dequantize", TORCH_BOX(&dequantize));
@@ -301,9 +299,20 @@ STABLE_TORCH_LIBRARY_IMPL(nf4kernels, CUDA, library) {
   library.impl("linear", TORCH_BOX(&linear));
   library.impl("linear_dgrad", TORCH_BOX(&linear_dgrad));
   library.impl("lora_grad", TORCH_BOX(&lora_grad));
+  register_grouped_ops(library);
 }
 
 #define NF4_EXPORT extern "C" __attribute__((visibility("default")))
+
+// The ops are those of this namespace for this dispatch key ("CUDA") from now on. Loading the library alone registers
+// nothing: whether its kernels run on a device is asked first. Once for a namespace and key.
+NF4_EXPORT void nf4kernels_cuda_register(const char* ops_namespace, const char* key) {
+  using torch::stable::detail::StableLibrary;
+  static std::vector<std::unique_ptr<StableLibrary>> registered;  // they count as long as they live
+  registered.push_back(
+      std::make_unique<StableLibrary>(StableLibrary::Kind::IMPL, ops_namespace, key, __FILE__, __LINE__));
+  register_ops(*registered.back());
+}
 
 // Every product runs the kernel of this name from now on; null: the table's choice again. Returns what is wrong, or null.
 NF4_EXPORT const char* nf4kernels_cuda_force_kernel(const char* name) {

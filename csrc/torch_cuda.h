@@ -1,8 +1,7 @@
 // What the CUDA ops' bindings share: device and stream, the kernel that a caller forced, the choice of one, codebooks.
 //
 // No kernel is in a binding, so the host compiler reads torch's headers once, not nvcc once for each architecture.
-// Compiled with NF4_SIMT the same ops are those of the namespace nf4kernels_simt for CPU tensors, and the kernels run on
-// tests/simt.
+// Compiled with NF4_SIMT the same ops take CPU tensors, and the kernels run on tests/simt.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -72,7 +71,9 @@ inline cudaStream_t current_stream(const Op& op) {
 // Where a launcher puts its work. While it lives, the op's device is the current one.
 struct Launch {
   explicit Launch(const Op& op) : guard(op.place.index), stream(current_stream(op)) {
-    cudaSetDevice(op.place.index);  // the guard sets the device of torch's runtime, this library has its own, static
+    // The guard sets the device of torch's runtime; this library has its own, static.
+    const cudaError_t error = cudaSetDevice(op.place.index);
+    CHECK(error == cudaSuccess, op, ": ", op.place, " cannot be made the current device: ", cudaGetErrorString(error));
   }
   torch::stable::accelerator::DeviceGuard guard;
   cudaStream_t stream;
@@ -116,8 +117,8 @@ inline cuda::Problem problem_of(const Op& op, bool dgrad, const cuda::ProductArg
   problem.N = args.weight.N;
   problem.K = args.weight.K;
   problem.whole_codes = has_whole_codes(args.weight);
-  problem.aligned =
-      is_aligned({args.x, args.weight.packed, args.bias, args.out, args.low_rank_x, args.low_rank_factor});
+  const void* read_16 = dgrad ? args.low_rank_factor : nullptr;  // the others are read element by element
+  problem.aligned = is_aligned({args.x, args.weight.packed, args.out, read_16});
   problem.arch = device.arch;
   problem.multiprocessors = device.multiprocessors;
   return problem;
@@ -178,5 +179,18 @@ inline void add_splits(const cuda::ProductArgs& args, int64_t columns, const Lau
   const cuda::ReduceArgs sums{args.partial, args.splits, args.M, columns, 1.f, args.bias, args.dtype, args.out, false};
   check_launch(cuda::reduce_splits(sums, launch.stream), op);
 }
+
+// Our products are not differentiable; torch's refuse to write into `out` where one of their inputs is.
+class NoGrad {
+ public:
+  NoGrad() : before_(aoti_torch_grad_mode_is_enabled()) { aoti_torch_grad_mode_set_enabled(false); }
+  ~NoGrad() { aoti_torch_grad_mode_set_enabled(before_); }
+  NoGrad(const NoGrad&) = delete;
+
+ private:
+  bool before_;
+};
+
+void register_grouped_ops(torch::stable::detail::StableLibrary& library);
 
 }  // namespace nf4::binding

@@ -59,13 +59,14 @@ Tensor torch_grouped_mm(const Tensor& a, const Tensor& b, const Tensor& offsets)
                                     torch::stable::detail::from(OptionalTensor(offsets)),
                                     torch::stable::detail::from(OptionalTensor()),
                                     torch::stable::detail::from(std::optional<ScalarType>())};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::_grouped_mm", "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::_grouped_mm", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 // A panel of the weights of all experts that have rows at a time, in memory that every panel reuses, and torch's product
 // with it: rows of Ŵ for grouped_linear, columns for grouped_linear_dgrad, so that each gives whole columns of out.
 void multiply_panels(const GroupedProduct& product, const Launch& launch) {
+  const NoGrad no_grad;
   const nf4::Weight& w = product.args.experts.first;
   const int64_t E = product.args.experts.count, depth = product.depth, columns = product.columns;
   const int64_t width = std::max<int64_t>(kPanelBytes / (E * depth * 2) / 128, 1) * 128;
@@ -152,11 +153,7 @@ Tensor grouped_linear_dgrad(const Tensor& dy, const Tensor& expert_offsets, cons
 
 }  // namespace
 
-#ifdef NF4_SIMT
-STABLE_TORCH_LIBRARY_IMPL(nf4kernels_simt, CPU, library) {
-#else
-STABLE_TORCH_LIBRARY_IMPL(nf4kernels, CUDA, library) {
-#endif
+void nf4::binding::register_grouped_ops(torch::stable::detail::StableLibrary& library) {
   library.impl("grouped_linear", TORCH_BOX(&grouped_linear));
   library.impl("grouped_linear_dgrad", TORCH_BOX(&grouped_linear_dgrad));
 }

@@ -45,6 +45,7 @@ SCHEMAS = (
     # scaling * small[M, r].T @ wide[..., C] as a new [r, C] (transposed: [C, r]) of dtype; fp32 sums, rounded once.
     "lora_grad(Tensor small, Tensor wide, float scaling, ScalarType dtype, bool transposed=False) -> Tensor",
 )
+OPS = tuple(schema.partition("(")[0] for schema in SCHEMAS)
 for _schema in SCHEMAS:
     LIBRARY.define(_schema)
 

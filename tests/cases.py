@@ -124,7 +124,11 @@ def from_parts(packed: Tensor, absmax: Tensor, shape: tuple[int, int], layout: L
 
 def quantized(N: int, K: int, layout: Layout = DEFAULT, dtype: torch.dtype = torch.bfloat16) -> QuantizedWeight:
     """A quantized Gaussian weight, made by the reference, so that a wrong `quantize` cannot hide a wrong product."""
-    return from_parts(*reference.quantize(weight(N, K), layout.code, layout.block_size), (N, K), layout, dtype)
+    return quantized_from(weight(N, K), layout, dtype)
+
+
+def quantized_from(w: Tensor, layout: Layout = DEFAULT, dtype: torch.dtype = torch.bfloat16) -> QuantizedWeight:
+    return from_parts(*reference.quantize(w, layout.code, layout.block_size), tuple(w.shape), layout, dtype)
 
 
 def expert_weights(E: int, N: int, K: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -19,9 +19,15 @@ import hypothesis
 import pytest
 import simt_ops
 import torch
+import triton_ops as triton_backend
 from simt.executor import SM_86_SHARED
 
+from nf4kernels.backends import native
 from nf4kernels.backends.select import backend_info
+
+# Read where a Triton kernel, also of Triton's own library, is defined: without a GPU they are interpreted.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # The same examples on every run and machine; `--hypothesis-profile=explore` draws new ones. The isa fixture stays the
 # same over all examples of a test, which is what the suppressed check warns about.
@@ -101,14 +107,47 @@ def gpu():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device: the kernels ran on the host executor only")
     devices = backend_info().devices
-    implementation, reason = devices.get("cuda") or devices["cuda:0"]
+    implementation, reason = devices["cuda"]
     if not implementation.startswith("native"):
         pytest.skip(f"no CUDA kernels for this device: {reason}")
     yield simt_ops.CudaOps(torch.ops.nf4kernels, "cuda", None)
     torch.cuda.synchronize()  # an error of a kernel belongs to the test that launched it
 
 
+@pytest.fixture
+def cuda_library(monkeypatch):
+    """The CUDA library that was built, with a driver as new as it needs."""
+    if not native.CUDA_LIBRARY.exists():
+        pytest.skip("nf4kernels/_cuda.abi3.so was not built: no nvcc?")
+    library = native.CudaLibrary(native.CUDA_LIBRARY)
+    monkeypatch.setattr(library, "_driver_version", lambda: library.version)
+    return library
+
+
 @pytest.fixture(params=["simt", "cuda"])
 def cuda_ops(request):
     """The CUDA ops, on the host executor and on a GPU in turn."""
     return request.getfixturevalue("simt" if request.param == "simt" else "gpu")
+
+
+@pytest.fixture
+def interpreter():
+    """The Triton ops under Triton's interpreter, for a test that means nothing on a GPU."""
+    if torch.cuda.is_available():
+        pytest.skip("a CUDA device: Triton compiles, and cannot interpret in the same process")
+    return triton_backend.load("cpu")
+
+
+@pytest.fixture
+def triton_gpu():
+    """The Triton ops on a GPU."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device: the kernels ran under Triton's interpreter only")
+    yield triton_backend.load("cuda")
+    torch.cuda.synchronize()  # an error of a kernel belongs to the test that launched it
+
+
+@pytest.fixture(params=["interpreter", "cuda"])
+def triton_ops(request):
+    """The Triton ops, under Triton's interpreter and on a GPU in turn."""
+    return request.getfixturevalue("interpreter" if request.param == "interpreter" else "triton_gpu")

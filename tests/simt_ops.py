@@ -32,8 +32,8 @@ def load(asan: bool = False) -> Executor:
     library = torch.library.Library(NAMESPACE, "DEF")
     for schema in ops.SCHEMAS:
         library.define(schema)
-    torch.ops.load_library(path)
     executor = Executor(path)
+    native.register_cuda_ops(executor.library, NAMESPACE, "CPU")
     native.know_codebooks(executor.library)
     executor.schemas = library  # they live as long as this object
     return executor
@@ -72,7 +72,7 @@ class CudaOps:
 
     def running(self, kernel: str) -> AbstractContextManager:
         """Every product by this kernel: any, small, tiled or panel."""
-        library = select.CUDA_LIBRARY.handle if self.executor is None else self.executor.library
+        library = select.cuda_library()[0].handle if self.executor is None else self.executor.library
         return native.running_kernel(library, kernel)
 
     def launches(self) -> list[Launch] | None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import nf4kernels
-from nf4kernels.backends import native, select
+from nf4kernels.backends import native
 
 INFO = "import nf4kernels; print(nf4kernels.backend_info())"
 
@@ -104,19 +104,12 @@ def test_backend_info_tells_what_runs():
 ARCHITECTURES = ["80", "86", "89", "90a", "100", "120+PTX"]
 
 
-@pytest.fixture
-def cuda_library(monkeypatch):
-    """The CUDA library, with a driver as new as it needs."""
-    if not native.CUDA_LIBRARY.exists():
-        pytest.skip("nf4kernels/_cuda.abi3.so was not built: no nvcc?")
-    library = native.CudaLibrary(native.CUDA_LIBRARY)
-    monkeypatch.setattr(library, "_driver_version", lambda: library.version)
-    return library
-
-
 def test_the_cuda_library_loads_beside_this_torch_without_a_warning(cuda_library):
     """Also, and here above all, beside a torch without CUDA."""
-    code = f"import torch; torch.ops.load_library({str(native.CUDA_LIBRARY)!r}); import nf4kernels; print('loaded')"
+    code = (
+        "import nf4kernels; from nf4kernels.backends import native;"
+        " library = native.CudaLibrary(native.CUDA_LIBRARY); library.register('nf4kernels_native'); print('loaded')"
+    )
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONWARNINGS"}
     command = [sys.executable, "-W", "error", "-c", code]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -187,38 +180,3 @@ def test_environment_refuses_another_value_for_cuda(value):
     result = run_python(INFO, NF4KERNELS_CUDA=value)
     assert result.returncode != 0
     assert f"NF4KERNELS_CUDA must be 0 (no CUDA kernels) or unset, got {value}" in result.stderr
-
-
-def info_with_devices(monkeypatch, *capabilities):
-    """The rows for CUDA where torch sees these devices."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capabilities[i])
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: f"card {capabilities[i]}")
-    info = nf4kernels.backend_info()
-    assert all(implementation in str(info) and reason in str(info) for implementation, reason in info.devices.values())
-    return {device: row for device, row in info.devices.items() if device.startswith("cuda")}
-
-
-def test_backend_info_of_cuda_devices(monkeypatch, cuda_library):
-    monkeypatch.setattr(cuda_library, "architectures", ARCHITECTURES)
-    monkeypatch.setattr(select, "CUDA_LIBRARY", cuda_library)
-    assert info_with_devices(monkeypatch, (9, 0)) == {"cuda": ("native sm_90a", "card (9, 0)")}
-    assert info_with_devices(monkeypatch, (8, 9), (8, 9)) == {"cuda": ("native sm_89", "card (8, 9)")}
-    rows = info_with_devices(monkeypatch, (8, 0), (7, 5), (11, 0))
-    assert rows["cuda:0"] == ("native sm_80", "card (8, 0)")
-    assert rows["cuda:1"][0] == rows["cuda:2"][0] == "none"
-    assert rows["cuda:1"][1].startswith("this device is sm_75, and the kernels need sm_80")
-    assert rows["cuda:2"][1].startswith("this device is sm_110, and the library has code for 80 86 89 90a 100 120+PTX")
-    monkeypatch.setattr(cuda_library, "_driver_version", lambda: 12040)
-    monkeypatch.setattr(cuda_library, "version", 13000)
-    (row,) = info_with_devices(monkeypatch, (9, 0)).values()
-    assert row[0] == "none"
-    assert "built with CUDA 13.0, the driver is for CUDA 12.4" in row[1]
-
-
-def test_backend_info_without_cuda(monkeypatch):
-    assert info_with_devices(monkeypatch)["cuda"][0] == "none"
-    monkeypatch.setattr(select, "CUDA_LIBRARY", None)
-    monkeypatch.setattr(select, "_NO_CUDA_LIBRARY", "some reason")
-    assert info_with_devices(monkeypatch, (9, 0)) == {"cuda": ("reference (plain PyTorch)", "some reason")}

@@ -3,6 +3,7 @@ CUDA whenever there is an nvcc."""
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -46,7 +47,9 @@ def test_wheel_is_one_for_every_python_and_carries_its_data(tmp_path):
     assert "-cp310-abi3-" in wheel.name, wheel.name
     names = zipfile.ZipFile(wheel).namelist()
     assert ("nf4kernels/_cuda.abi3.so" in names) == (SETUP.find_nvcc() is not None)
-    for name in ("_cpu.abi3.so", "demo/wordnet.jsonl", "demo/WORDNET_LICENSE", "cli/demo.py"):
+    data = [f"backends/triton/tuned/{path.name}" for path in (ROOT / "nf4kernels/backends/triton/tuned").iterdir()]
+    data += ["backends/measured.csv", "demo/wordnet.jsonl", "demo/WORDNET_LICENSE"]
+    for name in ("_cpu.abi3.so", "cli/demo.py", "backends/triton/linear.py", *data):
         assert f"nf4kernels/{name}" in names
     assert not [name for name in names if name.startswith(("csrc", "tests", "benchmarks"))]
 
@@ -166,3 +169,10 @@ def test_where_nvcc_is_found(nvcc, monkeypatch):
     monkeypatch.setenv("NF4KERNELS_CUDA", "no")
     with pytest.raises(SystemExit, match=r"NF4KERNELS_CUDA must be 0 .*got no"):
         SETUP.find_nvcc()
+
+
+def test_the_bindings_use_macros_that_torch_2_10_has():
+    """The newest torch compiles them here; an older one is only seen where somebody has it."""
+    text = "".join(path.read_text() for suffix in ("cpp", "h") for path in sorted((ROOT / "csrc").glob(f"*.{suffix}")))
+    used = set(re.findall(r"\b(?:STABLE_|AOTI_)?TORCH_[A-Z_]+\b", text))
+    assert used <= {"STABLE_TORCH_LIBRARY_IMPL", "TORCH_BOX", "TORCH_ABI_VERSION", "TORCH_ERROR_CODE_CHECK"}

@@ -194,7 +194,7 @@ def test_the_choice_and_what_it_is_told(simt):
         (cases.activations(128, 9, torch.bfloat16).T, "linear_small"),
         (cases.activations(9, 128, torch.float32), "product_any"),
         (cases.activations(40, 128, torch.bfloat16), "linear_tiled"),
-        (cases.activations(300, 128, torch.bfloat16), "dequantize"),
+        (cases.activations(400, 128, torch.bfloat16), "dequantize"),
     ):
         simt.executor.reset()
         assert_within_bound(simt, x, qweight, kernel)

@@ -65,6 +65,45 @@ def test_long_contraction_and_dy_with_a_mean(cuda_ops, codebook, dtype):
             assert_unbiased(dgrad(cuda_ops, dy, qweight), dy, cases.dense(qweight), codebook)
 
 
+@pytest.mark.parametrize("mean", [0.0, 1.0])
+@pytest.mark.parametrize("codebook", ["nf4", "int4", "af4", "custom"])
+@pytest.mark.parametrize("scales", ["one", "clamped"])
+def test_blocks_that_share_a_scale(cuda_ops, scales, codebook, mean):
+    """An error of the scale, or of its product with a level, is then the same in every row of W and adds up."""
+    layout = Layout(64, codebook, None if scales == "one" else "e4m3")
+    if scales == "one":
+        qweight = cases.quantized(1024, 128, layout)
+        qweight = cases.with_tensors(qweight, absmax=torch.full_like(qweight.absmax, 0.117))
+    else:
+        qweight = cases.quantized_from(cases.weight(1024, 128).clamp(-2, 2), layout)
+    with cuda_ops.running("tiled"):
+        assert_within_bound(
+            cuda_ops, cases.activations(16, 1024, torch.bfloat16, mean), qweight, f"{codebook} {scales}"
+        )
+
+
+def test_scales_beyond_fp16_of_weights_within(cuda_ops):
+    qweight = cases.quantized(64, 128, Layout(64, "custom", None))
+    qweight = cases.with_tensors(
+        qweight, code=qweight.code / 2.5, absmax=torch.full_like(qweight.absmax, 1e5)
+    )  # |Ŵ| up to 40,000
+    dy = cases.activations(5, 64, torch.float16) * 2**-7
+    for kernel in KERNELS:
+        with cuda_ops.running(kernel):
+            assert_within_bound(cuda_ops, dy, qweight, kernel)
+
+
+def test_inputs_that_require_a_gradient(cuda_ops):
+    """The op itself is not differentiable, and computes the same as without; by every kernel."""
+    qweight, dy = cases.quantized(40, 64), cases.activations(5, 40, torch.bfloat16)
+    Q, A = cases.activations(5, 8, torch.bfloat16), cases.activations(8, 64, torch.bfloat16)
+    for kernel in KERNELS:
+        with cuda_ops.running(kernel):
+            expected = dgrad(cuda_ops, dy, qweight, Q, A)
+            result = dgrad(cuda_ops, dy.clone().requires_grad_(), qweight, Q, A.clone().requires_grad_())
+        assert_same_bits(result.detach(), expected, kernel)
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=dtype_id)
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("rank", [1, 5, 8, 16, 40])

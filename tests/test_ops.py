@@ -6,8 +6,8 @@ import torch
 from cases import DEFAULT, DTYPES, Layout, dtype_id
 from torch.library import opcheck
 
-from nf4kernels.backends.select import OPS
 from nf4kernels.codebook import SCALE_CODEBOOKS
+from nf4kernels.ops import OPS
 
 ops = torch.ops.nf4kernels
 CUDA_OPS = OPS  # all have CUDA kernels

@@ -79,18 +79,42 @@ def test_runs_on_the_current_stream_of_its_tensors_device(gpu):
     assert torch.equal(result[1], expected[1] * 2)
 
 
-@pytest.mark.parametrize("op", CUDA_OPS)
-def test_is_captured_in_a_graph(gpu, op):
-    arguments = gpu.move(samples(op, 300, 640))
-    call = getattr(gpu.ops, op)
-    call(*arguments)
+def assert_captured(call, arguments):
+    """A graph of the call gives what the call gives; dequantize_out gives it in its last argument."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = call(*arguments)
     graph.replay()
+    captured = [t.clone() for t in (arguments[-1:] if captured is None else tensors(captured))]
     expected = call(*arguments)
-    for a, b in zip(tensors(captured), tensors(expected)):
-        assert a is None or torch.equal(a, b)
+    for a, b in zip(captured, arguments[-1:] if expected is None else tensors(expected), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("op", CUDA_OPS)
+def test_is_captured_in_a_graph(gpu, op):
+    assert_captured(getattr(gpu.ops, op), gpu.move(samples(op, 300, 640)))
+
+
+@pytest.mark.parametrize("splits", [False, True])
+@pytest.mark.parametrize("rows", [5, 20, 50, 200])
+@pytest.mark.parametrize("kernel", ["small", "tiled", "panel", "any"])
+@pytest.mark.parametrize("op", ["linear", "linear_dgrad"])
+def test_every_product_is_captured_in_a_graph(gpu, op, kernel, rows, splits):
+    """Also the first launch of a kernel, whose code is loaded then; long contractions of few columns are split."""
+    if kernel == "small" and (op != "linear" or rows > 16):
+        return
+    N, K = (64, 8192) if splits == (op == "linear") else (8192, 64)
+    x = cases.activations(rows, K if op == "linear" else N, torch.bfloat16)
+    factors = (cases.activations(r, c, torch.bfloat16) for r, c in ((rows, 8), (N, 8) if op == "linear" else (8, K)))
+    rest = (None, *factors, 2.0) if op == "linear" else (*factors, 2.0)
+    with gpu.running(kernel):
+        assert_captured(getattr(gpu.ops, op), gpu.move((x, *cases.quantized(N, K).op_args(), *rest)))
+
+
+def test_lora_grad_is_captured_in_a_graph(gpu):
+    small, wide = cases.activations(4096, 16, torch.bfloat16), cases.activations(4096, 512, torch.bfloat16)
+    assert_captured(gpu.ops.lora_grad, gpu.move((small, wide, 0.5, torch.float32)))
 
 
 def test_runs_on_a_second_gpu(gpu):

@@ -35,7 +35,7 @@ inline int64_t rows_each(const Problem& p) { return p.experts > 0 ? (p.M + p.exp
 // MEASURED: with F the speed of the tiled kernel and C that of cuBLAS, a panel costs 2.516 bytes a weight of copying, so
 // it pays from M = 2.516 / copy / (2 (1 / F - 1 / C)), here to the nearest 32. TB/s and TFLOP/s, by data sheet (sm_90: an
 // H200's copy and cuBLAS measured); F is 0.85 of what the tensor cores do by mma.sync or, on sm_90, shared memory lets
-// through (linear_tiled.cuh), and for dgrad, which issues an eighth more instructions, 0.85 of that again.
+// through (linear_tiled.cuh), and for dgrad, which issues a quarter more instructions, 0.85 of that again.
 // `python benchmarks/gpu.py` prints the measured break-even.
 struct Fused {
   int arch;  // this one and those up to the next
@@ -78,7 +78,7 @@ inline int splits_for(const Tile& tile, int64_t M, int64_t columns, int64_t cont
   const int64_t blocks = ceil_div(columns, tile.columns) * ceil_div(M, tile.rows);
   const int64_t busy = int64_t(multiprocessors) * tile.per_processor / (blocks > 0 ? blocks : 1);
   const int64_t steps = ceil_div(contraction, tile.step);
-  const int64_t cheap = contraction / (16 * M);  // 8 bytes a partial sum against half a byte a weight
+  const int64_t cheap = contraction / (16 * (M > 0 ? M : 1));  // 8 bytes a partial sum against half a byte a weight
   const int64_t least = ceil_div(contraction, tile.longest);
   int64_t splits = busy;
   if (splits > steps) splits = steps;

@@ -7,13 +7,17 @@
 //   4 rows n = 4t.. of 16. Which of the 64 k stands in which row of the four 16-row tiles is free: tile i has 8g + 2i in row
 //   g and 8g + 2i + 1 in row g + 8, so that the lane ends with 8 consecutive k of dX, 16 bytes. The table gives pairs
 //   along k, mma wants pairs along n: two byte permutes turn two pairs around. The scale belongs to n, which is summed
-//   over, so it is multiplied to the pair, {s_n, s_n+1} in T: with the level and the product three roundings, their error
-//   together about 1.9 times dense bf16's. Rejected: scaling dY in fp32, 2.5 instructions a weight at 64 tokens.
-// Limits: 32 n of 64 k by 64 tokens take a warp 64 mma's, 413 cycles of a quarter of an SM (sm_90), and 386 instructions:
-//   of a weight's 6, 0.5 are table loads, 1 forms their addresses, 0.5 turns pairs around, 0.5 multiplies them.
+//   over, so it goes to an operand, as two numbers in T, rounded once in all: {s_n, s_n+1} times the pair. With the level
+//   that is two roundings, their error together 1.6 times dense bf16's at most. Rejected: a scale rounded to T, whose error
+//   adds up where many blocks have one scale (weights clamped at 2 sigma, dY of mean one sigma: 2.2 % of the output, dense
+//   0.3 %); scaling dY in fp32, 2.5 instructions a weight at 64 tokens.
+// Limits: 32 n of 64 k by 64 tokens take a warp 64 mma's, 413 cycles of a quarter of an SM (sm_90), and 427 instructions:
+//   of a weight's 6.7, 0.5 are table loads, 1 forms their addresses, 0.5 turns pairs around, 1 is for the scales.
 // Time: 2 M N K flops; M = 512, 4096 x 4096 at 588 TFLOP/s (an H200's mma.sync): 29 us.
 // Needs: bf16 or fp16, has_whole_codes(weight), N % 8 == 0, all pointers aligned to 16 bytes.
 #pragma once
+
+#include <type_traits>
 
 #include "choose.h"
 #include "pair_table.cuh"
@@ -38,6 +42,20 @@ struct DgradShape {
   static_assert(kStageN % (kGroup * kWarpsN) == 0, "a stage is whole groups for every warp");
   static_assert(kPackedPitch % 16 == 0 && kPackedPitch * 4 % 128 == 0, "rows 4 apart begin at the same bank");
   static_assert(kTokens * kColumns * 4 <= kSharedBytes || kWarpsN == 1, "the warps of n add up in all of it");
+};
+
+// In bf16 the scale is multiplied to dY, whose error is then another one in every row and token; in fp16 to the levels:
+// dY times a scale could leave the range where dY times W does not.
+template <class T>
+constexpr bool kScalesTokens = std::is_same_v<T, BFloat16>;
+
+// Pairs of scales as T's nearest and the rest in T.
+template <class T>
+struct PairScales {
+  uint32_t high[4], low[4];
+  NF4_DEVICE uint32_t times(uint32_t pair, int i) const {
+    return multiply_add_pairs<T>(pair, high[i], multiply_pairs<T>(pair, low[i]));
+  }
 };
 
 template <class T, class S, class Work>
@@ -95,17 +113,24 @@ struct TiledDgrad {
   NF4_DEVICE bool has_scale(int n) const { return n + lane.index < N && column() < w.K; }
   NF4_DEVICE uint32_t stored(int n) const { return has_scale(n) ? stored_scale(w, scale_index(n)) : 0; }
 
-  // The scales in T, times the table's factor, of the pairs along n, two in each of a group's two steps; zeros beyond N.
-  NF4_DEVICE void pair_scales(uint32_t (&pairs)[4], int n, uint32_t stored, float factor) const {
-    const float own = has_scale(n) ? scale_of(w, scale_index(n), stored, offset_of(w)) * factor : 0.f;
+  // The scales, times the table's factor, of the pairs along n, two in each of a group's two steps; zeros beyond N.
+  NF4_DEVICE PairScales<T> pair_scales(int n, uint32_t stored, float factor) const {
+    const float own = has_scale(n) ? scale_of(w, scale_index(n), stored) * factor : 0.f;
     const float next = shuffle_xor(own, 1);
-    const uint32_t pair = pack<T>(own, next);  // right in even lanes
+    const uint32_t high = pack<T>(own, next);  // right in even lanes
+    const uint32_t low = pack<T>(own - first_of<T>(high), next - second_of<T>(high));
+    PairScales<T> pairs;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) pairs[i] = shuffle(pair, 16 * (i / 2) + 4 * lane.t + 2 * (i % 2));
+    for (int i = 0; i < 4; ++i) {
+      const int from = 16 * (i / 2) + 4 * lane.t + 2 * (i % 2);
+      pairs.high[i] = shuffle(high, from);
+      pairs.low[i] = shuffle(low, from);
+    }
+    return pairs;
   }
 
   // sums += W[32 n, 64 k]^T @ dY^T of group `group` in the stage.
-  NF4_DEVICE void multiply(TurnedSums<S::kTokenTiles>& sums, int stage, int group, const uint32_t (&scales)[4],
+  NF4_DEVICE void multiply(TurnedSums<S::kTokenTiles>& sums, int stage, int group, const PairScales<T>& scales,
                            const PairTable& table) const {
 #pragma unroll
     for (int step = 0; step < 2; ++step) {  // 4 n a lane
@@ -123,15 +148,17 @@ struct TiledDgrad {
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
         turn(a[tile], pairs[tile]);
+        if constexpr (!kScalesTokens<T>)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) a[tile][i] = multiply_pairs<T>(a[tile][i], scales[2 * step + i / 2]);
+          for (int i = 0; i < 4; ++i) a[tile][i] = scales.times(a[tile][i], 2 * step + i / 2);
       }
       const int piece = (group * kGroup + 16 * step + 4 * lane.t) / 8;
       const unsigned char* dys = token_tile(stage) + (token_in_tile(0) + lane.g) * S::kStageN * 2 +
                                  16 * place<Order::kPieceInPairs, S::kStageN / 8>(piece, lane.g) + 8 * (lane.t % 2);
 #pragma unroll
       for (int m = 0; m < S::kTokenTiles; ++m) {
-        const uint2 dy = *reinterpret_cast<const uint2*>(dys + m * 8 * S::kStageN * 2);
+        uint2 dy = *reinterpret_cast<const uint2*>(dys + m * 8 * S::kStageN * 2);
+        if constexpr (kScalesTokens<T>) dy = make_uint2(scales.times(dy.x, 2 * step), scales.times(dy.y, 2 * step + 1));
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) mma_16x8x16<T>(sums[tile][m], a[tile], dy.x, dy.y);
       }
@@ -224,8 +251,7 @@ NF4_DEVICE void linear_dgrad_tiled_block(const ProductArgs& args, const Work& wo
     copy_async_commit();
 #pragma unroll 1
     for (int i = 0; i < kGroups; ++i) {
-      uint32_t scales[4];
-      product.pair_scales(scales, row_of(step, i), stored, factor);
+      const PairScales<T> scales = product.pair_scales(row_of(step, i), stored, factor);
       stored = i + 1 < kGroups ? product.stored(row_of(step, i + 1)) : product.stored(row_of(step + 1, 0));
       product.multiply(sums, stage, i * S::kWarpsN + product.warp_n, scales, table);
     }

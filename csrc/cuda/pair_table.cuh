@@ -2,7 +2,7 @@
 //
 //   table[byte][lane] = { code[byte >> 4] in the low half, code[byte & 15] in the high half }, 256 x 32 words, 32 KB
 //
-// Each lane has a copy in its own bank, so that 32 random bytes take one cycle: 0.5 loads and 1.23 instructions a weight
+// Each lane has a copy in its own bank, so that 32 random bytes take one cycle: 0.5 loads and 1.5 instructions a weight
 // in all (sm_90, unscaled). A single 1 KB copy has conflicts: 3.3 cycles a load; eight byte permutes on a table in
 // registers: 2.21 instructions a weight, 2 of them on the ALU pipe, which has 1.6 at an H200's memory speed.
 //
@@ -11,7 +11,8 @@
 // that the errors cancel (rounded_code.cpp), and is found by its bits: to have the host look at `code` would wait for the
 // device. Any other is rounded up in some entries and down in others, as often as its distance to both neighbours says:
 // by the other level of the pair and by lane % 4, which both run through all values within a row. NF4's mean error falls
-// so from 2.4e-4 of absmax to 1.0e-5, the slope's from 3.3e-4 to 4e-5, but the rms error rises from 6.1e-4 to 9.4e-4.
+// so from 2.4e-4 of absmax to 1.0e-5, the slope's from 3.3e-4 to 4e-5, but the rms error rises from 6.1e-4 to 9.4e-4; and
+// weights that repeat with the period of the lanes see one side of it only.
 #pragma once
 
 #include "kernels.h"
@@ -45,10 +46,19 @@ NF4_DEVICE uint32_t round_above(const Rounding& level, float threshold) {
 // Bits of a 4-bit number in reverse: a prefix of 0..15 is spread evenly over 0..15.
 NF4_DEVICE int reversed(int i) { return (i & 1) << 3 | (i & 2) << 1 | (i & 4) >> 1 | (i & 8) >> 3; }
 
+// The power of two below a codebook's largest level: by it the levels are divided and scales multiplied, which then are
+// no larger than the largest weight, and fit into fp16 where the weights do.
+NF4_DEVICE float unit_of(const float* code) {
+  float largest = 0;
+  for (int level = 0; level < kLevels; ++level) largest = fmaxf(largest, fabsf(load_cached(code + level)));
+  const uint32_t exponent = bits_of(largest) & 0x7f800000u;
+  return exponent == 0 || exponent == 0x7f800000u ? 1.f : float_of(exponent);
+}
+
 // The words of a byte for lanes with lane % 4 = 0..3, from a codebook that nobody has rounded.
 template <class T>
-NF4_DEVICE uint4 dithered(const float* code, int first, int second) {
-  const Rounding low = rounding<T>(code[first]), high = rounding<T>(code[second]);
+NF4_DEVICE uint4 dithered(const float* code, float unit, int first, int second) {
+  const Rounding low = rounding<T>(code[first] / unit), high = rounding<T>(code[second] / unit);
   const auto word = [&](float quarter) {
     const float for_first = (quarter + (float(reversed(second)) + 0.5f) / 16) / 4;
     const float for_second = (quarter + (float(reversed(first)) + 0.5f) / 16) / 4;
@@ -74,11 +84,12 @@ NF4_DEVICE int find(const KnownCodes& known, const float* code) {
 template <class T>
 NF4_DEVICE float build_pair_table(uint32_t* table, const ProductArgs& args) {
   const int found = find(args.known, args.weight.code);
+  const float unit = found < 0 ? unit_of(args.weight.code) : args.known.entries[found].scale;
   for (int byte = threadIdx.x; byte < 256; byte += blockDim.x) {
     const int first = byte >> 4, second = byte & 15;
     uint4 four;
     if (found < 0) {
-      four = dithered<T>(args.weight.code, first, second);
+      four = dithered<T>(args.weight.code, unit, first, second);
     } else {
       const uint16_t* levels = args.known.entries[found].levels;
       const uint32_t word = levels[first] | uint32_t(levels[second]) << 16;
@@ -87,7 +98,7 @@ NF4_DEVICE float build_pair_table(uint32_t* table, const ProductArgs& args) {
     uint4* row = reinterpret_cast<uint4*>(table + byte * 32);
     for (int i = 0; i < 8; ++i) row[(i + byte) % 8] = four;
   }
-  return found < 0 ? 1.f : args.known.entries[found].scale;
+  return unit;
 }
 
 // This lane's column of the table.

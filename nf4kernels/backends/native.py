@@ -1,4 +1,4 @@
-"""Loads the compiled libraries, and asks them what they can run here."""
+"""Loads the compiled libraries, and asks them what they can run here and by which kernels."""
 
 import ctypes
 import os
@@ -15,6 +15,7 @@ ISA_VARIABLE = "NF4KERNELS_CPU_ISA"
 NOT_BUILT = f"{CPU_LIBRARY.name} was not built (no C++ compiler at install time?)"
 CUDA_LIBRARY = Path(__file__).parent.parent / "_cuda.abi3.so"
 CUDA_VARIABLE = "NF4KERNELS_CUDA"
+BFLOAT16, MOST_ROWS = 1, 4096  # csrc/format.h's Dtype; rows of x up to which kernels are asked for
 
 
 class CpuLibrary:
@@ -91,6 +92,13 @@ def running_kernel(library: ctypes.CDLL, name: str) -> Iterator[None]:
         force(None)
 
 
+def register_cuda_ops(library: ctypes.CDLL, namespace: str, key: str) -> None:
+    """The ops of `namespace` are those of the CUDA library, or of its build for the tests, for this dispatch key."""
+    register = library.nf4kernels_cuda_register
+    register.argtypes, register.restype = [ctypes.c_char_p, ctypes.c_char_p], None
+    register(namespace.encode(), key.encode())
+
+
 def know_codebooks(library: ctypes.CDLL) -> None:
     """Tell the CUDA library of the codebooks that have a name: their products are the most exact."""
     know = library.nf4kernels_cuda_know_codebook
@@ -101,16 +109,35 @@ def know_codebooks(library: ctypes.CDLL) -> None:
 
 
 class CudaLibrary:
-    """The loaded CUDA library; loading it registers its ops for CUDA tensors and touches no device."""
+    """The loaded CUDA library; loading it registers no op and touches no device."""
 
     def __init__(self, path: Path) -> None:
-        torch.ops.load_library(path)
         self.handle = library = ctypes.CDLL(str(path))
         know_codebooks(library)
         library.nf4kernels_cuda_architectures.restype = ctypes.c_char_p
         self.architectures: list[str] = library.nf4kernels_cuda_architectures().decode().split()
         self.version: int = library.nf4kernels_cuda_version()
         self._driver_version = library.nf4kernels_cuda_driver_version
+
+    def register(self, namespace: str = "nf4kernels") -> None:
+        """The ops of this namespace are the library's for CUDA tensors from now on; once for a namespace."""
+        register_cuda_ops(self.handle, namespace, "CUDA")
+
+    def choices(self, dgrad: bool, capability: tuple[int, int], multiprocessors: int) -> list[tuple[int, str, str]]:
+        """(most rows of x, kernel, reason) of 16-bit products with a 4096 x 4096 weight; the last takes any number."""
+        choose = self.handle.nf4kernels_cuda_choose
+        choose.restype = ctypes.c_char_p
+        arch, splits, reason = 10 * capability[0] + capability[1], ctypes.c_int(), ctypes.c_char_p()
+        found: list[tuple[int, str, str]] = []
+        for rows in range(1, MOST_ROWS + 1):
+            sizes = map(ctypes.c_int64, (rows, 4096, 4096))
+            kernel = choose(
+                dgrad, BFLOAT16, *sizes, True, True, arch, multiprocessors, ctypes.byref(splits), ctypes.byref(reason)
+            )
+            if found and found[-1][1] == kernel.decode():
+                found.pop()
+            found.append((rows, kernel.decode(), reason.value.decode()))
+        return found
 
     def code_for(self, capability: tuple[int, int]) -> tuple[str | None, str]:
         """What a device of this compute capability runs, as "sm_86", or None; and why not."""
@@ -139,21 +166,26 @@ def code_for(capability: tuple[int, int], architectures: list[str]) -> str | Non
         version, own_device = divmod(int(number.rstrip("af")), 10), number.endswith("a")
         if version == capability or (version[0] == capability[0] and version < capability and not own_device):
             machine.append((version, f"sm_{number}"))
-        if name.endswith("+PTX") and version < capability and not own_device:
+        if name.endswith("+PTX") and version < capability and number.isdigit():
             ptx.append((version, f"sm_{number} by PTX"))
     return max(machine or ptx)[1] if machine or ptx else None
+
+
+def cuda_is_wanted() -> bool:
+    """Raises ValueError where NF4KERNELS_CUDA is neither unset nor 0."""
+    wish = os.environ.get(CUDA_VARIABLE)
+    if wish not in (None, "0"):
+        raise ValueError(f"nf4kernels: {CUDA_VARIABLE} must be 0 (no CUDA kernels) or unset, got {wish}")
+    return wish is None
 
 
 def load_cuda() -> tuple[CudaLibrary | None, str]:
     """The CUDA library where torch has CUDA, else None; and why it was not loaded.
 
     Raises:
-        ValueError: NF4KERNELS_CUDA is neither unset nor 0. OSError: the library does not load.
+        ValueError: as `cuda_is_wanted`. OSError: the library does not load.
     """
-    wish = os.environ.get(CUDA_VARIABLE)
-    if wish not in (None, "0"):
-        raise ValueError(f"nf4kernels: {CUDA_VARIABLE} must be 0 (no CUDA kernels) or unset, got {wish}")
-    if wish == "0":
+    if not cuda_is_wanted():
         return None, f"{CUDA_VARIABLE}=0"
     if not CUDA_LIBRARY.exists():
         return None, f"{CUDA_LIBRARY.name} was not built (no nvcc at install time?)"

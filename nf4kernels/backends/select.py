@@ -1,61 +1,229 @@
-"""Who runs each op on each device, and why."""
+"""Who runs each op on each device, and why.
 
+A device's backend is the first of native (a compiled library), triton and reference (plain PyTorch) that runs there, or
+the one that NF4KERNELS_BACKEND names and no other. Where both of the first two run, `measured.csv` gives an op, a dtype
+and a range of rows to one of them; no measurement is committed yet. Which of its kernels a backend runs is a table of
+its own (csrc/cuda/choose.h, triton/tuned).
+
+The CPU's backend is settled at import. A GPU's is settled when the first op comes to one: only an initialised device
+tells what it is, and an import that initialised it would break every fork after it.
+"""
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from .. import reference
-from ..ops import LIBRARY, SCHEMAS
+from ..ops import LIBRARY, OPS, SCHEMAS
 from . import native
+from .measured import BACKENDS, Rule, by_rules, rules_for
+from .registration import Registration
 
-OPS = tuple(schema.split("(")[0] for schema in SCHEMAS)
+VARIABLE = "NF4KERNELS_BACKEND"
+GPU_KEYS = {"cuda": "CUDA", "xpu": "XPU"}  # device type -> dispatch key; AMD's GPUs are torch's cuda too
+NATIVE_NAMESPACE = "nf4kernels_native"  # of the CUDA library's ops where it shares a device with another backend
+_NATIVE_SCHEMAS = torch.library.Library(NATIVE_NAMESPACE, "DEF")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What runs on a kind of device; backend None: nothing, and every op there is an error."""
+
+    backend: str | None
+    implementation: str  # for people: "native sm_90a"
+    reason: str
 
 
 @dataclass(frozen=True)
 class BackendInfo:
-    """What runs where: device type -> (implementation, reason)."""
+    """What runs where: device type -> (implementation, reason), and which kernels a GPU's products take."""
 
     devices: dict[str, tuple[str, str]]
+    kernels: dict[str, list[str]]
     cpu_isas: list[str]
-    cpu_threads: int
-    torch_version: str
 
     def __str__(self) -> str:
-        lines = [f"torch {self.torch_version}, {self.cpu_threads} CPU threads"]
+        lines = [f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads"]
         for device, (implementation, reason) in self.devices.items():
-            lines.append(f"{device:5} {', '.join(OPS)}: {implementation} ({reason})")
+            lines.append(f"{device:5} {implementation} ({reason})")
+            lines += [f"      {line}" for line in self.kernels.get(device, ())]
+        lines.append(f"{VARIABLE} can be one of: {' '.join(BACKENDS)}")
         lines.append(f"{native.ISA_VARIABLE} can be one of: {' '.join(self.cpu_isas) or 'none'}")
         return "\n".join(lines)
 
 
-for _name in OPS:
-    # Every device without a compiled kernel runs the reference; a compiled library's registration for a device wins.
-    LIBRARY.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+def _forced_backend() -> str | None:
+    forced = os.environ.get(VARIABLE)
+    if forced is not None and forced not in BACKENDS:
+        raise ValueError(f"nf4kernels: {VARIABLE} must be one of {' '.join(BACKENDS)} or unset, got {forced}")
+    return forced
 
-CPU_LIBRARY = native.load_cpu()
-CUDA_LIBRARY, _NO_CUDA_LIBRARY = native.load_cuda()
+
+FORCED = _forced_backend()
+native.cuda_is_wanted()  # a wrong value is an error now, not at the first op on a GPU
+CPU_LIBRARY = native.load_cpu() if FORCED in (None, "native") else None
+
+
+@functools.cache
+def cuda_library() -> tuple[native.CudaLibrary | None, str]:
+    """`native.load_cuda`, when it is first asked for."""
+    return native.load_cuda()
+
+
+def decide(device_type: str) -> Decision:
+    """What runs on all this machine's devices of a type; initialises them."""
+    candidates = (FORCED,) if FORCED else [b for b in BACKENDS if (device_type, b) != ("cpu", "triton")]
+    reasons = []
+    for backend in candidates:
+        obstacle = _obstacle(backend, device_type)
+        if obstacle is None:
+            reasons += [f"forced by {VARIABLE}"] if FORCED else []
+            return Decision(backend, _implementation(backend, device_type), _reason(backend, device_type, reasons))
+        reasons.append(f"not {backend}: {obstacle}")
+    return Decision(None, "none", f"{VARIABLE}={FORCED}, and {obstacle}")
+
+
+def _obstacle(backend: str, device_type: str) -> str | None:
+    """Why a backend cannot run on the devices of a type; None if it can."""
+    if backend == "reference":
+        return None
+    if backend == "native":
+        if device_type == "cpu":
+            return native.NOT_BUILT if CPU_LIBRARY is None else None
+        return _native_gpu_obstacle(device_type)
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device_type == "cpu":
+        interprets = os.environ.get("TRITON_INTERPRET") == "1"
+        return None if interprets else "Triton runs on GPUs, and on a CPU only interpreted (TRITON_INTERPRET=1)"
+    if device_type == "cuda" and torch.version.hip is None:
+        too_old = [capability for capability in _capabilities() if capability < (8, 0)]
+        return "this device is sm_{}{}, and Triton needs sm_80".format(*too_old[0]) if too_old else None
+    return None
+
+
+def _native_gpu_obstacle(device_type: str) -> str | None:
+    if device_type != "cuda" or torch.version.hip is not None:
+        return "the compiled kernels are for NVIDIA's GPUs"
+    library, why_not = cuda_library()
+    if library is None:
+        return why_not
+    return next((why for code, why in map(library.code_for, _capabilities()) if code is None), None)
+
+
+def _capabilities() -> list[tuple[int, int]]:
+    return [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+
+
+def _implementation(backend: str, device_type: str) -> str:
+    if backend == "reference":
+        return "reference (plain PyTorch)"
+    if backend == "triton":
+        return "triton, interpreted" if device_type == "cpu" else "triton"
+    if device_type == "cpu":
+        return f"native {CPU_LIBRARY.isa}"
+    library, _ = cuda_library()
+    return " ".join(["native", *dict.fromkeys(library.code_for(capability)[0] for capability in _capabilities())])
+
+
+def _reason(backend: str, device_type: str, reasons: list[str]) -> str:
+    if device_type != "cpu":
+        reasons = [torch.get_device_module(device_type).get_device_name(0), *reasons]
+    elif backend == "native":
+        reasons = [CPU_LIBRARY.reason, *reasons]
+    return "; ".join(reasons)
+
+
+def measured_rules(device_type: str) -> list[Rule]:
+    """The measured choices between backends for this machine's devices of a type; none where one is forced."""
+    if device_type != "cuda" or FORCED or torch.version.hip is not None or len(set(_capabilities())) != 1:
+        return []
+    rules = rules_for("sm_{}{}".format(*_capabilities()[0]))
+    return [rule for rule in rules if _obstacle(rule.backend, device_type) is None]
+
+
+def implement(device_type: str) -> Mapping[str, Callable]:
+    """The functions to register for a GPU's key; none for the reference, which runs wherever nothing is registered, and
+    for the CUDA library, which is told to register itself."""
+    decision, rules = decide(device_type), measured_rules(device_type)
+    if decision.backend is None:
+        return {op: functools.partial(_refuse, op, decision.reason) for op in OPS}
+    backends = {decision.backend, *(rule.backend for rule in rules)}
+    if len(backends) > 1:
+        kernels = {backend: kernels_of(backend) for backend in backends}
+        return {op: by_rules(op, rules, {b: own[op] for b, own in kernels.items()}, decision.backend) for op in OPS}
+    if decision.backend == "native":
+        cuda_library()[0].register("nf4kernels")
+        return {}
+    return {} if decision.backend == "reference" else kernels_of(decision.backend)
+
+
+def kernels_of(backend: str) -> Mapping[str, Callable]:
+    """A backend's functions, by op, for a GPU."""
+    if backend == "reference":
+        return {op: getattr(reference, op) for op in OPS}
+    return _native_ops() if backend == "native" else _triton().OPS
+
+
+def _triton():
+    from . import triton  # imports Triton itself, which nothing else needs
+
+    return triton
+
+
+@functools.cache
+def _native_ops() -> Mapping[str, Callable]:
+    for schema in SCHEMAS:
+        _NATIVE_SCHEMAS.define(schema)
+    cuda_library()[0].register(NATIVE_NAMESPACE)
+    return {op: getattr(getattr(torch.ops, NATIVE_NAMESPACE), op) for op in OPS}
+
+
+def _refuse(op: str, reason: str, *arguments, **keywords):
+    raise RuntimeError(f"nf4kernels.{op}: no backend runs on this device: {reason}")
+
+
+for _op in OPS:
+    LIBRARY.impl(_op, getattr(reference, _op), "CompositeExplicitAutograd")
+REGISTRATIONS = {
+    name: Registration("nf4kernels", key, functools.partial(implement, name)) for name, key in GPU_KEYS.items()
+}
+if FORCED == "triton" or (FORCED == "native" and CPU_LIBRARY is None):
+    REGISTRATIONS["cpu"] = Registration("nf4kernels", "CPU", functools.partial(implement, "cpu"))
 
 
 def backend_info() -> BackendInfo:
-    """What would run on this machine, and why."""
-    if CPU_LIBRARY is None:
-        devices = {"cpu": ("reference (plain PyTorch)", native.NOT_BUILT)}
-    else:
-        devices = {"cpu": (f"native {CPU_LIBRARY.isa}", CPU_LIBRARY.reason)}
-    isas = [] if CPU_LIBRARY is None else CPU_LIBRARY.isas
-    return BackendInfo(devices | _cuda_devices(), isas, torch.get_num_threads(), torch.__version__)
+    """What would run on this machine, and why. Settles it for the GPUs, which initialises them."""
+    cpu = decide("cpu")
+    devices = {"cpu": (cpu.implementation, cpu.reason)}
+    kernels = {"cpu": list(_kernel_lines("cpu", cpu))}
+    for device_type in GPU_KEYS:
+        if torch.get_device_module(device_type).is_available():
+            REGISTRATIONS[device_type].settle()
+            decision = decide(device_type)
+            devices[device_type] = (decision.implementation, decision.reason)
+            kernels[device_type] = list(_kernel_lines(device_type, decision))
+        elif device_type == "cuda":
+            reason = "torch has no CUDA" if torch.version.cuda is None else "torch sees no CUDA device"
+            devices[device_type] = ("none", reason)
+    return BackendInfo(devices, kernels, [] if CPU_LIBRARY is None else CPU_LIBRARY.isas)
 
 
-def _cuda_devices() -> dict[str, tuple[str, str]]:
-    """One row for all CUDA devices, or one each where they differ."""
-    if not torch.cuda.is_available():
-        reason = "torch has no CUDA" if torch.version.cuda is None else "torch sees no CUDA device"
-        return {"cuda": ("none", reason)}
-    if CUDA_LIBRARY is None:
-        return {"cuda": ("reference (plain PyTorch)", _NO_CUDA_LIBRARY)}
-    rows = {}
-    for i in range(torch.cuda.device_count()):
-        code, why_not = CUDA_LIBRARY.code_for(torch.cuda.get_device_capability(i))
-        without = f"{why_not}; with {native.CUDA_VARIABLE}=0 the reference would run"
-        rows[f"cuda:{i}"] = ("none", without) if code is None else (f"native {code}", torch.cuda.get_device_name(i))
-    return {"cuda": rows["cuda:0"]} if len(set(rows.values())) == 1 else rows
+def _kernel_lines(device_type: str, decision: Decision) -> Iterator[str]:
+    """Measured choices between backends, and the kernels of a GPU's products by rows of x."""
+    yield from map(str, measured_rules(device_type))
+    if decision.backend == "triton":
+        yield from _triton().kernel_lines(torch.device(device_type))
+    if decision.backend != "native" or device_type != "cuda":
+        return
+    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+    for op in ("linear", "linear_dgrad"):
+        for rows, kernel, reason in cuda_library()[0].choices(
+            op == "linear_dgrad", _capabilities()[0], multiprocessors
+        ):
+            limit = f"up to {rows} rows" if rows < native.MOST_ROWS else "more rows"
+            yield f"{op} bf16, fp16, {limit}: {kernel} ({reason})"

@@ -248,6 +248,25 @@ NF4_DEVICE uint32_t multiply_pairs(uint32_t a, uint32_t b) {
   return pack<T>(a_low * b_low, a_high * b_high);
 }
 
+// In double, which holds a * b and, unless c is 2^29 times smaller, the sum.
+template <class T>
+NF4_DEVICE uint32_t multiply_add_pairs(uint32_t a, uint32_t b, uint32_t c) {
+  float a_low, a_high, b_low, b_high, c_low, c_high;
+  simt::unpack<T>(a, a_low, a_high);
+  simt::unpack<T>(b, b_low, b_high);
+  simt::unpack<T>(c, c_low, c_high);
+  return pack<T>(float(double(a_low) * b_low + c_low), float(double(a_high) * b_high + c_high));
+}
+
+template <class T>
+NF4_DEVICE float first_of(uint32_t pair) {
+  return to_float(T{uint16_t(pair)});
+}
+template <class T>
+NF4_DEVICE float second_of(uint32_t pair) {
+  return to_float(T{uint16_t(pair >> 16)});
+}
+
 template <class T>
 NF4_DEVICE void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                             simt::Site site = simt::Site::here()) {

@@ -1,0 +1,14 @@
+"""The ops in Triton, for GPUs without a compiled library. Importing this imports Triton."""
+
+from .choose import kernel_lines
+from .dequantize import dequantize, dequantize_out
+from .linear import linear, linear_shared
+from .linear_dgrad import linear_dgrad
+from .lora_grad import lora_grad
+from .quantize import quantize, quantize_absmax
+
+OPS = {
+    function.__name__: function
+    for function in (quantize, quantize_absmax, dequantize, dequantize_out, linear, linear_dgrad, lora_grad)
+}
+__all__ = ["OPS", "kernel_lines", "linear_shared"]

@@ -1,0 +1,57 @@
+"""What the kernels share: a level by its code, a block's scale by the format's three operations, and the launch.
+
+A weight decodes to code[nibble] * scale in fp32, rounded once. Kernels are launched without contraction of a product
+and a sum to an FMA (`LAUNCH`), which would change the last bit of a scale.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LAUNCH = {"enable_fp_fusion": False}
+
+
+def ceil_div(a: int, b: int) -> int:
+    """triton.cdiv without the 4 us that it takes for being callable from kernels too."""
+    return -(-a // b)
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device; a CPU tensor is one of Triton's interpreter."""
+    device = tensor.device
+    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
+
+
+@triton.jit
+def lookup(table, index, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """table[index] for a [ROWS, COLUMNS] index: one load from shared memory each, where a select tree takes 15."""
+    flat = tl.gather(table, tl.reshape(index, [ROWS * COLUMNS]), 0)
+    return tl.reshape(flat, [ROWS, COLUMNS])
+
+
+@triton.jit
+def block_scales(absmax, scale_absmax, scale_offset, scale_code, block, mask):
+    """The fp32 scales of these blocks; without double quantization scale_code is None."""
+    stored = tl.load(absmax + block, mask=mask, other=0)
+    if scale_code is None:
+        scale = stored
+    else:
+        of_superblock = tl.load(scale_absmax + (block >> 8), mask=mask, other=0.0)
+        scale = tl.load(scale_code + stored.to(tl.int32)) * of_superblock + tl.load(scale_offset)
+    return scale
+
+
+@triton.jit
+def decode_elements(
+    packed, absmax, scale_absmax, scale_offset, code, scale_code, block_shift, index, mask,
+    dtype: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Ŵ at these flat indices [ROWS, COLUMNS], wherever blocks and bytes begin; 0 where the mask is off."""
+    byte = tl.load(packed + (index >> 1), mask=mask, other=0).to(tl.int32)
+    nibble = tl.where(index % 2 == 0, byte >> 4, byte & 15)
+    scale = block_scales(absmax, scale_absmax, scale_offset, scale_code, index >> block_shift, mask)
+    value = lookup(tl.load(code + tl.arange(0, 16)), nibble, ROWS, COLUMNS) * scale
+    return tl.where(mask, value, 0.0).to(dtype)
