@@ -58,6 +58,9 @@ NF4_DEVICE float scale_of(const Weight& w, int64_t block, uint32_t stored, float
   const float product = load_cached(w.scale_code + stored) * load_cached(w.scale_absmax + (block >> kSuperblockShift));
   return product + offset;
 }
+NF4_DEVICE float scale_of(const Weight& w, int64_t block, uint32_t stored) {
+  return w.absmax_u8 == nullptr ? float_of(stored) : scale_of(w, block, stored, load_cached(w.scale_offset));
+}
 NF4_DEVICE float offset_of(const Weight& w) { return w.absmax_u8 == nullptr ? 0.f : load_cached(w.scale_offset); }
 
 // Elements column and column + 1 of a row of `length` elements, zeros past its end.
