@@ -6,10 +6,9 @@
 // a level is rounded to, and the factor of the scales alone. Out of 256 factors and up to four levels rounded the other
 // way, those are taken that keep small what Gaussian weights of sigma = absmax / width see, the worst of several widths
 // (a heavy-tailed block is wide): the mean error, which multiplies the sum of x, and the slope of the error on the
-// weight, which scales the output. NF4 in bf16: mean 1.2e-5 of absmax and slope 1.4e-4. INT4 and
-// FP4 become exact.
-// linear_dgrad on CUDA rounds level * scale to T once more. That has no mean error, but for a significand of all ones,
-// whose product falls short of the scale by half to one ulp and always rounds to the whole one: no level gets it.
+// weight, which scales the output. NF4 in bf16: mean 1.2e-5 of absmax and slope 1.4e-4. INT4 and FP4 become exact.
+// linear_dgrad on CUDA, in fp16, rounds level * scale to T once more. That has no mean error, but for a significand of all
+// ones, whose product falls short of the scale by half to one ulp and always rounds to the whole one: no level gets it.
 #include "rounded_code.h"
 
 #include <algorithm>

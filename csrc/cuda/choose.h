@@ -78,7 +78,7 @@ inline int splits_for(const Tile& tile, int64_t M, int64_t columns, int64_t cont
   const int64_t blocks = ceil_div(columns, tile.columns) * ceil_div(M, tile.rows);
   const int64_t busy = int64_t(multiprocessors) * tile.per_processor / (blocks > 0 ? blocks : 1);
   const int64_t steps = ceil_div(contraction, tile.step);
-  const int64_t cheap = contraction / (16 * M);  // 8 bytes a partial sum against half a byte a weight
+  const int64_t cheap = contraction / (16 * (M > 0 ? M : 1));  // 8 bytes a partial sum against half a byte a weight
   const int64_t least = ceil_div(contraction, tile.longest);
   int64_t splits = busy;
   if (splits > steps) splits = steps;

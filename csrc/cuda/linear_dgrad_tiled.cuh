@@ -115,7 +115,7 @@ struct TiledDgrad {
 
   // The scales, times the table's factor, of the pairs along n, two in each of a group's two steps; zeros beyond N.
   NF4_DEVICE PairScales<T> pair_scales(int n, uint32_t stored, float factor) const {
-    const float own = has_scale(n) ? scale_of(w, scale_index(n), stored, offset_of(w)) * factor : 0.f;
+    const float own = has_scale(n) ? scale_of(w, scale_index(n), stored) * factor : 0.f;
     const float next = shuffle_xor(own, 1);
     const uint32_t high = pack<T>(own, next);  // right in even lanes
     const uint32_t low = pack<T>(own - first_of<T>(high), next - second_of<T>(high));
