@@ -1,6 +1,8 @@
 """The ops in Triton, for GPUs without a compiled library. Importing this imports Triton."""
 
 from .dequantize import dequantize, dequantize_out
+from .grouped_linear import grouped_linear
+from .grouped_linear_dgrad import grouped_linear_dgrad
 from .linear import linear, linear_shared
 from .linear_dgrad import linear_dgrad
 from .lora_grad import lora_grad
@@ -8,6 +10,9 @@ from .quantize import quantize, quantize_absmax
 
 OPS = {
     function.__name__: function
-    for function in (quantize, quantize_absmax, dequantize, dequantize_out, linear, linear_dgrad, lora_grad)
+    for function in (
+        quantize, quantize_absmax, dequantize, dequantize_out, linear, linear_dgrad, grouped_linear,
+        grouped_linear_dgrad, lora_grad,
+    )  # fmt: skip
 }
 __all__ = ["OPS", "linear_shared"]

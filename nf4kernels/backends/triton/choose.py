@@ -164,3 +164,13 @@ def choose(op: str, M: int, K: int, block_size: int, dtype: torch.dtype, device:
     least = table.panel_from[op] if block else ELEMENT_ROWS + 1
     path = _forced["path"] or ("panel" if least <= M else "fused")
     return Choice(path, _forced["config"] or (table.config(op, M) if block else ELEMENTS), block)
+
+
+def choose_for_experts(
+    op: str, T: int, E: int, K: int, block_size: int, dtype: torch.dtype, device: torch.device
+) -> Choice:
+    """The fused configuration of linear or its gradient for the experts' mean number of rows."""
+    if _forced["path"] == "panel":
+        raise RuntimeError(f"nf4kernels.{op}: experts' products do not go by panels")
+    with forcing("fused", _forced["config"]):
+        return choose(op.removeprefix("grouped_"), -(-T // max(E, 1)), K, block_size, dtype, device)
