@@ -112,6 +112,10 @@ def weight(N, K, block_size=64, double_quant=True):
     return cases.random_bytes(N, K, layout)
 
 
+def weights(E, *arguments):
+    return cases.stacked([weight(*arguments)] * E)
+
+
 def run_calls(recorder: Recorder, table: choose.Table) -> None:
     def call(name: str, op: str, *arguments) -> None:
         recorder.call = name
@@ -141,6 +145,13 @@ def run_calls(recorder: Recorder, table: choose.Table) -> None:
         for dtype in (full, half):
             product(call, op, f"odd {dtype}", weight(33, 65), 3, dtype, 5)
         product(call, op, "fp32", weight(N, K), 40, full, 16)
+        for most, config in table.configs[op]:
+            long = choose.LONGEST_DEPTH + 64  # two runs
+            n, k = (N, long) if op == "linear" else (long, K)
+            grouped_product(call, op, f"bucket {most}", weights(2, n, k), min(most, 256), half, config)
+        grouped_product(call, op, "one run", weights(2, N, K), 256, half)
+        grouped_product(call, op, "fp16", weights(300, N, K, 32), 4, torch.float16)
+        grouped_product(call, op, "fp32", weights(2, N, K, 128, False), 4, full)
     call("panel", "linear", torch.zeros(2048, K, dtype=half), *weight(N, K).op_args(), None)
     recorder.call = "shared x"
     linear_shared(torch.zeros(3, 4096, dtype=half), [weight(N, 4096), weight(128, 4096), weight(128, 4096)])
@@ -159,8 +170,17 @@ def product(call, op, name, qweight, M, dtype, rank, config=None):
         call(name, op, torch.zeros(M, depth, dtype=dtype), *qweight.op_args(), *bias, small, factor, 2.0)
 
 
+def grouped_product(call, op, name, qweights, rows, dtype, config=None):
+    """The product of `rows` rows for each of the experts."""
+    E, N, K = qweights.shape
+    offsets = torch.arange(1, E + 1, dtype=torch.int32) * rows
+    with choose.forcing("fused", config):
+        x = torch.zeros(rows * E, K if op == "linear" else N, dtype=dtype)
+        call(f"{name} of {E}", f"grouped_{op}", x, offsets, *qweights.op_args())
+
+
 def compilations_by_rows(recorder: Recorder) -> list[int]:
-    """How many kernels serve all M of a bucket, and of all buckets."""
+    """How many kernels serve all M of a bucket, of all buckets, and all numbers of rows of experts in a bucket."""
     counts = []
     for rows in (range(5, 17), (1, 2, 3, 4, 7, 16, 17, 31, 32, 64, 65, 128, 160, 321)):
         recorder.launched.clear()
@@ -168,7 +188,11 @@ def compilations_by_rows(recorder: Recorder) -> list[int]:
         for M in rows:
             OPS["linear"](torch.zeros(M, 2048, dtype=torch.bfloat16), *q.op_args(), None)
         counts.append(len(set(recorder.launched)))
-    return counts
+    recorder.launched.clear()
+    experts, offsets = weights(8, 64, 2048), torch.zeros(8, dtype=torch.int32)
+    for T in range(8 * 4 + 1, 8 * 16, 5):
+        OPS["grouped_linear"](torch.zeros(T, 2048, dtype=torch.bfloat16), offsets, *experts.op_args())
+    return [*counts, len(set(recorder.launched))]
 
 
 def main(name: str) -> None:

@@ -8,11 +8,9 @@ from .linear_dgrad import linear_dgrad
 from .lora_grad import lora_grad
 from .quantize import quantize, quantize_absmax
 
-OPS = {
-    function.__name__: function
-    for function in (
-        quantize, quantize_absmax, dequantize, dequantize_out, linear, linear_dgrad, grouped_linear,
-        grouped_linear_dgrad, lora_grad,
-    )  # fmt: skip
-}
+_FUNCTIONS = (
+    quantize, quantize_absmax, dequantize, dequantize_out, linear, linear_dgrad, grouped_linear, grouped_linear_dgrad,
+    lora_grad,
+)  # fmt: skip
+OPS = {function.__name__: function for function in _FUNCTIONS}
 __all__ = ["OPS", "linear_shared"]

@@ -6,7 +6,7 @@ No check reads a tensor's data, so none waits for the device.
 import torch
 from torch import Tensor
 
-from ...quantized_weight import BLOCK_SIZES, SUPERBLOCK, WEIGHT_DTYPES, check_expert_columns
+from ...quantized_weight import BLOCK_SIZES, SUPERBLOCK, WEIGHT_DTYPES, expert_columns
 
 
 def refuse(op: str, message: str) -> None:
@@ -74,7 +74,9 @@ def check_experts(
     experts = expert_offsets.shape[0]
     check_data(op, device, "expert_offsets", expert_offsets, torch.int32, experts)
     check_weight(op, device, *weight, experts)
-    check_expert_columns(weight[7], weight[8], f"nf4kernels.{op}")
+    K, block_size = weight[7:]
+    if K % expert_columns(block_size):
+        refuse(op, f"K must be a multiple of {expert_columns(block_size)} at block_size={block_size}, got {K}")
 
 
 def check_range(op: str, N: int, K: int, row_begin: int, row_end: int, col_begin: int, col_end: int) -> None:
