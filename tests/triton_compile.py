@@ -145,11 +145,12 @@ def run_calls(recorder: Recorder, table: choose.Table) -> None:
         for dtype in (full, half):
             product(call, op, f"odd {dtype}", weight(33, 65), 3, dtype, 5)
         product(call, op, "fp32", weight(N, K), 40, full, 16)
-        for most, config in table.configs[op]:
-            long = choose.LONGEST_DEPTH + 64  # two runs
+        for most, _ in table.configs[op]:
+            long = choose.LONGEST_DEPTH + 64
             n, k = (N, long) if op == "linear" else (long, K)
-            grouped_product(call, op, f"bucket {most}", weights(2, n, k), min(most, 256), half, config)
-        grouped_product(call, op, "one run", weights(2, N, K), 256, half)
+            grouped_product(call, op, f"two runs of {most}", weights(2, n, k), min(most, 256), half)
+        for rows in (64, 256):
+            grouped_product(call, op, f"one run of {rows}", weights(2, N, K), rows, half)
         grouped_product(call, op, "fp16", weights(300, N, K, 32), 4, torch.float16)
         grouped_product(call, op, "fp32", weights(2, N, K, 128, False), 4, full)
     call("panel", "linear", torch.zeros(2048, K, dtype=half), *weight(N, K).op_args(), None)
@@ -170,13 +171,35 @@ def product(call, op, name, qweight, M, dtype, rank, config=None):
         call(name, op, torch.zeros(M, depth, dtype=dtype), *qweight.op_args(), *bias, small, factor, 2.0)
 
 
-def grouped_product(call, op, name, qweights, rows, dtype, config=None):
-    """The product of `rows` rows for each of the experts."""
+def grouped_product(call, op, name, qweights, rows, dtype):
+    """The product of `rows` rows for each of the experts, with the table's configuration for them."""
     E, N, K = qweights.shape
     offsets = torch.arange(1, E + 1, dtype=torch.int32) * rows
-    with choose.forcing("fused", config):
-        x = torch.zeros(rows * E, K if op == "linear" else N, dtype=dtype)
-        call(f"{name} of {E}", f"grouped_{op}", x, offsets, *qweights.op_args())
+    x = torch.zeros(rows * E, K if op == "linear" else N, dtype=dtype)
+    call(f"{name} of {E}", f"grouped_{op}", x, offsets, *qweights.op_args())
+
+
+def run_calls_of_one(recorder: Recorder) -> None:
+    """Sizes of 1, which Triton makes constants of their own: every kernel must still compile."""
+    half, full = torch.bfloat16, torch.float32
+    for N, K in ((1, 1), (1, 64), (64, 1), (1, 3000)):
+        recorder.call = f"{N}x{K}"
+        qweight = weight(N, K)
+        OPS["quantize"](torch.zeros(N, K), CODE, 64)
+        OPS["dequantize"](*qweight.op_args(), 0, N, 0, K, half)
+        OPS["dequantize"](*qweight.op_args(), 0, 1, 0, 1, full)
+        for dtype in (half, full):
+            one = torch.zeros(1, 1, dtype=dtype)
+            for op, depth, factor in (("linear", K, (N, 1)), ("linear_dgrad", N, (1, K))):
+                x, bias = torch.zeros(1, depth, dtype=dtype), () if op == "linear_dgrad" else (None,)
+                OPS[op](x, *qweight.op_args(), *bias, one, torch.zeros(factor, dtype=dtype), 1.0)
+            if K % 64 == 0:
+                experts, offsets = weights(1, N, K), torch.ones(1, dtype=torch.int32)
+                OPS["grouped_linear"](torch.zeros(1, K, dtype=dtype), offsets, *experts.op_args())
+                OPS["grouped_linear_dgrad"](torch.zeros(1, N, dtype=dtype), offsets, *experts.op_args())
+            OPS["lora_grad"](one, torch.zeros(1, K, dtype=dtype), 1.0, full, True)
+        linear_shared(torch.zeros(1, K, dtype=half), [qweight, qweight])
+    OPS["quantize_absmax"](torch.zeros(1), torch.linspace(-1, 1, 256), True)
 
 
 def compilations_by_rows(recorder: Recorder) -> list[int]:
@@ -203,6 +226,8 @@ def main(name: str) -> None:
     table = choose.table_for(architecture)
     recorder = Recorder(target)
     run_calls(recorder, table)
+    if architecture == "sm_80":
+        run_calls_of_one(recorder)
     rows = recorder.report()
     counts = compilations_by_rows(recorder)
     print(json.dumps({"shared_limit": SHARED[target.arch] * 1024, "kernels": rows, "by_rows": counts}))

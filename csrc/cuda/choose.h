@@ -31,7 +31,7 @@ constexpr int kSmallRows = 16;
 // MEASURED: with F the speed of the tiled kernel and C that of cuBLAS, a panel costs 2.516 bytes a weight of copying, so
 // it pays from M = 2.516 / copy / (2 (1 / F - 1 / C)), here to the nearest 32. TB/s and TFLOP/s, by data sheet (sm_90: an
 // H200's copy and cuBLAS measured); F is 0.85 of what the tensor cores do by mma.sync or, on sm_90, shared memory lets
-// through (linear_tiled.cu), and for dgrad, which issues an eighth more instructions, 0.85 of that again.
+// through (linear_tiled.cu), and for dgrad, which issues a quarter more instructions, 0.85 of that again.
 // `python benchmarks/gpu.py` prints the measured break-even.
 struct Fused {
   int arch;  // this one and those up to the next

@@ -166,11 +166,13 @@ def kernels_of(backend: str) -> Mapping[str, Callable]:
     """A backend's functions, by op, for a GPU."""
     if backend == "reference":
         return {op: getattr(reference, op) for op in OPS}
-    if backend == "native":
-        return _native_ops()
+    return _native_ops() if backend == "native" else _triton().OPS
+
+
+def _triton():
     from . import triton  # imports Triton itself, which nothing else needs
 
-    return triton.OPS
+    return triton
 
 
 @functools.cache
@@ -197,7 +199,8 @@ if FORCED == "triton" or (FORCED == "native" and CPU_LIBRARY is None):
 def backend_info() -> BackendInfo:
     """What would run on this machine, and why. Settles it for the GPUs, which initialises them."""
     cpu = decide("cpu")
-    devices, kernels = {"cpu": (cpu.implementation, cpu.reason)}, {}
+    devices = {"cpu": (cpu.implementation, cpu.reason)}
+    kernels = {"cpu": list(_kernel_lines("cpu", cpu))}
     for device_type in GPU_KEYS:
         if torch.get_device_module(device_type).is_available():
             REGISTRATIONS[device_type].settle()
@@ -211,9 +214,11 @@ def backend_info() -> BackendInfo:
 
 
 def _kernel_lines(device_type: str, decision: Decision) -> Iterator[str]:
-    """Measured choices between backends, and the kernels of the compiled products by rows of x."""
+    """Measured choices between backends, and the kernels of a GPU's products by rows of x."""
     yield from map(str, measured_rules(device_type))
-    if decision.backend != "native":
+    if decision.backend == "triton":
+        yield from _triton().kernel_lines(torch.device(device_type))
+    if decision.backend != "native" or device_type != "cuda":
         return
     multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
     for op in ("linear", "linear_dgrad"):

@@ -1,5 +1,6 @@
 """The ops in Triton, for GPUs without a compiled library. Importing this imports Triton."""
 
+from .choose import kernel_lines
 from .dequantize import dequantize, dequantize_out
 from .grouped_linear import grouped_linear
 from .grouped_linear_dgrad import grouped_linear_dgrad
@@ -13,4 +14,4 @@ _FUNCTIONS = (
     lora_grad,
 )  # fmt: skip
 OPS = {function.__name__: function for function in _FUNCTIONS}
-__all__ = ["OPS", "linear_shared"]
+__all__ = ["OPS", "kernel_lines", "linear_shared"]

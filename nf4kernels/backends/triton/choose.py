@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -32,10 +32,13 @@ ELEMENT_ROWS = 64
 
 @dataclass(frozen=True)
 class Config:
-    """A program's share of a product: columns of W's side and rows of x's, and how it is compiled."""
+    """A program's share of a product, and how it is compiled.
+
+    The columns are rows of W; linear_dgrad has those of a block of W instead.
+    """
 
     columns: int
-    rows: int
+    rows: int  # of x or dY
     warps: int
     stages: int
     depth: int  # of the contraction that one program sums: a multiple of 64, at most LONGEST_DEPTH
@@ -50,7 +53,7 @@ class Config:
 
 
 # For fp32, without tensor cores, and in 16 bits for rows whose weights are decoded one by one. Not tuned.
-FP32 = Config(columns=32, rows=16, warps=4, stages=2, depth=LONGEST_DEPTH)
+FP32 = Config(columns=32, rows=16, warps=4, stages=1, depth=LONGEST_DEPTH)
 ELEMENTS = Config(columns=32, rows=16, warps=8, stages=1, depth=LONGEST_DEPTH)
 
 
@@ -122,6 +125,14 @@ def table_for(architecture: str) -> Table:
     return Table.from_json((TABLES / f"{known_architecture(architecture, known)}.json").read_text())
 
 
+def kernel_lines(device: torch.device) -> Iterator[str]:
+    """Which path the 16-bit products take on a device by rows of x, and why; for people."""
+    table = table_for(architecture_of(device))
+    for op, least in table.panel_from.items():
+        yield f"{op} bf16, fp16, up to {least - 1} rows: fused ({table.origin})"
+        yield f"{op} bf16, fp16, more rows: panel ({table.origin})"
+
+
 def is_whole(K: int, block_size: int) -> int:
     """How many consecutive weights of any row share a scale and whole bytes, 64 or 32; 0: fewer."""
     size = min(block_size, 64)
@@ -167,10 +178,15 @@ def choose(op: str, M: int, K: int, block_size: int, dtype: torch.dtype, device:
 
 
 def choose_for_experts(
-    op: str, T: int, E: int, K: int, block_size: int, dtype: torch.dtype, device: torch.device
+    op: str, T: int, E: int, K: int, block_size: int, depth: int, dtype: torch.dtype, device: torch.device
 ) -> Choice:
     """The fused configuration of linear or its gradient for the experts' mean number of rows."""
     if _forced["path"] == "panel":
         raise RuntimeError(f"nf4kernels.{op}: experts' products do not go by panels")
     with forcing("fused", _forced["config"]):
-        return choose(op.removeprefix("grouped_"), -(-T // max(E, 1)), K, block_size, dtype, device)
+        choice = choose(op.removeprefix("grouped_"), -(-T // max(E, 1)), K, block_size, dtype, device)
+    config = choice.config
+    if _forced["config"] is None and dtype != torch.float32 and depth > LONGEST_DEPTH and config.rows >= 64:
+        # The sum of runs takes registers too: 4 warps spill on sm_86 and gfx1100.
+        return replace(choice, config=replace(config, warps=max(config.warps, 8)))
+    return choice

@@ -105,7 +105,7 @@ def grouped_linear(
     out = x.new_empty((T, N))
     if out.numel() == 0:
         return out
-    choice = choose_for_experts("grouped_linear", T, E, K, block_size, x.dtype, x.device)
+    choice = choose_for_experts("grouped_linear", T, E, K, block_size, K, x.dtype, x.device)
     config, tiles = choice.config, ceil_div(N, choice.config.columns)
     with on_device_of(x):
         grouped_linear_kernel[(tiles * most_tiles(T, E, config.rows),)](

@@ -55,7 +55,7 @@ def grouped_linear_dgrad(
     out = dy.new_empty((T, K))
     if out.numel() == 0:
         return out
-    choice = choose_for_experts("grouped_linear_dgrad", T, E, K, block_size, dy.dtype, dy.device)
+    choice = choose_for_experts("grouped_linear_dgrad", T, E, K, block_size, N, dy.dtype, dy.device)
     config, tiles = choice.config, K // choice.block
     with on_device_of(dy):
         grouped_linear_dgrad_kernel[(tiles * most_tiles(T, E, config.rows),)](

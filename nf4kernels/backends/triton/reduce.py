@@ -4,7 +4,8 @@ Who       a program takes 1024 neighbours of out and adds their partial sums up 
           nothing but the number of splits.
 Trick     the outs of a product with several weights are reduced by one launch. Rejected: atomic additions, whose order
           is another in every run.
-Bytes     4 splits + 2 an element.
+Bytes     4 splits + 2 an element: with the predicted tables at most an eighth of the weight's bytes.
+Needs     as many splits and rows for each out.
 """
 
 import triton
