@@ -1,10 +1,10 @@
 """grouped_linear_dgrad: dX[T, K] = rows of dY[T, N] @ their expert's W[N, K], for E experts in one launch.
 
 Who       a program finds its (expert, tile of ROWS rows) as grouped_linear's does, then sums all rows of that expert's
-          W for BLOCK columns of it, as linear_dgrad does.
-Trick     those of the two. Rejected, as for grouped_linear: panels, and splits of N.
-Flops     2 T N K; reads each active expert's 0.516 B a weight once for every ROWS of its rows. Instructions a weight as
-          for linear_dgrad. Not measured.
+          W for BLOCK columns of it, as linear_dgrad's does.
+Trick     linear_dgrad's, and grouped_linear's way to a tile. Rejected for grouped_linear's reasons: panels, splits.
+Flops     2 T N K; reads each active expert's 0.516 B a weight for every ROWS of its rows, but for the first time out of
+          the L2. The loop is linear_dgrad's. Not measured.
 Needs     K a multiple of 64 and of the block size.
 """
 
