@@ -135,6 +135,26 @@ def test_a_long_contraction_has_runs(triton_ops, op, dtype):
     assert_right(call(triton_ops, op, x, (2, 3), qweights), op, x, (2, 3), qweights, "long")
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_every_element_is_written_by_one_program(interpreter, op):
+    """The interpreter runs programs in order, so that a later one hides what an earlier one wrote into its rows."""
+    from triton_interpreter import only_program
+
+    counts, T = (3, 0, 17, 8), 33
+    qweights = cases.quantized_experts(4, 72, 128)
+    x = activations(op, T, qweights, torch.bfloat16)
+    programs = 2 * ((T + 5 * 15) // 16)  # two tiles of columns; of rows as many as five groups can have
+    with interpreter.running("fused", interpreter.buckets(op.removeprefix("grouped_"))[0][1]):
+        expected, written = call(interpreter, op, x, counts, qweights), 0
+        for program in range(programs):
+            with only_program(program):
+                y = call(interpreter, op, x, counts, qweights)
+            here = ~y.isnan()  # the rest is conftest.py's poison
+            assert torch.equal(y[here], expected[here])
+            written = written + here.int()
+    assert (written == 1).all()
+
+
 def recorded(interpreter, monkeypatch, op, x, E, qweights):
     """(programs, keyword arguments) of a launch that does not run. A meta tensor has no value for the host to read."""
     kernel, choose = LaunchRecorder(), interpreter.backend.choose
