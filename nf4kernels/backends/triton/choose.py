@@ -180,13 +180,12 @@ def choose(op: str, M: int, K: int, block_size: int, dtype: torch.dtype, device:
 def choose_for_experts(
     op: str, T: int, E: int, K: int, block_size: int, depth: int, dtype: torch.dtype, device: torch.device
 ) -> Choice:
-    """The fused configuration of linear or its gradient for the experts' mean number of rows."""
+    """That of linear or its gradient for the experts' mean number of rows, fused."""
     if _forced["path"] == "panel":
         raise RuntimeError(f"nf4kernels.{op}: experts' products do not go by panels")
-    with forcing("fused", _forced["config"]):
-        choice = choose(op.removeprefix("grouped_"), -(-T // max(E, 1)), K, block_size, dtype, device)
+    choice = choose(op.removeprefix("grouped_"), -(-T // max(E, 1)), K, block_size, dtype, device)
     config = choice.config
     if _forced["config"] is None and dtype != torch.float32 and depth > LONGEST_DEPTH and config.rows >= 64:
         # The sum of runs takes registers too: 4 warps spill on sm_86 and gfx1100.
-        return replace(choice, config=replace(config, warps=max(config.warps, 8)))
-    return choice
+        config = replace(config, warps=max(config.warps, 8))
+    return Choice("fused", config, choice.block)
