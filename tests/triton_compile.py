@@ -112,6 +112,10 @@ def weight(N, K, block_size=64, double_quant=True):
     return cases.random_bytes(N, K, layout)
 
 
+def weights(E, *arguments):
+    return cases.stacked([weight(*arguments)] * E)
+
+
 def run_calls(recorder: Recorder, table: choose.Table) -> None:
     def call(name: str, op: str, *arguments) -> None:
         recorder.call = name
@@ -141,6 +145,14 @@ def run_calls(recorder: Recorder, table: choose.Table) -> None:
         for dtype in (full, half):
             product(call, op, f"odd {dtype}", weight(33, 65), 3, dtype, 5)
         product(call, op, "fp32", weight(N, K), 40, full, 16)
+        for most, _ in table.configs[op]:
+            long = choose.LONGEST_DEPTH + 64
+            n, k = (N, long) if op == "linear" else (long, K)
+            grouped_product(call, op, f"two runs of {most}", weights(2, n, k), min(most, 256), half)
+        for rows in (64, 256):
+            grouped_product(call, op, f"one run of {rows}", weights(2, N, K), rows, half)
+        grouped_product(call, op, "fp16", weights(300, N, K, 32), 4, torch.float16)
+        grouped_product(call, op, "fp32", weights(2, N, K, 128, False), 4, full)
     call("panel", "linear", torch.zeros(2048, K, dtype=half), *weight(N, K).op_args(), None)
     recorder.call = "shared x"
     linear_shared(torch.zeros(3, 4096, dtype=half), [weight(N, 4096), weight(128, 4096), weight(128, 4096)])
@@ -159,6 +171,14 @@ def product(call, op, name, qweight, M, dtype, rank, config=None):
         call(name, op, torch.zeros(M, depth, dtype=dtype), *qweight.op_args(), *bias, small, factor, 2.0)
 
 
+def grouped_product(call, op, name, qweights, rows, dtype):
+    """The product of `rows` rows for each of the experts, with the table's configuration for them."""
+    E, N, K = qweights.shape
+    offsets = torch.arange(1, E + 1, dtype=torch.int32) * rows
+    x = torch.zeros(rows * E, K if op == "linear" else N, dtype=dtype)
+    call(f"{name} of {E}", f"grouped_{op}", x, offsets, *qweights.op_args())
+
+
 def run_calls_of_one(recorder: Recorder) -> None:
     """Sizes of 1, which Triton makes constants of their own: every kernel must still compile."""
     half, full = torch.bfloat16, torch.float32
@@ -173,13 +193,17 @@ def run_calls_of_one(recorder: Recorder) -> None:
             for op, depth, factor in (("linear", K, (N, 1)), ("linear_dgrad", N, (1, K))):
                 x, bias = torch.zeros(1, depth, dtype=dtype), () if op == "linear_dgrad" else (None,)
                 OPS[op](x, *qweight.op_args(), *bias, one, torch.zeros(factor, dtype=dtype), 1.0)
+            if K % 64 == 0:
+                experts, offsets = weights(1, N, K), torch.ones(1, dtype=torch.int32)
+                OPS["grouped_linear"](torch.zeros(1, K, dtype=dtype), offsets, *experts.op_args())
+                OPS["grouped_linear_dgrad"](torch.zeros(1, N, dtype=dtype), offsets, *experts.op_args())
             OPS["lora_grad"](one, torch.zeros(1, K, dtype=dtype), 1.0, full, True)
         linear_shared(torch.zeros(1, K, dtype=half), [qweight, qweight])
     OPS["quantize_absmax"](torch.zeros(1), torch.linspace(-1, 1, 256), True)
 
 
 def compilations_by_rows(recorder: Recorder) -> list[int]:
-    """How many kernels serve all M of a bucket, and of all buckets."""
+    """How many kernels serve all M of a bucket, of all buckets, and all numbers of rows of experts in a bucket."""
     counts = []
     for rows in (range(5, 17), (1, 2, 3, 4, 7, 16, 17, 31, 32, 64, 65, 128, 160, 321)):
         recorder.launched.clear()
@@ -187,7 +211,11 @@ def compilations_by_rows(recorder: Recorder) -> list[int]:
         for M in rows:
             OPS["linear"](torch.zeros(M, 2048, dtype=torch.bfloat16), *q.op_args(), None)
         counts.append(len(set(recorder.launched)))
-    return counts
+    recorder.launched.clear()
+    experts, offsets = weights(8, 64, 2048), torch.zeros(8, dtype=torch.int32)
+    for T in range(8 * 4 + 1, 8 * 16, 5):
+        OPS["grouped_linear"](torch.zeros(T, 2048, dtype=torch.bfloat16), offsets, *experts.op_args())
+    return [*counts, len(set(recorder.launched))]
 
 
 def main(name: str) -> None:

@@ -6,7 +6,7 @@ No check reads a tensor's data, so none waits for the device.
 import torch
 from torch import Tensor
 
-from ...quantized_weight import BLOCK_SIZES, SUPERBLOCK, WEIGHT_DTYPES
+from ...quantized_weight import BLOCK_SIZES, SUPERBLOCK, WEIGHT_DTYPES, expert_columns
 
 
 def refuse(op: str, message: str) -> None:
@@ -39,23 +39,44 @@ def check_block_size(op: str, block_size: int) -> None:
         refuse(op, f"block_size must be a power of two from 32 to 4096, got {block_size}")
 
 
-def check_weight(op, device, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size) -> None:
+def check_weight(
+    op, device, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size, experts=1
+) -> None:
+    """Of `experts` weights [N, K] the tensors are stacked, but for the codebooks."""
     if N < 0 or K < 0:
         refuse(op, f"N and K must not be negative, got {N} and {K}")
-    if N * K + BLOCK_SIZES[-1] >= 2**63:
+    if experts * (N * K + BLOCK_SIZES[-1]) >= 2**63:
         refuse(op, f"N and K must have a product within 63 bits, got {N} and {K}")
     check_block_size(op, block_size)
     blocks = -(-N * K // block_size)
-    check_data(op, device, "packed", packed, torch.uint8, -(-N * K // 2))
+    check_data(op, device, "packed", packed, torch.uint8, -(-N * K // 2) * experts)
     check_data(op, device, "code", code, torch.float32, 16)
     double_quant = scale_code is not None
     if (scale_absmax is not None) != double_quant or (scale_offset is not None) != double_quant:
         refuse(op, "scale_absmax, scale_offset and scale_code must be given together")
-    check_data(op, device, "absmax", absmax, torch.uint8 if double_quant else torch.float32, blocks)
+    check_data(op, device, "absmax", absmax, torch.uint8 if double_quant else torch.float32, blocks * experts)
     if double_quant:
-        check_data(op, device, "scale_absmax", scale_absmax, torch.float32, -(-blocks // SUPERBLOCK))
-        check_data(op, device, "scale_offset", scale_offset, torch.float32, 1)
+        check_data(op, device, "scale_absmax", scale_absmax, torch.float32, -(-blocks // SUPERBLOCK) * experts)
+        check_data(op, device, "scale_offset", scale_offset, torch.float32, experts)
         check_data(op, device, "scale_code", scale_code, torch.float32, 256)
+
+
+def check_experts(
+    op: str, inputs_name: str, inputs: Tensor, expert_offsets: Tensor, weight: tuple, depth_name: str, depth: int
+) -> None:
+    """x of grouped_linear or dy of its gradient, [T, depth] in any strides, and the weight of E experts."""
+    device = inputs.device
+    check_dtype(op, inputs_name, inputs.dtype)
+    if inputs.dim() != 2 or inputs.shape[1] != depth:
+        refuse(op, f"{inputs_name} must have shape [T, {depth_name}={depth}], got {list(inputs.shape)}")
+    if expert_offsets.dim() != 1:
+        refuse(op, f"expert_offsets must have shape [E], got {list(expert_offsets.shape)}")
+    experts = expert_offsets.shape[0]
+    check_data(op, device, "expert_offsets", expert_offsets, torch.int32, experts)
+    check_weight(op, device, *weight, experts)
+    K, block_size = weight[7:]
+    if K % expert_columns(block_size):
+        refuse(op, f"K must be a multiple of {expert_columns(block_size)} at block_size={block_size}, got {K}")
 
 
 def check_range(op: str, N: int, K: int, row_begin: int, row_end: int, col_begin: int, col_end: int) -> None:

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -175,3 +175,17 @@ def choose(op: str, M: int, K: int, block_size: int, dtype: torch.dtype, device:
     least = table.panel_from[op] if block else ELEMENT_ROWS + 1
     path = _forced["path"] or ("panel" if least <= M else "fused")
     return Choice(path, _forced["config"] or (table.config(op, M) if block else ELEMENTS), block)
+
+
+def choose_for_experts(
+    op: str, T: int, E: int, K: int, block_size: int, depth: int, dtype: torch.dtype, device: torch.device
+) -> Choice:
+    """That of linear or its gradient for the experts' mean number of rows, fused."""
+    if _forced["path"] == "panel":
+        raise RuntimeError(f"nf4kernels.{op}: experts' products do not go by panels")
+    choice = choose(op.removeprefix("grouped_"), -(-T // max(E, 1)), K, block_size, dtype, device)
+    config = choice.config
+    if _forced["config"] is None and dtype != torch.float32 and depth > LONGEST_DEPTH and config.rows >= 64:
+        # The sum of runs takes registers too: 4 warps spill on sm_86 and gfx1100.
+        config = replace(config, warps=max(config.warps, 8))
+    return Choice("fused", config, choice.block)

@@ -80,6 +80,28 @@ def add_product(
     return acc
 
 
+@triton.jit
+def add_runs(
+    acc, x, token, in_tokens, packed, absmax, scale_absmax, scale_offset, code, scale_code, column, in_columns, K,
+    block_shift, begin, end, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+    RUN: tl.constexpr,
+):  # fmt: skip
+    """add_product by sums of RUN terms each; 0: by one."""
+    if RUN == 0:
+        acc = add_product(
+            acc, x, token, in_tokens, packed, absmax, scale_absmax, scale_offset, code, scale_code, column, in_columns,
+            K, block_shift, begin, end, COLUMNS, ROWS, BLOCK, WHOLE,
+        )  # fmt: skip
+    else:
+        for run in range(begin, end, RUN):
+            acc += add_product(
+                tl.zeros([COLUMNS, ROWS], tl.float32), x, token, in_tokens, packed, absmax, scale_absmax, scale_offset,
+                code, scale_code, column, in_columns, K, block_shift, run, tl.minimum(run + RUN, end), COLUMNS, ROWS,
+                BLOCK, WHOLE,
+            )  # fmt: skip
+    return acc
+
+
 @triton.jit(do_not_specialize=["M"])
 def linear_kernel(
     x, packed, absmax, scale_absmax, scale_offset, code, scale_code, out, columns, tile_of_first, tiles, bias, small,
@@ -111,19 +133,11 @@ def linear_kernel(
         of_tile_scale_code = pick(scale_code, COUNT, tile, tile_of_first)
     begin = split * depth
     end = tl.minimum(begin + depth, K)
-    if RUN == 0:
-        acc = add_product(
-            acc, x, token, in_tokens, of_tile_packed, of_tile_absmax, of_tile_scale_absmax, of_tile_scale_offset,
-            of_tile_code, of_tile_scale_code, column, in_columns, K, block_shift, begin, end, COLUMNS, ROWS, BLOCK,
-            WHOLE,
-        )  # fmt: skip
-    else:
-        for run in range(begin, end, RUN):
-            acc += add_product(
-                tl.zeros([COLUMNS, ROWS], tl.float32), x, token, in_tokens, of_tile_packed, of_tile_absmax,
-                of_tile_scale_absmax, of_tile_scale_offset, of_tile_code, of_tile_scale_code, column, in_columns, K,
-                block_shift, run, tl.minimum(run + RUN, end), COLUMNS, ROWS, BLOCK, WHOLE,
-            )  # fmt: skip
+    acc = add_runs(
+        acc, x, token, in_tokens, of_tile_packed, of_tile_absmax, of_tile_scale_absmax, of_tile_scale_offset,
+        of_tile_code, of_tile_scale_code, column, in_columns, K, block_shift, begin, end, COLUMNS, ROWS, BLOCK, WHOLE,
+        RUN,
+    )  # fmt: skip
 
     if bias is not None:
         acc += tl.load(bias + column, mask=in_columns, other=0.0).to(tl.float32)[:, None]

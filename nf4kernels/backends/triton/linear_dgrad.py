@@ -50,6 +50,29 @@ def add_product(
 
 
 @triton.jit
+def add_runs(
+    even_sums, odd_sums, dy, token, in_tokens, packed, absmax, scale_absmax, scale_offset, code, scale_code, column,
+    block_shift, N, K, begin, end, ROWS: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr, RUN: tl.constexpr,
+):  # fmt: skip
+    """add_product by sums of RUN terms each; 0: by one."""
+    if RUN == 0:
+        even_sums, odd_sums = add_product(
+            even_sums, odd_sums, dy, token, in_tokens, packed, absmax, scale_absmax, scale_offset, code, scale_code,
+            column, block_shift, N, K, begin, end, ROWS, BLOCK, DEPTH,
+        )  # fmt: skip
+    else:
+        for run in range(begin, end, RUN):
+            zero = tl.zeros([ROWS, BLOCK // 2], tl.float32)
+            run_even, run_odd = add_product(
+                zero, zero, dy, token, in_tokens, packed, absmax, scale_absmax, scale_offset, code, scale_code,
+                column, block_shift, N, K, run, tl.minimum(run + RUN, end), ROWS, BLOCK, DEPTH,
+            )  # fmt: skip
+            even_sums += run_even
+            odd_sums += run_odd
+    return even_sums, odd_sums
+
+
+@triton.jit
 def add_elements(
     sums, dy, token, in_tokens, packed, absmax, scale_absmax, scale_offset, code, scale_code, columns, block_shift, N,
     K, begin, end, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
@@ -109,20 +132,10 @@ def linear_dgrad_kernel(
             pairs = column + 2 * tl.arange(0, HALF)
             even = low_rank_sums(scaling, small, factor, in_first, token, in_tokens, pairs, K, ROWS, HALF, RANK)
             odd = low_rank_sums(scaling, small, factor, in_first, token, in_tokens, pairs + 1, K, ROWS, HALF, RANK)
-        if RUN == 0:
-            even, odd = add_product(
-                even, odd, dy, token, in_tokens, packed, absmax, scale_absmax, scale_offset, code, scale_code, column,
-                block_shift, N, K, begin, end, ROWS, BLOCK, DEPTH,
-            )  # fmt: skip
-        else:
-            for run in range(begin, end, RUN):
-                zero = tl.zeros([ROWS, HALF], tl.float32)
-                run_even, run_odd = add_product(
-                    zero, zero, dy, token, in_tokens, packed, absmax, scale_absmax, scale_offset, code, scale_code,
-                    column, block_shift, N, K, run, tl.minimum(run + RUN, end), ROWS, BLOCK, DEPTH,
-                )  # fmt: skip
-                even += run_even
-                odd += run_odd
+        even, odd = add_runs(
+            even, odd, dy, token, in_tokens, packed, absmax, scale_absmax, scale_offset, code, scale_code, column,
+            block_shift, N, K, begin, end, ROWS, BLOCK, DEPTH, RUN,
+        )  # fmt: skip
         sums = tl.reshape(tl.join(even, odd), [ROWS, BLOCK])
     else:
         sums = tl.zeros([ROWS, BLOCK], tl.float32)
