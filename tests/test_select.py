@@ -5,7 +5,11 @@ import os
 import re
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import cases
 import pytest
@@ -16,7 +20,7 @@ import nf4kernels as nf4
 from nf4kernels import reference
 from nf4kernels.backends import measured, native, select
 from nf4kernels.backends.measured import Rule
-from nf4kernels.backends.registration import Registration
+from nf4kernels.backends.registration import Registration, stand_in
 from nf4kernels.ops import OPS, SCHEMAS
 
 TESTS = Path(__file__).parent
@@ -38,10 +42,18 @@ def machine(monkeypatch, cuda_library):
     return has
 
 
+@pytest.fixture(autouse=True)
+def compiling(monkeypatch):
+    """The tests of Triton's kernels set it, for this whole process."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
 @pytest.fixture
 def without_triton(monkeypatch):
-    find_spec = select.importlib.util.find_spec
-    monkeypatch.setattr(select.importlib.util, "find_spec", lambda name: None if name == "triton" else find_spec(name))
+    def missing():
+        raise ModuleNotFoundError("No module named 'triton'")
+
+    monkeypatch.setattr(select, "_triton", missing)
 
 
 def decided(device_type="cuda"):
@@ -55,7 +67,9 @@ def test_the_compiled_kernels_come_first(machine):
     machine((8, 9), (8, 9))
     assert decided() == ("native", "native sm_89", "card (8, 9)")
     machine((8, 0), (8, 9))
-    assert decided() == ("native", "native sm_80 sm_89", "card (8, 0)")
+    assert decided() == ("native", "native sm_80 sm_89", "card (8, 0); card (8, 9)")
+    machine((9, 0), (6, 1))  # which gets errors, and does not take the kernels from the other
+    assert decided() == ("native", "native sm_90a", "card (9, 0); card (6, 1)")
 
 
 def test_triton_comes_where_the_library_has_no_code(machine, cuda_library, monkeypatch):
@@ -78,13 +92,30 @@ def test_the_reference_comes_last(machine, without_triton):
     backend, implementation, reason = decided()
     assert (backend, implementation) == ("reference", "reference (plain PyTorch)")
     assert "not native: this device is sm_75, and the kernels need sm_80" in reason
-    assert "not triton: Triton is not installed" in reason
+    assert "not triton: Triton cannot be imported: No module named 'triton'" in reason
 
 
 def test_triton_needs_sm_80(machine):
     machine((7, 5))
     assert decided()[0] == "reference"
     assert "not triton: this device is sm_75, and Triton needs sm_80" in decided()[2]
+
+
+def test_triton_is_not_interpreted_on_a_gpu(machine, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    machine((11, 0))
+    assert decided()[0] == "reference"
+    assert "not triton: TRITON_INTERPRET=1 is set" in decided()[2]
+    with pytest.warns(UserWarning, match=r"plain PyTorch runs on cuda: card \(11, 0\); not native"):
+        assert select.implement("cuda") is None
+
+
+def test_a_backend_that_lacks_an_op_is_refused(machine, monkeypatch):
+    functions = {op: print for op in OPS if op != "linear"}
+    monkeypatch.setattr(select, "_triton", lambda: SimpleNamespace(OPS=functions))
+    machine((11, 0))
+    with pytest.raises(RuntimeError, match="the triton backend must have every op, and lacks linear"):
+        select.implement("cuda")
 
 
 def test_amds_gpus_have_triton(machine, monkeypatch):
@@ -99,7 +130,8 @@ def test_a_forced_backend_is_taken_or_refused(machine, monkeypatch, without_trit
     monkeypatch.setattr(select, "FORCED", "reference")
     assert decided() == ("reference", "reference (plain PyTorch)", "card (9, 0); forced by NF4KERNELS_BACKEND")
     monkeypatch.setattr(select, "FORCED", "triton")
-    assert decided() == (None, "none", "NF4KERNELS_BACKEND=triton, and Triton is not installed")
+    missing = "NF4KERNELS_BACKEND=triton, and Triton cannot be imported: No module named 'triton'"
+    assert decided() == (None, "none", missing)
     machine((7, 5))
     monkeypatch.setattr(select, "FORCED", "native")
     assert decided()[0] is None
@@ -137,70 +169,102 @@ def test_backend_info_without_a_gpu(machine):
 
 
 @pytest.fixture
-def namespace(request):
-    """A namespace with our schemas and no kernels, for this test alone: the CUDA library stays registered; its name."""
+def registered(request):
+    """A namespace with our schemas for this test alone (kernels stay registered), settled by what the test gives."""
     name = f"nf4kernels_{request.node.name}"
     with torch.library._scoped_library(name, "DEF") as library:
         for schema in SCHEMAS:
             library.define(schema)
-        yield name
+        registrations = {}
 
+        def make(implement) -> tuple[Registration, Callable]:
+            registrations["cpu"] = Registration(name, "CPU", lambda: implement(name))
+            for op in OPS:
+                function = stand_in(name, op, getattr(reference, op), registrations)
+                library.impl(op, function, "CompositeExplicitAutograd")
+            linear = getattr(torch.ops, name).linear
+            return registrations["cpu"], lambda x, qweight: linear(x, *qweight.op_args(), None)
 
-def product(namespace, x, qweight):
-    return getattr(torch.ops, namespace).linear(x, *qweight.op_args(), None)
+        yield make
 
 
 @pytest.mark.filterwarnings("error")
-def test_the_first_call_settles_who_runs(namespace, simt):
-    """Here as on a GPU: the library registers itself in place of the stand-in, and torch does not warn."""
+def test_the_first_call_settles_who_runs(registered, simt):
+    """Here as on a GPU: the library registers itself, and torch does not warn."""
     calls = []
 
-    def implement():
+    def implement(name):
         calls.append("settled")
-        native.register_cuda_ops(simt.executor.library, namespace, "CPU")
+        native.register_cuda_ops(simt.executor.library, name, "CPU")
         return {}
 
-    registration = Registration(namespace, "CPU", implement)
+    registration, linear = registered(implement)
     qweight, x = cases.quantized(40, 64), cases.activations(3, 64, torch.bfloat16)
     assert not calls
     for _ in range(2):
-        y = product(namespace, x, qweight)
-        assert_product_within_bound(y, x, cases.dense(qweight).T, "linear by the CUDA kernels")
+        assert_product_within_bound(linear(x, qweight), x, cases.dense(qweight).T, "linear by the CUDA kernels")
     assert calls == ["settled"]
     assert sum(run.count for run in simt.launches() if "linear_small" in run.kernel) == 2
-    registration.settle()
+    assert registration.settle()
     assert calls == ["settled"]
 
 
-def test_an_implementation_that_fails_is_asked_again_and_nothing_else_runs(namespace):
+def test_first_calls_of_many_threads_all_wait_for_the_same_kernel(registered):
+    """None runs the reference meanwhile, or a kernel that is being taken away."""
+    ran, settling = [], []
+
+    def kernel(x, *arguments):
+        ran.append("kernel")
+        return reference.linear(x, *arguments)
+
+    def implement(name):
+        settling.append(name)
+        time.sleep(0.2)
+        return {"linear": kernel}
+
+    _, linear = registered(implement)
+    qweight, x = cases.quantized(5, 64), torch.randn(2, 64)
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda _: linear(x, qweight), range(200)))
+    assert (len(ran), len(settling)) == (200, 1)
+    assert all(torch.equal(y, results[0]) for y in results)
+
+
+def test_the_reference_runs_where_it_was_decided(registered):
+    registration, linear = registered(lambda name: None)
+    qweight, x = cases.quantized(5, 64), torch.randn(2, 64)
+    assert torch.equal(linear(x, qweight), reference.linear(x, *qweight.op_args(), None))
+    assert not registration.settle()
+
+
+def test_an_implementation_that_fails_is_asked_again_and_nothing_else_runs(registered):
     attempts = []
 
-    def implement():
-        attempts.append(len(attempts))
+    def implement(name):
+        attempts.append(name)
         if len(attempts) < 3:
             raise ImportError(f"broken, attempt {len(attempts)}")
         return {"linear": reference.linear}
 
-    registration = Registration(namespace, "CPU", implement)
+    _, linear = registered(implement)
     qweight, x = cases.quantized(5, 64), torch.randn(2, 64)
     for attempt in (1, 2):
         with pytest.raises(ImportError, match=f"broken, attempt {attempt}"):
-            product(namespace, x, qweight)
+            linear(x, qweight)
     expected = reference.linear(x, *qweight.op_args(), None)
-    assert torch.equal(product(namespace, x, qweight), expected)
-    assert torch.equal(product(namespace, x, qweight), expected)
+    assert torch.equal(linear(x, qweight), expected)
+    assert torch.equal(linear(x, qweight), expected)
     assert len(attempts) == 3
-    assert registration is not None  # its registrations go when it goes
 
 
-def test_an_exception_of_a_kernel_comes_through(namespace):
+def test_an_exception_of_a_kernel_comes_through(registered):
     def broken(*arguments):
         raise MemoryError("the kernel's own")
 
-    registration = Registration(namespace, "CPU", lambda: {"linear": broken})
-    registration.settle()
-    with pytest.raises(MemoryError, match="the kernel's own"):
-        product(namespace, torch.randn(2, 64), cases.quantized(5, 64))
+    _, linear = registered(lambda name: {"linear": broken})
+    for _ in range(2):
+        with pytest.raises(MemoryError, match="the kernel's own"):
+            linear(torch.randn(2, 64), cases.quantized(5, 64))
 
 
 RULES = [
@@ -247,11 +311,6 @@ def test_backends_that_share_a_device(monkeypatch, machine, simt):
         assert_product_within_bound(y, x, cases.dense(qweight).T, f"{rows} rows")
 
 
-def test_the_committed_measurements_are_readable():
-    for architecture in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"):
-        assert all(rule.op in OPS for rule in measured.rules_for(architecture))
-
-
 def test_measured_rules_are_read_and_checked(tmp_path):
     path = tmp_path / "measured.csv"
     head = "architecture,op,dtype,rows,backend,reason\n"
@@ -272,24 +331,39 @@ LAYOUTS = (cases.DEFAULT, cases.Layout(64, "fp4", "dynamic8"), cases.Layout(32, 
 SHAPES = ((40, 128), (33, 65))
 EVERY_OP = """
 import os, sys, torch, cases
-if os.environ["NF4KERNELS_BACKEND"] == "triton":
-    import triton_interpreter
-    triton_interpreter.correct()
 import nf4kernels as nf4
+from types import SimpleNamespace
 from test_select import LAYOUTS, SHAPES
 ops, results = torch.ops.nf4kernels, {}
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import triton_interpreter
+    from nf4kernels.backends import triton
+    triton_interpreter.correct()
+    ops = SimpleNamespace(**triton.OPS)
 for layout in LAYOUTS:
     for N, K in SHAPES:
-        w = cases.weight(N, K)
-        q = nf4.quantize(w, layout.codebook, layout.block_size, layout.scale_codebook is not None,
-                         layout.scale_codebook or "e4m3")
-        own = results[str(layout), N, K] = {"quantize": q.op_args()[:6]}
+        packed, absmax = ops.quantize(cases.weight(N, K), layout.code, layout.block_size)
+        scales = [None] * 3
+        if layout.scale_code is not None:
+            e4m3 = layout.scale_codebook == "e4m3"
+            absmax, *scales = ops.quantize_absmax(absmax, layout.scale_code, e4m3)
+            scales.append(layout.scale_code)
+        else:
+            scales = [None, None, None]
+        q = (packed, absmax, *scales[:2], layout.code, scales[2], N, K, layout.block_size)
+        own = results[str(layout), N, K] = {"quantize": q[:6]}
         for dtype in cases.DTYPES:
-            x, dy = cases.activations(5, K, dtype), cases.activations(5, N, dtype)
-            own["dequantize", dtype] = nf4.dequantize(q, dtype)
-            own["linear", dtype] = ops.linear(x, *q.op_args(), None)
-            own["linear_dgrad", dtype] = ops.linear_dgrad(dy, *q.op_args())
+            x, dy, bias = (cases.activations(*shape, dtype) for shape in ((5, K), (5, N), (1, N)))
+            P, B, A = (cases.activations(*shape, dtype, seed=1) for shape in ((5, 3), (N, 3), (3, K)))
+            own["dequantize", dtype] = ops.dequantize(*q, 0, N, 0, K, dtype)
+            own["linear", dtype] = ops.linear(x, *q, bias[0], P, B, 0.5)
+            own["linear_dgrad", dtype] = ops.linear_dgrad(dy, *q, P, A, 0.5)
             own["lora_grad", dtype] = ops.lora_grad(x[:, :8].contiguous(), dy, 0.5, torch.float32)
+            if K % 64 == 0 and K % layout.block_size == 0:
+                experts = [t if t is None or t.dim() == 1 and t.numel() in (16, 256) else t[None] for t in q[:6]]
+                ends = torch.tensor([4], dtype=torch.int32)
+                own["grouped_linear", dtype] = ops.grouped_linear(x, ends, *experts, *q[6:])
+                own["grouped_linear_dgrad", dtype] = ops.grouped_linear_dgrad(dy, ends, *experts, *q[6:])
 torch.save(results, sys.argv[1])
 print(nf4.backend_info())
 """
@@ -297,17 +371,17 @@ print(nf4.backend_info())
 
 @pytest.fixture(scope="module")
 def results_of(tmp_path_factory):
-    """Every op's results by a backend, forced by its name in a process of its own, on the CPU."""
+    """Every op's results by a backend in a process of its own, on the CPU: forced by its name, Triton interpreted."""
 
     def run(backend: str) -> dict:
         path = tmp_path_factory.mktemp(backend) / "results.pt"
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("NF4KERNELS_")}
-        environment |= {"NF4KERNELS_BACKEND": backend, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
-        environment |= {"TRITON_INTERPRET": "1", "OMP_WAIT_POLICY": "passive"}
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("NF4KERNELS_", "TRITON_"))}
+        environment |= {"PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}", "OMP_WAIT_POLICY": "passive"}
+        environment |= {"TRITON_INTERPRET": "1"} if backend == "triton" else {"NF4KERNELS_BACKEND": backend}
         command = [sys.executable, "-c", EVERY_OP, str(path)]
         result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr[-3000:]
-        assert re.search(rf"cpu   {backend}.*forced by NF4KERNELS_BACKEND", result.stdout)
+        assert backend == "triton" or re.search(rf"cpu   {backend}.*forced by NF4KERNELS_BACKEND", result.stdout)
         return torch.load(path)
 
     return functools.cache(run)
@@ -320,11 +394,36 @@ def test_every_backend_gives_the_same_bits_or_keeps_the_same_bound(native_librar
             assert a is b is None or torch.equal(a, b)
         dense = expected["dequantize", torch.float32]
         N, K = dense.shape
+        assert ours.keys() == expected.keys()
         for (op, dtype), result in ((key, result) for key, result in ours.items() if key != "quantize"):
-            x, dy = cases.activations(5, K, dtype), cases.activations(5, N, dtype)
+            what = f"{backend} {op} {dtype}"
+            x, dy, bias = (cases.activations(*shape, dtype) for shape in ((5, K), (5, N), (1, N)))
+            P, B, A = (cases.activations(*shape, dtype, seed=1) for shape in ((5, 3), (N, 3), (3, K)))
             if op == "dequantize":
-                assert_same_bits(result, expected[op, dtype], f"{backend} {op} {dtype}")
-                continue
-            small = 0.5 * x[:, :8].T.float()
-            a, matrix = {"linear": (x, dense.T), "linear_dgrad": (dy, dense), "lora_grad": (small, dy.float())}[op]
-            assert_product_within_bound(result, a, matrix, f"{backend} {op}")
+                assert_same_bits(result, expected[op, dtype], what)
+            elif op == "linear":
+                matrix = torch.cat([dense.T, 0.5 * B.float().T])
+                assert_product_within_bound(result, torch.cat([x, P], 1), matrix, what, bias[0])
+            elif op == "linear_dgrad":
+                matrix = torch.cat([dense, 0.5 * A.float()])
+                assert_product_within_bound(result, torch.cat([dy, P], 1), matrix, what)
+            elif op == "lora_grad":
+                assert_product_within_bound(result, 0.5 * x[:, :8].T.float(), dy.float(), what)
+            else:
+                a, matrix = (x, dense.T) if op == "grouped_linear" else (dy, dense)
+                assert not result[4:].any(), "rows of no expert"
+                assert_product_within_bound(result[:4], a[:4], matrix, what)
+
+
+def test_triton_is_refused_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(select, "FORCED", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert decided("cpu") == (None, "none", "NF4KERNELS_BACKEND=triton, and Triton runs on GPUs")
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_an_instruction_set_is_not_forced_beside_another_backend(backend):
+    environment = os.environ | {"NF4KERNELS_BACKEND": backend, "NF4KERNELS_CPU_ISA": "scalar"}
+    command = [sys.executable, "-c", "import nf4kernels"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert f"NF4KERNELS_CPU_ISA must be unset where NF4KERNELS_BACKEND={backend} is set" in result.stderr

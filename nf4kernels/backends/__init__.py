@@ -1,1 +1,1 @@
-"""Who runs an op: the compiled libraries, or the reference where none was built."""
+"""Who runs an op: the compiled libraries, Triton, or the reference."""

@@ -130,10 +130,9 @@ class CudaLibrary:
         arch, splits, reason = 10 * capability[0] + capability[1], ctypes.c_int(), ctypes.c_char_p()
         found: list[tuple[int, str, str]] = []
         for rows in range(1, MOST_ROWS + 1):
-            sizes = map(ctypes.c_int64, (rows, 4096, 4096))
-            kernel = choose(
-                dgrad, BFLOAT16, *sizes, True, True, arch, multiprocessors, ctypes.byref(splits), ctypes.byref(reason)
-            )
+            sizes = map(ctypes.c_int64, (rows, 4096, 4096, 0))  # no experts
+            results = ctypes.byref(splits), ctypes.byref(reason)
+            kernel = choose(dgrad, BFLOAT16, *sizes, True, True, arch, multiprocessors, *results)
             if found and found[-1][1] == kernel.decode():
                 found.pop()
             found.append((rows, kernel.decode(), reason.value.decode()))

@@ -1,6 +1,5 @@
 """The ops' kernels for one dispatch key, settled when the first call comes."""
 
-import functools
 import threading
 from collections.abc import Callable, Mapping
 
@@ -10,36 +9,46 @@ from ..ops import OPS
 
 
 class Registration:
-    """Until the first call, or `settle`, a stand-in takes the calls; then what `implement` gives.
+    """Who runs a namespace's ops for a dispatch key: what `implement` says, asked when the first call comes.
 
-    `implement` is called once. It returns the functions to register by op, or none where they registered themselves.
-    If it raises, so does the call, and the next call asks again: no other kernel runs instead. Registrations live as
-    long as this object.
+    `implement` gives the functions by op, or none where they registered themselves, or None: then the reference runs.
+    If it raises, so does the call, and the next call asks again. Kernels are only ever added, never taken away: another
+    thread may be in one. They live as long as this object.
     """
 
-    def __init__(self, namespace: str, key: str, implement: Callable[[], Mapping[str, Callable]]) -> None:
-        self._namespace, self._key, self._implement = namespace, key, implement
+    def __init__(self, namespace: str, key: str, implement: Callable[[], Mapping[str, Callable] | None]) -> None:
+        self._library = torch.library.Library(namespace, "IMPL")
+        self._key, self._implement = key, implement
         self._lock = threading.Lock()
-        self._settled = False
-        self._register({op: functools.partial(self._first_call, op) for op in OPS})
+        self._has_kernels: bool | None = None
 
-    def settle(self) -> None:
-        with self._lock:
-            if self._settled:
-                return
-            self._library._destroy()  # a kernel registered over another one makes torch warn
-            try:
-                self._register(self._implement())
-            except BaseException:
-                self._register({op: functools.partial(self._first_call, op) for op in OPS})
-                raise
-            self._settled = True
+    def settle(self) -> bool:
+        """Whether the key has kernels now; else the reference is to run."""
+        if self._has_kernels is None:
+            with self._lock:
+                if self._has_kernels is None:
+                    functions = self._implement()
+                    for op, function in (functions or {}).items():
+                        self._library.impl(op, function, self._key)
+                    self._has_kernels = functions is not None
+        return self._has_kernels
 
-    def _first_call(self, op: str, *arguments, **keywords):
-        self.settle()
-        return getattr(getattr(torch.ops, self._namespace), op)(*arguments, **keywords)
 
-    def _register(self, functions: Mapping[str, Callable]) -> None:
-        self._library = torch.library.Library(self._namespace, "IMPL")
-        for op, function in functions.items():
-            self._library.impl(op, function, self._key)
+def stand_in(namespace: str, op: str, reference: Callable, registrations: Mapping[str, Registration]) -> Callable:
+    """The op where no kernel is registered (yet): settles who runs it, and calls the op again or the reference."""
+
+    def run(tensor, *arguments, **keywords):
+        registration = registrations.get(tensor.device.type)
+        if registration is None or not registration.settle():
+            return reference(tensor, *arguments, **keywords)
+        return getattr(getattr(torch.ops, namespace), op)(tensor, *arguments, **keywords)
+
+    return run
+
+
+def check_is_complete(functions: Mapping[str, Callable], backend: str) -> Mapping[str, Callable]:
+    """`functions`, if there is one for every op: a missing one would call its own stand-in for ever."""
+    missing = [op for op in OPS if op not in functions]
+    if missing:
+        raise RuntimeError(f"nf4kernels: the {backend} backend must have every op, and lacks {', '.join(missing)}")
+    return functions

@@ -10,8 +10,8 @@ tells what it is, and an import that initialised it would break every fork after
 """
 
 import functools
-import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -21,9 +21,10 @@ from .. import reference
 from ..ops import LIBRARY, OPS, SCHEMAS
 from . import native
 from .measured import BACKENDS, Rule, by_rules, rules_for
-from .registration import Registration
+from .registration import Registration, check_is_complete, stand_in
 
 VARIABLE = "NF4KERNELS_BACKEND"
+OLDEST = (8, 0)  # compute capability, of the CUDA library's kernels and of Triton's compiler
 GPU_KEYS = {"cuda": "CUDA", "xpu": "XPU"}  # device type -> dispatch key; AMD's GPUs are torch's cuda too
 NATIVE_NAMESPACE = "nf4kernels_native"  # of the CUDA library's ops where it shares a device with another backend
 _NATIVE_SCHEMAS = torch.library.Library(NATIVE_NAMESPACE, "DEF")
@@ -65,6 +66,8 @@ def _forced_backend() -> str | None:
 
 FORCED = _forced_backend()
 native.cuda_is_wanted()  # a wrong value is an error now, not at the first op on a GPU
+if FORCED not in (None, "native") and native.ISA_VARIABLE in os.environ:
+    raise ValueError(f"nf4kernels: {native.ISA_VARIABLE} must be unset where {VARIABLE}={FORCED} is set")
 CPU_LIBRARY = native.load_cpu() if FORCED in (None, "native") else None
 
 
@@ -95,14 +98,18 @@ def _obstacle(backend: str, device_type: str) -> str | None:
         if device_type == "cpu":
             return native.NOT_BUILT if CPU_LIBRARY is None else None
         return _native_gpu_obstacle(device_type)
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
     if device_type == "cpu":
-        interprets = os.environ.get("TRITON_INTERPRET") == "1"
-        return None if interprets else "Triton runs on GPUs, and on a CPU only interpreted (TRITON_INTERPRET=1)"
+        return "Triton runs on GPUs"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "TRITON_INTERPRET=1 is set, and Triton's interpreter is wrong for bf16"
     if device_type == "cuda" and torch.version.hip is None:
-        too_old = [capability for capability in _capabilities() if capability < (8, 0)]
-        return "this device is sm_{}{}, and Triton needs sm_80".format(*too_old[0]) if too_old else None
+        too_old = [capability for capability in _capabilities() if capability < OLDEST]
+        if too_old:
+            return "this device is sm_{}{}, and Triton needs sm_80".format(*too_old[0])
+    try:
+        _triton()
+    except ImportError as error:
+        return f"Triton cannot be imported: {error}"
     return None
 
 
@@ -116,14 +123,16 @@ def _native_gpu_obstacle(device_type: str) -> str | None:
 
 
 def _capabilities() -> list[tuple[int, int]]:
-    return [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    """Of the CUDA devices. One that no kernel runs on, beside one that some do, has no say: an op on it is an error."""
+    found = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    return [capability for capability in found if capability >= OLDEST] or found
 
 
 def _implementation(backend: str, device_type: str) -> str:
     if backend == "reference":
         return "reference (plain PyTorch)"
     if backend == "triton":
-        return "triton, interpreted" if device_type == "cpu" else "triton"
+        return "triton"
     if device_type == "cpu":
         return f"native {CPU_LIBRARY.isa}"
     library, _ = cuda_library()
@@ -132,7 +141,8 @@ def _implementation(backend: str, device_type: str) -> str:
 
 def _reason(backend: str, device_type: str, reasons: list[str]) -> str:
     if device_type != "cpu":
-        reasons = [torch.get_device_module(device_type).get_device_name(0), *reasons]
+        module = torch.get_device_module(device_type)
+        reasons = [*dict.fromkeys(map(module.get_device_name, range(module.device_count()))), *reasons]
     elif backend == "native":
         reasons = [CPU_LIBRARY.reason, *reasons]
     return "; ".join(reasons)
@@ -146,12 +156,13 @@ def measured_rules(device_type: str) -> list[Rule]:
     return [rule for rule in rules if _obstacle(rule.backend, device_type) is None]
 
 
-def implement(device_type: str) -> Mapping[str, Callable]:
-    """The functions to register for a GPU's key; none for the reference, which runs wherever nothing is registered, and
-    for the CUDA library, which is told to register itself."""
+def implement(device_type: str) -> Mapping[str, Callable] | None:
+    """What `Registration` asks for; the CUDA library is told to register itself."""
     decision, rules = decide(device_type), measured_rules(device_type)
     if decision.backend is None:
         return {op: functools.partial(_refuse, op, decision.reason) for op in OPS}
+    if decision.backend == "reference" and not FORCED:
+        warnings.warn(f"nf4kernels: plain PyTorch runs on {device_type}: {decision.reason}", stacklevel=2)
     backends = {decision.backend, *(rule.backend for rule in rules)}
     if len(backends) > 1:
         kernels = {backend: kernels_of(backend) for backend in backends}
@@ -159,14 +170,14 @@ def implement(device_type: str) -> Mapping[str, Callable]:
     if decision.backend == "native":
         cuda_library()[0].register("nf4kernels")
         return {}
-    return {} if decision.backend == "reference" else kernels_of(decision.backend)
+    return None if decision.backend == "reference" else kernels_of(decision.backend)
 
 
 def kernels_of(backend: str) -> Mapping[str, Callable]:
     """A backend's functions, by op, for a GPU."""
     if backend == "reference":
         return {op: getattr(reference, op) for op in OPS}
-    return _native_ops() if backend == "native" else _triton().OPS
+    return _native_ops() if backend == "native" else check_is_complete(_triton().OPS, backend)
 
 
 def _triton():
@@ -180,27 +191,27 @@ def _native_ops() -> Mapping[str, Callable]:
     for schema in SCHEMAS:
         _NATIVE_SCHEMAS.define(schema)
     cuda_library()[0].register(NATIVE_NAMESPACE)
-    return {op: getattr(getattr(torch.ops, NATIVE_NAMESPACE), op) for op in OPS}
+    return {op: getattr(getattr(torch.ops, NATIVE_NAMESPACE), op).default for op in OPS}
 
 
 def _refuse(op: str, reason: str, *arguments, **keywords):
     raise RuntimeError(f"nf4kernels.{op}: no backend runs on this device: {reason}")
 
 
-for _op in OPS:
-    LIBRARY.impl(_op, getattr(reference, _op), "CompositeExplicitAutograd")
 REGISTRATIONS = {
     name: Registration("nf4kernels", key, functools.partial(implement, name)) for name, key in GPU_KEYS.items()
 }
 if FORCED == "triton" or (FORCED == "native" and CPU_LIBRARY is None):
     REGISTRATIONS["cpu"] = Registration("nf4kernels", "CPU", functools.partial(implement, "cpu"))
+for _op in OPS:
+    LIBRARY.impl(_op, stand_in("nf4kernels", _op, getattr(reference, _op), REGISTRATIONS), "CompositeExplicitAutograd")
 
 
 def backend_info() -> BackendInfo:
     """What would run on this machine, and why. Settles it for the GPUs, which initialises them."""
     cpu = decide("cpu")
     devices = {"cpu": (cpu.implementation, cpu.reason)}
-    kernels = {"cpu": list(_kernel_lines("cpu", cpu))}
+    kernels = {}
     for device_type in GPU_KEYS:
         if torch.get_device_module(device_type).is_available():
             REGISTRATIONS[device_type].settle()
