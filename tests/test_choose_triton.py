@@ -75,3 +75,12 @@ def test_forcing_refuses_an_unknown_path_and_is_undone(choose):
             assert choose._forced["path"] == "fused"
         assert choose._forced["path"] == "panel"
     assert choose._forced == before
+
+
+def test_the_paths_are_told_with_their_origin(choose):
+    table = choose.table_for("sm_80")  # the interpreter's
+    lines = list(choose.kernel_lines(torch.device("cpu")))
+    assert len(lines) == 2 * len(choose.PRODUCTS)
+    for op, (fused, panel) in zip(choose.PRODUCTS, (lines[:2], lines[2:])):
+        assert fused == f"{op} bf16, fp16, up to {table.panel_from[op] - 1} rows: fused ({table.origin})"
+        assert panel == f"{op} bf16, fp16, more rows: panel ({table.origin})"

@@ -116,13 +116,11 @@ def test_stands_for_the_modules_of_transformers(kind, implementation):
         y.backward(torch.ones_like(y))
         outputs.append(y.detach())
         gradients.append([leaf.grad for leaf in leaves])
-    _, magnitude = exact(experts, x, index, weights)
     for y in outputs:
         assert_close(y, *exact(experts, x, index, weights), torch.float32, kind.__name__)
     # Two fp32 results of the same chain, each off by less than 2^-18 of the largest.
     for ours, theirs in zip(*gradients):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2**-18 * theirs.abs().max().item())
-    assert magnitude.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)

@@ -44,8 +44,10 @@ def machine(monkeypatch, cuda_library):
 
 @pytest.fixture(autouse=True)
 def compiling(monkeypatch):
-    """The tests of Triton's kernels set it, for this whole process."""
+    """As on a GPU, where Triton compiles. Our kernels are not imported: other tests of this process interpret them."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    backend = SimpleNamespace(OPS=dict.fromkeys(OPS, print), kernel_lines=lambda device: [f"Triton's on {device}"])
+    monkeypatch.setattr(select, "_triton", lambda: backend)
 
 
 @pytest.fixture
@@ -159,6 +161,15 @@ def test_backend_info_shows_the_kernels_and_why(machine, monkeypatch):
         "linear_dgrad bf16, fp16, up to 256 rows", "linear_dgrad bf16, fp16, more rows",
     ]  # fmt: skip
     assert all(line in str(info) for line in lines)
+
+
+def test_backend_info_shows_tritons_paths(machine, monkeypatch):
+    machine((11, 0))
+    monkeypatch.setattr(select.REGISTRATIONS["cuda"], "settle", lambda: True)
+    info = nf4.backend_info()
+    assert info.devices["cuda"][0] == "triton"
+    assert info.kernels["cuda"] == ["Triton's on cuda"]
+    assert "      Triton's on cuda" in str(info).splitlines()
 
 
 def test_backend_info_without_a_gpu(machine):

@@ -1,7 +1,7 @@
 """Which configuration runs a product: a committed table for each architecture, `tuned/<architecture>.json`.
 
-A choice depends on the op and a bucket of M alone, never on N or the device's size: so products with several weights at
-once have the bits of separate ones, and M does not recompile a kernel. `python -m benchmarks.tune_triton` measures and
+A choice depends on the op, a bucket of M, the dtype, K and the block size, never on N or the device's size: so products
+with several weights at once have the bits of separate ones, and M does not recompile a kernel. `python -m benchmarks.tune_triton` measures and
 writes a table; one whose "origin" says predicted was not measured.
 """
 
