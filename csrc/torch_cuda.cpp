@@ -149,8 +149,9 @@ void copy(Tensor to, const Tensor& from) { torch::stable::copy_(to, from); }
 void zero(Tensor to) { torch::stable::zero_(to); }
 
 // A panel of Ŵ at a time, in memory that every panel reuses, and torch's product with it: rows of Ŵ for linear, columns
-// for linear_dgrad, so that each panel gives whole columns of out. LoRA's term is more of the contraction: [in | s P]
-// times [Ŵ | B], or [in | s Q] times [Ŵ ; A], with zeros up to a multiple of 8, which cuBLAS wants for its fast kernels.
+// for linear_dgrad, so that each panel gives whole columns of out. LoRA's term is more of the contraction: [in | P]
+// times [Ŵ | s B], or [in | Q] times [Ŵ ; s A], with zeros up to a multiple of 8, which cuBLAS wants for its fast kernels.
+// The scaling goes to the weights: a Q of scaled losses has no room for it in fp16.
 void multiply_panels(const Product& product, const Launch& launch) {
   constexpr int64_t kPanelBytes = 24 << 20;  // stays in the L2 of an A100, an RTX 4090 and later; an sm_86 has 6 MB
   const NoGrad no_grad;
@@ -159,15 +160,21 @@ void multiply_panels(const Product& product, const Launch& launch) {
   const ScalarType type = product.in.scalar_type();
   Tensor in = torch::stable::view(product.in, {args.M, product.depth});
   Tensor out = torch::stable::view(product.out, {args.M, product.columns});
+  Tensor factor = in;
   if (extra > 0) {
     const Tensor wide = new_empty(in, {args.M, depth}, type);
     copy(part(wide, 1, 0, product.depth), in);
     void* beside = static_cast<char*>(wide.mutable_data_ptr()) + product.depth * int64_t(element_bytes(args.dtype));
-    check_launch(
-        nf4::cuda::scale_low_rank({args.low_rank_x, args.dtype, args.M, args.rank, args.scaling, beside, extra, depth},
-                                  launch.stream),
-        product.op);
+    check_launch(nf4::cuda::scale_low_rank({args.low_rank_x, args.dtype, args.M, args.rank, 1.f, beside, extra, depth},
+                                           launch.stream),
+                 product.op);
     in = wide;
+    const int64_t count = product.low_rank.factor->numel();
+    factor = new_empty(in, product.low_rank.factor->sizes(), type);
+    check_launch(nf4::cuda::scale_low_rank({args.low_rank_factor, args.dtype, 1, count, args.scaling,
+                                            factor.mutable_data_ptr(), count, count},
+                                           launch.stream),
+                 product.op);
   }
   const int64_t panels = std::max<int64_t>(ceil_div(product.columns * depth * 2, kPanelBytes), 1);
   const int64_t width = ceil_div(ceil_div(product.columns, panels), 128) * 128;
@@ -180,7 +187,7 @@ void multiply_panels(const Product& product, const Launch& launch) {
         product.dgrad ? Range{0, args.weight.N, begin, begin + count} : Range{begin, begin + count, 0, args.weight.K};
     dequantize_into(args.weight, range, args.dtype, panel, panel.size(1), launch, product.op);
     if (extra > 0) {
-      copy(part(panel, along, product.depth, args.rank), part(*product.low_rank.factor, 1 - along, begin, count));
+      copy(part(panel, along, product.depth, args.rank), part(factor, 1 - along, begin, count));
       zero(part(panel, along, product.depth + args.rank, extra - args.rank));
     }
     const Tensor to = part(out, 1, begin, count);

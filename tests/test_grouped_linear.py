@@ -157,7 +157,7 @@ def test_zero_sizes(isa, shape):
         assert torch.equal(x.grad, torch.zeros(T, K))
 
 
-def test_the_reference_is_linear_of_each_experts_rows():
+def test_the_reference_keeps_the_bound():
     counts = (0, 3, 1, 40)
     qweights = cases.quantized_experts(4, 48, 256)
     x, dy = cases.activations(46, 256, torch.float32), cases.activations(46, 48, torch.float32)

@@ -93,6 +93,17 @@ def test_scales_beyond_fp16_of_weights_within(cuda_ops):
             assert_within_bound(cuda_ops, dy, qweight, kernel)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_low_rank_term_that_leaves_no_room_for_its_scaling(cuda_ops, kernel):
+    """fp16: Q of a scaled loss near the dtype's end, times a scaling of 64, times an A that brings it back."""
+    qweight, dy = cases.quantized(40, 128), cases.activations(20, 40, torch.float16)
+    Q, A = 3000 * cases.activations(20, 8, torch.float16), 1e-3 * cases.activations(8, 128, torch.float16)
+    with cuda_ops.running(kernel):
+        dx = dgrad(cuda_ops, dy, qweight, Q, A, 64.0)
+    matrix = torch.cat([cases.dense(qweight), 64 * A.float()])
+    assert_product_within_bound(dx, torch.cat([dy, Q], 1), matrix, f"dgrad {kernel}")
+
+
 def test_inputs_that_require_a_gradient(cuda_ops):
     """The op itself is not differentiable, and computes the same as without; by every kernel."""
     qweight, dy = cases.quantized(40, 64), cases.activations(5, 40, torch.bfloat16)

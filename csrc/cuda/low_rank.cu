@@ -1,5 +1,5 @@
 // scale_low_rank: out[rows, width] = scaling * small[rows, rank], zeros beyond rank: LoRA's P or Q beside x or dY, so that
-// one product with a panel of [Ŵ | B] does both.
+// one product with a panel of [Ŵ | s B] does both; and s B itself.
 //
 // Who: a thread an element. Bytes: 2 (rank + width) a row, nothing beside the product's.
 #include "product.cuh"

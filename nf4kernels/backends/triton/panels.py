@@ -2,9 +2,10 @@
 
 Who       dequantize.py fills the panel, the vendor's GEMM multiplies: rows of Ŵ for linear, columns for linear_dgrad,
           so that each panel gives whole columns of out.
-Trick     LoRA's term is more of the contraction, [in | s P] times [Ŵ | B] or [in | s Q] times [Ŵ ; A], with zeros up
-          to a multiple of 8, which the vendor's fast kernels want. Rejected: adding it to out, which would be rounded
-          twice and read and written again.
+Trick     LoRA's term is more of the contraction, [in | P] times [Ŵ | s B] or [in | Q] times [Ŵ ; s A], with zeros up
+          to a multiple of 8, which the vendor's fast kernels want. The scaling goes to the weights: a Q of scaled
+          losses has no room for it in fp16. Rejected: adding the term to out, which would be rounded twice and read
+          and written again.
 Bytes     2.516 a weight, most of them within the L2; never a 16-bit copy of the weight larger than PANEL_BYTES.
 Needs     bf16 or fp16: true fp32 does not go through torch's matmul, which a user may have allowed TF32.
 """
@@ -29,8 +30,8 @@ def multiply_panels(
     if rank > 0:
         wide = inputs.new_zeros((M, width))
         wide[:, :depth] = inputs
-        torch.mul(small.view(M, rank), scaling, out=wide[:, depth : depth + rank])
-        inputs = wide
+        wide[:, depth : depth + rank] = small.view(M, rank)
+        inputs, factor = wide, factor * scaling
     panels = max(ceil_div(columns * width * 2, PANEL_BYTES), 1)
     count = ceil_div(ceil_div(columns, panels), 128) * 128
     memory = inputs.new_empty(min(count, columns) * width)
