@@ -42,15 +42,17 @@ class Stage:
 def stages(architecture: str) -> list[Stage]:
     """All of them for a GPU of that architecture; the benchmark has what the others leave."""
     sanitizer = ["compute-sanitizer", "--error-exitcode", "1", "--tool"]
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.gpu_tests", "-k"]
     quiet = ["--report-api-errors", "no"]  # torch asks CUDA for functions that it may lack: no error of a kernel
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # a tensor's end is then the end of an allocation
     return [
-        Stage("build", [sys.executable, "setup.py", "-q", "build_clib", "build_ext", "--inplace"], 150,
+        Stage("build", [sys.executable, "setup.py", "-q", "build_clib", "build_ext", "--inplace"], 120,
               {"TORCH_CUDA_ARCH_LIST": architecture}, needs="nvcc"),
-        Stage("tests", [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.gpu_tests"], 110),
-        Stage("memcheck", [*sanitizer, "memcheck", *quiet, *SANITIZED], 60, uncached, "compute-sanitizer",
+        Stage("tests", [*tests, "not triton"], 100),
+        Stage("triton", [*tests, "triton"], 60),  # most of it Triton's compiler
+        Stage("memcheck", [*sanitizer, "memcheck", *quiet, *SANITIZED], 50, uncached, "compute-sanitizer",
               SANITIZED_BEGINS),
-        Stage("racecheck", [*sanitizer, "racecheck", *SANITIZED], 60, {}, "compute-sanitizer", SANITIZED_BEGINS),
+        Stage("racecheck", [*sanitizer, "racecheck", *SANITIZED], 50, {}, "compute-sanitizer", SANITIZED_BEGINS),
         Stage("benchmark", [sys.executable, "-m", "benchmarks.gpu_measure", "--seconds", "{seconds}"], 540),
     ]  # fmt: skip
 

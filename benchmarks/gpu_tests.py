@@ -2,9 +2,10 @@
 
 
 def runs_on_a_gpu(item) -> bool:
-    """Whether a test asks for the GPU, or for the CUDA ops in their turn on the GPU; fixtures of tests/conftest.py."""
+    """Whether a test asks for the GPU, or for CUDA's or Triton's ops in their turn there, by conftest.py's fixtures."""
     params = item.callspec.params if hasattr(item, "callspec") else {}
-    return "gpu" in item.fixturenames or params.get("cuda_ops") == "cuda"
+    in_turn = "cuda" in (params.get("cuda_ops"), params.get("triton_ops"))
+    return in_turn or not {"gpu", "triton_gpu"}.isdisjoint(item.fixturenames)
 
 
 def pytest_collection_modifyitems(config, items) -> None:

@@ -366,7 +366,7 @@ def test_stages_share_the_time():
 
 def test_the_stages_of_make_gpu():
     stages = {stage.name: stage for stage in gpu.stages("9.0a")}
-    assert list(stages) == ["build", "tests", "memcheck", "racecheck", "benchmark"]
+    assert list(stages) == ["build", "tests", "triton", "memcheck", "racecheck", "benchmark"]
     assert stages["build"].environment["TORCH_CUDA_ARCH_LIST"] == "9.0a"
     assert sum(stage.seconds for stage in stages.values() if stage.name != "benchmark") <= 380
     assert stages["memcheck"].begins_with == gpu.SANITIZED_BEGINS
@@ -472,5 +472,8 @@ def test_the_tests_of_a_gpu_are_those_that_ask_for_one():
         item(("cuda_ops",), cuda_ops="cuda"),
         item(("cuda_ops",), cuda_ops="simt"),
         item(("simt",)),
+        item(("triton_gpu",)),
+        item(("triton_ops",), triton_ops="cuda"),
+        item(("triton_ops",), triton_ops="interpreter"),
     ]
-    assert [gpu_tests.runs_on_a_gpu(i) for i in items] == [True, True, False, False]
+    assert [gpu_tests.runs_on_a_gpu(i) for i in items] == [True, True, False, False, True, True, False]
