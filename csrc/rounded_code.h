@@ -12,7 +12,7 @@ struct RoundedCode {
   float scale;  // goes into the block scales
 };
 
-// T: BFloat16 or Float16. The first time for a codebook takes 8 ms, from then on it is kept.
+// T: BFloat16 or Float16. The first time for a codebook takes 2 ms, from then on it is kept.
 template <class T>
 RoundedCode<T> rounded_code(const float code[kLevels]);
 

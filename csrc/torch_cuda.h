@@ -133,7 +133,7 @@ inline cuda::Choice choice_for(const cuda::Problem& problem, const Op& op) {
   return {path, cuda::splits_of(problem, path), "forced"};
 }
 
-// The codebooks that have a name, rounded when the first product wants them: 30 ms for each of the two dtypes.
+// The codebooks that have a name, rounded when the first product wants them: 8 ms for each of the two dtypes.
 class CodeList {
  public:
   // False where there is no room for another.

@@ -189,7 +189,7 @@ def test_a_long_contraction_is_split(simt):
     """A sum over more than 512 products of mma is not: dgrad's N in two parts, and a few rows of them at a time."""
     N, counts = 32776, (14, 0, 9, 12)
     qweights = cases.quantized_experts(len(counts), N, 128)
-    dy = activations(DGRAD, sum(counts) + 3, qweights, torch.bfloat16, 1.0)
+    dy = activations(DGRAD, sum(counts) + 3, qweights, torch.bfloat16)
     with simt.running("tiled"):
         dx = call(simt, DGRAD, dy, counts, qweights)
     assert_right(dx, DGRAD, dy, counts, qweights, "split")
