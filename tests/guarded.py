@@ -36,3 +36,10 @@ def guarded(tensor: Tensor, at_end: bool = True, read_only: bool = True) -> Tens
         _protect(address + PAGE, pages * PAGE, _PROT_READ)
     _kept.append(mapping)
     return copy
+
+
+def untouched(numel: int, dtype: torch.dtype) -> Tensor:
+    """Zeros of which only what is touched takes memory."""
+    noreserve = 0x4000
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | noreserve
+    return torch.frombuffer(mmap.mmap(-1, numel * dtype.itemsize, flags=flags), dtype=dtype, count=numel)

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from test_ops import CUDA_OPS, WRONG, replaced, samples, wrong_id
+from test_ops import WRONG, replaced, samples, wrong_id
+
+from nf4kernels.ops import OPS
 
 # The host does not read a device's offsets: those that no host would take are the grouped products' own tests'.
 NOT_READ = "must not fall"
 
 
-@pytest.mark.parametrize(
-    "case", [case for case in WRONG if case[0] in CUDA_OPS and NOT_READ not in case[2]], ids=wrong_id
-)
+@pytest.mark.parametrize("case", [case for case in WRONG if NOT_READ not in case[2]], ids=wrong_id)
 def test_refuses(cuda_ops, case):
     op, changes, names, _ = case
     arguments = cuda_ops.move(replaced(op, **changes))
@@ -21,7 +21,7 @@ def test_refuses(cuda_ops, case):
     assert not cuda_ops.launches()
 
 
-@pytest.mark.parametrize("op", CUDA_OPS)
+@pytest.mark.parametrize("op", OPS)
 def test_refuses_tensors_of_two_devices(gpu, op):
     """Each tensor in turn stays on the CPU."""
     arguments = samples(op)
@@ -49,7 +49,7 @@ def test_refuses_a_weight_beyond_63_bits(cuda_ops):
         cuda_ops.ops.dequantize(*arguments)
 
 
-@pytest.mark.parametrize("op", CUDA_OPS)
+@pytest.mark.parametrize("op", OPS)
 def test_a_failed_launch_is_an_error_of_its_op(simt, op):
     arguments = samples(op)
     expected = getattr(simt.ops, op)(*arguments)

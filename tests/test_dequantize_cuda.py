@@ -4,11 +4,10 @@ import cases
 import pytest
 import torch
 from cases import DEFAULT, DTYPES, LAYOUTS, SHAPES, Layout, dtype_id, shape_id
-from guarded import guarded
+from guarded import guarded, untouched
 from numerics import assert_same_bits
 from special import special_weight
 from test_dequantize import SENTINEL, ranges
-from test_quantize_cuda import untouched
 
 from nf4kernels import reference
 

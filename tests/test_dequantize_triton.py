@@ -4,11 +4,11 @@ import cases
 import pytest
 import torch
 from cases import DEFAULT, DTYPES, EMPTY_SHAPES, LAYOUTS, SHAPES, Layout, dtype_id, shape_id
+from guarded import untouched
 from numerics import assert_same_bits
 from special import special_weight
 from test_dequantize import SENTINEL, ranges
 from test_dequantize_cuda import assert_dequantize_equals_reference, dequantize
-from test_quantize_cuda import untouched
 
 from nf4kernels import reference
 

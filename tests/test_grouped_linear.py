@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from cases import DTYPES, Layout, dtype_id, shape_id
+from experts import offsets_of, rows_of
 from numerics import assert_product_within_bound, assert_same_bits
 
 from nf4kernels import QuantizedExperts, dequantize, grouped_linear, linear, quantize, quantize_experts
@@ -24,16 +25,6 @@ LAYOUTS = (
     Layout(256, "int4"),
 )
 SHAPES = ((48, 256), (37, 512), (300, 256))  # the last: 5 superblocks an expert at blocks of 64, the last one short
-
-
-def offsets_of(counts):
-    return torch.tensor(counts).cumsum(0).to(torch.int32)
-
-
-def rows_of(counts):
-    """(expert, its rows) of every expert."""
-    ends = offsets_of(counts).tolist()
-    return [(e, slice(end - count, end)) for e, (end, count) in enumerate(zip(ends, counts))]
 
 
 def forward(x, counts, qweights):

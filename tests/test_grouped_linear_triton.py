@@ -8,37 +8,16 @@ import cases
 import pytest
 import torch
 from cases import DTYPES, Layout, dtype_id
+from experts import DGRAD, LAYOUTS, LINEAR, activations, assert_right, call, rows_of
+from guarded import untouched
 from numerics import assert_product_within_bound, assert_same_bits
-from test_grouped_linear import offsets_of, rows_of
-from test_quantize_cuda import untouched
 from triton_ops import LaunchRecorder
 
 from nf4kernels import quantize_experts
 
-LINEAR, DGRAD = "grouped_linear", "grouped_linear_dgrad"
 OPS = (LINEAR, DGRAD)
 # Rows of each expert: none first, in the middle and last; all in one; one expert; full tiles, one row more, one less.
 COUNTS = ((0, 3, 0, 17, 8, 0), (0, 40, 0), (9,), (16, 33, 15), (130, 0, 5), (0, 0))
-LAYOUTS = (Layout(scale_codebook=None), Layout(32, "fp4", "dynamic8"), Layout(128, "custom", None), Layout(256, "int4"))
-
-
-def call(triton_ops, op, x, offsets, qweights):
-    """`offsets` is a tensor or the counts that it is made of."""
-    offsets = offsets if isinstance(offsets, torch.Tensor) else offsets_of(offsets)
-    return getattr(triton_ops.ops, op)(*triton_ops.move((x, offsets, *qweights.op_args()))).cpu()
-
-
-def activations(op, rows, qweights, dtype, mean=0.0):
-    _, N, K = qweights.shape
-    return cases.activations(rows, K if op == LINEAR else N, dtype, mean)
-
-
-def assert_right(y, op, x, counts, qweights, what):
-    """Every expert's rows within DESIGN section 7's bound, and zeros after them."""
-    for expert, rows in rows_of(counts):
-        w = cases.dense(qweights[expert])
-        assert_product_within_bound(y[rows], x[rows], w.T if op == LINEAR else w, f"{op} {what} expert {expert}")
-    assert torch.equal(y[sum(counts) :], torch.zeros_like(y[sum(counts) :]))
 
 
 @pytest.mark.parametrize("counts", COUNTS, ids=str)

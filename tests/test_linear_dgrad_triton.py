@@ -4,10 +4,10 @@ import cases
 import pytest
 import torch
 from cases import DTYPES, LAYOUTS, Layout, dtype_id, shape_id
+from guarded import untouched
 from numerics import assert_product_within_bound, assert_same_bits, assert_unbiased
 from test_linear_cuda import ODD_SHAPES
 from test_linear_dgrad_cuda import assert_within_bound, dgrad
-from test_quantize_cuda import untouched
 from triton_ops import LaunchRecorder
 
 HALVES = (torch.bfloat16, torch.float16)

@@ -5,7 +5,9 @@ import cases
 import pytest
 import torch
 from cases import DEFAULT, Layout
-from test_ops import CUDA_OPS, SHAPES, fake_tensors, samples
+from test_ops import SHAPES, fake_tensors, samples
+
+from nf4kernels.ops import OPS
 
 
 def tensors(result) -> tuple:
@@ -13,7 +15,7 @@ def tensors(result) -> tuple:
 
 
 @pytest.mark.parametrize("layout", [DEFAULT, Layout(32, "fp4", None)], ids=str)
-@pytest.mark.parametrize("op", CUDA_OPS)
+@pytest.mark.parametrize("op", OPS)
 def test_result_is_as_the_fake_says(cuda_ops, op, layout):
     for shape in (*SHAPES, (0, 7), (300, 64)):
         arguments = samples(op, *shape, layout)
@@ -91,19 +93,19 @@ def assert_captured(call, arguments):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("op", CUDA_OPS)
+@pytest.mark.parametrize("op", OPS)
 def test_is_captured_in_a_graph(gpu, op):
     assert_captured(getattr(gpu.ops, op), gpu.move(samples(op, 300, 640)))
 
 
+PRODUCTS = [(op, kernel, rows) for op in ("linear", "linear_dgrad") for kernel in ("tiled", "panel", "any")
+            for rows in (5, 20, 50, 200)]  # fmt: skip
+
+
 @pytest.mark.parametrize("splits", [False, True])
-@pytest.mark.parametrize("rows", [5, 20, 50, 200])
-@pytest.mark.parametrize("kernel", ["small", "tiled", "panel", "any"])
-@pytest.mark.parametrize("op", ["linear", "linear_dgrad"])
+@pytest.mark.parametrize(("op", "kernel", "rows"), [("linear", "small", 5), *PRODUCTS])
 def test_every_product_is_captured_in_a_graph(gpu, op, kernel, rows, splits):
     """Also the first launch of a kernel, whose code is loaded then; long contractions of few columns are split."""
-    if kernel == "small" and (op != "linear" or rows > 16):
-        return
     N, K = (64, 8192) if splits == (op == "linear") else (8192, 64)
     x = cases.activations(rows, K if op == "linear" else N, torch.bfloat16)
     factors = (cases.activations(r, c, torch.bfloat16) for r, c in ((rows, 8), (N, 8) if op == "linear" else (8, K)))
@@ -120,7 +122,7 @@ def test_lora_grad_is_captured_in_a_graph(gpu):
 def test_runs_on_a_second_gpu(gpu):
     if torch.cuda.device_count() < 2:
         pytest.skip("one CUDA device only: nothing ran on a second one")
-    for op in CUDA_OPS:
+    for op in OPS:
         arguments = samples(op)
         results = []
         for device in ("cuda:0", "cuda:1"):

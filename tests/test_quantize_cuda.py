@@ -1,13 +1,12 @@
 """quantize and quantize_absmax in CUDA, bit for bit the reference, on the host executor and a GPU."""
 
 import ctypes
-import mmap
 
 import cases
 import pytest
 import torch
 from cases import DEFAULT, DTYPES, LAYOUTS, SHAPES, Layout, dtype_id, shape_id
-from guarded import guarded
+from guarded import guarded, untouched
 from numerics import assert_same_bits
 from simt import build
 from simt_ops import ROOT
@@ -310,13 +309,6 @@ def far_function(tmp_path, source):
     path = tmp_path / "far.cpp"
     path.write_text(source)
     return ctypes.CDLL(str(build.build(path.parent.name, [path], [f"-I{ROOT / 'csrc'}"])))
-
-
-def untouched(numel, dtype):
-    """Zeros of which only what is touched takes memory."""
-    noreserve = 0x4000
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | noreserve
-    return torch.frombuffer(mmap.mmap(-1, numel * dtype.itemsize, flags=flags), dtype=dtype, count=numel)
 
 
 def pointers(*tensors):
