@@ -195,16 +195,6 @@ NF4_DEVICE uint32_t multiply_add_pairs<Float16>(uint32_t a, uint32_t b, uint32_t
   return reinterpret_cast<const uint32_t&>(sum);
 }
 
-// The two elements of a pair.
-template <class T>
-NF4_DEVICE float first_of(uint32_t pair) {
-  return to_float(T{uint16_t(pair)});
-}
-template <class T>
-NF4_DEVICE float second_of(uint32_t pair) {
-  return to_float(T{uint16_t(pair >> 16)});
-}
-
 // Tensor cores.
 
 // c[16, 8] += a[16, 16] @ b[16, 8] over a warp, in fp32. With g = lane / 4 and t = lane % 4, each register two elements:

@@ -63,6 +63,16 @@ NF4_DEVICE float scale_of(const Weight& w, int64_t block, uint32_t stored) {
 }
 NF4_DEVICE float offset_of(const Weight& w) { return w.absmax_u8 == nullptr ? 0.f : load_cached(w.scale_offset); }
 
+// The two elements of a pair.
+template <class T>
+NF4_DEVICE float first_of(uint32_t pair) {
+  return to_float(T{uint16_t(pair)});
+}
+template <class T>
+NF4_DEVICE float second_of(uint32_t pair) {
+  return to_float(T{uint16_t(pair >> 16)});
+}
+
 // Elements column and column + 1 of a row of `length` elements, zeros past its end.
 template <class T>
 NF4_DEVICE uint32_t load_pair(const T* row, int64_t column, int64_t length) {

@@ -259,15 +259,6 @@ NF4_DEVICE uint32_t multiply_add_pairs(uint32_t a, uint32_t b, uint32_t c) {
 }
 
 template <class T>
-NF4_DEVICE float first_of(uint32_t pair) {
-  return to_float(T{uint16_t(pair)});
-}
-template <class T>
-NF4_DEVICE float second_of(uint32_t pair) {
-  return to_float(T{uint16_t(pair >> 16)});
-}
-
-template <class T>
 NF4_DEVICE void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                             simt::Site site = simt::Site::here()) {
   simt::MmaLane<T> self{c, a, {b0, b1}};
