@@ -13,7 +13,7 @@ import torch
 
 from . import (
     bench_dequantize,
-    bench_grouped,
+    bench_grouped_linear,
     bench_linear,
     bench_linear_dgrad,
     bench_lora,
@@ -107,9 +107,9 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
         for model, experts in EXPERTS.items():
             print(f"{experts.experts} experts of {experts.N}x{experts.K}, {experts.top_k} a token: {model}")
             plan = Plan(
-                args.rows or bench_grouped.TOKENS, args.threads_given or args.threads[:1], ("out",), args.seconds
+                args.rows or bench_grouped_linear.TOKENS, args.threads_given or args.threads[:1], ("out",), args.seconds
             )
-            yield from bench_grouped.rows(experts, limits, plan)
+            yield from bench_grouped_linear.rows(experts, limits, plan)
     if "model" in args.ops or not (args.ops or args.shapes):
         yield from bench_model.rows(Plan(threads=args.threads, seconds=args.seconds))
 

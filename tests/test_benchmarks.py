@@ -10,7 +10,18 @@ import torch
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: the benchmarks have no peer")
 
-from benchmarks import bench_grouped, checks, compare, compare_worker, goals, harness, limits, plots, report, shapes
+from benchmarks import (
+    bench_grouped_linear,
+    checks,
+    compare,
+    compare_worker,
+    goals,
+    harness,
+    limits,
+    plots,
+    report,
+    shapes,
+)
 from benchmarks.harness import BNB, BNB_DQ, DENSE, OURS, Row
 
 ROOT = Path(__file__).parent.parent
@@ -220,17 +231,17 @@ def test_a_wrong_product_is_not_timed():
 def test_small_experts_are_checked_and_timed(monkeypatch):
     monkeypatch.setattr(limits.Limits, "product_ms", lambda *arguments, **options: 0.001)
     plan = harness.Plan((1, 9), (1,), ("out",), seconds=0.01)
-    found = list(bench_grouped.rows(shapes.ExpertsShape(6, 2, 64, 128), limits.Limits(), plan))
+    found = list(bench_grouped_linear.rows(shapes.ExpertsShape(6, 2, 64, 128), limits.Limits(), plan))
     assert [(row.op, row.shape, row.M) for row in found] == [
         (op, "6x64x128", tokens) for tokens in (1, 9) for op in ("grouped linear", "grouped + dgrad")
     ]
     for row in found:
-        assert set(row.ms) == {OURS, bench_grouped.GROUPED_MM, DENSE}
+        assert set(row.ms) == {OURS, bench_grouped_linear.GROUPED_MM, DENSE}
         assert all(ms > 0 for ms in row.ms.values())
 
 
 def test_experts_get_every_row_that_was_routed():
-    counts = bench_grouped.route(9, shapes.ExpertsShape(6, 2, 64, 128))
+    counts = bench_grouped_linear.route(9, shapes.ExpertsShape(6, 2, 64, 128))
     assert len(counts) == 6
     assert sum(counts) == 18
 
