@@ -8,7 +8,6 @@ from guarded import untouched
 from numerics import assert_product_within_bound, assert_same_bits, assert_unbiased
 from test_linear_cuda import ODD_SHAPES
 from test_linear_dgrad_cuda import assert_within_bound, dgrad
-from triton_ops import LaunchRecorder
 
 HALVES = (torch.bfloat16, torch.float16)
 PATHS = ("fused", "panel")
@@ -113,23 +112,6 @@ def test_empty(triton_ops):
                 assert dx.shape == (M, K)
                 if N == 0:
                     assert not dx.any()
-
-
-def test_no_run_of_a_sum_is_longer_than_512_terms(interpreter, monkeypatch):
-    """Terms of fp32, or steps of 16 terms of a tensor core (DESIGN section 7): a longer contraction has parts."""
-    kernel, length = LaunchRecorder(), 20000
-    monkeypatch.setitem(interpreter.ops.linear_dgrad.__globals__, "linear_dgrad_kernel", kernel)
-    monkeypatch.setitem(interpreter.ops.linear_dgrad.__globals__, "reduce_splits", lambda *arguments: None)
-    qweight = cases.random_bytes(*(length, 8))
-    for M in (1, 16, 64):
-        for dtype in DTYPES:
-            x = torch.zeros(M, length, dtype=dtype)
-            dgrad(interpreter, x, qweight)
-            (_, splits), options = kernel.launches.pop()
-            if dtype == torch.float32:
-                assert options["RUN"] == 512
-            else:
-                assert splits * 512 * 16 >= length
 
 
 def test_indices_past_2_to_the_32(interpreter):

@@ -7,7 +7,6 @@ from cases import DTYPES, LAYOUTS, Layout, dtype_id, shape_id
 from guarded import untouched
 from numerics import assert_product_within_bound, assert_same_bits, assert_unbiased
 from test_linear_cuda import ODD_SHAPES, linear
-from triton_ops import LaunchRecorder
 
 import nf4kernels
 
@@ -195,23 +194,6 @@ def test_the_public_function_takes_the_same_weights(triton_ops):
     """Against the package's own op on the CPU, whatever runs it."""
     qweight, x = cases.quantized(64, 128), cases.activations(3, 128, torch.float32)
     torch.testing.assert_close(linear(triton_ops, x, qweight), nf4kernels.linear(x, qweight), rtol=1e-5, atol=1e-5)
-
-
-def test_no_run_of_a_sum_is_longer_than_512_terms(interpreter, monkeypatch):
-    """Terms of fp32, or steps of 16 terms of a tensor core (DESIGN section 7): a longer contraction has parts."""
-    kernel, length = LaunchRecorder(), 20000
-    monkeypatch.setitem(interpreter.ops.linear.__globals__, "linear_kernel", kernel)
-    monkeypatch.setitem(interpreter.ops.linear.__globals__, "reduce_splits", lambda *arguments: None)
-    qweight = cases.random_bytes(*(8, length))
-    for M in (1, 16, 64):
-        for dtype in DTYPES:
-            x = torch.zeros(M, length, dtype=dtype)
-            linear(interpreter, x, qweight)
-            (_, splits), options = kernel.launches.pop()
-            if dtype == torch.float32:
-                assert options["RUN"] == 512
-            else:
-                assert splits * 512 * 16 >= length
 
 
 def test_indices_past_2_to_the_32(interpreter):

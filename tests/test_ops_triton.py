@@ -3,10 +3,13 @@
 import inspect
 import re
 
+import cases
 import pytest
 import torch
+from cases import DTYPES
 from test_ops import WRONG, replaced, samples, wrong_id
 from torch.library import opcheck
+from triton_ops import LaunchRecorder
 
 from nf4kernels import ops, reference
 from nf4kernels.ops import OPS
@@ -78,3 +81,20 @@ def test_refuses_a_weight_beyond_63_bits(triton_ops):
     arguments = triton_ops.move(replaced("dequantize", N=2**40, K=2**40))
     with pytest.raises(RuntimeError, match=r"nf4kernels\.dequantize: N and K must have a product within 63 bits"):
         triton_ops.ops.dequantize(*arguments)
+
+
+@pytest.mark.parametrize("op", ["linear", "linear_dgrad"])
+def test_no_run_of_a_sum_is_longer_than_512_terms(interpreter, monkeypatch, op):
+    """Terms of fp32, or steps of 16 terms of a tensor core (DESIGN section 7): a longer contraction has parts."""
+    kernel, length, function = LaunchRecorder(), 20000, getattr(interpreter.ops, op)
+    monkeypatch.setitem(function.__globals__, f"{op}_kernel", kernel)
+    monkeypatch.setitem(function.__globals__, "reduce_splits", lambda *arguments: None)
+    qweight = cases.random_bytes(*((8, length) if op == "linear" else (length, 8)))
+    for M in (1, 16, 64):
+        for dtype in DTYPES:
+            function(torch.zeros(M, length, dtype=dtype), *qweight.op_args(), *((None,) if op == "linear" else ()))
+            (_, splits), options = kernel.launches.pop()
+            if dtype == torch.float32:
+                assert options["RUN"] == 512
+            else:
+                assert splits * 512 * 16 >= length
