@@ -28,7 +28,7 @@ bench: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks
 
 bench-micro: $(VENV)/.installed-bench
-	$(BIN)/python -m pytest benchmarks/bench_micro.py --benchmark-only \
+	$(BIN)/python -m pytest benchmarks/ops/bench_micro.py --benchmark-only \
 	    --benchmark-columns=median,iqr,rounds --benchmark-time-unit=us
 
 bench-compare: $(VENV)/.installed-bench
@@ -36,12 +36,12 @@ bench-compare: $(VENV)/.installed-bench
 
 # By the machine's own python: its torch knows CUDA, and there may be no network to make a .venv from.
 gpu:
-	$(PYTHON) benchmarks/gpu.py
+	$(PYTHON) benchmarks/gpu/run.py
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $$(find csrc tests/simt $(CXX_NAMES))
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc tests/executor $(CXX_NAMES))
 
 $(VENV)/.venv:
 	$(PYTHON) -m venv $(VENV)

@@ -37,7 +37,7 @@ STABLE_ABI = [("TORCH_STABLE_ONLY", None), ("TORCH_TARGET_VERSION", "0x020a00000
 ROUNDED_CODE = "csrc/rounded_code.cpp"  # of both libraries
 
 CUDA_SOURCES = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*.cu"))
-CUDA_BINDINGS = ["csrc/torch_cuda.cpp", "csrc/torch_cuda_grouped.cpp"]
+CUDA_BINDINGS = ["csrc/bindings/cuda.cpp", "csrc/bindings/cuda_grouped.cpp"]
 CUDA_OBJECTS = ROOT / "build" / "cuda"  # not in setuptools' own folder, which pip makes anew for every build
 CUDA_ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 CUDA_VARIABLE, ARCHITECTURES_VARIABLE = "NF4KERNELS_CUDA", "TORCH_CUDA_ARCH_LIST"
@@ -164,7 +164,7 @@ def build_options(nvcc: str | None) -> dict:
     cpu = CppExtension(
         "nf4kernels._cpu",
         [
-            "csrc/torch_cpu.cpp",
+            "csrc/bindings/cpu.cpp",
             ROUNDED_CODE,
             *(f"{CPU}/{name}.cpp" for name in ("dispatch", "quantize_absmax", "low_rank")),
         ],

@@ -11,21 +11,14 @@ from pathlib import Path
 
 import torch
 
-from . import (
-    bench_dequantize,
-    bench_grouped_linear,
-    bench_linear,
-    bench_linear_dgrad,
-    bench_lora,
-    bench_model,
-    bench_quantize,
-    plots,
-    report,
-)
-from .goals import SHAPE
 from .harness import Plan, Row, is_disturbed, machine
 from .limits import Limits
+from .model import bench_model
+from .ops import bench_dequantize, bench_grouped_linear, bench_linear, bench_linear_dgrad, bench_lora, bench_quantize
 from .peers import Layers
+from .report import plots
+from .report import tables as report
+from .report.goals import SHAPE
 from .shapes import EXPERTS, FOCUS, layer_names
 
 OPS = {

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .compare_worker import CASES, case_name
 from .harness import ROOT, Spread, ratios, spread
-from .report import aligned
+from .report.tables import aligned
 
 WORKER = Path(__file__).with_name("compare_worker.py")
 TOLERANCE = 1.05

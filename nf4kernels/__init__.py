@@ -1,15 +1,15 @@
 """4-bit NormalFloat weights, fused products with them, and LoRA fine-tuning through them."""
 
 from . import codebook
-from .adapters import load_adapters, save_adapters
 from .backends.select import backend_info
-from .checkpoint import load_checkpoint, save_checkpoint, weight_from_tensors, weight_to_tensors
 from .functional import dequantize, grouped_linear, linear, lora_linear, quantize, quantize_experts
-from .lora import LoraConfig
-from .model import QuantizeReport, merge_model, quantize_model
-from .quant_experts import QuantExperts
-from .quant_linear import QuantLinear
+from .model.quantize import QuantizeReport, merge_model, quantize_model
+from .nn.lora import LoraConfig
+from .nn.quant_experts import QuantExperts
+from .nn.quant_linear import QuantLinear
 from .quantized_weight import QuantizedExperts, QuantizedWeight
+from .storage.adapters import load_adapters, save_adapters
+from .storage.checkpoint import load_checkpoint, save_checkpoint, weight_from_tensors, weight_to_tensors
 
 __version__ = "0.1.0"
 __all__ = [

@@ -14,13 +14,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Without it torch refuses cuBLAS while its algorithms are to be deterministic, as they are in every test.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-import cases
 import hypothesis
 import pytest
-import simt_ops
 import torch
-import triton_ops as triton_backend
-from simt.executor import SM_86_SHARED
+from executor.executor import SM_86_SHARED
+from support import cases, cuda_backend, triton_backend
 
 from nf4kernels.backends import native
 from nf4kernels.backends.select import backend_info
@@ -83,22 +81,22 @@ def native_library():
 
 
 @pytest.fixture(scope="session")
-def simt_executor():
-    if platform.machine() != "x86_64" or shutil.which(simt_ops.build.CXX) is None:
-        pytest.skip(f"the host executor needs an x86-64 machine with a C++ compiler ({simt_ops.build.CXX})")
-    return simt_ops.load(asan=os.environ.get(simt_ops.ASAN_VARIABLE) == "1")
+def executor():
+    if platform.machine() != "x86_64" or shutil.which(cuda_backend.build.CXX) is None:
+        pytest.skip(f"the host executor needs an x86-64 machine with a C++ compiler ({cuda_backend.build.CXX})")
+    return cuda_backend.load(asan=os.environ.get(cuda_backend.ASAN_VARIABLE) == "1")
 
 
 @pytest.fixture
-def simt(simt_executor):
+def executor_ops(executor):
     """The CUDA ops on the host executor, for a test that means nothing on a GPU."""
-    cuda_ops = simt_ops.CudaOps(getattr(torch.ops, simt_ops.NAMESPACE), "cpu", simt_executor)
+    cuda_ops = cuda_backend.CudaOps(getattr(torch.ops, cuda_backend.NAMESPACE), "cpu", executor)
     # The smallest shared memory of all architectures: a kernel that needs more would fail on some.
-    simt_executor.set(shared_limit=SM_86_SHARED)
+    executor.set(shared_limit=SM_86_SHARED)
     cuda_ops.pretend(90, 4)
-    simt_executor.reset()
+    executor.reset()
     yield cuda_ops
-    simt_executor.set()
+    executor.set()
 
 
 @pytest.fixture
@@ -110,7 +108,7 @@ def gpu():
     implementation, reason = devices["cuda"]
     if not implementation.startswith("native"):
         pytest.skip(f"no CUDA kernels for this device: {reason}")
-    yield simt_ops.CudaOps(torch.ops.nf4kernels, "cuda", None)
+    yield cuda_backend.CudaOps(torch.ops.nf4kernels, "cuda", None)
     torch.cuda.synchronize()  # an error of a kernel belongs to the test that launched it
 
 
@@ -124,10 +122,10 @@ def cuda_library(monkeypatch):
     return library
 
 
-@pytest.fixture(params=["simt", "cuda"])
+@pytest.fixture(params=["executor_ops", "cuda"])
 def cuda_ops(request):
     """The CUDA ops, on the host executor and on a GPU in turn."""
-    return request.getfixturevalue("simt" if request.param == "simt" else "gpu")
+    return request.getfixturevalue("executor_ops" if request.param == "executor_ops" else "gpu")
 
 
 @pytest.fixture

@@ -2,9 +2,9 @@
 
 import math
 
-import oracle
 import pytest
 import torch
+from support import oracle
 
 from nf4kernels import codebook
 

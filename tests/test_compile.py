@@ -2,10 +2,10 @@
 
 import functools
 
-import cases
 import pytest
 import torch
-from cases import Layout, dtype_id
+from support import cases
+from support.cases import Layout, dtype_id
 
 from nf4kernels import LoraConfig, QuantLinear, dequantize, linear, lora_linear, quantize
 

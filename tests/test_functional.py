@@ -3,10 +3,10 @@
 import itertools
 import math
 
-import cases
 import pytest
 import torch
-from cases import DTYPES, Layout, dtype_id
+from support import cases
+from support.cases import DTYPES, Layout, dtype_id
 from torch.utils.checkpoint import checkpoint
 
 from nf4kernels import linear, lora_linear

@@ -2,10 +2,10 @@
 
 import dataclasses
 
-import cases
 import pytest
 import torch
-from cases import EMPTY_SHAPES, SHAPES, Layout, shape_id
+from support import cases
+from support.cases import EMPTY_SHAPES, SHAPES, Layout, shape_id
 
 from nf4kernels import quantize
 from nf4kernels.quantized_weight import QuantizedWeight, absmax_shape, packed_shape, superblocks

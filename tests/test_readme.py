@@ -1,9 +1,10 @@
 """The README's Python runs, block after block, as a reader would type it."""
 
 import re
-from pathlib import Path
 
-README = Path(__file__).parent.parent / "README.md"
+from support.paths import ROOT
+
+README = ROOT / "README.md"
 
 
 def test_python_blocks_run(tmp_path, monkeypatch):

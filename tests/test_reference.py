@@ -2,13 +2,12 @@
 
 import itertools
 
-import cases
 import numpy as np
-import oracle
 import pytest
 import torch
-from cases import DEFAULT, Layout, shape_id
-from numerics import assert_same_bits
+from support import cases, oracle
+from support.cases import DEFAULT, Layout, shape_id
+from support.numerics import assert_same_bits
 
 from nf4kernels import reference
 from nf4kernels.codebook import SCALE_CODEBOOKS

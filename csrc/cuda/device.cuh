@@ -1,5 +1,5 @@
 // Every intrinsic and every piece of CUDA syntax that the kernels use, under names of our own; nothing else in csrc/cuda
-// names one. Compiled by nvcc these are the instructions. Compiled by a host compiler with NF4_SIMT, tests/simt/simt.h
+// names one. Compiled by nvcc these are the instructions. Compiled by a host compiler with NF4_EXECUTOR, tests/executor/executor.h
 // gives the same names their meaning on a CPU, one fiber a thread, and the same kernels and launchers run there.
 //
 // Kernels take shared memory from shared_memory() alone, so that the executor can poison it, and are compiled with
@@ -10,8 +10,8 @@
 
 #include "../format.h"
 
-#ifdef NF4_SIMT
-#include "simt.h"
+#ifdef NF4_EXECUTOR
+#include "executor.h"
 #else
 
 #include <cuda_bf16.h>
@@ -217,4 +217,4 @@ NF4_DEVICE void mma_16x8x16<Float16>(float (&c)[4], const uint32_t (&a)[4], uint
 
 }  // namespace nf4::cuda
 
-#endif  // NF4_SIMT
+#endif  // NF4_EXECUTOR

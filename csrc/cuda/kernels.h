@@ -2,7 +2,7 @@
 // for nothing, so that it can be captured in a graph.
 #pragma once
 
-#if defined(__CUDACC__) || defined(NF4_SIMT)
+#if defined(__CUDACC__) || defined(NF4_EXECUTOR)
 #include "device.cuh"
 #else  // the binding, which a host compiler compiles
 #include <cuda_runtime_api.h>

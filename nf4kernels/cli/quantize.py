@@ -11,14 +11,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from ..atomic import flush
-from ..checkpoint import checkpoint_files, weight_to_tensors, write_tensors
 from ..functional import quantize
-from ..model import QuantizedLayer, QuantizeReport, SkippedLayer, skips, squared_error
+from ..model.quantize import QuantizedLayer, QuantizeReport, SkippedLayer, skips, squared_error
 from ..quantized_weight import BLOCK_SIZES, WEIGHT_DTYPES
+from ..storage.atomic import flush
+from ..storage.checkpoint import checkpoint_files, weight_to_tensors, write_tensors
+from ..storage.staging import staged_directory
 from .errors import CommandError
 from .linear_layers import Choice, choose
-from .staging import staged_directory
 
 INDEX = "model.safetensors.index.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -11,7 +11,7 @@ import torch
 
 import nf4kernels as nf4
 
-from ..checkpoint import save_checkpoint
+from ..storage.checkpoint import save_checkpoint
 from . import byte_model, data, report, smollm2
 from .settings import MADE_BY, RESULTS, Settings
 from .training import evaluate, train

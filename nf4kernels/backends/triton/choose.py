@@ -2,7 +2,7 @@
 
 A choice depends on the op, a bucket of M, the dtype, K and the block size, never on N or the device's size: so
 products with several weights at once have the bits of separate ones, and M does not recompile a kernel.
-`python -m benchmarks.tune_triton` measures and writes a table; one whose "origin" says predicted was not measured.
+`python -m benchmarks.gpu.tune_triton` measures and writes a table; one whose "origin" says predicted was not measured.
 """
 
 import functools

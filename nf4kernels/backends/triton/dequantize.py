@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import check_dtype, check_out, check_range, check_weight
+from ..arguments import check_dtype, check_out, check_range, check_weight
 from .decode import LAUNCH, block_scales, ceil_div, lookup, on_device_of
 
 CHUNK = tl.constexpr(32)

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...quantized_weight import SUPERBLOCK
-from .arguments import check_experts
+from ..arguments import check_experts
 from .choose import LONGEST_DEPTH, LONGEST_FP32, choose_for_experts
 from .decode import LAUNCH, ceil_div, on_device_of
 from .linear import add_runs

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import check_experts
+from ..arguments import check_experts
 from .choose import choose_for_experts
 from .decode import LAUNCH, on_device_of
 from .grouped_linear import find_group, most_tiles, run_of, superblocks_of, weight_of

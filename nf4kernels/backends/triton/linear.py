@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...quantized_weight import QuantizedWeight
-from .arguments import check_data, check_input, check_low_rank, check_weight
+from ..arguments import check_data, check_input, check_low_rank, check_weight
 from .choose import LONGEST_FP32, Choice, choose
 from .decode import LAUNCH, block_scales, ceil_div, decode_elements, lookup, on_device_of
 from .panels import multiply_panels

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import check_input, check_low_rank, check_weight
+from ..arguments import check_input, check_low_rank, check_weight
 from .choose import LONGEST_FP32, Choice, choose
 from .decode import LAUNCH, block_scales, ceil_div, decode_elements, lookup, on_device_of
 from .linear import matrix, rank_step

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import check_data, check_dtype, refuse
+from ..arguments import check_data, check_dtype, refuse
 from .decode import LAUNCH, ceil_div, on_device_of
 from .linear import matrix
 from .reduce import reduce_splits

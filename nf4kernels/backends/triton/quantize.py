@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...quantized_weight import SUPERBLOCK, absmax_shape, packed_shape
-from .arguments import check_block_size, check_data, check_dtype, refuse
+from ..arguments import check_block_size, check_data, check_dtype, refuse
 from .decode import LAUNCH, ceil_div, on_device_of
 
 TILE = 4096  # weights of a program: a whole block of any size

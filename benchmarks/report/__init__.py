@@ -1,0 +1,1 @@
+"""Goals, tables and pictures."""

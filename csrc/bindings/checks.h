@@ -1,0 +1,248 @@
+// What the bindings share: the checks of an op's arguments, and the allocation of its outputs. A message names the op,
+// the argument, what was expected and what came. No check allocates or reads a tensor's data.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_aten.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <initializer_list>
+#include <limits>
+#include <optional>
+#include <ostream>
+#include <tuple>
+
+#include "../format.h"
+
+#define CHECK(condition, ...) STD_TORCH_CHECK(condition, "nf4kernels.", __VA_ARGS__)
+
+namespace nf4::binding {
+
+using nf4::Experts;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+struct Place {
+  int32_t type, index;
+
+  bool operator==(const Place& other) const { return type == other.type && index == other.index; }
+};
+inline std::ostream& operator<<(std::ostream& out, const Place& place) {
+  if (place.type == aoti_torch_device_type_cpu()) return out << "the CPU";
+  if (place.type == aoti_torch_device_type_cuda()) return out << "cuda:" << place.index;
+  return out << (place.type == aoti_torch_device_type_meta() ? "meta" : "another device");
+}
+
+inline Place place_of(const Tensor& tensor) {
+  Place place;
+  CHECK(aoti_torch_get_device_type(tensor.get(), &place.type) == 0 &&
+            aoti_torch_get_device_index(tensor.get(), &place.index) == 0,
+        "place_of: torch does not tell where a tensor is");
+  return place;
+}
+
+// One call of an op: the name for its messages, and where all its tensors must be.
+struct Op {
+  const char* name;
+  Place place;
+};
+inline std::ostream& operator<<(std::ostream& out, const Op& op) { return out << op.name; }
+
+struct Shape {  // for messages
+  const Tensor& tensor;
+};
+inline std::ostream& operator<<(std::ostream& out, const Shape& shape) {
+  out << '[';
+  for (int64_t d = 0; d < shape.tensor.dim(); ++d) out << (d ? ", " : "") << shape.tensor.size(d);
+  return out << ']';
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline size_t element_bytes(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+
+// How many rows [..., columns] has.
+inline int64_t rows_of(const Tensor& tensor) {
+  int64_t rows = 1;
+  for (int64_t d = 0; d + 1 < tensor.dim(); ++d) rows *= tensor.size(d);
+  return rows;
+}
+
+// On the device of `like`, by a C function: stable::empty looks its op up by name, 0.5 us more.
+inline Tensor new_empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType type) {
+  int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle out;
+  CHECK(aoti_torch_aten_new_empty(like.get(), shape.data(), int64_t(shape.size()), &dtype, nullptr, nullptr, 0, nullptr,
+                                  &out) == 0,
+        "new_empty: torch could not allocate ", shape.size(), " dimensions of ", torch::headeronly::toString(type));
+  return Tensor(out);
+}
+inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
+  return new_empty(like, {shape.begin(), shape.size()}, type);
+}
+
+// packed and absmax of a weight [N, K], in the shapes of the format.
+inline std::tuple<Tensor, Tensor> new_quantized(const Tensor& weight, int64_t N, int64_t K, int64_t block_size) {
+  Tensor packed = K % 2 == 0 ? new_empty(weight, {N, K / 2}, ScalarType::Byte)
+                             : new_empty(weight, {ceil_div(N * K, 2)}, ScalarType::Byte);
+  Tensor absmax = K % block_size == 0 ? new_empty(weight, {N, K / block_size}, ScalarType::Float)
+                                      : new_empty(weight, {ceil_div(N * K, block_size)}, ScalarType::Float);
+  return {packed, absmax};
+}
+
+inline Dtype dtype_of(ScalarType type, const Op& op, const char* name) {
+  CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, op, ": ", name,
+        " must be float32, bfloat16 or float16, got ", torch::headeronly::toString(type));
+  if (type == ScalarType::Float) return Dtype::kFloat32;
+  return type == ScalarType::BFloat16 ? Dtype::kBFloat16 : Dtype::kFloat16;
+}
+
+inline void check_place(const Tensor& tensor, const Op& op, const char* name) {
+  const Place place = place_of(tensor);
+  CHECK(place == op.place, op, ": ", name, " must be on ", op.place, ", got ", place);
+}
+
+// A contiguous tensor of `count` elements of `type`, where the op runs.
+inline const void* checked_data(const Tensor& tensor, ScalarType type, int64_t count, const Op& op, const char* name) {
+  check_place(tensor, op, name);
+  CHECK(tensor.scalar_type() == type, op, ": ", name, " must be ", torch::headeronly::toString(type), ", got ",
+        torch::headeronly::toString(tensor.scalar_type()));
+  CHECK(tensor.numel() == count, op, ": ", name, " must have ", count, " elements, got shape ", Shape{tensor});
+  CHECK(tensor.is_contiguous(), op, ": ", name, " must be contiguous");
+  return tensor.const_data_ptr();
+}
+inline const float* checked_floats(const Tensor& tensor, int64_t count, const Op& op, const char* name) {
+  return static_cast<const float*>(checked_data(tensor, ScalarType::Float, count, op, name));
+}
+
+inline int block_shift_of(int64_t block_size, const Op& op) {
+  for (int shift = 5; shift <= 12; ++shift)
+    if (block_size == int64_t(1) << shift) return shift;
+  CHECK(false, op, ": block_size must be a power of two from 32 to 4096, got ", block_size);
+}
+
+inline Experts checked_weights(const Op& op, int64_t E, const Tensor& packed, const Tensor& absmax,
+                               const OptionalTensor& scale_absmax, const OptionalTensor& scale_offset,
+                               const Tensor& code, const OptionalTensor& scale_code, int64_t N, int64_t K,
+                               int64_t block_size) {
+  CHECK(N >= 0 && K >= 0, op, ": N and K must not be negative, got ", N, " and ", K);
+  const int64_t most = std::numeric_limits<int64_t>::max() / std::max<int64_t>(E, 1) - kMaxBlockSize;
+  CHECK(K == 0 || N <= most / K, op, ": N and K must have a product within 63 bits, got ", N, " and ", K);
+  Experts experts{};
+  experts.count = E;
+  Weight& w = experts.first;
+  w.N = N;
+  w.K = K;
+  w.block_shift = block_shift_of(block_size, op);
+  const int64_t blocks = experts.blocks = ceil_div(N * K, block_size);
+  w.packed = static_cast<const uint8_t*>(checked_data(packed, ScalarType::Byte, E * ceil_div(N * K, 2), op, "packed"));
+  w.code = checked_floats(code, kLevels, op, "code");
+  const bool double_quant = scale_code.has_value();
+  CHECK(scale_absmax.has_value() == double_quant && scale_offset.has_value() == double_quant, op,
+        ": scale_absmax, scale_offset and scale_code must be given together");
+  if (!double_quant) {
+    w.absmax = checked_floats(absmax, E * blocks, op, "absmax");
+    return experts;
+  }
+  w.absmax_u8 = static_cast<const uint8_t*>(checked_data(absmax, ScalarType::Byte, E * blocks, op, "absmax"));
+  experts.superblocks = ceil_div(blocks, int64_t(1) << kSuperblockShift);
+  w.scale_absmax = checked_floats(*scale_absmax, E * experts.superblocks, op, "scale_absmax");
+  w.scale_offset = checked_floats(*scale_offset, E, op, "scale_offset");
+  w.scale_code = checked_floats(*scale_code, 256, op, "scale_code");
+  return experts;
+}
+
+inline Weight checked_weight(const Op& op, const Tensor& packed, const Tensor& absmax,
+                             const OptionalTensor& scale_absmax, const OptionalTensor& scale_offset, const Tensor& code,
+                             const OptionalTensor& scale_code, int64_t N, int64_t K, int64_t block_size) {
+  return checked_weights(op, 1, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size).first;
+}
+
+// The grouped ops' weights, one for each of expert_offsets. The offsets themselves are not read.
+inline Experts checked_experts(const Op& op, const Tensor& expert_offsets, const Tensor& packed, const Tensor& absmax,
+                               const OptionalTensor& scale_absmax, const OptionalTensor& scale_offset,
+                               const Tensor& code, const OptionalTensor& scale_code, int64_t N, int64_t K,
+                               int64_t block_size) {
+  CHECK(expert_offsets.dim() == 1, op, ": expert_offsets must have shape [E], got ", Shape{expert_offsets});
+  const int64_t E = expert_offsets.size(0);
+  checked_data(expert_offsets, ScalarType::Int, E, op, "expert_offsets");
+  const Experts experts =
+      checked_weights(op, E, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size);
+  const int64_t step = std::max<int64_t>(64, block_size);
+  CHECK(K % step == 0, op, ": K must be a multiple of ", step, " at block_size=", block_size, ", got ", K);
+  return experts;
+}
+
+struct Range {
+  int64_t row_begin, row_end, col_begin, col_end;
+
+  int64_t rows() const { return row_end - row_begin; }
+  int64_t cols() const { return col_end - col_begin; }
+};
+
+inline void check_range(const Range& r, const Weight& w, const Op& op) {
+  CHECK(0 <= r.row_begin && r.row_begin <= r.row_end && r.row_end <= w.N, op, ": rows must be a range within 0..", w.N,
+        ", got ", r.row_begin, "..", r.row_end);
+  CHECK(0 <= r.col_begin && r.col_begin <= r.col_end && r.col_end <= w.K, op, ": cols must be a range within 0..", w.K,
+        ", got ", r.col_begin, "..", r.col_end);
+}
+
+// The elements from row to row of a given output that takes `range`.
+inline int64_t checked_out_stride(const Tensor& out, const Range& range, const Op& op) {
+  const int64_t rows = range.rows(), cols = range.cols();
+  check_place(out, op, "out");
+  CHECK(out.dim() == 2 && out.size(0) == rows && out.size(1) == cols, op, ": out must have shape [", rows, ", ", cols,
+        "], got ", Shape{out});
+  if (rows == 0 || cols == 0) return cols;
+  CHECK(cols == 1 || out.stride(1) == 1, op, ": out must be contiguous in its last dimension");
+  CHECK(rows == 1 || out.stride(0) >= cols, op, ": out's rows must not overlap");
+  return rows == 1 ? cols : out.stride(0);
+}
+
+// x of linear (depth K) or dy of linear_dgrad (depth N): [..., depth] in any strides.
+inline Dtype checked_input(const Tensor& in, const Op& op, const char* name, const char* depth_name, int64_t depth) {
+  const Dtype dtype = dtype_of(in.scalar_type(), op, name);
+  check_place(in, op, name);
+  CHECK(in.dim() > 0 && in.size(in.dim() - 1) == depth, op, ": ", name, " must have ", depth_name, "=", depth,
+        " columns, got shape ", Shape{in});
+  return dtype;
+}
+
+// LoRA's term of a product: scaling * small[rows, rank] @ factor^T for linear (small P, factor B[columns, rank]),
+// scaling * small @ factor for linear_dgrad (small Q, factor A[rank, columns]).
+struct LowRank {
+  const OptionalTensor& small;
+  const OptionalTensor& factor;
+  float scaling;
+  const char* small_name;
+  const char* factor_name;
+  int64_t rank_dim;  // of factor
+};
+
+struct LowRankData {
+  int64_t rank;  // 0: no term
+  const void* small;
+  const void* factor;
+};
+
+inline LowRankData checked_low_rank(const LowRank& term, ScalarType type, int64_t rows, int64_t columns, const Op& op) {
+  CHECK(term.small.has_value() == term.factor.has_value(), op, ": ", term.small_name, " and ", term.factor_name,
+        " must be given together");
+  if (!term.factor.has_value()) return {};
+  const Tensor &small = *term.small, &factor = *term.factor;
+  CHECK(factor.dim() == 2 && factor.size(1 - term.rank_dim) == columns, op, ": ", term.factor_name, " must have ",
+        columns, term.rank_dim == 1 ? " rows" : " columns", ", got shape ", Shape{factor});
+  const int64_t rank = factor.size(term.rank_dim);
+  CHECK(small.dim() > 0 && small.size(small.dim() - 1) == rank, op, ": ", term.small_name, " must have r=", rank,
+        " columns as ", term.factor_name, " has, got shape ", Shape{small});
+  return {rank, checked_data(small, type, rows * rank, op, term.small_name),
+          checked_data(factor, type, columns * rank, op, term.factor_name)};
+}
+
+}  // namespace nf4::binding

@@ -1,0 +1,356 @@
+// The ops of nf4kernels/ops.py for CUDA tensors: argument checks, allocation, registration. The grouped products are in
+// torch_cuda_grouped.cpp.
+#include <iterator>
+#include <memory>
+#include <string_view>
+#include <vector>
+
+#include "cuda_checks.h"
+
+namespace {
+
+using nf4::Dtype;
+using namespace nf4::binding;
+
+std::tuple<Tensor, Tensor> quantize(const Tensor& weight, const Tensor& code, int64_t block_size) {
+  const Op op = op_at("quantize", weight, "weight");
+  CHECK(weight.dim() == 2, op, ": weight must be 2-D [N, K], got shape ", Shape{weight});
+  const int64_t N = weight.size(0), K = weight.size(1);
+  nf4::cuda::QuantizeArgs args{};
+  args.dtype = dtype_of(weight.scalar_type(), op, "weight");
+  args.numel = N * K;
+  args.code = checked_floats(code, nf4::kLevels, op, "code");
+  args.block_shift = block_shift_of(block_size, op);
+  const Launch launch(op);
+  const Tensor contiguous = weight.is_contiguous() ? weight : torch::stable::contiguous(weight);
+  const auto [packed, absmax] = new_quantized(weight, N, K, block_size);
+  if (args.numel == 0) return {packed, absmax};
+  args.weight = contiguous.const_data_ptr();
+  args.packed = static_cast<uint8_t*>(packed.mutable_data_ptr());
+  args.absmax = static_cast<float*>(absmax.mutable_data_ptr());
+  check_launch(nf4::cuda::quantize(args, launch.stream), op);
+  return {packed, absmax};
+}
+
+std::tuple<Tensor, Tensor, Tensor> quantize_absmax(const Tensor& absmax, const Tensor& scale_code, bool scale_is_e4m3) {
+  const Op op = op_at("quantize_absmax", absmax, "absmax");
+  nf4::cuda::QuantizeAbsmaxArgs args{};
+  args.blocks = absmax.numel();
+  args.absmax = checked_floats(absmax, args.blocks, op, "absmax");
+  args.scale_code = checked_floats(scale_code, 256, op, "scale_code");
+  args.scale_is_e4m3 = scale_is_e4m3;
+  const int64_t superblocks = ceil_div(args.blocks, int64_t(1) << nf4::kSuperblockShift);
+  const Launch launch(op);
+  const Tensor quantized = new_empty(absmax, absmax.sizes(), ScalarType::Byte);
+  const Tensor scale_absmax = new_empty(absmax, {superblocks}, ScalarType::Float);
+  const Tensor scale_offset = new_empty(absmax, {}, ScalarType::Float);
+  const Tensor superblock_sums = new_empty(absmax, {superblocks}, ScalarType::Double);
+  args.superblock_sums = static_cast<double*>(superblock_sums.mutable_data_ptr());
+  args.quantized = static_cast<uint8_t*>(quantized.mutable_data_ptr());
+  args.scale_absmax = static_cast<float*>(scale_absmax.mutable_data_ptr());
+  args.scale_offset = static_cast<float*>(scale_offset.mutable_data_ptr());
+  check_launch(nf4::cuda::quantize_absmax(args, launch.stream), op);
+  return {quantized, scale_absmax, scale_offset};
+}
+
+// Ŵ[range] into out, whose rows are `stride` elements apart.
+void dequantize_into(const nf4::Weight& w, const Range& range, Dtype dtype, const Tensor& out, int64_t stride,
+                     const Launch& launch, const Op& op) {
+  if (range.rows() == 0 || range.cols() == 0) return;
+  const nf4::cuda::DequantizeArgs args{w,     range.row_begin,        range.row_end, range.col_begin, range.col_end,
+                                       dtype, out.mutable_data_ptr(), stride};
+  check_launch(nf4::cuda::dequantize(args, launch.stream), op);
+}
+
+Tensor dequantize(const Tensor& packed, const Tensor& absmax, const OptionalTensor& scale_absmax,
+                  const OptionalTensor& scale_offset, const Tensor& code, const OptionalTensor& scale_code, int64_t N,
+                  int64_t K, int64_t block_size, int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end,
+                  ScalarType type) {
+  const Op op = op_at("dequantize", packed, "packed");
+  const auto w = checked_weight(op, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size);
+  const Range range{row_begin, row_end, col_begin, col_end};
+  check_range(range, w, op);
+  const Dtype dtype = dtype_of(type, op, "dtype");
+  const Launch launch(op);
+  const Tensor out = new_empty(packed, {range.rows(), range.cols()}, type);
+  dequantize_into(w, range, dtype, out, range.cols(), launch, op);
+  return out;
+}
+
+void dequantize_out(const Tensor& packed, const Tensor& absmax, const OptionalTensor& scale_absmax,
+                    const OptionalTensor& scale_offset, const Tensor& code, const OptionalTensor& scale_code, int64_t N,
+                    int64_t K, int64_t block_size, int64_t row_begin, int64_t row_end, int64_t col_begin,
+                    int64_t col_end, const Tensor& out) {
+  const Op op = op_at("dequantize", packed, "packed");
+  const auto w = checked_weight(op, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size);
+  const Range range{row_begin, row_end, col_begin, col_end};
+  check_range(range, w, op);
+  const Dtype dtype = dtype_of(out.scalar_type(), op, "out");
+  const int64_t stride = checked_out_stride(out, range, op);
+  dequantize_into(w, range, dtype, out, stride, Launch(op), op);
+}
+
+// linear: in x [M, K], out [M, N]. linear_dgrad: in dY [M, N], out dX [M, K].
+struct Product {
+  Op op;
+  bool dgrad;
+  Tensor in, out;
+  OptionalTensor bias;
+  LowRank low_rank;
+  int64_t depth, columns;
+  nf4::cuda::ProductArgs args;
+};
+
+// One of csrc/cuda's kernels, a million rows at a time: a grid has at most 65,535 blocks in y.
+void multiply_fused(const Product& product, const nf4::cuda::Choice& choice, const Launch& launch) {
+  using nf4::cuda::Path;
+  constexpr int64_t kMostRows = 1 << 20;
+  const auto run = choice.path == Path::kSmall ? nf4::cuda::linear_small
+                   : choice.path == Path::kTiled
+                       ? (product.dgrad ? nf4::cuda::linear_dgrad_tiled : nf4::cuda::linear_tiled)
+                       : (product.dgrad ? nf4::cuda::linear_dgrad_any : nf4::cuda::linear_any);
+  nf4::cuda::ProductArgs args = product.args;
+  const int64_t rows = args.M, bytes = int64_t(element_bytes(args.dtype));
+  args.splits = choice.splits;
+  if (choice.path != Path::kAny) args.known = known_codes.rounded(args.dtype);
+  OptionalTensor partial;
+  if (args.splits > 1) {
+    partial = new_empty(product.in, {args.splits, std::min(rows, kMostRows), product.columns}, ScalarType::Float);
+    args.partial = static_cast<float*>(partial->mutable_data_ptr());
+  }
+  for (int64_t m = 0; m < rows; m += kMostRows) {
+    args.M = std::min(rows - m, kMostRows);
+    args.x = static_cast<const char*>(product.args.x) + m * product.depth * bytes;
+    args.out = static_cast<char*>(product.args.out) + m * product.columns * bytes;
+    if (args.rank > 0) args.low_rank_x = static_cast<const char*>(product.args.low_rank_x) + m * args.rank * bytes;
+    check_launch(run(args, launch.stream), product.op);
+    if (args.splits > 1) add_splits(args, product.columns, launch, product.op);
+  }
+}
+
+// torch's own product, out = a @ b (mm) or a @ b^T + bias (linear).
+void torch_mm(const Tensor& a, const Tensor& b, const Tensor& out) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
+                                    torch::stable::detail::from(out)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  (void)torch::stable::detail::to<Tensor>(stack[0]);  // takes the returned reference
+}
+void torch_linear(const Tensor& a, const Tensor& b, const OptionalTensor& bias, const Tensor& out) {
+  std::array<StableIValue, 4> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
+                                    torch::stable::detail::from(bias), torch::stable::detail::from(out)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
+  (void)torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+Tensor part(Tensor whole, int64_t dim, int64_t begin, int64_t count) {
+  return torch::stable::narrow(whole, dim, begin, count);
+}
+void copy(Tensor to, const Tensor& from) { torch::stable::copy_(to, from); }
+void zero(Tensor to) { torch::stable::zero_(to); }
+
+// A panel of Ŵ at a time, in memory that every panel reuses, and torch's product with it: rows of Ŵ for linear, columns
+// for linear_dgrad, so that each panel gives whole columns of out. LoRA's term is more of the contraction: [in | P]
+// times [Ŵ | s B], or [in | Q] times [Ŵ ; s A], with zeros up to a multiple of 8, which cuBLAS wants for its fast kernels.
+// The scaling goes to the weights: a Q of scaled losses has no room for it in fp16.
+void multiply_panels(const Product& product, const Launch& launch) {
+  constexpr int64_t kPanelBytes = 24 << 20;  // stays in the L2 of an A100, an RTX 4090 and later; an sm_86 has 6 MB
+  const NoGrad no_grad;
+  const auto& args = product.args;
+  const int64_t extra = ceil_div(args.rank, 8) * 8, depth = product.depth + extra;
+  const ScalarType type = product.in.scalar_type();
+  Tensor in = torch::stable::view(product.in, {args.M, product.depth});
+  Tensor out = torch::stable::view(product.out, {args.M, product.columns});
+  Tensor factor = in;
+  if (extra > 0) {
+    const Tensor wide = new_empty(in, {args.M, depth}, type);
+    copy(part(wide, 1, 0, product.depth), in);
+    void* beside = static_cast<char*>(wide.mutable_data_ptr()) + product.depth * int64_t(element_bytes(args.dtype));
+    check_launch(nf4::cuda::scale_low_rank({args.low_rank_x, args.dtype, args.M, args.rank, 1.f, beside, extra, depth},
+                                           launch.stream),
+                 product.op);
+    in = wide;
+    const int64_t count = product.low_rank.factor->numel();
+    factor = new_empty(in, product.low_rank.factor->sizes(), type);
+    check_launch(nf4::cuda::scale_low_rank({args.low_rank_factor, args.dtype, 1, count, args.scaling,
+                                            factor.mutable_data_ptr(), count, count},
+                                           launch.stream),
+                 product.op);
+  }
+  const int64_t panels = std::max<int64_t>(ceil_div(product.columns * depth * 2, kPanelBytes), 1);
+  const int64_t width = ceil_div(ceil_div(product.columns, panels), 128) * 128;
+  const Tensor memory = new_empty(in, {std::min(width, product.columns) * depth}, type);
+  for (int64_t begin = 0; begin < product.columns; begin += width) {
+    const int64_t count = std::min(width, product.columns - begin), along = product.dgrad ? 0 : 1;  // of the depth
+    const Tensor panel = product.dgrad ? torch::stable::view(part(memory, 0, 0, count * depth), {depth, count})
+                                       : torch::stable::view(part(memory, 0, 0, count * depth), {count, depth});
+    const Range range =
+        product.dgrad ? Range{0, args.weight.N, begin, begin + count} : Range{begin, begin + count, 0, args.weight.K};
+    dequantize_into(args.weight, range, args.dtype, panel, panel.size(1), launch, product.op);
+    if (extra > 0) {
+      copy(part(panel, along, product.depth, args.rank), part(factor, 1 - along, begin, count));
+      zero(part(panel, along, product.depth + args.rank, extra - args.rank));
+    }
+    const Tensor to = part(out, 1, begin, count);
+    if (product.dgrad) {
+      torch_mm(in, panel, to);
+    } else {
+      OptionalTensor bias;
+      if (product.bias.has_value()) bias = part(*product.bias, 0, begin, count);
+      torch_linear(in, panel, bias, to);
+    }
+  }
+}
+
+Tensor multiply(const Op& op, bool dgrad, const Tensor& in, const nf4::Weight& w, const OptionalTensor& bias,
+                const LowRank& low_rank) {
+  const int64_t depth = dgrad ? w.N : w.K, columns = dgrad ? w.K : w.N;
+  nf4::cuda::ProductArgs args{};
+  args.weight = w;
+  args.dtype = checked_input(in, op, dgrad ? "dy" : "x", dgrad ? "N" : "K", depth);
+  args.M = rows_of(in);
+  args.bias = bias.has_value() ? checked_data(*bias, in.scalar_type(), w.N, op, "bias") : nullptr;
+  const LowRankData term = checked_low_rank(low_rank, in.scalar_type(), args.M, columns, op);
+  args.rank = term.rank;
+  args.low_rank_x = term.small;
+  args.low_rank_factor = term.factor;
+  args.scaling = low_rank.scaling;
+
+  const Launch launch(op);
+  std::vector<int64_t> shape(in.sizes().begin(), in.sizes().end());
+  shape.back() = columns;
+  const Tensor out = new_empty(in, shape, in.scalar_type());
+  if (args.M == 0 || columns == 0) return out;
+  const Tensor contiguous = in.is_contiguous() ? in : torch::stable::contiguous(in);
+  args.x = contiguous.const_data_ptr();
+  args.out = out.mutable_data_ptr();
+  const Product product{op, dgrad, contiguous, out, bias, low_rank, depth, columns, args};
+  const nf4::cuda::Choice choice = choice_for(problem_of(op, dgrad, args, 0), op);
+  if (choice.path == nf4::cuda::Path::kPanel)
+    multiply_panels(product, launch);
+  else
+    multiply_fused(product, choice, launch);
+  return out;
+}
+
+Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& absmax, const OptionalTensor& scale_absmax,
+              const OptionalTensor& scale_offset, const Tensor& code, const OptionalTensor& scale_code, int64_t N,
+              int64_t K, int64_t block_size, const OptionalTensor& bias, const OptionalTensor& lora_P,
+              const OptionalTensor& lora_B, double scaling) {
+  const Op op = op_at("linear", x, "x");
+  const auto w = checked_weight(op, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size);
+  return multiply(op, false, x, w, bias, {lora_P, lora_B, float(scaling), "lora_P", "lora_B", 1});
+}
+
+Tensor linear_dgrad(const Tensor& dy, const Tensor& packed, const Tensor& absmax, const OptionalTensor& scale_absmax,
+                    const OptionalTensor& scale_offset, const Tensor& code, const OptionalTensor& scale_code, int64_t N,
+                    int64_t K, int64_t block_size, const OptionalTensor& lora_Q, const OptionalTensor& lora_A,
+                    double scaling) {
+  const Op op = op_at("linear_dgrad", dy, "dy");
+  const auto w = checked_weight(op, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size);
+  return multiply(op, true, dy, w, std::nullopt, {lora_Q, lora_A, float(scaling), "lora_Q", "lora_A", 0});
+}
+
+Tensor lora_grad(const Tensor& small, const Tensor& wide, double scaling, ScalarType type, bool transposed) {
+  const Op op = op_at("lora_grad", wide, "wide");
+  nf4::cuda::LoraGradArgs args{};
+  args.dtype = dtype_of(wide.scalar_type(), op, "wide");
+  args.out_dtype = dtype_of(type, op, "dtype");
+  CHECK(wide.dim() > 0 && small.dim() > 0, op, ": small and wide must have columns, got shapes ", Shape{small}, " and ",
+        Shape{wide});
+  args.depth = rows_of(wide);
+  args.columns = wide.size(wide.dim() - 1);
+  args.rows = small.size(small.dim() - 1);
+  args.small = checked_data(small, wide.scalar_type(), args.depth * args.rows, op, "small");
+  args.scaling = float(scaling);
+  args.transposed = transposed;
+  const Launch launch(op);
+  const Tensor out =
+      transposed ? new_empty(wide, {args.columns, args.rows}, type) : new_empty(wide, {args.rows, args.columns}, type);
+  if (args.rows == 0 || args.columns == 0) return out;
+  const Tensor contiguous = wide.is_contiguous() ? wide : torch::stable::contiguous(wide);
+  args.wide = contiguous.const_data_ptr();
+  args.out = out.mutable_data_ptr();
+  if (args.dtype == Dtype::kFloat32 || args.columns % 8 != 0 || !is_aligned({args.wide})) {
+    check_launch(nf4::cuda::lora_grad_any(args, launch.stream), op);
+    return out;
+  }
+  args.splits = nf4::cuda::lora_grad_splits(args.depth, args.rows, args.columns, device_of(op).multiprocessors);
+  const Tensor partial = new_empty(wide, {args.splits, args.rows, args.columns}, ScalarType::Float);
+  args.partial = static_cast<float*>(partial.mutable_data_ptr());
+  check_launch(nf4::cuda::lora_grad(args, launch.stream), op);
+  return out;
+}
+
+}  // namespace
+
+#ifndef NF4_EXECUTOR
+// For nf4kernels/backends/native.py.
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// Separated by spaces: 80 for sm_80, 90a, 120+PTX if newer devices can compile it.
+EXPORT const char* nf4kernels_cuda_architectures() { return NF4_CUDA_ARCHITECTURES; }
+
+// CUDA versions as 1000 * major + 10 * minor: the one this was built with, and the newest that the driver knows (0: no
+// driver). Neither touches a device.
+EXPORT int nf4kernels_cuda_version() { return CUDART_VERSION; }
+EXPORT int nf4kernels_cuda_driver_version() {
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
+#endif
+
+void register_ops(torch::stable::detail::StableLibrary& library) {
+  library.impl("quantize", TORCH_BOX(&quantize));
+  library.impl("quantize_absmax", TORCH_BOX(&quantize_absmax));
+  library.impl("dequantize", TORCH_BOX(&dequantize));
+  library.impl("dequantize_out", TORCH_BOX(&dequantize_out));
+  library.impl("linear", TORCH_BOX(&linear));
+  library.impl("linear_dgrad", TORCH_BOX(&linear_dgrad));
+  library.impl("lora_grad", TORCH_BOX(&lora_grad));
+  register_grouped_ops(library);
+}
+
+#define NF4_EXPORT extern "C" __attribute__((visibility("default")))
+
+// The ops are those of this namespace for this dispatch key ("CUDA") from now on. Loading the library alone registers
+// nothing: whether its kernels run on a device is asked first. Once for a namespace and key.
+NF4_EXPORT void nf4kernels_cuda_register(const char* ops_namespace, const char* key) {
+  using torch::stable::detail::StableLibrary;
+  static std::vector<std::unique_ptr<StableLibrary>> registered;  // they count as long as they live
+  registered.push_back(
+      std::make_unique<StableLibrary>(StableLibrary::Kind::IMPL, ops_namespace, key, __FILE__, __LINE__));
+  register_ops(*registered.back());
+}
+
+// Every product runs the kernel of this name from now on; null: the table's choice again. Returns what is wrong, or null.
+NF4_EXPORT const char* nf4kernels_cuda_force_kernel(const char* name) {
+  if (name == nullptr) {
+    forced_path = -1;
+    return nullptr;
+  }
+  for (int i = 0; i < int(std::size(nf4::cuda::kPathNames)); ++i) {
+    if (std::string_view(name) != nf4::cuda::kPathNames[i]) continue;
+    forced_path = i;
+    return nullptr;
+  }
+  return "must be any, small, tiled or panel";
+}
+
+// This codebook will be rounded without bias from now on, where others are dithered (cuda/pair_table.cuh): 16 floats of
+// the host. False where too many are known; one that is known already takes no room.
+NF4_EXPORT bool nf4kernels_cuda_know_codebook(const float* code) { return known_codes.add(code); }
+
+// The table's choice for a product (experts: 0, or how many share the M rows out): the kernel's name, how many splits, and why.
+NF4_EXPORT const char* nf4kernels_cuda_choose(bool dgrad, int32_t dtype, int64_t M, int64_t N, int64_t K,
+                                              int64_t experts, bool whole_codes, bool aligned, int arch,
+                                              int multiprocessors, int* splits, const char** reason) {
+  const nf4::cuda::Choice choice =
+      nf4::cuda::choose({dgrad, Dtype(dtype), M, N, K, experts, whole_codes, aligned, arch, multiprocessors});
+  *splits = choice.splits;
+  *reason = choice.reason;
+  return nf4::cuda::kPathNames[int(choice.path)];
+}
+
+#ifdef NF4_EXECUTOR
+NF4_EXPORT void nf4kernels_executor_device(int arch, int multiprocessors) { simulated = {arch, multiprocessors}; }
+#endif

@@ -1,0 +1,126 @@
+"""The checks of the ops' arguments: a message names the op, the argument, what was expected and what came.
+
+No check reads a tensor's data, so none waits for the device.
+"""
+
+import torch
+from torch import Tensor
+
+from ..quantized_weight import BLOCK_SIZES, SUPERBLOCK, WEIGHT_DTYPES, expert_columns
+
+
+def refuse(op: str, message: str) -> None:
+    raise RuntimeError(f"nf4kernels.{op}: {message}")
+
+
+def check_dtype(op: str, name: str, dtype: torch.dtype) -> None:
+    if dtype not in WEIGHT_DTYPES:
+        refuse(op, f"{name} must be float32, bfloat16 or float16, got {dtype}")
+
+
+def check_device(op: str, name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        refuse(op, f"{name} must be on {device}, got {tensor.device}")
+
+
+def check_data(op: str, device: torch.device, name: str, tensor: Tensor, dtype: torch.dtype, count: int) -> None:
+    """A contiguous tensor of `count` elements."""
+    check_device(op, name, tensor, device)
+    if tensor.dtype != dtype:
+        refuse(op, f"{name} must be {dtype}, got {tensor.dtype}")
+    if tensor.numel() != count:
+        refuse(op, f"{name} must have {count} elements, got shape {list(tensor.shape)}")
+    if not tensor.is_contiguous():
+        refuse(op, f"{name} must be contiguous, got strides {list(tensor.stride())}")
+
+
+def check_block_size(op: str, block_size: int) -> None:
+    if block_size not in BLOCK_SIZES:
+        refuse(op, f"block_size must be a power of two from 32 to 4096, got {block_size}")
+
+
+def check_weight(
+    op, device, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size, experts=1
+) -> None:
+    """Of `experts` weights [N, K] the tensors are stacked, but for the codebooks."""
+    if N < 0 or K < 0:
+        refuse(op, f"N and K must not be negative, got {N} and {K}")
+    if experts * (N * K + BLOCK_SIZES[-1]) >= 2**63:
+        refuse(op, f"N and K must have a product within 63 bits, got {N} and {K}")
+    check_block_size(op, block_size)
+    blocks = -(-N * K // block_size)
+    check_data(op, device, "packed", packed, torch.uint8, -(-N * K // 2) * experts)
+    check_data(op, device, "code", code, torch.float32, 16)
+    double_quant = scale_code is not None
+    if (scale_absmax is not None) != double_quant or (scale_offset is not None) != double_quant:
+        refuse(op, "scale_absmax, scale_offset and scale_code must be given together")
+    check_data(op, device, "absmax", absmax, torch.uint8 if double_quant else torch.float32, blocks * experts)
+    if double_quant:
+        check_data(op, device, "scale_absmax", scale_absmax, torch.float32, -(-blocks // SUPERBLOCK) * experts)
+        check_data(op, device, "scale_offset", scale_offset, torch.float32, experts)
+        check_data(op, device, "scale_code", scale_code, torch.float32, 256)
+
+
+def check_experts(
+    op: str, inputs_name: str, inputs: Tensor, expert_offsets: Tensor, weight: tuple, depth_name: str, depth: int
+) -> None:
+    """x of grouped_linear or dy of its gradient, [T, depth] in any strides, and the weight of E experts."""
+    device = inputs.device
+    check_dtype(op, inputs_name, inputs.dtype)
+    if inputs.dim() != 2 or inputs.shape[1] != depth:
+        refuse(op, f"{inputs_name} must have shape [T, {depth_name}={depth}], got {list(inputs.shape)}")
+    if expert_offsets.dim() != 1:
+        refuse(op, f"expert_offsets must have shape [E], got {list(expert_offsets.shape)}")
+    experts = expert_offsets.shape[0]
+    check_data(op, device, "expert_offsets", expert_offsets, torch.int32, experts)
+    check_weight(op, device, *weight, experts)
+    K, block_size = weight[7:]
+    if K % expert_columns(block_size):
+        refuse(op, f"K must be a multiple of {expert_columns(block_size)} at block_size={block_size}, got {K}")
+
+
+def check_range(op: str, N: int, K: int, row_begin: int, row_end: int, col_begin: int, col_end: int) -> None:
+    for name, begin, end, size in (("rows", row_begin, row_end, N), ("cols", col_begin, col_end, K)):
+        if not 0 <= begin <= end <= size:
+            refuse(op, f"{name} must be a range within 0..{size}, got {begin}..{end}")
+
+
+def check_out(op: str, device: torch.device, out: Tensor, rows: int, cols: int) -> None:
+    check_dtype(op, "out", out.dtype)
+    check_device(op, "out", out, device)
+    if out.shape != (rows, cols):
+        refuse(op, f"out must have shape {[rows, cols]}, got {list(out.shape)}")
+    if rows == 0 or cols == 0:
+        return
+    if cols > 1 and out.stride(1) != 1:
+        refuse(op, "out must be contiguous in its last dimension")
+    if rows > 1 and out.stride(0) < cols:
+        refuse(op, "out's rows must not overlap")
+
+
+def check_input(op: str, device: torch.device, name: str, tensor: Tensor, depth_name: str, depth: int) -> None:
+    """x of linear or dy of linear_dgrad: [..., depth] in any strides."""
+    check_dtype(op, name, tensor.dtype)
+    check_device(op, name, tensor, device)
+    if tensor.dim() == 0 or tensor.shape[-1] != depth:
+        refuse(op, f"{name} must have {depth_name}={depth} columns, got shape {list(tensor.shape)}")
+
+
+def check_low_rank(
+    op: str, device: torch.device, names: tuple[str, str], small: Tensor | None, factor: Tensor | None, rank_dim: int,
+    dtype: torch.dtype, rows: int, columns: int,
+) -> None:  # fmt: skip
+    """LoRA's small [rows, rank] and its factor, whose dimension rank_dim is the rank and the other `columns`."""
+    small_name, factor_name = names
+    if (small is None) != (factor is None):
+        refuse(op, f"{small_name} and {factor_name} must be given together")
+    if factor is None:
+        return
+    if factor.dim() != 2 or factor.shape[1 - rank_dim] != columns:
+        other = "rows" if rank_dim == 1 else "columns"
+        refuse(op, f"{factor_name} must have {columns} {other}, got shape {list(factor.shape)}")
+    rank = factor.shape[rank_dim]
+    if small.dim() == 0 or small.shape[-1] != rank:
+        refuse(op, f"{small_name} must have r={rank} columns as {factor_name} has, got shape {list(small.shape)}")
+    check_data(op, device, small_name, small, dtype, rows * rank)
+    check_data(op, device, factor_name, factor, dtype, columns * rank)

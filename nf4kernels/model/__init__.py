@@ -1,0 +1,1 @@
+"""A whole model: layers to 4 bits and back."""

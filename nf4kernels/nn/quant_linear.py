@@ -1,0 +1,171 @@
+"""QuantLinear: nn.Linear with a 4-bit weight and, if wanted, a LoRA adapter."""
+
+import torch
+from torch import Tensor, nn
+
+from ..codebook import SCALE_CODEBOOKS
+from ..functional import autocast_is_on, dequantize, linear_from_args, lora_linear_from_args, quantize
+from ..quantized_weight import WEIGHT_DTYPES, QuantizedWeight
+from .lora import LoraConfig, init_adapter
+from .quant_module import QuantModule, checked_compute_dtype
+
+
+class QuantLinear(QuantModule, nn.Linear):
+    """y = x @ Ŵ.T + bias [+ scaling * dropout(x) @ lora_A.T @ lora_B.T], Ŵ in 4 bits.
+
+    `weight` is a frozen uint8 parameter, the scales are buffers; `.to(dtype)` and mixed-precision casts leave both
+    alone and move bias and adapter only. Nothing is ever repacked.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in `nn.Linear`; dtype is that of the dense weight which is
+            drawn and then quantized, of bias and of a new adapter.
+        codebook, block_size, double_quant, scale_codebook: as in `nf4kernels.quantize`.
+        compute_dtype: what x is cast to for the product, the output being cast back; None computes in x's dtype.
+            Under autocast, autocast's dtype wins.
+        lora: an adapter to attach, or None.
+
+    Source: QLoRA (arXiv 2305.14314), equation 5.
+    """
+
+    WHO = "nf4kernels.QuantLinear"
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        codebook: str | Tensor = "nf4",
+        block_size: int = 64,
+        double_quant: bool = True,
+        scale_codebook: str = "e4m3",
+        compute_dtype: torch.dtype | None = None,
+        lora: LoraConfig | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        nn.Module.__init__(self)
+        dense = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+        qweight = quantize(dense.weight, codebook, block_size, double_quant, scale_codebook)
+        self._install(qweight, dense.bias, compute_dtype, lora)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        lora: LoraConfig | None = None,
+        compute_dtype: torch.dtype | None = None,
+        **quant_options,
+    ) -> "QuantLinear":
+        """The layer that stands for `linear`; bias is shared with it, training mode kept.
+
+        Raises as `nf4kernels.quantize` does, for linear's weight and `quant_options`.
+        """
+        layer = cls.from_quantized(quantize(linear.weight, **quant_options), linear.bias, compute_dtype, lora)
+        return layer.train(linear.training)
+
+    @classmethod
+    def from_quantized(
+        cls,
+        qweight: QuantizedWeight,
+        bias: nn.Parameter | None = None,
+        compute_dtype: torch.dtype | None = None,
+        lora: LoraConfig | None = None,
+    ) -> "QuantLinear":
+        """The layer around an existing quantized weight, whose tensors it shares."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._install(qweight, bias, compute_dtype, lora)
+        return layer
+
+    def _install(self, qweight, bias, compute_dtype, lora) -> None:
+        self.compute_dtype = checked_compute_dtype(compute_dtype, self.WHO)
+        self.set_qweight(qweight)
+        self.register_parameter("bias", bias)
+        self.lora: LoraConfig | None = None
+        self.lora_A: nn.Linear | None = None
+        self.lora_B: nn.Linear | None = None
+        if lora is not None:
+            self.add_lora(lora, dtype=qweight.dtype if bias is None else bias.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.compute_dtype is None or autocast_is_on(x.device):
+            return self._product(x)
+        in_dtype = x.dtype
+        return self._product(x.to(self.compute_dtype) if in_dtype in WEIGHT_DTYPES else x).to(in_dtype)
+
+    def _product(self, x: Tensor) -> Tensor:
+        bias, lora = self._parameter("bias"), self.lora
+        if lora is None:
+            return linear_from_args(x, self._weight_args(), bias, self.WHO)
+        return lora_linear_from_args(
+            x, self._weight_args(), self.lora_A.weight, self.lora_B.weight, lora.scaling, bias,
+            lora.dropout if self.training else 0.0,
+        )  # fmt: skip
+
+    def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """Ŵ `[out_features, in_features]`, without the adapter."""
+        return dequantize(self.qweight, dtype)
+
+    def add_lora(self, config: LoraConfig, dtype: torch.dtype | None = None) -> None:
+        """Attach a fresh adapter; ValueError where one is attached already.
+
+        Args:
+            dtype: of lora_A and lora_B; None takes the dtype of bias, or the one the weight was quantized from.
+        """
+        if self.lora is not None:
+            raise ValueError("nf4kernels.QuantLinear.add_lora: the layer must have no adapter yet, got one already")
+        if dtype is None:
+            dtype = self.qweight.dtype if self.bias is None else self.bias.dtype
+        options = {"bias": False, "device": self.weight.device, "dtype": dtype}
+        self.lora_A = nn.Linear(self.in_features, config.r, **options)
+        self.lora_B = nn.Linear(config.r, self.out_features, **options)
+        if not self.weight.is_meta:
+            init_adapter(self.lora_A, self.lora_B, config)
+        self.lora = config
+
+    def lora_delta(self) -> Tensor:
+        """scaling * lora_B @ lora_A, fp32 `[out_features, in_features]`; ValueError without an adapter."""
+        if self.lora is None:
+            raise ValueError("nf4kernels.QuantLinear.lora_delta: the layer must have an adapter, got none")
+        with torch.no_grad():
+            return self.lora.scaling * (self.lora_B.weight.float() @ self.lora_A.weight.float())
+
+    def to_linear(
+        self, dtype: torch.dtype = torch.bfloat16, merge_lora: bool = True, base_weight: Tensor | None = None
+    ) -> nn.Linear:
+        """A dense nn.Linear with Ŵ, plus the adapter's product if `merge_lora`, summed in fp32 and rounded once.
+
+        `base_weight`, `[out_features, in_features]`, takes Ŵ's place. This layer is left as it is. Copies everything.
+        """
+        if base_weight is None:
+            weight = self.dequantize(torch.float32)
+        else:
+            weight = base_weight.to(self.weight.device, torch.float32, copy=True)
+        if merge_lora and self.lora is not None:
+            weight += self.lora_delta()
+        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        dense.weight = nn.Parameter(weight.to(dtype))
+        if self.bias is not None:
+            dense.bias = nn.Parameter(self.bias.detach().to(dtype, copy=True))
+        return dense.train(self.training)
+
+    def reset_parameters(self) -> None:
+        """Draw a new weight as nn.Linear does and quantize it; a new bias and adapter likewise."""
+        source = torch.bfloat16 if self.bias is None else self.bias.dtype
+        dense = nn.Linear(
+            self.in_features, self.out_features, self.bias is not None, device=self.weight.device, dtype=source
+        )
+        code = self.code if self.codebook == "custom" else self.codebook
+        scale_codebook = self.scale_codebook if self.scale_codebook in SCALE_CODEBOOKS else "e4m3"
+        self.set_qweight(quantize(dense.weight, code, self.block_size, self.double_quant, scale_codebook))
+        if self.bias is not None:
+            self.bias.data.copy_(dense.bias)
+        if self.lora is not None:
+            init_adapter(self.lora_A, self.lora_B, self.lora)
+
+    def extra_repr(self) -> str:
+        text = (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"codebook={self.codebook}, block_size={self.block_size}, scale_codebook={self.scale_codebook}"
+        )
+        return text if self.lora is None else f"{text}, lora_r={self.lora.r}"

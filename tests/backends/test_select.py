@@ -1,0 +1,441 @@
+"""Which backend runs an op, by device, dtype and rows: decided once, forced by name, never silently another one."""
+
+import functools
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support import cases
+from support.numerics import assert_product_within_bound, assert_same_bits
+from support.paths import python_path
+
+import nf4kernels as nf4
+from nf4kernels import reference
+from nf4kernels.backends import measured, native, select
+from nf4kernels.backends.measured import Rule
+from nf4kernels.backends.registration import Registration, stand_in
+from nf4kernels.ops import OPS, SCHEMAS
+
+ARCHITECTURES = ["80", "86", "89", "90a", "100", "120+PTX"]
+
+
+@pytest.fixture
+def machine(monkeypatch, cuda_library):
+    """A machine with CUDA devices of these capabilities, as far as deciding goes."""
+    monkeypatch.setattr(cuda_library, "architectures", ARCHITECTURES)
+
+    def has(*capabilities, library=cuda_library, why_not=""):
+        monkeypatch.setattr(select, "cuda_library", lambda: (library, why_not))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capabilities[i])
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: f"card {capabilities[i]}")
+
+    return has
+
+
+@pytest.fixture(autouse=True)
+def compiling(monkeypatch):
+    """As on a GPU, where Triton compiles. Our kernels are not imported: other tests of this process interpret them."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    backend = SimpleNamespace(OPS=dict.fromkeys(OPS, print), kernel_lines=lambda device: [f"Triton's on {device}"])
+    monkeypatch.setattr(select, "_triton", lambda: backend)
+
+
+@pytest.fixture
+def without_triton(monkeypatch):
+    def missing():
+        raise ModuleNotFoundError("No module named 'triton'")
+
+    monkeypatch.setattr(select, "_triton", missing)
+
+
+def decided(device_type="cuda"):
+    decision = select.decide(device_type)
+    return decision.backend, decision.implementation, decision.reason
+
+
+def test_the_compiled_kernels_come_first(machine):
+    machine((9, 0))
+    assert decided() == ("native", "native sm_90a", "card (9, 0)")
+    machine((8, 9), (8, 9))
+    assert decided() == ("native", "native sm_89", "card (8, 9)")
+    machine((8, 0), (8, 9))
+    assert decided() == ("native", "native sm_80 sm_89", "card (8, 0); card (8, 9)")
+    machine((9, 0), (6, 1))  # which gets errors, and does not take the kernels from the other
+    assert decided() == ("native", "native sm_90a", "card (9, 0); card (6, 1)")
+
+
+def test_triton_comes_where_the_library_has_no_code(machine, cuda_library, monkeypatch):
+    machine((8, 0), (11, 0))
+    backend, _, reason = decided()
+    assert backend == "triton"
+    assert "not native: this device is sm_110, and the library has code for 80 86 89 90a 100 120+PTX" in reason
+    machine((9, 0), library=None, why_not="_cuda.abi3.so was not built")
+    assert decided() == ("triton", "triton", "card (9, 0); not native: _cuda.abi3.so was not built")
+    monkeypatch.setattr(cuda_library, "_driver_version", lambda: 12040)
+    monkeypatch.setattr(cuda_library, "version", 13000)
+    machine((9, 0))
+    backend, _, reason = decided()
+    assert backend == "triton"
+    assert "built with CUDA 13.0, the driver is for CUDA 12.4" in reason
+
+
+def test_the_reference_comes_last(machine, without_triton):
+    machine((11, 0))
+    backend, implementation, reason = decided()
+    assert (backend, implementation) == ("reference", "reference (plain PyTorch)")
+    assert "not native: this device is sm_110" in reason
+    assert "not triton: Triton cannot be imported: No module named 'triton'" in reason
+
+
+def test_triton_needs_sm_80(machine):
+    machine((7, 5))
+    assert decided()[0] == "reference"
+    assert "not triton: this device is sm_75, and Triton needs sm_80" in decided()[2]
+
+
+def test_triton_is_not_interpreted_on_a_gpu(machine, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    machine((11, 0))
+    assert decided()[0] == "reference"
+    assert "not triton: TRITON_INTERPRET=1 is set" in decided()[2]
+    with pytest.warns(UserWarning, match=r"plain PyTorch runs on cuda: card \(11, 0\); not native"):
+        assert select.implement("cuda") is None
+
+
+def test_a_backend_that_lacks_an_op_is_refused(machine, monkeypatch):
+    functions = {op: print for op in OPS if op != "linear"}
+    monkeypatch.setattr(select, "_triton", lambda: SimpleNamespace(OPS=functions))
+    machine((11, 0))
+    with pytest.raises(RuntimeError, match="the triton backend must have every op, and lacks linear"):
+        select.implement("cuda")
+
+
+def test_amds_gpus_have_triton(machine, monkeypatch):
+    machine((9, 4))
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert decided()[:2] == ("triton", "triton")
+    assert "not native: the compiled kernels are for NVIDIA's GPUs" in decided()[2]
+
+
+def test_a_forced_backend_is_taken_or_refused(machine, monkeypatch, without_triton):
+    machine((9, 0))
+    monkeypatch.setattr(select, "FORCED", "reference")
+    assert decided() == ("reference", "reference (plain PyTorch)", "card (9, 0); forced by NF4KERNELS_BACKEND")
+    monkeypatch.setattr(select, "FORCED", "triton")
+    missing = "NF4KERNELS_BACKEND=triton, and Triton cannot be imported: No module named 'triton'"
+    assert decided() == (None, "none", missing)
+    machine((7, 5))
+    monkeypatch.setattr(select, "FORCED", "native")
+    assert decided()[0] is None
+    refusing = select.implement("cuda")
+    for op in OPS:
+        with pytest.raises(RuntimeError, match=rf"nf4kernels\.{op}: no backend .*=native, and this device is sm_75"):
+            refusing[op](1, two=2)
+
+
+def test_backend_info_shows_the_kernels_and_why(machine, monkeypatch):
+    machine((9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: type("", (), {"multi_processor_count": 132}))
+    monkeypatch.setattr(select.REGISTRATIONS["cuda"], "settle", lambda: None)
+    monkeypatch.setattr(select, "rules_for", lambda architecture: [RULES[0]] if architecture == "sm_90" else [])
+    info = nf4.backend_info()
+    assert info.devices["cuda"] == ("native sm_90a", "card (9, 0)")
+    lines = info.kernels["cuda"]
+    assert lines[:3] == [
+        "linear bfloat16, up to 4 rows: reference (measured)",
+        "linear bf16, fp16, up to 16 rows: small (at most 16 rows)",
+        "linear bf16, fp16, up to 352 rows: tiled (predicted from copy 4.3 TB/s, cuBLAS 788, tiled 482 TFLOP/s)",
+    ]
+    assert lines[3].startswith("linear bf16, fp16, more rows: panel (predicted")
+    assert [line.partition(":")[0] for line in lines[4:]] == [
+        "linear_dgrad bf16, fp16, up to 256 rows", "linear_dgrad bf16, fp16, more rows",
+    ]  # fmt: skip
+    assert all(line in str(info) for line in lines)
+
+
+def test_backend_info_shows_tritons_paths(machine, monkeypatch):
+    machine((11, 0))
+    monkeypatch.setattr(select.REGISTRATIONS["cuda"], "settle", lambda: True)
+    info = nf4.backend_info()
+    assert info.devices["cuda"][0] == "triton"
+    assert info.kernels["cuda"] == ["Triton's on cuda"]
+    assert "      Triton's on cuda" in str(info).splitlines()
+
+
+def test_backend_info_without_a_gpu(machine):
+    machine()
+    implementation, reason = nf4.backend_info().devices["cuda"]
+    assert implementation == "none"
+    assert reason in ("torch has no CUDA", "torch sees no CUDA device")
+
+
+@pytest.fixture
+def registered(request):
+    """A namespace with our schemas for this test alone (kernels stay registered), settled by what the test gives."""
+    name = f"nf4kernels_{request.node.name}"
+    with torch.library._scoped_library(name, "DEF") as library:
+        for schema in SCHEMAS:
+            library.define(schema)
+        registrations = {}
+
+        def make(implement) -> tuple[Registration, Callable]:
+            registrations["cpu"] = Registration(name, "CPU", lambda: implement(name))
+            for op in OPS:
+                function = stand_in(name, op, getattr(reference, op), registrations)
+                library.impl(op, function, "CompositeExplicitAutograd")
+            linear = getattr(torch.ops, name).linear
+            return registrations["cpu"], lambda x, qweight: linear(x, *qweight.op_args(), None)
+
+        yield make
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_first_call_settles_who_runs(registered, executor_ops):
+    """Here as on a GPU: the library registers itself, and torch does not warn."""
+    calls = []
+
+    def implement(name):
+        calls.append("settled")
+        native.register_cuda_ops(executor_ops.executor.library, name, "CPU")
+        return {}
+
+    registration, linear = registered(implement)
+    qweight, x = cases.quantized(40, 64), cases.activations(3, 64, torch.bfloat16)
+    assert not calls
+    for _ in range(2):
+        assert_product_within_bound(linear(x, qweight), x, cases.dense(qweight).T, "linear by the CUDA kernels")
+    assert calls == ["settled"]
+    assert sum(run.count for run in executor_ops.launches() if "linear_small" in run.kernel) == 2
+    assert registration.settle()
+    assert calls == ["settled"]
+
+
+def test_first_calls_of_many_threads_all_wait_for_the_same_kernel(registered):
+    """None runs the reference meanwhile, or a kernel that is being taken away."""
+    ran, settling = [], []
+
+    def kernel(x, *arguments):
+        ran.append("kernel")
+        return reference.linear(x, *arguments)
+
+    def implement(name):
+        settling.append(name)
+        time.sleep(0.2)
+        return {"linear": kernel}
+
+    _, linear = registered(implement)
+    qweight, x = cases.quantized(5, 64), torch.randn(2, 64)
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda _: linear(x, qweight), range(200)))
+    assert (len(ran), len(settling)) == (200, 1)
+    assert all(torch.equal(y, results[0]) for y in results)
+
+
+def test_the_reference_runs_where_it_was_decided(registered):
+    registration, linear = registered(lambda name: None)
+    qweight, x = cases.quantized(5, 64), torch.randn(2, 64)
+    assert torch.equal(linear(x, qweight), reference.linear(x, *qweight.op_args(), None))
+    assert not registration.settle()
+
+
+def test_an_implementation_that_fails_is_asked_again_and_nothing_else_runs(registered):
+    attempts = []
+
+    def implement(name):
+        attempts.append(name)
+        if len(attempts) < 3:
+            raise ImportError(f"broken, attempt {len(attempts)}")
+        return {"linear": reference.linear}
+
+    _, linear = registered(implement)
+    qweight, x = cases.quantized(5, 64), torch.randn(2, 64)
+    for attempt in (1, 2):
+        with pytest.raises(ImportError, match=f"broken, attempt {attempt}"):
+            linear(x, qweight)
+    expected = reference.linear(x, *qweight.op_args(), None)
+    assert torch.equal(linear(x, qweight), expected)
+    assert torch.equal(linear(x, qweight), expected)
+    assert len(attempts) == 3
+
+
+def test_an_exception_of_a_kernel_comes_through(registered):
+    def broken(*arguments):
+        raise MemoryError("the kernel's own")
+
+    _, linear = registered(lambda name: {"linear": broken})
+    for _ in range(2):
+        with pytest.raises(MemoryError, match="the kernel's own"):
+            linear(torch.randn(2, 64), cases.quantized(5, 64))
+
+
+RULES = [
+    Rule("linear", "bfloat16", 4, "reference", "measured"),
+    Rule("linear", "bfloat16", 100, "triton", "measured"),
+    Rule("linear", "float16", measured.ANY_ROWS, "triton", "measured"),
+    Rule("dequantize", "uint8", measured.ANY_ROWS, "triton", "measured"),
+]
+
+
+def test_rules_choose_by_op_dtype_and_rows():
+    kernels = {name: lambda x, *rest, name=name, **keywords: (name, rest, keywords) for name in measured.BACKENDS}
+    linear = measured.by_rules("linear", RULES, kernels, "native")
+
+    def runs(*shape, dtype=torch.bfloat16):
+        name, rest, keywords = linear(torch.zeros(shape, dtype=dtype), "rest", key="word")
+        assert (rest, keywords) == (("rest",), {"key": "word"})
+        return name
+
+    assert [runs(rows, 64) for rows in (0, 1, 4, 5, 100, 101)] == [
+        "reference", "reference", "reference", "triton", "triton", "native",
+    ]  # fmt: skip
+    assert runs(2, 3, 64) == "triton"
+    assert runs(64) == "reference"
+    assert runs(1, 64, dtype=torch.float32) == "native"
+    assert runs(10_000, 64, dtype=torch.float16) == "triton"
+    assert measured.by_rules("dequantize", RULES, kernels, "native")(torch.zeros(9, dtype=torch.uint8))[0] == "triton"
+    assert measured.by_rules("quantize", RULES, kernels, "native")(torch.zeros(9, 9))[0] == "native"
+
+
+def test_backends_that_share_a_device(monkeypatch, machine, executor_ops):
+    """The library's ops under a namespace of their own, and another backend for the rows where it is faster."""
+    machine((9, 0))
+    library = select.cuda_library()[0]
+    monkeypatch.setattr(
+        library, "register", lambda name: native.register_cuda_ops(executor_ops.executor.library, name, "CPU")
+    )
+    monkeypatch.setattr(select, "rules_for", lambda architecture: RULES[:1])
+    functions = select.implement("cuda")
+    qweight = cases.quantized(40, 64)
+    for rows, by_kernels in ((4, False), (5, True)):
+        x = cases.activations(rows, 64, torch.bfloat16)
+        executor_ops.executor.reset()
+        y = functions["linear"](x, *qweight.op_args(), None)
+        assert any("linear_small" in run.kernel for run in executor_ops.launches()) == by_kernels
+        assert_product_within_bound(y, x, cases.dense(qweight).T, f"{rows} rows")
+
+
+def test_measured_rules_are_read_and_checked(tmp_path):
+    path = tmp_path / "measured.csv"
+    head = "architecture,op,dtype,rows,backend,reason\n"
+    path.write_text(
+        head
+        + "sm_90,linear,bfloat16,,triton,all\nsm_90,linear,bfloat16,8,native,few\nsm_80,linear,float16,1,triton,other\n"
+    )
+    assert measured.rules_for("sm_90", path) == [
+        Rule("linear", "bfloat16", 8, "native", "few"), Rule("linear", "bfloat16", measured.ANY_ROWS, "triton", "all"),
+    ]  # fmt: skip
+    for line in ("sm_90,lineal,bfloat16,,triton,x", "sm_90,linear,bf16,,triton,x", "sm_90,linear,bfloat16,,cuda,x"):
+        path.write_text(head + line + "\n")
+        with pytest.raises(ValueError, match=r"measured\.csv must have ops, dtypes and backends of ours"):
+            measured.rules_for("sm_90", path)
+
+
+LAYOUTS = (cases.DEFAULT, cases.Layout(64, "fp4", "dynamic8"), cases.Layout(32, "int4", None))
+SHAPES = ((40, 128), (33, 65))
+EVERY_OP = """
+import os, sys, torch
+from support import cases
+import nf4kernels as nf4
+from nf4kernels import codebook
+from types import SimpleNamespace
+from test_select import LAYOUTS, SHAPES
+ops, results = torch.ops.nf4kernels, {}
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from support import triton_interpreter
+    from nf4kernels.backends import triton
+    triton_interpreter.correct()
+    ops = SimpleNamespace(**triton.OPS)
+for layout in LAYOUTS:
+    for N, K in SHAPES:
+        packed, absmax = ops.quantize(cases.weight(N, K), layout.code, layout.block_size)
+        scales, scale_code = (None, None), None
+        if layout.scale_codebook is not None:
+            scale_code = codebook.resolve_scale(layout.scale_codebook, "test")
+            absmax, *scales = ops.quantize_absmax(absmax, scale_code, layout.scale_codebook == "e4m3")
+        q = (packed, absmax, *scales, layout.code, scale_code, N, K, layout.block_size)
+        own = results[str(layout), N, K] = {"quantize": q[:6]}
+        for dtype in cases.DTYPES:
+            x, dy, bias = (cases.activations(*shape, dtype) for shape in ((5, K), (5, N), (1, N)))
+            P, B, A = (cases.activations(*shape, dtype, seed=1) for shape in ((5, 3), (N, 3), (3, K)))
+            own["dequantize", dtype] = ops.dequantize(*q, 0, N, 0, K, dtype)
+            own["linear", dtype] = ops.linear(x, *q, bias[0], P, B, 0.5)
+            own["linear_dgrad", dtype] = ops.linear_dgrad(dy, *q, P, A, 0.5)
+            own["lora_grad", dtype] = ops.lora_grad(x[:, :8].contiguous(), dy, 0.5, torch.float32)
+            if K % 64 == 0 and K % layout.block_size == 0:
+                experts = [t if t is None or t.dim() == 1 and t.numel() in (16, 256) else t[None] for t in q[:6]]
+                ends = torch.tensor([4], dtype=torch.int32)
+                own["grouped_linear", dtype] = ops.grouped_linear(x, ends, *experts, *q[6:])
+                own["grouped_linear_dgrad", dtype] = ops.grouped_linear_dgrad(dy, ends, *experts, *q[6:])
+torch.save(results, sys.argv[1])
+print(nf4.backend_info())
+"""
+
+
+@pytest.fixture(scope="module")
+def results_of(tmp_path_factory):
+    """Every op's results by a backend in a process of its own, on the CPU: forced by its name, Triton interpreted."""
+
+    def run(backend: str) -> dict:
+        path = tmp_path_factory.mktemp(backend) / "results.pt"
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("NF4KERNELS_", "TRITON_"))}
+        environment |= python_path(Path(__file__).parent) | {"OMP_WAIT_POLICY": "passive"}
+        environment |= {"TRITON_INTERPRET": "1"} if backend == "triton" else {"NF4KERNELS_BACKEND": backend}
+        command = [sys.executable, "-c", EVERY_OP, str(path)]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert backend == "triton" or re.search(rf"cpu   {backend}.*forced by NF4KERNELS_BACKEND", result.stdout)
+        return torch.load(path)
+
+    return functools.cache(run)
+
+
+@pytest.mark.parametrize("backend", ["native", "triton", "reference"])
+def test_every_backend_gives_the_same_bits_or_keeps_the_same_bound(native_library, results_of, backend):
+    for ours, expected in zip(results_of(backend).values(), results_of("reference").values()):
+        for a, b in zip(ours["quantize"], expected["quantize"]):
+            assert a is b is None or torch.equal(a, b)
+        dense = expected["dequantize", torch.float32]
+        N, K = dense.shape
+        assert ours.keys() == expected.keys()
+        for (op, dtype), result in ((key, result) for key, result in ours.items() if key != "quantize"):
+            what = f"{backend} {op} {dtype}"
+            x, dy, bias = (cases.activations(*shape, dtype) for shape in ((5, K), (5, N), (1, N)))
+            P, B, A = (cases.activations(*shape, dtype, seed=1) for shape in ((5, 3), (N, 3), (3, K)))
+            if op == "dequantize":
+                assert_same_bits(result, expected[op, dtype], what)
+            elif op == "linear":
+                matrix = torch.cat([dense.T, 0.5 * B.float().T])
+                assert_product_within_bound(result, torch.cat([x, P], 1), matrix, what, bias[0])
+            elif op == "linear_dgrad":
+                matrix = torch.cat([dense, 0.5 * A.float()])
+                assert_product_within_bound(result, torch.cat([dy, P], 1), matrix, what)
+            elif op == "lora_grad":
+                assert_product_within_bound(result, 0.5 * x[:, :8].T.float(), dy.float(), what)
+            else:
+                a, matrix = (x, dense.T) if op == "grouped_linear" else (dy, dense)
+                assert not result[4:].any(), "rows of no expert"
+                assert_product_within_bound(result[:4], a[:4], matrix, what)
+
+
+def test_triton_is_refused_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(select, "FORCED", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert decided("cpu") == (None, "none", "NF4KERNELS_BACKEND=triton, and Triton runs on GPUs")
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_an_instruction_set_is_not_forced_beside_another_backend(backend):
+    environment = os.environ | {"NF4KERNELS_BACKEND": backend, "NF4KERNELS_CPU_ISA": "scalar"}
+    command = [sys.executable, "-c", "import nf4kernels"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert f"NF4KERNELS_CPU_ISA must be unset where NF4KERNELS_BACKEND={backend} is set" in result.stderr

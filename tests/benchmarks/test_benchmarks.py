@@ -1,0 +1,252 @@
+"""The benchmarks' own logic: turns, floors, goals, tables, pictures and regressions; and one small run."""
+
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from support.paths import ROOT
+
+pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: the benchmarks have no peer")
+
+from benchmarks import checks, compare, compare_worker, harness, limits, shapes
+from benchmarks.harness import BNB, BNB_DQ, DENSE, OURS, Row
+from benchmarks.ops import bench_grouped_linear
+from benchmarks.report import goals, plots
+from benchmarks.report import tables as report
+
+ABOUT = {"machine": "A CPU, 2 cores", "kernels": "native avx2", "torch": "2.13.0", "bitsandbytes": "0.50.2",
+         "commit": "abc", "date": "2026-01-31", "command": "python -m benchmarks"}  # fmt: skip
+
+
+class Clock:
+    """Time that passes only where a side says so."""
+
+    def __init__(self) -> None:
+        self.now, self.calls = 0.0, []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def side(self, name: str, seconds: float):
+        def run() -> None:
+            self.calls.append(name)
+            self.now += seconds
+
+        return run
+
+
+def rows() -> list[Row]:
+    """What a run of two threads and of one finds, made up."""
+    found = [
+        Row("quantize", "4096x4096", None, 2, "out", {OURS: 5, BNB: 300, BNB_DQ: 320}, {BNB: (59, 60, 61),
+            BNB_DQ: (60, 64, 66)}, 2, (0.38, 0.4, 0.41)),
+        Row("qlora step", "a model", None, 2, "", {OURS: 100, BNB: 180, DENSE: 95}, {BNB: (1.7, 1.8, 2.6),
+            DENSE: (0.9, 0.95, 1.0)}, tokens=512, peak_mib={OURS: 1000, BNB: 1100, DENSE: 1200}, others=0.25),
+    ]  # fmt: skip
+    for shape in ("4096x4096", "11008x4096"):
+        for M in (1, 16, 64):
+            for threads, cache, dense in ((2, "out", 3.0), (1, "out", 9.0), (2, "in", 9.0)):
+                ms = {OURS: 1.0, BNB: 1.5, BNB_DQ: 2.0, DENSE: dense}
+                ratios = {side: (value - 0.25, value, value + 0.25) for side, value in ms.items() if side != OURS}
+                found.append(Row("linear", shape, M, threads, cache, ms, ratios, 0.5, (0.45, 0.5, 0.55)))
+    return found
+
+
+def test_every_shape_stands_once_with_the_models_that_have_it():
+    names = shapes.layer_names()
+    assert names[4096, 4096] == "Llama-7B q, k, v, o; Llama-3-8B q, o; Mistral-7B q, o"
+    assert names[192, 576] == "SmolLM2-135M k, v"
+    assert set(shapes.FOCUS) <= set(names)
+
+
+def test_sides_take_turns_and_another_one_begins_each_round():
+    clock = Clock()
+    sides = {"a": clock.side("a", 0.2), "b": clock.side("b", 0.3)}
+    samples = harness.alternate(sides, seconds=0.0, clock=clock)
+    assert samples == {"a": pytest.approx([200.0] * 5), "b": pytest.approx([300.0] * 5)}
+    assert clock.calls == ["a", "b", *["a", "b", "b", "a"] * 2, "a", "b"]  # the first two are the untimed calls
+
+
+def test_rounds_fill_the_time_and_short_calls_are_repeated():
+    clock = Clock()
+    samples = harness.alternate({"a": clock.side("a", 0.001)}, seconds=0.0495, clock=clock)
+    assert len(samples["a"]) == 10  # of 5 ms each, in 49.5 ms
+    assert len(clock.calls) == 2 + 10 * 5
+    assert len(harness.alternate({"a": clock.side("a", 0.001)}, seconds=100, clock=clock)["a"]) == harness.MOST_ROUNDS
+
+
+def test_a_warm_side_is_called_untimed_first_unless_its_calls_are_long():
+    clock = Clock()
+    harness.alternate({"short": clock.side("short", 0.004), "long": clock.side("long", 0.03)}, 0, True, clock=clock)
+    assert clock.calls.count("short") == 2 + harness.LEAST_ROUNDS * 2
+    assert clock.calls.count("long") == 2 + harness.LEAST_ROUNDS
+
+
+def test_a_row_is_disturbed_by_what_other_processes_use(tmp_path, monkeypatch):
+    stat = tmp_path / "stat"
+    monkeypatch.setattr(harness, "STAT", stat)
+    assert harness.watch_others()() is None
+    stat.write_text("cpu  1000 0 0 5000 70 0 0 0 0 0\ncpu0 1 1 1 1\n")
+    others = harness.watch_others()
+    stat.write_text("cpu  1000 0 0 9000 90 0 0 0 0 0\n")  # idle and waiting for a disk
+    assert not harness.is_disturbed(others())
+    stat.write_text("cpu  900000 0 0 9000 90 0 0 100000 0 0\n")  # in use, and stolen from this virtual machine
+    assert harness.is_disturbed(others())
+
+
+def test_ratios_are_of_rounds_and_the_floor_is_over_our_time():
+    samples = {OURS: [1.0, 2.0, 4.0, 8.0, 16.0, 32.0], DENSE: [3.0, 6.0, 12.0, 24.0, 48.0, 96.0]}
+    row = harness.row_of(samples, "linear", (2, 3), 1, 2, "out", floor_ms=3.0)
+    assert row.shape == "2x3"
+    assert row.ms == {OURS: 6.0, DENSE: 18.0}
+    assert row.ratios == {DENSE: (3.0, 3.0, 3.0)}
+    assert row.share == pytest.approx((3 / 16, (3 / 4 + 3 / 8) / 2, 3 / 2))
+
+
+def test_the_floor_is_the_longer_of_moving_and_computing():
+    assert limits.floor_ms(10e9, gb_s=20) == 500
+    assert limits.floor_ms(10e9, gb_s=20, flops=1e12, gflop_s=1000) == 1000
+    assert limits.floor_ms(10e9, gb_s=5, flops=1e12, gflop_s=1000) == 2000
+
+
+def test_floors_of_products_and_moves(monkeypatch):
+    monkeypatch.setattr(limits, "_read_gb_s", lambda threads, nbytes: 10.0 if nbytes >= limits.cache_bytes() else 100.0)
+    monkeypatch.setattr(limits, "_copy_gb_s", lambda threads, nbytes: 5.0 if nbytes >= limits.cache_bytes() else 50.0)
+    monkeypatch.setattr(limits, "_bf16_gflop_s", lambda threads: 1000.0)
+    machine = limits.Limits()
+    assert machine.product_ms(10**6, 0, "out", passes=2) == pytest.approx(0.2)
+    assert machine.product_ms(10**6, 0, "in") == pytest.approx(0.01)
+    assert machine.product_ms(10**6, 10**9, "in") == pytest.approx(1.0)
+    assert machine.move_ms(10**6, "out") == pytest.approx(0.2)
+    assert machine.move_ms(10**6, "in") == pytest.approx(0.02)
+
+
+def test_goals_are_read_from_the_row_with_all_threads_out_of_cache():
+    verdicts = {(work, goal): (measured, spread, verdict) for work, goal, measured, spread, verdict
+                in goals.goal_rows(rows())}  # fmt: skip
+    assert verdicts["quantize", f">= 50.00x {BNB_DQ}"] == ("64.00x", "60.00x-66.00x", "met")
+    assert verdicts["quantize", ">= 40% of the floor"] == ("40%", "38%-41%", "met")
+    assert verdicts["linear, M=1", f">= 1.80x {BNB}"] == ("1.50x", "1.25x-1.75x", "not met")
+    assert verdicts["linear, M=16", f">= 2.40x {DENSE}"][::2] == ("3.00x", "met")
+    assert verdicts["linear, M=512", f">= 0.95x {DENSE}"] == ("", "", "not measured")
+    assert verdicts["qlora step", f">= 2.50x {BNB}"][2] == "not met"
+    assert verdicts["qlora step", f">= 0.91x {DENSE}"][2] == "met"
+    assert len(verdicts) == len(goals.GOALS)
+
+
+def test_csv_gives_the_rows_back(tmp_path):
+    path = tmp_path / "a.csv"
+    report.write_csv(path, rows(), ABOUT)
+    back, about = report.read_csv(path)
+    assert about == ABOUT
+    assert len(back) == len(rows())
+    for was, now in zip(rows(), back):
+        assert now == was
+    header = path.read_text().splitlines()[0].split(",")
+    assert {"command", "commit", "machine", "torch", "threads", "cache", "date"} <= set(header)
+
+
+def test_pictures_are_drawn_and_small(tmp_path):
+    path = tmp_path / "a.csv"
+    report.write_csv(path, rows(), ABOUT)
+    pictures = plots.draw(*report.read_csv(path), path)
+    assert [picture.name for picture in pictures] == ["a-speed.png", "a-floor.png"]
+    for picture in pictures:
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        assert 10_000 < picture.stat().st_size < 100_000
+
+
+def test_nothing_is_drawn_without_rows_for_it(tmp_path):
+    assert plots.draw([row for row in rows() if row.op == "qlora step"], ABOUT, tmp_path / "a.csv") == []
+
+
+def test_readme_shows_the_csv_that_it_names():
+    """`python -m benchmarks --readme` mends it."""
+    text = report.README.read_text()
+    assert report.with_section(text, report.named_in(text)) == text
+    for picture in sorted(report.RESULTS.glob(f"{report.named_in(text).stem}-*.png")):
+        assert f"(benchmarks/results/{picture.name})" in text
+
+
+@pytest.mark.parametrize(
+    ("now_over_then", "expected"),
+    [((1.02, 1.08, 1.2), True), ((0.98, 1.08, 1.2), False), ((1.01, 1.04, 1.06), False), ((0.8, 0.9, 0.95), False)],
+)
+def test_a_regression_is_over_five_percent_and_outside_the_spread(now_over_then, expected):
+    assert compare.is_regression(now_over_then) == expected
+
+
+@pytest.mark.parametrize(("now_ms", "status", "said"), [(2.0, 0, "nothing is slower"), (2.2, 1, "slower by more")])
+def test_a_comparison_ends_with_status_1_where_something_is_slower(monkeypatch, capsys, now_ms, status, said):
+    class Worker(nullcontext):
+        implementation = "native"
+
+        def __init__(self, tree: str) -> None:
+            super().__init__(self)
+            self.tree = Path(tree)
+
+        def milliseconds(self, case: int) -> float:
+            return now_ms if self.tree == ROOT and case == 3 else 2.0
+
+    monkeypatch.setattr(compare, "Worker", Worker)
+    monkeypatch.setattr(compare, "built", lambda base: nullcontext("elsewhere"))
+    monkeypatch.setattr(compare, "git", lambda *arguments: "abc")
+    assert compare.main(["main", "--rounds", "5"]) == status
+    text = capsys.readouterr().out
+    assert said in text
+    assert text.count("SLOWER") == status
+
+
+def test_both_versions_of_a_comparison_run_here(native_library):
+    """A worker answers with milliseconds, for the package that it was pointed at."""
+    small = compare_worker.CASES.index((compare_worker.linear, 576, 576, 1))
+    with compare.Worker(ROOT) as now, compare.Worker(ROOT) as then:
+        times = [worker.milliseconds(small) for worker in (now, then, now)]
+    assert all(0 < ms < 1000 for ms in times)
+
+
+def test_a_wrong_product_is_not_timed():
+    a, matrix = torch.randn(20, 64, dtype=torch.bfloat16), torch.randn(64, 96)
+    exact = a.double() @ matrix.double()
+    checks.assert_as_exact_as_dense(exact.bfloat16(), a, matrix, "right")
+    wrong = exact.clone()
+    wrong[19] *= 1.1
+    with pytest.raises(AssertionError, match="wrong: error"):
+        checks.assert_as_exact_as_dense(wrong.bfloat16(), a, matrix, "wrong")
+    with pytest.raises(AssertionError, match="theirs"):
+        checks.assert_close_to_dense({"theirs": 1.2 * exact, DENSE: exact}, DENSE, "scaled")
+
+
+def test_small_experts_are_checked_and_timed(monkeypatch):
+    monkeypatch.setattr(limits.Limits, "product_ms", lambda *arguments, **options: 0.001)
+    plan = harness.Plan((1, 9), (1,), ("out",), seconds=0.01)
+    found = list(bench_grouped_linear.rows(shapes.ExpertsShape(6, 2, 64, 128), limits.Limits(), plan))
+    assert [(row.op, row.shape, row.M) for row in found] == [
+        (op, "6x64x128", tokens) for tokens in (1, 9) for op in ("grouped linear", "grouped + dgrad")
+    ]
+    for row in found:
+        assert set(row.ms) == {OURS, bench_grouped_linear.GROUPED_MM, DENSE}
+        assert all(ms > 0 for ms in row.ms.values())
+
+
+def test_experts_get_every_row_that_was_routed():
+    counts = bench_grouped_linear.route(9, shapes.ExpertsShape(6, 2, 64, 128))
+    assert len(counts) == 6
+    assert sum(counts) == 18
+
+
+def test_one_small_run_prints_its_row_and_writes_its_csv(tmp_path):
+    path = tmp_path / "small.csv"
+    command = [sys.executable, "-m", "benchmarks", "linear", "--shapes", "64x128", "--rows", "4", "--threads", "1"]
+    command += ["--cache", "in", "--seconds", "0.01", "--csv", str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "linear           64x128          4  1t in" in done.stdout
+    (row,), about = report.read_csv(path)
+    assert set(row.ms) == {OURS, BNB, BNB_DQ, DENSE}
+    assert all(ms > 0 for ms in row.ms.values())
+    assert row.share[1] > 0
+    assert about["command"].endswith(f"linear {' '.join(command[4:])}")

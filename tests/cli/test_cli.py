@@ -1,0 +1,472 @@
+"""The command line: quantize end to end with transformers and bitsandbytes, and what an interrupted run leaves."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from support.paths import ROOT
+
+import nf4kernels as nf4
+from nf4kernels.cli import linear_layers, main, quantize
+from nf4kernels.cli.errors import CommandError
+from nf4kernels.storage import staging
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed: no directory is quantized")
+LAYER_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def tiny_llama(directory: Path, shard_size="5GB", dtype=torch.bfloat16, **changes):
+    options = {
+        "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**options, **changes})).to(dtype)
+    model.save_pretrained(directory, max_shard_size=shard_size)
+    (directory / "tokenizer.json").write_text("{}")
+    (directory / "pytorch_model.bin").write_bytes(b"another format")
+    (directory / ".cache").mkdir()
+    (directory / ".cache" / "hidden").write_text("")
+    (directory / "templates").mkdir()
+    (directory / "templates" / "chat.jinja").write_text("text")
+    return model
+
+
+@pytest.fixture
+def in_dir(tmp_path):
+    tiny_llama(tmp_path / "in")
+    return tmp_path / "in"
+
+
+def command(*args):
+    return main(["quantize", *map(str, args)])
+
+
+def tree(directory):
+    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))
+
+
+def all_tensors(directory):
+    return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def assert_only_input(tmp_path):
+    assert os.listdir(tmp_path) == ["in"], "something was left behind"
+
+
+@pytest.mark.parametrize(
+    ("flags", "options"),
+    [
+        ([], {}),
+        (["--codebook", "fp4", "--scale-codebook", "dynamic8"], {"codebook": "fp4", "scale_codebook": "dynamic8"}),
+        (["--no-double-quant", "--block-size", "32"], {"double_quant": False, "block_size": 32}),
+    ],
+)
+@pytest.mark.parametrize("shard_size", ["5GB", "60KB"])
+def test_tensors_are_those_of_quantize(flags, options, shard_size, tmp_path, capsys):
+    model = tiny_llama(tmp_path / "in", shard_size)
+    assert command(tmp_path / "in", tmp_path / "out", *flags) == 0
+    assert sorted(os.listdir(tmp_path)) == ["in", "out"]
+    expected = {}
+    for name, tensor in model.state_dict().items():
+        if name.split(".")[-2] in LAYER_NAMES:
+            expected.update(nf4.weight_to_tensors(nf4.quantize(tensor, **options), name, bitsandbytes=True))
+        else:
+            expected[name] = tensor
+    found = all_tensors(tmp_path / "out")
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        assert (tmp_path / "in" / file.name).exists()
+        with safe_open(file, framework="pt") as opened:
+            assert opened.metadata()["format"] == "pt"
+    index = tmp_path / "out" / "model.safetensors.index.json"
+    assert index.exists() == (shard_size == "60KB")
+    if index.exists():
+        content = json.loads(index.read_text())
+        assert content["weight_map"].keys() == expected.keys()
+        assert content["metadata"]["total_size"] == sum(tensor.nbytes for tensor in expected.values())
+        for name, file in content["weight_map"].items():
+            assert name in load_file(tmp_path / "out" / file)
+    output = capsys.readouterr().out
+    assert "all q_proj (2)" in output
+    assert "layers chosen by LlamaForCausalLM; kept dense: 1 an embedding, 1 skip='lm_head'" in output
+
+
+def test_other_files_come_along(in_dir, tmp_path):
+    assert command(in_dir, tmp_path / "out") == 0
+    expected = ["config.json", "generation_config.json", "model.safetensors", "templates", "templates/chat.jinja",
+                "tokenizer.json"]  # fmt: skip
+    assert tree(tmp_path / "out") == expected
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"] == {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": "bfloat16",
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": ["lm_head"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype", "tied"),
+    [
+        ([], torch.bfloat16, False),
+        (["--scale-codebook", "dynamic8"], torch.float32, True),
+        (["--no-double-quant", "--codebook", "fp4", "--block-size", "32"], torch.bfloat16, True),
+        (["--dtype", "float32", "--skip", "layers.0.mlp", "--skip", "*.1.*.q_proj"], torch.bfloat16, False),
+    ],
+)
+def test_transformers_and_bitsandbytes_load_the_result(flags, dtype, tied, tmp_path):
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: the result is not loaded with it")
+    model = tiny_llama(tmp_path / "in", "60KB", dtype, tie_word_embeddings=tied)
+    assert command(tmp_path / "in", tmp_path / "out", *flags) == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ours = transformers.LlamaForCausalLM(model.config).to(theirs.dtype)
+    nf4.load_checkpoint(ours, tmp_path / "out")
+    assert theirs.dtype == (torch.float32 if "--dtype" in flags else dtype)
+    quantized = {n: m for n, m in theirs.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
+    assert quantized.keys() == {n for n, m in ours.named_modules() if isinstance(m, nf4.QuantLinear)}
+    assert len(quantized) == (10 if "--skip" in flags else 14)
+    for name, layer in quantized.items():
+        # An eval forward of bitsandbytes repacks its weight in place on some CPUs: the flag and train() keep it off.
+        layer.support_avx512bf16_for_cpu = False
+        decoded = bnb.functional.dequantize_4bit(layer.weight, layer.weight.quant_state)
+        assert torch.equal(ours.get_submodule(name).dequantize(decoded.dtype), decoded), name
+    ids = torch.randint(0, 96, (2, 9))
+    got, expected = ours.train()(ids).logits, theirs.train()(ids).logits
+    assert got.dtype == expected.dtype
+    reference = dense_logits(ours, ids)
+    error, their_error = (got.double() - reference).norm(), (expected.double() - reference).norm()
+    # Both round every intermediate to the dtype: the distance to the exact product is of the same size.
+    assert error <= 2 * their_error + torch.finfo(got.dtype).eps * reference.norm()
+
+
+def dense_logits(model, ids):
+    """The logits of the same weights in float64."""
+    exact = transformers.LlamaForCausalLM(model.config).double().train()
+    state = {name: tensor.double() for name, tensor in model.state_dict().items() if name in exact.state_dict()}
+    for name, layer in model.named_modules():
+        if isinstance(layer, nf4.QuantLinear):
+            state[f"{name}.weight"] = layer.dequantize(torch.float32).double()
+    exact.load_state_dict(state)
+    return exact(ids).logits
+
+
+def test_dtype_casts_what_stays_dense(in_dir, tmp_path):
+    assert command(in_dir, tmp_path / "out", "--dtype", "float16") == 0
+    tensors = all_tensors(tmp_path / "out")
+    assert tensors["model.embed_tokens.weight"].dtype == torch.float16
+    name = "model.layers.0.mlp.up_proj.weight"
+    parts = {key: tensor for key, tensor in tensors.items() if key.startswith(name)}
+    qweight = nf4.weight_from_tensors(parts, name)
+    assert qweight.dtype == torch.float16
+    # The stored values are quantized, not their float16 roundings.
+    expected = nf4.quantize(all_tensors(in_dir)[name])
+    assert torch.equal(qweight.packed, expected.packed)
+    assert torch.equal(qweight.absmax, expected.absmax)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == "float16"
+    assert config["quantization_config"]["bnb_4bit_compute_dtype"] == "float16"
+
+
+def test_layers_are_chosen_by_the_model(tmp_path):
+    """GPT-2 has no nn.Linear but its head: its Conv1D weights are matrices by name and shape, and transposed."""
+    config = transformers.GPT2Config(vocab_size=96, n_positions=32, n_embd=64, n_layer=1, n_head=2)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "in")
+    assert command(tmp_path / "in", tmp_path / "out") == 2
+    assert_only_input(tmp_path)
+
+
+def test_tied_head_is_not_quantized_even_unskipped(tmp_path, monkeypatch):
+    tiny_llama(tmp_path / "in", tie_word_embeddings=True)
+    monkeypatch.setattr(quantize, "SKIP", ())
+    assert command(tmp_path / "in", tmp_path / "out") == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["llm_int8_skip_modules"] == ["lm_head"]
+
+
+def test_layer_that_the_loader_would_leave_dense_is_left_dense(tmp_path):
+    """transformers reads the skip list as suffixes, too: "fc" in it also stands for "inner.fc"."""
+    assert linear_layers.left_dense_by_loader("inner.fc", ["fc"])
+    assert linear_layers.left_dense_by_loader("model.layers.1.mlp", ["model.layers.1"])
+    assert not linear_layers.left_dense_by_loader("model.layers.11.mlp", ["model.layers.1"])
+    should_convert = pytest.importorskip("transformers.quantizers.quantizers_utils").should_convert_module
+    names = ["inner.fc", "fc", "model.layers.1.mlp", "model.layers.11.mlp", "mlp.gate", "mlp.gate_proj", "a.lm_head"]
+    for entry in ["fc", "model.layers.1", "model.layers.*", "mlp.gate", "lm_head", "gate"]:
+        for name in names:
+            assert linear_layers.left_dense_by_loader(name, [entry]) == (not should_convert(name, [entry]))
+
+
+def test_names_decide_where_transformers_does_not_know_the_model(in_dir, tmp_path, capsys):
+    config = json.loads((in_dir / "config.json").read_text())
+    (in_dir / "config.json").write_text(json.dumps({**config, "architectures": ["SomethingNew"]}))
+    assert command(in_dir, tmp_path / "out") == 0
+    output = capsys.readouterr().out
+    assert "does not know SomethingNew" in output
+    assert "all quantized (14)" in output
+    skipped = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["llm_int8_skip_modules"]
+    assert skipped == ["lm_head", "model.embed_tokens"]
+
+
+def test_rows_of_no_whole_number_of_blocks_are_noted(tmp_path, capsys):
+    tiny_llama(tmp_path / "in", intermediate_size=100)
+    assert command(tmp_path / "in", tmp_path / "out") == 0
+    assert "note: in 2 layers (model.layers.0.mlp.down_proj, ...)" in capsys.readouterr().out
+
+
+def edit_tensors(change):
+    def edit(in_dir):
+        tensors = load_file(in_dir / "model.safetensors")
+        change(tensors)
+        save_file(tensors, in_dir / "model.safetensors")
+
+    return edit
+
+
+def truncate(in_dir):
+    file = in_dir / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def edit_config(**changes):
+    def edit(in_dir):
+        config = json.loads((in_dir / "config.json").read_text())
+        (in_dir / "config.json").write_text(json.dumps({**config, **changes}))
+
+    return edit
+
+
+def odd_index(in_dir):
+    index = {"weight_map": {"model.norm.weight": "model.safetensors"}}
+    (in_dir / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def set_nan(tensors):
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+
+
+BAD_INPUT = {
+    "truncated": (truncate, "model.safetensors must be a whole safetensors file"),
+    "no weights": (lambda d: (d / "model.safetensors").unlink(), "path must have model.safetensors or its index"),
+    "no config": (lambda d: (d / "config.json").unlink(), "IN_DIR must be a Hugging Face model directory"),
+    "damaged config": (lambda d: (d / "config.json").write_text("{"), "config.json must hold JSON"),
+    "list config": (lambda d: (d / "config.json").write_text("[]"), "config.json must hold a JSON object"),
+    "wrong config": (edit_config(num_attention_heads="many"), "config.json must describe a LlamaForCausalLM"),
+    "quantized": (
+        edit_config(quantization_config={"quant_method": "gptq"}),
+        "IN_DIR must hold a dense model, got one quantized by gptq",
+    ),
+    "odd index": (odd_index, "must list the tensors of its files"),
+    "damaged index": (lambda d: (d / "model.safetensors.index.json").write_text("{"), "must hold a weight_map in JSON"),
+    "nan": (edit_tensors(set_nan), r"layer model.layers.1.mlp.up_proj: .* weight must be finite, got nan at row 3"),
+    "unknown layers": (
+        edit_tensors(lambda t: [t.update({"x." + n: t.pop(n)}) for n in list(t)]),
+        "IN_DIR|must have a linear layer to quantize, got none",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_line_and_leaves_nothing(case, in_dir, tmp_path, capsys):
+    damage, message = BAD_INPUT[case]
+    damage(in_dir)
+    capsys.readouterr()
+    assert command(in_dir, tmp_path / "out") == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nf4kernels: ")]
+    assert len(errors) == 1
+    assert re.search(message, errors[0])
+    assert_only_input(tmp_path)
+
+
+def test_existing_output_needs_overwrite(in_dir, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert command(in_dir, out, "--block-size", "128") == 0
+    (out / "old file").write_text("")
+    before = tree(out)
+    assert command(in_dir, out) == 2
+    assert "OUT_DIR must not exist (or say --overwrite)" in capsys.readouterr().err
+    assert tree(out) == before
+    assert command(in_dir, out, "--overwrite") == 0
+    assert tree(out) == [name for name in before if name != "old file"]
+    assert sorted(os.listdir(tmp_path)) == ["in", "out"]
+
+
+def test_overwrite_replaces_model_directories_only(in_dir, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("")
+    assert command(in_dir, tmp_path / "out", "--overwrite") == 2
+    assert "must be a model directory to be overwritten" in capsys.readouterr().err
+    assert tree(tmp_path / "out") == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("out", [".", "sub", ".."])
+def test_output_is_not_the_input(out, in_dir, tmp_path, capsys):
+    before = tree(tmp_path)
+    assert command(in_dir, in_dir / out, "--overwrite") == 2
+    assert "OUT_DIR must be outside IN_DIR" in capsys.readouterr().err
+    assert tree(tmp_path) == before
+
+
+def test_skip_that_matches_nothing_is_refused(in_dir, tmp_path, capsys):
+    assert command(in_dir, tmp_path / "out", "--skip", "q_proj", "--skip", "qproj") == 2
+    assert "--skip must match a layer, got 'qproj'" in capsys.readouterr().err
+    assert_only_input(tmp_path)
+
+
+@pytest.mark.parametrize("error", [OSError("No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_run_that_fails_half_way_leaves_nothing(error, overwrite, tmp_path, monkeypatch, capsys):
+    tiny_llama(tmp_path / "in", "60KB")
+    flags = ["--overwrite"] if overwrite else []
+    if overwrite:
+        assert command(tmp_path / "in", tmp_path / "out", "--codebook", "fp4") == 0
+    before, original, written = tree(tmp_path), quantize.write_tensors, []
+
+    def fails_on_the_third(tensors, path, metadata=None):
+        written.append(path)
+        if len(written) == 3:
+            Path(path).write_bytes(b"half")
+            raise error
+        original(tensors, path, metadata)
+
+    monkeypatch.setattr(quantize, "write_tensors", fails_on_the_third)
+    assert command(tmp_path / "in", tmp_path / "out", *flags) == (130 if isinstance(error, KeyboardInterrupt) else 2)
+    message = "interrupted" if isinstance(error, KeyboardInterrupt) else "No space left on device"
+    assert message in capsys.readouterr().err
+    assert tree(tmp_path) == before
+    monkeypatch.undo()
+    assert command(tmp_path / "in", tmp_path / "out", *flags) == 0
+
+
+KILLED = """
+import sys, time
+from nf4kernels.cli import main, quantize
+original, written = quantize.write_tensors, []
+def stalls(tensors, path, metadata=None):
+    original(tensors, path, metadata)
+    written.append(path)
+    if len(written) == 2:
+        print("half way", flush=True)
+        time.sleep(60)
+quantize.write_tensors = stalls
+sys.exit(main(["quantize", *sys.argv[1:]]))
+"""
+
+
+def test_killed_run_leaves_no_output_and_the_next_one_cleans_up(tmp_path, capsys):
+    tiny_llama(tmp_path / "in", "60KB")
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, tmp_path / "in", tmp_path / "out"],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT,
+    )  # fmt: skip
+    try:
+        assert process.stdout.readline() == "half way\n"
+        assert command(tmp_path / "in", tmp_path / "out") == 2
+        assert "must not be written by another run" in capsys.readouterr().err
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    assert sorted(os.listdir(tmp_path)) == [".out.partial", "in"]
+    assert command(tmp_path / "in", tmp_path / "out") == 0
+    assert sorted(os.listdir(tmp_path)) == ["in", "out"]
+    nf4.load_checkpoint(tiny_llama(tmp_path / "again"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("target_is_there", [False, True])
+def test_overwrite_killed_between_its_renames(target_is_there, tmp_path):
+    """The old directory stands under another name: it comes back, or goes if the new one was in place already."""
+    target, replaced = tmp_path / "out", tmp_path / ".out.replaced"
+    replaced.mkdir()
+    (replaced / "config.json").write_text("old")
+    if target_is_there:
+        target.mkdir()
+        (target / "config.json").write_text("new")
+        (target / "model.safetensors").write_text("")
+    with pytest.raises(RuntimeError, match="stop"), staging.staged_directory(target, overwrite=True):
+        raise RuntimeError("stop")
+    assert os.listdir(tmp_path) == ["out"]
+    assert (target / "config.json").read_text() == ("new" if target_is_there else "old")
+
+
+def test_overwrite_wants_a_model_and_not_any_config(tmp_path):
+    (tmp_path / "project" / "src").mkdir(parents=True)
+    (tmp_path / "project" / "config.json").write_text("{}")
+    with (
+        pytest.raises(CommandError, match="OUT_DIR must be a model directory to be overwritten"),
+        staging.staged_directory(tmp_path / "project", overwrite=True),
+    ):
+        pass
+    assert (tmp_path / "project" / "src").is_dir()
+
+
+def test_output_that_cannot_be_made(in_dir, tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(CommandError, match="OUT_DIR must be a path that can be made"),
+        staging.staged_directory(tmp_path / "file" / "out"),
+    ):
+        pass
+    assert command(in_dir, tmp_path / "file" / "out") == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["compress"], ["quantize"], ["quantize", "a", "b", "--codebook", "int4"],
+     ["quantize", "a", "b", "--block-size", "63"], ["quantize", "a", "b", "--dtype", "int8"]],
+)  # fmt: skip
+def test_usage_errors(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert "usage: nf4kernels" in capsys.readouterr().err
+
+
+def test_missing_input(tmp_path, capsys):
+    assert command(tmp_path / "nowhere", tmp_path / "out") == 2
+    assert "nf4kernels: quantize: IN_DIR must be a Hugging Face model directory" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == []
+
+
+def test_info_needs_no_framework():
+    """In a process of its own, where transformers, matplotlib and peft cannot be imported."""
+    program = (
+        "import sys\n"
+        "for name in ('transformers', 'matplotlib', 'peft', 'bitsandbytes', 'gguf'):\n"
+        "    sys.modules[name] = None\n"
+        "sys.argv = ['nf4kernels', 'info']\n"
+        "import runpy\n"
+        "runpy.run_module('nf4kernels', run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"nf4kernels {nf4.__version__}\n{nf4.backend_info()}\n"
+    assert done.stderr == ""
+
+
+def test_one_dense_tensor_at_a_time(tmp_path, monkeypatch):
+    tiny_llama(tmp_path / "in")
+    seen, alive, original = [], [], quantize.quantize
+
+    def watching(tensor, *args, **kwargs):
+        alive.append(sum(reference() is not None for reference in seen))
+        seen.append(weakref.ref(tensor))
+        return original(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(quantize, "quantize", watching)
+    assert command(tmp_path / "in", tmp_path / "out") == 0
+    assert alive == [0] * 14

@@ -1,0 +1,178 @@
+"""What the compiled libraries and the wheel must be: no instruction set leaks, one wheel for every torch and Python,
+CUDA whenever there is an nvcc."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from setuptools.errors import CompileError
+from support.paths import ROOT
+
+SPEC = importlib.util.spec_from_file_location("nf4kernels_setup", ROOT / "setup.py")
+SETUP = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(SETUP)
+
+
+@pytest.mark.parametrize("isa", SETUP.ISA_FLAGS)
+def test_isa_files_export_no_weak_symbol(isa, tmp_path):
+    """The linker keeps one copy of a weak symbol for the whole program: it could be the one with AVX-512 in it."""
+    for source in SETUP.sources_of(isa):
+        target = tmp_path / "kernel.o"
+        flags = [*SETUP.FLAGS, *SETUP.ISA_FLAGS[isa]]
+        subprocess.run(["c++", *flags, "-O1", "-c", ROOT / source, "-o", target], check=True)
+        symbols = subprocess.run(["nm", target], check=True, capture_output=True, text=True).stdout
+        weak = [line for line in symbols.splitlines() if line.split()[-2] in ("W", "V", "u")]
+        assert not weak, f"{source}: {weak}"
+
+
+def test_isa_files_include_no_standard_library():
+    """DESIGN section 5: intrinsics, <cstdint>, <cstring> and our own headers."""
+    allowed = {"<cstdint>", "<cstring>", "<immintrin.h>"}
+    for path in (ROOT / "csrc/cpu").iterdir():
+        if path.suffix == ".h" or any(path.stem.endswith(f"_{isa}") for isa in SETUP.ISA_FLAGS):
+            includes = {line.split()[1] for line in path.read_text().splitlines() if line.startswith("#include <")}
+            assert includes <= allowed, f"{path.name} includes {includes - allowed}"
+
+
+def test_wheel_is_one_for_every_python_and_carries_its_data(tmp_path):
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    built = subprocess.run([*command, "--wheel-dir", tmp_path, ROOT], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.iterdir()
+    assert "-cp310-abi3-" in wheel.name, wheel.name
+    names = zipfile.ZipFile(wheel).namelist()
+    assert ("nf4kernels/_cuda.abi3.so" in names) == (SETUP.find_nvcc() is not None)
+    data = [f"backends/triton/tuned/{path.name}" for path in (ROOT / "nf4kernels/backends/triton/tuned").iterdir()]
+    data += ["backends/measured.csv", "demo/wordnet.jsonl", "demo/WORDNET_LICENSE"]
+    for name in ("_cpu.abi3.so", "cli/demo.py", "backends/triton/linear.py", *data):
+        assert f"nf4kernels/{name}" in names
+    assert not [name for name in names if name.startswith(("csrc", "tests", "benchmarks"))]
+
+
+CUDA_LIBRARY = ROOT / "nf4kernels/_cuda.abi3.so"
+# An nvcc that knows three architectures, writes what it is asked to, and keeps a record of its commands.
+FAKE_NVCC = """#!/bin/sh
+if [ "$1" = --list-gpu-arch ]; then echo compute_75 compute_80 compute_90; exit; fi
+echo "$@" >> "$0.log"
+while [ $# -gt 0 ]; do if [ "$1" = -o ]; then echo > "$2"; fi; shift; done
+"""
+
+
+@pytest.fixture
+def nvcc(tmp_path, monkeypatch):
+    """The path of the fake; what it was called with is beside it."""
+    monkeypatch.setattr(SETUP, "CUDA_OBJECTS", tmp_path / "objects")
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.chdir(ROOT)
+    path = tmp_path / "bin" / "nvcc"
+    path.parent.mkdir()
+    path.write_text(FAKE_NVCC)
+    path.chmod(0o755)
+    return path
+
+
+def build_with(nvcc: Path) -> list[str]:
+    """What nvcc was called with to build the library."""
+    log = Path(f"{nvcc}.log")
+    log.write_text("")
+    SETUP.build_cuda(str(nvcc), str(nvcc.parent / "_cuda.so"), ["torch/include"], ["torch/lib"], ["torch_cpu"])
+    return log.read_text().splitlines()
+
+
+def test_the_cuda_library_needs_no_cuda_library_and_shows_no_name_of_the_runtime():
+    if not CUDA_LIBRARY.exists():
+        pytest.skip("nf4kernels/_cuda.abi3.so was not built: no nvcc?")
+    needed = subprocess.run(["readelf", "-d", CUDA_LIBRARY], check=True, capture_output=True, text=True).stdout
+    needed = [line.split("[")[1].rstrip("]") for line in needed.splitlines() if "(NEEDED)" in line]
+    assert needed
+    assert not [name for name in needed if "cud" in name], needed
+    symbols = subprocess.run(["nm", "-D", "--defined-only", CUDA_LIBRARY], check=True, capture_output=True, text=True)
+    functions = [line.split()[-1] for line in symbols.stdout.splitlines() if line.split()[-2] == "T"]
+    assert functions
+    assert all(name.startswith("nf4kernels_cuda_") for name in functions), functions
+
+
+def test_nvcc_compiles_every_kernel_file_for_every_architecture(nvcc, monkeypatch):
+    commands = build_with(nvcc)
+    for source in SETUP.CUDA_SOURCES:
+        (command,) = [c for c in commands if f"-c {source} " in c]
+        for flag in ("-fmad=false", "arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a"):
+            assert flag in command
+        assert "arch=compute_80,code=compute_80" in command, "the newest without a letter: 90a's PTX is for 9.0 alone"
+        assert "120" not in command, "this nvcc does not know it"
+    (binding,) = [c for c in commands if "-c csrc/bindings/cuda.cpp " in c]
+    assert "-gencode" not in binding
+    assert '-DNF4_CUDA_ARCHITECTURES="80+PTX 90a"' in binding
+    assert commands[-1].startswith("-shared -cudart static")
+    assert len(commands) == len(SETUP.CUDA_SOURCES) + len(SETUP.CUDA_BINDINGS) + 2  # and rounded_code and the link
+
+
+def test_only_what_changed_is_compiled_again(nvcc, monkeypatch):
+    build_with(nvcc)
+    assert [c.split()[0] for c in build_with(nvcc)] == ["-shared"]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6")
+    assert len(build_with(nvcc)) == len(SETUP.CUDA_SOURCES) + len(SETUP.CUDA_BINDINGS) + 2
+    os.utime(SETUP.CUDA_OBJECTS / "cuda.cpp.o", (0, 0))
+    compiled = [c for c in build_with(nvcc) if "-c " in c]
+    assert len(compiled) == 1
+    assert "-c csrc/bindings/cuda.cpp " in compiled[0]
+
+
+def test_an_nvcc_too_old_is_an_error(nvcc):
+    nvcc.write_text(FAKE_NVCC.replace("compute_80", "compute_61").replace("compute_90", "compute_70"))
+    with pytest.raises(SystemExit, match="need an nvcc that knows sm_80"):
+        SETUP.cuda_architectures(str(nvcc))
+
+
+@pytest.mark.parametrize(
+    ("asked", "architectures"),
+    [
+        ("8.0", ["80"]),
+        ("8.0;9.0a+PTX", ["80", "90a+PTX"]),
+        ("7.5 8.6 12.0+PTX", ["86", "120+PTX"]),
+        ("10.0f", ["100f"]),
+    ],
+)
+def test_architectures_asked_for(nvcc, monkeypatch, asked, architectures):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    assert SETUP.cuda_architectures(str(nvcc)) == architectures
+
+
+@pytest.mark.parametrize(("asked", "message"), [("Hopper", 'like "8.0;9.0a.PTX", got Hopper'), ("7.5", "8.0 or newer")])
+def test_architectures_refused(nvcc, monkeypatch, asked, message):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    with pytest.raises(SystemExit, match=message):
+        SETUP.cuda_architectures(str(nvcc))
+
+
+def test_a_failing_nvcc_is_an_error(nvcc):
+    nvcc.write_text(FAKE_NVCC + "exit 1")
+    with pytest.raises(CompileError, match=r"failed.*NF4KERNELS_CUDA=0"):
+        build_with(nvcc)
+    assert not (nvcc.parent / "_cuda.so").exists()
+
+
+def test_where_nvcc_is_found(nvcc, monkeypatch):
+    monkeypatch.delenv("NF4KERNELS_CUDA", raising=False)
+    monkeypatch.setenv("CUDA_HOME", str(nvcc.parent.parent))
+    assert SETUP.find_nvcc() == str(nvcc)
+    monkeypatch.delenv("CUDA_HOME")
+    monkeypatch.setenv("PATH", str(nvcc.parent))
+    assert SETUP.find_nvcc() == str(nvcc)
+    monkeypatch.setenv("NF4KERNELS_CUDA", "0")
+    assert SETUP.find_nvcc() is None
+    monkeypatch.setenv("NF4KERNELS_CUDA", "no")
+    with pytest.raises(SystemExit, match=r"NF4KERNELS_CUDA must be 0 .*got no"):
+        SETUP.find_nvcc()
+
+
+def test_the_bindings_use_macros_that_torch_2_10_has():
+    """The newest torch compiles them here; an older one is only seen where somebody has it."""
+    text = "".join(path.read_text() for path in sorted((ROOT / "csrc/bindings").iterdir()))
+    used = set(re.findall(r"\b(?:STABLE_|AOTI_)?TORCH_[A-Z_]+\b", text))
+    assert used <= {"STABLE_TORCH_LIBRARY_IMPL", "TORCH_BOX", "TORCH_ABI_VERSION", "TORCH_ERROR_CODE_CHECK"}

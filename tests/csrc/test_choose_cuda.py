@@ -1,0 +1,149 @@
+"""csrc/cuda/choose.h: every problem gets a kernel that can run it, by the committed table, with a reason."""
+
+import ctypes
+import itertools
+import re
+
+import pytest
+from support.paths import ROOT
+
+ARCHITECTURES = (80, 86, 89, 90, 100, 103, 120, 121)
+FP32, BF16, FP16 = range(3)
+
+
+@pytest.fixture
+def choose(executor_ops):
+    function = executor_ops.executor.library.nf4kernels_cuda_choose
+    function.restype = ctypes.c_char_p
+    function.argtypes = [
+        ctypes.c_bool,
+        ctypes.c_int32,
+        *[ctypes.c_int64] * 4,
+        *[ctypes.c_bool] * 2,
+        *[ctypes.c_int] * 2,
+    ]
+    function.argtypes += [ctypes.POINTER(ctypes.c_int), ctypes.POINTER(ctypes.c_char_p)]
+
+    def call(dgrad, dtype, M, N, K, whole=True, aligned=True, arch=90, multiprocessors=132, experts=0):
+        splits, reason = ctypes.c_int(), ctypes.c_char_p()
+        path = function(dgrad, dtype, M, N, K, experts, whole, aligned, arch, multiprocessors, splits, reason)
+        return path.decode(), splits.value, reason.value.decode()
+
+    yield call
+    function.argtypes = None
+
+
+def test_every_problem_has_a_kernel_and_a_reason(choose):
+    rows = (1, 16, 17, 64, 65, 500, 4096, 1 << 24)
+    sides = (64, 4096, 28672, 1 << 18)
+    for dgrad, dtype, M, N, K in itertools.product((False, True), (FP32, BF16, FP16), rows, sides, sides):
+        for whole, aligned, arch in itertools.product((True, False), (True, False), ARCHITECTURES):
+            path, splits, reason = choose(dgrad, dtype, M, N, K, whole, aligned, arch)
+            assert reason
+            assert 1 <= splits <= 1024
+            if dtype == FP32:
+                assert path == "any"
+            elif not (whole and aligned):
+                assert path == ("any" if M <= 64 else "panel")
+            elif M <= 16 and not dgrad:
+                assert path == "small"
+            else:
+                assert path in ("tiled", "panel")
+
+
+def test_dgrad_on_tensor_cores_needs_n_in_eights(choose):
+    assert choose(True, BF16, 20, 4100, 4096)[0] == "any"
+    assert choose(True, BF16, 20, 4104, 4096)[0] == "tiled"
+    assert choose(False, BF16, 20, 4100, 4096)[0] == "tiled"
+
+
+def test_the_break_even_of_each_architecture_is_the_tables(choose):
+    text = (ROOT / "csrc/cuda/choose.h").read_text()
+    table = re.findall(r'\{(\d+), (\d+), (\d+), "predicted', text)
+    assert len(table) == 6
+    for arch, linear, dgrad in ((int(a), int(b), int(c)) for a, b, c in table):
+        for is_dgrad, rows in ((False, linear), (True, dgrad)):
+            path, _, reason = choose(is_dgrad, BF16, rows, 4096, 4096, arch=arch)
+            assert (path, "predicted" in reason) == ("tiled", True)
+            path, _, reason = choose(is_dgrad, BF16, rows + 1, 4096, 4096, arch=arch)
+            assert (path, "predicted" in reason) == ("panel", True)
+    # An architecture that is not listed is as the one before it.
+    assert choose(False, BF16, 353, 4096, 4096, arch=99) == choose(False, BF16, 353, 4096, 4096, arch=90)
+
+
+def test_the_readme_shows_the_table():
+    choose_h, readme = (ROOT / "csrc/cuda/choose.h").read_text(), (ROOT / "README.md").read_text()
+    table = re.findall(r'\{(\d+), (\d+), (\d+), "(predicted.*?)"\}', choose_h)
+    assert re.findall(r"^\| sm_(\d+) \| (\d+) \| (\d+) \| (.*?) \|$", readme, re.MULTILINE) == table
+    table = re.findall(r'\{(\d+), (\d+), (\d+), "experts, (predicted.*?)"\}', choose_h)
+    assert re.findall(r"^\| experts, sm_(\d+) \| (\d+) \| (\d+) \| (.*?) \|$", readme, re.MULTILINE) == table
+
+
+def test_experts_get_a_kernel_by_the_mean_of_their_rows(choose):
+    for dgrad, dtype, mean, experts in itertools.product(
+        (False, True), (FP32, BF16, FP16), (1, 16, 17, 64, 65, 5000), (1, 8, 128)
+    ):
+        for whole, aligned, arch in itertools.product((True, False), (True, False), ARCHITECTURES):
+            path, splits, reason = choose(
+                dgrad, dtype, mean * experts, 1536, 2048, whole, aligned, arch, experts=experts
+            )
+            assert reason
+            assert splits == 1, "experts are tiles enough"
+            has_panels = dtype == BF16 and aligned and arch in (90, 100, 103)
+            if dtype == FP32:
+                assert path == "any"
+            elif not (whole and aligned):
+                assert path == ("panel" if has_panels and mean > 64 else "any")
+            elif mean <= 16 and not dgrad:
+                assert path == "small"
+            else:
+                assert path == ("panel" if has_panels and mean == 5000 else "tiled")
+    assert choose(False, BF16, 33, 1536, 2048, experts=2)[0] == "tiled", "a mean of 16.5"
+
+
+def test_the_break_even_of_experts_is_the_tables(choose):
+    table = re.findall(r'\{(\d+), (\d+), (\d+), "experts, predicted', (ROOT / "csrc/cuda/choose.h").read_text())
+    assert len(table) == 2
+    for arch, linear, dgrad in ((int(a), int(b), int(c)) for a, b, c in table):
+        for is_dgrad, rows in ((False, linear), (True, dgrad)):
+            assert choose(is_dgrad, BF16, 8 * rows, 1536, 2048, arch=arch, experts=8)[0] == "tiled"
+            assert choose(is_dgrad, BF16, 8 * rows + 1, 1536, 2048, arch=arch, experts=8)[0] == "panel"
+            assert choose(is_dgrad, FP16, 8 * rows + 1, 1536, 2048, arch=arch, experts=8)[0] == "tiled"
+
+
+def test_experts_sums_are_no_longer_than_design_allows(choose):
+    for mean, longest in ((16, 4 * 8192), (40, 2 * 8192), (200, 8192)):
+        for N in (longest, longest + 8, 3 * longest):
+            path, splits, _ = choose(True, BF16, 4 * mean, N, 2048, arch=89, experts=4)
+            assert (path, splits) == ("tiled", -(-N // longest))
+    for K in (8 * 32768, 8 * 32768 + 64):
+        assert choose(False, BF16, 16, 2048, K, experts=4)[:2] == ("small", -(-K // (8 * 32768)))
+
+
+def test_numbers_of_32_bits_bound_the_sizes(choose):
+    for is_dgrad, at_limit in ((False, (8, 1 << 24)), (False, (1 << 18, 1 << 20)), (True, (1 << 24, 64))):
+        below = tuple(n - 64 if n > 64 else n for n in at_limit)
+        assert choose(is_dgrad, BF16, 20, *below)[0] == "tiled"
+        assert choose(is_dgrad, BF16, 20, *at_limit)[0] == "any"
+
+
+def test_no_running_sum_is_longer_than_design_allows(choose):
+    """512 terms (or mma's of 16) in a warp's sum: long contractions are split where nothing else asks for it."""
+    for M, warps in ((16, 4), (40, 2), (200, 1)):
+        for N in (8192 * warps, 8192 * warps + 8, 8192 * warps * 3):
+            path, splits, _ = choose(True, BF16, M, N, 1 << 20, arch=89, multiprocessors=1)
+            assert (path, splits) == ("tiled", -(-N // (8192 * warps)))
+    for M, warps in ((40, 2), (200, 1)):
+        for K in (32768 * warps, 32768 * warps + 64, 32768 * warps * 3):
+            path, splits, _ = choose(False, BF16, M, 1 << 20, K, arch=89, multiprocessors=1)
+            assert (path, splits) == ("tiled", -(-K // (32768 * warps)))
+
+
+def test_splits_fill_the_machine_and_move_fewer_bytes_than_the_weight(choose):
+    _, splits, _ = choose(False, BF16, 1, 1024, 4096)
+    assert splits == 4  # 32 blocks of threads of 264 that fit; 8 warps take 1024 of K at a time
+    _, splits, _ = choose(False, BF16, 1, 14336, 4096)
+    assert splits == 1
+    for M, K in ((16, 4096), (64, 4096), (200, 14336)):
+        _, splits, _ = choose(False, BF16, M, 256, K)
+        assert splits * M * 16 <= K or splits == 1

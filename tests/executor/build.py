@@ -1,0 +1,71 @@
+"""Compiles CUDA sources for the host executor into a shared library under build/executor, anew only what changed."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+EXECUTOR = Path(__file__).parent
+CXX = os.environ.get("CXX", "g++")
+# Contracted or merged, the functions would round or be named differently.
+FLAGS = ["-std=c++17", "-O2", "-g", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-ipa-icf"]
+FLAGS += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DNF4_EXECUTOR", f"-I{ROOT / 'csrc'}", f"-I{EXECUTOR}"]
+ASAN_FLAGS = ["-fsanitize=address,alignment", "-fno-sanitize-recover=alignment", "-fno-omit-frame-pointer"]
+COMPILES_AT_ONCE = 2
+
+
+def build(
+    name: str, sources: Iterable[Path], flags: Iterable[str] = (), link: Iterable[str] = (), asan: bool = False
+) -> Path:
+    """The library build/executor/<name>/<name>.so of these .cu and .cpp files and the executor."""
+    folder = ROOT / "build" / "executor" / (f"{name}-asan" if asan else name)
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = [*FLAGS, *flags, *(ASAN_FLAGS if asan else [])]
+    headers = sorted([*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.cuh"), *EXECUTOR.glob("*.h")])
+    shared = _hash(CXX, *flags, *(path.read_text() for path in headers))
+
+    def compiled(source: Path) -> Path:
+        target = folder / f"{source.name}-{_hash(shared, str(source), source.read_text())}.o"
+        if not target.exists():
+            _run(target, [CXX, *flags, "-x", "c++", "-c", str(source)])
+            for old in set(folder.glob(f"{source.name}-*.o")) - {target}:
+                old.unlink(missing_ok=True)
+        return target
+
+    with ThreadPoolExecutor(COMPILES_AT_ONCE) as pool:
+        objects = list(pool.map(compiled, [*sorted(EXECUTOR.glob("*.cpp")), *sources]))
+    library = folder / f"{name}-{_hash(*map(str, objects), *link)}.so"
+    if not library.exists():
+        sanitizers = ASAN_FLAGS if asan else []
+        _run(library, [CXX, "-shared", *sanitizers, *map(str, objects), *link, "-ldl"])
+        for old in set(folder.glob("*.so")) - {library}:
+            old.unlink(missing_ok=True)
+    return library
+
+
+def asan_environment() -> dict[str, str]:
+    """For a python that loads a library built with asan=True: the sanitizer must be there before everything else."""
+    preload = [
+        subprocess.run([CXX, f"-print-file-name={library}"], capture_output=True, text=True, check=True).stdout.strip()
+        for library in ("libasan.so", "libstdc++.so.6")
+    ]
+    return {"LD_PRELOAD": " ".join(preload), "ASAN_OPTIONS": "detect_leaks=0"}
+
+
+def _hash(*texts: str) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+
+
+def _run(target: Path, command: list[str]) -> None:
+    """Writes target whole or not at all, so that processes may build at the same time."""
+    unfinished = target.with_suffix(f".{os.getpid()}{target.suffix}")
+    result = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr}")
+    if result.stderr:
+        print(result.stderr, file=sys.stderr)
+    unfinished.replace(target)

@@ -1,0 +1,268 @@
+// The CUDA execution model on a CPU: what csrc/cuda/device.cuh names, for a host compiler (-DNF4_EXECUTOR, -x c++).
+//
+// A launch runs its blocks one after the other, each thread of a block as a fiber of its own. A fiber runs until a
+// collective (barrier, shuffle, mma), where it waits for the other threads of its block or warp; the last one to arrive
+// does the work of all. Which fiber goes on is the schedule's choice, so that a missing barrier shows as a wrong value
+// under one of the schedules. All of a collective's threads must arrive at the same line of the source: stricter than
+// the hardware. Shared memory begins as NaN; addresses, alignment and unfinished copies are checked; the first mistake
+// ends the launch with a message (cudaGetErrorString) that names kernel, block, threads and lines.
+//
+// Not modelled: memory races that no order of whole stretches between collectives can show, caches, the order of a
+// tensor core's sums (here fp32, k by k), launch bounds and registers.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <tuple>
+
+#include "../../csrc/element.h"
+#include "../../csrc/format.h"
+
+// The syntax of CUDA.
+
+#define __global__
+#define __device__
+#define __host__
+#define __launch_bounds__(...)
+// As on the device. Left to the linker, two files' functions of one name would become one.
+#define NF4_DEVICE inline __attribute__((always_inline))
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+extern uint3 threadIdx, blockIdx;
+extern dim3 blockDim, gridDim;
+
+using cudaStream_t = void*;
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorLaunchFailure = 719,
+};
+const char* cudaGetErrorString(cudaError_t error);  // of a failed launch: what the last one failed of
+
+namespace nf4::cuda {
+
+using std::max;
+using std::min;
+
+namespace executor {
+
+constexpr int kLanes = 32;
+
+// Where the kernel calls, when it is the default of a parameter.
+struct Site {
+  const char* file;
+  int line;
+  static constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
+};
+
+// Ends the launch; the message is printf's and gets kernel, block and thread put before it.
+[[noreturn]] void fail(Site site, const char* format, ...) __attribute__((format(printf, 2, 3)));
+
+// Suspend the thread until all of its block, or the 32 lanes of its warp, are at this site. Before a warp goes on,
+// `perform` gets what its lanes handed in as operands.
+void meet_block(const char* what, Site site);
+void meet_warp(const char* what, Site site, void* operands, void (*perform)(void* const lanes[kLanes]));
+
+void* shared_arena();
+void check_global(const void* p, size_t bytes, const char* what, Site site);
+void copy_async_wait(int pending);
+
+cudaError_t run(const void* kernel, dim3 grid, int threads, size_t shared_bytes, const std::function<void()>& thread);
+
+template <class T>
+struct ShuffleLane {
+  T value;
+  int source;
+  T result;
+};
+
+template <class T>
+T exchange(const char* what, T value, int source, Site site) {
+  static_assert(sizeof(T) == 4, "a shuffle moves 4 bytes");
+  ShuffleLane<T> self{value, source, {}};
+  meet_warp(what, site, &self, [](void* const lanes[kLanes]) {
+    const auto lane = [&](int i) { return static_cast<ShuffleLane<T>*>(lanes[i]); };
+    for (int i = 0; i < kLanes; ++i) lane(i)->result = lane(lane(i)->source)->value;
+  });
+  return self.result;
+}
+
+template <class T>
+struct MmaLane {
+  float* c;
+  const uint32_t* a;
+  uint32_t b[2];
+};
+
+template <class T>
+void unpack(uint32_t pair, float& low, float& high) {
+  low = to_float(T{uint16_t(pair)});
+  high = to_float(T{uint16_t(pair >> 16)});
+}
+
+// PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type".
+template <class T>
+void perform_mma(void* const lanes[kLanes]) {
+  float a[16][16], b[16][8], c[16][8];
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const auto& own = *static_cast<const MmaLane<T>*>(lanes[lane]);
+    const int g = lane / 4, t = lane % 4;
+    for (int i = 0; i < 4; ++i) {
+      float* row = a[g + 8 * (i % 2)] + 2 * t + 8 * (i / 2);
+      unpack<T>(own.a[i], row[0], row[1]);
+      c[g + 8 * (i / 2)][2 * t + i % 2] = own.c[i];
+    }
+    for (int i = 0; i < 2; ++i) unpack<T>(own.b[i], b[2 * t + 8 * i][g], b[2 * t + 8 * i + 1][g]);
+  }
+  for (int m = 0; m < 16; ++m) {
+    for (int k = 0; k < 16; ++k) {
+      for (int n = 0; n < 8; ++n) c[m][n] += a[m][k] * b[k][n];
+    }
+  }
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const int g = lane / 4, t = lane % 4;
+    float* own = static_cast<MmaLane<T>*>(lanes[lane])->c;
+    for (int i = 0; i < 4; ++i) own[i] = c[g + 8 * (i / 2)][2 * t + i % 2];
+  }
+}
+
+}  // namespace executor
+
+// device.cuh's names, in its order.
+
+template <class T>
+NF4_DEVICE T* shared_memory() {
+  return static_cast<T*>(executor::shared_arena());
+}
+
+NF4_DEVICE void sync_block(executor::Site site = executor::Site::here()) { executor::meet_block("sync_block", site); }
+NF4_DEVICE void sync_warp(executor::Site site = executor::Site::here()) {
+  executor::meet_warp("sync_warp", site, nullptr, [](void* const*) {});
+}
+
+template <class T>
+NF4_DEVICE T shuffle(T value, int lane, executor::Site site = executor::Site::here()) {
+  return executor::exchange("shuffle", value, lane & 31, site);
+}
+template <class T>
+NF4_DEVICE T shuffle_four(T value, int i, executor::Site site = executor::Site::here()) {
+  return executor::exchange("shuffle_four", value, (threadIdx.x & 28) | (i & 3), site);
+}
+template <class T>
+NF4_DEVICE T shuffle_xor(T value, int mask, executor::Site site = executor::Site::here()) {
+  if (mask < 0 || mask > 31) executor::fail(site, "shuffle_xor must have a mask of 0 to 31, got %d", mask);
+  return executor::exchange("shuffle_xor", value, (threadIdx.x ^ mask) & 31, site);
+}
+
+template <class... Params, class... Args>
+cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, size_t shared_bytes, cudaStream_t,
+                   const Args&... args) {
+  const std::tuple<Params...> params(args...);
+  return executor::run(reinterpret_cast<const void*>(kernel), grid, threads, shared_bytes,
+                   [&] { std::apply(kernel, params); });
+}
+
+NF4_DEVICE uint32_t load_streamed(const uint32_t* p, executor::Site site = executor::Site::here()) {
+  executor::check_global(p, sizeof *p, "load_streamed", site);
+  return *p;
+}
+NF4_DEVICE uint2 load_streamed(const uint2* p, executor::Site site = executor::Site::here()) {
+  executor::check_global(p, sizeof *p, "load_streamed", site);
+  return *p;
+}
+NF4_DEVICE uint4 load_streamed(const uint4* p, executor::Site site = executor::Site::here()) {
+  executor::check_global(p, sizeof *p, "load_streamed", site);
+  return *p;
+}
+template <class V>
+NF4_DEVICE V load_cached(const V* p, executor::Site site = executor::Site::here()) {
+  executor::check_global(p, sizeof *p, "load_cached", site);
+  return *p;
+}
+template <class V>
+NF4_DEVICE void store_streamed(V* p, V v, executor::Site site = executor::Site::here()) {
+  executor::check_global(p, sizeof *p, "store_streamed", site);
+  *p = v;
+}
+
+NF4_DEVICE uint32_t shared_address(const void* p) {
+  return uint32_t(static_cast<const unsigned char*>(p) - static_cast<unsigned char*>(executor::shared_arena()));
+}
+NF4_DEVICE uint32_t load_shared(uint32_t address) {
+  return *reinterpret_cast<const uint32_t*>(static_cast<unsigned char*>(executor::shared_arena()) + address);
+}
+
+void copy_async_16(void* shared, const void* global, bool valid = true, executor::Site site = executor::Site::here());
+void copy_async_commit();
+template <int kPending>
+NF4_DEVICE void copy_async_wait() {
+  executor::copy_async_wait(kPending);
+}
+
+using nf4::bits_of;
+using nf4::float_of;
+
+NF4_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector, executor::Site site = executor::Site::here()) {
+  if (selector & 0x8888) executor::fail(site, "permute_bytes must have a selector without bits 3, got %#x", selector);
+  const uint64_t bytes = uint64_t(b) << 32 | a;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) result |= uint32_t(bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+  return result;
+}
+
+using nf4::from_float;
+using nf4::to_float;
+
+template <class T>
+NF4_DEVICE uint32_t pack(float low, float high) {
+  return from_float<T>(low).bits | uint32_t(from_float<T>(high).bits) << 16;
+}
+
+// Products of two bf16 or fp16 are exact in fp32 (bf16: unless they underflow it).
+template <class T>
+NF4_DEVICE uint32_t multiply_pairs(uint32_t a, uint32_t b) {
+  float a_low, a_high, b_low, b_high;
+  executor::unpack<T>(a, a_low, a_high);
+  executor::unpack<T>(b, b_low, b_high);
+  return pack<T>(a_low * b_low, a_high * b_high);
+}
+
+// In double, which holds a * b and, unless c is 2^29 times smaller, the sum.
+template <class T>
+NF4_DEVICE uint32_t multiply_add_pairs(uint32_t a, uint32_t b, uint32_t c) {
+  float a_low, a_high, b_low, b_high, c_low, c_high;
+  executor::unpack<T>(a, a_low, a_high);
+  executor::unpack<T>(b, b_low, b_high);
+  executor::unpack<T>(c, c_low, c_high);
+  return pack<T>(float(double(a_low) * b_low + c_low), float(double(a_high) * b_high + c_high));
+}
+
+template <class T>
+NF4_DEVICE void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                            executor::Site site = executor::Site::here()) {
+  executor::MmaLane<T> self{c, a, {b0, b1}};
+  executor::meet_warp("mma_16x8x16", site, &self, executor::perform_mma<T>);
+}
+
+}  // namespace nf4::cuda

@@ -1,0 +1,198 @@
+// What tests/test_executor.py runs: small kernels, each with the mistakes that the executor must catch as its variants.
+#include "../../csrc/cuda/device.cuh"
+
+#define NF4_TEST_API extern "C" __attribute__((visibility("default")))
+
+namespace nf4::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+
+// out[i] = in[i + by], or in[i] past the ends, through shared memory. A thread's neighbour may be in another warp, so a
+// barrier of the warp is not enough.
+enum class Shift { kCorrect, kNoBarrier, kWarpBarrier, kHalfWritten };
+template <Shift kVariant>
+__global__ void shift_kernel(const float* in, float* out, int by) {
+  float* staged = shared_memory<float>();
+  const int i = threadIdx.x, from = i + by >= 0 && i + by < kThreads ? i + by : i;
+  if (kVariant != Shift::kHalfWritten || i < kThreads / 2) staged[i] = in[i];
+  if (kVariant == Shift::kCorrect || kVariant == Shift::kHalfWritten) sync_block();
+  if (kVariant == Shift::kWarpBarrier) sync_warp();
+  out[i] = staged[from];
+}
+
+// out[block] = sum of in[block * kThreads..], by shuffles and then the warps' sums through shared memory.
+enum class Sum { kCorrect, kDivergentShuffle, kDivergentBarrier, kEarlyExit, kOtherBarrier, kBlockOrder };
+template <Sum kVariant>
+__global__ void sum_kernel(const float* in, float* out) {
+  float* sums = shared_memory<float>();
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t block = blockIdx.x + gridDim.x * int64_t(blockIdx.y + gridDim.y * blockIdx.z);
+  float sum = in[block * kThreads + threadIdx.x];
+  if (kVariant == Sum::kDivergentShuffle && lane >= 16) {
+    sum += shuffle_xor(sum, 16);
+  } else {
+    sum += shuffle_xor(sum, 16);
+  }
+  for (int mask = 8; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+  if (lane == 0) sums[warp] = sum;
+  if (kVariant == Sum::kEarlyExit && warp == 2) return;
+  if (kVariant == Sum::kDivergentBarrier && lane >= 16) {
+    sync_block();
+  } else if (kVariant == Sum::kOtherBarrier && warp >= 2) {
+    sync_block();
+  } else {
+    sync_block();
+  }
+  const float of_block_before = kVariant == Sum::kBlockOrder && block > 0 ? out[block - 1] : 0;
+  if (threadIdx.x == 0) out[block] = (sums[0] + sums[1]) + (sums[2] + sums[3]) + of_block_before;
+}
+
+// out[i] = in[from[i] % 32 of the warp], and lane 5's.
+__global__ void shuffle_kernel(const uint32_t* in, const int* from, uint32_t* out) {
+  out[threadIdx.x] = shuffle(in[threadIdx.x], from[threadIdx.x]);
+  out[kThreads + threadIdx.x] = shuffle(in[threadIdx.x], 5);
+}
+
+// d[16, 8] = c + a[16, 16] @ b[16, 8], a row-major and b by columns, two elements a word: one warp.
+enum class Mma { kCorrect, kSwappedA, kSwappedB, kHalfWarp };
+template <class T, Mma kVariant>
+__global__ void mma_kernel(const uint32_t* a, const uint32_t* b, const float* c, float* d) {
+  const int g = threadIdx.x / 4, t = threadIdx.x % 4;
+  if (kVariant == Mma::kHalfWarp && threadIdx.x >= 16) return;
+  constexpr int kLowerLeft = kVariant == Mma::kSwappedA ? 2 : 1, kFirst = kVariant == Mma::kSwappedB ? 4 : 0;
+  uint32_t fragment[4] = {a[g * 8 + t], 0, 0, a[(g + 8) * 8 + t + 4]};
+  fragment[kLowerLeft] = a[(g + 8) * 8 + t];
+  fragment[3 - kLowerLeft] = a[g * 8 + t + 4];
+  float sum[4];
+  for (int i = 0; i < 4; ++i) sum[i] = c[(g + i / 2 * 8) * 8 + 2 * t + i % 2];
+  mma_16x8x16<T>(sum, fragment, b[g * 8 + t + kFirst], b[g * 8 + t + 4 - kFirst]);
+  for (int i = 0; i < 4; ++i) d[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sum[i];
+}
+
+// The same from each lane's registers as they are: a[lane][4], b[lane][2], c[lane][4], d[lane][4].
+template <class T>
+__global__ void mma_registers_kernel(const uint32_t* a, const uint32_t* b, const float* c, float* d) {
+  const int lane = threadIdx.x;
+  uint32_t fragment[4];
+  float sum[4];
+  for (int i = 0; i < 4; ++i) fragment[i] = a[lane * 4 + i], sum[i] = c[lane * 4 + i];
+  mma_16x8x16<T>(sum, fragment, b[lane * 2], b[lane * 2 + 1]);
+  for (int i = 0; i < 4; ++i) d[lane * 4 + i] = sum[i];
+}
+
+// out[i] = sum over steps of in[step][kThreads - 1 - i], by a pipeline of two stages: 4 floats a copy, so that the first
+// quarter of the block copies. The last step's copy is past the end: zeros.
+enum class Pipeline {
+  kCorrect,
+  kNoWait,
+  kWaitTooFew,
+  kNoBarrier,
+  kCopyTooSoon,
+  kUnfinished,
+  kMisaligned,
+  kOutside,
+  kStoreTooSoon
+};
+template <Pipeline kVariant>
+__global__ void pipeline_kernel(const float* in, float* out, int steps) {
+  float* stages = shared_memory<float>();
+  const int i = threadIdx.x;
+  const auto copy = [&](int step) {
+    float* to = stages + step % 2 * kThreads + 4 * i;
+    if (kVariant == Pipeline::kMisaligned) to += 1;
+    if (kVariant == Pipeline::kOutside) to += 2 * kThreads;
+    if (i < kThreads / 4) copy_async_16(to, step < steps ? in + step * kThreads + 4 * i : in, step < steps);
+    copy_async_commit();
+    if (kVariant == Pipeline::kStoreTooSoon && i < kThreads / 4) to[0] = 0;
+  };
+  float sum = 0;
+  copy(0);
+  for (int step = 0; step <= steps; ++step) {
+    if (kVariant == Pipeline::kCopyTooSoon) copy(step + 1);
+    constexpr int kPending = kVariant == Pipeline::kCopyTooSoon || kVariant == Pipeline::kWaitTooFew ? 1 : 0;
+    if (kVariant != Pipeline::kNoWait) copy_async_wait<kPending>();
+    if (kVariant != Pipeline::kNoBarrier) sync_block();  // this step has arrived, and all are done with the one before
+    if (kVariant != Pipeline::kCopyTooSoon && step < steps) copy(step + 1);
+    sum += stages[step % 2 * kThreads + kThreads - 1 - i];
+  }
+  if (kVariant == Pipeline::kUnfinished) copy(steps + 1);
+  if (kVariant == Pipeline::kNoWait || kVariant == Pipeline::kWaitTooFew || kVariant == Pipeline::kCopyTooSoon) {
+    copy_async_wait<0>();
+  }
+  out[i] = sum;
+}
+
+// out[i] = in[i + offset] in words of V; the last two variants read shared memory past its end, or as if it were global.
+enum class Read { kStreamed, kCached, kStored, kSharedEnd, kSharedAsGlobal };
+template <class V, Read kVariant>
+__global__ void read_kernel(const uint32_t* in, uint32_t* out) {
+  const V* from = reinterpret_cast<const V*>(in) + threadIdx.x;
+  V* to = reinterpret_cast<V*>(out) + threadIdx.x;
+  if (kVariant == Read::kStreamed) *to = load_streamed(from);
+  if (kVariant == Read::kCached) *to = load_cached(from);
+  if (kVariant == Read::kStored) store_streamed(to, *from);
+  if (kVariant == Read::kSharedEnd) *to = shared_memory<V>()[threadIdx.x];
+  if (kVariant == Read::kSharedAsGlobal) *to = load_cached(shared_memory<V>() + threadIdx.x);
+}
+
+// out[0..2] = permute_bytes, the product in bf16 and the one in fp16 of a and b.
+__global__ void numbers_kernel(const uint32_t* a, const uint32_t* b, const uint32_t* selector, uint32_t* out) {
+  const int i = threadIdx.x;
+  out[i] = permute_bytes(a[i], b[i], selector[i]);
+  out[kThreads + i] = multiply_pairs<BFloat16>(a[i], b[i]);
+  out[2 * kThreads + i] = multiply_pairs<Float16>(a[i], b[i]);
+}
+
+__global__ void empty_kernel() {}
+
+}  // namespace
+
+NF4_TEST_API int run_shift(int variant, const float* in, float* out, int by) {
+  constexpr decltype(&shift_kernel<Shift::kCorrect>) kKernels[] = {
+      shift_kernel<Shift::kCorrect>, shift_kernel<Shift::kNoBarrier>, shift_kernel<Shift::kWarpBarrier>,
+      shift_kernel<Shift::kHalfWritten>};
+  return launch(kKernels[variant], 1, kThreads, kThreads * 4, nullptr, in, out, by);
+}
+NF4_TEST_API int run_sum(int variant, const float* in, float* out, int x, int y, int z) {
+  constexpr decltype(&sum_kernel<Sum::kCorrect>) kKernels[] = {
+      sum_kernel<Sum::kCorrect>,   sum_kernel<Sum::kDivergentShuffle>, sum_kernel<Sum::kDivergentBarrier>,
+      sum_kernel<Sum::kEarlyExit>, sum_kernel<Sum::kOtherBarrier>,     sum_kernel<Sum::kBlockOrder>};
+  return launch(kKernels[variant], dim3(x, y, z), kThreads, 4 * 4, nullptr, in, out);
+}
+NF4_TEST_API int run_shuffle(const uint32_t* in, const int* from, uint32_t* out) {
+  return launch(shuffle_kernel, 1, kThreads, 0, nullptr, in, from, out);
+}
+NF4_TEST_API int run_mma(bool bf16, int variant, const uint32_t* a, const uint32_t* b, const float* c, float* d) {
+  constexpr decltype(&mma_kernel<BFloat16, Mma::kCorrect>) kKernels[][2] = {
+      {mma_kernel<Float16, Mma::kCorrect>, mma_kernel<BFloat16, Mma::kCorrect>},
+      {mma_kernel<Float16, Mma::kSwappedA>, mma_kernel<BFloat16, Mma::kSwappedA>},
+      {mma_kernel<Float16, Mma::kSwappedB>, mma_kernel<BFloat16, Mma::kSwappedB>},
+      {mma_kernel<Float16, Mma::kHalfWarp>, mma_kernel<BFloat16, Mma::kHalfWarp>},
+      {mma_registers_kernel<Float16>, mma_registers_kernel<BFloat16>}};
+  return launch(kKernels[variant][bf16], 1, 32, 0, nullptr, a, b, c, d);
+}
+NF4_TEST_API int run_pipeline(int variant, const float* in, float* out, int steps) {
+  constexpr decltype(&pipeline_kernel<Pipeline::kCorrect>) kKernels[] = {
+      pipeline_kernel<Pipeline::kCorrect>,     pipeline_kernel<Pipeline::kNoWait>,
+      pipeline_kernel<Pipeline::kWaitTooFew>,  pipeline_kernel<Pipeline::kNoBarrier>,
+      pipeline_kernel<Pipeline::kCopyTooSoon>, pipeline_kernel<Pipeline::kUnfinished>,
+      pipeline_kernel<Pipeline::kMisaligned>,  pipeline_kernel<Pipeline::kOutside>,
+      pipeline_kernel<Pipeline::kStoreTooSoon>};
+  return launch(kKernels[variant], 1, kThreads, 2 * kThreads * 4, nullptr, in, out, steps);
+}
+NF4_TEST_API int run_read(int variant, int threads, int shared_bytes, const uint32_t* in, uint32_t* out) {
+  constexpr decltype(&read_kernel<uint4, Read::kStreamed>) kKernels[] = {
+      read_kernel<uint4, Read::kStreamed>, read_kernel<uint4, Read::kCached>, read_kernel<uint4, Read::kStored>,
+      read_kernel<uint32_t, Read::kSharedEnd>, read_kernel<uint32_t, Read::kSharedAsGlobal>};
+  return launch(kKernels[variant], 1, threads, shared_bytes, nullptr, in, out);
+}
+NF4_TEST_API int run_numbers(const uint32_t* a, const uint32_t* b, const uint32_t* selector, uint32_t* out) {
+  return launch(numbers_kernel, 1, kThreads, 0, nullptr, a, b, selector, out);
+}
+NF4_TEST_API int run_empty(int x, int y, int z, int threads, int shared_bytes) {
+  return launch(empty_kernel, dim3(x, y, z), threads, shared_bytes, nullptr);
+}
+NF4_TEST_API const char* error_text(int error) { return cudaGetErrorString(cudaError_t(error)); }
+
+}  // namespace nf4::cuda

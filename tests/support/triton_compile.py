@@ -1,0 +1,237 @@
+"""Compiles for one target, without its device, every kernel that a list of calls would launch, and prints JSON.
+
+    python tests/triton_compile.py cuda:90
+
+The host functions run as they are, on CPU tensors; where they launch, Triton compiles for the target and nothing runs.
+In a process of its own: a kernel is either compiled or interpreted, from when it is defined on.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import cases  # noqa: E402
+import torch  # noqa: E402
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+from nf4kernels.backends.triton import OPS, choose, linear_shared  # noqa: E402
+
+SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99, "gfx942": 64, "gfx1100": 64}  # KB a program
+CODE = torch.linspace(-1, 1, 16)
+
+
+class Driver:
+    """What Triton asks of a device before it compiles."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+def target_of(name: str) -> GPUTarget:
+    backend, arch = name.split(":")
+    if backend == "cuda":
+        return GPUTarget("cuda", int(arch), 32)
+    return GPUTarget("hip", arch, 64 if "gfx9" in arch else 32)
+
+
+def resources(kernel, target: GPUTarget) -> dict:
+    """Registers and bytes spilled of a compiled kernel."""
+    if target.backend == "hip":
+        text = kernel.asm["amdgcn"]
+        number = lambda name: int(re.search(rf"\.{name}:\s+(\d+)", text)[1])  # noqa: E731
+        spilled = number("vgpr_spill_count") + number("sgpr_spill_count") + number("private_segment_fixed_size")
+        return {"registers": number("vgpr_count"), "spilled": spilled}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    return {"registers": int(found[1]), "spilled": int(found[2]) + int(found[3])}
+
+
+def arithmetic(kernel, target: GPUTarget) -> dict:
+    """Whether denormals are flushed; how many divisions of fp32 are IEEE's and not; how many contracted operations."""
+    if target.backend == "cuda":
+        text = kernel.asm["ptx"]
+        inexact = text.count("div.full") + text.count("div.approx") + text.count("rcp.approx")
+        exact = text.count("div.rn.f32") + text.count("rcp.rn.f32")
+        return {"flushes": ".ftz" in text, "exact": exact, "inexact": inexact, "fma": text.count("fma.")}
+    text = kernel.asm["amdgcn"]
+    return {
+        "flushes": "amdhsa_float_denorm_mode_32 3" not in text,
+        "exact": text.count("v_div_fixup_f32"),
+        "inexact": 0,  # not to be told: v_rcp_f32 also divides integers
+        "fma": len(re.findall(r"v_(?:pk_|dual_)?(?:fma|fmac|mad|mac)", text)),
+    }
+
+
+class Recorder:
+    """Takes the place of every launch."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target, self.kernels, self.call, self.launched = target, {}, "", []
+        run = triton.runtime.jit.JITFunction.run
+
+        def compile_only(function, *args, grid, warmup, **options):
+            kernel = run(function, *args, grid=grid, warmup=True, **options)
+            self.launched.append(id(kernel))
+            self.kernels.setdefault(id(kernel), (function.fn.__name__, self.call, kernel))
+            return kernel
+
+        triton.runtime.jit.JITFunction.run = compile_only
+
+    def report(self) -> list[dict]:
+        rows = []
+        for name, call, kernel in self.kernels.values():
+            row = {"kernel": name, "call": call, "shared": kernel.metadata.shared}
+            rows.append(row | arithmetic(kernel, self.target) | resources(kernel, self.target))
+        return rows
+
+
+def weight(N, K, block_size=64, double_quant=True):
+    layout = cases.Layout(block_size, scale_codebook="e4m3" if double_quant else None)
+    return cases.random_bytes(N, K, layout)
+
+
+def weights(E, *arguments):
+    return cases.stacked([weight(*arguments)] * E)
+
+
+def run_calls(recorder: Recorder, table: choose.Table) -> None:
+    def call(name: str, op: str, *arguments) -> None:
+        recorder.call = name
+        OPS[op](*arguments)
+
+    half, full = torch.bfloat16, torch.float32
+    for block_size in (64, 4096):
+        call(f"block {block_size}", "quantize", torch.zeros(64, 128, dtype=half), CODE, block_size)
+    for is_e4m3 in (True, False):
+        call(f"e4m3 {is_e4m3}", "quantize_absmax", torch.zeros(2048), torch.linspace(-1, 1, 256), is_e4m3)
+    N, K = 256, 256
+    for double_quant in (True, False):
+        q = weight(N, K, 64, double_quant)
+        for dtype in (full, half):
+            call(f"{dtype} {double_quant}", "dequantize", *q.op_args(), 0, N, 0, K, dtype)
+    call("columns of odd K", "dequantize", *weight(33, 65).op_args(), 1, 30, 3, 60, half)
+
+    # Every bucket of the table, whole and split, with every term; then fp32, odd shapes and other layouts.
+    for op in choose.PRODUCTS:
+        for most, config in table.configs[op]:
+            splits = 1 if most > 32 else 2  # a longer contraction has two
+            n, k = (N, config.depth * splits) if op == "linear" else (config.depth * splits, K)
+            product(call, op, f"bucket {most}", weight(n, k), min(most, 256), half, 16, config)
+        product(call, op, "fp16", weight(N, K), 40, torch.float16, 0)
+        product(call, op, "no double quantization", weight(N, K, 128, False), 40, half, 0)
+        product(call, op, "blocks of 32", weight(N, K, 32), 3, half, 40)
+        for dtype in (full, half):
+            product(call, op, f"odd {dtype}", weight(33, 65), 3, dtype, 5)
+        product(call, op, "fp32", weight(N, K), 40, full, 16)
+        for most, _ in table.configs[op]:
+            long = choose.LONGEST_DEPTH + 64
+            n, k = (N, long) if op == "linear" else (long, K)
+            grouped_product(call, op, f"two runs of {most}", weights(2, n, k), min(most, 256), half)
+        for rows in (64, 256):
+            grouped_product(call, op, f"one run of {rows}", weights(2, N, K), rows, half)
+        grouped_product(call, op, "fp16", weights(300, N, K, 32), 4, torch.float16)
+        grouped_product(call, op, "fp32", weights(2, N, K, 128, False), 4, full)
+    call("panel", "linear", torch.zeros(2048, K, dtype=half), *weight(N, K).op_args(), None)
+    recorder.call = "shared x"
+    linear_shared(torch.zeros(3, 4096, dtype=half), [weight(N, 4096), weight(128, 4096), weight(128, 4096)])
+    for dtype in (full, half):
+        call(f"{dtype}", "lora_grad", torch.zeros(600, 16, dtype=dtype), torch.zeros(600, 128, dtype=dtype), 1.0, half)
+
+
+def product(call, op, name, qweight, M, dtype, rank, config=None):
+    """One product through the fused kernel, with LoRA's term of this rank and a bias."""
+    N, K = qweight.shape
+    depth, columns = (K, N) if op == "linear" else (N, K)
+    small = torch.zeros(M, rank, dtype=dtype) if rank else None
+    factor = torch.zeros((columns, rank) if op == "linear" else (rank, columns), dtype=dtype) if rank else None
+    bias = (torch.zeros(N, dtype=dtype),) if op == "linear" else ()
+    with choose.forcing("fused", config):
+        call(name, op, torch.zeros(M, depth, dtype=dtype), *qweight.op_args(), *bias, small, factor, 2.0)
+
+
+def grouped_product(call, op, name, qweights, rows, dtype):
+    """The product of `rows` rows for each of the experts, with the table's configuration for them."""
+    E, N, K = qweights.shape
+    offsets = torch.arange(1, E + 1, dtype=torch.int32) * rows
+    x = torch.zeros(rows * E, K if op == "linear" else N, dtype=dtype)
+    call(f"{name} of {E}", f"grouped_{op}", x, offsets, *qweights.op_args())
+
+
+def run_calls_of_one(recorder: Recorder) -> None:
+    """Sizes of 1, which Triton makes constants of their own: every kernel must still compile."""
+    half, full = torch.bfloat16, torch.float32
+    for N, K in ((1, 1), (1, 64), (64, 1), (1, 3000)):
+        recorder.call = f"{N}x{K}"
+        qweight = weight(N, K)
+        OPS["quantize"](torch.zeros(N, K), CODE, 64)
+        OPS["dequantize"](*qweight.op_args(), 0, N, 0, K, half)
+        OPS["dequantize"](*qweight.op_args(), 0, 1, 0, 1, full)
+        for dtype in (half, full):
+            one = torch.zeros(1, 1, dtype=dtype)
+            for op, depth, factor in (("linear", K, (N, 1)), ("linear_dgrad", N, (1, K))):
+                x, bias = torch.zeros(1, depth, dtype=dtype), () if op == "linear_dgrad" else (None,)
+                OPS[op](x, *qweight.op_args(), *bias, one, torch.zeros(factor, dtype=dtype), 1.0)
+            if K % 64 == 0:
+                experts, offsets = weights(1, N, K), torch.ones(1, dtype=torch.int32)
+                OPS["grouped_linear"](torch.zeros(1, K, dtype=dtype), offsets, *experts.op_args())
+                OPS["grouped_linear_dgrad"](torch.zeros(1, N, dtype=dtype), offsets, *experts.op_args())
+            OPS["lora_grad"](one, torch.zeros(1, K, dtype=dtype), 1.0, full, True)
+        linear_shared(torch.zeros(1, K, dtype=half), [qweight, qweight])
+    OPS["quantize_absmax"](torch.zeros(1), torch.linspace(-1, 1, 256), True)
+
+
+def compilations_by_rows(recorder: Recorder) -> list[int]:
+    """How many kernels serve all M of a bucket, of all buckets, and all numbers of rows of experts in a bucket."""
+    counts = []
+    for rows in (range(5, 17), (1, 2, 3, 4, 7, 16, 17, 31, 32, 64, 65, 128, 160, 321)):
+        recorder.launched.clear()
+        q = weight(64, 2048)
+        for M in rows:
+            OPS["linear"](torch.zeros(M, 2048, dtype=torch.bfloat16), *q.op_args(), None)
+        counts.append(len(set(recorder.launched)))
+    recorder.launched.clear()
+    experts, offsets = weights(8, 64, 2048), torch.zeros(8, dtype=torch.int32)
+    for T in range(8 * 4 + 1, 8 * 16, 5):
+        OPS["grouped_linear"](torch.zeros(T, 2048, dtype=torch.bfloat16), offsets, *experts.op_args())
+    return [*counts, len(set(recorder.launched))]
+
+
+def main(name: str) -> None:
+    target = target_of(name)
+    triton.runtime.driver.set_active(Driver(target))
+    architecture = f"sm_{target.arch}" if target.backend == "cuda" else target.arch
+    choose.INTERPRETED = architecture
+    table = choose.table_for(architecture)
+    recorder = Recorder(target)
+    run_calls(recorder, table)
+    if architecture == "sm_80":
+        run_calls_of_one(recorder)
+    rows = recorder.report()
+    counts = compilations_by_rows(recorder)
+    print(json.dumps({"shared_limit": SHARED[target.arch] * 1024, "kernels": rows, "by_rows": counts}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
