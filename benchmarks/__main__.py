@@ -55,14 +55,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=2.0, help="a row, all sides together (default: %(default)s)")
     parser.add_argument("--csv", type=Path, help="write here (default: results/<machine>.csv when nothing is selected)")
     parser.add_argument(
-        "--readme", action="store_true", help="measure nothing: bring README up to its CSV, or to --csv"
+        "--docs", action="store_true", help="measure nothing: bring README and docs/speed.md up to their CSV, or --csv"
     )
     args = parser.parse_args()
     unknown = set(args.ops) - set(NAMES)
     if unknown:
         parser.error(f"op must be one of {', '.join(NAMES)}, got {', '.join(sorted(unknown))}")
     selected = args.ops or args.shapes or args.rows or args.threads or args.cache
-    if args.csv is None and not selected and not args.readme:
+    if args.csv is None and not selected and not args.docs:
         args.csv = report.csv_path(machine())
     default_threads = tuple(dict.fromkeys((torch.get_num_threads(), 1)))
     args.threads_given, args.threads = args.threads, args.threads or default_threads
@@ -109,9 +109,9 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
 
 def main() -> None:
     args = parse()
-    if args.readme:
-        text = report.README.read_text()
-        report.README.write_text(report.with_section(text, args.csv or report.named_in(text)))
+    if args.docs:
+        for document in report.SECTIONS:
+            document.write_text(report.with_section(document, args.csv))
         return
     torch.manual_seed(0)
     about = machine()

@@ -1,15 +1,18 @@
-"""Rows to and from CSV, and the tables of a run in the terminal and in the README."""
+"""Rows to and from CSV, and the tables of a run in the terminal, in the README and in docs/speed.md."""
 
 import csv
+import os
 import re
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..harness import BNB, BNB_DQ, DENSE, OURS, ROOT, Row
+from ..harness import BNB, BNB_DQ, OURS, ROOT, Row
 from .goals import MODEL_STEP, SHAPE, goal_rows
 
 RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
+README, SPEED = ROOT / "README.md", ROOT / "docs" / "speed.md"
+WIDTH = 120  # of a line of Markdown
 OP_ORDER = (
     "quantize",
     "dequantize out=",
@@ -90,8 +93,10 @@ def _spread(line: dict[str, str], *names: str) -> tuple[float, float, float]:
 
 
 def markdown(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    lines = [header, tuple("---" for _ in header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    lines = [header, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    lines.insert(1, tuple("-" * width for width in widths))
+    return "\n".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |" for line in lines)
 
 
 def aligned(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
@@ -109,70 +114,91 @@ def goal_table(rows: list[Row], table=aligned) -> str:
 
 def op_table(rows: list[Row]) -> str:
     """The rows of SHAPE with all threads: the time, the share of the floor, and how much faster ours is than each."""
-    most = max(row.threads for row in rows)
-    chosen = [row for row in rows if row.shape == SHAPE and row.threads == most]
+    chosen = [row for row in rows if row.shape == SHAPE and row.threads == _threads(rows)]
     chosen.sort(key=lambda row: (OP_ORDER.index(row.op), row.M or 0, row.cache != "out"))
-    header = ("op", "M", "weight in a cache", "ms", "share of the floor", BNB, BNB_DQ, f"{DENSE} or copy_")
+    header = ("op", "M", "cached", "ms", "of floor", BNB, "double-quantized", "dense or copy_")
     return markdown(header, map(_op_cells, chosen))
 
 
 def _op_cells(row: Row) -> tuple[str, ...]:
-    def ratio(side: str) -> str:
-        if side not in row.ratios:
-            return ""
-        p20, median, p80 = row.ratios[side]
-        return f"**{median:.2f}x** ({p20:.2f}-{p80:.2f})"
-
     dense = next((side for side in row.ratios if side not in (BNB, BNB_DQ)), "")
     return (
         row.op, str(row.M or ""), {"in": "yes", "out": "no"}.get(row.cache, ""), f"{row.ms[OURS]:.3g}",
-        f"{row.share[1]:.0%}" if row.share else "", ratio(BNB), ratio(BNB_DQ), ratio(dense),
+        f"{row.share[1]:.0%}" if row.share else "", *(_ratio(row, side) for side in (BNB, BNB_DQ, dense)),
     )  # fmt: skip
 
 
+def _ratio(row: Row, side: str) -> str:
+    """As "1.33 (1.29-1.48)": the median of the rounds' ratios and their 20th and 80th percentile."""
+    if side not in row.ratios:
+        return ""
+    p20, median, p80 = (f"{ratio:.0f}" if ratio >= 100 else f"{ratio:.2f}" for ratio in row.ratios[side])
+    return f"{median} ({p20}-{p80})"
+
+
 def model_table(rows: list[Row]) -> str:
-    header = ("model", "work", "side", "tokens/s", "ours is faster by", "peak memory of the process, MiB")
+    header = ("model", "work", "side", "tokens/s", "ours is faster by", "peak memory, MiB")
     cells = []
     for row in rows:
         if row.tokens is None:
             continue
         for side, ms in row.ms.items():
-            p20, median, p80 = row.ratios.get(side, (0, 0, 0))
-            faster = f"**{median:.2f}x** ({p20:.2f}-{p80:.2f})" if median else ""
             peak = f"{row.peak_mib[side]:.0f}" if side in row.peak_mib else ""
-            cells.append((row.shape, row.op, side, f"{row.tokens / ms * 1e3:.1f}", faster, peak))
+            cells.append((row.shape, row.op, side, f"{row.tokens / ms * 1e3:.1f}", _ratio(row, side), peak))
     return markdown(header, cells)
 
 
-def readme_section(path: Path) -> str:
-    """What the README says between its markers about results/<path>."""
-    rows, about = read_csv(path)
-    most = max(row.threads for row in rows)
-    parts = [
-        f"On {about['machine']}, {most} threads, {about['kernels']} kernels, torch {about['torch']}, bitsandbytes "
-        f"{about['bitsandbytes']}, commit {about['commit']}, {about['date']}, by `{about['command']}`:",
-        markdown(GOAL_HEADER, goal_rows(rows)),
-        f"Every {SHAPE} row of that run with {most} threads; all others are in the CSV:",
-        op_table(rows),
-    ]
+def readme_section(rows: list[Row], about: dict[str, str], path: Path, folder: Path) -> list[str]:
+    """The paragraphs of the README about results/<path>: the goals, the lost ones included, and a picture."""
+    goals = markdown(GOAL_HEADER, goal_rows(rows))
+    return [_provenance(rows, about), goals, *_pictures(path, folder, ("speed",))]
+
+
+def speed_section(rows: list[Row], about: dict[str, str], path: Path, folder: Path) -> list[str]:
+    """Those of docs/speed.md: the goals, the rows of SHAPE, the models and the pictures."""
+    every = f"""Every {SHAPE} row of that run with {_threads(rows)} threads; all others are in the CSV. The last three
+        columns say how many times faster ours is than bitsandbytes' fastest layer, than its double-quantized one, and
+        than dense bf16 (`copy_` beside dequantize), each as the median of the rounds' ratios with their 20th and 80th
+        percentile:"""
+    parts = [_provenance(rows, about), markdown(GOAL_HEADER, goal_rows(rows)), _wrapped(every), op_table(rows)]
     if any(row.tokens for row in rows):
-        parts += ["A whole model:", model_table(rows)]
-    for kind, what in (("speed", "Speed-up over dense bf16 against M"), ("floor", "Share of the floor")):
-        picture = path.with_name(f"{path.stem}-{kind}.png")
-        if picture.exists():
-            parts.append(f"![{what}](benchmarks/results/{picture.name})")
-    return "\n\n".join(parts)
+        parts += ["A whole model; the memory is that of the process at its peak:", model_table(rows)]
+    return parts + _pictures(path, folder, ("speed", "floor"))
 
 
-MARKED = re.compile(r"(<!-- speed: (\S+) -->\n).*?(\n<!-- end of speed -->)", flags=re.DOTALL)
+def _threads(rows: list[Row]) -> int:
+    return max(row.threads for row in rows)
 
 
-def named_in(readme: str) -> Path:
-    """The CSV that the README's speed section is made of."""
-    return RESULTS / MARKED.search(readme)[2]
+def _provenance(rows: list[Row], about: dict[str, str]) -> str:
+    return _wrapped(
+        f"On {about['machine']}, {_threads(rows)} threads, {about['kernels']} kernels, torch {about['torch']}, "
+        f"bitsandbytes {about['bitsandbytes']}, commit {about['commit']}, {about['date']}, by `{about['command']}`:"
+    )
 
 
-def with_section(readme: str, path: Path) -> str:
-    """The README with its speed section made of that CSV."""
-    section = readme_section(path)
-    return MARKED.sub(lambda found: f"<!-- speed: {path.name} -->\n{section}{found[3]}", readme)
+def _wrapped(text: str) -> str:
+    return textwrap.fill(" ".join(text.split()), WIDTH, break_on_hyphens=False, break_long_words=False)
+
+
+def _pictures(path: Path, folder: Path, kinds: Iterable[str]) -> list[str]:
+    what = {"speed": "Speed-up over dense bf16 against M", "floor": "Share of the floor"}
+    pictures = {kind: path.with_name(f"{path.stem}-{kind}.png") for kind in kinds}
+    return [f"![{what[kind]}]({os.path.relpath(file, folder)})" for kind, file in pictures.items() if file.exists()]
+
+
+SECTIONS = {README: readme_section, SPEED: speed_section}
+MARKED = re.compile(r"<!-- speed: (\S+) -->\n.*?\n<!-- end of speed -->", flags=re.DOTALL)
+
+
+def named_in(document: Path) -> Path:
+    """The CSV that a document's speed section is made of."""
+    return RESULTS / MARKED.search(document.read_text())[1]
+
+
+def with_section(document: Path, path: Path | None = None) -> str:
+    """The text of a document of SECTIONS with its speed section made of that CSV, else of the one that it names."""
+    path = named_in(document) if path is None else path
+    section = "\n\n".join(SECTIONS[document](*read_csv(path), path, document.parent))
+    marked = f"<!-- speed: {path.name} -->\n{section}\n<!-- end of speed -->"
+    return MARKED.sub(lambda _: marked, document.read_text())

@@ -1,5 +1,6 @@
 """The benchmarks' own logic: turns, floors, goals, tables, pictures and regressions; and one small run."""
 
+import re
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -163,12 +164,27 @@ def test_nothing_is_drawn_without_rows_for_it(tmp_path):
     assert plots.draw([row for row in rows() if row.op == "qlora step"], ABOUT, tmp_path / "a.csv") == []
 
 
-def test_readme_shows_the_csv_that_it_names():
-    """`python -m benchmarks --readme` mends it."""
-    text = report.README.read_text()
-    assert report.with_section(text, report.named_in(text)) == text
-    for picture in sorted(report.RESULTS.glob(f"{report.named_in(text).stem}-*.png")):
-        assert f"(benchmarks/results/{picture.name})" in text
+@pytest.mark.parametrize("document", report.SECTIONS, ids=lambda path: path.name)
+def test_a_document_shows_the_csv_that_it_names(document):
+    """`python -m benchmarks --docs` mends it."""
+    text = document.read_text()
+    assert report.with_section(document) == text
+    picture = report.named_in(document).with_suffix("").name + "-speed.png"
+    assert f"benchmarks/results/{picture})" in text
+
+
+def test_a_section_is_made_of_another_csv_where_one_is_given(tmp_path):
+    path = tmp_path / "a.csv"
+    report.write_csv(path, rows(), ABOUT)
+    plots.draw(*report.read_csv(path), path)
+    for document, pictures in ((report.README, 1), (report.SPEED, 2)):
+        section = report.MARKED.search(report.with_section(document, path))[0]
+        assert section.startswith("<!-- speed: a.csv -->\nOn A CPU, 2 cores, 2 threads, native avx2 kernels")
+        links = re.findall(r"\]\((.+?)\)", section)
+        assert [(document.parent / link).resolve() for link in links] == [
+            tmp_path / f"a-{kind}.png" for kind in ("speed", "floor")[:pictures]
+        ]
+        assert all(len(line) <= report.WIDTH for line in section.splitlines() if not line.startswith("!["))
 
 
 @pytest.mark.parametrize(
