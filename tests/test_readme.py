@@ -1,28 +1,110 @@
-"""The README's Python runs, block after block, as a reader would type it."""
+"""README, CONTRIBUTING and docs/: their Python runs, block after block, and what they name exists.
 
+A ```python block is run; ```py shows signatures, and ```text what is planned.
+"""
+
+import importlib.util
 import re
+from pathlib import Path
 
+import pytest
 from support.paths import ROOT
 
-README = ROOT / "README.md"
+import nf4kernels as nf4
+from nf4kernels import cli
+
+DOCUMENTS = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
+OPTIONAL = ("transformers", "peft", "bitsandbytes")
+
+each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 
 
-def test_python_blocks_run(tmp_path, monkeypatch):
+def python_blocks(document: Path) -> list[str]:
+    return [code for language, code in FENCE.findall(document.read_text()) if language == "python"]
+
+
+def prose(document: Path) -> str:
+    """The text without its blocks."""
+    return FENCE.sub("", document.read_text())
+
+
+def commands(document: Path) -> list[str]:
+    """Lines of shell blocks and code within sentences, comments removed."""
+    blocks = [code for language, code in FENCE.findall(document.read_text()) if language == ""]
+    code = [*"\n".join(blocks).splitlines(), *re.findall(r"`([^`]+)`", prose(document))]
+    return [re.sub(r"\s+#.*", "", " ".join(line.split())) for line in code]
+
+
+def arguments(document: Path, pattern: str) -> list[str]:
+    """What follows `pattern` in the commands that hold it, variables like A=1 in front left out."""
+    found = (re.match(rf"(?:\w+=\S+ )*(?:\S*/)?{pattern}(.*)", command) for command in commands(document))
+    return [match[1] for match in found if match]
+
+
+@pytest.mark.parametrize("document", [path for path in DOCUMENTS if python_blocks(path)], ids=lambda path: path.name)
+def test_python_blocks_run(document, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 2
+    for name in OPTIONAL:
+        if any(name in block for block in python_blocks(document)):
+            pytest.importorskip(name, reason=f"{name} is not installed: {document.name} is not run")
     names: dict = {}
-    for block in blocks:
+    for block in python_blocks(document):
         exec(block, names)
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
-    assert names["y"].shape == (3, 1024)
+    if document.name == "README.md":
+        assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+        assert names["y"].shape == (3, 1024)
 
 
-def test_names_in_the_readme_exist():
-    import nf4kernels as nf4
+@each_document
+def test_names_of_the_package_exist(document):
+    text = re.sub(r"^```text\n.*?^```$", "", document.read_text(), flags=re.DOTALL | re.MULTILINE)
+    names = set(re.findall(r"\bnf4\.(\w+)", text))
+    assert not {name for name in names if not hasattr(nf4, name)}
+    sources = [ROOT / "setup.py", *ROOT.glob("nf4kernels/**/*.py"), *ROOT.glob("tests/**/*.py")]
+    known = set(re.findall(r"NF4KERNELS_\w+", "\n".join(path.read_text() for path in sources)))
+    assert set(re.findall(r"NF4KERNELS_\w+\b(?!\*)", text)) <= known
 
-    for name in re.findall(r"`nf4\.(\w+)", README.read_text()):
-        assert hasattr(nf4, name), name
-    for row in re.findall(r"^\| (`.+?) \|", README.read_text(), flags=re.MULTILINE):
-        for name in re.findall(r"`(\w+)`", row):
-            assert name.startswith("NF4KERNELS_") or hasattr(nf4, name), name
+
+@each_document
+def test_links_lead_somewhere(document):
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", prose(document)):
+        path, _, anchor = link.partition("#")
+        target = document.parent / path if path else document
+        assert target.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", prose(target), flags=re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}, link
+
+
+@each_document
+def test_files_that_are_named_exist(document):
+    for name in re.findall(r"`([\w./]+/[\w./]+\.(?:py|h|cuh?|cpp|csv|json|md|toml))`", prose(document)):
+        assert any((ROOT / room / name).exists() for room in ("", "nf4kernels", "csrc")), name
+
+
+@each_document
+def test_commands_exist(document):
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    verbs = {verb.__name__.rpartition(".")[2] for verb in cli.VERBS}
+    assert {rest.split()[0] for rest in arguments(document, "make ")} <= targets
+    assert {rest.split()[0] for rest in arguments(document, "nf4kernels ")} - {"0.1.0"} <= verbs
+    for rest in arguments(document, "python -m "):
+        module, *options = rest.split()
+        spec = importlib.util.find_spec(module)
+        assert spec is not None, rest
+        file = Path(spec.origin)
+        if ROOT in file.parents:
+            source = (file.with_name("__main__.py") if file.name == "__init__.py" else file).read_text()
+            assert all(f'"{option}"' in source for option in options if option.startswith("--") and option != "--help")
+    for rest in arguments(document, r"python (?=[\w/]+\.py)"):
+        assert (ROOT / rest.split()[0]).exists(), rest
+
+
+def test_commands_and_links_are_found():
+    """What the tests above look for is there to be found."""
+    readme = ROOT / "README.md"
+    assert {"demo", "test"} <= {rest.split()[0] for rest in arguments(readme, "make ")}
+    assert {"info", "quantize", "demo"} <= {rest.split()[0] for rest in arguments(readme, "nf4kernels ")}
+    assert any("--docs" in rest for rest in arguments(ROOT / "docs" / "speed.md", "python -m "))
+    assert len(python_blocks(readme)) == 2
