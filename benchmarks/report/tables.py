@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..harness import BNB, BNB_DQ, OURS, ROOT, Row
+from ..harness import BNB, BNB_DQ, DENSE, OURS, ROOT, Row
 from .goals import MODEL_STEP, SHAPE, goal_rows
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -116,7 +116,7 @@ def op_table(rows: list[Row]) -> str:
     """The rows of SHAPE with all threads: the time, the share of the floor, and how much faster ours is than each."""
     chosen = [row for row in rows if row.shape == SHAPE and row.threads == _threads(rows)]
     chosen.sort(key=lambda row: (OP_ORDER.index(row.op), row.M or 0, row.cache != "out"))
-    header = ("op", "M", "cached", "ms", "of floor", BNB, "double-quantized", "dense or copy_")
+    header = ("op", "M", "cached", "ms", "of floor", BNB, "double-quantized", f"{DENSE} or copy_")
     return markdown(header, map(_op_cells, chosen))
 
 
