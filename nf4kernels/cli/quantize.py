@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import shutil
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,9 +13,8 @@ from tqdm import tqdm
 from ..functional import quantize
 from ..model.quantize import QuantizedLayer, QuantizeReport, SkippedLayer, skips, squared_error
 from ..quantized_weight import BLOCK_SIZES, WEIGHT_DTYPES
-from ..storage.atomic import flush
+from ..storage.atomic import TargetError, copy_file, replacing_directory, write_json
 from ..storage.checkpoint import checkpoint_files, weight_to_tensors, write_tensors
-from ..storage.staging import staged_directory
 from .errors import CommandError
 from .linear_layers import Choice, choose
 
@@ -85,14 +83,27 @@ def run(args: argparse.Namespace) -> None:
     dense = [name for name in choice.layers if name not in quantized]
     new_config = _new_config(config, args, quantized, [*choice.dense, *dense])
 
-    with staged_directory(out_dir, args.overwrite) as staging:
-        try:
+    _check_target(out_dir, args.overwrite)
+    try:
+        with replacing_directory(out_dir) as staging:
             report = _convert(in_dir, staging, shards, quantized, args)
-            _write_json(staging / "config.json", new_config)
+            write_json(staging / "config.json", new_config)
             _copy_rest(in_dir, staging)
-        except OSError as error:
-            raise CommandError(f"quantize: {error}") from error
+    except TargetError as error:
+        raise CommandError(f"OUT_DIR {error}") from None
+    except OSError as error:
+        raise CommandError(f"quantize: {error}") from error
     _print_summary(report, choice, quantized, args)
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if not target.exists():
+        return
+    if not overwrite:
+        raise CommandError(f"OUT_DIR must not exist (or say --overwrite), got {target}")
+    weights = any(target.glob("*.safetensors")) if target.is_dir() else False
+    if not weights or not (target / "config.json").is_file():
+        raise CommandError(f"OUT_DIR must be a model directory to be overwritten, got {target} without model files")
 
 
 def _read_config(in_dir: Path) -> dict:
@@ -184,9 +195,7 @@ def _convert(in_dir: Path, staging: Path, shards, quantized, args: argparse.Name
             after += sum(tensor.nbytes for tensor in out.values())
             write_tensors(out, staging / file, metadata)
     if (in_dir / INDEX).exists():
-        _write_json(
-            staging / INDEX, {"metadata": {"total_size": after}, "weight_map": dict(sorted(weight_map.items()))}
-        )
+        write_json(staging / INDEX, {"metadata": {"total_size": after}, "weight_map": dict(sorted(weight_map.items()))})
     return QuantizeReport(layers, skipped, before, after)
 
 
@@ -209,11 +218,6 @@ def _dense(tensor: torch.Tensor, dtype: str) -> torch.Tensor:
     return tensor.to(DTYPES[dtype]) if dtype != "auto" and tensor.is_floating_point() else tensor
 
 
-def _write_json(file: Path, content: dict) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n")
-    flush(file)
-
-
 def _copy_rest(in_dir: Path, staging: Path) -> None:
     """Tokenizer, generation settings and the like; no weights in other formats, nothing hidden."""
     for source in sorted(in_dir.rglob("*")):
@@ -223,8 +227,7 @@ def _copy_rest(in_dir: Path, staging: Path) -> None:
         if hidden or not source.is_file() or source.name.endswith(OTHER_WEIGHTS) or target.exists():
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
-        flush(target)
+        copy_file(source, target)
 
 
 def _print_summary(report: QuantizeReport, choice: Choice, quantized: dict[str, _Tensor], args) -> None:

@@ -17,8 +17,7 @@ from support.paths import ROOT
 
 import nf4kernels as nf4
 from nf4kernels.cli import linear_layers, main, quantize
-from nf4kernels.cli.errors import CommandError
-from nf4kernels.storage import staging
+from nf4kernels.storage.atomic import TargetError, replacing_directory
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: no directory is quantized")
 LAYER_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -397,31 +396,29 @@ def test_overwrite_killed_between_its_renames(target_is_there, tmp_path):
         target.mkdir()
         (target / "config.json").write_text("new")
         (target / "model.safetensors").write_text("")
-    with pytest.raises(RuntimeError, match="stop"), staging.staged_directory(target, overwrite=True):
+    with pytest.raises(RuntimeError, match="stop"), replacing_directory(target):
         raise RuntimeError("stop")
     assert os.listdir(tmp_path) == ["out"]
     assert (target / "config.json").read_text() == ("new" if target_is_there else "old")
 
 
-def test_overwrite_wants_a_model_and_not_any_config(tmp_path):
+def test_overwrite_wants_a_model_and_not_any_config(in_dir, tmp_path, capsys):
     (tmp_path / "project" / "src").mkdir(parents=True)
     (tmp_path / "project" / "config.json").write_text("{}")
-    with (
-        pytest.raises(CommandError, match="OUT_DIR must be a model directory to be overwritten"),
-        staging.staged_directory(tmp_path / "project", overwrite=True),
-    ):
-        pass
+    assert command(in_dir, tmp_path / "project", "--overwrite") == 2
+    assert "OUT_DIR must be a model directory to be overwritten" in capsys.readouterr().err
     assert (tmp_path / "project" / "src").is_dir()
 
 
-def test_output_that_cannot_be_made(in_dir, tmp_path):
+def test_output_that_cannot_be_made(in_dir, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     with (
-        pytest.raises(CommandError, match="OUT_DIR must be a path that can be made"),
-        staging.staged_directory(tmp_path / "file" / "out"),
+        pytest.raises(TargetError, match="must be a path that can be made"),
+        replacing_directory(tmp_path / "file" / "out"),
     ):
         pass
     assert command(in_dir, tmp_path / "file" / "out") == 2
+    assert "OUT_DIR must be a path that can be made" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

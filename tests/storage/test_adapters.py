@@ -430,7 +430,7 @@ def test_failed_write_leaves_the_old_files(tmp_path, monkeypatch):
         Path(path).write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("nf4kernels.adapters.save_file", half)
+    monkeypatch.setattr("nf4kernels.storage.adapters.save_file", half)
     with pytest.raises(OSError, match="No space left"):
         nf4.save_adapters(quantized(nf4.LoraConfig(r=8)), tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
