@@ -3,7 +3,9 @@
 from . import codebook
 from .backends.select import backend_info
 from .functional import dequantize, grouped_linear, linear, lora_linear, quantize, quantize_experts
-from .model.quantize import QuantizeReport, merge_model, quantize_model
+from .model.merge import merge_model
+from .model.quantize import quantize_model
+from .model.report import QuantizeReport
 from .nn.lora import LoraConfig
 from .nn.quant_experts import QuantExperts
 from .nn.quant_linear import QuantLinear

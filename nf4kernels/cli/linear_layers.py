@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..model.quantize import plan_layers, skips
+from ..model.plan import plan_layers, skips
 from .errors import CommandError
 
 # Only where transformers does not know the model: matrices that are not linear layers by these names.

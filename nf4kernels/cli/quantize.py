@@ -11,7 +11,9 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from ..functional import quantize
-from ..model.quantize import QuantizedLayer, QuantizeReport, SkippedLayer, skips, squared_error
+from ..model.plan import skips
+from ..model.quantize import squared_error
+from ..model.report import QuantizedLayer, QuantizeReport, SkippedLayer
 from ..quantized_weight import BLOCK_SIZES, WEIGHT_DTYPES
 from ..storage.atomic import TargetError, copy_file, replacing_directory, write_json
 from ..storage.checkpoint import checkpoint_files, weight_to_tensors, write_tensors

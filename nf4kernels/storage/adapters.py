@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..model.quantize import unwrapped
+from ..model.plan import unwrapped
 from ..nn.lora import LoraConfig
 from ..nn.quant_linear import QuantLinear
 from .atomic import replacing

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..codebook import CODEBOOKS, SCALE_CODEBOOKS
-from ..model.quantize import replace_module, unwrapped
+from ..model.plan import replace_module, unwrapped
 from ..nn.lora import LoraConfig
 from ..nn.quant_linear import QuantLinear
 from ..nn.quant_module import BUFFERS, QuantModule

@@ -137,11 +137,11 @@ def test_report_reads_as_a_table():
     assert str(nf4.QuantizeReport())
 
 
-def test_panels_do_not_change_the_error(monkeypatch):
+def test_slices_do_not_change_the_error(monkeypatch):
     model = Net()
     other = copy.deepcopy(model)
     whole = nf4.quantize_model(model, **OPTIONS)
-    monkeypatch.setattr(model_module, "SMALLEST_PANEL", 100)
+    monkeypatch.setattr(model_module, "SMALLEST_SLICE", 100)
     assert nf4.quantize_model(other, **OPTIONS).rms_error == pytest.approx(whole.rms_error, rel=1e-12)
 
 
