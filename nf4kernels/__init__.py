@@ -11,7 +11,8 @@ from .nn.quant_experts import QuantExperts
 from .nn.quant_linear import QuantLinear
 from .quantized_weight import QuantizedExperts, QuantizedWeight
 from .storage.adapters import load_adapters, save_adapters
-from .storage.checkpoint import load_checkpoint, save_checkpoint, weight_from_tensors, weight_to_tensors
+from .storage.bitsandbytes_format import weight_from_tensors, weight_to_tensors
+from .storage.checkpoint import load_checkpoint, save_checkpoint
 
 __version__ = "0.1.0"
 __all__ = [

@@ -16,8 +16,10 @@ from safetensors.torch import load_file, save_file
 from support.paths import ROOT
 
 import nf4kernels as nf4
-from nf4kernels.cli import linear_layers, main, quantize
+from nf4kernels.cli import main
+from nf4kernels.storage import convert
 from nf4kernels.storage.atomic import TargetError, replacing_directory
+from nf4kernels.storage.layer_choice import left_dense_by_loader
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: no directory is quantized")
 LAYER_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -192,7 +194,7 @@ def test_layers_are_chosen_by_the_model(tmp_path):
 
 def test_tied_head_is_not_quantized_even_unskipped(tmp_path, monkeypatch):
     tiny_llama(tmp_path / "in", tie_word_embeddings=True)
-    monkeypatch.setattr(quantize, "SKIP", ())
+    monkeypatch.setattr(convert, "SKIP", ())
     assert command(tmp_path / "in", tmp_path / "out") == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["llm_int8_skip_modules"] == ["lm_head"]
@@ -200,14 +202,14 @@ def test_tied_head_is_not_quantized_even_unskipped(tmp_path, monkeypatch):
 
 def test_layer_that_the_loader_would_leave_dense_is_left_dense(tmp_path):
     """transformers reads the skip list as suffixes, too: "fc" in it also stands for "inner.fc"."""
-    assert linear_layers.left_dense_by_loader("inner.fc", ["fc"])
-    assert linear_layers.left_dense_by_loader("model.layers.1.mlp", ["model.layers.1"])
-    assert not linear_layers.left_dense_by_loader("model.layers.11.mlp", ["model.layers.1"])
+    assert left_dense_by_loader("inner.fc", ["fc"])
+    assert left_dense_by_loader("model.layers.1.mlp", ["model.layers.1"])
+    assert not left_dense_by_loader("model.layers.11.mlp", ["model.layers.1"])
     should_convert = pytest.importorskip("transformers.quantizers.quantizers_utils").should_convert_module
     names = ["inner.fc", "fc", "model.layers.1.mlp", "model.layers.11.mlp", "mlp.gate", "mlp.gate_proj", "a.lm_head"]
     for entry in ["fc", "model.layers.1", "model.layers.*", "mlp.gate", "lm_head", "gate"]:
         for name in names:
-            assert linear_layers.left_dense_by_loader(name, [entry]) == (not should_convert(name, [entry]))
+            assert left_dense_by_loader(name, [entry]) == (not should_convert(name, [entry]))
 
 
 def test_names_decide_where_transformers_does_not_know_the_model(in_dir, tmp_path, capsys):
@@ -333,7 +335,7 @@ def test_run_that_fails_half_way_leaves_nothing(error, overwrite, tmp_path, monk
     flags = ["--overwrite"] if overwrite else []
     if overwrite:
         assert command(tmp_path / "in", tmp_path / "out", "--codebook", "fp4") == 0
-    before, original, written = tree(tmp_path), quantize.write_tensors, []
+    before, original, written = tree(tmp_path), convert.write_tensors, []
 
     def fails_on_the_third(tensors, path, metadata=None):
         written.append(path)
@@ -342,7 +344,7 @@ def test_run_that_fails_half_way_leaves_nothing(error, overwrite, tmp_path, monk
             raise error
         original(tensors, path, metadata)
 
-    monkeypatch.setattr(quantize, "write_tensors", fails_on_the_third)
+    monkeypatch.setattr(convert, "write_tensors", fails_on_the_third)
     assert command(tmp_path / "in", tmp_path / "out", *flags) == (130 if isinstance(error, KeyboardInterrupt) else 2)
     message = "interrupted" if isinstance(error, KeyboardInterrupt) else "No space left on device"
     assert message in capsys.readouterr().err
@@ -353,15 +355,16 @@ def test_run_that_fails_half_way_leaves_nothing(error, overwrite, tmp_path, monk
 
 KILLED = """
 import sys, time
-from nf4kernels.cli import main, quantize
-original, written = quantize.write_tensors, []
+from nf4kernels.cli import main
+from nf4kernels.storage import convert
+original, written = convert.write_tensors, []
 def stalls(tensors, path, metadata=None):
     original(tensors, path, metadata)
     written.append(path)
     if len(written) == 2:
         print("half way", flush=True)
         time.sleep(60)
-quantize.write_tensors = stalls
+convert.write_tensors = stalls
 sys.exit(main(["quantize", *sys.argv[1:]]))
 """
 
@@ -457,13 +460,13 @@ def test_info_needs_no_framework():
 
 def test_one_dense_tensor_at_a_time(tmp_path, monkeypatch):
     tiny_llama(tmp_path / "in")
-    seen, alive, original = [], [], quantize.quantize
+    seen, alive, original = [], [], convert.quantize
 
     def watching(tensor, *args, **kwargs):
         alive.append(sum(reference() is not None for reference in seen))
         seen.append(weakref.ref(tensor))
         return original(tensor, *args, **kwargs)
 
-    monkeypatch.setattr(quantize, "quantize", watching)
+    monkeypatch.setattr(convert, "quantize", watching)
     assert command(tmp_path / "in", tmp_path / "out") == 0
-    assert alive == [0] * 14
+    assert alive == [0] * 15  # the first call checks the options
