@@ -20,6 +20,7 @@ LEVELS = {
     "nf4kernels.reference": 0,
     "nf4kernels.ops": 1,
     "nf4kernels.backends": 2,
+    "nf4kernels.autograd": 3,
     "nf4kernels.functional": 3,
     "nf4kernels.nn": 4,
     "nf4kernels.model": 5,

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..functional import autocast_is_on, dequantize, grouped_linear_from_args, quantize_experts
+from ..autograd import autocast_is_on
+from ..functional import dequantize, grouped_linear_from_args, quantize_experts
 from ..quantized_weight import WEIGHT_DTYPES, QuantizedExperts, expert_columns
 from .quant_module import QuantModule, checked_compute_dtype
 

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+from ..autograd import autocast_is_on
 from ..codebook import SCALE_CODEBOOKS
-from ..functional import autocast_is_on, dequantize, linear_from_args, lora_linear_from_args, quantize
+from ..functional import dequantize, linear_from_args, lora_linear_from_args, quantize
 from ..quantized_weight import WEIGHT_DTYPES, QuantizedWeight
 from .lora import LoraConfig, init_adapter
 from .quant_module import QuantModule, checked_compute_dtype
