@@ -20,6 +20,7 @@ import torch
 from .. import reference
 from ..ops import LIBRARY, OPS, SCHEMAS
 from . import native
+from .arguments import checked
 from .measured import BACKENDS, Rule, by_rules, rules_for
 from .registration import Registration, check_is_complete, stand_in
 
@@ -27,6 +28,7 @@ VARIABLE = "NF4KERNELS_BACKEND"
 OLDEST = (8, 0)  # compute capability, of the CUDA library's kernels and of Triton's compiler
 GPU_KEYS = {"cuda": "CUDA", "xpu": "XPU"}  # device type -> dispatch key; AMD's GPUs are torch's cuda too
 NATIVE_NAMESPACE = "nf4kernels_native"  # of the CUDA library's ops where it shares a device with another backend
+REFERENCE = {op: checked(op, getattr(reference, op)) for op in OPS}
 _NATIVE_SCHEMAS = torch.library.Library(NATIVE_NAMESPACE, "DEF")
 
 
@@ -176,7 +178,7 @@ def implement(device_type: str) -> Mapping[str, Callable] | None:
 def kernels_of(backend: str) -> Mapping[str, Callable]:
     """A backend's functions, by op, for a GPU."""
     if backend == "reference":
-        return {op: getattr(reference, op) for op in OPS}
+        return REFERENCE
     return _native_ops() if backend == "native" else check_is_complete(_triton().OPS, backend)
 
 
@@ -204,7 +206,7 @@ REGISTRATIONS = {
 if FORCED == "triton" or (FORCED == "native" and CPU_LIBRARY is None):
     REGISTRATIONS["cpu"] = Registration("nf4kernels", "CPU", functools.partial(implement, "cpu"))
 for _op in OPS:
-    LIBRARY.impl(_op, stand_in("nf4kernels", _op, getattr(reference, _op), REGISTRATIONS), "CompositeExplicitAutograd")
+    LIBRARY.impl(_op, stand_in("nf4kernels", _op, REFERENCE[_op], REGISTRATIONS), "CompositeExplicitAutograd")
 
 
 def backend_info() -> BackendInfo:
