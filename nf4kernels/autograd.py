@@ -3,24 +3,33 @@
 `functional` takes this way only when a gradient is needed: registering autograd with the op costs 6 us more a call.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import ops  # noqa: F401 (defines what the next lines hold)
-from .quantized_weight import WEIGHT_DTYPES
+from .quantized_weight import WEIGHT_DTYPES, WeightArgs
 
-_ops = torch.ops.nf4kernels  # each lookup would cost every call 0.1 us
-_linear, _linear_dgrad, _lora_grad = _ops.linear.default, _ops.linear_dgrad.default, _ops.lora_grad.default
-_grouped_linear, _grouped_linear_dgrad = _ops.grouped_linear.default, _ops.grouped_linear_dgrad.default
+_ops = torch.ops.nf4kernels
+# Each lookup would cost every call 0.1 us.
+_linear: Callable[..., Tensor] = _ops.linear.default
+_linear_dgrad: Callable[..., Tensor] = _ops.linear_dgrad.default
+_grouped_linear: Callable[..., Tensor] = _ops.grouped_linear.default
+_grouped_linear_dgrad: Callable[..., Tensor] = _ops.grouped_linear_dgrad.default
+_lora_grad: Callable[..., Tensor] = _ops.lora_grad.default
+Gradients = tuple[Tensor | None, ...]  # one for each argument of forward
 
 
 def autocast_is_on(device: torch.device) -> bool:
     device_type = device.type
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)  # torch knows none for meta, and raises
+    is_on: bool = device_type != "meta" and torch.is_autocast_enabled(device_type)  # torch raises for meta
+    return is_on
 
 
-def _sizes(x: Tensor, weight_args: tuple) -> tuple:
+def _sizes(x: Tensor, weight_args: WeightArgs) -> tuple[int, int, int]:
     """(N, K, block_size) with K as x has it: that is the symbol which torch.compile(dynamic=True) can find again."""
     return weight_args[6], x.shape[-1], weight_args[8]
 
@@ -32,14 +41,14 @@ class Linear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, bias, weight_args):
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight_args: WeightArgs) -> Tensor:
         ctx.save_for_backward(*weight_args[:6])
         ctx.sizes = _sizes(x, weight_args)
         return _linear(x, *weight_args, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> Gradients:
         dx = dbias = None
         if ctx.needs_input_grad[0]:
             dx = _linear_dgrad(dy, *ctx.saved_tensors, *ctx.sizes)
@@ -52,18 +61,21 @@ class GroupedLinear(torch.autograd.Function):
     """dx = each expert's rows of dy @ its Ŵ."""
 
     @staticmethod
-    def forward(ctx, x, expert_offsets, weight_args):
+    def forward(ctx: Any, x: Tensor, expert_offsets: Tensor, weight_args: WeightArgs) -> Tensor:
         ctx.save_for_backward(expert_offsets, *weight_args[:6])
         ctx.sizes = _sizes(x, weight_args)
         return _grouped_linear(x, expert_offsets, *weight_args)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> Gradients:
         return _grouped_linear_dgrad(dy, *ctx.saved_tensors, *ctx.sizes), None, None
 
 
-def lora_forward(x, lora_A, lora_B, bias, scaling, dropout_p, weight_args):
+def lora_forward(
+    x: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float, dropout_p: float,
+    weight_args: WeightArgs,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """(y, P, mask) as `LoraLinear` names them; P is the LoRA inner product [M, r]."""
     dropped, mask = x, None
     if dropout_p > 0:
@@ -83,7 +95,10 @@ class LoraLinear(torch.autograd.Function):
     dx = dy @ Ŵ + scaling * dropout'(Q @ A), the mask of forward used again."""
 
     @staticmethod
-    def forward(ctx, x, lora_A, lora_B, bias, scaling, dropout_p, weight_args):
+    def forward(
+        ctx: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float, dropout_p: float,
+        weight_args: WeightArgs,
+    ) -> Tensor:  # fmt: skip
         y, P, mask = lora_forward(x, lora_A, lora_B, bias, scaling, dropout_p, weight_args)
         ctx.save_for_backward(x, mask, P, lora_A, lora_B, *weight_args[:6])
         ctx.sizes, ctx.scaling, ctx.dropout_scale = _sizes(x, weight_args), scaling, 1 / (1 - dropout_p)
@@ -91,17 +106,18 @@ class LoraLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> Gradients:
         if not autocast_is_on(dy.device):
             return _lora_gradients(ctx, dy)
         with torch.autocast(dy.device.type, enabled=False):  # the forward's dtype holds, whatever is on around backward
             return _lora_gradients(ctx, dy)
 
 
-def _lora_gradients(ctx, dy):
+def _lora_gradients(ctx: Any, dy: Tensor) -> Gradients:
     x, mask, P, lora_A, lora_B, *weight = ctx.saved_tensors
     need_x, need_A, need_B, need_bias = ctx.needs_input_grad[:4]
-    scaling, dx, dA, dB, dbias = ctx.scaling, None, None, None, None
+    scaling: float = ctx.scaling
+    dx = dA = dB = dbias = None
     if need_x or need_A:
         Q = _lora_inner(dy, lora_B.to(dy.dtype).T)  # [M, r]
     if need_x:

@@ -1,5 +1,8 @@
 """quantize, dequantize, linear, lora_linear, and the same for experts: the ops with checks, defaults and gradients."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -12,13 +15,16 @@ from .quantized_weight import (
     WEIGHT_DTYPES,
     QuantizedExperts,
     QuantizedWeight,
+    WeightArgs,
     check_block_size,
     check_expert_columns,
     expert_specs,
 )
 
 _ops = torch.ops.nf4kernels
-_linear, _grouped_linear = _ops.linear.default, _ops.grouped_linear.default  # a lookup would cost every call 0.1 us
+# Each lookup would cost every call 0.1 us.
+_linear: Callable[..., Tensor] = _ops.linear.default
+_grouped_linear: Callable[..., Tensor] = _ops.grouped_linear.default
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
@@ -108,9 +114,10 @@ def quantize_experts(
     check_expert_columns(weight.shape[2], block_size, who)
     options = (codebook, block_size, double_quant, scale_codebook, nonfinite)
     like = quantize(weight.new_empty((0, weight.shape[2])), *options)  # every check, and the codebooks
-    tensors = {
+    E, N, K = weight.shape
+    tensors: dict[str, Any] = {
         name: None if dtype is None else weight.new_empty(shape, dtype=dtype)
-        for name, (dtype, shape) in expert_specs(*weight.shape, block_size, double_quant).items()
+        for name, (dtype, shape) in expert_specs(E, N, K, block_size, double_quant).items()
     }
     for expert, matrix in enumerate(weight.detach()):
         try:
@@ -160,7 +167,8 @@ def dequantize(
             raise ValueError(f"{who}: {name} must be a range within 0..{size}, got {span}")
         bounds += [begin, end]
     if out is None:
-        return _ops.dequantize(*qweight.op_args(), *bounds, dtype)
+        values: Tensor = _ops.dequantize(*qweight.op_args(), *bounds, dtype)
+        return values
     shape = (bounds[1] - bounds[0], bounds[3] - bounds[2])
     if out.shape != shape:
         raise ValueError(f"{who}: out must have shape {list(shape)}, got {list(out.shape)}")
@@ -256,17 +264,24 @@ def grouped_linear(x: Tensor, expert_offsets: Tensor, qweights: QuantizedExperts
     return grouped_linear_from_args(x, expert_offsets, qweights.op_args(), who)
 
 
-def linear_from_args(x: Tensor, weight_args: tuple, bias: Tensor | None, who: str) -> Tensor:
+def linear_from_args(x: Tensor, weight_args: WeightArgs, bias: Tensor | None, who: str) -> Tensor:
     """`linear` on the weight's op arguments, for callers that hold the tensors themselves."""
     x, bias = _check_input(x, weight_args, bias, who)
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if needs_grad or _is_transformed(x, bias):
-        return Linear.apply(x, bias, weight_args)
+        y: Tensor = Linear.apply(x, bias, weight_args)
+        return y
     return _linear(x, *weight_args, bias)
 
 
 def lora_linear_from_args(
-    x: Tensor, weight_args: tuple, lora_A: Tensor, lora_B: Tensor, scaling: float, bias: Tensor | None, dropout_p: float
+    x: Tensor,
+    weight_args: WeightArgs,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    dropout_p: float,
 ) -> Tensor:
     """`lora_linear` on the weight's op arguments."""
     who = "nf4kernels.lora_linear"
@@ -286,11 +301,12 @@ def lora_linear_from_args(
         x.requires_grad or lora_A.requires_grad or lora_B.requires_grad or (bias is not None and bias.requires_grad)
     )
     if needs_grad or _is_transformed(x, lora_A, lora_B, bias):
-        return LoraLinear.apply(x, lora_A, lora_B, bias, scaling, dropout_p, weight_args)
+        y: Tensor = LoraLinear.apply(x, lora_A, lora_B, bias, scaling, dropout_p, weight_args)
+        return y
     return lora_forward(x, lora_A, lora_B, bias, scaling, dropout_p, weight_args)[0]
 
 
-def grouped_linear_from_args(x: Tensor, expert_offsets: Tensor, weight_args: tuple, who: str) -> Tensor:
+def grouped_linear_from_args(x: Tensor, expert_offsets: Tensor, weight_args: WeightArgs, who: str) -> Tensor:
     """`grouped_linear` on the weight's op arguments."""
     x, _ = _check_input(x, weight_args, None, who)
     E = weight_args[0].shape[0]
@@ -305,7 +321,8 @@ def grouped_linear_from_args(x: Tensor, expert_offsets: Tensor, weight_args: tup
         raise ValueError(f"{who}: expert_offsets must be on {x.device} as x is, got {expert_offsets.device}")
     expert_offsets = expert_offsets.contiguous()
     if (torch.is_grad_enabled() and x.requires_grad) or _is_transformed(x):
-        return GroupedLinear.apply(x, expert_offsets, weight_args)
+        y: Tensor = GroupedLinear.apply(x, expert_offsets, weight_args)
+        return y
     return _grouped_linear(x, expert_offsets, *weight_args)
 
 
@@ -326,7 +343,7 @@ def _check_weight(qweight: QuantizedWeight, who: str) -> None:
         raise TypeError(f"{who}: qweight must be a QuantizedWeight, got {type(qweight).__name__}")
 
 
-def _check_input(x: Tensor, weight_args: tuple, bias: Tensor | None, who: str) -> tuple[Tensor, Tensor | None]:
+def _check_input(x: Tensor, weight_args: WeightArgs, bias: Tensor | None, who: str) -> tuple[Tensor, Tensor | None]:
     """x and bias in the compute dtype: autocast's where it is on, else x's own."""
     packed, N, K = weight_args[0], weight_args[6], weight_args[7]
     if not isinstance(x, Tensor):

@@ -11,7 +11,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from ..quantized_weight import BLOCK_SIZES, SUPERBLOCK, WEIGHT_DTYPES, expert_columns
+from ..quantized_weight import BLOCK_SIZES, SUPERBLOCK, WEIGHT_DTYPES, WeightArgs, expert_columns
 
 
 def refuse(op: str, message: str) -> NoReturn:
@@ -67,7 +67,7 @@ def check_weight(
 
 
 def check_experts(
-    op: str, inputs_name: str, inputs: Tensor, expert_offsets: Tensor, weight: tuple, depth_name: str, depth: int
+    op: str, inputs_name: str, inputs: Tensor, expert_offsets: Tensor, weight: WeightArgs, depth_name: str, depth: int
 ) -> None:
     """x of grouped_linear or dy of its gradient, [T, depth] in any strides, and the weight of E experts."""
     device = inputs.device
@@ -79,7 +79,7 @@ def check_experts(
     experts = expert_offsets.shape[0]
     check_data(op, device, "expert_offsets", expert_offsets, torch.int32, experts)
     check_weight(op, device, *weight, experts)
-    K, block_size = weight[7:]
+    K, block_size = weight[7], weight[8]
     if K % expert_columns(block_size):
         refuse(op, f"K must be a multiple of {expert_columns(block_size)} at block_size={block_size}, got {K}")
 
@@ -119,7 +119,7 @@ def check_low_rank(
     small_name, factor_name = names
     if (small is None) != (factor is None):
         refuse(op, f"{small_name} and {factor_name} must be given together")
-    if factor is None:
+    if small is None or factor is None:
         return
     if factor.dim() != 2 or factor.shape[1 - rank_dim] != columns:
         other = "rows" if rank_dim == 1 else "columns"

@@ -79,6 +79,14 @@ def cuda_library() -> tuple[native.CudaLibrary | None, str]:
     return native.load_cuda()
 
 
+def _loaded_cuda_library() -> native.CudaLibrary:
+    """The library, where it was decided that it runs."""
+    library, why_not = cuda_library()
+    if library is None:
+        raise RuntimeError(f"nf4kernels: {why_not}")
+    return library
+
+
 def decide(device_type: str) -> Decision:
     """What runs on all this machine's devices of a type; initialises them."""
     candidates = (FORCED,) if FORCED else [b for b in BACKENDS if (device_type, b) != ("cpu", "triton")]
@@ -136,16 +144,16 @@ def _implementation(backend: str, device_type: str) -> str:
     if backend == "triton":
         return "triton"
     if device_type == "cpu":
-        return f"native {CPU_LIBRARY.isa}"
-    library, _ = cuda_library()
-    return " ".join(["native", *dict.fromkeys(library.code_for(capability)[0] for capability in _capabilities())])
+        return "native" if CPU_LIBRARY is None else f"native {CPU_LIBRARY.isa}"
+    code_for = _loaded_cuda_library().code_for
+    return " ".join(["native", *dict.fromkeys(str(code_for(capability)[0]) for capability in _capabilities())])
 
 
 def _reason(backend: str, device_type: str, reasons: list[str]) -> str:
     if device_type != "cpu":
         module = torch.get_device_module(device_type)
         reasons = [*dict.fromkeys(map(module.get_device_name, range(module.device_count()))), *reasons]
-    elif backend == "native":
+    elif backend == "native" and CPU_LIBRARY is not None:
         reasons = [CPU_LIBRARY.reason, *reasons]
     return "; ".join(reasons)
 
@@ -170,7 +178,7 @@ def implement(device_type: str) -> Mapping[str, Callable] | None:
         kernels = {backend: kernels_of(backend) for backend in backends}
         return {op: by_rules(op, rules, {b: own[op] for b, own in kernels.items()}, decision.backend) for op in OPS}
     if decision.backend == "native":
-        cuda_library()[0].register("nf4kernels")
+        _loaded_cuda_library().register("nf4kernels")
         return {}
     return None if decision.backend == "reference" else kernels_of(decision.backend)
 
@@ -192,7 +200,7 @@ def _triton():
 def _native_ops() -> Mapping[str, Callable]:
     for schema in SCHEMAS:
         _NATIVE_SCHEMAS.define(schema)
-    cuda_library()[0].register(NATIVE_NAMESPACE)
+    _loaded_cuda_library().register(NATIVE_NAMESPACE)
     return {op: getattr(getattr(torch.ops, NATIVE_NAMESPACE), op).default for op in OPS}
 
 
@@ -235,7 +243,7 @@ def _kernel_lines(device_type: str, decision: Decision) -> Iterator[str]:
         return
     multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
     for op in ("linear", "linear_dgrad"):
-        for rows, kernel, reason in cuda_library()[0].choices(
+        for rows, kernel, reason in _loaded_cuda_library().choices(
             op == "linear_dgrad", _capabilities()[0], multiprocessors
         ):
             limit = f"up to {rows} rows" if rows < native.MOST_ROWS else "more rows"

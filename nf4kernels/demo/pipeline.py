@@ -152,8 +152,8 @@ class Demo:
         length = SAMPLE_BYTES if len(self.tokenizer) < 1000 else SAMPLE_TOKENS
         with self.stages.aside(GENERATE):
             for sample in self.samples:
-                ids, prompt_length = data.encode(data.Example(sample["prompt"], ""), self.tokenizer, MAX_LENGTH)
-                ids = torch.tensor([ids[:prompt_length]])
+                tokens, prompt_length = data.encode(data.Example(sample["prompt"], ""), self.tokenizer, MAX_LENGTH)
+                ids = torch.tensor([tokens[:prompt_length]])
                 out = self.model.generate(
                     ids, attention_mask=torch.ones_like(ids), max_new_tokens=length, do_sample=False,
                     pad_token_id=self.tokenizer.eos_token_id,

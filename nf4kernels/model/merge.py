@@ -1,5 +1,7 @@
 """merge_model: from layers in 4 bits back to dense ones, adapters added in."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -41,7 +43,7 @@ def merge_model(model: nn.Module, base: nn.Module | None = None, dtype: torch.dt
         base = unwrapped(base, "base", who)
     targets = [names for module, names in names_of_modules(model).items() if isinstance(module, QUANTIZED)]
     for names in targets:
-        layer = model.get_submodule(names[0])
+        layer: Any = model.get_submodule(names[0])
         if any(part.weight.is_meta for part in parts(layer)):
             raise ValueError(f"{who}: model must be loaded, got layer {names[0]} on the meta device")
         if isinstance(layer, QuantExperts) and not layer.can_be_dense:
@@ -55,9 +57,9 @@ def merge_model(model: nn.Module, base: nn.Module | None = None, dtype: torch.dt
         layer = model.get_submodule(names[0])
         base_weights = None if base is None else _base_weights(base, names[0], layer, who)
         if isinstance(layer, QuantExperts):
-            dense = layer.to_experts(dtype, base_weights)
+            dense: nn.Module = layer.to_experts(dtype, base_weights)
         else:
-            dense = layer.to_linear(dtype, base_weight=None if base is None else base_weights[0])
+            dense = layer.to_linear(dtype, base_weight=None if base_weights is None else base_weights[0])
             if dense.bias is not None:
                 dense.bias.requires_grad_(layer.bias.requires_grad)
         replace_module(model, names, layer, dense)
@@ -72,7 +74,7 @@ def _base_weights(base: nn.Module, name: str, layer: QuantLinear | QuantExperts,
         raise ValueError(f"{who}: base must have a layer {name}, got none") from None
     is_linear = isinstance(layer, QuantLinear)
     leaves, what = (("weight",), "an nn.Linear") if is_linear else (WEIGHTS, "experts")
-    weights = [getattr(module, leaf, None) for leaf in leaves]
+    weights: list[Any] = [getattr(module, leaf, None) for leaf in leaves]
     is_dense = isinstance(module, nn.Linear) == is_linear and not isinstance(module, QUANTIZED)
     if not is_dense or not all(isinstance(weight, Tensor) and weight.is_floating_point() for weight in weights):
         raise ValueError(f"{who}: base must have {what} in floating point as {name}, got {module}")

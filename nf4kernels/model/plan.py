@@ -79,7 +79,12 @@ def _reason(module: nn.Module, aliases: list[str], patterns, users, fused, block
     if id(module) in fused:
         return "nn.TransformerEncoderLayer's fused path reads it as a dense matrix"
     for leaf in leaves:
-        others = users[address(module._parameters[leaf])] - {f"{name}.{leaf}".lstrip(".") for name in aliases}
+        parameter = module._parameters[leaf]
+        others = (
+            set()
+            if parameter is None
+            else users[address(parameter)] - {f"{name}.{leaf}".lstrip(".") for name in aliases}
+        )
         if others:
             return f"tied to {min(others)}"
     return None
@@ -101,7 +106,8 @@ def _reason_for_other(module: nn.Module, block_size: int) -> str | None:
 
 def names_of_modules(model: nn.Module) -> dict[nn.Module, list[str]]:
     """module -> all its names; nothing below a layer in 4 bits."""
-    names, inside = defaultdict(list), ()
+    names: dict[nn.Module, list[str]] = defaultdict(list)
+    inside: str | tuple[str, ...] = ()
     for name, module in model.named_modules(remove_duplicate=False):
         if inside and name.startswith(inside):
             continue

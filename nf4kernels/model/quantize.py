@@ -114,7 +114,7 @@ def _quantize_layer(model, names: list[str], lora, quant_options, who: str) -> l
     layers = []
     try:
         if isinstance(dense, nn.Linear):
-            layer = QuantLinear.from_linear(dense, lora, **quant_options)
+            layer: QuantLinear | QuantExperts = QuantLinear.from_linear(dense, lora, **quant_options)
         else:
             layer = QuantExperts.from_experts(dense, **quant_options)
         for part, (name, weight) in zip(parts(layer), _weights(dense, names[0])):

@@ -2,7 +2,8 @@
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,7 @@ class GroupedQuantLinear(QuantModule):
 
     WHO = "nf4kernels.QuantExperts"
     QUANTIZED = QuantizedExperts
+    qweight: QuantizedExperts
 
     def __init__(self, qweights: QuantizedExperts) -> None:
         super().__init__()
@@ -114,6 +116,7 @@ class QuantExperts(nn.Module):
     """
 
     WHO = GroupedQuantLinear.WHO
+    act_fn: Callable[[Tensor], Tensor]
 
     def __init__(
         self,
@@ -149,7 +152,8 @@ class QuantExperts(nn.Module):
         if problem is not None:
             raise ValueError(f"{cls.WHO}.from_experts: module must have the layout of Mixtral's experts, got {problem}")
         gate_up, down = (quantize_experts(getattr(module, name), **quant_options) for name in WEIGHTS)
-        experts = cls(gate_up, down, module.act_fn, compute_dtype)
+        act_fn: Any = module.act_fn
+        experts = cls(gate_up, down, act_fn, compute_dtype)
         experts._emptied = (_without_weights(module),)  # in a tuple: its state is no part of this module's
         return experts.train(module.training)
 
@@ -214,7 +218,7 @@ class QuantExperts(nn.Module):
         return bool(self._emptied)
 
     def to_experts(
-        self, dtype: torch.dtype = torch.bfloat16, base_weights: tuple[Tensor, Tensor] | None = None
+        self, dtype: torch.dtype = torch.bfloat16, base_weights: Sequence[Tensor] | None = None
     ) -> nn.Module:
         """A module of the class that this one was made from, with Ŵ rounded to dtype once, trainable.
 
@@ -226,7 +230,7 @@ class QuantExperts(nn.Module):
         """
         if not self.can_be_dense:
             raise ValueError(f"{self.WHO}.to_experts: the module must be from from_experts, got one that is not")
-        dense = _without_weights(self._emptied[0])
+        dense: Any = _without_weights(self._emptied[0])
         if base_weights is None:
             weights = [getattr(self, name).dequantize(dtype) for name in WEIGHTS]
         else:

@@ -50,12 +50,13 @@ def weight_to_tensors(qweight: QuantizedWeight, key: str = "weight", bitsandbyte
         f"{key}.absmax": qweight.absmax.reshape(-1),
         f"{key}.quant_map": qweight.code,
     }
-    if qweight.double_quant:
-        tensors[f"{key}.nested_absmax"] = qweight.scale_absmax
-        tensors[f"{key}.nested_quant_map"] = qweight.scale_code
+    scale_absmax, scale_offset, scale_code = qweight.scale_absmax, qweight.scale_offset, qweight.scale_code
+    if scale_absmax is not None and scale_offset is not None and scale_code is not None:
+        tensors[f"{key}.nested_absmax"] = scale_absmax
+        tensors[f"{key}.nested_quant_map"] = scale_code
         metadata["nested_blocksize"] = SUPERBLOCK
         metadata["nested_dtype"] = "float32"
-        metadata["nested_offset"] = qweight.scale_offset.item()
+        metadata["nested_offset"] = scale_offset.item()
     owner = "bitsandbytes" if known else "nf4kernels"
     text = json.dumps(metadata).encode()
     tensors[f"{key}{STATE}{owner}__{qweight.codebook}"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)

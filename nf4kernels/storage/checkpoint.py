@@ -2,9 +2,10 @@
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -116,8 +117,8 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     _check_dense(expected, tensors, layers, attach, who)
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, QuantModule) and name not in layers:
-            for error in module.state_errors(tensors, f"{name}."):
-                raise ValueError(f"{who}: {path}: {error}")
+            for message in module.state_errors(tensors, f"{name}."):
+                raise ValueError(f"{who}: {path}: {message}")
     _install(model, layers, qweights, attach, tensors)
 
 
@@ -167,7 +168,7 @@ def _quant_layers(model: nn.Module) -> dict[str, QuantLinear]:
     return {name: module for name, module in named if isinstance(module, QuantLinear)}
 
 
-def _dense_state(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, Tensor]:
+def _dense_state(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """The model's state without the weights of `layers`."""
     state = model.state_dict(keep_vars=True)
     for name in layers:
@@ -178,7 +179,7 @@ def _dense_state(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, Te
 
 def _shared(state: dict[str, Tensor]) -> Iterator[list[str]]:
     """Groups of names whose tensors are the same memory."""
-    groups = {}
+    groups: dict[tuple, list[str]] = {}
     for name, tensor in state.items():
         address = (tensor.data_ptr() or id(tensor), tensor.shape, tensor.stride(), tensor.dtype)
         groups.setdefault(address, []).append(name)
@@ -187,13 +188,13 @@ def _shared(state: dict[str, Tensor]) -> Iterator[list[str]]:
 
 def _planned_layers(model: nn.Module, qweights: dict[str, QuantizedWeight], who: str) -> dict[str, nn.Module]:
     """name -> the layer that will hold that 4-bit weight, under all names; checked against the checkpoint."""
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
     chosen = {}
     for name, qweight in qweights.items():
-        layer = modules.get(name)
+        layer: Any = modules.get(name)
         fits = isinstance(layer, QuantLinear) or (type(layer) is nn.Linear and name != "")
         if not fits:
-            came = "no such layer" if layer is None else type(layer).__name__
+            came: Any = "no such layer" if layer is None else type(layer).__name__
             raise ValueError(f"{who}: model must have a Linear or QuantLinear as {name or 'its root'}, got {came}")
         if (layer.out_features, layer.in_features) != qweight.shape:
             came = [layer.out_features, layer.in_features]
@@ -227,8 +228,8 @@ def _check_dense(expected, tensors, layers, attach: dict[str, LoraConfig], who: 
             raise ValueError(f"{who}: {name} must have shape {list(shapes[name])}, got {list(tensor.shape)}")
 
 
-def _install(model: nn.Module, layers, qweights, attach, tensors) -> None:
-    names = {}
+def _install(model: nn.Module, layers: Mapping[str, Any], qweights, attach, tensors) -> None:
+    names: dict[Any, list[str]] = {}
     for name, layer in layers.items():
         names.setdefault(layer, []).append(name)
     for layer, aliases in names.items():
@@ -241,7 +242,8 @@ def _install(model: nn.Module, layers, qweights, attach, tensors) -> None:
             replace_module(model, aliases, layer, new)
     for name, config in attach.items():
         stored = tensors[_join(name, "lora_A.weight")].dtype
-        model.get_submodule(name).add_lora(config, dtype=stored)
+        adapted: Any = model.get_submodule(name)
+        adapted.add_lora(config, dtype=stored)
 
     state, placed = model.state_dict(keep_vars=True), {}
     for name, tensor in tensors.items():
