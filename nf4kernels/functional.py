@@ -222,7 +222,7 @@ def lora_linear(
         x, qweight, bias: as in `linear`.
         lora_A: `[r, K]`; lora_B: `[N, r]`. Cast to x's dtype for the product; their gradients come in their own.
         scaling: alpha / r, or alpha / sqrt(r) with rsLoRA.
-        dropout_p: probability of zeroing an element of x on the low-rank path, in [0, 1).
+        dropout_p: probability of zeroing an element of x on the LoRA path, in [0, 1).
 
     Returns:
         `[..., N]` in x's dtype.
