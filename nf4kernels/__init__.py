@@ -3,13 +3,16 @@
 from . import codebook
 from .backends.select import backend_info
 from .functional import dequantize, grouped_linear, linear, lora_linear, quantize, quantize_experts
-from .model.quantize import QuantizeReport, merge_model, quantize_model
+from .model.merge import merge_model
+from .model.quantize import quantize_model
+from .model.report import QuantizeReport
 from .nn.lora import LoraConfig
 from .nn.quant_experts import QuantExperts
 from .nn.quant_linear import QuantLinear
 from .quantized_weight import QuantizedExperts, QuantizedWeight
 from .storage.adapters import load_adapters, save_adapters
-from .storage.checkpoint import load_checkpoint, save_checkpoint, weight_from_tensors, weight_to_tensors
+from .storage.bitsandbytes_format import weight_from_tensors, weight_to_tensors
+from .storage.checkpoint import load_checkpoint, save_checkpoint
 
 __version__ = "0.1.0"
 __all__ = [

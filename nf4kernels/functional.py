@@ -1,31 +1,31 @@
-"""quantize, dequantize, linear, lora_linear, and the same for experts: the ops with checks, defaults and gradients.
+"""quantize, dequantize, linear, lora_linear, and the same for experts: the ops with checks, defaults and gradients."""
 
-Gradients are `autograd.Function`s that call the ops directly, and only when a gradient is needed: registering autograd
-with the op costs 6 us more a call.
-"""
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
 from . import codebook as codebooks
 from . import ops  # noqa: F401 (defines what the next lines hold)
+from .autograd import GroupedLinear, Linear, LoraLinear, autocast_is_on, lora_forward
 from .quantized_weight import (
     WEIGHT_DTYPES,
     QuantizedExperts,
     QuantizedWeight,
+    WeightArgs,
     check_block_size,
     check_expert_columns,
     expert_specs,
 )
 
 _ops = torch.ops.nf4kernels
+# Each lookup would cost every call 0.1 us.
+_linear: Callable[..., Tensor] = _ops.linear.default
+_grouped_linear: Callable[..., Tensor] = _ops.grouped_linear.default
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-_lora_grad = _ops.lora_grad.default
-_grouped_linear, _grouped_linear_dgrad = _ops.grouped_linear.default, _ops.grouped_linear_dgrad.default
-_linear, _linear_dgrad = _ops.linear.default, _ops.linear_dgrad.default  # each lookup would cost every call 0.1 us
 
 
 def quantize(
@@ -114,9 +114,10 @@ def quantize_experts(
     check_expert_columns(weight.shape[2], block_size, who)
     options = (codebook, block_size, double_quant, scale_codebook, nonfinite)
     like = quantize(weight.new_empty((0, weight.shape[2])), *options)  # every check, and the codebooks
-    tensors = {
+    E, N, K = weight.shape
+    tensors: dict[str, Any] = {
         name: None if dtype is None else weight.new_empty(shape, dtype=dtype)
-        for name, (dtype, shape) in expert_specs(*weight.shape, block_size, double_quant).items()
+        for name, (dtype, shape) in expert_specs(E, N, K, block_size, double_quant).items()
     }
     for expert, matrix in enumerate(weight.detach()):
         try:
@@ -166,7 +167,8 @@ def dequantize(
             raise ValueError(f"{who}: {name} must be a range within 0..{size}, got {span}")
         bounds += [begin, end]
     if out is None:
-        return _ops.dequantize(*qweight.op_args(), *bounds, dtype)
+        values: Tensor = _ops.dequantize(*qweight.op_args(), *bounds, dtype)
+        return values
     shape = (bounds[1] - bounds[0], bounds[3] - bounds[2])
     if out.shape != shape:
         raise ValueError(f"{who}: out must have shape {list(shape)}, got {list(out.shape)}")
@@ -214,13 +216,13 @@ def lora_linear(
 ) -> Tensor:
     """x @ Ŵ.T + scaling * dropout(x) @ lora_A.T @ lora_B.T + bias; differentiable in x, lora_A, lora_B and bias.
 
-    Saved for backward: x, the packed weight, lora_A, lora_B, `[..., r]` of the first product, and the dropout mask.
+    Saved for backward: x, the packed weight, lora_A, lora_B, the LoRA inner product `[M, r]`, and the dropout mask.
 
     Args:
         x, qweight, bias: as in `linear`.
         lora_A: `[r, K]`; lora_B: `[N, r]`. Cast to x's dtype for the product; their gradients come in their own.
         scaling: alpha / r, or alpha / sqrt(r) with rsLoRA.
-        dropout_p: probability of zeroing an element of x on the low-rank path, in [0, 1).
+        dropout_p: probability of zeroing an element of x on the LoRA path, in [0, 1).
 
     Returns:
         `[..., N]` in x's dtype.
@@ -262,17 +264,24 @@ def grouped_linear(x: Tensor, expert_offsets: Tensor, qweights: QuantizedExperts
     return grouped_linear_from_args(x, expert_offsets, qweights.op_args(), who)
 
 
-def linear_from_args(x: Tensor, weight_args: tuple, bias: Tensor | None, who: str) -> Tensor:
+def linear_from_args(x: Tensor, weight_args: WeightArgs, bias: Tensor | None, who: str) -> Tensor:
     """`linear` on the weight's op arguments, for callers that hold the tensors themselves."""
     x, bias = _check_input(x, weight_args, bias, who)
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if needs_grad or _is_transformed(x, bias):
-        return _Linear.apply(x, bias, weight_args)
+        y: Tensor = Linear.apply(x, bias, weight_args)
+        return y
     return _linear(x, *weight_args, bias)
 
 
 def lora_linear_from_args(
-    x: Tensor, weight_args: tuple, lora_A: Tensor, lora_B: Tensor, scaling: float, bias: Tensor | None, dropout_p: float
+    x: Tensor,
+    weight_args: WeightArgs,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    dropout_p: float,
 ) -> Tensor:
     """`lora_linear` on the weight's op arguments."""
     who = "nf4kernels.lora_linear"
@@ -292,11 +301,12 @@ def lora_linear_from_args(
         x.requires_grad or lora_A.requires_grad or lora_B.requires_grad or (bias is not None and bias.requires_grad)
     )
     if needs_grad or _is_transformed(x, lora_A, lora_B, bias):
-        return _LoraLinear.apply(x, lora_A, lora_B, bias, scaling, dropout_p, weight_args)
-    return _lora_forward(x, lora_A, lora_B, bias, scaling, dropout_p, weight_args)[0]
+        y: Tensor = LoraLinear.apply(x, lora_A, lora_B, bias, scaling, dropout_p, weight_args)
+        return y
+    return lora_forward(x, lora_A, lora_B, bias, scaling, dropout_p, weight_args)[0]
 
 
-def grouped_linear_from_args(x: Tensor, expert_offsets: Tensor, weight_args: tuple, who: str) -> Tensor:
+def grouped_linear_from_args(x: Tensor, expert_offsets: Tensor, weight_args: WeightArgs, who: str) -> Tensor:
     """`grouped_linear` on the weight's op arguments."""
     x, _ = _check_input(x, weight_args, None, who)
     E = weight_args[0].shape[0]
@@ -311,13 +321,9 @@ def grouped_linear_from_args(x: Tensor, expert_offsets: Tensor, weight_args: tup
         raise ValueError(f"{who}: expert_offsets must be on {x.device} as x is, got {expert_offsets.device}")
     expert_offsets = expert_offsets.contiguous()
     if (torch.is_grad_enabled() and x.requires_grad) or _is_transformed(x):
-        return _GroupedLinear.apply(x, expert_offsets, weight_args)
+        y: Tensor = GroupedLinear.apply(x, expert_offsets, weight_args)
+        return y
     return _grouped_linear(x, expert_offsets, *weight_args)
-
-
-def autocast_is_on(device: torch.device) -> bool:
-    device_type = device.type
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)  # torch knows none for meta, and raises
 
 
 def _is_transformed(*tensors: Tensor | None) -> bool:
@@ -332,17 +338,12 @@ def _is_transformed(*tensors: Tensor | None) -> bool:
     return False
 
 
-def _matrix(x: Tensor) -> Tensor:
-    """`[..., K]` as `[M, K]`: `reshape(-1, K)` that also knows what to do with K = 0."""
-    return x.flatten(0, -2) if x.dim() > 1 else x[None]
-
-
 def _check_weight(qweight: QuantizedWeight, who: str) -> None:
     if not isinstance(qweight, QuantizedWeight):
         raise TypeError(f"{who}: qweight must be a QuantizedWeight, got {type(qweight).__name__}")
 
 
-def _check_input(x: Tensor, weight_args: tuple, bias: Tensor | None, who: str) -> tuple[Tensor, Tensor | None]:
+def _check_input(x: Tensor, weight_args: WeightArgs, bias: Tensor | None, who: str) -> tuple[Tensor, Tensor | None]:
     """x and bias in the compute dtype: autocast's where it is on, else x's own."""
     packed, N, K = weight_args[0], weight_args[6], weight_args[7]
     if not isinstance(x, Tensor):
@@ -363,113 +364,3 @@ def _check_input(x: Tensor, weight_args: tuple, bias: Tensor | None, who: str) -
             raise ValueError(f"{who}: bias must be on {device} as x is, got {bias.device}")
         bias = bias.to(x.dtype).contiguous()
     return x, bias
-
-
-def _sizes(x: Tensor, weight_args: tuple) -> tuple:
-    """(N, K, block_size) with K as x has it: that is the symbol which torch.compile(dynamic=True) can find again."""
-    return weight_args[6], x.shape[-1], weight_args[8]
-
-
-class _Linear(torch.autograd.Function):
-    """dx = dy @ Ŵ; the frozen weight makes x itself unnecessary in backward, so it is not saved.
-
-    The weight's arguments come as one tuple: autograd unpacks and wraps each argument of its own, 2 us for the nine.
-    """
-
-    @staticmethod
-    def forward(ctx, x, bias, weight_args):
-        ctx.save_for_backward(*weight_args[:6])
-        ctx.sizes = _sizes(x, weight_args)
-        return _linear(x, *weight_args, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        dx = dbias = None
-        if ctx.needs_input_grad[0]:
-            dx = _linear_dgrad(dy, *ctx.saved_tensors, *ctx.sizes)
-        if ctx.needs_input_grad[1]:
-            dbias = _matrix(dy).sum(0)
-        return dx, dbias, None
-
-
-class _GroupedLinear(torch.autograd.Function):
-    """dx = each expert's rows of dy @ its Ŵ."""
-
-    @staticmethod
-    def forward(ctx, x, expert_offsets, weight_args):
-        ctx.save_for_backward(expert_offsets, *weight_args[:6])
-        ctx.sizes = _sizes(x, weight_args)
-        return _grouped_linear(x, expert_offsets, *weight_args)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        return _grouped_linear_dgrad(dy, *ctx.saved_tensors, *ctx.sizes), None, None
-
-
-def _lora_forward(x, lora_A, lora_B, bias, scaling, dropout_p, weight_args):
-    """(y, P, mask) as `_LoraLinear` names them."""
-    dropped, mask = x, None
-    if dropout_p > 0:
-        dropped, mask = torch.native_dropout(x, dropout_p, True)
-    P = _small_product(dropped, lora_A.to(x.dtype))  # [M, r]
-    y = _linear(x, *weight_args, bias, P, _factor(lora_B, x.dtype), scaling)
-    return y, P, mask
-
-
-def _factor(lora: Tensor, dtype: torch.dtype) -> Tensor:
-    """A LoRA factor as the op wants it; both calls return the tensor itself where there is nothing to do."""
-    return lora.to(dtype).contiguous()
-
-
-class _LoraLinear(torch.autograd.Function):
-    """With P = dropout(x) @ A.T and Q = dy @ B: dA = scaling * Q.T @ dropout(x), dB = scaling * dy.T @ P,
-    dx = dy @ Ŵ + scaling * dropout'(Q @ A), the mask of forward used again."""
-
-    @staticmethod
-    def forward(ctx, x, lora_A, lora_B, bias, scaling, dropout_p, weight_args):
-        y, P, mask = _lora_forward(x, lora_A, lora_B, bias, scaling, dropout_p, weight_args)
-        ctx.save_for_backward(x, mask, P, lora_A, lora_B, *weight_args[:6])
-        ctx.sizes, ctx.scaling, ctx.dropout_scale = _sizes(x, weight_args), scaling, 1 / (1 - dropout_p)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        if not autocast_is_on(dy.device):
-            return _lora_gradients(ctx, dy)
-        with torch.autocast(dy.device.type, enabled=False):  # the forward's dtype holds, whatever is on around backward
-            return _lora_gradients(ctx, dy)
-
-
-def _lora_gradients(ctx, dy):
-    x, mask, P, lora_A, lora_B, *weight = ctx.saved_tensors
-    need_x, need_A, need_B, need_bias = ctx.needs_input_grad[:4]
-    scaling, dx, dA, dB, dbias = ctx.scaling, None, None, None, None
-    if need_x or need_A:
-        Q = _small_product(dy, lora_B.to(dy.dtype).T)  # [M, r]
-    if need_x:
-        A = _factor(lora_A, dy.dtype)
-        if mask is None:
-            dx = _linear_dgrad(dy, *weight, *ctx.sizes, Q, A, scaling)
-        else:  # the mask is on Q @ A alone
-            dx = _linear_dgrad(dy, *weight, *ctx.sizes)
-            dx += torch.ops.aten.native_dropout_backward((Q @ A).view_as(dx), mask, scaling * ctx.dropout_scale)
-    if need_A:
-        dropped = x if mask is None else torch.ops.aten.native_dropout_backward(x, mask, ctx.dropout_scale)
-        dA = _lora_grad(Q, dropped, scaling, _gradient_dtype(lora_A)).to(lora_A.dtype)
-    if need_B:
-        dB = _lora_grad(P, dy, scaling, _gradient_dtype(lora_B), True).to(lora_B.dtype)
-    if need_bias:
-        dbias = _matrix(dy).sum(0)
-    return dx, dA, dB, dbias, None, None, None
-
-
-def _small_product(x: Tensor, factor: Tensor) -> Tensor:
-    """x @ factor.T, `[M, r]`, from its transpose: 0.62 of oneDNN's time for x @ factor.T (bf16, M = 512, r = 16)."""
-    return (factor @ _matrix(x).T).T.contiguous()
-
-
-def _gradient_dtype(lora: Tensor) -> torch.dtype:
-    return lora.dtype if lora.dtype in WEIGHT_DTYPES else torch.float32

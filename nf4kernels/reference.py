@@ -1,7 +1,8 @@
 """The truth: every op in plain PyTorch, with the op's name and arguments, on any device.
 
-Short enough to check by eye against the format (DESIGN section 3). Compiled kernels equal `quantize`, `quantize_absmax`
-and `dequantize` bit for bit. Where no compiled kernel is at hand these functions run instead, so they take every shape.
+Short enough to check by eye against the format (docs/design.md, section 3). Compiled kernels equal `quantize`,
+`quantize_absmax` and `dequantize` bit for bit. Where no compiled kernel is at hand these functions run instead, so they
+take every shape.
 """
 
 import functools

@@ -1,15 +1,20 @@
-"""The checks of the ops' arguments: a message names the op, the argument, what was expected and what came.
+"""The checks of the ops' arguments for the backends in Python: Triton and the reference.
 
-No check reads a tensor's data, so none waits for the device.
+A message names the op, the argument, what was expected and what came, in the words of csrc/bindings/checks.h. No check
+reads a tensor's data, so none waits for the device.
 """
+
+import functools
+from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from ..quantized_weight import BLOCK_SIZES, SUPERBLOCK, WEIGHT_DTYPES, expert_columns
+from ..quantized_weight import BLOCK_SIZES, SUPERBLOCK, WEIGHT_DTYPES, WeightArgs, expert_columns
 
 
-def refuse(op: str, message: str) -> None:
+def refuse(op: str, message: str) -> NoReturn:
     raise RuntimeError(f"nf4kernels.{op}: {message}")
 
 
@@ -62,7 +67,7 @@ def check_weight(
 
 
 def check_experts(
-    op: str, inputs_name: str, inputs: Tensor, expert_offsets: Tensor, weight: tuple, depth_name: str, depth: int
+    op: str, inputs_name: str, inputs: Tensor, expert_offsets: Tensor, weight: WeightArgs, depth_name: str, depth: int
 ) -> None:
     """x of grouped_linear or dy of its gradient, [T, depth] in any strides, and the weight of E experts."""
     device = inputs.device
@@ -74,7 +79,7 @@ def check_experts(
     experts = expert_offsets.shape[0]
     check_data(op, device, "expert_offsets", expert_offsets, torch.int32, experts)
     check_weight(op, device, *weight, experts)
-    K, block_size = weight[7:]
+    K, block_size = weight[7], weight[8]
     if K % expert_columns(block_size):
         refuse(op, f"K must be a multiple of {expert_columns(block_size)} at block_size={block_size}, got {K}")
 
@@ -114,7 +119,7 @@ def check_low_rank(
     small_name, factor_name = names
     if (small is None) != (factor is None):
         refuse(op, f"{small_name} and {factor_name} must be given together")
-    if factor is None:
+    if small is None or factor is None:
         return
     if factor.dim() != 2 or factor.shape[1 - rank_dim] != columns:
         other = "rows" if rank_dim == 1 else "columns"
@@ -124,3 +129,106 @@ def check_low_rank(
         refuse(op, f"{small_name} must have r={rank} columns as {factor_name} has, got shape {list(small.shape)}")
     check_data(op, device, small_name, small, dtype, rows * rank)
     check_data(op, device, factor_name, factor, dtype, columns * rank)
+
+
+def check_quantize(weight: Tensor, code: Tensor, block_size: int) -> None:
+    if weight.dim() != 2:
+        refuse("quantize", f"weight must be 2-D [N, K], got shape {list(weight.shape)}")
+    check_dtype("quantize", "weight", weight.dtype)
+    check_data("quantize", weight.device, "code", code, torch.float32, 16)
+    check_block_size("quantize", block_size)
+
+
+def check_quantize_absmax(absmax: Tensor, scale_code: Tensor, scale_is_e4m3: bool) -> None:
+    check_data("quantize_absmax", absmax.device, "absmax", absmax, torch.float32, absmax.numel())
+    check_data("quantize_absmax", absmax.device, "scale_code", scale_code, torch.float32, 256)
+
+
+def check_dequantize(
+    packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size, row_begin, row_end, col_begin,
+    col_end, dtype,
+) -> None:  # fmt: skip
+    weight = (packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size)
+    check_weight("dequantize", packed.device, *weight)
+    check_range("dequantize", N, K, row_begin, row_end, col_begin, col_end)
+    check_dtype("dequantize", "dtype", dtype)
+
+
+def check_dequantize_out(
+    packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size, row_begin, row_end, col_begin,
+    col_end, out,
+) -> None:  # fmt: skip
+    weight = (packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size)
+    check_weight("dequantize", packed.device, *weight)
+    check_range("dequantize", N, K, row_begin, row_end, col_begin, col_end)
+    check_out("dequantize", packed.device, out, row_end - row_begin, col_end - col_begin)
+
+
+def check_linear(
+    x, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size, bias, lora_P=None, lora_B=None,
+    scaling=1.0,
+) -> None:  # fmt: skip
+    device, rows = x.device, x.shape[:-1].numel()
+    check_weight("linear", device, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size)
+    check_input("linear", device, "x", x, "K", K)
+    if bias is not None:
+        check_data("linear", device, "bias", bias, x.dtype, N)
+    check_low_rank("linear", device, ("lora_P", "lora_B"), lora_P, lora_B, 1, x.dtype, rows, N)
+
+
+def check_linear_dgrad(
+    dy, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size, lora_Q=None, lora_A=None,
+    scaling=1.0,
+) -> None:  # fmt: skip
+    device, rows, weight = dy.device, dy.shape[:-1].numel(), (packed, absmax, scale_absmax, scale_offset, code)
+    check_weight("linear_dgrad", device, *weight, scale_code, N, K, block_size)
+    check_input("linear_dgrad", device, "dy", dy, "N", N)
+    check_low_rank("linear_dgrad", device, ("lora_Q", "lora_A"), lora_Q, lora_A, 0, dy.dtype, rows, K)
+
+
+def check_grouped_linear(
+    x, expert_offsets, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size
+) -> None:
+    weight = (packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size)
+    check_experts("grouped_linear", "x", x, expert_offsets, weight, "K", K)
+
+
+def check_grouped_linear_dgrad(
+    dy, expert_offsets, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size
+) -> None:
+    weight = (packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size)
+    check_experts("grouped_linear_dgrad", "dy", dy, expert_offsets, weight, "N", N)
+
+
+def check_lora_grad(small: Tensor, wide: Tensor, scaling: float, dtype: torch.dtype, transposed: bool = False) -> None:
+    if small.dim() == 0 or wide.dim() == 0:
+        refuse("lora_grad", f"small and wide must have columns, got shapes {list(small.shape)} and {list(wide.shape)}")
+    check_dtype("lora_grad", "wide", wide.dtype)
+    check_dtype("lora_grad", "dtype", dtype)
+    rows = wide.shape[:-1].numel()
+    check_data("lora_grad", wide.device, "small", small, wide.dtype, rows * small.shape[-1])
+
+
+CHECKS: dict[str, Callable[..., None]] = {
+    "quantize": check_quantize,
+    "quantize_absmax": check_quantize_absmax,
+    "dequantize": check_dequantize,
+    "dequantize_out": check_dequantize_out,
+    "linear": check_linear,
+    "linear_dgrad": check_linear_dgrad,
+    "grouped_linear": check_grouped_linear,
+    "grouped_linear_dgrad": check_grouped_linear_dgrad,
+    "lora_grad": check_lora_grad,
+}
+
+
+def checked(op: str, function: Callable) -> Callable:
+    """An op's function with its arguments checked first."""
+    check = CHECKS[op]
+
+    @functools.wraps(function)
+    def run(*arguments, **keywords):
+        check(*arguments, **keywords)
+        return function(*arguments, **keywords)
+
+    return run

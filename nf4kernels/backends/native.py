@@ -135,7 +135,7 @@ class CudaLibrary:
             kernel = choose(dgrad, BFLOAT16, *sizes, True, True, arch, multiprocessors, *results)
             if found and found[-1][1] == kernel.decode():
                 found.pop()
-            found.append((rows, kernel.decode(), reason.value.decode()))
+            found.append((rows, kernel.decode(), (reason.value or b"").decode()))
         return found
 
     def code_for(self, capability: tuple[int, int]) -> tuple[str | None, str]:

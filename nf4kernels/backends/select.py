@@ -20,6 +20,7 @@ import torch
 from .. import reference
 from ..ops import LIBRARY, OPS, SCHEMAS
 from . import native
+from .arguments import checked
 from .measured import BACKENDS, Rule, by_rules, rules_for
 from .registration import Registration, check_is_complete, stand_in
 
@@ -27,6 +28,7 @@ VARIABLE = "NF4KERNELS_BACKEND"
 OLDEST = (8, 0)  # compute capability, of the CUDA library's kernels and of Triton's compiler
 GPU_KEYS = {"cuda": "CUDA", "xpu": "XPU"}  # device type -> dispatch key; AMD's GPUs are torch's cuda too
 NATIVE_NAMESPACE = "nf4kernels_native"  # of the CUDA library's ops where it shares a device with another backend
+REFERENCE = {op: checked(op, getattr(reference, op)) for op in OPS}
 _NATIVE_SCHEMAS = torch.library.Library(NATIVE_NAMESPACE, "DEF")
 
 
@@ -75,6 +77,14 @@ CPU_LIBRARY = native.load_cpu() if FORCED in (None, "native") else None
 def cuda_library() -> tuple[native.CudaLibrary | None, str]:
     """`native.load_cuda`, when it is first asked for."""
     return native.load_cuda()
+
+
+def _loaded_cuda_library() -> native.CudaLibrary:
+    """The library, where it was decided that it runs."""
+    library, why_not = cuda_library()
+    if library is None:
+        raise RuntimeError(f"nf4kernels: {why_not}")
+    return library
 
 
 def decide(device_type: str) -> Decision:
@@ -134,16 +144,16 @@ def _implementation(backend: str, device_type: str) -> str:
     if backend == "triton":
         return "triton"
     if device_type == "cpu":
-        return f"native {CPU_LIBRARY.isa}"
-    library, _ = cuda_library()
-    return " ".join(["native", *dict.fromkeys(library.code_for(capability)[0] for capability in _capabilities())])
+        return "native" if CPU_LIBRARY is None else f"native {CPU_LIBRARY.isa}"
+    code_for = _loaded_cuda_library().code_for
+    return " ".join(["native", *dict.fromkeys(str(code_for(capability)[0]) for capability in _capabilities())])
 
 
 def _reason(backend: str, device_type: str, reasons: list[str]) -> str:
     if device_type != "cpu":
         module = torch.get_device_module(device_type)
         reasons = [*dict.fromkeys(map(module.get_device_name, range(module.device_count()))), *reasons]
-    elif backend == "native":
+    elif backend == "native" and CPU_LIBRARY is not None:
         reasons = [CPU_LIBRARY.reason, *reasons]
     return "; ".join(reasons)
 
@@ -168,7 +178,7 @@ def implement(device_type: str) -> Mapping[str, Callable] | None:
         kernels = {backend: kernels_of(backend) for backend in backends}
         return {op: by_rules(op, rules, {b: own[op] for b, own in kernels.items()}, decision.backend) for op in OPS}
     if decision.backend == "native":
-        cuda_library()[0].register("nf4kernels")
+        _loaded_cuda_library().register("nf4kernels")
         return {}
     return None if decision.backend == "reference" else kernels_of(decision.backend)
 
@@ -176,7 +186,7 @@ def implement(device_type: str) -> Mapping[str, Callable] | None:
 def kernels_of(backend: str) -> Mapping[str, Callable]:
     """A backend's functions, by op, for a GPU."""
     if backend == "reference":
-        return {op: getattr(reference, op) for op in OPS}
+        return REFERENCE
     return _native_ops() if backend == "native" else check_is_complete(_triton().OPS, backend)
 
 
@@ -190,7 +200,7 @@ def _triton():
 def _native_ops() -> Mapping[str, Callable]:
     for schema in SCHEMAS:
         _NATIVE_SCHEMAS.define(schema)
-    cuda_library()[0].register(NATIVE_NAMESPACE)
+    _loaded_cuda_library().register(NATIVE_NAMESPACE)
     return {op: getattr(getattr(torch.ops, NATIVE_NAMESPACE), op).default for op in OPS}
 
 
@@ -204,7 +214,7 @@ REGISTRATIONS = {
 if FORCED == "triton" or (FORCED == "native" and CPU_LIBRARY is None):
     REGISTRATIONS["cpu"] = Registration("nf4kernels", "CPU", functools.partial(implement, "cpu"))
 for _op in OPS:
-    LIBRARY.impl(_op, stand_in("nf4kernels", _op, getattr(reference, _op), REGISTRATIONS), "CompositeExplicitAutograd")
+    LIBRARY.impl(_op, stand_in("nf4kernels", _op, REFERENCE[_op], REGISTRATIONS), "CompositeExplicitAutograd")
 
 
 def backend_info() -> BackendInfo:
@@ -233,7 +243,7 @@ def _kernel_lines(device_type: str, decision: Decision) -> Iterator[str]:
         return
     multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
     for op in ("linear", "linear_dgrad"):
-        for rows, kernel, reason in cuda_library()[0].choices(
+        for rows, kernel, reason in _loaded_cuda_library().choices(
             op == "linear_dgrad", _capabilities()[0], multiprocessors
         ):
             limit = f"up to {rows} rows" if rows < native.MOST_ROWS else "more rows"

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from ..demo.settings import Settings, missing_packages
+from ..storage.atomic import TargetError
 from .errors import CommandError
 
 
@@ -42,4 +43,7 @@ def run(args: argparse.Namespace) -> None:
         examples = settings.read_examples()
     except ValueError as error:
         raise CommandError(f"demo: {error}") from None
-    pipeline.run(settings, *examples)
+    try:
+        pipeline.run(settings, *examples)
+    except TargetError as error:
+        raise CommandError(f"demo: --out {error}") from None

@@ -126,7 +126,8 @@ def training_batches(rows: list[tuple[list[int], int]], batch: int, steps: int, 
 
 def evaluation_batches(rows: list[tuple[list[int], int]]) -> list[Batch]:
     """Every row once, rows of similar length together, at most EVALUATION_TOKENS a batch."""
-    batches, group = [], []
+    batches: list[Batch] = []
+    group: list[tuple[list[int], int]] = []
     for row in sorted(rows, key=lambda row: len(row[0])):
         if group and (len(group) + 1) * len(row[0]) > EVALUATION_TOKENS:
             batches.append(collate(group))

@@ -1,16 +1,13 @@
 """The stages, in order: get, load, quantize, fine-tune, merge, write."""
 
 import copy
-import json
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 import nf4kernels as nf4
 
+from ..storage.atomic import replacing_directory, write_json
 from ..storage.checkpoint import save_checkpoint
 from . import byte_model, data, report, smollm2
 from .settings import MADE_BY, RESULTS, Settings
@@ -26,7 +23,11 @@ MERGED, MERGED_BASE = "merged into 16-bit Ŵ", "merged into the original base"
 
 
 def run(settings: Settings, train_examples: list[data.Example], held_out: list[data.Example]) -> dict:
-    """Run every stage, write `settings.out`, print what happens; returns the contents of results.json."""
+    """Run every stage, write `settings.out`, print what happens; returns the contents of results.json.
+
+    Raises:
+        TargetError: another run writes `settings.out`, or it cannot be made.
+    """
     print(f"nf4kernels {nf4.__version__}: a language model fine-tuned in 4 bits\n{nf4.backend_info()}")
     print(f"{len(train_examples)} examples to train on, {len(held_out)} held out")
     quiet_transformers()
@@ -39,7 +40,7 @@ def run(settings: Settings, train_examples: list[data.Example], held_out: list[d
         demo.merge()
         demo.write()
         results = demo.results()
-        (out / RESULTS).write_text(json.dumps(results, indent=2) + "\n")
+        write_json(out / RESULTS, results)
     print(f"\n{report.loss_table(demo.losses)}\n\n{report.time_table(demo.stages.seconds, apart=GET)}\n")
     print(report.file_table(settings.out))
     return results
@@ -151,8 +152,8 @@ class Demo:
         length = SAMPLE_BYTES if len(self.tokenizer) < 1000 else SAMPLE_TOKENS
         with self.stages.aside(GENERATE):
             for sample in self.samples:
-                ids, prompt_length = data.encode(data.Example(sample["prompt"], ""), self.tokenizer, MAX_LENGTH)
-                ids = torch.tensor([ids[:prompt_length]])
+                tokens, prompt_length = data.encode(data.Example(sample["prompt"], ""), self.tokenizer, MAX_LENGTH)
+                ids = torch.tensor([tokens[:prompt_length]])
                 out = self.model.generate(
                     ids, attention_mask=torch.ones_like(ids), max_new_tokens=length, do_sample=False,
                     pad_token_id=self.tokenizer.eos_token_id,
@@ -175,16 +176,3 @@ def quiet_transformers() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-
-@contextmanager
-def replacing_directory(path: Path) -> Iterator[Path]:
-    """Yields a new directory beside `path`; on success it takes path's place, else it is removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", ignore_cleanup_errors=True) as workspace:
-        fresh, old = Path(workspace) / "fresh", Path(workspace) / "old"
-        fresh.mkdir()
-        yield fresh
-        if path.exists():
-            path.rename(old)
-        fresh.rename(path)

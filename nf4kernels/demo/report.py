@@ -4,8 +4,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import indent
 
+from ..model.report import QuantizeReport, relative_rms_error, table
 from .training import peak_bytes
+
+MARGIN = "  "
 
 
 class Stages:
@@ -35,53 +39,40 @@ class Stages:
         self._aside += took
 
 
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """Two spaces of margin, the first column to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    rule = tuple("-" * width for width in widths)
-    lines = [
-        "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths)))
-        for row in [head, rule, *rows]
-    ]
-    return "\n".join(f"  {line}".rstrip() for line in lines)
-
-
 def mib(count: int) -> str:
     return f"{count / 2**20:.1f} MiB"
 
 
-def memory_table(report) -> str:
+def memory_table(report: QuantizeReport) -> str:
     """Bytes before and after and the error, a row for each kind of layer, of `quantize_model`'s report."""
-    rows = []
+    rows: list[tuple[str, ...] | None] = [("layer kind", "layers", "shape", "16-bit", "4-bit", "RMS error")]
     for kind, layers in report.by_kind().items():
         before, after = sum(x.bytes_before for x in layers), sum(x.bytes_after for x in layers)
         shapes = {f"{N} x {K}" for N, K in (x.shape for x in layers)}
         rows.append((kind, str(len(layers)), " ".join(shapes) if len(shapes) == 1 else "several", mib(before),
-                     mib(after), f"{100 * rms_error(layers):.2f} %"))  # fmt: skip
+                     mib(after), f"{100 * relative_rms_error(layers):.2f} %"))  # fmt: skip
     rest = report.model_bytes_before - report.bytes_before
     rows.append(("all quantized", str(len(report.layers)), "", mib(report.bytes_before), mib(report.bytes_after),
                  f"{100 * report.rms_error:.2f} %"))  # fmt: skip
     rows.append(("left in 16 bits", "", "", mib(rest), mib(report.model_bytes_after - report.bytes_after), ""))
     rows.append(("whole model", "", "", mib(report.model_bytes_before), mib(report.model_bytes_after), ""))
-    return table(("layer kind", "layers", "shape", "16-bit", "4-bit", "RMS error"), rows)
-
-
-def rms_error(layers) -> float:
-    return (sum(x.squared_error for x in layers) / sum(x.squared_weight for x in layers)) ** 0.5
+    return indent(table(rows), MARGIN)
 
 
 def loss_table(losses: dict[str, float]) -> str:
     base = next(iter(losses.values()))
-    rows = [(name, f"{loss:.3f}", f"{loss - base:+.3f}") for name, loss in losses.items()]
-    return table(("held-out loss, in nats a token", "loss", "to 16-bit"), rows)
+    rows = [("held-out loss, in nats a token", "loss", "to 16-bit")]
+    rows += [(name, f"{loss:.3f}", f"{loss - base:+.3f}") for name, loss in losses.items()]
+    return indent(table(rows), MARGIN)
 
 
 def time_table(seconds: dict[str, float], apart: str) -> str:
     """Seconds of every stage; `apart` stands below the total, which it is not part of."""
-    rows = [(name, f"{took:.1f} s") for name, took in seconds.items() if name != apart]
+    rows = [("stage", "time")]
+    rows += [(name, f"{took:.1f} s") for name, took in seconds.items() if name != apart]
     rows.append(("all of these", f"{sum(took for name, took in seconds.items() if name != apart):.1f} s"))
     rows.append((f"apart: {apart}", f"{seconds[apart]:.1f} s"))
-    return table(("stage", "time"), rows) + f"\n\n  most memory held at any moment: {mib(peak_bytes())}"
+    return indent(table(rows), MARGIN) + f"\n\n  most memory held at any moment: {mib(peak_bytes())}"
 
 
 def plot_loss(path: Path, training: list[float], losses: dict[str, float]) -> None:
@@ -100,7 +91,7 @@ def plot_loss(path: Path, training: list[float], losses: dict[str, float]) -> No
     _save(figure, axes, path)
 
 
-def plot_weight_error(path: Path, report) -> None:
+def plot_weight_error(path: Path, report: QuantizeReport) -> None:
     """Relative RMS error of every layer, one line a kind, over the depth of the model."""
     title = "What rounding to 4 bits costs: |Ŵ - W| / |W|"
     figure, axes = _axes("layer, from input to output", "relative RMS error, %", title)
@@ -145,8 +136,8 @@ def file_table(out: Path) -> str:
         "loss.png": "the fine-tuning", "weight_error.png": "the cost of rounding to 4 bits, layer by layer",
         "results.json": "all numbers of this run",
     }  # fmt: skip
-    lines = []
+    rows = [("written", "size", "what it is")]
     for path in sorted(out.iterdir()):
         size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")))
-        lines.append(f"  {path!s:32} {mib(size):>10}  {kinds.get(path.name, '')}")
-    return "  written\n" + "\n".join(lines)
+        rows.append((str(path), mib(size), kinds.get(path.name, "")))
+    return indent(table(rows, left=(0, 2)), MARGIN)

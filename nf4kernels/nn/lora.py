@@ -8,12 +8,12 @@ from torch import nn
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Rank, scaling and start of a low-rank adapter.
+    """Rank, scaling and start of a LoRA adapter.
 
     Attributes:
         r: rank, at least 1.
         alpha: scaling numerator.
-        dropout: probability of zeroing an input element of the low-rank path while training, in [0, 1).
+        dropout: probability of zeroing an input element of the LoRA path while training, in [0, 1).
         use_rslora: scale by alpha / sqrt(r) (arXiv 2312.03732) instead of alpha / r.
         init: "default" (A Kaiming uniform, B zero) or "gaussian" (A normal with deviation 1/r, B zero), PEFT's two.
 

@@ -2,12 +2,14 @@
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..functional import autocast_is_on, dequantize, grouped_linear_from_args, quantize_experts
+from ..autograd import autocast_is_on
+from ..functional import dequantize, grouped_linear_from_args, quantize_experts
 from ..quantized_weight import WEIGHT_DTYPES, QuantizedExperts, expert_columns
 from .quant_module import QuantModule, checked_compute_dtype
 
@@ -63,6 +65,7 @@ class GroupedQuantLinear(QuantModule):
 
     WHO = "nf4kernels.QuantExperts"
     QUANTIZED = QuantizedExperts
+    qweight: QuantizedExperts
 
     def __init__(self, qweights: QuantizedExperts) -> None:
         super().__init__()
@@ -113,6 +116,7 @@ class QuantExperts(nn.Module):
     """
 
     WHO = GroupedQuantLinear.WHO
+    act_fn: Callable[[Tensor], Tensor]
 
     def __init__(
         self,
@@ -148,7 +152,8 @@ class QuantExperts(nn.Module):
         if problem is not None:
             raise ValueError(f"{cls.WHO}.from_experts: module must have the layout of Mixtral's experts, got {problem}")
         gate_up, down = (quantize_experts(getattr(module, name), **quant_options) for name in WEIGHTS)
-        experts = cls(gate_up, down, module.act_fn, compute_dtype)
+        act_fn: Any = module.act_fn
+        experts = cls(gate_up, down, act_fn, compute_dtype)
         experts._emptied = (_without_weights(module),)  # in a tuple: its state is no part of this module's
         return experts.train(module.training)
 
@@ -213,7 +218,7 @@ class QuantExperts(nn.Module):
         return bool(self._emptied)
 
     def to_experts(
-        self, dtype: torch.dtype = torch.bfloat16, base_weights: tuple[Tensor, Tensor] | None = None
+        self, dtype: torch.dtype = torch.bfloat16, base_weights: Sequence[Tensor] | None = None
     ) -> nn.Module:
         """A module of the class that this one was made from, with Ŵ rounded to dtype once, trainable.
 
@@ -225,7 +230,7 @@ class QuantExperts(nn.Module):
         """
         if not self.can_be_dense:
             raise ValueError(f"{self.WHO}.to_experts: the module must be from from_experts, got one that is not")
-        dense = _without_weights(self._emptied[0])
+        dense: Any = _without_weights(self._emptied[0])
         if base_weights is None:
             weights = [getattr(self, name).dequantize(dtype) for name in WEIGHTS]
         else:

@@ -1,10 +1,13 @@
 """QuantLinear: nn.Linear with a 4-bit weight and, if wanted, a LoRA adapter."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from ..autograd import autocast_is_on
 from ..codebook import SCALE_CODEBOOKS
-from ..functional import autocast_is_on, dequantize, linear_from_args, lora_linear_from_args, quantize
+from ..functional import dequantize, linear_from_args, lora_linear_from_args, quantize
 from ..quantized_weight import WEIGHT_DTYPES, QuantizedWeight
 from .lora import LoraConfig, init_adapter
 from .quant_module import QuantModule, checked_compute_dtype
@@ -28,6 +31,7 @@ class QuantLinear(QuantModule, nn.Linear):
     """
 
     WHO = "nf4kernels.QuantLinear"
+    qweight: QuantizedWeight
 
     def __init__(
         self,
@@ -98,7 +102,8 @@ class QuantLinear(QuantModule, nn.Linear):
         if lora is None:
             return linear_from_args(x, self._weight_args(), bias, self.WHO)
         return lora_linear_from_args(
-            x, self._weight_args(), self.lora_A.weight, self.lora_B.weight, lora.scaling, bias,
+            x, self._weight_args(), self.lora_A.weight, self.lora_B.weight,  # type: ignore[union-attr]  # set with lora
+            lora.scaling, bias,
             lora.dropout if self.training else 0.0,
         )  # fmt: skip
 
@@ -116,7 +121,7 @@ class QuantLinear(QuantModule, nn.Linear):
             raise ValueError("nf4kernels.QuantLinear.add_lora: the layer must have no adapter yet, got one already")
         if dtype is None:
             dtype = self.qweight.dtype if self.bias is None else self.bias.dtype
-        options = {"bias": False, "device": self.weight.device, "dtype": dtype}
+        options: dict[str, Any] = {"bias": False, "device": self.weight.device, "dtype": dtype}
         self.lora_A = nn.Linear(self.in_features, config.r, **options)
         self.lora_B = nn.Linear(config.r, self.out_features, **options)
         if not self.weight.is_meta:
@@ -125,7 +130,7 @@ class QuantLinear(QuantModule, nn.Linear):
 
     def lora_delta(self) -> Tensor:
         """scaling * lora_B @ lora_A, fp32 `[out_features, in_features]`; ValueError without an adapter."""
-        if self.lora is None:
+        if self.lora is None or self.lora_A is None or self.lora_B is None:
             raise ValueError("nf4kernels.QuantLinear.lora_delta: the layer must have an adapter, got none")
         with torch.no_grad():
             return self.lora.scaling * (self.lora_B.weight.float() @ self.lora_A.weight.float())
@@ -160,7 +165,7 @@ class QuantLinear(QuantModule, nn.Linear):
         self.set_qweight(quantize(dense.weight, code, self.block_size, self.double_quant, scale_codebook))
         if self.bias is not None:
             self.bias.data.copy_(dense.bias)
-        if self.lora is not None:
+        if self.lora is not None and self.lora_A is not None and self.lora_B is not None:
             init_adapter(self.lora_A, self.lora_B, self.lora)
 
     def extra_repr(self) -> str:

@@ -1,12 +1,12 @@
 """QuantModule: how a module holds a 4-bit weight, casts it, saves it and loads it."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..codebook import CODEBOOKS, SCALE_CODEBOOKS
-from ..quantized_weight import WEIGHT_DTYPES, QuantizedExperts, QuantizedWeight
+from ..quantized_weight import WEIGHT_DTYPES, QuantizedExperts, QuantizedWeight, WeightArgs
 
 SCALES = ("scale_absmax", "scale_offset", "code", "scale_code")
 BUFFERS = ("absmax", *SCALES)
@@ -22,7 +22,15 @@ class QuantModule(nn.Module):
     """A frozen uint8 parameter `weight` and the scales as buffers, which only a change of device reaches."""
 
     WHO: ClassVar[str]  # the subclass's name in messages
-    QUANTIZED: ClassVar[type] = QuantizedWeight
+    QUANTIZED: ClassVar[Any] = QuantizedWeight  # or QuantizedExperts
+
+    weight: Tensor
+    absmax: Tensor
+    scale_absmax: Tensor | None
+    scale_offset: Tensor | None
+    code: Tensor
+    scale_code: Tensor | None
+    source_dtype: Tensor
 
     def set_qweight(self, qweight: QuantizedWeight | QuantizedExperts) -> None:
         """Take over the tensors and the options of `qweight`; whatever else the module has stays as it is."""
@@ -48,20 +56,20 @@ class QuantModule(nn.Module):
             raise ValueError(f"{self.WHO}.qweight: the layer is on the meta device, load its state first")
         return self.QUANTIZED(
             self.weight.data, *(getattr(self, name) for name in BUFFERS), self.weight_shape,
-            WEIGHT_DTYPES[self.source_dtype.item()], self.block_size, self.codebook, self.scale_codebook,
+            WEIGHT_DTYPES[int(self.source_dtype.item())], self.block_size, self.codebook, self.scale_codebook,
         )  # fmt: skip
 
     @property
     def double_quant(self) -> bool:
         return self.scale_codebook is not None
 
-    def _parameter(self, name: str) -> Tensor | None:
+    def _parameter(self, name: str) -> Any:
         """By nn.Module's dictionary (its attribute look-up takes 0.6 us), unless sharding made it a plain attribute."""
         parameters = self._parameters
         return parameters[name] if name in parameters else getattr(self, name)
 
-    def _weight_args(self) -> tuple:
-        buffers = self._buffers
+    def _weight_args(self) -> WeightArgs:
+        buffers: Any = self._buffers
         absmax = buffers["absmax"]
         scales = (buffers["scale_absmax"], buffers["scale_offset"], buffers["code"], buffers["scale_code"])
         for scale in scales:

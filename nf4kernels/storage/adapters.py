@@ -6,13 +6,14 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..model.quantize import unwrapped
+from ..model.plan import unwrapped
 from ..nn.lora import LoraConfig
 from ..nn.quant_linear import QuantLinear
 from .atomic import replacing
@@ -58,7 +59,7 @@ def save_adapters(model: nn.Module, directory: str | Path) -> None:
     """
     who = "nf4kernels.save_adapters"
     model = unwrapped(model, "model", who)
-    layers = {}
+    layers: dict[str, QuantLinear] = {}
     for name, layer in _layers(model).items():
         if layer.lora is not None and layer not in layers.values():  # PEFT, too, names a layer once
             layers[name] = layer
@@ -113,11 +114,11 @@ def load_adapters(model: nn.Module, directory: str | Path) -> None:
         if layer.lora is None:
             layer.add_lora(adapter.config, dtype=adapter.A.dtype)
         layer.lora = adapter.config
-        with torch.no_grad():
-            layer.lora_A.weight.copy_(adapter.A)
-            layer.lora_B.weight.copy_(adapter.B)
-        layer.lora_A.requires_grad_(True)
-        layer.lora_B.requires_grad_(True)
+        factors: Any = (layer.lora_A, layer.lora_B)
+        for factor, stored in zip(factors, (adapter.A, adapter.B)):
+            with torch.no_grad():
+                factor.weight.copy_(stored)
+            factor.requires_grad_(True)
 
 
 def _layers(model: nn.Module) -> dict[str, QuantLinear]:
@@ -128,13 +129,15 @@ def _layers(model: nn.Module) -> dict[str, QuantLinear]:
 
 def _config(model: nn.Module, layers: dict[str, QuantLinear], who: str) -> dict:
     """adapter_config.json's content."""
-    configs = {name: layer.lora for name, layer in layers.items()}
+    configs = {name: layer.lora for name, layer in layers.items() if layer.lora is not None}
     for setting in ("dropout", "use_rslora"):
         values = {getattr(config, setting) for config in configs.values()}
         if len(values) > 1:
             raise ValueError(f"{who}: {setting} must be the same in every layer for PEFT, got {sorted(values)}")
-    ranks = {name: config.r for name, config in configs.items()}
-    alphas = {name: int(a) if a == int(a) else a for name, a in ((n, c.alpha) for n, c in configs.items())}
+    ranks: dict[str, float] = {name: config.r for name, config in configs.items()}
+    alphas: dict[str, float] = {
+        name: int(a) if a == int(a) else a for name, a in ((n, c.alpha) for n, c in configs.items())
+    }
     r, rank_pattern = _usual(ranks)
     alpha, alpha_pattern = _usual(alphas)
     first = next(iter(configs.values()))
@@ -200,7 +203,7 @@ def _read_config(file: Path, who: str) -> dict:
 
 def _read_adapters(file: Path, config: dict, who: str) -> dict[str, _Adapter]:
     """layer name -> its adapter, checked against each other and the configuration."""
-    factors = {}
+    factors: dict[str, dict[str, Tensor]] = {}
     try:
         with safe_open(file, framework="pt") as opened:
             for key in opened.keys():  # noqa: SIM118

@@ -1,173 +1,26 @@
-"""Weights on disk: bitsandbytes' key names and metadata, in plain safetensors files."""
+"""A whole model's tensors on disk, in plain safetensors files."""
 
 import json
-import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..codebook import CODEBOOKS, SCALE_CODEBOOKS
-from ..model.quantize import replace_module, unwrapped
+from ..model.plan import replace_module, unwrapped
 from ..nn.lora import LoraConfig
 from ..nn.quant_linear import QuantLinear
 from ..nn.quant_module import BUFFERS, QuantModule
-from ..quantized_weight import SUPERBLOCK, WEIGHT_DTYPES, QuantizedWeight, absmax_shape, check_block_size, packed_shape
+from ..quantized_weight import QuantizedWeight
 from .atomic import replacing
+from .bitsandbytes_format import names_of_weight, stored_weights, weight_from_tensors, weight_to_tensors
 
-BITSANDBYTES_CODEBOOKS = ("nf4", "fp4")
-STATE = ".quant_state."
-PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+INDEX = "model.safetensors.index.json"
 LORA_METADATA = "nf4kernels.lora"
-
-
-def weight_to_tensors(qweight: QuantizedWeight, key: str = "weight", bitsandbytes: bool = False) -> dict[str, Tensor]:
-    """The tensors that stand for a weight on disk, by bitsandbytes' names: `key`, `key.absmax`, `key.quant_map`, ...
-
-    nf4 and fp4 are bitsandbytes' own format, whichever the scale codebook; other codebooks have the same tensors, with
-    the metadata under `key.quant_state.nf4kernels__<name>`. Reads back exactly. Shares memory with `qweight`.
-
-    Args:
-        qweight: the weight.
-        key: its name in the file.
-        bitsandbytes: insist on a weight that bitsandbytes can read.
-
-    Raises:
-        ValueError: `bitsandbytes` is set and the codebook is neither nf4 nor fp4.
-    """
-    known = qweight.codebook in BITSANDBYTES_CODEBOOKS
-    if bitsandbytes and not known:
-        raise ValueError(
-            f"nf4kernels.weight_to_tensors: codebook must be 'nf4' or 'fp4' in bitsandbytes' format,"
-            f" got {qweight.codebook!r}"
-        )
-    metadata = {
-        "quant_type": qweight.codebook,
-        "blocksize": qweight.block_size,
-        "dtype": str(qweight.dtype).removeprefix("torch."),
-        "shape": list(qweight.shape),
-    }
-    tensors = {
-        key: qweight.packed.reshape(-1, 1),
-        f"{key}.absmax": qweight.absmax.reshape(-1),
-        f"{key}.quant_map": qweight.code,
-    }
-    if qweight.double_quant:
-        tensors[f"{key}.nested_absmax"] = qweight.scale_absmax
-        tensors[f"{key}.nested_quant_map"] = qweight.scale_code
-        metadata["nested_blocksize"] = SUPERBLOCK
-        metadata["nested_dtype"] = "float32"
-        metadata["nested_offset"] = qweight.scale_offset.item()
-    owner = "bitsandbytes" if known else "nf4kernels"
-    text = json.dumps(metadata).encode()
-    tensors[f"{key}{STATE}{owner}__{qweight.codebook}"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    return tensors
-
-
-def weight_from_tensors(tensors: dict[str, Tensor], key: str = "weight") -> QuantizedWeight:
-    """The weight that `weight_to_tensors` or bitsandbytes stored as `key`; the same bits, on key's device.
-
-    Any `quant_storage` dtype is read as the bytes it holds. Keys of other tensors are ignored. Shares memory.
-
-    Raises:
-        TypeError, ValueError: a tensor is missing or has another dtype or shape than the metadata says, or the metadata
-            is damaged or of a kind that is not supported. Every message names the key.
-    """
-    who = "nf4kernels.weight_from_tensors"
-    states = [name for name in tensors if name.startswith(key + STATE)]
-    if len(states) != 1:
-        raise ValueError(f"{who}: tensors must have one {key}{STATE}* entry, got {states or 'none'}")
-    for name in [key, f"{key}.absmax", f"{key}.quant_map"]:
-        if name not in tensors:
-            raise ValueError(f"{who}: tensors must have {name}, got none")
-    metadata = _read_metadata(tensors[states[0]], states[0], who)
-    (N, K), block_size = metadata["shape"], metadata["blocksize"]
-    codebook = states[0].rpartition("__")[2]
-    code = _read_code(tensors[f"{key}.quant_map"], codebook, f"{key}.quant_map", who)
-
-    packed = tensors[key].contiguous().reshape(-1).view(torch.uint8)
-    packed = _shaped(packed, packed_shape(N, K), key, who)
-    absmax = _shaped(tensors[f"{key}.absmax"], absmax_shape(N, K, block_size), f"{key}.absmax", who)
-    scale_absmax = scale_offset = scale_code = scale_codebook = None
-    if "nested_offset" in metadata:
-        for name in [f"{key}.nested_absmax", f"{key}.nested_quant_map"]:
-            if name not in tensors:
-                raise ValueError(f"{who}: tensors must have {name}, got none")
-        scale_absmax = tensors[f"{key}.nested_absmax"].reshape(-1)
-        scale_offset = torch.tensor(metadata["nested_offset"], dtype=torch.float32, device=packed.device)
-        scale_code = tensors[f"{key}.nested_quant_map"].reshape(-1)
-        host = scale_code.cpu()
-        equal = (name for name, levels in SCALE_CODEBOOKS.items() if torch.equal(levels, host))
-        scale_codebook = next(equal, "custom")
-    try:
-        return QuantizedWeight(
-            packed, absmax, scale_absmax, scale_offset, code, scale_code, (N, K), metadata["dtype"], block_size,
-            codebook, scale_codebook,
-        )  # fmt: skip
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{who}: {key}: {error}") from None
-
-
-def _read_metadata(tensor: Tensor, name: str, who: str) -> dict:
-    """The JSON beside a weight, with dtype as a torch.dtype; ValueError for what does not fit the format."""
-    try:
-        metadata = json.loads(bytes(tensor.cpu().numpy()).decode())
-        shape, block_size = metadata["shape"], metadata["blocksize"]
-        dtype = getattr(torch, metadata["dtype"], None)
-        quant_type = metadata["quant_type"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{who}: {name} must hold a quant_state in JSON, got {type(error).__name__}: {error}"
-        ) from None
-    sizes = isinstance(shape, list) and len(shape) == 2 and all(isinstance(n, int) and n >= 0 for n in shape)
-    if not sizes:
-        raise ValueError(f"{who}: shape in {name} must be [N, K], got {shape}")
-    if dtype not in WEIGHT_DTYPES:
-        raise ValueError(f"{who}: dtype in {name} must be float32, bfloat16 or float16, got {metadata['dtype']!r}")
-    owner, _, codebook = name.rpartition(STATE)[2].partition("__")
-    names = BITSANDBYTES_CODEBOOKS if owner == "bitsandbytes" else (*CODEBOOKS, "custom")
-    if owner not in ("bitsandbytes", "nf4kernels") or codebook not in names or quant_type != codebook:
-        raise ValueError(f"{who}: quant_type in {name} must be a known codebook and match the key, got {quant_type!r}")
-    if not isinstance(block_size, int):
-        raise ValueError(f"{who}: blocksize in {name} must be an integer, got {block_size!r}")
-    check_block_size(block_size, f"{who}: {name}")
-    if "nested_offset" in metadata:
-        offset, group = metadata["nested_offset"], metadata.get("nested_blocksize")
-        if not isinstance(offset, (int, float)) or not math.isfinite(offset):
-            raise ValueError(f"{who}: nested_offset in {name} must be finite, got {offset!r}")
-        if group != SUPERBLOCK or metadata.get("nested_dtype") != "float32":
-            raise ValueError(
-                f"{who}: nested_blocksize and nested_dtype in {name} must be {SUPERBLOCK} and float32,"
-                f" got {group!r} and {metadata.get('nested_dtype')!r}"
-            )
-    return {**metadata, "dtype": dtype}
-
-
-def _read_code(stored: Tensor, codebook: str, name: str, who: str) -> Tensor:
-    """fp32 `[16]`: the named codebook, or the stored levels of a custom one.
-
-    bitsandbytes decodes by the name and never reads the map, so a map that disagrees would decode to other weights
-    there than here: it is refused.
-    """
-    if stored.numel() != 16 or not stored.is_floating_point():
-        raise ValueError(f"{who}: {name} must hold 16 levels, got {stored.dtype} {list(stored.shape)}")
-    levels = stored.reshape(-1).float()
-    if codebook == "custom":
-        return levels
-    if not torch.allclose(levels.cpu(), CODEBOOKS[codebook], rtol=0, atol=1e-6):
-        raise ValueError(f"{who}: {name} must be the {codebook} codebook, got {levels.tolist()}")
-    return CODEBOOKS[codebook].to(stored.device, copy=True)
-
-
-def _shaped(tensor: Tensor, shape: tuple[int, ...], name: str, who: str) -> Tensor:
-    if tensor.numel() != math.prod(shape):
-        raise ValueError(f"{who}: {name} must have {math.prod(shape)} elements, got {tensor.numel()}")
-    return tensor.contiguous().reshape(shape)
 
 
 def save_checkpoint(model: nn.Module, path: str | Path) -> None:
@@ -249,8 +102,9 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
         tensors.update(found)
         configs.update(_lora_configs(metadata, file, who))
     qweights = {}
-    for weight_key in [name.rpartition(STATE)[0] for name in tensors if STATE in name]:
-        parts = {name: tensors.pop(name).clone() for name in _weight_keys(weight_key, tensors)}  # not views of the file
+    for weight_key in stored_weights(tensors):
+        names = names_of_weight(tensors, weight_key)
+        parts = {name: tensors.pop(name).clone() for name in names}  # not views of the file
         try:
             qweights[weight_key.removesuffix("weight").removesuffix(".")] = weight_from_tensors(parts, weight_key)
         except (TypeError, ValueError) as error:
@@ -263,8 +117,8 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     _check_dense(expected, tensors, layers, attach, who)
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, QuantModule) and name not in layers:
-            for error in module.state_errors(tensors, f"{name}."):
-                raise ValueError(f"{who}: {path}: {error}")
+            for message in module.state_errors(tensors, f"{name}."):
+                raise ValueError(f"{who}: {path}: {message}")
     _install(model, layers, qweights, attach, tensors)
 
 
@@ -272,7 +126,7 @@ def checkpoint_files(path: Path, who: str) -> list[Path]:
     """The safetensors files of a checkpoint: the file itself, or those of a Hugging Face directory."""
     if not path.is_dir():
         return [path]
-    index = path / "model.safetensors.index.json"
+    index = path / INDEX
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -304,11 +158,6 @@ def _lora_configs(metadata: dict[str, str], file: Path, who: str) -> dict[str, L
         raise ValueError(f"{who}: {LORA_METADATA} in {file} must hold adapter configurations, got {error}") from None
 
 
-def _weight_keys(key: str, tensors: dict[str, Tensor]) -> list[str]:
-    names = [key, *(f"{key}.{part}" for part in PARTS)]
-    return [name for name in tensors if name in names or name.startswith(key + STATE)]
-
-
 def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
@@ -319,7 +168,7 @@ def _quant_layers(model: nn.Module) -> dict[str, QuantLinear]:
     return {name: module for name, module in named if isinstance(module, QuantLinear)}
 
 
-def _dense_state(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, Tensor]:
+def _dense_state(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """The model's state without the weights of `layers`."""
     state = model.state_dict(keep_vars=True)
     for name in layers:
@@ -330,7 +179,7 @@ def _dense_state(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, Te
 
 def _shared(state: dict[str, Tensor]) -> Iterator[list[str]]:
     """Groups of names whose tensors are the same memory."""
-    groups = {}
+    groups: dict[tuple, list[str]] = {}
     for name, tensor in state.items():
         address = (tensor.data_ptr() or id(tensor), tensor.shape, tensor.stride(), tensor.dtype)
         groups.setdefault(address, []).append(name)
@@ -339,13 +188,13 @@ def _shared(state: dict[str, Tensor]) -> Iterator[list[str]]:
 
 def _planned_layers(model: nn.Module, qweights: dict[str, QuantizedWeight], who: str) -> dict[str, nn.Module]:
     """name -> the layer that will hold that 4-bit weight, under all names; checked against the checkpoint."""
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
     chosen = {}
     for name, qweight in qweights.items():
-        layer = modules.get(name)
+        layer: Any = modules.get(name)
         fits = isinstance(layer, QuantLinear) or (type(layer) is nn.Linear and name != "")
         if not fits:
-            came = "no such layer" if layer is None else type(layer).__name__
+            came: Any = "no such layer" if layer is None else type(layer).__name__
             raise ValueError(f"{who}: model must have a Linear or QuantLinear as {name or 'its root'}, got {came}")
         if (layer.out_features, layer.in_features) != qweight.shape:
             came = [layer.out_features, layer.in_features]
@@ -379,8 +228,8 @@ def _check_dense(expected, tensors, layers, attach: dict[str, LoraConfig], who: 
             raise ValueError(f"{who}: {name} must have shape {list(shapes[name])}, got {list(tensor.shape)}")
 
 
-def _install(model: nn.Module, layers, qweights, attach, tensors) -> None:
-    names = {}
+def _install(model: nn.Module, layers: Mapping[str, Any], qweights, attach, tensors) -> None:
+    names: dict[Any, list[str]] = {}
     for name, layer in layers.items():
         names.setdefault(layer, []).append(name)
     for layer, aliases in names.items():
@@ -393,7 +242,8 @@ def _install(model: nn.Module, layers, qweights, attach, tensors) -> None:
             replace_module(model, aliases, layer, new)
     for name, config in attach.items():
         stored = tensors[_join(name, "lora_A.weight")].dtype
-        model.get_submodule(name).add_lora(config, dtype=stored)
+        adapted: Any = model.get_submodule(name)
+        adapted.add_lora(config, dtype=stored)
 
     state, placed = model.state_dict(keep_vars=True), {}
     for name, tensor in tensors.items():

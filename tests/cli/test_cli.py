@@ -1,66 +1,22 @@
-"""The command line: quantize end to end with transformers and bitsandbytes, and what an interrupted run leaves."""
+"""The command line: quantize end to end with transformers and bitsandbytes."""
 
 import json
 import os
-import re
-import signal
 import subprocess
 import sys
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from support.llama_directory import LAYER_NAMES, all_tensors, assert_only_input, command, tiny_llama, transformers, tree
 from support.paths import ROOT
 
 import nf4kernels as nf4
-from nf4kernels.cli import linear_layers, main, quantize
-from nf4kernels.cli.errors import CommandError
-from nf4kernels.storage import staging
-
-transformers = pytest.importorskip("transformers", reason="transformers is not installed: no directory is quantized")
-LAYER_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def tiny_llama(directory: Path, shard_size="5GB", dtype=torch.bfloat16, **changes):
-    options = {
-        "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False,
-    }  # fmt: skip
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**options, **changes})).to(dtype)
-    model.save_pretrained(directory, max_shard_size=shard_size)
-    (directory / "tokenizer.json").write_text("{}")
-    (directory / "pytorch_model.bin").write_bytes(b"another format")
-    (directory / ".cache").mkdir()
-    (directory / ".cache" / "hidden").write_text("")
-    (directory / "templates").mkdir()
-    (directory / "templates" / "chat.jinja").write_text("text")
-    return model
-
-
-@pytest.fixture
-def in_dir(tmp_path):
-    tiny_llama(tmp_path / "in")
-    return tmp_path / "in"
-
-
-def command(*args):
-    return main(["quantize", *map(str, args)])
-
-
-def tree(directory):
-    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))
-
-
-def all_tensors(directory):
-    return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
-
-
-def assert_only_input(tmp_path):
-    assert os.listdir(tmp_path) == ["in"], "something was left behind"
+from nf4kernels.cli import main
+from nf4kernels.storage import convert
+from nf4kernels.storage.layer_choice import left_dense_by_loader
 
 
 @pytest.mark.parametrize(
@@ -193,7 +149,7 @@ def test_layers_are_chosen_by_the_model(tmp_path):
 
 def test_tied_head_is_not_quantized_even_unskipped(tmp_path, monkeypatch):
     tiny_llama(tmp_path / "in", tie_word_embeddings=True)
-    monkeypatch.setattr(quantize, "SKIP", ())
+    monkeypatch.setattr(convert, "SKIP", ())
     assert command(tmp_path / "in", tmp_path / "out") == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["llm_int8_skip_modules"] == ["lm_head"]
@@ -201,14 +157,14 @@ def test_tied_head_is_not_quantized_even_unskipped(tmp_path, monkeypatch):
 
 def test_layer_that_the_loader_would_leave_dense_is_left_dense(tmp_path):
     """transformers reads the skip list as suffixes, too: "fc" in it also stands for "inner.fc"."""
-    assert linear_layers.left_dense_by_loader("inner.fc", ["fc"])
-    assert linear_layers.left_dense_by_loader("model.layers.1.mlp", ["model.layers.1"])
-    assert not linear_layers.left_dense_by_loader("model.layers.11.mlp", ["model.layers.1"])
+    assert left_dense_by_loader("inner.fc", ["fc"])
+    assert left_dense_by_loader("model.layers.1.mlp", ["model.layers.1"])
+    assert not left_dense_by_loader("model.layers.11.mlp", ["model.layers.1"])
     should_convert = pytest.importorskip("transformers.quantizers.quantizers_utils").should_convert_module
     names = ["inner.fc", "fc", "model.layers.1.mlp", "model.layers.11.mlp", "mlp.gate", "mlp.gate_proj", "a.lm_head"]
     for entry in ["fc", "model.layers.1", "model.layers.*", "mlp.gate", "lm_head", "gate"]:
         for name in names:
-            assert linear_layers.left_dense_by_loader(name, [entry]) == (not should_convert(name, [entry]))
+            assert left_dense_by_loader(name, [entry]) == (not should_convert(name, [entry]))
 
 
 def test_names_decide_where_transformers_does_not_know_the_model(in_dir, tmp_path, capsys):
@@ -226,202 +182,6 @@ def test_rows_of_no_whole_number_of_blocks_are_noted(tmp_path, capsys):
     tiny_llama(tmp_path / "in", intermediate_size=100)
     assert command(tmp_path / "in", tmp_path / "out") == 0
     assert "note: in 2 layers (model.layers.0.mlp.down_proj, ...)" in capsys.readouterr().out
-
-
-def edit_tensors(change):
-    def edit(in_dir):
-        tensors = load_file(in_dir / "model.safetensors")
-        change(tensors)
-        save_file(tensors, in_dir / "model.safetensors")
-
-    return edit
-
-
-def truncate(in_dir):
-    file = in_dir / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-def edit_config(**changes):
-    def edit(in_dir):
-        config = json.loads((in_dir / "config.json").read_text())
-        (in_dir / "config.json").write_text(json.dumps({**config, **changes}))
-
-    return edit
-
-
-def odd_index(in_dir):
-    index = {"weight_map": {"model.norm.weight": "model.safetensors"}}
-    (in_dir / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def set_nan(tensors):
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
-
-
-BAD_INPUT = {
-    "truncated": (truncate, "model.safetensors must be a whole safetensors file"),
-    "no weights": (lambda d: (d / "model.safetensors").unlink(), "path must have model.safetensors or its index"),
-    "no config": (lambda d: (d / "config.json").unlink(), "IN_DIR must be a Hugging Face model directory"),
-    "damaged config": (lambda d: (d / "config.json").write_text("{"), "config.json must hold JSON"),
-    "list config": (lambda d: (d / "config.json").write_text("[]"), "config.json must hold a JSON object"),
-    "wrong config": (edit_config(num_attention_heads="many"), "config.json must describe a LlamaForCausalLM"),
-    "quantized": (
-        edit_config(quantization_config={"quant_method": "gptq"}),
-        "IN_DIR must hold a dense model, got one quantized by gptq",
-    ),
-    "odd index": (odd_index, "must list the tensors of its files"),
-    "damaged index": (lambda d: (d / "model.safetensors.index.json").write_text("{"), "must hold a weight_map in JSON"),
-    "nan": (edit_tensors(set_nan), r"layer model.layers.1.mlp.up_proj: .* weight must be finite, got nan at row 3"),
-    "unknown layers": (
-        edit_tensors(lambda t: [t.update({"x." + n: t.pop(n)}) for n in list(t)]),
-        "IN_DIR|must have a linear layer to quantize, got none",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_is_one_line_and_leaves_nothing(case, in_dir, tmp_path, capsys):
-    damage, message = BAD_INPUT[case]
-    damage(in_dir)
-    capsys.readouterr()
-    assert command(in_dir, tmp_path / "out") == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nf4kernels: ")]
-    assert len(errors) == 1
-    assert re.search(message, errors[0])
-    assert_only_input(tmp_path)
-
-
-def test_existing_output_needs_overwrite(in_dir, tmp_path, capsys):
-    out = tmp_path / "out"
-    assert command(in_dir, out, "--block-size", "128") == 0
-    (out / "old file").write_text("")
-    before = tree(out)
-    assert command(in_dir, out) == 2
-    assert "OUT_DIR must not exist (or say --overwrite)" in capsys.readouterr().err
-    assert tree(out) == before
-    assert command(in_dir, out, "--overwrite") == 0
-    assert tree(out) == [name for name in before if name != "old file"]
-    assert sorted(os.listdir(tmp_path)) == ["in", "out"]
-
-
-def test_overwrite_replaces_model_directories_only(in_dir, tmp_path, capsys):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.tex").write_text("")
-    assert command(in_dir, tmp_path / "out", "--overwrite") == 2
-    assert "must be a model directory to be overwritten" in capsys.readouterr().err
-    assert tree(tmp_path / "out") == ["thesis.tex"]
-
-
-@pytest.mark.parametrize("out", [".", "sub", ".."])
-def test_output_is_not_the_input(out, in_dir, tmp_path, capsys):
-    before = tree(tmp_path)
-    assert command(in_dir, in_dir / out, "--overwrite") == 2
-    assert "OUT_DIR must be outside IN_DIR" in capsys.readouterr().err
-    assert tree(tmp_path) == before
-
-
-def test_skip_that_matches_nothing_is_refused(in_dir, tmp_path, capsys):
-    assert command(in_dir, tmp_path / "out", "--skip", "q_proj", "--skip", "qproj") == 2
-    assert "--skip must match a layer, got 'qproj'" in capsys.readouterr().err
-    assert_only_input(tmp_path)
-
-
-@pytest.mark.parametrize("error", [OSError("No space left on device"), KeyboardInterrupt()])
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_run_that_fails_half_way_leaves_nothing(error, overwrite, tmp_path, monkeypatch, capsys):
-    tiny_llama(tmp_path / "in", "60KB")
-    flags = ["--overwrite"] if overwrite else []
-    if overwrite:
-        assert command(tmp_path / "in", tmp_path / "out", "--codebook", "fp4") == 0
-    before, original, written = tree(tmp_path), quantize.write_tensors, []
-
-    def fails_on_the_third(tensors, path, metadata=None):
-        written.append(path)
-        if len(written) == 3:
-            Path(path).write_bytes(b"half")
-            raise error
-        original(tensors, path, metadata)
-
-    monkeypatch.setattr(quantize, "write_tensors", fails_on_the_third)
-    assert command(tmp_path / "in", tmp_path / "out", *flags) == (130 if isinstance(error, KeyboardInterrupt) else 2)
-    message = "interrupted" if isinstance(error, KeyboardInterrupt) else "No space left on device"
-    assert message in capsys.readouterr().err
-    assert tree(tmp_path) == before
-    monkeypatch.undo()
-    assert command(tmp_path / "in", tmp_path / "out", *flags) == 0
-
-
-KILLED = """
-import sys, time
-from nf4kernels.cli import main, quantize
-original, written = quantize.write_tensors, []
-def stalls(tensors, path, metadata=None):
-    original(tensors, path, metadata)
-    written.append(path)
-    if len(written) == 2:
-        print("half way", flush=True)
-        time.sleep(60)
-quantize.write_tensors = stalls
-sys.exit(main(["quantize", *sys.argv[1:]]))
-"""
-
-
-def test_killed_run_leaves_no_output_and_the_next_one_cleans_up(tmp_path, capsys):
-    tiny_llama(tmp_path / "in", "60KB")
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, tmp_path / "in", tmp_path / "out"],
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT,
-    )  # fmt: skip
-    try:
-        assert process.stdout.readline() == "half way\n"
-        assert command(tmp_path / "in", tmp_path / "out") == 2
-        assert "must not be written by another run" in capsys.readouterr().err
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-    assert sorted(os.listdir(tmp_path)) == [".out.partial", "in"]
-    assert command(tmp_path / "in", tmp_path / "out") == 0
-    assert sorted(os.listdir(tmp_path)) == ["in", "out"]
-    nf4.load_checkpoint(tiny_llama(tmp_path / "again"), tmp_path / "out")
-
-
-@pytest.mark.parametrize("target_is_there", [False, True])
-def test_overwrite_killed_between_its_renames(target_is_there, tmp_path):
-    """The old directory stands under another name: it comes back, or goes if the new one was in place already."""
-    target, replaced = tmp_path / "out", tmp_path / ".out.replaced"
-    replaced.mkdir()
-    (replaced / "config.json").write_text("old")
-    if target_is_there:
-        target.mkdir()
-        (target / "config.json").write_text("new")
-        (target / "model.safetensors").write_text("")
-    with pytest.raises(RuntimeError, match="stop"), staging.staged_directory(target, overwrite=True):
-        raise RuntimeError("stop")
-    assert os.listdir(tmp_path) == ["out"]
-    assert (target / "config.json").read_text() == ("new" if target_is_there else "old")
-
-
-def test_overwrite_wants_a_model_and_not_any_config(tmp_path):
-    (tmp_path / "project" / "src").mkdir(parents=True)
-    (tmp_path / "project" / "config.json").write_text("{}")
-    with (
-        pytest.raises(CommandError, match="OUT_DIR must be a model directory to be overwritten"),
-        staging.staged_directory(tmp_path / "project", overwrite=True),
-    ):
-        pass
-    assert (tmp_path / "project" / "src").is_dir()
-
-
-def test_output_that_cannot_be_made(in_dir, tmp_path):
-    (tmp_path / "file").write_text("")
-    with (
-        pytest.raises(CommandError, match="OUT_DIR must be a path that can be made"),
-        staging.staged_directory(tmp_path / "file" / "out"),
-    ):
-        pass
-    assert command(in_dir, tmp_path / "file" / "out") == 2
 
 
 @pytest.mark.parametrize(
@@ -460,13 +220,13 @@ def test_info_needs_no_framework():
 
 def test_one_dense_tensor_at_a_time(tmp_path, monkeypatch):
     tiny_llama(tmp_path / "in")
-    seen, alive, original = [], [], quantize.quantize
+    seen, alive, original = [], [], convert.quantize
 
     def watching(tensor, *args, **kwargs):
         alive.append(sum(reference() is not None for reference in seen))
         seen.append(weakref.ref(tensor))
         return original(tensor, *args, **kwargs)
 
-    monkeypatch.setattr(quantize, "quantize", watching)
+    monkeypatch.setattr(convert, "quantize", watching)
     assert command(tmp_path / "in", tmp_path / "out") == 0
-    assert alive == [0] * 14
+    assert alive == [0] * 15  # the first call checks the options

@@ -15,6 +15,7 @@ import torch
 import nf4kernels as nf4
 from nf4kernels.demo import byte_model, data, pipeline, smollm2
 from nf4kernels.demo.training import evaluate
+from nf4kernels.storage.atomic import replacing_directory
 
 OFFLINE = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}  # pip then finds nothing at all
 
@@ -168,7 +169,7 @@ def test_an_interrupted_run_leaves_the_earlier_output(tmp_path):
     (out / "results.json").write_text("earlier")
 
     def interrupted() -> None:
-        with pipeline.replacing_directory(out) as fresh:
+        with replacing_directory(out) as fresh:
             (fresh / "results.json").write_text("half")
             raise KeyboardInterrupt
 

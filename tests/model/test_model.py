@@ -1,4 +1,4 @@
-"""quantize_model and merge_model: what is replaced, what is left alone and why, and that errors change nothing."""
+"""quantize_model: what is replaced, what is left alone and why, and that errors change nothing."""
 
 import copy
 import math
@@ -6,13 +6,13 @@ import weakref
 
 import pytest
 import torch
+from support.small_model import OPTIONS, QUANTIZED, Net
+from support.unchanged import assert_unchanged, snapshot
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import nf4kernels as nf4
 from nf4kernels.model import quantize as model_module
-
-OPTIONS = {"progress": False}
 
 
 class Conv1D(nn.Module):
@@ -32,49 +32,6 @@ class Experts(nn.Module):
 
 class SubclassedLinear(nn.Linear):
     pass
-
-
-class Block(nn.Module):
-    def __init__(self, dim=64):
-        super().__init__()
-        self.q_proj = nn.Linear(dim, dim, bias=False)
-        self.up_proj = nn.Linear(dim, 96)
-
-    def forward(self, x):
-        return self.up_proj(self.q_proj(x))
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(50, 64)
-        self.layers = nn.ModuleList([Block(), Block()])
-        self.down = nn.Linear(96, 64)
-        self.lm_head = nn.Linear(64, 50, bias=False)
-
-    def forward(self, ids):
-        x = self.embed(ids)
-        for layer in self.layers:
-            x = x + self.down(layer(x))
-        return self.lm_head(x)
-
-
-QUANTIZED = ["layers.0.q_proj", "layers.0.up_proj", "layers.1.q_proj", "layers.1.up_proj", "down"]
-
-
-def snapshot(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}, [
-        (name, type(module)) for name, module in model.named_modules()
-    ]
-
-
-def assert_unchanged(model, before):
-    state, modules = before
-    assert [(name, type(module)) for name, module in model.named_modules()] == modules
-    now = model.state_dict()
-    assert list(now) == list(state)
-    for name, tensor in state.items():
-        torch.testing.assert_close(now[name], tensor, rtol=0, atol=0, equal_nan=True)
 
 
 def reasons(report):
@@ -137,11 +94,11 @@ def test_report_reads_as_a_table():
     assert str(nf4.QuantizeReport())
 
 
-def test_panels_do_not_change_the_error(monkeypatch):
+def test_slices_do_not_change_the_error(monkeypatch):
     model = Net()
     other = copy.deepcopy(model)
     whole = nf4.quantize_model(model, **OPTIONS)
-    monkeypatch.setattr(model_module, "SMALLEST_PANEL", 100)
+    monkeypatch.setattr(model_module, "SMALLEST_SLICE", 100)
     assert nf4.quantize_model(other, **OPTIONS).rms_error == pytest.approx(whole.rms_error, rel=1e-12)
 
 
@@ -385,98 +342,3 @@ def test_bad_models(function):
         function(nn.Linear(4, 4))
     with pytest.raises(ValueError, match="model must contain its layers, got a QuantLinear itself"):
         function(nf4.QuantLinear(4, 4))
-
-
-def adapted(dtype=torch.float32):
-    model = Net().to(dtype)
-    base = copy.deepcopy(model)
-    nf4.quantize_model(model, lora=nf4.LoraConfig(r=4), **OPTIONS)
-    with torch.no_grad():
-        for name in QUANTIZED:
-            model.get_submodule(name).lora_B.weight.normal_(std=0.05)
-    return model, base
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("into_base", [False, True])
-def test_merge_is_the_fp32_sum_rounded_once(dtype, into_base):
-    model, base = adapted()
-    expected = {}
-    for name in QUANTIZED:
-        layer = model.get_submodule(name)
-        weight = base.get_submodule(name).weight.detach() if into_base else layer.dequantize(torch.float32)
-        delta = layer.lora.scaling * (layer.lora_B.weight @ layer.lora_A.weight).detach()
-        expected[name] = (weight + delta).to(dtype), None if layer.bias is None else layer.bias.detach().to(dtype)
-    base_before = snapshot(base)
-    assert nf4.merge_model(model, base if into_base else None, dtype) == QUANTIZED
-    for name, (weight, bias) in expected.items():
-        merged = model.get_submodule(name)
-        assert type(merged) is nn.Linear
-        assert (merged.in_features, merged.out_features) == (weight.shape[1], weight.shape[0])
-        assert torch.equal(merged.weight, weight)
-        assert merged.bias is None if bias is None else torch.equal(merged.bias, bias)
-        assert merged.weight.requires_grad
-    assert_unchanged(base, base_before)
-    assert nf4.merge_model(model) == []
-
-
-def test_merge_into_base_without_adapter_gives_the_base_back():
-    model = Net()
-    base = copy.deepcopy(model)
-    nf4.quantize_model(model, **OPTIONS)
-    nf4.merge_model(model, base, torch.float32)
-    for (name, tensor), (base_name, expected) in zip(model.state_dict().items(), base.state_dict().items()):
-        assert name == base_name
-        assert torch.equal(tensor, expected)
-    model.down.weight.data.zero_()
-    assert base.down.weight.abs().sum() > 0, "the merged weight shares the base's memory"
-
-
-def test_merged_model_computes_what_the_adapted_one_did():
-    model, _ = adapted()
-    ids = torch.randint(0, 50, (2, 5))
-    expected = model(ids)
-    nf4.merge_model(model, dtype=torch.float32)
-    torch.testing.assert_close(model(ids), expected, rtol=0, atol=96 * 2**-22 * expected.abs().max().item())
-
-
-def break_base(base, how):
-    if how == "missing":
-        del base.down
-    elif how == "shape":
-        base.down = nn.Linear(96, 63)
-    elif how == "quantized":
-        base.down = nf4.QuantLinear(96, 64)
-    elif how == "kind":
-        base.down = nn.Conv1d(96, 64, 1)
-    elif how == "meta":
-        base.down.to("meta")
-    return base
-
-
-@pytest.mark.parametrize(
-    ("how", "message"),
-    [
-        ("missing", "base must have a layer down, got none"),
-        ("shape", r"base must have down in shape \[64, 96\], got \[63, 96\]"),
-        ("quantized", "base must have an nn.Linear in floating point as down, got QuantLinear"),
-        ("kind", "base must have an nn.Linear in floating point as down, got Conv1d"),
-        ("meta", "base must be loaded, got down on the meta device"),
-    ],
-)
-def test_merge_with_a_wrong_base_changes_nothing(how, message):
-    model, base = adapted()
-    base, before = break_base(base, how), snapshot(model)
-    with pytest.raises(ValueError, match=message):
-        nf4.merge_model(model, base)
-    assert_unchanged(model, before)
-
-
-def test_merge_bad_arguments_change_nothing():
-    model, _ = adapted()
-    before = snapshot(model)
-    with pytest.raises(TypeError, match=r"dtype must be float32, bfloat16 or float16, got torch.int8"):
-        nf4.merge_model(model, dtype=torch.int8)
-    with pytest.raises(TypeError, match=r"base must be an nn.Module, got dict"):
-        nf4.merge_model(model, base={})
-    assert_unchanged(model, before)

@@ -1,18 +1,16 @@
-"""Which tensors of a Hugging Face checkpoint are linear layers."""
+"""Which matrices of a Hugging Face checkpoint are linear layers to quantize."""
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from pathlib import Path
+from typing import Any
 
-import torch
 from torch import nn
 
-from ..model.quantize import plan_layers, skips
-from .errors import CommandError
+from ..model.plan import plan_layers, skips
 
-# Only where transformers does not know the model: matrices that are not linear layers by these names.
+# Only where there is no model to ask: matrices that are not linear layers by these names.
 NOT_LINEAR = ("*embed*", "*wte", "*wpe", "*shared", "*norm*", "*relative_attention_bias*", "*conv*")
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 
@@ -27,11 +25,20 @@ class Choice:
     source: str = ""
 
 
-def choose(in_dir: Path, config: dict, matrices: Collection[str], skip: Iterable[str]) -> Choice:
-    """Sort the checkpoint's matrices, given by the names of their layers, into quantized and dense."""
-    model, source = _meta_model(in_dir, config)
+def choose(
+    model: nn.Module | None, source: str, config: Mapping[str, Any], matrices: Collection[str], skip: Iterable[str]
+) -> Choice:
+    """Sort the checkpoint's matrices, given by the names of their layers, into quantized and dense.
+
+    The model, on the meta device, says which are linear layers; without one their names do. `source` says in words
+    whose choice it is. ValueError for a model whose names do not tell.
+    """
     if model is None:
-        return _choose_by_name(config, matrices, skip, source)
+        return _choose_by_name(source, config, matrices, skip)
+    return _choose_by_model(model, source, matrices, skip)
+
+
+def _choose_by_model(model: nn.Module, source: str, matrices: Collection[str], skip: Iterable[str]) -> Choice:
     targets, skipped = plan_layers(model, skip)
     wanted = {name for names in targets for name in names}
     linear = [name for name, module in model.named_modules()
@@ -50,38 +57,10 @@ def choose(in_dir: Path, config: dict, matrices: Collection[str], skip: Iterable
     return choice
 
 
-def left_dense_by_loader(name: str, entries: Iterable[str]) -> bool:
-    """Whether transformers leaves the layer dense, given `llm_int8_skip_modules`: a prefix, a pattern or a suffix."""
-    boundary = r"(?:(?<=\.)|(?=\.|$))"
-    return any(re.match(rf"(?:{entry}){boundary}", name) or name.endswith(entry) for entry in entries)
-
-
-def _meta_model(in_dir: Path, config: dict) -> tuple[nn.Module | None, str]:
-    """(the model without its weights, its class), or (None, why not)."""
-    architecture = (config.get("architectures") or [""])[0]
-    try:
-        import transformers
-    except ImportError:
-        return None, "their names (transformers is not installed)"
-    model_class = getattr(transformers, architecture, None) if architecture else None
-    if model_class is None:
-        return (
-            None,
-            f"their names (transformers {transformers.__version__} does not know {architecture or 'the model'})",
-        )
-    try:
-        with torch.device("meta"):
-            model = model_class(model_class.config_class.from_pretrained(in_dir))
-    except Exception as error:  # what a model's class raises about its configuration has no common type
-        raise CommandError(f"quantize: {in_dir}/config.json must describe a {architecture}, got {error!r}") from None
-    model.tie_weights()
-    return model, architecture
-
-
-def _choose_by_name(config: dict, matrices: Collection[str], skip: Iterable[str], source: str) -> Choice:
+def _choose_by_name(source: str, config: Mapping[str, Any], matrices: Collection[str], skip: Iterable[str]) -> Choice:
     if config.get("model_type") in CONV1D_MODELS:
-        raise CommandError(
-            f"quantize: {config['model_type']} keeps its weights transposed, which only transformers can tell apart;"
+        raise ValueError(
+            f"{config['model_type']} keeps its weights transposed, which only transformers can tell apart;"
             f" layers were to be chosen by {source}"
         )
     choice = Choice(source=source)
@@ -97,3 +76,9 @@ def _choose_by_name(config: dict, matrices: Collection[str], skip: Iterable[str]
             choice.reasons[name] = reason
             choice.dense.append(name)
     return choice
+
+
+def left_dense_by_loader(name: str, entries: Iterable[str]) -> bool:
+    """Whether transformers leaves the layer dense, given `llm_int8_skip_modules`: a prefix, a pattern or a suffix."""
+    boundary = r"(?:(?<=\.)|(?=\.|$))"
+    return any(re.match(rf"(?:{entry}){boundary}", name) or name.endswith(entry) for entry in entries)

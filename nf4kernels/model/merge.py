@@ -1,0 +1,89 @@
+"""merge_model: from layers in 4 bits back to dense ones, adapters added in."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..nn.quant_experts import WEIGHTS, QuantExperts
+from ..nn.quant_linear import QuantLinear
+from ..quantized_weight import WEIGHT_DTYPES
+from .plan import QUANTIZED, check_container, names_of_modules, parts, replace_module, unwrapped
+
+
+def merge_model(model: nn.Module, base: nn.Module | None = None, dtype: torch.dtype = torch.bfloat16) -> list[str]:
+    """Replace every QuantLinear of `model` by an nn.Linear of Ŵ + scaling * lora_B @ lora_A, in place.
+
+    QuantExperts become what they were made from, a module of the same class and configuration, of Ŵ.
+
+    With `base` the original weight W takes the place of Ŵ, which also undoes the quantization error. The sum is taken
+    in fp32 and rounded once to `dtype`. Merging into 4 bits is not offered: rounding to 4 bits takes most of the
+    fine-tuning away.
+
+    Args:
+        model: any module that contains layers. Its layers in 4 bits are replaced; their biases are rounded to
+            `dtype` and nothing else is cast. Merged weights require gradients as any nn.Linear's do, a bias as before.
+        base: the model before quantization, with the same names. It is read only.
+        dtype: of the merged weights and biases; float32, bfloat16 or float16.
+
+    Returns:
+        The names of the replaced layers.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong, `base` lacks a layer, has it in another shape, or not in floating
+            point, or QuantExperts were not made from a module (the message names the layer). The model is then
+            unchanged.
+    """
+    who = "nf4kernels.merge_model"
+    model = unwrapped(model, "model", who)
+    check_container(model, "model", who)
+    if dtype not in WEIGHT_DTYPES:
+        raise TypeError(f"{who}: dtype must be float32, bfloat16 or float16, got {dtype}")
+    if base is not None:
+        base = unwrapped(base, "base", who)
+    targets = [names for module, names in names_of_modules(model).items() if isinstance(module, QUANTIZED)]
+    for names in targets:
+        layer: Any = model.get_submodule(names[0])
+        if any(part.weight.is_meta for part in parts(layer)):
+            raise ValueError(f"{who}: model must be loaded, got layer {names[0]} on the meta device")
+        if isinstance(layer, QuantExperts) and not layer.can_be_dense:
+            raise ValueError(
+                f"{who}: {names[0]} must have been made by QuantExperts.from_experts, got one that was not"
+            )
+        if base is not None:
+            _base_weights(base, names[0], layer, who)
+
+    for names in targets:
+        layer = model.get_submodule(names[0])
+        base_weights = None if base is None else _base_weights(base, names[0], layer, who)
+        if isinstance(layer, QuantExperts):
+            dense: nn.Module = layer.to_experts(dtype, base_weights)
+        else:
+            dense = layer.to_linear(dtype, base_weight=None if base_weights is None else base_weights[0])
+            if dense.bias is not None:
+                dense.bias.requires_grad_(layer.bias.requires_grad)
+        replace_module(model, names, layer, dense)
+    return [names[0] for names in targets]
+
+
+def _base_weights(base: nn.Module, name: str, layer: QuantLinear | QuantExperts, who: str) -> list[Tensor]:
+    """base's dense weights of that name, one or the experts' two; ValueError where they do not fit the layer."""
+    try:
+        module = base.get_submodule(name)
+    except AttributeError:
+        raise ValueError(f"{who}: base must have a layer {name}, got none") from None
+    is_linear = isinstance(layer, QuantLinear)
+    leaves, what = (("weight",), "an nn.Linear") if is_linear else (WEIGHTS, "experts")
+    weights: list[Any] = [getattr(module, leaf, None) for leaf in leaves]
+    is_dense = isinstance(module, nn.Linear) == is_linear and not isinstance(module, QUANTIZED)
+    if not is_dense or not all(isinstance(weight, Tensor) and weight.is_floating_point() for weight in weights):
+        raise ValueError(f"{who}: base must have {what} in floating point as {name}, got {module}")
+    for part, leaf, weight in zip(parts(layer), leaves, weights):
+        key = name if is_linear else f"{name}.{leaf}"
+        if tuple(weight.shape) != part.weight_shape:
+            raise ValueError(
+                f"{who}: base must have {key} in shape {list(part.weight_shape)}, got {list(weight.shape)}"
+            )
+        if weight.is_meta:
+            raise ValueError(f"{who}: base must be loaded, got {key} on the meta device")
+    return [weight.detach() for weight in weights]

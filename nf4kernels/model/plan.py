@@ -1,0 +1,159 @@
+"""Which layers of a model are replaced, why the others are not, and how one module takes another's place."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..nn.quant_experts import WEIGHTS, QuantExperts, layout_problem
+from ..nn.quant_linear import QuantLinear
+from ..nn.quant_module import QuantModule
+from .report import SkippedLayer
+
+QUANTIZED = (QuantLinear, QuantExperts)
+HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
+)  # fmt: skip
+
+
+def plan_layers(
+    model: nn.Module, patterns: Iterable[str], block_size: int = 64
+) -> tuple[list[list[str]], list[SkippedLayer]]:
+    """(all names of each layer to replace, the matrices to leave alone); works on the meta device."""
+    names = names_of_modules(model)
+    users = defaultdict(set)  # address of a parameter -> names of the parameters there
+    for module, (name, *_) in names.items():
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None:
+                users[address(parameter)].add(f"{name}.{leaf}" if name else leaf)
+    fused = {id(child) for module in names if isinstance(module, nn.TransformerEncoderLayer)
+             for child in (module.linear1, module.linear2)}  # fmt: skip
+
+    targets, skipped = [], []
+    for module, aliases in names.items():
+        reason = _reason(module, aliases, patterns, users, fused, block_size)
+        if reason is None:
+            targets.append(aliases)
+        elif isinstance(module, QUANTIZED):
+            for part, leaf in zip(parts(module), [""] if isinstance(module, QuantLinear) else WEIGHTS):
+                name = f"{aliases[0]}.{leaf}".strip(".")
+                skipped.append(SkippedLayer(name, part.weight_shape, part.weight.nbytes, reason))
+        else:
+            for leaf, matrix in module._parameters.items():
+                if matrix is not None and matrix.dim() >= 2:
+                    name = aliases[0] if leaf == "weight" else f"{aliases[0]}.{leaf}".lstrip(".")
+                    skipped.append(SkippedLayer(name, tuple(matrix.shape), matrix.nbytes, reason))
+    return targets, skipped
+
+
+def skips(pattern: str, name: str) -> bool:
+    """Whether an entry of `quantize_model`'s skip stands for the layer of that full name."""
+    return f".{pattern}." in f".{name}." or fnmatchcase(name, pattern)
+
+
+def _reason(module: nn.Module, aliases: list[str], patterns, users, fused, block_size: int) -> str | None:
+    """Why a module is left alone; None for a layer to replace."""
+    if isinstance(module, QUANTIZED):
+        return f"already a {type(module).__name__}"
+    if parametrize.is_parametrized(module):
+        return "parametrized"
+    if type(module) is not nn.Linear:
+        reason = _reason_for_other(module, block_size)
+        if reason is not None:
+            return reason
+    leaves = ("weight",) if isinstance(module, nn.Linear) else WEIGHTS
+    for name in aliases:
+        known_as = [name] if isinstance(module, nn.Linear) else [name, *(f"{name}.{leaf}" for leaf in WEIGHTS)]
+        for pattern in patterns:
+            if any(skips(pattern, each) for each in known_as):
+                return f"skip={pattern!r}"
+        if {"lora_A", "lora_B"} & set(name.split(".")):
+            return "a LoRA factor"
+    if module._parameters.get(leaves[0]) is None:
+        return "its weight is computed by a hook"
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance"
+    if id(module) in fused:
+        return "nn.TransformerEncoderLayer's fused path reads it as a dense matrix"
+    for leaf in leaves:
+        parameter = module._parameters[leaf]
+        others = (
+            set()
+            if parameter is None
+            else users[address(parameter)] - {f"{name}.{leaf}".lstrip(".") for name in aliases}
+        )
+        if others:
+            return f"tied to {min(others)}"
+    return None
+
+
+def _reason_for_other(module: nn.Module, block_size: int) -> str | None:
+    """Why a module that is no nn.Linear is left alone; None for experts to replace."""
+    kind = type(module).__name__
+    if isinstance(module, nn.Embedding):
+        return "an embedding"
+    if kind == "Conv1D":
+        return "Conv1D keeps its weight as [in, out]"
+    if isinstance(module, nn.Linear):
+        return f"{kind}, a subclass of nn.Linear"
+    if any(p is not None and p.dim() == 3 for p in module._parameters.values()):
+        return layout_problem(module, block_size)
+    return f"{kind}, not an nn.Linear"
+
+
+def names_of_modules(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """module -> all its names; nothing below a layer in 4 bits."""
+    names: dict[nn.Module, list[str]] = defaultdict(list)
+    inside: str | tuple[str, ...] = ()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if inside and name.startswith(inside):
+            continue
+        names[module].append(name)
+        if isinstance(module, QUANTIZED):
+            inside = f"{name}."
+    return names
+
+
+def address(parameter: Tensor) -> int:
+    # The address, not the storage: a loader may hand out all weights as views of one mapped file.
+    return parameter.data_ptr() or id(parameter)
+
+
+def parts(layer: QuantLinear | QuantExperts) -> list[QuantModule]:
+    return [layer] if isinstance(layer, QuantLinear) else [getattr(layer, name) for name in WEIGHTS]
+
+
+def unwrapped(model: nn.Module, argument: str, who: str) -> nn.Module:
+    """The module inside torch.compile's; TypeError for what is no module, ValueError for one inside DDP."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{who}: {argument} must be an nn.Module, got {type(model).__name__}")
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise ValueError(f"{who}: {argument} must be the module inside, pass .module, got {type(model).__name__}")
+    return getattr(model, "_orig_mod", model)
+
+
+def check_container(model: nn.Module, argument: str, who: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{who}: {argument} must be an nn.Module, got {type(model).__name__}")
+    if isinstance(model, nn.Linear):
+        raise ValueError(
+            f"{who}: {argument} must contain its layers, got a {type(model).__name__} itself"
+            " (QuantLinear.from_linear and QuantLinear.to_linear convert one)"
+        )
+    if isinstance(model, QuantExperts) or layout_problem(model) is None:
+        raise ValueError(
+            f"{who}: {argument} must contain its layers, got a {type(model).__name__} itself"
+            " (QuantExperts.from_experts and QuantExperts.to_experts convert one)"
+        )
+
+
+def replace_module(model: nn.Module, names: Iterable[str], old: nn.Module, new: nn.Module) -> None:
+    """Put `new` under every one of `names`, with old's hooks."""
+    for hooks in HOOKS:
+        setattr(new, hooks, getattr(old, hooks))
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, new)

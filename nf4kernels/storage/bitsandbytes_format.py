@@ -1,0 +1,175 @@
+"""One weight in bitsandbytes' format: its tensors by name, and the metadata beside them; nothing else knows the names.
+
+An NF4 or FP4 weight is written as bitsandbytes writes it; a weight of another codebook has the same tensors and says so
+in the name of its metadata.
+"""
+
+import json
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ..codebook import CODEBOOKS, SCALE_CODEBOOKS
+from ..quantized_weight import SUPERBLOCK, WEIGHT_DTYPES, QuantizedWeight, absmax_shape, check_block_size, packed_shape
+
+BITSANDBYTES_CODEBOOKS = ("nf4", "fp4")
+STATE = ".quant_state."
+PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+
+
+def weight_to_tensors(qweight: QuantizedWeight, key: str = "weight", bitsandbytes: bool = False) -> dict[str, Tensor]:
+    """The tensors that stand for a weight on disk, by bitsandbytes' names: `key`, `key.absmax`, `key.quant_map`, ...
+
+    nf4 and fp4 are bitsandbytes' own format, whichever the scale codebook; other codebooks have the same tensors, with
+    the metadata under `key.quant_state.nf4kernels__<name>`. Reads back exactly. Shares memory with `qweight`.
+
+    Args:
+        qweight: the weight.
+        key: its name in the file.
+        bitsandbytes: insist on a weight that bitsandbytes can read.
+
+    Raises:
+        ValueError: `bitsandbytes` is set and the codebook is neither nf4 nor fp4.
+    """
+    known = qweight.codebook in BITSANDBYTES_CODEBOOKS
+    if bitsandbytes and not known:
+        raise ValueError(
+            f"nf4kernels.weight_to_tensors: codebook must be 'nf4' or 'fp4' in bitsandbytes' format,"
+            f" got {qweight.codebook!r}"
+        )
+    metadata = {
+        "quant_type": qweight.codebook,
+        "blocksize": qweight.block_size,
+        "dtype": str(qweight.dtype).removeprefix("torch."),
+        "shape": list(qweight.shape),
+    }
+    tensors = {
+        key: qweight.packed.reshape(-1, 1),
+        f"{key}.absmax": qweight.absmax.reshape(-1),
+        f"{key}.quant_map": qweight.code,
+    }
+    scale_absmax, scale_offset, scale_code = qweight.scale_absmax, qweight.scale_offset, qweight.scale_code
+    if scale_absmax is not None and scale_offset is not None and scale_code is not None:
+        tensors[f"{key}.nested_absmax"] = scale_absmax
+        tensors[f"{key}.nested_quant_map"] = scale_code
+        metadata["nested_blocksize"] = SUPERBLOCK
+        metadata["nested_dtype"] = "float32"
+        metadata["nested_offset"] = scale_offset.item()
+    owner = "bitsandbytes" if known else "nf4kernels"
+    text = json.dumps(metadata).encode()
+    tensors[f"{key}{STATE}{owner}__{qweight.codebook}"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    return tensors
+
+
+def weight_from_tensors(tensors: dict[str, Tensor], key: str = "weight") -> QuantizedWeight:
+    """The weight that `weight_to_tensors` or bitsandbytes stored as `key`; the same bits, on key's device.
+
+    Any `quant_storage` dtype is read as the bytes it holds. Keys of other tensors are ignored. Shares memory.
+
+    Raises:
+        TypeError, ValueError: a tensor is missing or has another dtype or shape than the metadata says, or the metadata
+            is damaged or of a kind that is not supported. Every message names the key.
+    """
+    who = "nf4kernels.weight_from_tensors"
+    states = [name for name in tensors if name.startswith(key + STATE)]
+    if len(states) != 1:
+        raise ValueError(f"{who}: tensors must have one {key}{STATE}* entry, got {states or 'none'}")
+    for name in [key, f"{key}.absmax", f"{key}.quant_map"]:
+        if name not in tensors:
+            raise ValueError(f"{who}: tensors must have {name}, got none")
+    metadata = _read_metadata(tensors[states[0]], states[0], who)
+    (N, K), block_size = metadata["shape"], metadata["blocksize"]
+    codebook = states[0].rpartition("__")[2]
+    code = _read_code(tensors[f"{key}.quant_map"], codebook, f"{key}.quant_map", who)
+
+    packed = tensors[key].contiguous().reshape(-1).view(torch.uint8)
+    packed = _shaped(packed, packed_shape(N, K), key, who)
+    absmax = _shaped(tensors[f"{key}.absmax"], absmax_shape(N, K, block_size), f"{key}.absmax", who)
+    scale_absmax = scale_offset = scale_code = scale_codebook = None
+    if "nested_offset" in metadata:
+        for name in [f"{key}.nested_absmax", f"{key}.nested_quant_map"]:
+            if name not in tensors:
+                raise ValueError(f"{who}: tensors must have {name}, got none")
+        scale_absmax = tensors[f"{key}.nested_absmax"].reshape(-1)
+        scale_offset = torch.tensor(metadata["nested_offset"], dtype=torch.float32, device=packed.device)
+        scale_code = tensors[f"{key}.nested_quant_map"].reshape(-1)
+        host = scale_code.cpu()
+        equal = (name for name, levels in SCALE_CODEBOOKS.items() if torch.equal(levels, host))
+        scale_codebook = next(equal, "custom")
+    try:
+        return QuantizedWeight(
+            packed, absmax, scale_absmax, scale_offset, code, scale_code, (N, K), metadata["dtype"], block_size,
+            codebook, scale_codebook,
+        )  # fmt: skip
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{who}: {key}: {error}") from None
+
+
+def stored_weights(names: Iterable[str]) -> list[str]:
+    """The keys of the 4-bit weights among the names of a file's tensors."""
+    return [name.rpartition(STATE)[0] for name in names if STATE in name]
+
+
+def names_of_weight(names: Iterable[str], key: str) -> list[str]:
+    """Those of `names` that belong to the weight `key`."""
+    own = {key, *(f"{key}.{part}" for part in PARTS)}
+    return [name for name in names if name in own or name.startswith(key + STATE)]
+
+
+def _read_metadata(tensor: Tensor, name: str, who: str) -> dict:
+    """The JSON beside a weight, with dtype as a torch.dtype; ValueError for what does not fit the format."""
+    try:
+        metadata = json.loads(bytes(tensor.cpu().numpy()).decode())
+        shape, block_size = metadata["shape"], metadata["blocksize"]
+        dtype = getattr(torch, metadata["dtype"], None)
+        quant_type = metadata["quant_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{who}: {name} must hold a quant_state in JSON, got {type(error).__name__}: {error}"
+        ) from None
+    sizes = isinstance(shape, list) and len(shape) == 2 and all(isinstance(n, int) and n >= 0 for n in shape)
+    if not sizes:
+        raise ValueError(f"{who}: shape in {name} must be [N, K], got {shape}")
+    if dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"{who}: dtype in {name} must be float32, bfloat16 or float16, got {metadata['dtype']!r}")
+    owner, _, codebook = name.rpartition(STATE)[2].partition("__")
+    names = BITSANDBYTES_CODEBOOKS if owner == "bitsandbytes" else (*CODEBOOKS, "custom")
+    if owner not in ("bitsandbytes", "nf4kernels") or codebook not in names or quant_type != codebook:
+        raise ValueError(f"{who}: quant_type in {name} must be a known codebook and match the key, got {quant_type!r}")
+    if not isinstance(block_size, int):
+        raise ValueError(f"{who}: blocksize in {name} must be an integer, got {block_size!r}")
+    check_block_size(block_size, f"{who}: {name}")
+    if "nested_offset" in metadata:
+        offset, group = metadata["nested_offset"], metadata.get("nested_blocksize")
+        if not isinstance(offset, (int, float)) or not math.isfinite(offset):
+            raise ValueError(f"{who}: nested_offset in {name} must be finite, got {offset!r}")
+        if group != SUPERBLOCK or metadata.get("nested_dtype") != "float32":
+            raise ValueError(
+                f"{who}: nested_blocksize and nested_dtype in {name} must be {SUPERBLOCK} and float32,"
+                f" got {group!r} and {metadata.get('nested_dtype')!r}"
+            )
+    return {**metadata, "dtype": dtype}
+
+
+def _read_code(stored: Tensor, codebook: str, name: str, who: str) -> Tensor:
+    """fp32 `[16]`: the named codebook, or the stored levels of a custom one.
+
+    bitsandbytes decodes by the name and never reads the map, so a map that disagrees would decode to other weights
+    there than here: it is refused.
+    """
+    if stored.numel() != 16 or not stored.is_floating_point():
+        raise ValueError(f"{who}: {name} must hold 16 levels, got {stored.dtype} {list(stored.shape)}")
+    levels = stored.reshape(-1).float()
+    if codebook == "custom":
+        return levels
+    if not torch.allclose(levels.cpu(), CODEBOOKS[codebook], rtol=0, atol=1e-6):
+        raise ValueError(f"{who}: {name} must be the {codebook} codebook, got {levels.tolist()}")
+    return CODEBOOKS[codebook].to(stored.device, copy=True)
+
+
+def _shaped(tensor: Tensor, shape: tuple[int, ...], name: str, who: str) -> Tensor:
+    if tensor.numel() != math.prod(shape):
+        raise ValueError(f"{who}: {name} must have {math.prod(shape)} elements, got {tensor.numel()}")
+    return tensor.contiguous().reshape(shape)

@@ -1,0 +1,308 @@
+"""A Hugging Face safetensors directory to 4 bits, in bitsandbytes' format, one dense tensor in memory at a time."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..functional import quantize
+from ..model.plan import skips
+from ..model.quantize import squared_error
+from ..model.report import QuantizedLayer, QuantizeReport, SkippedLayer
+from ..quantized_weight import WEIGHT_DTYPES
+from .atomic import TargetError, copy_file, replacing_directory, write_json
+from .bitsandbytes_format import weight_to_tensors
+from .checkpoint import INDEX, checkpoint_files, write_tensors
+from .layer_choice import Choice, choose
+
+STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # by the words of safetensors' headers
+# Beside what the model itself says: parts whose rounding costs more than their bytes are worth.
+SKIP = ("lm_head", "embed_out", "router", "*.gate", "score", "classifier")
+OTHER_WEIGHTS = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".index.json",
+)  # fmt: skip
+
+
+class ConversionError(ValueError):
+    """What the caller can put right, in one line; nothing was written."""
+
+
+@dataclass(frozen=True)
+class Words:
+    """What messages call the function and its arguments: a command line has words of its own for them."""
+
+    who: str = "nf4kernels.storage.convert.convert_directory"
+    in_dir: str = "in_dir"
+    out_dir: str = "out_dir"
+    skip: str = "skip"
+    overwrite: str = "overwrite=True"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert_directory` did.
+
+    Attributes:
+        report: sizes and errors, layer by layer.
+        choice: which layers, who chose them, and why the others stayed dense.
+        uneven: the layers in which a row is not a whole number of blocks.
+    """
+
+    report: QuantizeReport
+    choice: Choice
+    uneven: list[str]
+
+
+@dataclass(frozen=True)
+class _Header:
+    """One tensor of a shard, as its header has it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None  # None: not one that can be quantized
+
+
+@dataclass(frozen=True)
+class _Options:
+    codebook: str
+    block_size: int
+    double_quant: bool
+    scale_codebook: str
+    dtype: torch.dtype | None
+
+    def quantize(self, weight: Tensor):
+        return quantize(weight, self.codebook, self.block_size, self.double_quant, self.scale_codebook)
+
+
+def convert_directory(
+    in_dir: str | Path,
+    out_dir: str | Path,
+    codebook: str = "nf4",
+    block_size: int = 64,
+    double_quant: bool = True,
+    scale_codebook: str = "e4m3",
+    dtype: torch.dtype | None = None,
+    skip: Iterable[str] = (),
+    overwrite: bool = False,
+    model_of: Callable[[Path, dict], tuple[nn.Module | None, str]] | None = None,
+    progress: bool = True,
+    words: Words = Words(),
+) -> Conversion:
+    """Write the model in `in_dir` to `out_dir` with its linear layers in 4 bits, in bitsandbytes' format.
+
+    transformers with bitsandbytes loads the result, and so does `nf4kernels.load_checkpoint`. One dense tensor is in
+    memory at a time, beside the output file being filled. Tokenizer, generation settings and the like are copied.
+    `out_dir` appears when it is complete, or not at all.
+
+    Args:
+        in_dir: with config.json, and model.safetensors or its shards and their index.
+        out_dir: a directory outside `in_dir`, which must not exist unless `overwrite` is set.
+        codebook: "nf4" or "fp4"; block_size, double_quant, scale_codebook: as in `nf4kernels.quantize`.
+        dtype: of the tensors that stay dense and of the layers' arithmetic; None keeps what is stored. The stored
+            values are quantized, not their roundings to `dtype`.
+        skip: layers to leave dense, as in `nf4kernels.quantize_model`; they add to SKIP.
+        overwrite: replace `out_dir` if it holds a model.
+        model_of: given `in_dir` and its config, (the model without its weights, on the meta device, and its class), or
+            (None, why not). The model says which matrices are linear layers; without one, their names do.
+        progress: show a progress bar on stderr.
+        words: what messages call all this.
+
+    Returns:
+        What was done.
+
+    Raises:
+        ConversionError: an argument, the model or a weight is not as it must be (the message names it).
+        TypeError, ValueError: a quantization option is out of its range.
+        OSError: reading or writing failed.
+    """
+    given_in, given_out = in_dir, out_dir
+    in_dir, out_dir = Path(in_dir).resolve(), Path(out_dir).resolve()
+    options, skip = _Options(codebook, block_size, double_quant, scale_codebook, dtype), tuple(skip)
+    weight_to_tensors(options.quantize(torch.empty(0, block_size)), bitsandbytes=True)  # every check of an option
+    if dtype is not None and dtype not in WEIGHT_DTYPES:
+        raise TypeError(f"{words.who}: dtype must be float32, bfloat16, float16 or None, got {dtype}")
+    config = _read_config(in_dir, words)
+    if in_dir == out_dir or in_dir in out_dir.parents or out_dir in in_dir.parents:
+        raise ConversionError(
+            f"{words.who}: {words.out_dir} must be outside {words.in_dir}, and {words.in_dir} outside {words.out_dir},"
+            f" got {given_out}"
+        )
+    shards = _read_headers(in_dir, words.who)
+    headers = [header for shard in shards.values() for header in shard]
+    matrices = {h.name.removesuffix(".weight"): h for h in headers if h.name.endswith(".weight") and len(h.shape) == 2}
+    for pattern in skip:
+        if not any(skips(pattern, name) for name in matrices):
+            raise ConversionError(f"{words.who}: {words.skip} must match a layer, got {pattern!r}")
+    model, source = (None, "their names") if model_of is None else model_of(in_dir, config)
+    try:
+        choice = choose(model, source, config, matrices, (*SKIP, *skip))
+    except ValueError as error:
+        raise ConversionError(f"{words.who}: {error}") from None
+    quantized = {name: matrices[name] for name in choice.layers if matrices[name].dtype in WEIGHT_DTYPES}
+    if not quantized:
+        expected = f"{given_in} must have a linear layer to quantize"
+        raise ConversionError(f"{words.who}: {expected}, got none ({choice.source})")
+    others = [name for name in choice.layers if name not in quantized]
+    new_config = _new_config(config, options, quantized, [*choice.dense, *others])
+    _check_target(out_dir, overwrite, words)
+
+    try:
+        with replacing_directory(out_dir) as staging:
+            report = _write_shards(in_dir, staging, shards, quantized, options, progress, words.who)
+            write_json(staging / "config.json", new_config)
+            _copy_rest(in_dir, staging)
+    except TargetError as error:
+        raise ConversionError(f"{words.who}: {words.out_dir} {error}") from None
+    return Conversion(report, choice, [name for name, header in quantized.items() if header.shape[1] % block_size])
+
+
+def _read_config(in_dir: Path, words: Words) -> dict[str, Any]:
+    file = in_dir / "config.json"
+    try:
+        config = json.loads(file.read_text())
+    except OSError as error:
+        raise ConversionError(
+            f"{words.who}: {words.in_dir} must be a Hugging Face model directory, got {error}"
+        ) from None
+    except ValueError as error:
+        raise ConversionError(f"{words.who}: {file} must hold JSON, got {error}") from None
+    if not isinstance(config, dict):
+        raise ConversionError(f"{words.who}: {file} must hold a JSON object, got {type(config).__name__}")
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method")
+        raise ConversionError(f"{words.who}: {words.in_dir} must hold a dense model, got one quantized by {method}")
+    return config
+
+
+def _read_headers(in_dir: Path, who: str) -> dict[str, list[_Header]]:
+    """file name -> its tensors; every file is opened, so that a damaged one ends the run before anything is written."""
+    try:
+        files = checkpoint_files(in_dir, who)
+    except ValueError as error:
+        raise ConversionError(str(error)) from None
+    shards = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                slices = [(name, opened.get_slice(name)) for name in opened.keys()]  # noqa: SIM118
+                shards[file.name] = [
+                    _Header(name, tuple(s.get_shape()), STORED.get(str(s.get_dtype()))) for name, s in slices
+                ]
+        except (SafetensorError, OSError) as error:
+            raise ConversionError(f"{who}: {file} must be a whole safetensors file, got {error}") from None
+    index = in_dir / INDEX
+    if index.exists():
+        listed = json.loads(index.read_text())["weight_map"]
+        found = {header.name: file for file, shard in shards.items() for header in shard}
+        for name in sorted(listed.keys() ^ found.keys()):
+            raise ConversionError(
+                f"{who}: {INDEX} must list the tensors of its files, {name} is in one of the two only"
+            )
+    return shards
+
+
+def _check_target(target: Path, overwrite: bool, words: Words) -> None:
+    if not target.exists():
+        return
+    if not overwrite:
+        raise ConversionError(f"{words.who}: {words.out_dir} must not exist (or say {words.overwrite}), got {target}")
+    weights = any(target.glob("*.safetensors")) if target.is_dir() else False
+    if not weights or not (target / "config.json").is_file():
+        expected = f"{words.out_dir} must be a model directory to be overwritten"
+        raise ConversionError(f"{words.who}: {expected}, got {target} without model files")
+
+
+def _new_config(
+    config: Mapping[str, Any], options: _Options, quantized: Mapping[str, _Header], dense: Iterable[str]
+) -> dict[str, Any]:
+    """config.json with what transformers needs to load the result through bitsandbytes."""
+    config = dict(config)
+    if options.dtype is not None:
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = _word(options.dtype)
+    stored = Counter(header.dtype for header in quantized.values()).most_common(1)[0][0]
+    config["quantization_config"] = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": options.codebook,
+        "bnb_4bit_use_double_quant": options.double_quant,
+        "bnb_4bit_compute_dtype": config.get("dtype") or config.get("torch_dtype") or _word(stored),
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": sorted(set(dense)),
+    }
+    return config
+
+
+def _word(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _write_shards(
+    in_dir: Path, staging: Path, shards: Mapping[str, list[_Header]], quantized: Mapping[str, _Header],
+    options: _Options, progress: bool, who: str,
+) -> QuantizeReport:  # fmt: skip
+    """Every shard, and the index where there was one."""
+    layers: list[QuantizedLayer] = []
+    skipped: list[SkippedLayer] = []
+    weight_map: dict[str, str] = {}
+    before = after = 0
+    total = sum(map(len, shards.values()))
+    with tqdm(total=total, desc="quantize", unit="tensor", disable=not progress) as bar:
+        for file, headers in shards.items():
+            out: dict[str, Tensor] = {}
+            with safe_open(in_dir / file, framework="pt") as opened:
+                for header in headers:
+                    tensor = opened.get_tensor(header.name)
+                    before += tensor.nbytes
+                    layer = header.name.removesuffix(".weight")
+                    if quantized.get(layer) is header:
+                        parts, line = _quantize_tensor(tensor, layer, options, who)
+                        out.update(parts)
+                        layers.append(line)
+                    else:
+                        is_cast = options.dtype is not None and tensor.is_floating_point()
+                        out[header.name] = tensor.to(options.dtype) if is_cast else tensor
+                        if tensor.dim() >= 2:
+                            skipped.append(SkippedLayer(header.name, tuple(tensor.shape), tensor.nbytes, "kept"))
+                    bar.update()
+                metadata = opened.metadata() or {}
+            weight_map.update(dict.fromkeys(out, file))
+            after += sum(tensor.nbytes for tensor in out.values())
+            write_tensors(out, staging / file, metadata)
+    if (in_dir / INDEX).exists():
+        write_json(staging / INDEX, {"metadata": {"total_size": after}, "weight_map": dict(sorted(weight_map.items()))})
+    return QuantizeReport(layers, skipped, before, after)
+
+
+def _quantize_tensor(
+    tensor: Tensor, layer: str, options: _Options, who: str
+) -> tuple[dict[str, Tensor], QuantizedLayer]:
+    try:
+        qweight = options.quantize(tensor)
+    except ValueError as error:
+        raise ConversionError(f"{who}: layer {layer}: {error}") from None
+    errors = squared_error(qweight, tensor)
+    if options.dtype is not None:
+        qweight = replace(qweight, dtype=options.dtype)
+    parts = weight_to_tensors(qweight, f"{layer}.weight", bitsandbytes=True)
+    after = sum(part.nbytes for part in parts.values())
+    return parts, QuantizedLayer(layer, tuple(tensor.shape), tensor.nbytes, after, *errors)
+
+
+def _copy_rest(in_dir: Path, staging: Path) -> None:
+    """Tokenizer, generation settings and the like; no weights in other formats, nothing hidden."""
+    for source in sorted(in_dir.rglob("*")):
+        inside = source.relative_to(in_dir)
+        target = staging / inside
+        hidden = any(part.startswith(".") for part in inside.parts)
+        if hidden or not source.is_file() or source.name.endswith(OTHER_WEIGHTS) or target.exists():
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        copy_file(source, target)

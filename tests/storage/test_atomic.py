@@ -1,0 +1,23 @@
+"""Files and directories that appear whole or not at all."""
+
+import os
+
+import pytest
+
+from nf4kernels.storage.atomic import replacing_directory
+
+
+@pytest.mark.parametrize("target_is_there", [False, True])
+def test_overwrite_killed_between_its_renames(target_is_there, tmp_path):
+    """The old directory stands under another name: it comes back, or goes if the new one was in place already."""
+    target, replaced = tmp_path / "out", tmp_path / ".out.replaced"
+    replaced.mkdir()
+    (replaced / "config.json").write_text("old")
+    if target_is_there:
+        target.mkdir()
+        (target / "config.json").write_text("new")
+        (target / "model.safetensors").write_text("")
+    with pytest.raises(RuntimeError, match="stop"), replacing_directory(target):
+        raise RuntimeError("stop")
+    assert os.listdir(tmp_path) == ["out"]
+    assert (target / "config.json").read_text() == ("new" if target_is_there else "old")
