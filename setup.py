@@ -21,13 +21,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 HEADERS = sorted(str(p.relative_to(ROOT)) for suffix in ("h", "cuh") for p in ROOT.glob(f"csrc/**/*.{suffix}"))
 # -ffp-contract=off: a contracted multiply-add changes the last bit of a decoded weight (docs/design.md, section 7).
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-g0", "-ffp-contract=off"]
-FLAGS += ["-Wall", "-Wextra"]
+FLAGS += ["-Wall", "-Wextra", "-Wshadow"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 # GCC 12's own AVX-512 headers trip -Wuninitialized (GCC bug 105593).
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
@@ -40,7 +41,7 @@ BUILD = ROOT / "build"  # not setuptools' own folder, which pip makes anew for e
 
 ROUNDED_CODE = "csrc/rounded_code.cpp"  # of both libraries
 CPU_BINDING = "csrc/bindings/cpu.cpp"
-CPU_SOURCES = [f"csrc/cpu/{stem}.cpp" for stem in ("dispatch", "low_rank", "quantize_absmax")]
+CPU_SOURCES = [f"csrc/cpu/{stem}.cpp" for stem in ("dispatch", "lora_term", "product", "quantize_absmax")]
 CUDA_SOURCES = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*.cu"))
 CUDA_BINDINGS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/bindings/cuda*.cpp"))
 CUDA_ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
@@ -162,7 +163,7 @@ def build_cuda(nvcc: str, extension: Extension) -> Path:
     """The same with nvcc."""
     architectures = cuda_architectures(nvcc)
     include = [flag for path in extension.include_dirs for flag in ("-isystem", path)]
-    binding = [nvcc, *NVCC_FLAGS, "-Xcompiler", "-Wall,-Wextra", *STABLE_ABI, *include]
+    binding = [nvcc, *NVCC_FLAGS, "-Xcompiler", "-Wall,-Wextra,-Wshadow", *STABLE_ABI, *include]
     binding.append(f'-DNF4_CUDA_ARCHITECTURES="{" ".join(architectures)}"')
     commands = {source: [nvcc, *NVCC_FLAGS, *gencode(architectures)] for source in CUDA_SOURCES}
     commands |= dict.fromkeys((*CUDA_BINDINGS, ROUNDED_CODE), binding)  # no .cu: nvcc hands them to the host compiler
@@ -175,24 +176,25 @@ def build_cuda(nvcc: str, extension: Extension) -> Path:
     return target
 
 
-def build_options(nvcc: str | None) -> dict:
+class BuildLibraries(build_ext):
+    def build_extension(self, extension: Extension) -> None:
+        if extension.name == "nf4kernels._cuda":
+            built = build_cuda(find_nvcc(), extension)
+        else:
+            built = build_cpu(self.compiler.compiler_so_cxx, self.compiler.linker_so_cxx, extension)
+        target = Path(self.get_ext_fullpath(extension.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(built, target)
+
+
+def build_options() -> dict:
     try:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+        from torch.utils.cpp_extension import CppExtension
     except ModuleNotFoundError:
         sys.exit(
             "nf4kernels: building needs torch, whose headers it compiles against. Install torch first, then run\n"
             "    pip install --no-build-isolation ."
         )
-
-    class BuildLibraries(BuildExtension):
-        def build_extension(self, extension) -> None:
-            if extension.name == "nf4kernels._cuda":
-                built = build_cuda(nvcc, extension)
-            else:
-                built = build_cpu(self.compiler.compiler_so_cxx, self.compiler.linker_so_cxx, extension)
-            target = Path(self.get_ext_fullpath(extension.name))
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(built, target)
 
     cpu = CppExtension(
         "nf4kernels._cpu",
@@ -200,10 +202,10 @@ def build_options(nvcc: str | None) -> dict:
         depends=HEADERS,
         py_limited_api=True,
     )
-    cuda = CppExtension("nf4kernels._cuda", [*CUDA_BINDINGS, *CUDA_SOURCES], depends=HEADERS, py_limited_api=True)
+    cuda = CppExtension("nf4kernels._cuda", CUDA_BINDINGS, depends=[*CUDA_SOURCES, *HEADERS], py_limited_api=True)
     return {
-        "ext_modules": [cpu, cuda] if nvcc else [cpu],
-        "cmdclass": {"build_ext": BuildLibraries.with_options(use_ninja=False)},
+        "ext_modules": [cpu, cuda] if find_nvcc() else [cpu],
+        "cmdclass": {"build_ext": BuildLibraries},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 
@@ -212,4 +214,4 @@ if __name__ == "__main__":
     has_compiler = any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++"))
     if not has_compiler:
         print("nf4kernels: no C++ compiler found, installing without compiled kernels", file=sys.stderr)
-    setup(**(build_options(find_nvcc()) if has_compiler else {}))
+    setup(**(build_options() if has_compiler else {}))
