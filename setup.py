@@ -1,10 +1,12 @@
 """Builds nf4kernels/_cpu.abi3.so and, where nvcc is found, nf4kernels/_cuda.abi3.so, both on torch's stable ABI.
 
     pip install --no-build-isolation .          # torch must be installed already: its headers are used
+    python setup.py build_ext --inplace         # the libraries alone, in this tree; compiles only what changed
 
-_cpu is one static library per instruction set and the binding; _cuda is csrc/cuda and its binding for the architectures
-listed below, and needs neither a GPU nor a torch with CUDA. Without a C++ compiler the package is installed without
-either and runs on its PyTorch reference.
+_cpu is csrc/cpu, each file with the flags of its instruction set, and its binding; _cuda is csrc/cuda and its binding
+for the architectures listed below, and needs neither a GPU nor a torch with CUDA. Objects stay under build/, each with
+the command that made it and the files it includes. Without a C++ compiler the package is installed without either
+library and runs on its PyTorch reference.
 """
 
 import os
@@ -14,17 +16,19 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
-CPU = "csrc/cpu"
 HEADERS = sorted(str(p.relative_to(ROOT)) for suffix in ("h", "cuh") for p in ROOT.glob(f"csrc/**/*.{suffix}"))
-# -ffp-contract=off: a contracted multiply-add changes the last bit of a decoded weight (DESIGN: numerics).
-FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-g0", "-ffp-contract=off", "-Wall", "-Wextra"]
+# -ffp-contract=off: a contracted multiply-add changes the last bit of a decoded weight (docs/design.md, section 7).
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-g0", "-ffp-contract=off"]
+FLAGS += ["-Wall", "-Wextra", "-Wshadow"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 # GCC 12's own AVX-512 headers trip -Wuninitialized (GCC bug 105593).
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
@@ -32,13 +36,14 @@ AVX512 += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 ISA_FLAGS = {"scalar": []}
 if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
-STABLE_ABI = [("TORCH_STABLE_ONLY", None), ("TORCH_TARGET_VERSION", "0x020a000000000000")]
+STABLE_ABI = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+BUILD = ROOT / "build"  # not setuptools' own folder, which pip makes anew for every build
 
 ROUNDED_CODE = "csrc/rounded_code.cpp"  # of both libraries
-
+CPU_BINDING = "csrc/bindings/cpu.cpp"
+CPU_SOURCES = [f"csrc/cpu/{stem}.cpp" for stem in ("dispatch", "lora_term", "product", "quantize_absmax")]
 CUDA_SOURCES = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*.cu"))
-CUDA_BINDINGS = ["csrc/bindings/cuda.cpp", "csrc/bindings/cuda_grouped.cpp"]
-CUDA_OBJECTS = ROOT / "build" / "cuda"  # not in setuptools' own folder, which pip makes anew for every build
+CUDA_BINDINGS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/bindings/cuda*.cpp"))
 CUDA_ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 CUDA_VARIABLE, ARCHITECTURES_VARIABLE = "NF4KERNELS_CUDA", "TORCH_CUDA_ARCH_LIST"
 # -fmad=false: as -ffp-contract=off.
@@ -46,8 +51,7 @@ NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibil
 
 
 def sources_of(isa: str) -> list[str]:
-    stems = ("quantize", "dequantize", "linear", "linear_dgrad", "lora_grad")
-    return [f"{CPU}/{stem}_{isa}.cpp" for stem in stems if (ROOT / f"{CPU}/{stem}_{isa}.cpp").exists()]
+    return sorted(str(p.relative_to(ROOT)) for p in ROOT.glob(f"csrc/cpu/*_{isa}.cpp"))
 
 
 def find_nvcc() -> str | None:
@@ -100,84 +104,108 @@ def gencode(architectures: list[str]) -> list[str]:
     return flags
 
 
-def build_cuda(nvcc: str, target: str, include: list[str], library_dirs: list[str], libraries: list[str]) -> None:
-    """Compiles what changed since the last build, as many files at once as there are cores, and links `target`."""
-    architectures = cuda_architectures(nvcc)
-    kernel_flags = [*NVCC_FLAGS, *gencode(architectures)]
-    defines = [f"-D{name}" if value is None else f"-D{name}={value}" for name, value in STABLE_ABI]
-    binding_flags = [*NVCC_FLAGS, "-Xcompiler", "-Wall,-Wextra", *defines]
-    binding_flags += [flag for path in include for flag in ("-isystem", path)]
-    binding_flags.append(f'-DNF4_CUDA_ARCHITECTURES="{" ".join(architectures)}"')
-    commands = {source: [nvcc, *kernel_flags, "-c", source] for source in CUDA_SOURCES}
-    for source in (*CUDA_BINDINGS, ROUNDED_CODE):  # no .cu: nvcc hands them to the host compiler
-        commands[source] = [nvcc, *binding_flags, "-c", source]
-    CUDA_OBJECTS.mkdir(parents=True, exist_ok=True)
+def compile_changed(commands: dict[str, list[str]], folder: Path) -> list[str]:
+    """Compile into `folder`, on all cores, each source whose command or included files changed; all the objects."""
+    folder.mkdir(parents=True, exist_ok=True)
 
     def compiled(source: str) -> str:
-        stem = CUDA_OBJECTS / Path(source).name
-        output, record = Path(f"{stem}.o"), Path(f"{stem}.command")
-        command = [*commands[source], "-o", str(output)]
-        newest_input = max((ROOT / path).stat().st_mtime for path in (source, *HEADERS))
-        same_command = record.exists() and record.read_text() == shlex.join(command)
-        if not same_command or not output.exists() or output.stat().st_mtime < newest_input:
-            record.unlink(missing_ok=True)
-            run_nvcc(command)
-            record.write_text(shlex.join(command))
+        stem = folder / Path(source).name
+        output, includes = Path(f"{stem}.o"), Path(f"{stem}.d")
+        command = [*commands[source], "-MD", "-MF", str(includes), "-c", source, "-o", str(output)]
+        run_if_changed(command, output, lambda: included_files(includes))
         return str(output)
 
-    longest_first = sorted(commands, key=lambda source: (source not in CUDA_SOURCES, -(ROOT / source).stat().st_size))
+    longest_first = sorted(commands, key=lambda s: (not s.endswith(".cu"), -(ROOT / s).stat().st_size))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compiled, longest_first))
-    Path(target).parent.mkdir(parents=True, exist_ok=True)
+        return list(pool.map(compiled, longest_first))
+
+
+def included_files(makefile: Path) -> list[str]:
+    """What the object depends on by the rule that the compiler wrote: the source and every header, the system's too."""
+    _, _, files = makefile.read_text().partition(": ")
+    return shlex.split(files.replace("\\\n", " "))
+
+
+def run_if_changed(command: list[str], output: Path, inputs: Callable[[], list[str]]) -> None:
+    """Run `command` unless it made `output` after all of its `inputs` last changed."""
+    record = output.with_name(f"{output.name}.command")
+    try:
+        newest = max((ROOT / path).stat().st_mtime for path in inputs())
+        if record.read_text() == shlex.join(command) and output.stat().st_mtime >= newest:
+            return
+    except FileNotFoundError:
+        pass
+    record.unlink(missing_ok=True)
+    if subprocess.run(command, cwd=ROOT, check=False).returncode != 0:
+        advice = f". To do without the CUDA library, set {CUDA_VARIABLE}=0" if Path(command[0]).name == "nvcc" else ""
+        raise CompileError(f"{shlex.join(command)} failed{advice}")
+    record.write_text(shlex.join(command))
+
+
+def link_flags(extension: Extension) -> list[str]:
+    return [f"-L{path}" for path in extension.library_dirs] + [f"-l{name}" for name in extension.libraries]
+
+
+def build_cpu(compiler: list[str], linker: list[str], extension: Extension) -> Path:
+    """Compile what changed, and link the library."""
+    include = [flag for path in extension.include_dirs for flag in ("-isystem", path)]
+    commands = {source: [*compiler, *FLAGS] for source in CPU_SOURCES}
+    commands |= {source: [*compiler, *FLAGS, *STABLE_ABI, *include] for source in (CPU_BINDING, ROUNDED_CODE)}
+    for isa, flags in ISA_FLAGS.items():
+        commands |= {source: [*compiler, *FLAGS, *flags] for source in sources_of(isa)}
+    objects = compile_changed(commands, BUILD / "cpu")
+    target = BUILD / "cpu" / "_cpu.so"
+    run_if_changed([*linker, *objects, *link_flags(extension), "-o", str(target)], target, lambda: objects)
+    return target
+
+
+def build_cuda(nvcc: str, extension: Extension) -> Path:
+    """The same with nvcc."""
+    architectures = cuda_architectures(nvcc)
+    include = [flag for path in extension.include_dirs for flag in ("-isystem", path)]
+    binding = [nvcc, *NVCC_FLAGS, "-Xcompiler", "-Wall,-Wextra,-Wshadow", *STABLE_ABI, *include]
+    binding.append(f'-DNF4_CUDA_ARCHITECTURES="{" ".join(architectures)}"')
+    commands = {source: [nvcc, *NVCC_FLAGS, *gencode(architectures)] for source in CUDA_SOURCES}
+    commands |= dict.fromkeys((*CUDA_BINDINGS, ROUNDED_CODE), binding)  # no .cu: nvcc hands them to the host compiler
+    objects = compile_changed(commands, BUILD / "cuda")
+    target = BUILD / "cuda" / "_cuda.so"
     # No CUDA library is needed to load the result: the runtime is inside, unseen by others, and it looks for a driver
     # when it is first called.
-    link = ["-shared", "-cudart", "static", "-Xlinker", "--exclude-libs=ALL"]
-    run_nvcc([nvcc, *link, "-o", target, *objects, *(f"-L{p}" for p in library_dirs), *(f"-l{n}" for n in libraries)])
+    link = [nvcc, "-shared", "-cudart", "static", "-Xlinker", "--exclude-libs=ALL"]
+    run_if_changed([*link, *objects, *link_flags(extension), "-o", str(target)], target, lambda: objects)
+    return target
 
 
-def run_nvcc(command: list[str]) -> None:
-    if subprocess.run(command, cwd=ROOT, check=False).returncode != 0:
-        raise CompileError(f"{shlex.join(command)} failed. To do without the CUDA library, set {CUDA_VARIABLE}=0")
+class BuildLibraries(build_ext):
+    def build_extension(self, extension: Extension) -> None:
+        if extension.name == "nf4kernels._cuda":
+            built = build_cuda(find_nvcc(), extension)
+        else:
+            built = build_cpu(self.compiler.compiler_so_cxx, self.compiler.linker_so_cxx, extension)
+        target = Path(self.get_ext_fullpath(extension.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(built, target)
 
 
-def build_options(nvcc: str | None) -> dict:
+def build_options() -> dict:
     try:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+        from torch.utils.cpp_extension import CppExtension
     except ModuleNotFoundError:
         sys.exit(
             "nf4kernels: building needs torch, whose headers it compiles against. Install torch first, then run\n"
             "    pip install --no-build-isolation ."
         )
 
-    class BuildLibraries(BuildExtension):
-        def build_extension(self, extension) -> None:
-            if extension.name != "nf4kernels._cuda":
-                super().build_extension(extension)
-                return
-            target = self.get_ext_fullpath(extension.name)
-            build_cuda(nvcc, target, extension.include_dirs, extension.library_dirs, extension.libraries)
-
-    libraries = [
-        (f"nf4kernels_{isa}", {"sources": sources_of(isa), "cflags": [*FLAGS, *flags], "obj_deps": {"": HEADERS}})
-        for isa, flags in ISA_FLAGS.items()
-    ]
     cpu = CppExtension(
         "nf4kernels._cpu",
-        [
-            "csrc/bindings/cpu.cpp",
-            ROUNDED_CODE,
-            *(f"{CPU}/{name}.cpp" for name in ("dispatch", "quantize_absmax", "low_rank")),
-        ],
+        [CPU_BINDING, ROUNDED_CODE, *CPU_SOURCES, *(source for isa in ISA_FLAGS for source in sources_of(isa))],
         depends=HEADERS,
         py_limited_api=True,
-        define_macros=STABLE_ABI,
-        extra_compile_args=FLAGS,
     )
-    cuda = CppExtension("nf4kernels._cuda", CUDA_BINDINGS, py_limited_api=True)
+    cuda = CppExtension("nf4kernels._cuda", CUDA_BINDINGS, depends=[*CUDA_SOURCES, *HEADERS], py_limited_api=True)
     return {
-        "libraries": libraries,
-        "ext_modules": [cpu, cuda] if nvcc else [cpu],
-        "cmdclass": {"build_ext": BuildLibraries.with_options(use_ninja=False)},
+        "ext_modules": [cpu, cuda] if find_nvcc() else [cpu],
+        "cmdclass": {"build_ext": BuildLibraries},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 
@@ -186,4 +214,4 @@ if __name__ == "__main__":
     has_compiler = any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++"))
     if not has_compiler:
         print("nf4kernels: no C++ compiler found, installing without compiled kernels", file=sys.stderr)
-    setup(**(build_options(find_nvcc()) if has_compiler else {}))
+    setup(**(build_options() if has_compiler else {}))

@@ -1,14 +1,19 @@
 // A codebook in bf16 or fp16 whose rounding does not bias the product.
 //
-// Rounding the 16 levels by nearest gives each an error that all weights of that level share, so that the errors do not
-// average out over a row: with x of mean one sigma NF4's nearest roundings put 2.06 % on the output, dense bf16 0.26 %.
-// Three things are free: the factor by which levels are multiplied first and scales divided in the end, which neighbour
-// a level is rounded to, and the factor of the scales alone. Out of 64 factors and up to four levels rounded the other
-// way, those are taken that keep small what Gaussian weights of sigma = absmax / width see, the worst of several widths
-// (a heavy-tailed block is wide): the mean error, which multiplies the sum of x, and the slope of the error on the
-// weight, which scales the output. NF4 in bf16: mean 1.9e-5 of absmax and slope 9e-5. INT4 and FP4 become exact.
-// linear_dgrad on CUDA, in fp16, rounds level * scale to T once more. That has no mean error, but for a significand of all
-// ones, whose product falls short of the scale by half to one ulp and always rounds to the whole one: no level gets it.
+// Rounding each of the 16 levels to nearest gives all weights of a level the same error, so the errors do not average
+// out over a row: with x of mean one sigma the output of NF4 is 2.06 % off, that of dense bf16 0.26 %.
+//
+// What may be chosen     a factor that multiplies the levels before they are rounded and divides the scales; for each
+//                        level, which of its two neighbours it rounds to; a factor of the scales alone
+// What is made small     for Gaussian weights of sigma = absmax / width, in the worst of several widths (a heavy-tailed
+//                        block is wide): the mean error, which multiplies the sum of x, and the slope of the error
+//                        against the weight, which scales the output
+// How                    tries 64 factors, each with up to four levels rounded the other way
+// What comes out         NF4 in bf16 has mean 1.9e-5 of absmax and slope 9e-5; INT4 and FP4 become exact
+//
+// CUDA's linear_dgrad in fp16 rounds level * scale to T once more. That adds no mean error, except for a level whose
+// significand is all ones: level * scale is half to one ulp short of scale times a power of two, and always rounds up
+// to that. So no level gets such a significand.
 #include "rounded_code.h"
 
 #include <algorithm>
@@ -32,7 +37,7 @@ constexpr double kMeanWeight = 60, kSlopeWeight = 3;  // against the errors' RMS
 
 using Levels = std::array<double, kLevels>;
 
-// The share of each level among weights of that width; levels ascend.
+// The share of each level among Gaussian weights of that width; levels ascend.
 Levels occupancy(const Levels& levels, double width) {
   const auto below = [&](double a) { return 0.5 * std::erfc(-width * a / std::sqrt(2.0)); };
   const double low = below(-1), inside = 1 - 2 * low;
@@ -45,7 +50,8 @@ Levels occupancy(const Levels& levels, double width) {
   return share;
 }
 
-// What the weights of each width see of a rounded codebook. All sums are linear in the levels' values.
+// The errors of a rounded codebook for weights of each width. All sums are linear in the values of the levels, so that
+// one level can change without the others being summed again.
 struct Seen {
   double mean[kWidthCount] = {};   // of rounded / factor - level
   double slope[kWidthCount] = {};  // of rounded / factor on level
@@ -70,7 +76,7 @@ struct Seen {
   }
 };
 
-// The T next to `rounded` on the other side of `exact`.
+// The T on the other side of `exact` from `rounded`.
 template <class T>
 float other_neighbour(float exact, T rounded) {
   const float value = to_float(rounded);
@@ -89,7 +95,7 @@ struct Search {
   Levels levels;  // ascending
   std::array<Levels, kWidthCount> share;
   std::array<double, kWidthCount> power{};
-  std::array<float, kLevels> values, best;  // the present candidate's and the best one's levels times the factor
+  std::array<float, kLevels> values, best;  // levels times the factor, rounded: of this candidate and of the best
   double least = INFINITY, best_scale = 1;
 
   explicit Search(const float code[kLevels]) {
@@ -117,7 +123,7 @@ struct Search {
     flip_from(0, kFlips, factor, other, seen);
   }
 
-  // Offers this candidate, and all that round up to `flips` of the levels from `first` on the other way.
+  // Tries this candidate, and all that round up to `flips` of the levels from `first` on the other way.
   void flip_from(int first, int flips, float factor, const std::array<float, kLevels>& other, const Seen& seen) {
     const double cost = seen.cost();
     constexpr bool kIsScaled = std::is_same_v<T, Float16>;

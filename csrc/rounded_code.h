@@ -5,14 +5,14 @@
 
 namespace nf4 {
 
-// scale * levels is about the codebook.
+// levels[i] * scale approximates code[i].
 template <class T>
 struct RoundedCode {
   T levels[kLevels];
-  float scale;  // goes into the block scales
+  float scale;  // to be multiplied into the block scales
 };
 
-// T: BFloat16 or Float16. The first time for a codebook takes 2 ms, from then on it is kept.
+// T: BFloat16 or Float16. The first call for a codebook takes 2 ms; the result is kept.
 template <class T>
 RoundedCode<T> rounded_code(const float code[kLevels]);
 

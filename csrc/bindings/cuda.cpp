@@ -96,7 +96,7 @@ struct Product {
   bool dgrad;
   Tensor in, out;
   OptionalTensor bias;
-  LowRank low_rank;
+  LoraTerm low_rank;
   int64_t depth, columns;
   nf4::cuda::ProductArgs args;
 };
@@ -202,16 +202,16 @@ void multiply_panels(const Product& product, const Launch& launch) {
 }
 
 Tensor multiply(const Op& op, bool dgrad, const Tensor& in, const nf4::Weight& w, const OptionalTensor& bias,
-                const LowRank& low_rank) {
+                const LoraTerm& low_rank) {
   const int64_t depth = dgrad ? w.N : w.K, columns = dgrad ? w.K : w.N;
   nf4::cuda::ProductArgs args{};
   args.weight = w;
   args.dtype = checked_input(in, op, dgrad ? "dy" : "x", dgrad ? "N" : "K", depth);
   args.M = rows_of(in);
   args.bias = bias.has_value() ? checked_data(*bias, in.scalar_type(), w.N, op, "bias") : nullptr;
-  const LowRankData term = checked_low_rank(low_rank, in.scalar_type(), args.M, columns, op);
+  const LoraTermData term = checked_lora_term(low_rank, in.scalar_type(), args.M, columns, op);
   args.rank = term.rank;
-  args.low_rank_x = term.small;
+  args.low_rank_x = term.inner;
   args.low_rank_factor = term.factor;
   args.scaling = low_rank.scaling;
 

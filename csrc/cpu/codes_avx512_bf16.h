@@ -1,14 +1,21 @@
-// What the products of unscaled codes share.
+// What the products of unscaled codes share: code lookup in registers, and the block scales in vectors.
 //
-// The 16 levels are bf16 in one register of 32: vpermw counts 5 index bits, so the table stands there twice and a nibble
-// needs no mask. Levels are rounded without bias (rounded_code.cpp); a block's scale goes where one multiply serves many
+// A lookup is vpermw on 32 words of packed codes, shifted so that nibble i is the index. vpermw reads 5 index bits, so
+// the table of 16 levels stands in the register twice and a nibble needs no mask:
+//
+//   a word of packed bytes, codes k .. k+3
+//     bits       15-12   11-8     7-4   3-0
+//     nibble     3       2        1     0
+//     code of    k + 2   k + 3    k     k + 1       the even k of a byte is in its high nibble
+//
+// Levels are rounded to bf16 without bias (rounded_code.cpp); a block's scale goes where one multiply serves many
 // weights.
 #pragma once
 
 #include "decode_avx512.h"
 #include "kernels.h"
 
-namespace nf4 {
+namespace nf4::cpu {
 namespace {
 
 constexpr int kScaled = 64;  // consecutive k that certainly share a scale
@@ -18,14 +25,13 @@ static inline Isa::I load_code_table(const RoundedCode<BFloat16>& code) {
   return _mm512_inserti64x4(_mm512_castsi256_si512(half), half, 1);
 }
 
-// Nibble NIBBLE, from the lowest, of each of 32 words as its bf16 level. In memory order a word's four codes are nibbles
-// 1, 0, 3, 2.
+// The bf16 levels of nibble NIBBLE of each of 32 words; by the drawing, code k + (NIBBLE ^ 1).
 template <int NIBBLE>
 static inline __m512bh code_values(Isa::I table, Isa::I words) {
   return (__m512bh)_mm512_permutexvar_epi16(NIBBLE == 0 ? words : _mm512_srli_epi16(words, 4 * NIBBLE), table);
 }
 
-// scale_absmax of blocks block(0), ... block(15), ascending; past `count` the last one again.
+// scale_absmax of blocks block(0), ... block(15), which ascend; past `count` the last one again.
 template <class Block>
 static inline Isa::F gather_superblocks(const Weight& w, int count, Block block) {
   if (w.absmax_u8 == nullptr) return Isa::zero();
@@ -37,7 +43,7 @@ static inline Isa::F gather_superblocks(const Weight& w, int count, Block block)
   return Isa::load(values);
 }
 
-// The scales of those blocks. Half the time of 16 calls of block_scale: the lookups stay off the vector ports.
+// The scales of those blocks. It takes half the time of 16 calls of block_scale: the lookups stay off the vector ports.
 template <class Block>
 static inline Isa::F gather_scales(const Weight& w, int count, Block block, Isa::F superblocks) {
   alignas(64) float values[Isa::L];
@@ -66,4 +72,4 @@ static inline Isa::F half_scales(const Weight& w, int64_t low, int64_t high) {
 }
 
 }  // namespace
-}  // namespace nf4
+}  // namespace nf4::cpu

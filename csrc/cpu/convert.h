@@ -1,5 +1,5 @@
-// What every instruction set needs and none makes faster: conversions of one element; the largest magnitude of a row;
-// the midpoints of a binary search as lookup tables.
+// What every instruction set needs and none makes faster: the largest magnitude of a run, the midpoints of a binary
+// search as lookup tables, the switch over dtypes.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +7,10 @@
 
 #include "../element.h"
 
-namespace nf4 {
+namespace nf4::cpu {
 namespace {
+
+static inline int64_t element_bytes(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 
 static inline int32_t magnitude(float a) { return int32_t(bits_of(a) & 0x7fffffffu); }
 static inline int16_t magnitude(BFloat16 a) { return int16_t(a.bits & 0x7fff); }
@@ -24,7 +26,7 @@ static inline float max_magnitude(const T* p, int count) {
   return to_float(element);
 }
 
-// A search step compares with midpoint rank + by; rotated, the rank itself indexes the 16-entry table.
+// A search step compares with midpoints[rank + by]. Rotated by that, a table of 16 is indexed by the rank itself.
 static inline const float* rotate_midpoints(const float midpoints[15], int by, float rotated[16]) {
   for (int i = 0; i < 16; ++i) rotated[i] = (i + by) % 16 < 15 ? midpoints[(i + by) % 16] : 0.f;
   return rotated;
@@ -41,4 +43,4 @@ static inline void with_type(Dtype dtype, Fn&& fn) {
 }
 
 }  // namespace
-}  // namespace nf4
+}  // namespace nf4::cpu

@@ -11,12 +11,12 @@
 #include "../format.h"
 #include "convert.h"
 
-namespace nf4 {
+namespace nf4::cpu {
 namespace {
 
 struct Isa {
   static constexpr int L = 8;
-  static constexpr int kTileRows = 6;  // 6 x 2 accumulators, 2 weight vectors and 1 broadcast fill 15 of 16 registers
+  static constexpr int kTileM = 6;  // 6 x 2 accumulators, 2 weight vectors and 1 broadcast fill 15 of 16 registers
   using F = __m256;
   using I = __m256i;
   struct Table {
@@ -104,7 +104,7 @@ struct Isa {
     even = lookup(t, _mm256_srli_epi32(bytes, 4));
     odd = lookup(t, bytes);
   }
-  static void load_columns(const uint8_t* const rows[L], int64_t byte, I columns[4]) {
+  static void load_transposed(const uint8_t* const rows[L], int64_t byte, I words[4]) {
     F z[4];  // 128-bit half h of z[i] is row 4h + i; a 4x4 transpose inside the halves puts the rows in order
     for (int i = 0; i < 4; ++i) {
       const __m128 low = _mm_loadu_ps(reinterpret_cast<const float*>(rows[i] + byte));
@@ -115,10 +115,10 @@ struct Isa {
                   b = _mm256_castps_pd(_mm256_unpacklo_ps(z[2], z[3]));
     const __m256d c = _mm256_castps_pd(_mm256_unpackhi_ps(z[0], z[1])),
                   d = _mm256_castps_pd(_mm256_unpackhi_ps(z[2], z[3]));
-    columns[0] = _mm256_castpd_si256(_mm256_unpacklo_pd(a, b));
-    columns[1] = _mm256_castpd_si256(_mm256_unpackhi_pd(a, b));
-    columns[2] = _mm256_castpd_si256(_mm256_unpacklo_pd(c, d));
-    columns[3] = _mm256_castpd_si256(_mm256_unpackhi_pd(c, d));
+    words[0] = _mm256_castpd_si256(_mm256_unpacklo_pd(a, b));
+    words[1] = _mm256_castpd_si256(_mm256_unpackhi_pd(a, b));
+    words[2] = _mm256_castpd_si256(_mm256_unpacklo_pd(c, d));
+    words[3] = _mm256_castpd_si256(_mm256_unpackhi_pd(c, d));
   }
 
   // Binary search; after the first step bit 3 of the rank is known, so each later lookup blends on that one mask.
@@ -160,4 +160,4 @@ struct Isa {
 };
 
 }  // namespace
-}  // namespace nf4
+}  // namespace nf4::cpu

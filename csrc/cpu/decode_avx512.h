@@ -11,12 +11,12 @@
 #include "../format.h"
 #include "convert.h"
 
-namespace nf4 {
+namespace nf4::cpu {
 namespace {
 
 struct Isa {
   static constexpr int L = 16;
-  static constexpr int kTileRows = 12;  // 12 x 2 accumulators and 2 weight vectors; x is broadcast from memory
+  static constexpr int kTileM = 12;  // 12 x 2 accumulators and 2 weight vectors; x is broadcast from memory
   using F = __m512;
   using I = __m512i;
   using Table = F;
@@ -115,7 +115,7 @@ struct Isa {
     even = lookup(t, _mm512_srli_epi32(bytes, 4));
     odd = lookup(t, bytes);
   }
-  static void load_columns(const uint8_t* const rows[L], int64_t byte, I columns[4]) {
+  static void load_transposed(const uint8_t* const rows[L], int64_t byte, I words[4]) {
     I z[4];  // 128-bit quarter q of z[i] is row 4q + i; a 4x4 transpose inside the quarters puts the rows in order
     for (int i = 0; i < 4; ++i) {
       const auto quarter = [&](int q) {
@@ -128,10 +128,10 @@ struct Isa {
     }
     const I a = _mm512_unpacklo_epi32(z[0], z[1]), b = _mm512_unpacklo_epi32(z[2], z[3]);
     const I c = _mm512_unpackhi_epi32(z[0], z[1]), d = _mm512_unpackhi_epi32(z[2], z[3]);
-    columns[0] = _mm512_unpacklo_epi64(a, b);
-    columns[1] = _mm512_unpackhi_epi64(a, b);
-    columns[2] = _mm512_unpacklo_epi64(c, d);
-    columns[3] = _mm512_unpackhi_epi64(c, d);
+    words[0] = _mm512_unpacklo_epi64(a, b);
+    words[1] = _mm512_unpackhi_epi64(a, b);
+    words[2] = _mm512_unpacklo_epi64(c, d);
+    words[3] = _mm512_unpackhi_epi64(c, d);
   }
 
   // Binary search, one vpermps a step: the tables are the midpoints rotated, so that the rank itself is the index.
@@ -160,7 +160,7 @@ struct Isa {
   struct BucketRanker {
     F midpoint_low, midpoint_high;  // 2 where the bucket has none
     I rank_low, rank_high;
-    bool exact;  // no bucket has two midpoints: rounding is monotone, so nothing else can go wrong
+    bool is_exact;  // no bucket has two midpoints: rounding is monotone, so nothing else can go wrong
     explicit BucketRanker(const float* midpoints) {
       uint32_t buckets[L], ranks[32];
       float in_bucket[32];
@@ -171,7 +171,7 @@ struct Isa {
         const bool found = rank < 15 && buckets[rank] == bits_of(0x1p23f) + b;
         in_bucket[b] = found ? midpoints[rank++] : 2.f;
       }
-      exact = rank == 15;  // a second midpoint of a bucket, or one beyond [-1, 1], is never found
+      is_exact = rank == 15;  // a second midpoint of a bucket, or one beyond [-1, 1], is never found
       midpoint_low = load(in_bucket);
       midpoint_high = load(in_bucket + L);
       rank_low = _mm512_loadu_si512(ranks);
@@ -188,7 +188,7 @@ struct Isa {
   template <class Fn>
   static void with_ranker(const float* midpoints, Fn&& fn) {
     const BucketRanker buckets(midpoints);
-    if (buckets.exact) return fn(buckets);
+    if (buckets.is_exact) return fn(buckets);
     fn(SearchRanker(midpoints));
   }
   static I as_bits(F a) { return _mm512_castps_si512(a); }
@@ -199,4 +199,4 @@ struct Isa {
 };
 
 }  // namespace
-}  // namespace nf4
+}  // namespace nf4::cpu

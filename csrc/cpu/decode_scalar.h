@@ -1,7 +1,7 @@
 // The vocabulary of the kernels in portable C++: 8 lanes as arrays, which a compiler may vectorise for any machine.
 //
-// Each decode_<isa>.h defines one `Isa` with the same functions; the algorithms (quantize.h, decode_span.h,
-// linear_gemv.h, linear.h, linear_dgrad.h, gemm.h) are written once against it. All of it lives in an unnamed
+// Each decode_<isa>.h defines one `Isa` with the same functions; the algorithms (quantize.h, decode_span.h, gemm.h and
+// its cores, linear_gemv.h, lora_term.h, lora_grad.h) are written once against it. All of it lives in an unnamed
 // namespace, see format.h.
 #pragma once
 
@@ -11,12 +11,12 @@
 #include "../format.h"
 #include "convert.h"
 
-namespace nf4 {
+namespace nf4::cpu {
 namespace {
 
 struct Isa {
-  static constexpr int L = 8;          // fp32 lanes
-  static constexpr int kTileRows = 4;  // rows of x in the register tile of a product
+  static constexpr int L = 8;       // fp32 lanes
+  static constexpr int kTileM = 4;  // rows of x in a register tile, see gemm.h
   struct F {
     float v[L];
   };
@@ -77,7 +77,7 @@ struct Isa {
     return a.v[0];
   }
 
-  // max |p[i]|, as integers: NaN if there is one, else inf if there is one. `count` is a multiple of 32.
+  // max |p[i]|, compared as integers: NaN if there is one, else inf if there is one. `count` is a multiple of 32.
   template <class T>
   static float max_abs(const T* p, int count) {
     return max_magnitude(p, count);
@@ -106,13 +106,13 @@ struct Isa {
       odd.v[i] = t.v[p[i] & 15];
     }
   }
-  // 16 bytes of each of L rows, transposed: lane r of columns[j] is the little-endian u32 j of row r.
-  static void load_columns(const uint8_t* const rows[L], int64_t byte, I columns[4]) {
+  // 16 bytes of each of L rows of W, transposed: lane r of words[j] is the little-endian u32 j of row r.
+  static void load_transposed(const uint8_t* const rows[L], int64_t byte, I words[4]) {
     for (int r = 0; r < L; ++r) {
       const uint8_t* p = rows[r] + byte;
       for (int j = 0; j < 4; ++j)
-        columns[j].v[r] = uint32_t(p[4 * j]) | uint32_t(p[4 * j + 1]) << 8 | uint32_t(p[4 * j + 2]) << 16 |
-                          uint32_t(p[4 * j + 3]) << 24;
+        words[j].v[r] = uint32_t(p[4 * j]) | uint32_t(p[4 * j + 1]) << 8 | uint32_t(p[4 * j + 2]) << 16 |
+                        uint32_t(p[4 * j + 3]) << 24;
     }
   }
 
@@ -148,4 +148,4 @@ struct Isa {
 };
 
 }  // namespace
-}  // namespace nf4
+}  // namespace nf4::cpu

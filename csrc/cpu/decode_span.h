@@ -1,9 +1,9 @@
-// Any run of consecutive weights, decoded: the one routine that knows odd starts, block boundaries and tails.
+// Decodes any run of consecutive weights: the one routine that knows odd starts, block boundaries and tails.
 #pragma once
 
 #include "kernels.h"
 
-namespace nf4 {
+namespace nf4::cpu {
 namespace {
 
 template <class T>
@@ -32,4 +32,4 @@ void decode_span(const Weight& w, int64_t begin, int64_t count, T* out) {
 }
 
 }  // namespace
-}  // namespace nf4
+}  // namespace nf4::cpu

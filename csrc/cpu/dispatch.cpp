@@ -1,4 +1,4 @@
-// Which kernels run: the table, what each row needs of the CPU, and the way to force one.
+// Which kernels a CPU runs: the table, one row an instruction set; what each row needs of the CPU; how to force one.
 #include <atomic>
 #include <cstring>
 #include <string>
@@ -9,7 +9,7 @@
 
 #include "kernels.h"
 
-namespace nf4 {
+namespace nf4::cpu {
 namespace {
 
 bool always() { return true; }
@@ -43,31 +43,31 @@ bool has_avx512() { return features().avx512; }
 bool has_avx512_bf16() { return features().avx512_bf16; }
 #endif
 
-// One row per instruction set, best first.
 constexpr ProductKernels kScalar{&kGemv_scalar, &kLinear_scalar, &kLinearDgrad_scalar, &kLoraGrad_scalar};
 #if defined(__x86_64__)
 constexpr ProductKernels kAvx2{&kGemv_avx2, &kLinear_avx2, &kLinearDgrad_avx2, &kLoraGrad_avx2};
 constexpr ProductKernels kAvx512{&kGemv_avx512, &kLinear_avx512, &kLinearDgrad_avx512, &kLoraGrad_avx512};
 constexpr ProductKernels kBf16{&kGemv_avx512, &kLinear_avx512_bf16, &kLinearDgrad_avx512_bf16, &kLoraGrad_avx512_bf16};
 constexpr ProductKernels kBf16Codes{&kGemvCodes_avx512_bf16, &kLinearCodes_avx512_bf16, &kLinearDgradCodes_avx512_bf16,
-                                    &kLoraGrad_avx512_bf16, true};
+                                    &kLoraGrad_avx512_bf16, /*needs_bf16_code=*/true};
 #endif
 
+// Best first.
 // clang-format off
 const CpuKernels kTable[] = {
-  // name         supported        quantize         dequantize         products: any dtype, bf16, bf16 with whole codes
+  // name         is_supported     quantize         dequantize         products: fp32,    bf16,    bf16_codes
 #if defined(__x86_64__)
-  {"avx512_bf16", has_avx512_bf16, quantize_avx512, dequantize_avx512, kAvx512, kBf16,   kBf16Codes},
-  {"avx512",      has_avx512,      quantize_avx512, dequantize_avx512, kAvx512, kAvx512, kAvx512},
-  {"avx2",        has_avx2,        quantize_avx2,   dequantize_avx2,   kAvx2,   kAvx2,   kAvx2},
+  {"avx512_bf16", has_avx512_bf16, quantize_avx512, dequantize_avx512, {kAvx512,  kBf16,   kBf16Codes}},
+  {"avx512",      has_avx512,      quantize_avx512, dequantize_avx512, {kAvx512,  kAvx512, kAvx512}},
+  {"avx2",        has_avx2,        quantize_avx2,   dequantize_avx2,   {kAvx2,    kAvx2,   kAvx2}},
 #endif
-  {"scalar",      always,          quantize_scalar, dequantize_scalar, kScalar, kScalar, kScalar},
+  {"scalar",      always,          quantize_scalar, dequantize_scalar, {kScalar,  kScalar, kScalar}},
 };
 // clang-format on
 
 const CpuKernels* best() {
   for (const CpuKernels& row : kTable)
-    if (row.supported()) return &row;
+    if (row.is_supported()) return &row;
   return nullptr;  // not reached: scalar is always supported
 }
 
@@ -76,7 +76,7 @@ std::atomic<const CpuKernels*> active{best()};
 std::string supported_names() {
   std::string names;
   for (const CpuKernels& row : kTable)
-    if (row.supported()) names += names.empty() ? row.name : std::string(" ") + row.name;
+    if (row.is_supported()) names += names.empty() ? row.name : std::string(" ") + row.name;
   return names;
 }
 
@@ -84,29 +84,38 @@ std::string supported_names() {
 
 const CpuKernels& active_kernels() { return *active.load(std::memory_order_relaxed); }
 
-}  // namespace nf4
+}  // namespace nf4::cpu
 
 #define NF4_EXPORT __attribute__((visibility("default")))
 
 extern "C" {
 
-NF4_EXPORT const char* nf4kernels_cpu_isa() { return nf4::active_kernels().name; }
+NF4_EXPORT const char* nf4kernels_cpu_isa() { return nf4::cpu::active_kernels().name; }
 
 NF4_EXPORT const char* nf4kernels_cpu_isa_list() {
-  static const std::string names = nf4::supported_names();
+  static const std::string names = nf4::cpu::supported_names();
   return names.c_str();
 }
 
 // Null, or what is wrong with `name`.
 NF4_EXPORT const char* nf4kernels_force_cpu_isa(const char* name) {
   thread_local std::string error;
-  for (const nf4::CpuKernels& row : nf4::kTable) {
-    if (std::strcmp(row.name, name) != 0 || !row.supported()) continue;
-    nf4::active.store(&row);
+  for (const nf4::cpu::CpuKernels& row : nf4::cpu::kTable) {
+    if (std::strcmp(row.name, name) != 0 || !row.is_supported()) continue;
+    nf4::cpu::active.store(&row);
     return nullptr;
   }
-  error = std::string("must be one of ") + nf4::supported_names() + " on this machine, got " + name;
+  error = std::string("must be one of ") + nf4::cpu::supported_names() + " on this machine, got " + name;
   return error.c_str();
+}
+
+// What choose.h says of a product: the name of its Products, whether a gemv runs, and why.
+NF4_EXPORT const char* nf4kernels_cpu_choose(bool is_dgrad, int32_t dtype, int64_t M, bool has_whole_codes,
+                                             bool* is_gemv, const char** reason) {
+  const nf4::cpu::Choice choice = nf4::cpu::choose({is_dgrad, nf4::Dtype(dtype), M, has_whole_codes});
+  *is_gemv = choice.is_gemv;
+  *reason = choice.reason;
+  return nf4::cpu::kProductsNames[int(choice.products)];
 }
 
 }  // extern "C"

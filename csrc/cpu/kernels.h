@@ -1,15 +1,19 @@
 // The CPU kernels' signatures: raw pointers and sizes, no torch. Threads are the caller's: each function does a range.
+//
+// What linear and linear_dgrad share speaks of out[M, C] = x[M, D] @ B[D, C]; elsewhere N and K are the weight's.
+//
+//   linear         x is x     C = N   D = K   B = W^T
+//   linear_dgrad   x is dY    C = K   D = N   B = W
 #pragma once
 
 #include "../format.h"
 #include "../rounded_code.h"
+#include "choose.h"
 
-namespace nf4 {
+namespace nf4::cpu {
 
-constexpr int kGemvRows = 4;          // linear with M <= kGemvRows goes row by row of W straight from the packed bytes
-constexpr int kDgradCodesRows = 128;  // above, scaling dy anew for each 64 columns costs more than decoding once
-constexpr int kGemmRows = 512;        // rows of x per pass: what one decode of a weight tile is used for
-constexpr int kGemmDepth = 256;       // contraction length decoded at a time and added to the fp32 tile at once
+constexpr int kPassM = 512;   // rows of x that one decode of a tile of B serves
+constexpr int kSliceD = 256;  // D decoded at a time, whose products are added to the fp32 tile at once
 
 struct QuantizeArgs {
   const void* weight;  // [numel] of dtype
@@ -21,32 +25,40 @@ struct QuantizeArgs {
   float* absmax;    // [ceil(numel/block_size)]
 };
 
-// One matrix product against the weight. linear: rows of x are K long and y's are N; dgrad: dy's are N, dx's are K.
+struct QuantizeAbsmaxArgs {
+  const float* absmax;  // [blocks]
+  int64_t blocks;
+  const float* scale_code;  // [256]
+  bool scale_is_e4m3;
+  float scale_offset;
+  uint8_t* quantized;   // [blocks]
+  float* scale_absmax;  // [superblocks]
+};
+
 struct GemmArgs {
   Weight weight;
-  RoundedCode<BFloat16> bf16_code;  // set for ProductKernels of codes
-  Dtype dtype;
-  const void* panel;  // packed rows of x or dy, as GemvKernel::pack or GemmKernel::pack left them
-  int64_t rows;       // at most kGemmRows (gemm) or kGemvRows (gemv)
-  const void* bias;   // [N] of dtype, or null
-  void* out;          // [rows, N] or [rows, K] of dtype, contiguous
-  // LoRA's term, see low_rank.h.
-  int64_t rank;                 // 0: none
-  const float* low_rank_x;      // [rows, rank], times the scaling
-  const void* low_rank_factor;  // linear: B [N, rank]; linear_dgrad: A [rank, K]; of dtype
+  RoundedCode<BFloat16> bf16_code;  // set where ProductKernels::needs_bf16_code
+  Dtype dtype;                      // of x and out
+  const void* panel;                // x as GemvKernel::pack or GemmKernel::pack left it
+  int64_t M;                        // at most kPassM (gemm) or kGemvMaxM (gemv)
+  const void* bias;                 // [N] of dtype, or null
+  void* out;                        // [M, C] of dtype, contiguous
+  // The LoRA term, see lora_term.h.
+  int64_t rank;             // 0: none
+  const float* lora_inner;  // [M, rank], times the scaling
+  const void* lora_factor;  // linear: B [N, rank]; linear_dgrad: A [rank, K]; of dtype
 };
 
 // The gradient of a LoRA factor, see lora_grad.h.
 struct LoraGradArgs {
-  const void* small;     // [rank, small_stride], of LoraGradKernel::small
-  int64_t small_stride;  // rows, rounded up to even; what is past the rows is zero
+  const void* lora_inner;     // transposed: [rank, lora_inner_stride] of LoraGradKernel::inner_dtype
+  int64_t lora_inner_stride;  // M rounded up to even; what is past M is zero
   int64_t rank;
-  const void* wide;  // [rows, columns] of dtype
+  const void* wide;  // [M, C] of dtype
   Dtype dtype;
-  int64_t rows;
-  int64_t columns;
+  int64_t M, C;
   float scaling;
-  void* out;  // [rank, columns], or [columns, rank] if transposed, of out_dtype
+  void* out;  // [rank, C], or [C, rank] if transposed, of out_dtype
   Dtype out_dtype;
   bool transposed;
 };
@@ -54,41 +66,40 @@ struct LoraGradArgs {
 using QuantizeFn = void (*)(const QuantizeArgs&, int64_t block_begin, int64_t block_end);
 // Flat elements [begin, begin + count) of the weight into out, of dtype.
 using DequantizeFn = void (*)(const Weight&, int64_t begin, int64_t count, Dtype dtype, void* out);
-// Row-major [rows, depth] of dtype into the layout that the product reads.
-using PackFn = void (*)(const void* x, Dtype dtype, int64_t rows, int64_t depth, void* panel);
-// Row tiles [tile_begin, tile_end) of x; see row_tiles.
-using GemmPackFn = void (*)(const void* x, Dtype dtype, int64_t rows, int64_t depth, int64_t tile_begin,
-                            int64_t tile_end, void* panel);
-// Rows [n_begin, n_end) of W.
+// Row-major x [M, K] of dtype into the panel that the gemv reads.
+using GemvPackFn = void (*)(const void* x, Dtype dtype, int64_t M, int64_t K, void* panel);
+// y[:, n_begin .. n_end).
 using GemvFn = void (*)(const GemmArgs&, int64_t n_begin, int64_t n_end);
-// Column tiles [tile_begin, tile_end) of the output, each of `tile_cols`; workspace of `workspace_bytes`.
+// Row-major x [M, D] of dtype into the panel that the gemm reads, its M tiles [tile_begin, tile_end); see m_tiles.
+using GemmPackFn = void (*)(const void* x, Dtype dtype, int64_t M, int64_t D, int64_t tile_begin, int64_t tile_end,
+                            void* panel);
+// C tiles [tile_begin, tile_end) of out, each of GemmKernel::tile_c columns; workspace of `workspace_bytes`.
 using GemmFn = void (*)(const GemmArgs&, int64_t tile_begin, int64_t tile_end, void* workspace);
-
-// Tiles of 2L columns.
+// C tiles of out, each of LoraGradKernel::tile_c columns.
 using LoraGradFn = void (*)(const LoraGradArgs&, int64_t tile_begin, int64_t tile_end);
 
 struct LoraGradKernel {
   LoraGradFn run;
-  int tile_cols;
-  Dtype small;  // what LoraGradArgs::small is
+  int tile_c;
+  Dtype inner_dtype;  // of LoraGradArgs::lora_inner
 };
 
 // linear or linear_dgrad as a blocked product, see gemm.h.
 struct GemmKernel {
-  int max_tile_rows;        // rows of x per register tile
-  int tile_cols;            // columns of the output per register tile
-  int depth_step;           // a panel's rows are padded to whole steps of the contraction
+  int tile_m;               // most rows of x in a register tile
+  int tile_c;               // columns of out in a register tile
+  int step_d;               // a panel pads D to whole steps
   int element_bytes;        // of a panel element
   int64_t workspace_bytes;  // per thread
   GemmPackFn pack;
   GemmFn run;
 };
 
-// linear at M <= kGemvRows.
+// linear at M <= kGemvMaxM.
 struct GemvKernel {
-  int depth_step;     // as above
+  int step_k;         // a panel pads K to whole steps
   int element_bytes;  // of a panel element
-  PackFn pack;
+  GemvPackFn pack;
   GemvFn run;
 };
 
@@ -97,37 +108,36 @@ struct ProductKernels {
   const GemmKernel* linear;
   const GemmKernel* linear_dgrad;
   const LoraGradKernel* lora_grad;
-  bool codes = false;  // whether they read GemmArgs::bf16_code
+  bool needs_bf16_code = false;
 };
 
 struct CpuKernels {
   const char* name;
-  bool (*supported)();  // by this CPU and its operating system
+  bool (*is_supported)();  // by this CPU and its operating system
   QuantizeFn quantize;
   DequantizeFn dequantize;
-  ProductKernels any;         // fp32 products, any activation dtype
-  ProductKernels bf16;        // for bf16 activations
-  ProductKernels bf16_codes;  // the same where has_whole_codes(weight); linear_dgrad up to kDgradCodesRows
+  ProductKernels products[3];  // by choose.h's Products
+
+  const ProductKernels& operator[](Products which) const { return products[int(which)]; }
 };
 
-// Rows of x are split evenly over as few register tiles as can hold them; tile t begins at row_of_tile.
-static inline int64_t row_tiles(int64_t rows, int64_t max_tile_rows) {
-  return (rows + max_tile_rows - 1) / max_tile_rows;
-}
-static inline int64_t row_of_tile(int64_t tile, int64_t tiles, int64_t rows) { return tile * rows / tiles; }
+// The M rows of x are split evenly over as few tiles as can hold them; tile t begins at first_m(t, tiles, M).
+static inline int64_t m_tiles(int64_t M, int64_t tile_m) { return ceil_div(M, tile_m); }
+static inline int64_t first_m(int64_t tile, int64_t tiles, int64_t M) { return tile * M / tiles; }
 
-// The scales' own quantization: 1/block_size of the data, so one portable version is enough.
-double superblock_sum(const float* absmax, int64_t count);
-float superblock_absmax(const float* absmax, int64_t count, float scale_offset);
-void quantize_superblock_e4m3(const float* absmax, int64_t count, float scale_offset, float scale_absmax, uint8_t* out);
-void quantize_superblock_sorted(const float* absmax, int64_t count, float scale_offset, float scale_absmax,
-                                const float* scale_code, uint8_t* out);
+// quantize_absmax.cpp: the scales are 1/block_size of the data, so one portable version is enough.
+int64_t superblocks_of(int64_t blocks);
+// The fp64 sums of superblocks [begin, end), then the mean of all from them.
+void sum_superblocks(const QuantizeAbsmaxArgs&, int64_t begin, int64_t end, double* sums);
+float mean_absmax(const QuantizeAbsmaxArgs&, const double* sums);
+// Superblocks [begin, end) of quantized and scale_absmax, by scale_offset.
+void quantize_superblocks(const QuantizeAbsmaxArgs&, int64_t begin, int64_t end);
 
-// fp32 out[i] = small[i] * scaling, for GemmArgs::low_rank_x.
-void scale_low_rank(const void* small, Dtype dtype, int64_t count, float scaling, float* out);
-// [rank, stride] of out_dtype (fp32, or dtype itself) from small [rows, rank], for LoraGradArgs::small.
-void transpose_low_rank(const void* small, Dtype dtype, int64_t rows, int64_t rank, int64_t stride, Dtype out_dtype,
-                        void* out);
+// fp32 out[i] = lora_inner[i] * scaling, for GemmArgs::lora_inner.
+void scale_lora_inner(const void* lora_inner, Dtype dtype, int64_t count, float scaling, float* out);
+// [rank, stride] of out_dtype (fp32, or dtype itself) from lora_inner [M, rank], for LoraGradArgs::lora_inner.
+void transpose_lora_inner(const void* lora_inner, Dtype dtype, int64_t M, int64_t rank, int64_t stride, Dtype out_dtype,
+                          void* out);
 
 #define NF4_DECLARE_ISA(isa)                                                                  \
   void quantize_##isa(const QuantizeArgs&, int64_t block_begin, int64_t block_end);           \
@@ -142,9 +152,9 @@ NF4_DECLARE_ISA(avx512)
 extern const GemvKernel kGemvCodes_avx512_bf16;
 extern const GemmKernel kLinear_avx512_bf16, kLinearDgrad_avx512_bf16;
 extern const GemmKernel kLinearCodes_avx512_bf16, kLinearDgradCodes_avx512_bf16;
-extern const LoraGradKernel kLoraGrad_avx512_bf16;  // bf16 wide and small
+extern const LoraGradKernel kLoraGrad_avx512_bf16;  // bf16 wide and lora_inner
 
 // dispatch.cpp
 const CpuKernels& active_kernels();
 
-}  // namespace nf4
+}  // namespace nf4::cpu

@@ -2,9 +2,9 @@
 #include "linear.h"
 #include "linear_gemv.h"
 
-namespace nf4 {
+namespace nf4::cpu {
 
-const GemvKernel kGemv_avx512{1, int(sizeof(float)), gemv_pack_x, gemv_columns};
-const GemmKernel kLinear_avx512 = describe_gemm<LinearFp32>(pack_any, linear_tiles<LinearFp32>);
+const GemvKernel kGemv_avx512{/*step_k=*/1, int(sizeof(float)), gemv_pack, linear_gemv};
+const GemmKernel kLinear_avx512 = describe_gemm<LinearFp32>(pack_fp32, linear_tiles<LinearFp32>);
 
-}  // namespace nf4
+}  // namespace nf4::cpu

@@ -4,20 +4,20 @@
 #include "linear_codes.h"
 #include "linear_gemv_codes.h"
 
-namespace nf4 {
+namespace nf4::cpu {
 namespace {
 
-// bf16 slices are [k/2][tile_cols][2].
+// bf16 slices are [k/2][kTileN][2].
 struct LinearBf16 : Bf16Core {
   using Factor = LoraB;
   static constexpr int kGroup = 1;
-  static void store_column_pair(Element* out, Isa::F even, Isa::F odd) { store_pairs(out, even, odd); }
+  static void store_k_pair(Element* out, Isa::F even, Isa::F odd) { store_pairs(out, even, odd); }
 };
 
 }  // namespace
 
-const GemvKernel kGemvCodes_avx512_bf16{kGemvGroup, int(sizeof(BFloat16)), gemv_codes_pack, gemv_codes};
+const GemvKernel kGemvCodes_avx512_bf16{/*step_k=*/kGemvGroupK, int(sizeof(BFloat16)), gemv_codes_pack, gemv_codes};
 const GemmKernel kLinear_avx512_bf16 = describe_gemm<LinearBf16>(pack_bf16, linear_tiles<LinearBf16>);
 const GemmKernel kLinearCodes_avx512_bf16 = describe_gemm<LinearCodes>(linear_codes_pack, linear_codes);
 
-}  // namespace nf4
+}  // namespace nf4::cpu

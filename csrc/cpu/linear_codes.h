@@ -1,61 +1,71 @@
 // linear in bf16, M > 4, codes decoded in registers: y[m, n]
 //              = sum_b scale[n, b] * (sum_{k in b} x[m, k] * code[n, k]) + bias[n]
 //
-// Work split   column tiles of 32 rows of W; see gemm.h. The caller splits them over threads.
-// Inner loop   lane n of a register holds 8 codes of row n of W: 4 x (shift, vpermw) give the pairs (k, k + 4), each x up
-//              to 12 rows of x, broadcast. After 64 k one multiplication by the 16 rows' scales.
-// The trick    a code is looked up unscaled, as bf16, straight into vdpbf16ps: 7 instructions give 128 weights, on ports
-//              that the products leave idle, so that each tile of rows looks them up anew and nothing is stored.
-// Rejected     decoding to scaled bf16 in L1 (linear.h): 42 instructions and 4 stores for 128 weights, as long as the
-//              products of 11 rows (4096x4096, M = 16: 4.1 against 3.0 ms; M = 512: the same 81; one core of a Zen 4 EPYC).
-// Scales       a running sum is kept in units of its present block's scale: one multiplication by the ratio of two scales
-//              and nothing leaves the registers (8 % faster than scaling each block's sum into a second set of sums,
-//              which is done where ratios are extreme or a scale is zero or NaN).
-// Prefetch     the next slice's lines one by one between the products: in a burst they fill the miss buffers that x needs
-//              (3.4 against 3.0 ms).
+// Read first   gemm.h, then codes_avx512_bf16.h.
+// Work split   N tiles of 32 rows of W. The caller splits them over threads.
+// Inner loop   Lane n of a register holds 8 codes of row n of W: 4 x (shift, vpermw) give the pairs (k, k + 4), each
+//              multiplied with up to 12 rows of x, broadcast. The sums of 64 k meet the scales of 16 rows of W at once.
+// The trick    A code is looked up unscaled, as bf16, straight into vdpbf16ps: 7 instructions give 128 weights, on
+//              ports that the products leave idle. So each M tile looks them up anew, and nothing is stored.
+// Rejected     Decoding to scaled bf16 in L1 (linear.h): 42 instructions and 4 stores for 128 weights, as long as the
+//              products of 11 rows (4096x4096, M = 16: 4.1 against 3.0 ms; M = 512: the same 81; one Zen 4 EPYC core).
+// Scales       A running sum is kept in units of the scale of its present block: one multiplication by the ratio of two
+//              scales, and nothing leaves the registers. This is 8 % faster than scaling each block's sum into a second
+//              set of sums, which is done where ratios are extreme or a scale is zero or NaN.
+// Prefetch     The lines of the next slice one by one between the products: in a burst they fill the miss buffers that
+//              x needs (3.4 against 3.0 ms).
 // Flops        2*M*N*K at one vdpbf16ps of 64 a cycle.
-// Needs        has_whole_codes. 2^10 times |x| summed over a block stays in fp32's range: the scale comes after that sum.
+// Needs        has_whole_codes. 2^10 times |x| summed over a block stays in fp32's range: the scale comes after it.
+//
+//   lane n of slice.codes[v][k / 8], 32 bits: 8 codes of one row of W, as they lie in memory
+//
+//     nibble        7  6  5  4 | 3  2  1  0         the even element of a byte is in its high nibble
+//     holds k +     6  7  4  5 | 2  3  0  1
+//                   high word  | low word
+//
+//   vpermw by nibble i of each word     i = 0   1     2     3
+//   gives the pair (k + .., k + ..)        1,5   0,4   3,7   2,6      and in this order the panel holds 8 k of x
 #pragma once
 
 #include "codes_avx512_bf16.h"
 #include "gemm.h"
 
-namespace nf4 {
+namespace nf4::cpu {
 namespace {
 
 constexpr int kCodesOfWord = 8;  // in a lane's u32
 
-// Panels are [tile][kGemmDepth slice][row][k of the slice], 8 k in the order in which their pairs meet x.
+// Panels are [M tile][slice of K][m][kSliceD], 8 k in the order above.
 struct LinearCodes {
   using Element = BFloat16;
   using Factor = LoraB;
-  static constexpr int kStep = kScaled, kPanelStep = kGemmDepth, kRows = 12, kCols = kTileCols, kGroup = 1;
-  static constexpr int kBlocks = kGemmDepth / kScaled;
+  static constexpr int kStep = kScaled, kPanelStep = kSliceD, kTileM = 12, kTileC = kVectors * Isa::L, kGroup = 1;
+  static constexpr int kBlocks = kSliceD / kScaled;
   struct Slice {
-    Isa::I codes[kVectors][kGemmDepth / kCodesOfWord];  // lane: 8 codes of one row of W
+    Isa::I codes[kVectors][kSliceD / kCodesOfWord];
     Isa::F scales[kVectors][kBlocks];
     Isa::F ratios[kVectors][kBlocks];  // of the block before to this one
-    bool steady;                       // no two scales of a row are 2^10 apart
-    const uint8_t* ahead;              // the slice after this one, in its first row
+    bool is_steady;                    // no two scales of a row are 2^10 apart
+    const uint8_t* ahead;              // the slice after this one, in its first row of W
     int64_t row_bytes;                 // to its next row
   };
 
-  template <int ROWS>
-  static void multiply(const GemmArgs& args, const Element* x, const Slice& slice, int64_t depth, bool first,
+  template <int TILE_M>
+  static void multiply(const GemmArgs& args, const Element* x, const Slice& slice, int64_t k_count, bool is_first,
                        float* tile) {
     const Isa::I table = load_code_table(args.bf16_code);
-    alignas(64) float sums[ROWS][kVectors][Isa::L];  // of the blocks before, unless steady
-    Isa::F acc[ROWS][kVectors];
+    alignas(64) float sums[TILE_M][kVectors][Isa::L];  // of the blocks before, unless is_steady
+    Isa::F acc[TILE_M][kVectors];
     const auto each_sum = [&](auto body) {
 #pragma GCC unroll 12
-      for (int r = 0; r < ROWS; ++r)
+      for (int r = 0; r < TILE_M; ++r)
 #pragma GCC unroll 2
         for (int v = 0; v < kVectors; ++v) body(r, v);
     };
-    const int64_t blocks = depth / kScaled;
+    const int64_t blocks = k_count / kScaled;
     each_sum([&](int r, int v) { acc[r][v] = Isa::zero(); });
     for (int64_t b = 0; b < blocks; ++b) {
-      if (b > 0 && slice.steady) {
+      if (b > 0 && slice.is_steady) {
         each_sum([&](int r, int v) { acc[r][v] = Isa::mul(acc[r][v], slice.ratios[v][b]); });
       } else if (b > 0) {
         each_sum([&](int r, int v) {
@@ -66,16 +76,16 @@ struct LinearCodes {
       }
       for (int64_t word = b * kScaled / kCodesOfWord; word < (b + 1) * kScaled / kCodesOfWord; ++word) {
         const Element* xw = x + word * kCodesOfWord;
-        for (int line = 0; line < ROWS; line += 4)  // of this tile's next slice
-          __builtin_prefetch(x + ROWS * kGemmDepth + (word * ROWS / 4 + line / 4) * 32);
+        for (int line = 0; line < TILE_M; line += 4)  // of this tile's next slice
+          __builtin_prefetch(x + TILE_M * kSliceD + (word * TILE_M / 4 + line / 4) * 32);
         __builtin_prefetch(slice.ahead + word * slice.row_bytes);
         __builtin_prefetch(slice.ahead + word * slice.row_bytes + 64);
-        const auto add_products = [&](int pair, __m512bh first_cols, __m512bh next_cols) {
+        const auto add_products = [&](int pair, __m512bh first_values, __m512bh next_values) {
 #pragma GCC unroll 12
-          for (int r = 0; r < ROWS; ++r) {
-            const auto xr = (__m512bh)Isa::broadcast_pair(xw + r * kGemmDepth + 2 * pair);
-            acc[r][0] = _mm512_dpbf16_ps(acc[r][0], first_cols, xr);
-            acc[r][1] = _mm512_dpbf16_ps(acc[r][1], next_cols, xr);
+          for (int r = 0; r < TILE_M; ++r) {
+            const auto xr = (__m512bh)Isa::broadcast_pair(xw + r * kSliceD + 2 * pair);
+            acc[r][0] = _mm512_dpbf16_ps(acc[r][0], first_values, xr);
+            acc[r][1] = _mm512_dpbf16_ps(acc[r][1], next_values, xr);
           }
         };
         const Isa::I codes = slice.codes[0][word], next = slice.codes[1][word];
@@ -86,26 +96,25 @@ struct LinearCodes {
       }
     }
     each_sum([&](int r, int v) {
-      float* out = tile + r * kCols + v * Isa::L;
+      float* out = tile + r * kTileC + v * Isa::L;
       Isa::F sum = Isa::mul(acc[r][v], slice.scales[v][blocks - 1]);
-      if (!slice.steady && blocks > 1) sum = Isa::add(sum, Isa::load(sums[r][v]));
-      Isa::store(out, first ? sum : Isa::add(sum, Isa::load(out)));
+      if (!slice.is_steady && blocks > 1) sum = Isa::add(sum, Isa::load(sums[r][v]));
+      Isa::store(out, is_first ? sum : Isa::add(sum, Isa::load(out)));
     });
   }
 };
 
-// Of 8 k the panel holds 1, 5 | 0, 4 | 3, 7 | 2, 6: nibble i of the low word of a lane and of its high word.
-void linear_codes_pack(const void* x, Dtype, int64_t rows, int64_t K, int64_t tile_begin, int64_t tile_end,
-                       void* panel) {
-  const int64_t tiles = row_tiles(rows, LinearCodes::kRows), padded = round_up(K, kGemmDepth);
+void linear_codes_pack(const void* x, Dtype, int64_t M, int64_t K, int64_t tile_begin, int64_t tile_end, void* panel) {
+  const int64_t tiles = m_tiles(M, LinearCodes::kTileM), padded = round_up(K, kSliceD);
+  // By bytes: k 1, 5, 0, 4 | 3, 7, 2, 6 of each 8.
   const Isa::I order = _mm512_set4_epi32(0x0d0c0504, 0x0f0e0706, 0x09080100, 0x0b0a0302);
   const auto* in = static_cast<const BFloat16*>(x);
   for (int64_t t = tile_begin; t < tile_end; ++t) {
-    const int64_t first = row_of_tile(t, tiles, rows), end = row_of_tile(t + 1, tiles, rows);
+    const int64_t first = first_m(t, tiles, M), end = first_m(t + 1, tiles, M);
     auto* out = static_cast<BFloat16*>(panel) + first * padded;
     for (int64_t k = 0; k < K; k += 32)
       for (int64_t m = first; m < end; ++m) {
-        const int64_t at = (k / kGemmDepth * (end - first) + m - first) * kGemmDepth + k % kGemmDepth;
+        const int64_t at = (k / kSliceD * (end - first) + m - first) * kSliceD + k % kSliceD;
         _mm512_storeu_si512(out + at, _mm512_shuffle_epi8(_mm512_loadu_si512(in + m * K + k), order));
       }
   }
@@ -114,39 +123,41 @@ void linear_codes_pack(const void* x, Dtype, int64_t rows, int64_t K, int64_t ti
 void linear_codes(const GemmArgs& args, int64_t tile_begin, int64_t tile_end, void* workspace) {
   const Weight& w = args.weight;
   const Isa::F code_scale = Isa::set1(args.bf16_code.scale);
-  const bool one_superblock = w.K % kGemmDepth == 0;  // for a row's part of a slice
-  const auto decode = [&](int64_t n, int64_t rows, int64_t k, int64_t count, LinearCodes::Slice* slices) {
+  const bool is_in_one_superblock = w.K % kSliceD == 0;  // a row's part of a slice
+  const auto decode = [&](int64_t n, int64_t n_count, int64_t k, int64_t k_count, LinearCodes::Slice* slices) {
     LinearCodes::Slice& slice = *slices;
-    slice.steady = true;
+    slice.is_steady = true;
     slice.row_bytes = w.K / 2;
-    slice.ahead = w.packed + (k + count < w.K ? n * w.K + k + count : (n + kTileCols) * w.K) / 2;
+    slice.ahead = w.packed + (k + k_count < w.K ? n * w.K + k + k_count : (n + LinearCodes::kTileC) * w.K) / 2;
     for (int v = 0; v < kVectors; ++v) {
-      const int64_t first = n + v * Isa::L < n + rows ? n + v * Isa::L : n + rows - 1;
-      const int64_t here = n + rows - first < Isa::L ? n + rows - first : Isa::L;
-      const uint8_t* sources[Isa::L];
-      for (int64_t r = 0; r < Isa::L; ++r) sources[r] = w.packed + (first + (r < here ? r : here - 1)) * (w.K / 2);
-      for (int64_t i = 0; i < count; i += 32)
-        Isa::load_columns(sources, (k + i) / 2, slice.codes[v] + i / kCodesOfWord);
+      const int64_t first = n + v * Isa::L < n + n_count ? n + v * Isa::L : n + n_count - 1;
+      const int64_t here = n + n_count - first < Isa::L ? n + n_count - first : Isa::L;
+      const uint8_t* rows[Isa::L];
+      for (int64_t r = 0; r < Isa::L; ++r) rows[r] = w.packed + (first + (r < here ? r : here - 1)) * (w.K / 2);
+      for (int64_t i = 0; i < k_count; i += 32)
+        Isa::load_transposed(rows, (k + i) / 2, slice.codes[v] + i / kCodesOfWord);
       Isa::F superblocks = Isa::zero();
-      for (int64_t i = 0; i < count; i += kScaled) {
+      for (int64_t i = 0; i < k_count; i += kScaled) {
         const auto block = [&](int r) { return ((first + r) * w.K + k + i) >> w.block_shift; };
-        if (i == 0 || !one_superblock) superblocks = gather_superblocks(w, int(here), block);
+        if (i == 0 || !is_in_one_superblock) superblocks = gather_superblocks(w, int(here), block);
         slice.scales[v][i / kScaled] = Isa::mul(gather_scales(w, int(here), block, superblocks), code_scale);
       }
       const auto size = [&](int64_t b) { return _mm512_abs_ps(slice.scales[v][b]); };
       Isa::F least = size(0), most = size(0);
-      for (int64_t b = 1; b < count / kScaled; ++b) {
+      for (int64_t b = 1; b < k_count / kScaled; ++b) {
         slice.ratios[v][b] = _mm512_div_ps(slice.scales[v][b - 1], slice.scales[v][b]);
         least = _mm512_min_ps(least, size(b));
         most = _mm512_max_ps(most, size(b));
       }
       const Isa::F limit = Isa::mul(least, Isa::set1(0x1p10f));
-      slice.steady &= _mm512_cmp_ps_mask(most, limit, _CMP_LT_OQ) == 0xffff;  // not if a scale is zero
+      slice.is_steady &= _mm512_cmp_ps_mask(most, limit, _CMP_LT_OQ) == 0xffff;  // not if a scale is zero
     }
   };
-  const auto store = [&](int64_t m, int64_t n, int64_t cols, const float* row) { store_row(args, m, n, cols, row); };
-  gemm<LinearCodes>(args, w.K, w.N, tile_begin, tile_end, workspace, decode, store);
+  const auto store = [&](int64_t m, int64_t n, int64_t n_count, const float* sums) {
+    store_y(args, m, n, n_count, sums);
+  };
+  gemm<LinearCodes>(args, /*D=*/w.K, /*C=*/w.N, tile_begin, tile_end, workspace, decode, store);
 }
 
 }  // namespace
-}  // namespace nf4
+}  // namespace nf4::cpu

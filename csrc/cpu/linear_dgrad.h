@@ -1,27 +1,31 @@
-// linear_dgrad: dx[m, k] = sum_n dy[m, n] * W[n, k]
+// linear_dgrad: dX[m, k] = sum_n dY[m, n] * W[n, k]
 //
-// Work split   column tiles of 2L consecutive k; see gemm.h. The caller splits them over threads.
-// Inner loop   2L codes of one row of W are one load and two lookups: L even k, then L odd k. The tile keeps that column
-//              order through the product and undoes it in the store, which writes pairs.
-// The trick    4 column tiles are decoded together, since their 4L bytes of a row share a cache line.
-// Flops        2*M*N*K; decoding takes as long as the bf16 products of 16 rows (one core of a Zen 4 EPYC).
-// Needs        the vector path needs K % 2L == 0; other K decode whole spans first.
+// Read first   gemm.h.
+// Work split   K tiles of 2L consecutive k. The caller splits them over threads.
+// Inner loop   2L codes of one row of W are one load and two lookups: L even k, then L odd k. The tile keeps that order
+//              of columns through the product; the store, which writes pairs, undoes it.
+// The trick    4 K tiles are decoded together, since their 4L bytes of a row of W share a cache line.
+// Flops        2*M*N*K; decoding takes as long as the bf16 products of 16 rows of dY (one core of a Zen 4 EPYC).
+// Needs        K % 2L == 0 for the vector path; other K decode whole spans first.
+//
+//   slice[n], fp32     | k 0  2  4 ... 2L-2 | k 1  3  5 ... 2L-1 |       vector v holds every second k, from v on
 #pragma once
 
 #include "decode_span.h"
 #include "gemm.h"
 
-namespace nf4 {
+namespace nf4::cpu {
 namespace {
 
-constexpr int kDgradGroup = 4;  // column tiles that are decoded together
+constexpr int kTileK = kDecodedTileC;
+constexpr int kDgradGroup = 4;  // K tiles that are decoded together
 
-struct EvenThenOdd {  // the columns of a tile
-  static constexpr int first_column(int vector) { return vector; }
+struct EvenThenOdd {
+  static constexpr int first_k(int vector) { return vector; }
 };
 
-// 2L weights of row n from column k, even k's and odd k's apart; `cols` of them exist.
-static inline void decode_even_odd(const Weight& w, const Isa::Table& table, int64_t n, int64_t k, int64_t cols,
+// W[n, k .. k + 2L], even k apart from odd k; k_count of them exist.
+static inline void decode_even_odd(const Weight& w, const Isa::Table& table, int64_t n, int64_t k, int64_t k_count,
                                    Isa::F& even, Isa::F& odd) {
   const int64_t flat = n * w.K + k;
   if (w.K % (2 * Isa::L) == 0) {
@@ -31,14 +35,15 @@ static inline void decode_even_odd(const Weight& w, const Isa::Table& table, int
     odd = Isa::mul(odd, scale);
     return;
   }
-  float decoded[kTileCols] = {}, halves[kTileCols];
-  decode_span(w, flat, cols, decoded);
-  for (int i = 0; i < kTileCols; ++i) halves[i / 2 + i % 2 * Isa::L] = decoded[i];
+  float decoded[kTileK] = {}, halves[kTileK];
+  decode_span(w, flat, k_count, decoded);
+  for (int i = 0; i < kTileK; ++i) halves[i / 2 + i % 2 * Isa::L] = decoded[i];
   even = Isa::load(halves);
   odd = Isa::load(halves + Isa::L);
 }
 
-// Rows are K/2 bytes apart, further than the hardware looks ahead: 2.9 to 2.65 ms at M = 1 (4096x4096, one Zen 4 core).
+// Rows of W are K/2 bytes apart, further than the hardware looks ahead: 2.9 to 2.65 ms at M = 1 (4096x4096, one Zen 4
+// core).
 static inline void prefetch_row(const Weight& w, int64_t n, int64_t k) {
   constexpr int64_t kAhead = 24;
   __builtin_prefetch(w.packed + ((n + kAhead) * w.K + k) / 2);
@@ -47,14 +52,14 @@ static inline void prefetch_row(const Weight& w, int64_t n, int64_t k) {
 struct DgradFp32 : Fp32Core {
   using Factor = LoraA<EvenThenOdd>;
   static constexpr int kGroup = kDgradGroup;
-  static void decode_depth(const Weight& w, int64_t k, int64_t cols, int64_t n, int64_t count, float* slice) {
+  static void decode_slice(const Weight& w, int64_t k, int64_t k_count, int64_t n, int64_t n_count, float* slice) {
     const Isa::Table table = Isa::load_table(w.code);
-    for (int64_t i = 0; i < count; ++i) {
+    for (int64_t i = 0; i < n_count; ++i) {
       prefetch_row(w, n + i, k);
       Isa::F even, odd;
-      decode_even_odd(w, table, n + i, k, cols, even, odd);
-      Isa::store(slice + i * kTileCols, even);
-      Isa::store(slice + i * kTileCols + Isa::L, odd);
+      decode_even_odd(w, table, n + i, k, k_count, even, odd);
+      Isa::store(slice + i * kTileK, even);
+      Isa::store(slice + i * kTileK + Isa::L, odd);
     }
   }
 };
@@ -64,21 +69,21 @@ void linear_dgrad_tiles(const GemmArgs& args, int64_t tile_begin, int64_t tile_e
   const Weight& w = args.weight;
   with_type(args.dtype, [&](auto t) {
     using T = decltype(t);
-    const auto decode = [&](int64_t k, int64_t cols, int64_t n, int64_t count, typename Core::Slice* slices) {
-      for (int64_t c = 0; c < cols; c += kTileCols)
-        Core::decode_depth(w, k + c, cols - c < kTileCols ? cols - c : kTileCols, n, count, *slices++);
+    const auto decode = [&](int64_t k, int64_t k_count, int64_t n, int64_t n_count, typename Core::Slice* slices) {
+      for (int64_t c = 0; c < k_count; c += kTileK)
+        Core::decode_slice(w, k + c, k_count - c < kTileK ? k_count - c : kTileK, n, n_count, *slices++);
     };
-    const auto store = [&](int64_t m, int64_t k, int64_t cols, const float* row) {
+    const auto store = [&](int64_t m, int64_t k, int64_t k_count, const float* sums) {
       T* dx = static_cast<T*>(args.out) + m * w.K + k;
-      const Isa::F even = Isa::load(row), odd = Isa::load(row + Isa::L);
-      if (cols == kTileCols) return Isa::store_pairs(dx, even, odd);
-      T whole[kTileCols];
+      const Isa::F even = Isa::load(sums), odd = Isa::load(sums + Isa::L);
+      if (k_count == kTileK) return Isa::store_pairs(dx, even, odd);
+      T whole[kTileK];
       Isa::store_pairs(whole, even, odd);
-      std::memcpy(static_cast<void*>(dx), whole, size_t(cols) * sizeof(T));
+      std::memcpy(static_cast<void*>(dx), whole, size_t(k_count) * sizeof(T));
     };
-    gemm<Core>(args, w.N, w.K, tile_begin, tile_end, workspace, decode, store);
+    gemm<Core>(args, /*D=*/w.N, /*C=*/w.K, tile_begin, tile_end, workspace, decode, store);
   });
 }
 
 }  // namespace
-}  // namespace nf4
+}  // namespace nf4::cpu

@@ -1,8 +1,8 @@
 #include "decode_avx2.h"
 #include "linear_dgrad.h"
 
-namespace nf4 {
+namespace nf4::cpu {
 
-const GemmKernel kLinearDgrad_avx2 = describe_gemm<DgradFp32>(pack_any, linear_dgrad_tiles<DgradFp32>);
+const GemmKernel kLinearDgrad_avx2 = describe_gemm<DgradFp32>(pack_fp32, linear_dgrad_tiles<DgradFp32>);
 
-}  // namespace nf4
+}  // namespace nf4::cpu

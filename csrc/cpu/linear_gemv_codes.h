@@ -1,40 +1,45 @@
 // linear in bf16, M <= 4, straight from the codes: y[m, n]
 //              = sum_b scale[n, b] * (sum_{k in b} x[m, k] * code[n, k]) + bias[n]
 //
-// Work split   output columns [n_begin, n_end); the caller splits them over threads.
-// Inner loop   128 codes of a row of W are one load; 4 x (shift, vpermw) give 32 of them each, x 32 of x that wait in that
-//              order; then one FMA by the two blocks' scales. Two rows of W share a load of x.
-// The trick    as in linear_codes.h: codes unscaled, as bf16, straight into vdpbf16ps.
-// Rejected     fp32 (linear_gemv.h): 4096x4096, M = 1: 0.87 against 0.47 ms, M = 4: 1.97 against 0.92 (one core of a Zen 4
-//              EPYC). Scales 16 at a time through memory: stores of 4 bytes stall the load of 64, 0.56 ms.
-// Prefetch     the next two rows line by line in the order of memory, whichever row is being read: 0.30 ms on two cores out
-//              of cache, which is the read limit; each row's own lines ahead, 0.47; one row at a time, 0.36 (M = 1).
-// Bytes        reads 0.52 B a weight (double-quantized): the floor is that over the memory or L3 bandwidth.
+// Read first   codes_avx512_bf16.h.
+// Work split   Columns [n_begin, n_end) of y, two rows of W at a time. The caller splits them over threads.
+// Inner loop   128 codes of a row of W are one load; 4 x (shift, vpermw) give 32 of them each, which meet 32 elements
+//              of x in the same order; then one FMA by the scales of the two blocks. Two rows of W share a load of x.
+// The trick    As in linear_codes.h: codes unscaled, as bf16, straight into vdpbf16ps.
+// Rejected     fp32 (linear_gemv.h): 4096x4096, M = 1: 0.87 against 0.47 ms, M = 4: 1.97 against 0.92 (one core of a
+//              Zen 4 EPYC). Scales 16 at a time through memory: stores of 4 bytes stall the load of 64, 0.56 ms.
+// Prefetch     The next two rows of W line by line in the order of memory, whichever row is being read: 0.30 ms on two
+//              cores out of cache, which is the read limit; each row's own lines ahead, 0.47; one row at a time, 0.36
+//              (M = 1).
+// Bytes        Reads 0.52 B a weight (double-quantized): the floor is that over the memory or L3 bandwidth.
 // Needs        has_whole_codes. |x| summed over a block stays in fp32's range: the scale comes after that sum.
+//
+//   panel, bf16: [K / 128][M][nibble][32], padded with zeros; 128 k of a row of x
+//
+//     | nibble 0: k 1 5 9 .. 125 | nibble 1: k 0 4 8 .. 124 | nibble 2: k 3 7 .. 127 | nibble 3: k 2 6 .. 126 |
 #pragma once
 
 #include "codes_avx512_bf16.h"
-#include "low_rank.h"
+#include "lora_term.h"
 
-namespace nf4 {
+namespace nf4::cpu {
 namespace {
 
-constexpr int kGemvGroup = 128;     // k of one load of codes
-constexpr int64_t kGemvRun = 1024;  // k whose sums start anew
-constexpr int kRowsAtOnce = 2;      // rows of W per load of x
+constexpr int kGemvGroupK = 128;     // k of one load of codes
+constexpr int64_t kGemvRunK = 1024;  // k whose sums start anew
+constexpr int kGemvTileN = 2;        // rows of W per load of x
 
-// Panels are [K / 128][row][nibble][32 words], padded with zeros.
-void gemv_codes_pack(const void* x, Dtype, int64_t rows, int64_t K, void* panel) {
+void gemv_codes_pack(const void* x, Dtype, int64_t M, int64_t K, void* panel) {
   const auto* in = static_cast<const BFloat16*>(x);
   auto* out = static_cast<BFloat16*>(panel);
   const Isa::I every_fourth = _mm512_set_epi16(60, 56, 52, 48, 44, 40, 36, 32, 28, 24, 20, 16, 12, 8, 4, 0, 60, 56, 52,
                                                48, 44, 40, 36, 32, 28, 24, 20, 16, 12, 8, 4, 0);
-  for (int64_t k = 0; k < K; k += kGemvGroup)
-    for (int64_t m = 0; m < rows; ++m, out += kGemvGroup) {
+  for (int64_t k = 0; k < K; k += kGemvGroupK)
+    for (int64_t m = 0; m < M; ++m, out += kGemvGroupK) {
       Isa::I quarters[4];
       for (int q = 0; q < 4; ++q)
         quarters[q] = k + 32 * q < K ? _mm512_loadu_si512(in + m * K + k + 32 * q) : _mm512_setzero_si512();
-      for (int i = 0; i < 4; ++i) {  // element i of a word's four codes is nibble i ^ 1
+      for (int i = 0; i < 4; ++i) {  // the word's code i is nibble i ^ 1
         const Isa::I which = _mm512_add_epi16(every_fourth, _mm512_set1_epi16(short(i)));
         const Isa::I low = _mm512_permutex2var_epi16(quarters[0], which, quarters[1]);
         const Isa::I high = _mm512_permutex2var_epi16(quarters[2], which, quarters[3]);
@@ -43,78 +48,79 @@ void gemv_codes_pack(const void* x, Dtype, int64_t rows, int64_t K, void* panel)
     }
 }
 
-// sums[r][m] = x[m, :] . W[n + r, :]
-template <int M, int ROWS>
-void gemv_codes_rows(const GemmArgs& args, Isa::I table, int64_t n, float sums[][kGemvRows]) {
+// sums[r][m] = x[m, :] . W[n + r, :], r < TILE_N
+template <int M, int TILE_N>
+void dot_codes(const GemmArgs& args, Isa::I table, int64_t n, float sums[][kGemvMaxM]) {
   const Weight& w = args.weight;
   const auto* x = static_cast<const BFloat16*>(args.panel);
   const uint8_t* packed = w.packed + n * (w.K / 2);
-  Isa::F total[ROWS][M];
-  for (int r = 0; r < ROWS; ++r)
+  Isa::F total[TILE_N][M];
+  for (int r = 0; r < TILE_N; ++r)
     for (int m = 0; m < M; ++m) total[r][m] = Isa::zero();
-  for (int64_t chunk = 0; chunk < w.K; chunk += kGemvRun) {
-    const int64_t left = w.K - chunk, count = left < kGemvRun ? left : kGemvRun;
-    Isa::F part[ROWS][M];
-    for (int r = 0; r < ROWS; ++r)
+  for (int64_t chunk = 0; chunk < w.K; chunk += kGemvRunK) {
+    const int64_t left = w.K - chunk, count = left < kGemvRunK ? left : kGemvRunK;
+    Isa::F part[TILE_N][M];
+    for (int r = 0; r < TILE_N; ++r)
       for (int m = 0; m < M; ++m) part[r][m] = Isa::zero();
     const auto add_group = [&](int64_t i, __mmask8 there, int last) {  // of the 8 quadwords of codes
-      Isa::I codes[ROWS];
-      Isa::F acc[ROWS][M];
-      for (int r = 0; r < ROWS; ++r) {
-        __builtin_prefetch(packed + ROWS * (w.K + chunk + i) / 2 + 64 * r);
+      Isa::I codes[TILE_N];
+      Isa::F acc[TILE_N][M];
+      for (int r = 0; r < TILE_N; ++r) {
+        __builtin_prefetch(packed + TILE_N * (w.K + chunk + i) / 2 + 64 * r);
         codes[r] = _mm512_maskz_loadu_epi64(there, packed + (r * w.K + chunk + i) / 2);
         for (int m = 0; m < M; ++m) acc[r][m] = Isa::zero();
       }
       const auto add_products = [&](int nibble, auto values) {
-        __m512bh here[ROWS];
-        for (int r = 0; r < ROWS; ++r) here[r] = values(codes[r]);
+        __m512bh here[TILE_N];
+        for (int r = 0; r < TILE_N; ++r) here[r] = values(codes[r]);
         for (int m = 0; m < M; ++m) {
-          const auto xm = (__m512bh)_mm512_loadu_si512(x + (chunk + i) * M + m * kGemvGroup + nibble * 32);
-          for (int r = 0; r < ROWS; ++r) acc[r][m] = _mm512_dpbf16_ps(acc[r][m], here[r], xm);
+          const auto xm = (__m512bh)_mm512_loadu_si512(x + (chunk + i) * M + m * kGemvGroupK + nibble * 32);
+          for (int r = 0; r < TILE_N; ++r) acc[r][m] = _mm512_dpbf16_ps(acc[r][m], here[r], xm);
         }
       };
       add_products(0, [&](Isa::I c) { return code_values<0>(table, c); });
       add_products(1, [&](Isa::I c) { return code_values<1>(table, c); });
       add_products(2, [&](Isa::I c) { return code_values<2>(table, c); });
       add_products(3, [&](Isa::I c) { return code_values<3>(table, c); });
-      for (int r = 0; r < ROWS; ++r) {
+      for (int r = 0; r < TILE_N; ++r) {
         const int64_t flat = (n + r) * w.K + chunk + i;
         const Isa::F scales = half_scales(w, flat >> w.block_shift, (flat + last) >> w.block_shift);
         for (int m = 0; m < M; ++m) part[r][m] = Isa::fma(acc[r][m], scales, part[r][m]);
       }
     };
     int64_t i = 0;
-    for (; i + kGemvGroup <= count; i += kGemvGroup) add_group(i, 0xff, kScaled);
+    for (; i + kGemvGroupK <= count; i += kGemvGroupK) add_group(i, 0xff, kScaled);
     if (i < count) add_group(i, 0x0f, 0);
-    for (int r = 0; r < ROWS; ++r)
+    for (int r = 0; r < TILE_N; ++r)
       for (int m = 0; m < M; ++m) total[r][m] = Isa::add(total[r][m], part[r][m]);
   }
-  for (int r = 0; r < ROWS; ++r)
+  for (int r = 0; r < TILE_N; ++r)
     for (int m = 0; m < M; ++m) sums[r][m] = Isa::reduce_add(total[r][m]) * args.bf16_code.scale;
 }
 
-template <int ROWS>
-void gemv_codes_rows_of(const GemmArgs& args, Isa::I table, int64_t n, float sums[][kGemvRows]) {
-  switch (args.rows) {
-    case 1: return gemv_codes_rows<1, ROWS>(args, table, n, sums);
-    case 2: return gemv_codes_rows<2, ROWS>(args, table, n, sums);
-    case 3: return gemv_codes_rows<3, ROWS>(args, table, n, sums);
-    default: return gemv_codes_rows<4, ROWS>(args, table, n, sums);
+template <int TILE_N>
+void dot_codes_of_any_m(const GemmArgs& args, Isa::I table, int64_t n, float sums[][kGemvMaxM]) {
+  switch (args.M) {
+    case 1: return dot_codes</*M=*/1, TILE_N>(args, table, n, sums);
+    case 2: return dot_codes</*M=*/2, TILE_N>(args, table, n, sums);
+    case 3: return dot_codes</*M=*/3, TILE_N>(args, table, n, sums);
+    default: return dot_codes</*M=*/4, TILE_N>(args, table, n, sums);
   }
 }
 
+// GemvFn.
 void gemv_codes(const GemmArgs& args, int64_t n_begin, int64_t n_end) {
   const Isa::I table = load_code_table(args.bf16_code);
   for (int64_t n = n_begin; n < n_end;) {
-    const int rows = n + kRowsAtOnce <= n_end ? kRowsAtOnce : 1;
-    float sums[kRowsAtOnce][kGemvRows];
-    if (rows == 1)
-      gemv_codes_rows_of<1>(args, table, n, sums);
+    const int n_count = n + kGemvTileN <= n_end ? kGemvTileN : 1;
+    float sums[kGemvTileN][kGemvMaxM];
+    if (n_count == 1)
+      dot_codes_of_any_m</*TILE_N=*/1>(args, table, n, sums);
     else
-      gemv_codes_rows_of<kRowsAtOnce>(args, table, n, sums);
-    for (int r = 0; r < rows; ++r, ++n) store_column<BFloat16>(args, n, sums[r]);
+      dot_codes_of_any_m<kGemvTileN>(args, table, n, sums);
+    for (int r = 0; r < n_count; ++r, ++n) store_column<BFloat16>(args, n, sums[r]);
   }
 }
 
 }  // namespace
-}  // namespace nf4
+}  // namespace nf4::cpu

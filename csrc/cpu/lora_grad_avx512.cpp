@@ -1,8 +1,8 @@
 #include "decode_avx512.h"
 #include "lora_grad.h"
 
-namespace nf4 {
+namespace nf4::cpu {
 
-const LoraGradKernel kLoraGrad_avx512{lora_grad_tiles<GradFp32>, kGradCols, Dtype::kFloat32};
+const LoraGradKernel kLoraGrad_avx512{lora_grad_tiles<GradFp32>, kGradTileC, /*inner_dtype=*/Dtype::kFloat32};
 
-}  // namespace nf4
+}  // namespace nf4::cpu

@@ -1,10 +1,11 @@
 #include "decode_avx512.h"
 #include "lora_grad.h"
 
-namespace nf4 {
+namespace nf4::cpu {
 namespace {
 
-// Rows m and m+1 of each column meet in one lane. The products are exact and the sums fp32, as in GradFp32, but subnormals count as zero.
+// Rows m and m+1 of each column meet in one lane. The products are exact and the sums fp32, as in GradFp32, but
+// subnormals count as zero.
 template <class>
 struct GradBf16 {
   using Element = BFloat16;
@@ -12,9 +13,9 @@ struct GradBf16 {
   static Isa::F multiply_add(const Element* p, Isa::F pairs, Isa::F acc) {
     return _mm512_dpbf16_ps(acc, (__m512bh)pairs, (__m512bh)Isa::broadcast_pair(p));
   }
-  static void load(const void* row, const void* next, int64_t cols, Element* out) {
+  static void load(const void* row, const void* next, int64_t c_count, Element* out) {
     for (int v = 0; v < 2; ++v) {
-      const int64_t here = cols - v * Isa::L;
+      const int64_t here = c_count - v * Isa::L;
       const __mmask16 mask = here >= Isa::L ? 0xffff : here <= 0 ? 0 : __mmask16((1 << here) - 1);
       const __m256i first = _mm256_maskz_loadu_epi16(mask, static_cast<const Element*>(row) + v * Isa::L);
       const __m256i second = _mm256_maskz_loadu_epi16(
@@ -27,6 +28,6 @@ struct GradBf16 {
 
 }  // namespace
 
-const LoraGradKernel kLoraGrad_avx512_bf16{lora_grad_tiles<GradBf16>, kGradCols, Dtype::kBFloat16};
+const LoraGradKernel kLoraGrad_avx512_bf16{lora_grad_tiles<GradBf16>, kGradTileC, /*inner_dtype=*/Dtype::kBFloat16};
 
-}  // namespace nf4
+}  // namespace nf4::cpu

@@ -1,33 +1,34 @@
 // quantize: absmax[b] = max |w| over block b; code = rank of w * (1 / max(absmax, 2^-126)) among the levels' midpoints.
 //
-// Work split   one call does blocks [block_begin, block_end); the caller splits blocks over threads.
-// Inner loop   two passes over 1024 weights, the second out of L1: the absmax of each block, then the codes. One block at
-//              a time waits for its own maximum and division: 3.5 ms instead of 2.5 (4096 x 4096 bf16 at block size 64,
-//              AVX-512 on one core of a Zen 4 EPYC, as below).
-// The trick    a rank is one lookup of the midpoint in reach and one of the rank below it, by a bucket of the value that
-//              is computed and not searched (BucketRanker, AVX-512). Levels too close for that take the binary search
-//              of the other instruction sets: 4.2 ms. Even and odd weights go apart, so that a byte needs no shuffle.
-//              The maximum is taken over the bits as integers, where NaN > inf > every number: one compare a block finds
-//              what is not finite. A rank is a code only if the levels ascend; FP4's permutation is one more lookup.
-// Bytes        reads 2 (bf16) and writes 0.5 + 4/block_size a weight: 2.56 B at block size 64, 1.0 ms at the 42 GB/s of
+// Work split   One call does blocks [block_begin, block_end). The caller splits blocks over threads.
+// Inner loop   Two passes over 1024 weights, the second out of L1: the absmax of each block, then the codes.
+// The trick    The bucket round(15 a) of a normalised weight holds at most one midpoint, so two lookups by the bucket
+//              number give the rank: the midpoint to compare with, and the rank below it (BucketRanker, AVX-512).
+//              Levels too close for that take the binary search of the other instruction sets: 4.2 instead of 2.5 ms.
+//              Even and odd weights go apart, so that a byte needs no shuffle. The maximum is taken over the bits as
+//              integers, where NaN > inf > every number: one compare a block finds what is not finite. A rank is a
+//              code only if the levels ascend; FP4's permutation is one more lookup.
+// Rejected     One block at a time waits for its own maximum and division: 3.5 instead of 2.5 ms (4096 x 4096 bf16 at
+//              block size 64, AVX-512 on one core of a Zen 4 EPYC).
+// Bytes        Reads 2 (bf16) and writes 0.5 + 4/block_size a weight: 2.56 B at block size 64, 1.0 ms at the 42 GB/s of
 //              copy_; the arithmetic, 38 instructions of 512 bits for 64 weights, takes twice that.
 // Needs        code is a permutation of 16 ascending levels.
 #pragma once
 
 #include "kernels.h"
 
-namespace nf4 {
+namespace nf4::cpu {
 namespace {
 
-constexpr int kGroup = 1024;  // weights whose blocks' absmax are found before they are encoded
+constexpr int kGroup = 1024;  // weights in one pass: all their absmax, then all their codes
 
 struct Levels {
   float midpoints[15];
-  float code_of_rank[16];  // the codes' integer bits, so that the float lookup moves them
-  bool ascending;
+  float code_of_rank[16];  // the bits of integers, so that the lookup of floats can move them
+  bool is_ascending;
   uint8_t zero_code;
 
-  explicit Levels(const float* code) : ascending(true) {
+  explicit Levels(const float* code) : is_ascending(true) {
     int order[16];
     for (int i = 0; i < kLevels; ++i) {  // insertion sort by (level, code)
       int j = i;
@@ -37,7 +38,7 @@ struct Levels {
     int zero_rank = 0;
     for (int i = 0; i < kLevels; ++i) {
       code_of_rank[i] = float_of(uint32_t(order[i]));
-      ascending = ascending && order[i] == i;
+      is_ascending = is_ascending && order[i] == i;
       if (i < 15) {
         midpoints[i] = (code[order[i]] + code[order[i + 1]]) / 2;
         zero_rank += midpoints[i] < 0.f;
@@ -60,7 +61,7 @@ void encode_block(const T* w, int count, float absmax, const Levels& levels, Ran
     Isa::F even, odd;
     Isa::load_pairs(w + i, even, odd);
     Isa::I even_code = ranker.rank(Isa::mul(even, scale)), odd_code = ranker.rank(Isa::mul(odd, scale));
-    if (!levels.ascending) {
+    if (!levels.is_ascending) {
       even_code = Isa::as_bits(Isa::lookup(codes, even_code));
       odd_code = Isa::as_bits(Isa::lookup(codes, odd_code));
     }
@@ -68,7 +69,7 @@ void encode_block(const T* w, int count, float absmax, const Levels& levels, Ran
   }
 }
 
-// Of `count` weights, a multiple of 32; NaN if one of them is not finite.
+// max |w| of `count` weights, a multiple of 32; NaN if one of them is not finite.
 template <class T>
 float block_absmax(const T* w, int count) {
   const float absmax = Isa::max_abs(w, count);
@@ -90,7 +91,7 @@ void quantize_blocks(const QuantizeArgs& args, const Levels& levels, Ranker rank
   }
 }
 
-// The short last block, padded with zeros, whose code also fills an odd tail nibble.
+// The short last block, padded with zeros; the code of zero also fills an odd tail nibble.
 template <class T, class Ranker>
 void quantize_tail(const QuantizeArgs& args, const Levels& levels, Ranker ranker) {
   T padded[kMaxBlockSize];
@@ -108,14 +109,14 @@ void quantize_tail(const QuantizeArgs& args, const Levels& levels, Ranker ranker
 
 void quantize_range(const QuantizeArgs& args, int64_t block_begin, int64_t block_end) {
   const Levels levels(args.code);
-  const bool short_last = block_end * args.block_size > args.numel;
+  const bool has_short_last = block_end * args.block_size > args.numel;
   Isa::with_ranker(levels.midpoints, [&](const auto& ranker) {
     with_type(args.dtype, [&](auto t) {
-      quantize_blocks<decltype(t)>(args, levels, ranker, block_begin, block_end - short_last);
-      if (short_last) quantize_tail<decltype(t)>(args, levels, ranker);
+      quantize_blocks<decltype(t)>(args, levels, ranker, block_begin, block_end - has_short_last);
+      if (has_short_last) quantize_tail<decltype(t)>(args, levels, ranker);
     });
   });
 }
 
 }  // namespace
-}  // namespace nf4
+}  // namespace nf4::cpu

@@ -6,10 +6,12 @@ import os
 import re
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
 import pytest
+from setuptools import Extension
 from setuptools.errors import CompileError
 from support.paths import ROOT
 
@@ -31,7 +33,7 @@ def test_isa_files_export_no_weak_symbol(isa, tmp_path):
 
 
 def test_isa_files_include_no_standard_library():
-    """DESIGN section 5: intrinsics, <cstdint>, <cstring> and our own headers."""
+    """docs/design.md, section 5: intrinsics, <cstdint>, <cstring> and our own headers."""
     allowed = {"<cstdint>", "<cstring>", "<immintrin.h>"}
     for path in (ROOT / "csrc/cpu").iterdir():
         if path.suffix == ".h" or any(path.stem.endswith(f"_{isa}") for isa in SETUP.ISA_FLAGS):
@@ -59,14 +61,26 @@ CUDA_LIBRARY = ROOT / "nf4kernels/_cuda.abi3.so"
 FAKE_NVCC = """#!/bin/sh
 if [ "$1" = --list-gpu-arch ]; then echo compute_75 compute_80 compute_90; exit; fi
 echo "$@" >> "$0.log"
-while [ $# -gt 0 ]; do if [ "$1" = -o ]; then echo > "$2"; fi; shift; done
+while [ $# -gt 0 ]; do
+  case "$1" in
+    -c) source="$2";;
+    -MF) makefile="$2";;
+    -o) echo > "$2"; if [ -n "$makefile" ]; then echo "$2 : $source" > "$makefile"; fi;;
+  esac
+  shift
+done
+"""
+# The machine's own compiler, with the same record.
+LOGGED_CXX = """#!/bin/sh
+echo "$@" >> "$0.log"
+exec c++ "$@"
 """
 
 
 @pytest.fixture
 def nvcc(tmp_path, monkeypatch):
     """The path of the fake; what it was called with is beside it."""
-    monkeypatch.setattr(SETUP, "CUDA_OBJECTS", tmp_path / "objects")
+    monkeypatch.setattr(SETUP, "BUILD", tmp_path / "build")
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     monkeypatch.chdir(ROOT)
     path = tmp_path / "bin" / "nvcc"
@@ -80,7 +94,8 @@ def build_with(nvcc: Path) -> list[str]:
     """What nvcc was called with to build the library."""
     log = Path(f"{nvcc}.log")
     log.write_text("")
-    SETUP.build_cuda(str(nvcc), str(nvcc.parent / "_cuda.so"), ["torch/include"], ["torch/lib"], ["torch_cpu"])
+    torch = {"include_dirs": ["torch/include"], "library_dirs": ["torch/lib"], "libraries": ["torch_cpu"]}
+    SETUP.build_cuda(str(nvcc), Extension("nf4kernels._cuda", [], **torch))
     return log.read_text().splitlines()
 
 
@@ -114,13 +129,65 @@ def test_nvcc_compiles_every_kernel_file_for_every_architecture(nvcc, monkeypatc
 
 def test_only_what_changed_is_compiled_again(nvcc, monkeypatch):
     build_with(nvcc)
-    assert [c.split()[0] for c in build_with(nvcc)] == ["-shared"]
+    assert build_with(nvcc) == []
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6")
     assert len(build_with(nvcc)) == len(SETUP.CUDA_SOURCES) + len(SETUP.CUDA_BINDINGS) + 2
-    os.utime(SETUP.CUDA_OBJECTS / "cuda.cpp.o", (0, 0))
-    compiled = [c for c in build_with(nvcc) if "-c " in c]
-    assert len(compiled) == 1
-    assert "-c csrc/bindings/cuda.cpp " in compiled[0]
+    os.utime(SETUP.BUILD / "cuda" / "cuda.cpp.o", (0, 0))
+    compiled, linked = build_with(nvcc)
+    assert "-c csrc/bindings/cuda.cpp " in compiled
+    assert linked.startswith("-shared")
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """compile(*flags): what the machine's compiler was asked to compile in a tree of two sources and three headers."""
+    monkeypatch.setattr(SETUP, "ROOT", tmp_path)
+    compiler = tmp_path / "c++"
+    compiler.write_text(LOGGED_CXX)
+    compiler.chmod(0o755)
+    (tmp_path / "both.h").write_text("#pragma once\n")
+    (tmp_path / "first.h").write_text('#include "inside first.h"\n#include "both.h"\n')
+    (tmp_path / "inside first.h").write_text("#include <cstdint>\n")
+    (tmp_path / "first.cpp").write_text('#include "first.h"\n')
+    (tmp_path / "second.cpp").write_text('#include "both.h"\n')
+    log = Path(f"{compiler}.log")
+
+    def compile(*flags):
+        log.write_text("")
+        commands = {source: [str(compiler), *flags] for source in ("first.cpp", "second.cpp")}
+        SETUP.compile_changed(commands, tmp_path / "objects")
+        return sorted(re.findall(r"-c (\S+)", log.read_text()))
+
+    compile.root = tmp_path
+    return compile
+
+
+def test_a_header_s_edit_compiles_only_what_includes_it(tree):
+    assert tree() == ["first.cpp", "second.cpp"]
+    assert tree() == []
+    edits = {"first.h": ["first.cpp"], "inside first.h": ["first.cpp"], "both.h": ["first.cpp", "second.cpp"]}
+    for header, including in edits.items():
+        time.sleep(0.05)  # longer than a tick of the file system's clock
+        (tree.root / header).touch()
+        assert tree() == including, header
+        assert tree() == []
+
+
+def test_other_flags_or_a_header_that_went_compile_again(tree):
+    tree()
+    assert tree("-O1") == ["first.cpp", "second.cpp"]
+    (tree.root / "first.cpp").write_text("")
+    (tree.root / "inside first.h").unlink()
+    assert tree("-O1") == ["first.cpp"]
+    assert tree("-O1") == []
+
+
+def test_an_object_depends_on_the_system_s_headers_too(tree):
+    """torch's may be replaced where they stand."""
+    tree()
+    included = SETUP.included_files(tree.root / "objects" / "first.cpp.d")
+    assert {"first.cpp", "first.h", "inside first.h", "both.h"} <= set(included)
+    assert any(Path(path).name == "cstdint" for path in included)
 
 
 def test_an_nvcc_too_old_is_an_error(nvcc):
@@ -154,7 +221,7 @@ def test_a_failing_nvcc_is_an_error(nvcc):
     nvcc.write_text(FAKE_NVCC + "exit 1")
     with pytest.raises(CompileError, match=r"failed.*NF4KERNELS_CUDA=0"):
         build_with(nvcc)
-    assert not (nvcc.parent / "_cuda.so").exists()
+    assert not (SETUP.BUILD / "cuda" / "_cuda.so").exists()
 
 
 def test_where_nvcc_is_found(nvcc, monkeypatch):

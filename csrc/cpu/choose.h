@@ -1,0 +1,51 @@
+// Which kernels multiply on a CPU, and how finely the work is split over threads: pure arithmetic, no torch, no state.
+#pragma once
+
+#include "../format.h"
+
+namespace nf4::cpu {
+
+// How a row of the table in dispatch.cpp multiplies. kFp32 takes any activation dtype.
+enum class Products : int32_t { kFp32, kBf16, kBf16Codes };
+constexpr const char* kProductsNames[] = {"fp32", "bf16", "bf16_codes"};
+
+struct Problem {
+  bool is_dgrad;
+  Dtype dtype;  // of the activations
+  int64_t M;
+  bool has_whole_codes;  // every 64 consecutive weights of a row share a scale
+};
+
+struct Choice {
+  Products products;
+  bool is_gemv;  // linear row by row of W, straight from the packed bytes; else a blocked product
+  const char* reason;
+};
+
+constexpr int kGemvMaxM = 4;
+constexpr int kDgradCodesMaxM = 128;  // above, scaling dY anew for each 64 k costs more than decoding W once
+
+static inline Choice choose(const Problem& p) {
+  const bool is_gemv = !p.is_dgrad && p.M <= kGemvMaxM;
+  if (p.dtype != Dtype::kBFloat16) return {Products::kFp32, is_gemv, "fp32 and fp16 activations: fp32 products"};
+  if (!p.has_whole_codes) return {Products::kBf16, is_gemv, "64 weights of a row do not share a scale: W is scaled"};
+  if (p.is_dgrad && p.M > kDgradCodesMaxM) return {Products::kBf16, is_gemv, "dgrad of M > 128: W is scaled, not dY"};
+  return {Products::kBf16Codes, is_gemv, "64 weights share a scale: products of codes, scaled later"};
+}
+static inline Products choose_lora_grad(Dtype wide) {
+  return wide == Dtype::kBFloat16 ? Products::kBf16 : Products::kFp32;
+}
+
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t at_least_1(int64_t a) { return a > 1 ? a : 1; }
+
+// The least work of one thread: items of a parallel loop.
+constexpr int64_t kDecodeGrain = 16384;  // weights, whole cache lines of packed bytes; for quantize and dequantize
+constexpr int64_t kSuperblockGrain = 16;
+static inline int64_t gemv_grain(int64_t K) { return ceil_div(65536, at_least_1(K)); }                     // n; 5 us
+static inline int64_t pack_grain(int64_t D, int64_t tile_m) { return ceil_div(32768, (D + 1) * tile_m); }  // M tiles
+static inline int64_t lora_grad_grain(int64_t M, int64_t rank, int64_t tile_c) {                           // C tiles
+  return ceil_div(1 << 19, at_least_1(M * rank * tile_c));
+}
+
+}  // namespace nf4::cpu

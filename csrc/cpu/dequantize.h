@@ -1,0 +1,31 @@
+// dequantize: W-hat[rows, columns] of a rectangle of W, split over threads.
+#pragma once
+
+#include "convert.h"
+#include "kernels.h"
+
+namespace nf4::cpu {
+
+// [rows, columns] weights from flat element `first` on into out, whose rows are `stride` elements apart.
+// Threads, the caller's, has parallel_for(begin, end, grain, body), which calls body(begin, end) on parts of the range at
+// once.
+template <class Threads>
+void dequantize_rectangle(const Threads& threads, const Weight& w, int64_t first, int64_t rows, int64_t columns,
+                          Dtype dtype, void* out, int64_t stride) {
+  const DequantizeFn run = active_kernels().dequantize;
+  auto* bytes = static_cast<char*>(out);
+  const int64_t size = element_bytes(dtype);
+  if (columns == w.K && stride == columns) {  // one run of weights: split anywhere, on whole cache lines
+    const int64_t count = rows * columns;
+    threads.parallel_for(0, ceil_div(count, kDecodeGrain), 1, [&](int64_t begin, int64_t end) {
+      const int64_t from = begin * kDecodeGrain, to = end * kDecodeGrain < count ? end * kDecodeGrain : count;
+      run(w, first + from, to - from, dtype, bytes + from * size);
+    });
+    return;
+  }
+  threads.parallel_for(0, rows, ceil_div(kDecodeGrain, at_least_1(columns)), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) run(w, first + r * w.K, columns, dtype, bytes + r * stride * size);
+  });
+}
+
+}  // namespace nf4::cpu

@@ -1,0 +1,24 @@
+#include "product.h"
+
+#include <memory>
+#include <vector>
+
+namespace nf4::cpu {
+
+Plan plan_product(const Product& product, GemmArgs& args) {
+  const Choice choice = choose({product.is_dgrad, args.dtype, args.M, has_whole_codes(args.weight)});
+  const ProductKernels& kernels = active_kernels()[choice.products];
+  if (kernels.needs_bf16_code) args.bf16_code = rounded_code<BFloat16>(args.weight.code);
+  return {choice.is_gemv ? kernels.gemv : nullptr, product.is_dgrad ? kernels.linear_dgrad : kernels.linear};
+}
+
+void* thread_workspace(int64_t bytes) {
+  constexpr size_t kLine = 64;
+  thread_local std::vector<char> buffer;
+  if (buffer.size() < size_t(bytes) + kLine) buffer.resize(size_t(bytes) + kLine);
+  void* aligned = buffer.data();
+  size_t space = buffer.size();
+  return std::align(kLine, size_t(bytes), aligned, space);
+}
+
+}  // namespace nf4::cpu
