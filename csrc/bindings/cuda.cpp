@@ -206,8 +206,8 @@ Tensor lora_grad(const Tensor& small, const Tensor& wide, double scaling, Scalar
 // The architectures, separated by spaces: 80 for sm_80, 90a, 120+PTX if newer devices can compile it.
 EXPORT const char* nf4kernels_cuda_architectures() { return NF4_CUDA_ARCHITECTURES; }
 
-// CUDA versions as 1000 * major + 10 * minor: the one of the build, and the newest that the driver knows (0: no driver).
-// Neither call touches a device.
+// CUDA versions as 1000 * major + 10 * minor: the one of the build, and the newest that the driver knows (0: no
+// driver). Neither call touches a device.
 EXPORT int nf4kernels_cuda_version() { return CUDART_VERSION; }
 EXPORT int nf4kernels_cuda_driver_version() {
   int version = 0;
@@ -252,11 +252,12 @@ NF4_EXPORT const char* nf4kernels_cuda_force_kernel(const char* name) {
   return "must be any, small, tiled or dequantize_gemm";
 }
 
-// Adds a codebook, 16 floats on the host, to those that are rounded without bias; others are dithered (cuda/pair_table.cuh).
-// Returns false where too many are known; one that is known already takes no room.
+// Adds a codebook, 16 floats on the host, to those that are rounded without bias; others are dithered
+// (cuda/pair_table.cuh). Returns false where too many are known; one that is known already takes no room.
 NF4_EXPORT bool nf4kernels_cuda_know_codebook(const float* code) { return known_codes.add(code); }
 
-// The table's choice for a product (experts: 0, or how many share the M rows out): the kernel's name, the splits, and why.
+// The table's choice for a product (experts: 0, or how many share the M rows out): the kernel's name, the splits, and
+// why.
 NF4_EXPORT const char* nf4kernels_cuda_choose(bool dgrad, int32_t dtype, int64_t M, int64_t N, int64_t K,
                                               int64_t experts, bool whole_codes, bool aligned, int arch,
                                               int multiprocessors, int* splits, const char** reason) {

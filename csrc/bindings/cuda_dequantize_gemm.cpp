@@ -1,5 +1,5 @@
-// dequantize + GEMM, for one weight and for experts: dequantize a slice of Ŵ into a workspace, multiply by it with torch's
-// own product, and reuse the workspace for the next slice. A slice is rows of Ŵ for linear and columns of Ŵ for
+// dequantize + GEMM, for one weight and for experts: dequantize a slice of Ŵ into a workspace, multiply by it with
+// torch's own product, and reuse the workspace for the next slice. A slice is rows of Ŵ for linear and columns of Ŵ for
 // linear_dgrad, so that each slice gives whole columns of out.
 //
 //   linear         Ŵ[N, K]                linear_dgrad    Ŵ[N, K]           out[M, N or K]
@@ -45,8 +45,8 @@ Tensor part(Tensor whole, int64_t dim, int64_t begin, int64_t count) {
 void copy(Tensor to, const Tensor& from) { torch::stable::copy_(to, from); }
 void zero(Tensor to) { torch::stable::zero_(to); }
 
-// torch's grouped product: each row of a times its expert's matrix in b[E, depth, columns], by sound offsets. It does not
-// write the rows that no expert owns.
+// torch's grouped product: each row of a times its expert's matrix in b[E, depth, columns], by sound offsets. It does
+// not write the rows that no expert owns.
 Tensor torch_grouped_mm(const Tensor& a, const Tensor& b, const Tensor& offsets) {
   std::array<StableIValue, 5> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
                                     torch::stable::detail::from(OptionalTensor(offsets)),
@@ -67,9 +67,9 @@ void launch_scaled_copy(const nf4::cuda::ScaledCopyArgs& args, const Product& pr
   check_launch(nf4::cuda::scaled_copy(args, launch.stream), product.op);
 }
 
-// The LoRA term as more of the contraction: [in | inner] times [Ŵ | s B] in linear, [Ŵ ; s A] in linear_dgrad, with zeros
-// up to a multiple of 8, which cuBLAS wants for its fast kernels. The scaling goes to the factor: a Q of scaled losses
-// has no room for it in fp16.
+// The LoRA term as more of the contraction: [in | inner] times [Ŵ | s B] in linear, [Ŵ ; s A] in linear_dgrad, with
+// zeros up to a multiple of 8, which cuBLAS wants for its fast kernels. The scaling goes to the factor: a Q of scaled
+// losses has no room for it in fp16.
 struct Extended {
   Tensor in;      // [M, depth]
   Tensor factor;  // s B or s A, as long as there is a term

@@ -47,8 +47,8 @@ inline Device device_of(const Op&) { return pretended; }
 
 #else
 
-// torch's current stream on the op's device. The function is in libtorch_cuda, which a torch without CUDA lacks; because it
-// is looked up when it is needed, this library loads beside any torch.
+// torch's current stream on the op's device. The function is in libtorch_cuda, which a torch without CUDA lacks;
+// because it is looked up when it is needed, this library loads beside any torch.
 inline cudaStream_t current_stream(const Op& op) {
   using Function = AOTITorchError (*)(int32_t device, void** stream);
   static const auto function = [] {

@@ -1,5 +1,5 @@
-// What the bindings of linear, linear_dgrad and their grouped forms share: the product's arguments, the choice of its kernel
-// (or the one that a caller forced), the known codebooks, and the sum over splits.
+// What the bindings of linear, linear_dgrad and their grouped forms share: the product's arguments, the choice of its
+// kernel (or the one that a caller forced), the known codebooks, and the sum over splits.
 #pragma once
 
 #include <array>

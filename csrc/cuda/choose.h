@@ -1,5 +1,5 @@
-// The choice of the kernel that runs a product, and of how many ways its contraction is split. Pure arithmetic: this file
-// knows neither torch nor a device.
+// The choice of the kernel that runs a product, and of how many ways its contraction is split. Pure arithmetic: this
+// file knows neither torch nor a device.
 #pragma once
 
 #include "../format.h"
@@ -36,10 +36,10 @@ inline int64_t ceil_quotient(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t m_per_weight(const Problem& p) { return p.experts > 0 ? ceil_quotient(p.M, p.experts) : p.M; }
 
 // The largest M that the tiled kernels take; above it dequantize + GEMM is faster. PREDICTED, NOT MEASURED:
-// dequantizing moves 2.516 bytes a weight, so with F the speed of the tiled kernel and C that of cuBLAS the break-even is
-// M = 2.516 / copy / (2 (1 / F - 1 / C)), here rounded to the nearest 32. TB/s and TFLOP/s are from data sheets (sm_90: an
-// H200's copy and cuBLAS, measured). F is 0.85 of what the tensor cores do by mma.sync or, on sm_90, of what shared
-// memory delivers (linear_tiled.cuh); dgrad issues a quarter more instructions and gets 0.85 of that again.
+// dequantizing moves 2.516 bytes a weight, so with F the speed of the tiled kernel and C that of cuBLAS the break-even
+// is M = 2.516 / copy / (2 (1 / F - 1 / C)), here rounded to the nearest 32. TB/s and TFLOP/s are from data sheets
+// (sm_90: an H200's copy and cuBLAS, measured). F is 0.85 of what the tensor cores do by mma.sync or, on sm_90, of what
+// shared memory delivers (linear_tiled.cuh); dgrad issues a quarter more instructions and gets 0.85 of that again.
 // `python -m benchmarks.gpu.run` prints the measured break-even.
 struct Fused {
   int arch;  // also for the architectures up to the next row's
@@ -62,10 +62,11 @@ inline const Fused& fused_of(int arch) {
 }
 
 // What one thread block of a tensor-core kernel owns. linear: kTileM x kTileN of y, kTileK of the contraction a step;
-// linear_dgrad: kTileM x kTileK of dX, kTileN of the contraction a step. Each kernel asserts that its shape is this one.
+// linear_dgrad: kTileM x kTileK of dX, kTileN of the contraction a step. Each kernel asserts that its shape is this
+// one.
 struct Tile {
   int M, N, K;
-  int longest_sum;                // of the contraction without a split: 512 terms or mma's, see DESIGN section 7
+  int longest_sum;                // of the contraction without a split: 512 terms or mma's, see docs/design.md, 7
   int blocks_per_multiprocessor;  // resident at once, at least
 };
 constexpr Tile kLinearSmallTile = {kSmallM, 32, 1024, 8 * 512 * 64, 2};
@@ -91,9 +92,9 @@ inline int splits_for(int64_t output_tiles, int64_t resident_blocks, int64_t con
   return int(splits < 1 ? 1 : splits);
 }
 
-// The same for experts, in mean rows an expert. torch's grouped product is native on sm_90 and sm_100 alone; elsewhere it
-// makes the host wait. PREDICTED, NOT MEASURED, from the numbers above with torch's product at 0.85 of cuBLAS and its
-// result copied into out: M = 2.516 / copy / (2 / F - 2 / C - 4 / (copy * 2048)) at a contraction of 2048.
+// The same for experts, in mean rows an expert. torch's grouped product is native on sm_90 and sm_100 alone; elsewhere
+// it makes the host wait. PREDICTED, NOT MEASURED, from the numbers above with torch's product at 0.85 of cuBLAS and
+// its result copied into out: M = 2.516 / copy / (2 / F - 2 / C - 4 / (copy * 2048)) at a contraction of 2048.
 constexpr Fused kGroupedFused[] = {
     {90, 832, 416, "experts, predicted from copy 4.3 TB/s, grouped product 670, tiled 482 TFLOP/s"},
     {100, 160, 128, "experts, predicted from copy 7 TB/s, grouped product 1275, tiled 477 TFLOP/s"},

@@ -1,11 +1,11 @@
 // dequantize: out[row, col] = code[nibble] * scale(block), rounded once to fp32, then once to the output dtype, for a
 // range of rows and columns of the weight; scale(block) = scale_code[absmax] * scale_absmax + scale_offset if nested.
 //
-// Who: a thread decodes 4 groups of 16 bytes of output (8 bf16, from 4 packed bytes) and its neighbours the groups beside
-//   them, so that a warp loads and stores whole lines. A power of two of threads covers a row.
-// Trick: both codebooks lie in shared memory. The 16 levels occupy 16 banks, so a lookup has no conflicts, and it is exact,
-//   as a table of bf16 pairs is not. Rejected: 16 packed bytes a load, which would need a shuffle to store whole lines
-//   and keep no more bytes in flight.
+// Who: a thread decodes 4 groups of 16 bytes of output (8 bf16, from 4 packed bytes) and its neighbours the groups
+//   beside them, so that a warp loads and stores whole lines. A power of two of threads covers a row.
+// Trick: both codebooks lie in shared memory. The 16 levels occupy 16 banks, so a lookup has no conflicts, and it is
+//   exact, as a table of bf16 pairs is not. Rejected: 16 packed bytes a load, which would need a shuffle to store whole
+//   lines and keep no more bytes in flight.
 // Bytes: reads 0.5 + 1/block_size and writes 2 (bf16) a weight: 2.52 B at block size 64, 9.8 us for 4096 x 4096 at
 //   an H200's 4.3 TB/s of copy. Its SMs can issue 17.3 instructions a weight in that time; this takes 11.0.
 // Needs: rows of out that do not overlap. Where rows are not whole, aligned groups, an item is one element, at 63

@@ -1,6 +1,6 @@
-// Every intrinsic that the kernels use, under a name of our own; no other file in csrc/cuda calls one. nvcc compiles these
-// names to the instructions. A host compiler with NF4_EXECUTOR takes their meaning from tests/executor/executor.h, so that
-// the same kernels and launchers run on a CPU, one fiber a thread.
+// Every intrinsic that the kernels use, under a name of our own; no other file in csrc/cuda calls one. nvcc compiles
+// these names to the instructions. A host compiler with NF4_EXECUTOR takes their meaning from
+// tests/executor/executor.h, so that the same kernels and launchers run on a CPU, one fiber a thread.
 //
 // Kernels take shared memory from shared_memory() alone, so that the executor can poison it. They are compiled with
 // -fmad=false: a fused multiply-add happens only where fmaf is written.
@@ -108,8 +108,8 @@ NF4_DEVICE uint32_t load_shared(uint32_t address) {
   return v;
 }
 
-// cp.async: copies 16 bytes to shared memory in the background, or zeros where not valid (`global` is then not read). This
-// thread sees the bytes after copy_async_wait, the others after a barrier that follows it.
+// cp.async: copies 16 bytes to shared memory in the background, or zeros where not valid (`global` is then not read).
+// This thread sees the bytes after copy_async_wait, the others after a barrier that follows it.
 NF4_DEVICE void copy_async_16(void* shared, const void* global, bool valid = true) {
   const uint32_t to = uint32_t(__cvta_generic_to_shared(shared)), bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
@@ -126,7 +126,8 @@ NF4_DEVICE void copy_async_wait() {
 NF4_DEVICE uint32_t bits_of(float a) { return __float_as_uint(a); }
 NF4_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 
-// PRMT: byte i of the result is byte (selector >> 4i & 7) of the eight bytes {a, b}. Bit 3 of each selector nibble is 0.
+// PRMT: byte i of the result is byte (selector >> 4i & 7) of the eight bytes {a, b}. Bit 3 of each selector nibble is
+// 0.
 NF4_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 
 NF4_DEVICE float to_float(float a) { return a; }

@@ -1,9 +1,9 @@
 // Which expert and which of its rows a thread block takes: what the grouped products add to those of one weight.
 //
-// Who: the grid has as many tiles along M as can exist: first every expert's tiles in order, then those of the rows that no
-//   expert owns, which become zeros, then tiles that have nothing to do.
-// Trick: every warp finds the block's tile by itself. A lane reads the offsets of experts / 32 consecutive experts, and two
-//   warp scans then serve any number of experts without a barrier: about 20 shuffles and three loads, under a
+// Who: the grid has as many tiles along M as can exist: first every expert's tiles in order, then those of the rows
+//   that no expert owns, which become zeros, then tiles that have nothing to do.
+// Trick: every warp finds the block's tile by itself. A lane reads the offsets of experts / 32 consecutive experts, and
+//   two warp scans then serve any number of experts without a barrier: about 20 shuffles and three loads, under a
 //   microsecond. Rejected: a kernel that writes the tiles down first, which is one launch more.
 // Bytes: 4 an expert and thread block, from the L2.
 #pragma once
@@ -34,7 +34,8 @@ NF4_DEVICE int clamped_offset(const GroupedArgs& args, int expert) {
   return int(row < 0 ? 0 : smaller(row, args.product.M));
 }
 
-// Finds the expert and rows of tile `tile` along M. Offsets that decrease or exceed M count as the contract in ops.py says.
+// Finds the expert and rows of tile `tile` along M. Offsets that decrease or exceed M count as the contract in ops.py
+// says.
 template <int kTileM>
 NF4_DEVICE Group find_group(const GroupedArgs& args, int tile) {
   const int lane = int(threadIdx.x) % kWarp;
@@ -72,8 +73,8 @@ NF4_DEVICE Group find_group(const GroupedArgs& args, int tile) {
   }
 }
 
-// Calls multiply(work) for this block's tile, kTileM x kTileWidth of out[M, width]; stores zeros where no expert owns the
-// rows. The width is N in grouped_linear and K in grouped_linear_dgrad.
+// Calls multiply(work) for this block's tile, kTileM x kTileWidth of out[M, width]; stores zeros where no expert owns
+// the rows. The width is N in grouped_linear and K in grouped_linear_dgrad.
 template <class T, int kTileM, int kTileWidth, class F>
 NF4_DEVICE void multiply_group(const GroupedArgs& args, int64_t width, F&& multiply) {
   const unsigned across = unsigned(ceil_div(width, kTileWidth));

@@ -1,11 +1,12 @@
 // grouped_linear: y[M, N], each row of x[M, K] times its expert's W[N, K]^T, by the kernels of linear.
 //
-// Read first: grouped.cuh (which expert and rows a block takes), then linear_small.cuh, linear_tiled.cuh, product_any.cuh.
+// Read first: grouped.cuh (which expert and rows a block takes), then linear_small.cuh, linear_tiled.cuh,
+//   product_any.cuh.
 //
 // Who: as in those kernels.
-// Trick: nothing is sorted, padded or copied, and the host does not wait. The 8 experts (of 128) of one token are 8 tiles
-//   along M; with N = 2048 their 512 blocks fill the 264 that an H200 holds, so K is split only where a sum would be too
-//   long.
+// Trick: nothing is sorted, padded or copied, and the host does not wait. The 8 experts (of 128) of one token are 8
+//   tiles along M; with N = 2048 their 512 blocks fill the 264 that an H200 holds, so K is split only where a sum would
+//   be too long.
 // Bytes: 0.516 N K for each expert that has rows (and once more from the L2 for each further tile of its rows).
 // Needs: as those kernels; an expert's rows need no alignment.
 #include "grouped.cuh"

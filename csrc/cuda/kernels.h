@@ -44,8 +44,9 @@ struct DequantizeArgs {
 };
 cudaError_t dequantize(const DequantizeArgs& args, cudaStream_t stream);
 
-// Codebooks whose levels the host has rounded to the product's dtype (../rounded_code.h). They are passed by value and the
-// kernel looks its weight's `code` up among them, because the host would have to wait for the device to read `code`.
+// Codebooks whose levels the host has rounded to the product's dtype (../rounded_code.h). They are passed by value and
+// the kernel looks its weight's `code` up among them, because the host would have to wait for the device to read
+// `code`.
 struct KnownCodes {
   static constexpr int kMost = 8;
   struct Entry {
@@ -83,8 +84,8 @@ cudaError_t linear_small(const ProductArgs& args, cudaStream_t stream);  // M <=
 cudaError_t linear_tiled(const ProductArgs& args, cudaStream_t stream);
 cudaError_t linear_dgrad_tiled(const ProductArgs& args, cudaStream_t stream);  // N % 8 == 0
 
-// A grouped product: each expert's weight multiplies its own rows of x. The device alone knows which rows these are, so a
-// launch has a thread block for every tile that can exist, and each block finds its tile (grouped.cuh).
+// A grouped product: each expert's weight multiplies its own rows of x. The device alone knows which rows these are, so
+// a launch has a thread block for every tile that can exist, and each block finds its tile (grouped.cuh).
 struct GroupedArgs {
   ProductArgs product;     // weight: the first expert's; M: rows of x and out in this launch; no bias, no LoRA term
   int64_t m_begin;         // the launch's first row, as the offsets count rows
@@ -113,7 +114,8 @@ struct DequantizeExpertsArgs {
 };
 cudaError_t dequantize_experts(const DequantizeExpertsArgs& args, cudaStream_t stream);  // aligned to 16 bytes
 
-// out[rows, width] = scaling * in[rows, columns], padded with zeros; rows of out are `stride` elements apart. bf16 or fp16.
+// out[rows, width] = scaling * in[rows, columns], padded with zeros; rows of out are `stride` elements apart. bf16 or
+// fp16.
 struct ScaledCopyArgs {
   const void* in;
   Dtype dtype;

@@ -1,10 +1,10 @@
 // linear on tensor cores, a warp's share: y[M, N] = x[M, K] @ W[N, K]^T for 32 n by 8 kTilesM m, W from packed bytes in
 // registers. Read first: mma_16x8x16 in device.cuh, pair_table.cuh.
 //
-// W is mma's A operand (its 16 rows are n), x^T is B (its 8 columns are m), the contraction is k. Lane 4g + t takes rows
-// g, g + 8, g + 16, g + 24 of W (slots 0 to 3) and, of each 64 k, the 16 consecutive k from 16t on, which are 8 packed
-// bytes. A contraction has no order, so these 16 k stand in the places that mma calls 2t, 2t + 1, 2t + 8, 2t + 9 of four
-// k-steps, and x is loaded in the same order, 16 bytes a load:
+// W is mma's A operand (its 16 rows are n), x^T is B (its 8 columns are m), the contraction is k. Lane 4g + t takes
+// rows g, g + 8, g + 16, g + 24 of W (slots 0 to 3) and, of each 64 k, the 16 consecutive k from 16t on, which are 8
+// packed bytes. A contraction has no order, so these 16 k stand in the places that mma calls 2t, 2t + 1, 2t + 8, 2t + 9
+// of four k-steps, and x is loaded in the same order, 16 bytes a load:
 //
 //   half            0                           1                x:  vector 2t + half of row g of each 8 m, one uint4
 //   k - 16t     0 1  2 3 | 4 5  6 7      8 9 10 11 | 12 13 14 15       .x .y for the first mma, .z .w for the second
@@ -41,8 +41,8 @@ NF4_DEVICE void add_scaled(Sums<kTilesM>& sums, const Sums<kTilesM>& part, float
   }
 }
 
-// sums += W[32 n, 64 k] @ x^T. `words` hold the lane's 16 k of each slot; load_x(m, half) returns the lane's first or second
-// 8 k of row 8m + g of x.
+// sums += W[32 n, 64 k] @ x^T. `words` hold the lane's 16 k of each slot; load_x(m, half) returns the lane's first or
+// second 8 k of row 8m + g of x.
 template <class T, int kTilesM, class LoadX>
 NF4_DEVICE void multiply_block(Sums<kTilesM>& sums, const uint2 (&words)[kSlots], float scale, const PairTable& table,
                                LoadX&& load_x) {
@@ -97,8 +97,8 @@ NF4_DEVICE void add_lora_term(Sums<kTilesM>& sums, const ProductArgs& args, int6
   add_scaled<kTilesM>(sums, part, args.scaling);
 }
 
-// The block scales of row n = g + 8t of the warp's 32, which lane 4g + t decodes for the warp. Rows past N repeat the last
-// one: their results are not stored, and no load needs a predicate.
+// The block scales of row n = g + 8t of the warp's 32, which lane 4g + t decodes for the warp. Rows past N repeat the
+// last one: their results are not stored, and no load needs a predicate.
 struct RowScale {
   const Weight& w;
   uint32_t first;  // the row's first block of 64 k: 32 bits take a register less than the flat index of a weight

@@ -1,14 +1,14 @@
-// linear_dgrad: dX[M, K] = dY[M, N] @ W[N, K] on tensor cores, from the same packed bytes, although the contraction runs
-// over the rows of W. Read first: transposed_fragments.cuh (the row permutation), pair_table.cuh, tile.cuh.
+// linear_dgrad: dX[M, K] = dY[M, N] @ W[N, K] on tensor cores, from the same packed bytes, although the contraction
+// runs over the rows of W. Read first: transposed_fragments.cuh (the row permutation), pair_table.cuh, tile.cuh.
 //
-// Who: a block owns kTileM x kTileK of dX and one of `splits` parts of N. Its warps are kWarpsK x kWarpsM x kWarpsN; the
-//   kWarpsN share out the groups of 32 n of a stage. A warp owns 64 k by 8 kTilesM m.
-// Trick: W^T is mma's A operand. A lane takes one word, 8 k, of each of its 4 rows of W; the table gives pairs along k, and
-//   two byte permutes make pairs along n of two of them. The scale belongs to n, over which the product sums, so it
+// Who: a block owns kTileM x kTileK of dX and one of `splits` parts of N. Its warps are kWarpsK x kWarpsM x kWarpsN;
+//   the kWarpsN share out the groups of 32 n of a stage. A warp owns 64 k by 8 kTilesM m.
+// Trick: W^T is mma's A operand. A lane takes one word, 8 k, of each of its 4 rows of W; the table gives pairs along k,
+//   and two byte permutes make pairs along n of two of them. The scale belongs to n, over which the product sums, so it
 //   multiplies an operand, as two numbers in T and rounded once in all: {s_n, s_n+1} times the pair. With the level
-//   that is two roundings, their error together 1.6 times dense bf16's at most. Rejected: a scale rounded to T, whose error
-//   adds up where many blocks have one scale (weights clamped at 2 sigma, dY of mean one sigma: 2.2 % of the output, dense
-//   0.3 %); scaling dY in fp32, 2.5 instructions a weight at 64 m.
+//   that is two roundings, their error together 1.6 times dense bf16's at most. Rejected: a scale rounded to T, whose
+//   error adds up where many blocks have one scale (weights clamped at 2 sigma, dY of mean one sigma: 2.2 % of the
+//   output, dense 0.3 %); scaling dY in fp32, 2.5 instructions a weight at 64 m.
 // Limits: 32 n of 64 k by 64 m take a warp 64 mma's, 413 cycles of a quarter of an SM (sm_90), and 427 instructions:
 //   of a weight's 6.7, 0.5 are table loads, 1 forms their addresses, 0.5 transposes pairs, 1 is for the scales.
 // Time: 2 M N K flops; M = 512, 4096 x 4096 at 588 TFLOP/s (an H200's mma.sync): 29 us.
@@ -19,12 +19,15 @@
 //   | pair table 32 KB | stage 0                                                     | stage 1 | stage 2 | stage 3 |
 //                      | W[kTileN, kTileK / 2 bytes], padded | dY[kTileM, kTileN]    |
 //
-//   step        0             1             2             3             4    Each column is one iteration between barriers.
-//   multiply    stage 0       stage 1       stage 2       stage 3       0    Stages 0 to 2 were fetched before step 0. The
-//   fetch       stage 3       stage 0       stage 1       stage 2       3    fetch of a step fills the stage read before it.
+//   step        0                1                2                3              one iteration each
+//   multiply    stage 0          stage 1          stage 2          stage 3
+//   in flight   1, 2, fetch 3    2, 3, fetch 0    3, 0, fetch 1    0, 1, fetch 2
 //
-// Banks of W: rows are padded by 32 bytes every 4 rows, so row 4t + i begins at bank 8t (+ a constant of i), and lane 4g + t,
-// which reads word g of it, reads bank 8t + g: all 32 differ.
+// Stages 0 to 2 are fetched before step 0. The fetch of a step fills the stage that the step before it has read.
+//
+// Banks of W: 32 bytes of padding after every 4 rows make row 4t + i begin 8t banks behind row i. Lane 4g + t reads
+//   word
+// g of it, at bank 8t + g: all 32 differ.
 #pragma once
 
 #include <type_traits>
@@ -116,8 +119,8 @@ struct TiledDgrad {
   }
   NF4_DEVICE unsigned char* dy_tile(int stage) const { return stages + stage * S::kStageBytes + S::kPackedBytes; }
 
-  // Copies rows [n, n + kTileN) of W and of dY^T. Past N, dY's are zeros; W repeats its last row there, and its last vector
-  // past K.
+  // Copies rows [n, n + kTileN) of W and of dY^T. Past N, dY's are zeros; W repeats its last row there, and its last
+  // vector past K.
   NF4_DEVICE void fetch(int stage, int n) const {
     dy_fetcher.fetch(dy_tile(stage), uint32_t(n) * 2, n + 8 * dy_fetcher.vector < N);
     using Share = decltype(packed_share);

@@ -1,12 +1,12 @@
 // linear for few rows of x: y[M, N] = x[M, K] @ W[N, K]^T, M <= 16, on tensor cores straight from the packed bytes.
 // Read first: linear.cuh (how a warp multiplies).
 //
-// Who: a block of 8 warps owns all of M by kTileN = 32 of y and one of `splits` parts of K. Its warps take turns at chunks
-//   of 128 k, and their sums are added in order.
+// Who: a block of 8 warps owns all of M by kTileN = 32 of y and one of `splits` parts of K. Its warps take turns at
+//   chunks of 128 k, and their sums are added in order.
 // Trick: W goes from memory to registers, 8 bytes a lane and load, a chunk ahead (2 KB a warp, 32 KB an SM in flight);
 //   x comes through the L1. Only the table is in shared memory, and the loop has no barrier. Rejected: FMAs without
-//   tensor cores (an H200 has 3.2 issue slots a weight at memory speed; decode, convert and FMA take 5); 16 bytes of W a
-//   load, which would bring two blocks of one row, with two scales, into one mma.
+//   tensor cores (an H200 has 3.2 issue slots a weight at memory speed; decode, convert and FMA take 5); 16 bytes of W
+//   a load, which would bring two blocks of one row, with two scales, into one mma.
 // Bytes: 0.516 N K, and x from the L2 for each thread block: an H200 (4.3 TB/s) does 4096 x 4096 in 2.0 us.
 // Needs: bf16 or fp16, has_whole_codes(weight), all pointers aligned to 16 bytes.
 #pragma once

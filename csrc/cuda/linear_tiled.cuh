@@ -2,13 +2,13 @@
 // Read first: linear.cuh (how a warp multiplies), tile.cuh (the copies and the swizzle).
 //
 // Who: a block owns kTileM x kTileN of y and one of `splits` parts of K. Its warps are kWarpsN x kWarpsM x kWarpsK; the
-//   kWarpsK share out the blocks of 64 k of a stage. A warp owns 32 n by 8 kTilesM m: a decoded fragment of W serves all
-//   its m before the next one is decoded.
+//   kWarpsK share out the blocks of 64 k of a stage. A warp owns 32 n by 8 kTilesM m: a decoded fragment of W serves
+//   all its m before the next one is decoded.
 // Trick: packed bytes and x come through three cp.async stages; W is decoded on its way to the tensor cores, not into
 //   shared memory (bitsandbytes 0.50), which would have to move 4 more bytes a weight.
 // Limits: 64 k of 64 m take a warp 64 mma's, 413 cycles of a quarter of an SM (sm_90, 1270 multiply-adds a cycle and
-//   SM), and 345 instructions. A weight takes 2 bytes of shared memory for the table, 0.5 packed and 4 of x: at those 20
-//   weights a cycle 129 of 128 bytes; sm_80: 16 weights, 104 bytes; sm_86, 89, 120: 8 weights.
+//   SM), and 345 instructions. A weight takes 2 bytes of shared memory for the table, 0.5 packed and 4 of x: at those
+//   20 weights a cycle 129 of 128 bytes; sm_80: 16 weights, 104 bytes; sm_86, 89, 120: 8 weights.
 // Time: 2 M N K flops; M = 512, 4096 x 4096 at 569 TFLOP/s (an H200): 30 us.
 // Needs: bf16 or fp16, has_whole_codes(weight), all pointers aligned to 16 bytes.
 //
@@ -17,9 +17,11 @@
 //   | pair table 32 KB | stage 0                                   | stage 1 | stage 2 |
 //                      | W[kTileN, 32 bytes] of each 64 k | x[kTileM, 64] of each 64 k |
 //
-//   step        0             1             2             3          Each column is one iteration between two barriers.
-//   multiply    stage 0       stage 1       stage 2       stage 0    Stages 0 and 1 were fetched before step 0. The fetch
-//   in flight   1, fetch 2    2, fetch 0    0, fetch 1    1, fetch 2   of a step fills the stage that the step before read.
+//   step        0             1             2             3            one iteration each, between two barriers
+//   multiply    stage 0       stage 1       stage 2       stage 0
+//   in flight   1, fetch 2    2, fetch 0    0, fetch 1    1, fetch 2   "fetch s": the copies that the step begins
+//
+// Stages 0 and 1 are fetched before step 0. The fetch of a step fills the stage that the step before it has read.
 #pragma once
 
 #include "choose.h"
@@ -28,8 +30,8 @@
 
 namespace nf4::cuda {
 
-// A block's shape: warps along N, M and K, and mma tiles of 8 m a warp. Where 64 m suffice, a block has fewer n, so that
-// there are enough blocks to fill the machine.
+// A block's shape: warps along N, M and K, and mma tiles of 8 m a warp. Where 64 m suffice, a block has fewer n, so
+// that there are enough blocks to fill the machine.
 struct LinearM32 {
   static constexpr int kWarpsN = 2, kWarpsM = 1, kWarpsK = 2, kTilesM = 4;
 };

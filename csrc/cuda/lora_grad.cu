@@ -1,11 +1,11 @@
 // lora_grad: out[rank, columns] = scaling * small[M, rank]^T @ wide[M, columns], the gradients dA and dB of LoRA.
 // Read first: transposed_fragments.cuh (how a lane holds wide).
 //
-// Who: a block owns 8 kRankTiles ranks by 64 columns and one of `splits` parts of M. Its 8 warps take turns at 16 m; their
-//   sums, and then those of the splits, are added in order.
-// Trick: wide, the only large operand, is read once (16 bytes a lane, four rows of 128 bytes a warp) and goes straight to
-//   tensor cores: at rank 16 an H200 at memory speed would need 69 TFLOP/s, more than its fp32 FMAs have. small is read by
-//   single elements; it stays in the L1.
+// Who: a block owns 8 kRankTiles ranks by 64 columns and one of `splits` parts of M. Its 8 warps take turns at 16 m;
+//   their sums, and then those of the splits, are added in order.
+// Trick: wide, the only large operand, is read once (16 bytes a lane, four rows of 128 bytes a warp) and goes straight
+//   to tensor cores: at rank 16 an H200 at memory speed would need 69 TFLOP/s, more than its fp32 FMAs have. small is
+//   read by single elements; it stays in the L1.
 // Bytes: 2 M * columns; 2048 x 4096: 3.9 us on an H200 (4.3 TB/s).
 // Needs: bf16 or fp16, columns % 8 == 0, all pointers aligned to 16 bytes.
 #include "product.cuh"

@@ -5,16 +5,18 @@
 //   bank = lane: lane 0 -> 0, lane 1 -> 1, ..., lane 31 -> 31, whatever the bytes
 //
 // Each lane reads a copy in its own bank, so 32 random bytes take one cycle: 0.5 loads and 1.5 instructions a weight in
-// all (sm_90, unscaled). Rejected: a single 1 KB copy, whose bank conflicts make a load 3.3 cycles; eight byte permutes on
-// a table in registers, 2.21 instructions a weight, 2 of them on the ALU pipe, which has 1.6 at an H200's memory speed.
+// all (sm_90, unscaled). Rejected: a single 1 KB copy, whose bank conflicts make a load 3.3 cycles; eight byte permutes
+// on a table in registers, 2.21 instructions a weight, 2 of them on the ALU pipe, which has 1.6 at an H200's memory
+// speed.
 //
-// Rounding a level to the nearest bf16 gives all its weights the same error, which adds up where the mean of x is not zero
-// (NF4, mean one sigma, K = 4096: 2.06 % of the output; dense bf16: 0.26 %). A named codebook comes from the host rounded
-// so that the errors cancel (rounded_code.cpp); the kernel recognises it by its bits, since the host would have to wait
-// for the device to read `code`. Any other codebook is dithered: an entry rounds up or down as often as the level's
-// distance to both neighbours says, selected by the other level of the pair and by lane % 4, which both take all values
-// within a row. Dithering lowers NF4's mean error from 2.4e-4 of absmax to 1.0e-5 and the slope's from 3.3e-4 to 4e-5,
-// but raises the rms error from 6.1e-4 to 9.4e-4; and weights that repeat with the period of the lanes see one side only.
+// Rounding a level to the nearest bf16 gives all its weights the same error, which adds up where the mean of x is not
+// zero (NF4, mean one sigma, K = 4096: 2.06 % of the output; dense bf16: 0.26 %). A named codebook comes from the host
+// rounded so that the errors cancel (rounded_code.cpp); the kernel recognises it by its bits, since the host would have
+// to wait for the device to read `code`. Any other codebook is dithered: an entry rounds up or down as often as the
+// level's distance to both neighbours says, selected by the other level of the pair and by lane % 4, which both take
+// all values within a row. Dithering lowers NF4's mean error from 2.4e-4 of absmax to 1.0e-5 and the slope's from
+// 3.3e-4 to 4e-5, but raises the rms error from 6.1e-4 to 9.4e-4; and weights that repeat with the period of the lanes
+// see one side only.
 #pragma once
 
 #include "kernels.h"

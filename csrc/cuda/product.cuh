@@ -31,8 +31,8 @@ struct SplitRange {
 };
 
 // The work of one thread block: a tile of out over one split of the contraction. Index is int in the grouped kernels,
-// whose work is computed in registers (one register less a member), and int64_t where the members come from the launch's
-// constants, which a conversion would have to copy into registers.
+// whose work is computed in registers (one register less a member), and int64_t where the members come from the
+// launch's constants, which a conversion would have to copy into registers.
 template <class Index>
 struct Work {
   const Weight& weight;
@@ -80,8 +80,8 @@ NF4_DEVICE uint32_t load_pair(const T* row, int64_t i, int64_t length) {
   return low | high << 16;
 }
 
-// The epilogue's store to out[M, columns]: bias added and rounded; with splits, the fp32 partial sum, which reduce_splits
-// finishes.
+// The epilogue's store to out[M, columns]: bias added and rounded; with splits, the fp32 partial sum, which
+// reduce_splits finishes.
 template <class T>
 struct Store {
   T* out;

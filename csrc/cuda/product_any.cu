@@ -1,4 +1,5 @@
-// linear, linear_dgrad and lora_grad for any shape, block size, dtype and alignment: one block of product_any.cuh a tile.
+// linear, linear_dgrad and lora_grad for any shape, block size, dtype and alignment: one block of product_any.cuh a
+// tile.
 #include "product_any.cuh"
 
 namespace nf4::cuda {

@@ -2,13 +2,13 @@
 //
 //   out[M, columns] = scaling * P[M, rank] @ F[rank, columns] + X[M, depth] @ Y[depth, columns] (+ bias)
 //
-// The rows of out are M (of lora_grad: the rank). Its columns and the depth, the length of the contraction, are N and K in
-// linear, K and N in linear_dgrad.
+// The rows of out are M (of lora_grad: the rank). Its columns and the depth, the length of the contraction, are N and K
+// in linear, K and N in linear_dgrad.
 //
-// Who: a block of 256 threads owns 64 x 64 of out, a thread 4 x 4 of it. Steps of 16 along the depth pass through shared
-//   memory as fp32; Ŵ is decoded weight by weight on its way there.
-// Trick: none; this path takes fp32 activations and the shapes that the others refuse. Each 64 terms are summed apart: a
-//   running sum over 512 terms of one sign loses twice what dense fp32 does.
+// Who: a block of 256 threads owns 64 x 64 of out, a thread 4 x 4 of it. Steps of 16 along the depth pass through
+//   shared memory as fp32; Ŵ is decoded weight by weight on its way there.
+// Trick: none; this path takes fp32 activations and the shapes that the others refuse. Each 64 terms are summed apart:
+//   a running sum over 512 terms of one sign loses twice what dense fp32 does.
 // Time: 2 M N K flops on fp32 units at about a third of their rate (one load of 4 values a side for 16 multiply-adds);
 //   decoding, 20 instructions a weight for each 64 rows of x, comes on top: as long again for few rows.
 #pragma once

@@ -1,15 +1,15 @@
 // quantize: absmax[b] = max |w| over block b; code = rank of w * (1 / max(absmax, 2^-126)) among the levels' midpoints.
 //
-// Who: a warp takes 1024 weights (a whole block where that is longer), 32 a lane, in 16-byte loads that are contiguous over
-//   the warp. Lanes that share a block reduce its maximum by shuffles.
-// Trick: the values are bucketed. A rank is the number of midpoints below the value's bucket, plus one if the value is above
-//   the midpoint in it: two lookups in 32 banks, without conflicts and without a search. Levels too close for that or not
-//   ascending (FP4's) take the binary search: 31 instructions a weight instead of 16 (sm_90a).
+// Who: a warp takes 1024 weights (a whole block where that is longer), 32 a lane, in 16-byte loads that are contiguous
+//   over the warp. Lanes that share a block reduce its maximum by shuffles.
+// Trick: the values are bucketed. A rank is the number of midpoints below the value's bucket, plus one if the value is
+//   above the midpoint in it: two lookups in 32 banks, without conflicts and without a search. Levels too close for
+//   that or not ascending (FP4's) take the binary search: 31 instructions a weight instead of 16 (sm_90a).
 // Bytes: reads 2 (bf16) and writes 0.5 + 4/block_size a weight: 2.56 B at block size 64, 10 us for 4096 x 4096 at
 //   an H200's 4.3 TB/s of copy. In that time its SMs can issue 17.6 instructions a weight (A100 29, 4090
 //   about 110), so the 16 just fit, and the search would take 18 us.
-// Needs: code is a permutation of 16 ascending levels. Blocks after the last whole 1024, and weights or bytes that are not
-//   aligned, go element by element, at any address.
+// Needs: code is a permutation of 16 ascending levels. Blocks after the last whole 1024, and weights or bytes that are
+//   not aligned, go element by element, at any address.
 #include <type_traits>
 
 #include "kernels.h"
@@ -24,8 +24,8 @@ constexpr int kTile = 32 * kLaneWeights;  // weights that a warp holds at once
 constexpr int kMaxGrid = 8192;            // with more tiles a block loops over several and prepares its levels once
 constexpr int kBuckets = 32;
 
-// The byte offset (4 * bucket) of a value's bucket, monotone in value for |value| <= 1.03. Midpoints 1/15 apart never share
-// a bucket.
+// The byte offset (4 * bucket) of a value's bucket, monotone in value for |value| <= 1.03. Midpoints 1/15 apart never
+// share a bucket.
 NF4_DEVICE int bucket_bytes(float value) {
   const float quarters = fmaf(value, 15.f, 16.f + 0x1p21f);  // the ulp of 2^21 is a quarter
   return int(bits_of(quarters) & (4 * kBuckets - 4));
@@ -132,8 +132,8 @@ struct Tile {
     }
   }
 
-  // largest[j] = max of `least` and of |w| over the block of w[j], as far as it lies in this tile. The maxima are of the bits
-  // as integers, where NaN > inf > every number.
+  // largest[j] = max of `least` and of |w| over the block of w[j], as far as it lies in this tile. The maxima are of
+  // the bits as integers, where NaN > inf > every number.
   NF4_DEVICE void block_maxima(int block_shift, uint32_t least, uint32_t (&largest)[kLoads]) const {
 #pragma unroll
     for (int j = 0; j < kLoads; ++j) {

@@ -3,9 +3,9 @@
 //
 // Who: three launches. One thread sums a superblock in fp64, one block takes the mean, one warp encodes a superblock.
 // Trick: the format defines the sum in one order, left to right, and dependent fp64 additions do not overlap: the 14336
-//   superblocks of a 28672 x 8192 weight at 8 cycles each would be 65 us beside the 140 us of its quantize (H200). Where no
-//   partial sum of any order is rounded, all orders agree; that holds for all but contrived scales, and one addition a
-//   value proves it. The format's order is therefore kept only where it matters.
+//   superblocks of a 28672 x 8192 weight at 8 cycles each would be 65 us beside the 140 us of its quantize (H200).
+//   Where no partial sum of any order is rounded, all orders agree; that holds for all but contrived scales, and one
+//   addition a value proves it. The format's order is therefore kept only where it matters.
 // Bytes: reads 4 twice and writes 1 a block: 9/64 B a weight, a twentieth of quantize's.
 // Needs: scale_code ascends unless it is e4m3.
 #include "../scale_bits.h"
@@ -59,8 +59,8 @@ NF4_DEVICE double sum_over_block(double value, double* staged) {
   return sum;
 }
 
-// The mean, by one block. Let L = 4 * (sum of all |v|). If (v + L) - L == v for every v, then every v, and so every partial
-// sum, is a multiple of 2^-53 of the binade of L: none needs more than fp64's 53 bits, and none is rounded.
+// The mean, by one block. Let L = 4 * (sum of all |v|). If (v + L) - L == v for every v, then every v, and so every
+// partial sum, is a multiple of 2^-53 of the binade of L: none needs more than fp64's 53 bits, and none is rounded.
 __global__ void __launch_bounds__(kThreads) mean_kernel(QuantizeAbsmaxArgs args) {
   double* staged = shared_memory<double>();  // [kThreads]
   const int64_t superblocks = superblocks_of(args.blocks);

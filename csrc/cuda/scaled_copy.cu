@@ -1,5 +1,5 @@
-// scaled_copy: out[rows, width] = scaling * in[rows, columns], padded with zeros. dequantize + GEMM puts LoRA's P or Q beside
-// x or dY with it, so that one product with [Ŵ | s B] does both, and makes s B itself.
+// scaled_copy: out[rows, width] = scaling * in[rows, columns], padded with zeros. dequantize + GEMM puts LoRA's P or Q
+// beside x or dY with it, so that one product with [Ŵ | s B] does both, and makes s B itself.
 //
 // Who: a grid-stride loop, an element a thread. Bytes: 2 (columns + width) a row, negligible beside the product's.
 #include "product.cuh"

@@ -4,18 +4,19 @@
 // row, so that the vectors which one phase of a load touches (128 bytes: 8 lanes of 16 bytes or 16 lanes of 8) lie in
 // different banks. Rows of 128 bytes, with the vectors of one phase in brackets, stored at position:
 //
-//   kXorRow     position  0   1   2   3   4   5   6   7       16 bytes a lane: lane 4g + t reads vector 2t + half of row g
-//   row 0                [0]  1  [2]  3  [4]  5  [6]  7       (half = 0 here), so a phase is vectors 0, 2, 4, 6 of two rows
-//   row 1                 1  [0]  3  [2]  5  [4]  7  [6]
-//   row 2                 2   3   0   1   6   7   4   5       next phase: vectors 0, 2, 4, 6 of rows 2 and 3
+//   kXorRow      position 0   1   2   3   4   5   6   7
+//   row 0                [0]  1  [2]  3  [4]  5  [6]  7     16 bytes a lane: lane 4g + t reads vector 2t + half of row
+//   row 1                 1  [0]  3  [2]  5  [4]  7  [6]    g, so a phase is vectors 0, 2, 4, 6 (half 0) of two rows;
+//   row 2                 2   3   0   1   6   7   4   5     the next phase is those of rows 2 and 3
 //
-//   kXorRowPairs position 0   1   2   3   4   5   6   7       8 bytes a lane: lane 4g + t reads half t % 2 of vector
-//   row 0                [0] [1]  2   3   4   5   6   7       2j + t / 2 of row g (j = 0 here), so a phase is vectors 2j and
-//   row 1                 2   3  [0] [1]  6   7   4   5       2j + 1 of four rows
-//   row 2                 4   5   6   7  [0] [1]  2   3       rows of 64 bytes: two rows have all banks, and the XOR with
-//   row 3                 6   7   4   5   2   3  [0] [1]      row & 2 moves rows 2 and 3 to the other half of each row
+//   kXorRowPairs position 0   1   2   3   4   5   6   7
+//   row 0                [0] [1]  2   3   4   5   6   7     8 bytes a lane: lane 4g + t reads half t % 2 of vector
+//   row 1                 2   3  [0] [1]  6   7   4   5     2j + t / 2 of row g, so a phase is vectors 2j and 2j + 1
+//   row 2                 4   5   6   7  [0] [1]  2   3     (j = 0) of four rows
+//   row 3                 6   7   4   5   2   3  [0] [1]
+//   Rows of 64 bytes: two rows have all banks, and vector ^ (row & 2) swaps the halves of rows 2 and 3.
 //
-//   kNone        8 bytes a lane of 32-byte rows: a phase is rows 4i to 4i + 3, 128 contiguous bytes
+//   kNone        8 bytes a lane of 32-byte rows: a phase is rows 4i to 4i + 3, 128 contiguous bytes.
 #pragma once
 
 #include "product.cuh"
@@ -33,7 +34,8 @@ NF4_HOST_DEVICE inline int swizzle(int vector, int row) {
   return kRowVectors == 4 ? vector ^ (row & 2) : vector ^ (row & 3) << 1;
 }
 
-// The vectors of a tile that this thread copies: `vector` of rows row, row + kRowStep, ... All kThreads threads take part.
+// The vectors of a tile that this thread copies: `vector` of rows row, row + kRowStep, ... All kThreads threads take
+// part.
 template <int kRows, int kRowVectors, int kThreads>
 struct CopyShare {
   static constexpr int kRowStep = kThreads / kRowVectors, kCount = kRows / kRowStep;

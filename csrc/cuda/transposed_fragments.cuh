@@ -1,16 +1,19 @@
-// mma's A fragments of a transposed matrix S[depth, columns] of 2-byte elements, for products that contract over S's rows:
-// S^T @ other. S is W[N, K] in linear_dgrad (and A[rank, K] in its LoRA term) and wide[M, columns] in lora_grad.
+// mma's A fragments of a transposed matrix S[depth, columns] of 2-byte elements, for products that contract over S's
+// rows: S^T @ other. S is W[N, K] in linear_dgrad (and A[rank, K] in its LoRA term) and wide[M, columns] in lora_grad.
 // Read first: mma_16x8x16 in device.cuh.
 //
-// Lane 4g + t loads 8 consecutive columns, 8g to 8g + 7, of the four rows 4t to 4t + 3 of each 16 rows of S. The four mma
-// tiles share the 64 columns out, and which column is which row of a tile is free. This permutation is chosen:
+// Lane 4g + t loads 8 consecutive columns, 8g to 8g + 7, of the four rows 4t to 4t + 3 of each 16 rows of S. The four
+// mma tiles share the 64 columns out, and which column is which row of a tile is free. This permutation is chosen:
 //
-//   row of a tile    tile 0    tile 1    tile 2    tile 3         so the c fragments of lane 4g + t hold the 8 consecutive
-//        g            8g        8g + 2    8g + 4    8g + 6        columns 8g to 8g + 7 of the result, which one 16-byte
-//        g + 8        8g + 1    8g + 3    8g + 5    8g + 7        store writes
+//   row of a tile    tile 0    tile 1    tile 2    tile 3
+//        g             8g      8g + 2    8g + 4    8g + 6
+//        g + 8       8g + 1    8g + 3    8g + 5    8g + 7
 //
-// Loads give pairs along the columns, mma wants pairs along the depth (k): transpose() is two byte permutes a pair of rows.
-// Rows 4t to 4t + 3 stand in the places that mma calls k = 2t, 2t + 1, 2t + 8, 2t + 9.
+// So the c fragments of lane 4g + t hold 8 consecutive columns of the result, 8g to 8g + 7, which one 16-byte store
+// writes.
+//
+// Loads give pairs along the columns, mma wants pairs along the depth (k): transpose() is two byte permutes a pair of
+// rows. Rows 4t to 4t + 3 stand in the places that mma calls k = 2t, 2t + 1, 2t + 8, 2t + 9.
 #pragma once
 
 #include "device.cuh"

@@ -174,8 +174,8 @@ Fiber new_fiber(int thread) {
 #ifdef __SANITIZE_ADDRESS__
   __asan_unpoison_memory_region(stack + kGuardBytes, kStackBytes - kGuardBytes);  // what the last thread left
 #endif
-  // The frame that nf4_executor_switch pops: six registers and the return address. At a function's entry the stack pointer
-  // is 8 past a multiple of 16.
+  // The frame that nf4_executor_switch pops: six registers and the return address. At a function's entry the stack
+  // pointer is 8 past a multiple of 16.
   void** top = reinterpret_cast<void**>(stack + kStackBytes);
   std::fill(top - 8, top, nullptr);
   top[-2] = reinterpret_cast<void*>(&run_thread);
@@ -244,8 +244,8 @@ void redraw() {
   random_upwards = random_numbers() % 2;
 }
 
-// The schedule: the lowest or the highest runnable thread. Random: the nearest one above, or below, a random thread, which
-// is redrawn about every 64 turns, so that some warps run far ahead.
+// The schedule: the lowest or the highest runnable thread. Random: the nearest one above, or below, a random thread,
+// which is redrawn about every 64 turns, so that some warps run far ahead.
 int next_thread() {
   const unsigned char* all = runnable.data();
   const size_t count = runnable.size();

@@ -1,13 +1,13 @@
 // The host executor: the CUDA execution model on a CPU. It gives device.cuh's names their meaning for a host compiler
 // (-DNF4_EXECUTOR, -x c++). Blocks run one after the other, each thread as a fiber that a schedule resumes. It checks
 // divergence, deadlocks, addresses, alignment and unfinished copies, and poisons shared memory with NaN.
-// It cannot see: races within a stretch between two collectives, caches, the order of a tensor core's sums (here fp32, k by
-// k), launch bounds, registers and time.
+// It cannot see: races within a stretch between two collectives, caches, the order of a tensor core's sums (here fp32,
+// k by k), launch bounds, registers and time.
 //
-// A fiber runs until a collective (barrier, shuffle, mma), where it waits for the other threads of its block or warp; the
-// last one to arrive performs it for all. A missing barrier shows as a wrong value under one of the schedules. All threads
-// of a collective must arrive at the same source line, which is stricter than the hardware. The first mistake ends the
-// launch with a message (cudaGetErrorString) that names kernel, block, threads and lines.
+// A fiber runs until a collective (barrier, shuffle, mma), where it waits for the other threads of its block or warp;
+// the last one to arrive performs it for all. A missing barrier shows as a wrong value under one of the schedules. All
+// threads of a collective must arrive at the same source line, which is stricter than the hardware. The first mistake
+// ends the launch with a message (cudaGetErrorString) that names kernel, block, threads and lines.
 #pragma once
 
 #include <algorithm>
@@ -78,8 +78,8 @@ struct Site {
 // Ends the launch with a printf message, to which kernel, block and thread are prepended.
 [[noreturn]] void fail(Site site, const char* format, ...) __attribute__((format(printf, 2, 3)));
 
-// Collectives: suspend the thread until all threads of its block, or the 32 lanes of its warp, are at this site. Before a
-// warp resumes, `perform` is called once with the operands of its lanes.
+// Collectives: suspend the thread until all threads of its block, or the 32 lanes of its warp, are at this site. Before
+// a warp resumes, `perform` is called once with the operands of its lanes.
 void meet_block(const char* what, Site site);
 void meet_warp(const char* what, Site site, void* operands, void (*perform)(void* const lanes[kLanes]));
 
@@ -222,7 +222,8 @@ NF4_DEVICE void copy_async_wait() {
 using nf4::bits_of;
 using nf4::float_of;
 
-NF4_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector, executor::Site site = executor::Site::here()) {
+NF4_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector,
+                                  executor::Site site = executor::Site::here()) {
   if (selector & 0x8888) executor::fail(site, "permute_bytes must have a selector without bits 3, got %#x", selector);
   const uint64_t bytes = uint64_t(b) << 32 | a;
   uint32_t result = 0;

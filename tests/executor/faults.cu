@@ -1,5 +1,5 @@
-// Kernels for the test of the host executor itself (tests/csrc/test_executor.py). Each has a correct variant, and variants
-// with one mistake that the executor must catch.
+// Kernels for the test of the host executor itself (tests/csrc/test_executor.py). Each has a correct variant, and
+// variants with one mistake that the executor must catch.
 #include "../../csrc/cuda/device.cuh"
 
 #define NF4_TEST_API extern "C" __attribute__((visibility("default")))
