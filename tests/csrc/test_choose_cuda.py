@@ -71,12 +71,12 @@ def test_the_break_even_of_each_architecture_is_the_tables(choose):
     assert choose(False, BF16, 353, 4096, 4096, arch=99) == choose(False, BF16, 353, 4096, 4096, arch=90)
 
 
-def test_the_readme_shows_the_table():
-    choose_h, readme = (ROOT / "csrc/cuda/choose.h").read_text(), (ROOT / "README.md").read_text()
+def test_the_docs_show_the_table():
+    choose_h, docs = (ROOT / "csrc/cuda/choose.h").read_text(), (ROOT / "docs/choosing.md").read_text()
     table = re.findall(r'\{(\d+), (\d+), (\d+), "(predicted.*?)"\}', choose_h)
-    assert re.findall(r"^\| sm_(\d+) \| (\d+) \| (\d+) \| (.*?) \|$", readme, re.MULTILINE) == table
+    assert re.findall(r"^\| sm_(\d+) \| (\d+) \| (\d+) \| (.*?) \|$", docs, re.MULTILINE) == table
     table = re.findall(r'\{(\d+), (\d+), (\d+), "experts, (predicted.*?)"\}', choose_h)
-    assert re.findall(r"^\| experts, sm_(\d+) \| (\d+) \| (\d+) \| (.*?) \|$", readme, re.MULTILINE) == table
+    assert re.findall(r"^\| experts, sm_(\d+) \| (\d+) \| (\d+) \| (.*?) \|$", docs, re.MULTILINE) == table
 
 
 def test_experts_get_a_kernel_by_the_mean_of_their_rows(choose):
