@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu.predictions       for the cards below, 4096x4096 and 14336x4096
 
-Instructions come from the committed report on the machine code (cuda_report), so no GPU is needed; a run of gpu_measure
-shows measured beside predicted. Every SM is taken as busy from the first cycle to the last, and no latency is counted
-but the launch's: what a kernel takes longer is to be explained by these.
+Instructions come from the committed report on the machine code (cuda_report), so no GPU is needed; benchmarks.gpu.run
+shows measured beside predicted. Every SM counts as busy from the first cycle to the last, and of latencies the
+launch's alone: they explain what a kernel takes longer.
 """
 
 import argparse
