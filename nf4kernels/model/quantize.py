@@ -111,11 +111,11 @@ class QuantizeReport:
             rows.append(_row(f"all {kind} ({len(layers)})", shapes.pop() if len(shapes) == 1 else "", layers))
         rows.append(_row(f"all quantized ({len(self.layers)})", "", self.layers))
         rows.append(("whole model", "", _size(self.model_bytes_before), _size(self.model_bytes_after), "", ""))
-        text = _table(rows)
+        text = table(rows)
         if self.skipped:
             skipped = [("left alone", "shape", "bytes", "reason")]
             skipped += [(s.name, _shape(s.shape), _size(s.bytes), s.reason) for s in self.skipped]
-            text += "\n\n" + _table(skipped, left=(0, 3))
+            text += "\n\n" + table(skipped, left=(0, 3))
         return text
 
 
@@ -142,7 +142,7 @@ def _size(count: int) -> str:
     return f"{count / 2**20:.2f} MiB" if count >= 2**20 else f"{count / 2**10:.2f} KiB"
 
 
-def _table(rows: list[tuple[str, ...] | None], left: tuple[int, ...] = (0,)) -> str:
+def table(rows: list[tuple[str, ...] | None], left: tuple[int, ...] = (0,)) -> str:
     """Columns padded to their widest cell; a None row is a rule."""
     cells = [row for row in rows if row is not None]
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
