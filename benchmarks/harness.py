@@ -43,7 +43,7 @@ class Row:
     tokens: int | None = None  # that one call processes, of a model
     peak_mib: dict[str, float] = field(default_factory=dict)
     others: float | None = None  # cores that other processes kept busy meanwhile
-    predicted_ms: float | None = None  # ours, by `gpu_predictions`
+    predicted_ms: float | None = None  # ours, by `gpu.predictions`
 
     def __str__(self) -> str:
         what = f"{self.op:16} {self.shape:12} {self.M or '':>4} {self.threads:>2}t {self.cache:3}"

@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SANITIZED = [sys.executable, "-m", "benchmarks.gpu.sanitize"]
-SANITIZED_BEGINS = "every op once on"  # what gpu_sanitize prints before its first kernel
+SANITIZED_BEGINS = "every op once on"  # what `sanitize` prints before its first kernel
 GRACE_SECONDS = 8  # between asking a stage to end and killing it
 
 
