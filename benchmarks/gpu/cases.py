@@ -1,6 +1,7 @@
 """What is measured on a GPU: each op at one shape and M, every side checked before it is timed."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import accumulate
 
 import torch
@@ -13,33 +14,58 @@ from nf4kernels import reference
 from ..checks import assert_as_exact_as_dense, assert_close_to_dense
 from ..harness import BNB_DQ, DENSE, OURS, rotate
 from ..report.goals import WITHOUT_LORA
-from .sides import (
-    FORCED,
-    TRITON,
-    ExpertWeights,
-    Sides,
-    Weights,
-    bitsandbytes_dgrad,
-    bitsandbytes_linear,
-    bitsandbytes_side,
-    bnb,
-    forced_sides,
-    triton_side,
-)
-from .timing import Run
+from ..shapes import ExpertsShape
+from .sides import Sides, bnb, bnb_dgrad, bnb_linear, bnb_side, forced_sides, is_ours, triton_side
+from .timing import Cuda, Run
 
 ops = torch.ops.nf4kernels
 RANK, SCALING = 16, 2.0
 GROUPED = {"grouped linear": "grouped_linear", "grouped dgrad": "grouped_linear_dgrad"}  # row -> op
 
 
-def is_ours(side: str) -> bool:
-    return side in (OURS, TRITON) or side.startswith(FORCED)
+class Weights:
+    """One random weight as every side holds it, in so many copies that the L2 cannot hold one side's."""
+
+    def __init__(self, shape: tuple[int, int], machine: Cuda) -> None:
+        self.shape = shape
+        dense = torch.randn(*shape, device=machine.device).mul_(0.02).bfloat16()
+        self.qweight = nf4.quantize(dense)
+        self.nbytes = sum(t.nbytes for t in (self.qweight.packed, self.qweight.absmax))
+        self.copies = max(2, -(-3 * machine.cache_bytes // self.nbytes))
+        self.decoded = reference.dequantize(*self.qweight.op_args(), 0, shape[0], 0, shape[1], torch.float32)
+        self.dense = [dense.clone() for _ in range(max(2, -(-3 * machine.cache_bytes // dense.nbytes)))]
+        q = self.qweight
+        self.ours = [replace(q, packed=q.packed.clone(), absmax=q.absmax.clone()) for _ in range(self.copies)]
+        self.bnb = []
+        if bnb is not None:
+            packed, state = bnb.functional.quantize_4bit(dense, quant_type="nf4", compress_statistics=True)
+            self.bnb = [(packed.clone(), state) for _ in range(self.copies)]
+
+    def in_turn(self) -> tuple[Callable, Callable, Callable]:
+        """Functions that return our, the dense and bitsandbytes' copies in turn."""
+        return rotate(self.ours), rotate(self.dense), rotate(self.bnb)
+
+
+class ExpertWeights:
+    """The random weights of experts as every side holds them, twice: one side's is more than an L2 holds."""
+
+    def __init__(self, shape: ExpertsShape, machine: Cuda) -> None:
+        self.shape = shape
+        dense = torch.randn(shape.experts, shape.N, shape.K, device=machine.device, dtype=torch.bfloat16).mul_(0.02)
+        first = nf4.quantize_experts(dense)
+        self.nbytes = (first.packed.nbytes + first.absmax.nbytes) // len(first)  # of an expert
+        self.ours = [first, replace(first, packed=first.packed.clone(), absmax=first.absmax.clone())]
+        self.dense = [dense, dense.clone()]
+        self.bnb = []
+        if bnb is not None:
+            self.bnb = [bnb.functional.quantize_4bit(w, quant_type="nf4", compress_statistics=True) for w in dense]
+
+    def decoded(self, expert: int) -> Tensor:
+        q = self.ours[0][expert]
+        return reference.dequantize(*q.op_args(), 0, self.shape.N, 0, self.shape.K, torch.float32)
 
 
 def measure_quantize(run: Run, w: Weights) -> None:
-    if not run.has_time():
-        return
     code, scale_code, dense, q = w.qweight.code, w.qweight.scale_code, rotate(w.dense), w.qweight
 
     def both(quantize: Callable, quantize_absmax: Callable) -> Tensor:
@@ -53,7 +79,7 @@ def measure_quantize(run: Run, w: Weights) -> None:
     expected = reference.quantize(w.dense[0], code, 64)[0]
     sides: Sides = {OURS: lambda: both(ops.quantize, ops.quantize_absmax)}
     sides |= triton_side(lambda by_op: both(by_op["quantize"], by_op["quantize_absmax"]))
-    sides |= bitsandbytes_side(bitsandbytes)
+    sides |= bnb_side(bitsandbytes)
 
     def check(side: str, packed: Tensor) -> None:
         assert not is_ours(side) or torch.equal(packed, expected), "quantize must give the reference's bytes"
@@ -64,8 +90,6 @@ def measure_quantize(run: Run, w: Weights) -> None:
 
 
 def measure_dequantize(run: Run, w: Weights) -> None:
-    if not run.has_time():
-        return
     N, K = w.shape
     out, (ours, _, theirs) = torch.empty_like(w.dense[0]), w.in_turn()
     expected = w.decoded.bfloat16()
@@ -76,7 +100,7 @@ def measure_dequantize(run: Run, w: Weights) -> None:
 
     sides: Sides = {OURS: lambda: nf4.dequantize(ours(), out=out)}
     sides |= triton_side(by_triton)
-    sides |= bitsandbytes_side(lambda: bnb.functional.dequantize_4bit(*theirs(), out=out))
+    sides |= bnb_side(lambda: bnb.functional.dequantize_4bit(*theirs(), out=out))
 
     def check(side: str, decoded: Tensor) -> None:
         assert not is_ours(side) or torch.equal(decoded, expected), "dequantize must give the reference's bits"
@@ -87,21 +111,17 @@ def measure_dequantize(run: Run, w: Weights) -> None:
 
 
 def measure_linear(run: Run, w: Weights, M: int) -> None:
-    if not run.has_time():
-        return
     x = torch.randn(M, w.shape[1], device=run.machine.device, dtype=torch.bfloat16)
     ours, dense, theirs = w.in_turn()
     product = torch.no_grad()(lambda: nf4.linear(x, ours()))
     sides: Sides = {OURS: product, DENSE: lambda: dense_linear(x, dense())}
-    sides |= bitsandbytes_side(torch.no_grad()(lambda: bitsandbytes_linear(x, *theirs())))
+    sides |= bnb_side(torch.no_grad()(lambda: bnb_linear(x, *theirs())))
     sides |= triton_side(lambda by_op: by_op["linear"](x, *ours().op_args(), None))
     sides |= dict.fromkeys(forced_sides("linear", M), product)
     _measure_product(run, "linear", w, x, w.decoded.T, sides)
 
 
 def measure_dgrad(run: Run, w: Weights, M: int) -> None:
-    if not run.has_time():
-        return
     dy = torch.randn(M, w.shape[0], device=run.machine.device, dtype=torch.bfloat16)
     ours, dense, theirs = w.in_turn()
 
@@ -109,7 +129,7 @@ def measure_dgrad(run: Run, w: Weights, M: int) -> None:
         return ops.linear_dgrad(dy, *ours().op_args())
 
     sides: Sides = {OURS: product, DENSE: lambda: dy @ dense()}
-    sides |= bitsandbytes_side(lambda: bitsandbytes_dgrad(dy, *theirs()))
+    sides |= bnb_side(lambda: bnb_dgrad(dy, *theirs()))
     sides |= triton_side(lambda by_op: by_op["linear_dgrad"](dy, *ours().op_args()))
     sides |= dict.fromkeys(forced_sides("linear_dgrad", M), product)
     _measure_product(run, "linear_dgrad", w, dy, w.decoded, sides)
@@ -135,8 +155,6 @@ def _measure_product(run: Run, op: str, w: Weights, a: Tensor, matrix: Tensor, s
 
 def measure_step(run: Run, w: Weights, M: int) -> None:
     """Forward, and backward to x, lora_A and lora_B, of one layer; beside the same without an adapter."""
-    if not run.has_time():
-        return
     N, K = w.shape
     leaf = {"device": run.machine.device, "dtype": torch.bfloat16, "requires_grad": True}
     x, A = torch.randn(M, K, **leaf), torch.empty(RANK, K, **leaf)
@@ -157,7 +175,7 @@ def measure_step(run: Run, w: Weights, M: int) -> None:
         WITHOUT_LORA: lambda: gradients(nf4.linear(x, ours()), x),
         DENSE: lambda: gradients(dense_linear(x, dense()) + lora_term(), x, A, B),
     }
-    sides |= bitsandbytes_side(lambda: gradients(bitsandbytes_linear(x, *theirs()) + lora_term(), x, A, B))
+    sides |= bnb_side(lambda: gradients(bnb_linear(x, *theirs()) + lora_term(), x, A, B))
     exact_term = SCALING * (dy.double() @ B.detach().double()) @ A.detach().double()
 
     def check(side: str, dx: Tensor) -> None:
@@ -173,8 +191,6 @@ def measure_step(run: Run, w: Weights, M: int) -> None:
 
 def measure_grouped(run: Run, w: ExpertWeights, tokens: int) -> None:
     """Both directions, each token through experts drawn at random, beside torch's grouped product in bf16."""
-    if not run.has_time():
-        return
     counts = w.shape.route(tokens)
     for name, width in zip(GROUPED, (w.shape.K, w.shape.N)):
         a = torch.randn(sum(counts), width, device=run.machine.device, dtype=torch.bfloat16)
@@ -201,13 +217,13 @@ def _measure_experts(run: Run, name: str, w: ExpertWeights, a: Tensor, counts: l
         return torch._grouped_mm(a, weight if dgrad else weight.mT, offs=offsets)
 
     def bitsandbytes() -> Tensor:
-        multiply = bitsandbytes_dgrad if dgrad else bitsandbytes_linear
+        multiply = bnb_dgrad if dgrad else bnb_linear
         return torch.cat([multiply(a[part], *w.bnb[e]) for e, part in active])
 
     sides: Sides = {OURS: native, DENSE: torchs}
-    sides |= bitsandbytes_side(torch.no_grad()(bitsandbytes))
+    sides |= bnb_side(torch.no_grad()(bitsandbytes))
     sides |= triton_side(lambda by_op: product(by_op[GROUPED[name]]))
-    sides |= dict.fromkeys((FORCED + kernel for kernel in ("tiled", "small")[: 1 if dgrad else 2]), native)
+    sides |= dict.fromkeys(forced_sides(name, rows), native)
     what = f"{name} {E}x{N}x{K}, rows={rows}"
     unquantized = torch.cat([a[part] @ (w.dense[0][e] if dgrad else w.dense[0][e].T) for e, part in active])
 

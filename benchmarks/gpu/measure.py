@@ -16,9 +16,8 @@ import torch
 
 from ..shapes import EXPERTS, GPU_SHAPES, ExpertsShape
 from . import cases, summary
-from .device import Cuda
-from .sides import BNB_MISSING, TRITON_MISSING, ExpertWeights, Weights, forcing
-from .timing import Run
+from .sides import BNB_MISSING, TRITON_MISSING, forcing
+from .timing import Cuda, Run
 
 REPORT_SECONDS = 30  # kept for the imports before our clock starts, a row under way, the CSV, the table, the pictures
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -39,27 +38,24 @@ def measure(
     telling = [M for M in rows if M in TELLING_ROWS]
     for stage in (telling, [M for M in rows if M not in telling]):
         for shape in shapes:
-            if not run.has_time():
-                continue
-            weights = Weights(shape, run.machine)
-            if stage is telling:
-                cases.measure_quantize(run, weights)
-                cases.measure_dequantize(run, weights)
-            for M in stage:
-                cases.measure_linear(run, weights, M)
-                cases.measure_dgrad(run, weights, M)
-            for M in [M for M in stage if M in STEP_ROWS]:
-                cases.measure_step(run, weights, M)
-            del weights
+            work = [(cases.measure_quantize,), (cases.measure_dequantize,)] if stage is telling else []
+            work += [(function, M) for M in stage for function in (cases.measure_linear, cases.measure_dgrad)]
+            work += [(cases.measure_step, M) for M in stage if M in STEP_ROWS]
+            if run.has_time():
+                _measure_each(run, work, cases.Weights(shape, run.machine))
             run.machine.between_shapes()
         if stage is telling and run.has_time():
-            weights = ExpertWeights(experts, run.machine)
-            for count in tokens:
-                cases.measure_grouped(run, weights, count)
-            del weights
+            work = [(cases.measure_grouped, count) for count in tokens]
+            _measure_each(run, work, cases.ExpertWeights(experts, run.machine))
             run.machine.between_shapes()
     if run.skipped:
         run.say(f"out of time: {run.skipped} rows or shapes were not measured")
+
+
+def _measure_each(run: Run, work: list[tuple], weights: cases.Weights | cases.ExpertWeights) -> None:
+    for function, *size in work:
+        if run.has_time():
+            function(run, weights, *size)
 
 
 def main() -> None:

@@ -1,24 +1,20 @@
 """What a run on a GPU says in the end: the rows, the fastest kernels, the goals; its CSV and pictures."""
 
 import statistics
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import torch
-
-import nf4kernels as nf4
 from nf4kernels.ops import OPS
 
-from ..harness import OURS, Row, commit
+from .. import harness
+from ..harness import OURS, Row
 from ..report import plots
 from ..report import tables as report
 from ..report.goals import gpu_goals
 from . import sides
 from .cases import GROUPED
-from .device import Cuda
 from .sides import TRITON, forced_ms
-from .timing import LINE, Run, line_of
+from .timing import LINE, Cuda, Run, line_of
 
 SHOWN_ROWS = {  # by the summary; the CSV has all
     "linear": (1, 16, 64, 512, 8192),
@@ -93,17 +89,8 @@ def summary(run: Run) -> str:
 
 
 def about(run: Run) -> dict[str, str]:
-    devices = nf4.backend_info().devices
-    return {
-        "machine": run.machine.name,
-        "kernels": (devices.get("cuda") or devices["cuda:0"])[0],
-        "torch": torch.__version__,
-        "bitsandbytes": sides.bnb.__version__ if sides.bnb else "missing",
-        "commit": commit(),
-        "date": time.strftime("%Y-%m-%d"),
-        "copy_gb_s": f"{run.copy_gb_s:.0f}",
-        "bf16_gflop_s": f"{run.bf16_gflop_s:.0f}",
-    }
+    limits = {"copy_gb_s": f"{run.copy_gb_s:.0f}", "bf16_gflop_s": f"{run.bf16_gflop_s:.0f}"}
+    return harness.about(run.machine.name, "cuda", sides.bnb.__version__ if sides.bnb else "missing") | limits
 
 
 def write(run: Run, folder: Path = report.RESULTS) -> list[Path]:

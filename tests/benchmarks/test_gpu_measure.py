@@ -120,7 +120,7 @@ def test_a_wrong_kernel_is_said_and_not_timed(monkeypatch, capsys):
     monkeypatch.setattr(nf4, "linear", wrong_when_tiled)
     run = new_run(force=force)
     run.measure_limits()
-    cases.measure_linear(run, sides.Weights((128, 128), run.machine), 4)
+    cases.measure_linear(run, cases.Weights((128, 128), run.machine), 4)
     (row,) = run.rows
     assert "kernel tiled" not in row.ms
     assert "kernel panel" in row.ms
@@ -131,7 +131,7 @@ def test_a_wrong_kernel_is_said_and_not_timed(monkeypatch, capsys):
 def test_a_kernel_that_refuses_a_shape_is_said_and_no_fault(capsys):
     run = new_run(force=Force(refuses=("small",)))
     run.measure_limits()
-    cases.measure_linear(run, sides.Weights((128, 128), run.machine), 4)
+    cases.measure_linear(run, cases.Weights((128, 128), run.machine), 4)
     assert run.wrong == 0
     assert "kernel small" not in run.rows[0].ms
     assert (
@@ -143,7 +143,7 @@ def test_a_kernel_that_refuses_a_shape_is_said_and_no_fault(capsys):
 def test_wrong_bits_of_quantize_and_dequantize_are_not_timed(monkeypatch):
     run = new_run()
     run.measure_limits()
-    weights = sides.Weights((128, 128), run.machine)
+    weights = cases.Weights((128, 128), run.machine)
     monkeypatch.setattr(nf4, "dequantize", lambda qw, out: out.copy_(2 * weights.decoded))
     cases.measure_dequantize(run, weights)
     assert (run.wrong, [row.op for row in run.rows]) == (1, [])
@@ -160,6 +160,6 @@ def test_a_call_that_cannot_be_captured_is_timed_call_by_call(monkeypatch):
         return captured(side, copies)
 
     monkeypatch.setattr(run.machine, "sampler", sampler, raising=False)
-    cases.measure_dequantize(run, sides.Weights((128, 128), run.machine))
+    cases.measure_dequantize(run, cases.Weights((128, 128), run.machine))
     assert run.rows[0].ms[OURS] > 0
     assert any(f"{OURS}: launches are in its time, it cannot be captured: RuntimeError" in said for said in run.said)

@@ -9,7 +9,7 @@ from benchmarks.gpu import timing
 
 
 class Cpu:
-    """What benchmarks.gpu.device.Cuda is, for the CPU; each sample is one call."""
+    """What benchmarks.gpu.timing.Cuda is, for the CPU; each sample is one call."""
 
     device = torch.device("cpu")
     name, arch, sms, ghz, is_hbm = "A Test GPU", "sm_90a", 132, 1.7, True
