@@ -81,7 +81,7 @@ lint-mypy: $(VENV)/.installed-lint
 	$(BIN)/python -m mypy nf4kernels
 
 lint-warnings: $(VENV)/.torch
-	$(BIN)/python .ci/warnings.py
+	$(BIN)/python .ci/check_warnings.py
 
 format: $(VENV)/.installed-lint
 	$(BIN)/ruff check --fix .

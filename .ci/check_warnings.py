@@ -14,15 +14,17 @@ from torch.utils.cpp_extension import include_paths
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from executor import build  # noqa: E402
+
 from setup import FLAGS, ISA_FLAGS, STABLE_ABI  # noqa: E402
 
-WARNINGS = ["-fsyntax-only", "-Wall", "-Wextra", "-Wshadow", "-Werror"]
-TORCH = [*(f"-isystem{path}" for path in include_paths()), *(f"-D{name}={value or 1}" for name, value in STABLE_ABI)]
+WARNINGS = ["-fsyntax-only", "-Wall", "-Wextra", "-Werror"]
+TORCH = [*STABLE_ABI, *(f"-isystem{path}" for path in include_paths())]
 
 
 def command(source: Path) -> list[str]:
     if source.suffix == ".cu" or source.stem.startswith("cuda"):  # as for the tests, which need no CUDA
-        return [build.CXX, *build.FLAGS, *TORCH, *WARNINGS, "-x", "c++", str(source)]
+        # there constructors name a parameter as the member that it fills
+        return [build.CXX, *build.FLAGS, *TORCH, *WARNINGS, "-Wshadow=local", "-x", "c++", str(source)]
     isas = [isa for isa in ISA_FLAGS if source.stem.endswith(f"_{isa}")]
     return [build.CXX, *FLAGS, *TORCH, *(ISA_FLAGS[isas[0]] if isas else []), *WARNINGS, str(source)]
 
