@@ -179,7 +179,7 @@ def rows() -> Iterator[tuple[str, ...]]:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    print(table(list(rows()), left=range(1 + len(CARDS))))
+    print(table(list(rows()), left=tuple(range(1 + len(CARDS)))))
 
 
 if __name__ == "__main__":
