@@ -35,6 +35,7 @@ def built(base: str) -> Iterator[Path]:
         tree = Path(directory) / "tree"
         git("worktree", "add", "--detach", "--quiet", str(tree), base)
         try:
+            # build_clib makes the static libraries that some versions link
             command = [sys.executable, "setup.py", "-q", "build_clib", "build_ext", "--inplace"]
             done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
             if done.returncode:
