@@ -1,66 +1,115 @@
 # Every target sets itself up: a .venv with torch, what the target needs, and the compiled library.
-#   make demo        quantize, fine-tune, merge and save a real language model
-#   make test        the tests        make lint    the linters
-#   make bench       every op and a whole model beside their peers: about ten minutes
+#   make setup           only that, for the tests and the linters
+#   make demo            quantize, fine-tune, merge and save a real language model
+#   make build           the compiled library in this checkout; after an edit, of what changed alone
+#   make check K=linear  the quick tests whose names match K, as pytest's -k: what touches one op
+#   make test            all tests, on every core
+#   make test-slow       those alone that need a download or minutes
+#   make lint            the linters: ruff, clang-format, mypy, and warnings of the C++ compiler
+#   make format          what ruff and clang-format can mend
+#   make bench           every op and a whole model beside their peers: about ten minutes
 #   make bench-micro     what a call costs on small layers
 #   make bench-compare BASE=main     this working tree against another version, in turns
-#   make gpu         on a machine with an NVIDIA GPU, by its own python: build, test, check and measure; nine minutes
+#   make gpu             on a machine with an NVIDIA GPU, by its own python: build, test, check and measure; nine minutes
+#   make clean           away with .venv and all that was built
 
-PYTHON ?= python3
-TORCH  ?= torch==2.13.0
-VENV   ?= .venv
-BIN    := $(VENV)/bin
+PYTHON  ?= python3
+TORCH   ?= torch==2.13.0
+VENV    ?= .venv
+# Processes that run the tests; each takes 0.7 GB.
+WORKERS ?= auto --maxprocesses 8
+BIN     := $(VENV)/bin
+PYTEST  := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 CXX_NAMES := -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
-BUILD  := pyproject.toml setup.py $(shell find csrc $(CXX_NAMES))
+SOURCES := $(shell find csrc $(CXX_NAMES))
 
-.PHONY: demo test lint bench bench-micro bench-compare gpu clean
+needed = $(if $(filter $1,$(MAKECMDGOALS)),$(if $($2),,$(error say which $3: make $1 $2=$4)))
+$(call needed,check,K,tests,linear)
+$(call needed,bench-compare,BASE,version,main)
+
+.PHONY: setup demo build check test test-slow lint lint-ruff lint-format lint-clang-format lint-mypy lint-warnings format
+.PHONY: bench bench-micro bench-compare gpu clean
 .SECONDARY:
+.NOTPARALLEL:  # one pip at a time in one environment
+
+setup: $(VENV)/.installed-test $(VENV)/.installed-lint $(VENV)/.built
 
 # Threads that wait for others spin; on a busy machine that is 20 times slower, so let them sleep soon.
 demo: export GOMP_SPINCOUNT ?= 1000
-demo: $(VENV)/.installed-demo
+demo: $(VENV)/.installed-demo $(VENV)/.built
 	$(BIN)/nf4kernels demo
 
-test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+build: $(VENV)/.torch
+	$(BIN)/python setup.py -q build_ext --inplace
+	@touch $(VENV)/.built
 
-bench: $(VENV)/.installed-bench
+check: $(VENV)/.installed-test $(VENV)/.built
+	$(PYTEST) -q -m "not slow" -k "$(K)"
+
+test: $(VENV)/.installed-test $(VENV)/.built
+	$(PYTEST)
+
+test-slow: $(VENV)/.installed-test $(VENV)/.built
+	$(PYTEST) -m slow
+
+bench: $(VENV)/.installed-bench $(VENV)/.built
 	$(BIN)/python -m benchmarks
 
-bench-micro: $(VENV)/.installed-bench
+bench-micro: $(VENV)/.installed-bench $(VENV)/.built
 	$(BIN)/python -m pytest benchmarks/ops/bench_micro.py --benchmark-only \
 	    --benchmark-columns=median,iqr,rounds --benchmark-time-unit=us
 
-bench-compare: $(VENV)/.installed-bench
-	$(BIN)/python -m benchmarks.compare $(or $(BASE),$(error say which version: make bench-compare BASE=main))
+bench-compare: $(VENV)/.installed-bench $(VENV)/.built
+	$(BIN)/python -m benchmarks.compare $(BASE)
 
 # By the machine's own python: its torch knows CUDA, and there may be no network to make a .venv from.
 gpu:
 	$(PYTHON) benchmarks/gpu/run.py
 
-lint: $(VENV)/.installed-lint
+lint: lint-ruff lint-format lint-clang-format lint-mypy lint-warnings
+
+lint-ruff: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
+
+lint-format: $(VENV)/.installed-lint
 	$(BIN)/ruff format --check .
+
+lint-clang-format: $(VENV)/.installed-lint
 	$(BIN)/clang-format --dry-run -Werror $$(find csrc tests/executor $(CXX_NAMES))
+
+lint-mypy: $(VENV)/.installed-lint
+	$(BIN)/python -m mypy nf4kernels
+
+lint-warnings: $(VENV)/.torch
+	$(BIN)/python .ci/check_warnings.py
+
+format: $(VENV)/.installed-lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(find csrc tests/executor $(CXX_NAMES))
 
 $(VENV)/.venv:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	touch $@
 
+# torch first, on its own: it is then not replaced, and the extension is compiled against it.
 $(VENV)/.torch: $(VENV)/.venv
 	$(BIN)/python -m pip install --quiet "$(TORCH)" numpy "setuptools>=77" wheel
 	touch $@
 
-# torch first, on its own: it is then not replaced, and the extension is compiled against it.
-$(VENV)/.installed-%: $(VENV)/.torch $(BUILD)
+$(VENV)/.built: $(VENV)/.torch setup.py $(SOURCES)
+	$(BIN)/python setup.py -q build_ext --inplace
+	touch $@
+
+$(VENV)/.installed-%: $(VENV)/.torch pyproject.toml setup.py
 	@echo "setting up: $* (in $(VENV))"
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[$*]"
 	touch $@
 
-# The linters need no build.
-$(VENV)/.installed-lint: $(VENV)/.venv pyproject.toml
-	$(BIN)/python -m pip install --quiet $$(sed -n 's/^lint = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '",')
+# The linters need no build; mypy reads the types of torch and numpy.
+$(VENV)/.installed-lint: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet $$(awk '/^lint = \[/,/\]/ { gsub(/lint = |[][",]/, ""); print }' pyproject.toml)
 	touch $@
 
 clean:

@@ -18,8 +18,8 @@ def assert_as_exact_as_dense(actual: Tensor, a: Tensor, matrix: Tensor, what: st
     """
     rows = torch.linspace(0, len(a) - 1, min(len(a), ROWS)).long()
     a, actual, added = a.detach()[rows], actual.detach()[rows], added[rows] if isinstance(added, Tensor) else added
-    # in panels: the fp64 copy of a whole weight would be 500 MB
-    exact = torch.cat([a.double() @ panel.double() for panel in matrix.split(1024, dim=1)], dim=1) + added
+    # in slices: the fp64 copy of a whole weight would be 500 MB
+    exact = torch.cat([a.double() @ part.double() for part in matrix.split(1024, dim=1)], dim=1) + added
     dense = (a @ matrix.to(a.dtype)).double() + added
     allowed = 2 * relative_error(dense, exact) + 1.5 * torch.finfo(a.dtype).eps / matrix.shape[1] ** 0.5
     error = relative_error(actual, exact)

@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from nf4kernels.model.report import table
+
 from .compare_worker import CASES, case_name
 from .harness import ROOT, Spread, ratios, spread
-from .report.tables import aligned
 
 WORKER = Path(__file__).with_name("compare_worker.py")
 TOLERANCE = 1.05
@@ -34,6 +35,7 @@ def built(base: str) -> Iterator[Path]:
         tree = Path(directory) / "tree"
         git("worktree", "add", "--detach", "--quiet", str(tree), base)
         try:
+            # build_clib makes the static libraries that some versions link
             command = [sys.executable, "setup.py", "-q", "build_clib", "build_ext", "--inplace"]
             done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
             if done.returncode:
@@ -107,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
             slower += [case_name(case)] if verdict else []
             ms = [f"{spread(own)[1]:.3f}" for own in times]
             lines.append((case_name(case), *ms, f"{ratio[1]:.2f}", f"{ratio[0]:.2f}-{ratio[2]:.2f}", verdict))
-    print(aligned(("case", "now, ms", "then, ms", "now/then", "p20-p80", ""), lines))
+    print(table([("case", "now, ms", "then, ms", "now/then", "p20-p80", ""), *lines], left=(0, 5)))
     print(f"slower by more than 5 %: {', '.join(slower)}" if slower else "nothing is slower by more than 5 %")
     return 1 if slower else 0
 

@@ -43,7 +43,7 @@ class Row:
     tokens: int | None = None  # that one call processes, of a model
     peak_mib: dict[str, float] = field(default_factory=dict)
     others: float | None = None  # cores that other processes kept busy meanwhile
-    predicted_ms: float | None = None  # ours, by `gpu_predictions`
+    predicted_ms: float | None = None  # ours, by `gpu.predictions`
 
     def __str__(self) -> str:
         what = f"{self.op:16} {self.shape:12} {self.M or '':>4} {self.threads:>2}t {self.cache:3}"
@@ -199,8 +199,20 @@ def commit() -> str:
     return described.stdout.strip() or "unknown"
 
 
-def machine() -> dict[str, str]:
+def about(machine: str, device: str, bitsandbytes: str) -> dict[str, str]:
     """What a result must say about where and how it was measured."""
+    return {
+        "machine": machine,
+        "kernels": nf4.backend_info().devices[device][0],
+        "torch": torch.__version__,
+        "bitsandbytes": bitsandbytes,
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def machine() -> dict[str, str]:
+    """`about` this CPU, and the command."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -209,12 +221,5 @@ def machine() -> dict[str, str]:
         )
         cpu = f"{fields.get('model name', cpu)} family {fields.get('cpu family')} model {fields.get('model')}"
     waiting = [f"{name}={os.environ[name]} " for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if name in os.environ]
-    return {
-        "machine": f"{cpu}, {os.cpu_count()} cores",
-        "kernels": nf4.backend_info().devices["cpu"][0],
-        "torch": torch.__version__,
-        "bitsandbytes": version("bitsandbytes"),
-        "commit": commit(),
-        "date": time.strftime("%Y-%m-%d"),
-        "command": "".join(waiting) + " ".join(["python -m benchmarks", *sys.argv[1:]]),
-    }
+    command = "".join(waiting) + " ".join(["python -m benchmarks", *sys.argv[1:]])
+    return about(f"{cpu}, {os.cpu_count()} cores", "cpu", version("bitsandbytes")) | {"command": command}

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True)
 class ExpertsShape:
@@ -11,6 +13,11 @@ class ExpertsShape:
     top_k: int
     N: int
     K: int
+
+    def route(self, tokens: int) -> list[int]:
+        """Rows of each expert where every token takes `top_k` drawn at random, as a trained router's balanced load."""
+        chosen = torch.rand(tokens, self.experts).topk(self.top_k).indices
+        return chosen.flatten().bincount(minlength=self.experts).tolist()
 
 
 MODELS = {

@@ -24,6 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from nf4kernels.model.report import table as aligned
+
 ROOT = Path(__file__).parents[2]
 LIBRARY = ROOT / "nf4kernels" / "_cuda.abi3.so"
 BASELINE = ROOT / "tests" / "golden" / "cuda_report.csv"
@@ -307,8 +309,7 @@ def table(kernels: Iterable[Kernel]) -> str:
         shown = " ".join(k.kinds.split()[: 2 * SHOWN_KINDS])
         figures = (k.registers, k.shared, k.stack, k.spills, k.instructions, k.loop, k.weights or "")
         lines.append((k.kernel, k.arch, *map(str, figures), per_weight, shown))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+    return aligned(lines, left=(0, 1, len(header) - 1))
 
 
 def output(*command, input: str | None = None, cwd: str | None = None, env: dict | None = None) -> str:

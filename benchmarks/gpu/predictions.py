@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
+from nf4kernels.model.report import table
+
 from .cuda_report import ARCHITECTURES, Kernel, read_csv
 
 LAUNCH_MS = 0.0025  # of a kernel in a graph, with its first loads; assumed
@@ -158,27 +160,26 @@ def predicted_ms(card: Card, op: str, N: int, K: int, M: int | None) -> float | 
     return min((prediction.ms for prediction in found.values()), default=None)
 
 
-def lines() -> Iterator[str]:
+def rows() -> Iterator[tuple[str, ...]]:
     """One a kernel, shape and M: milliseconds and what takes longest, by card."""
-    yield " " * 36 + "".join(f" | {card.name:22}" for card in CARDS)
+    yield ("", *(card.name for card in CARDS))
     for N, K in ((4096, 4096), (14336, 4096)):
-        for op, rows in (
+        for op, all_m in (
             ("quantize", (None,)),
             ("dequantize", (None,)),
             ("linear", (1, 8, 16, 64, 256, 1024, 4096)),
             ("linear_dgrad", (16, 64, 256, 1024, 4096)),
         ):
-            for M in rows:
+            for M in all_m:
                 by_card = {card.name: predictions(card, op, N, K, M) for card in CARDS}
                 for kernel in next(iter(by_card.values())):
-                    cells = (f" | {found[kernel].ms:7.4f} {found[kernel].bound:14}" for found in by_card.values())
-                    what = " ".join(filter(None, (op, kernel, f"{N}x{K}", M and f"M={M}")))
-                    yield f"{what:36}{''.join(cells)}"
+                    cells = (f"{found[kernel].ms:7.4f} {found[kernel].bound}" for found in by_card.values())
+                    yield " ".join(filter(None, (op, kernel, f"{N}x{K}", M and f"M={M}"))), *cells
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    print(*lines(), sep="\n")
+    print(table(list(rows()), left=tuple(range(1 + len(CARDS)))))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SANITIZED = [sys.executable, "-m", "benchmarks.gpu.sanitize"]
-SANITIZED_BEGINS = "every op once on"  # what gpu_sanitize prints before its first kernel
+SANITIZED_BEGINS = "every op once on"  # what `sanitize` prints before its first kernel
 GRACE_SECONDS = 8  # between asking a stage to end and killing it
 
 
@@ -46,7 +46,7 @@ def stages(architecture: str) -> list[Stage]:
     quiet = ["--report-api-errors", "no"]  # torch asks CUDA for functions that it may lack: no error of a kernel
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # a tensor's end is then the end of an allocation
     return [
-        Stage("build", [sys.executable, "setup.py", "-q", "build_clib", "build_ext", "--inplace"], 120,
+        Stage("build", [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], 120,
               {"TORCH_CUDA_ARCH_LIST": architecture}, needs="nvcc"),
         Stage("tests", [*tests, "not triton"], 100),
         Stage("triton", [*tests, "triton"], 60),  # most of it Triton's compiler

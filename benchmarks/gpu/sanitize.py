@@ -5,7 +5,6 @@
 The reference runs on the CPU: under the sanitizer each kernel costs a millisecond, torch's own too.
 """
 
-import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
@@ -16,13 +15,13 @@ from torch.utils._pytree import tree_map
 import nf4kernels as nf4
 from nf4kernels import reference
 
-from .cuda_report import LIBRARY
-from .measure import REFUSAL, Forcing
+from . import sides
+from .timing import REFUSAL
 
 # [N, K]: whole tiles; tails of both, blocks that straddle rows; an odd K, whose rows share bytes
 SHAPES = ((64, 256), (72, 200), (33, 71))
 ROWS = (1, 9, 40)
-KERNELS = (None, "small", "tiled", "dequantize_gemm", "any")  # None is the one that the table chooses
+KERNELS = (None, *sides.KERNELS)  # None is the one that the table chooses
 TOLERANCE = 0.02  # of the largest element; the tests hold the kernels to their bounds, here they only must have run
 Case = tuple[str, str, tuple]
 
@@ -92,4 +91,4 @@ def main(device: str, force: Callable[[str], AbstractContextManager], ops=torch.
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    raise SystemExit(1 if main("cuda", Forcing(ctypes.CDLL(str(LIBRARY)))) else 0)
+    raise SystemExit(1 if main("cuda", sides.forcing()) else 0)

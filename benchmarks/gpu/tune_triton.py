@@ -25,7 +25,7 @@ from nf4kernels.backends.triton.choose import PRODUCTS, TABLES, Config, Table, a
 
 from ..checks import assert_as_exact_as_dense
 from ..harness import rotate, take_turns
-from .measure import Cuda
+from .timing import Cuda
 
 SHAPES = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))
 # What each field of a configuration may be, in the order in which they are tried.

@@ -1,6 +1,6 @@
 """grouped_linear, bf16: ours beside torch's grouped_mm and a loop of dense products, forward and with dgrad.
 
-Each token goes to `top_k` experts drawn at random, as a trained router's balanced load. All experts of a layer together
+Each token goes to `top_k` experts drawn at random. All experts of a layer together
 are larger than any cache. The floor counts the weights of the experts that some token chose.
 """
 
@@ -20,12 +20,6 @@ from ..shapes import ExpertsShape
 
 GROUPED_MM = "torch grouped_mm bf16"
 TOKENS = (1, 16, 64, 512)
-
-
-def route(tokens: int, shape: ExpertsShape) -> list[int]:
-    """Rows of each expert."""
-    chosen = torch.rand(tokens, shape.experts).topk(shape.top_k).indices
-    return chosen.flatten().bincount(minlength=shape.experts).tolist()
 
 
 def loop(x: Tensor, counts: list[int], weight: Tensor) -> Tensor:
@@ -58,7 +52,7 @@ def rows(shape: ExpertsShape, limits: Limits, plan: Plan) -> Iterator[Row]:
     expert_bytes = (qweights.packed.nbytes + qweights.absmax.nbytes) // E
     for tokens in plan.rows:
         what = f"{E}x{N}x{K}, {tokens} tokens"
-        counts = route(tokens, shape)
+        counts = shape.route(tokens)
         T = sum(counts)
         x, dy = torch.randn(T, K, dtype=torch.bfloat16), torch.randn(T, N, dtype=torch.bfloat16)
         sides = sides_of(qweights, weight, counts)

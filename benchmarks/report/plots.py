@@ -39,7 +39,7 @@ def _save(figure, path: Path) -> None:
 
 
 def _speed(rows: list[Row], where: str):
-    """One panel an op and shape: speed-up over dense bf16 against M."""
+    """One subplot an op and shape: speed-up over dense bf16 against M."""
     from matplotlib.figure import Figure
 
     ops = [op for op in ("linear", "linear_dgrad", "linear + dgrad", "lora step") if any(row.op == op for row in rows)]
@@ -49,24 +49,24 @@ def _speed(rows: list[Row], where: str):
     ticks = sorted({row.M for row in rows if row.op in ops})
     figure = Figure(figsize=(9, 0.9 + 2.2 * len(ops)), layout="constrained")
     figure.suptitle(f"How many times faster than dense bf16\n{where}", fontsize=11)
-    panels = figure.subplots(len(ops), len(shapes), squeeze=False, sharex=True, sharey="row")
-    for op, line in zip(ops, panels):
+    grid = figure.subplots(len(ops), len(shapes), squeeze=False, sharex=True, sharey="row")
+    for op, line in zip(ops, grid):
         for shape, axes in zip(shapes, line):
             mine = sorted((row for row in rows if row.op == op and row.shape == shape), key=lambda row: row.M)
-            _speed_panel(axes, mine)
+            _speed_subplot(axes, mine)
             axes.set_title(f"{op}, {shape}", fontsize=10)
         line[0].set_ylabel("speed-up")
         line[0].set_ylim(bottom=0)
-    for axes in panels[-1]:
+    for axes in grid[-1]:
         axes.set_xlabel("M, rows of x")
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [str(M) for M in ticks])
-    handles, labels = panels[0][0].get_legend_handles_labels()
+    handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     return figure
 
 
-def _speed_panel(axes, rows: list[Row]) -> None:
+def _speed_subplot(axes, rows: list[Row]) -> None:
     for side in [side for side in MARKERS if all(side in row.ms for row in rows)]:
         speed = [row.ratios[DENSE][1] if side == OURS else row.ms[DENSE] / row.ms[side] for row in rows]
         style = {"color": COLORS[side], "marker": MARKERS[side], "label": side, "markersize": 5}

@@ -7,8 +7,10 @@ import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
+from nf4kernels.model.report import table
+
 from ..harness import BNB, BNB_DQ, DENSE, OURS, ROOT, Row
-from .goals import MODEL_STEP, SHAPE, goal_rows
+from .goals import GOALS, MODEL_STEP, SHAPE, Goal, goal_rows
 
 RESULTS = ROOT / "benchmarks" / "results"
 README, SPEED = ROOT / "README.md", ROOT / "docs" / "speed.md"
@@ -30,9 +32,9 @@ FIGURES = (
 )  # fmt: skip
 
 
-def csv_path(about: dict[str, str]) -> Path:
+def csv_path(about: dict[str, str], folder: Path = RESULTS) -> Path:
     """results/<machine>.csv"""
-    return RESULTS / (re.sub(r"[^a-z0-9]+", "-", about["machine"].lower()) + ".csv")
+    return folder / (re.sub(r"[^a-z0-9]+", "-", about["machine"].lower()) + ".csv")
 
 
 def write_csv(path: Path, rows: Iterable[Row], about: dict[str, str]) -> None:
@@ -99,17 +101,11 @@ def markdown(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |" for line in lines)
 
 
-def aligned(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    lines = [header, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines)
-
-
 GOAL_HEADER = ("work", "goal", "measured", "p20-p80", "verdict")
 
 
-def goal_table(rows: list[Row], table=aligned) -> str:
-    return table(GOAL_HEADER, goal_rows(rows))
+def goal_table(rows: list[Row], goals: tuple[Goal, ...] = GOALS) -> str:
+    return table([GOAL_HEADER, *goal_rows(rows, goals)], left=(0, 1, 4))
 
 
 def op_table(rows: list[Row]) -> str:

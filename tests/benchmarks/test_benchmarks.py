@@ -86,6 +86,14 @@ def test_a_warm_side_is_called_untimed_first_unless_its_calls_are_long():
     assert clock.calls.count("long") == 2 + harness.LEAST_ROUNDS
 
 
+def test_turns_are_taken_from_samplers():
+    order = []
+    samplers = {name: lambda name=name: order.append(name) or float(len(order)) for name in ("a", "b")}
+    samples = harness.take_turns(samplers, seconds=-1.0)
+    assert order == ["a", "b", "b", "a", "a", "b", "b", "a", "a", "b"]
+    assert samples == {"a": [1, 4, 5, 8, 9], "b": [2, 3, 6, 7, 10]}
+
+
 def test_a_row_is_disturbed_by_what_other_processes_use(tmp_path, monkeypatch):
     stat = tmp_path / "stat"
     monkeypatch.setattr(harness, "STAT", stat)
@@ -249,7 +257,7 @@ def test_small_experts_are_checked_and_timed(monkeypatch):
 
 
 def test_experts_get_every_row_that_was_routed():
-    counts = bench_grouped_linear.route(9, shapes.ExpertsShape(6, 2, 64, 128))
+    counts = shapes.ExpertsShape(6, 2, 64, 128).route(9)
     assert len(counts) == 6
     assert sum(counts) == 18
 

@@ -1,0 +1,42 @@
+"""Compiles every C++ and CUDA file of csrc for its syntax alone, by the host's compiler, with warnings as errors.
+
+On x86-64 alone: elsewhere the compiler does not know most files' instruction sets.
+"""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from torch.utils.cpp_extension import include_paths
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from executor import build  # noqa: E402
+
+from setup import FLAGS, ISA_FLAGS, STABLE_ABI  # noqa: E402
+
+WARNINGS = ["-fsyntax-only", "-Wall", "-Wextra", "-Werror"]
+TORCH = [*STABLE_ABI, *(f"-isystem{path}" for path in include_paths())]
+
+
+def command(source: Path) -> list[str]:
+    if source.suffix == ".cu" or source.stem.startswith("cuda"):  # as for the tests, which need no CUDA
+        # there constructors name a parameter as the member that it fills
+        return [build.CXX, *build.FLAGS, *TORCH, *WARNINGS, "-Wshadow=local", "-x", "c++", str(source)]
+    isas = [isa for isa in ISA_FLAGS if source.stem.endswith(f"_{isa}")]
+    return [build.CXX, *FLAGS, *TORCH, *(ISA_FLAGS[isas[0]] if isas else []), *WARNINGS, str(source)]
+
+
+def warnings_of(source: Path) -> str:
+    return subprocess.run(command(source), stderr=subprocess.PIPE, text=True, check=False).stderr
+
+
+if len(ISA_FLAGS) == 1:
+    sys.exit(print("warnings are looked for on x86-64 alone"))
+with ThreadPoolExecutor(os.cpu_count()) as pool:
+    sources = sorted(path for suffix in ("cpp", "cu") for path in ROOT.glob(f"csrc/**/*.{suffix}"))
+    found = list(filter(None, pool.map(warnings_of, sources)))
+print(*found, f"{len(sources)} files without a warning" if not found else "", sep="\n")
+sys.exit(bool(found))
