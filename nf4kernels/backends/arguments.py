@@ -111,7 +111,7 @@ def check_input(op: str, device: torch.device, name: str, tensor: Tensor, depth_
         refuse(op, f"{name} must have {depth_name}={depth} columns, got shape {list(tensor.shape)}")
 
 
-def check_low_rank(
+def check_lora_term(
     op: str, device: torch.device, names: tuple[str, str], small: Tensor | None, factor: Tensor | None, rank_dim: int,
     dtype: torch.dtype, rows: int, columns: int,
 ) -> None:  # fmt: skip
@@ -173,7 +173,7 @@ def check_linear(
     check_input("linear", device, "x", x, "K", K)
     if bias is not None:
         check_data("linear", device, "bias", bias, x.dtype, N)
-    check_low_rank("linear", device, ("lora_P", "lora_B"), lora_P, lora_B, 1, x.dtype, rows, N)
+    check_lora_term("linear", device, ("lora_P", "lora_B"), lora_P, lora_B, 1, x.dtype, rows, N)
 
 
 def check_linear_dgrad(
@@ -183,7 +183,7 @@ def check_linear_dgrad(
     device, rows, weight = dy.device, dy.shape[:-1].numel(), (packed, absmax, scale_absmax, scale_offset, code)
     check_weight("linear_dgrad", device, *weight, scale_code, N, K, block_size)
     check_input("linear_dgrad", device, "dy", dy, "N", N)
-    check_low_rank("linear_dgrad", device, ("lora_Q", "lora_A"), lora_Q, lora_A, 0, dy.dtype, rows, K)
+    check_lora_term("linear_dgrad", device, ("lora_Q", "lora_A"), lora_Q, lora_A, 0, dy.dtype, rows, K)
 
 
 def check_grouped_linear(

@@ -179,7 +179,7 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, size_t sha
                    const Args&... args) {
   const std::tuple<Params...> params(args...);
   return executor::run(reinterpret_cast<const void*>(kernel), grid, threads, shared_bytes,
-                   [&] { std::apply(kernel, params); });
+                       [&] { std::apply(kernel, params); });
 }
 
 NF4_DEVICE uint32_t load_streamed(const uint32_t* p, executor::Site site = executor::Site::here()) {

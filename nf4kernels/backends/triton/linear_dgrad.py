@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..arguments import check_input, check_low_rank, check_weight
+from ..arguments import check_input, check_lora_term, check_weight
 from .choose import LONGEST_FP32, Choice, choose
 from .decode import LAUNCH, block_scales, ceil_div, decode_elements, lookup, on_device_of
 from .dequantize_gemm import multiply_by_slices
@@ -182,7 +182,7 @@ def linear_dgrad(
     device, M = dy.device, dy.shape[:-1].numel()
     check_weight("linear_dgrad", device, *weight)
     check_input("linear_dgrad", device, "dy", dy, "N", N)
-    check_low_rank("linear_dgrad", device, ("lora_Q", "lora_A"), lora_Q, lora_A, 0, dy.dtype, M, K)
+    check_lora_term("linear_dgrad", device, ("lora_Q", "lora_A"), lora_Q, lora_A, 0, dy.dtype, M, K)
     out = dy.new_empty((*dy.shape[:-1], K))
     if out.numel() == 0:
         return out
