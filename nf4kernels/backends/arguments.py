@@ -112,22 +112,22 @@ def check_input(op: str, device: torch.device, name: str, tensor: Tensor, depth_
 
 
 def check_lora_term(
-    op: str, device: torch.device, names: tuple[str, str], small: Tensor | None, factor: Tensor | None, rank_dim: int,
+    op: str, device: torch.device, names: tuple[str, str], inner: Tensor | None, factor: Tensor | None, rank_dim: int,
     dtype: torch.dtype, rows: int, columns: int,
 ) -> None:  # fmt: skip
-    """LoRA's small [rows, rank] and its factor, whose dimension rank_dim is the rank and the other `columns`."""
-    small_name, factor_name = names
-    if (small is None) != (factor is None):
-        refuse(op, f"{small_name} and {factor_name} must be given together")
-    if small is None or factor is None:
+    """LoRA's inner [rows, rank] and its factor, whose dimension rank_dim is the rank and the other `columns`."""
+    inner_name, factor_name = names
+    if (inner is None) != (factor is None):
+        refuse(op, f"{inner_name} and {factor_name} must be given together")
+    if inner is None or factor is None:
         return
     if factor.dim() != 2 or factor.shape[1 - rank_dim] != columns:
         other = "rows" if rank_dim == 1 else "columns"
         refuse(op, f"{factor_name} must have {columns} {other}, got shape {list(factor.shape)}")
     rank = factor.shape[rank_dim]
-    if small.dim() == 0 or small.shape[-1] != rank:
-        refuse(op, f"{small_name} must have r={rank} columns as {factor_name} has, got shape {list(small.shape)}")
-    check_data(op, device, small_name, small, dtype, rows * rank)
+    if inner.dim() == 0 or inner.shape[-1] != rank:
+        refuse(op, f"{inner_name} must have r={rank} columns as {factor_name} has, got shape {list(inner.shape)}")
+    check_data(op, device, inner_name, inner, dtype, rows * rank)
     check_data(op, device, factor_name, factor, dtype, columns * rank)
 
 
