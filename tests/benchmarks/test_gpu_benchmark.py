@@ -1,10 +1,10 @@
 """make gpu without a GPU: its stages, and its benchmark on the CPU with the CPU's clock at tiny shapes."""
 
 import re
+import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +17,6 @@ from benchmarks.gpu import measure as gpu_measure
 from benchmarks.gpu import predictions as gpu_predictions
 from benchmarks.gpu import run as gpu
 from benchmarks.gpu import sanitize as gpu_sanitize
-from benchmarks.gpu import tests as gpu_tests
 from benchmarks.harness import BNB_DQ, DENSE, OURS, Row
 from benchmarks.report import goals
 from benchmarks.report import tables as report
@@ -470,18 +469,13 @@ def test_a_known_card_is_predicted_at_the_clock_that_it_keeps():
     assert gpu_predictions.card_of("Another", "sm_90a", 132, 1.98, 1.0, 1.0).ghz == 1.98
 
 
-def test_the_tests_of_a_gpu_are_those_that_ask_for_one():
-    def item(fixtures: tuple[str, ...], **params: str) -> SimpleNamespace:
-        callspec = {"callspec": SimpleNamespace(params=params)} if params else {}
-        return SimpleNamespace(fixturenames=fixtures, **callspec)
-
-    items = [
-        item(("gpu",)),
-        item(("cuda_ops",), cuda_ops="cuda"),
-        item(("cuda_ops",), cuda_ops="executor_ops"),
-        item(("executor_ops",)),
-        item(("triton_gpu",)),
-        item(("triton_ops",), triton_ops="cuda"),
-        item(("triton_ops",), triton_ops="interpreter"),
-    ]
-    assert [gpu_tests.runs_on_a_gpu(i) for i in items] == [True, True, False, False, True, True, False]
+def test_the_tests_of_a_gpu_are_those_that_are_marked(pytestconfig):
+    """Which `make gpu` runs: on CUDA's kernels, then on Triton's, of one property both; none of the other ways."""
+    arguments = ["--collect-only", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/contract/test_dequantize.py"]
+    for expression, ids in (("not triton", {"cuda"}), ("triton", {"triton"})):
+        command = [sys.executable, "-m", "pytest", *arguments, "-k", expression]
+        result = subprocess.run(command, cwd=pytestconfig.rootpath, capture_output=True, text=True, check=True)
+        found = [line for line in result.stdout.splitlines() if "::" in line]
+        assert len(found) > 30
+        assert {re.split(r"[-\]]", line.partition("[")[2])[0] for line in found} == ids
+    assert gpu.stages("9.0a")[1].command[-2:] == ["-k", "not triton"]

@@ -1,6 +1,6 @@
 """Compiles for one target, without its device, every kernel that a list of calls would launch, and prints JSON.
 
-    python tests/triton_compile.py cuda:90
+    python tests/support/triton_compile.py cuda:90
 
 The host functions run as they are, on CPU tensors; where they launch, Triton compiles for the target and nothing runs.
 In a process of its own: a kernel is either compiled or interpreted, from when it is defined on.
@@ -18,9 +18,9 @@ os.environ.pop("TRITON_INTERPRET", None)
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import cases  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
+from support import cases  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from nf4kernels.backends.triton import OPS, choose, linear_shared  # noqa: E402
