@@ -1,9 +1,11 @@
-"""What surrounds every test: poisoned allocations, a seed, the forced instruction sets, and the CUDA ops.
+"""What surrounds every test: poisoned allocations, a seed, and the ways to run an op.
 
 Poison: while a test runs, every allocation by torch, in Python or C++, is filled with NaN (integers: all ones), so that
 an element which no kernel wrote shows every time. A kernel's own malloc is poisoned in `test_memory.py`.
 """
 
+import contextlib
+import dataclasses
 import logging
 import os
 import platform
@@ -18,10 +20,12 @@ import hypothesis
 import pytest
 import torch
 from executor.executor import SM_86_SHARED
-from support import cases, cuda_backend, triton_backend
+from support import cases, cuda_backend, triton_backend, ways
 
 from nf4kernels.backends import native
 from nf4kernels.backends.select import backend_info
+
+pytest.register_assert_rewrite("contract.product", "support.experts")
 
 # Read where a Triton kernel, also of Triton's own library, is defined: without a GPU they are interpreted.
 if not torch.cuda.is_available():
@@ -57,19 +61,49 @@ def seeded_and_threads_restored():
     torch.set_num_threads(threads)
 
 
+def pytest_configure(config):
+    if os.environ.get("PYTEST_XDIST_WORKER"):  # the workers share the cores; a test that is about threads sets its own
+        torch.set_num_threads(1)
+
+
+def pytest_generate_tests(metafunc):
+    """`way` once for every way of the test's kinds, and for every kernel of its class's op if the test says so."""
+    if "way" in metafunc.fixturenames:
+        marker = metafunc.definition.get_closest_marker("ways")
+        every_kernel = metafunc.definition.get_closest_marker("every_kernel") is not None
+        chosen = ways.params(getattr(metafunc.cls, "op", ""), marker.args if marker else (), every_kernel)
+        marks = {name: pytest.mark.gpu if name in ways.GPU else () for name, _ in chosen}
+        metafunc.parametrize(
+            "way",
+            [pytest.param(each, id="-".join(filter(None, each)), marks=marks[each[0]]) for each in chosen],
+            indirect=True,
+        )
+
+
+@pytest.fixture
+def way(request):
+    """One way to run the ops, its kernel forced and proven to be the one that ran; see `support/ways.py`."""
+    name, kernel = request.param
+    if ways.kind(name) in ("cpu", "reference"):
+        with ways.cpu_way(name) as cpu_way:
+            yield cpu_way
+        return
+    fixtures = {"executor": "executor_ops", "cuda": "gpu", "interpreter": "interpreter", "triton": "triton_gpu"}
+    way = request.getfixturevalue(fixtures[name])
+    with way.running(kernel) if kernel else contextlib.nullcontext():
+        way = dataclasses.replace(way, kernel=kernel)
+        yield way
+        way.assert_nothing_else_ran(getattr(request.cls, "op", ""))
+
+
 @pytest.fixture(params=cases.IMPLEMENTATIONS)
 def isa(request):
-    """Runs the test at each instruction set that this machine has, forced; without the library at the reference.
+    """Runs a test of what is above the ops at each instruction set that this machine has, forced.
 
     `test_backends.py` reports each instruction set that is missing as a skip, once, by name.
     """
-    if request.param == "reference":
+    with ways.cpu_way(request.param):
         yield request.param
-        return
-    with cases.LIBRARY.running_isa(request.param):
-        assert cases.LIBRARY.isa == request.param
-        yield request.param
-        assert cases.LIBRARY.isa == request.param, "something changed the instruction set during the test"
 
 
 @pytest.fixture
@@ -90,12 +124,12 @@ def executor():
 @pytest.fixture
 def executor_ops(executor):
     """The CUDA ops on the host executor, for a test that means nothing on a GPU."""
-    cuda_ops = cuda_backend.CudaOps(getattr(torch.ops, cuda_backend.NAMESPACE), "cpu", executor)
+    way = ways.CudaWay("executor", getattr(torch.ops, cuda_backend.NAMESPACE), executor=executor)
     # The smallest shared memory of all architectures: a kernel that needs more would fail on some.
     executor.set(shared_limit=SM_86_SHARED)
-    cuda_ops.pretend(90, 4)
+    way.pretend(90, 4)
     executor.reset()
-    yield cuda_ops
+    yield way
     executor.set()
 
 
@@ -108,7 +142,7 @@ def gpu():
     implementation, reason = devices["cuda"]
     if not implementation.startswith("native"):
         pytest.skip(f"no CUDA kernels for this device: {reason}")
-    yield cuda_backend.CudaOps(torch.ops.nf4kernels, "cuda", None)
+    yield ways.CudaWay("cuda", torch.ops.nf4kernels, "cuda")
     torch.cuda.synchronize()  # an error of a kernel belongs to the test that launched it
 
 
@@ -122,18 +156,14 @@ def cuda_library(monkeypatch):
     return library
 
 
-@pytest.fixture(params=["executor_ops", "cuda"])
-def cuda_ops(request):
-    """The CUDA ops, on the host executor and on a GPU in turn."""
-    return request.getfixturevalue("executor_ops" if request.param == "executor_ops" else "gpu")
-
-
 @pytest.fixture
 def interpreter():
     """The Triton ops under Triton's interpreter, for a test that means nothing on a GPU."""
     if torch.cuda.is_available():
         pytest.skip("a CUDA device: Triton compiles, and cannot interpret in the same process")
-    return triton_backend.load("cpu")
+    way = triton_backend.load("cpu")
+    way.launched.clear()
+    return way
 
 
 @pytest.fixture
@@ -143,9 +173,3 @@ def triton_gpu():
         pytest.skip("no CUDA device: the kernels ran under Triton's interpreter only")
     yield triton_backend.load("cuda")
     torch.cuda.synchronize()  # an error of a kernel belongs to the test that launched it
-
-
-@pytest.fixture(params=["interpreter", "cuda"])
-def triton_ops(request):
-    """The Triton ops, under Triton's interpreter and on a GPU in turn."""
-    return request.getfixturevalue("interpreter" if request.param == "interpreter" else "triton_gpu")

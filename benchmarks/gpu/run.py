@@ -42,7 +42,7 @@ class Stage:
 def stages(architecture: str) -> list[Stage]:
     """All of them for a GPU of that architecture; the benchmark has what the others leave."""
     sanitizer = ["compute-sanitizer", "--error-exitcode", "1", "--tool"]
-    tests = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.gpu.tests", "-k"]
+    tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k"]
     quiet = ["--report-api-errors", "no"]  # torch asks CUDA for functions that it may lack: no error of a kernel
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # a tensor's end is then the end of an allocation
     return [

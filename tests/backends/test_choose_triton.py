@@ -5,12 +5,13 @@ import json
 import pytest
 import torch
 
+pytestmark = pytest.mark.ways("interpreter", "triton")
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")
 
 
 @pytest.fixture
-def choose(triton_ops):
-    return triton_ops.backend.choose
+def choose(way):
+    return way.backend.choose
 
 
 def test_every_table_is_sound_and_says_where_it_is_from(choose):
@@ -31,8 +32,8 @@ def test_every_device_finds_a_table(choose, architecture, table):
     assert choose.known_architecture(architecture, frozenset(ARCHITECTURES)) == table
 
 
-def test_choice_by_rows(choose, triton_ops):
-    device = torch.device(triton_ops.device, 0) if triton_ops.device == "cuda" else torch.device("cpu")
+def test_choice_by_rows(choose, way):
+    device = torch.device(way.device, 0) if way.device == "cuda" else torch.device("cpu")
     table = choose.table_for(choose.architecture_of(device))
     for op in choose.PRODUCTS:
         for dtype in (torch.bfloat16, torch.float16):

@@ -1,13 +1,14 @@
 """make gpu without a GPU: its stages, and which tests they take."""
 
+import re
+import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks.gpu import run, tests
+from benchmarks.gpu import run
 
 
 def python(name: str, code: str, seconds: float = 60.0, **settings) -> run.Stage:
@@ -74,18 +75,13 @@ def test_without_a_gpu_it_says_so():
         run.find_architecture()
 
 
-def test_the_tests_of_a_gpu_are_those_that_ask_for_one():
-    def item(fixtures: tuple[str, ...], **params: str) -> SimpleNamespace:
-        callspec = {"callspec": SimpleNamespace(params=params)} if params else {}
-        return SimpleNamespace(fixturenames=fixtures, **callspec)
-
-    items = [
-        item(("gpu",)),
-        item(("cuda_ops",), cuda_ops="cuda"),
-        item(("cuda_ops",), cuda_ops="executor_ops"),
-        item(("executor_ops",)),
-        item(("triton_gpu",)),
-        item(("triton_ops",), triton_ops="cuda"),
-        item(("triton_ops",), triton_ops="interpreter"),
-    ]
-    assert [tests.runs_on_a_gpu(i) for i in items] == [True, True, False, False, True, True, False]
+def test_the_tests_of_a_gpu_are_those_that_are_marked(pytestconfig):
+    """Which `make gpu` runs: on CUDA's kernels, then on Triton's, of one property both; none of the other ways."""
+    arguments = ["--collect-only", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/contract/test_dequantize.py"]
+    for expression, ids in (("not triton", {"cuda"}), ("triton", {"triton"})):
+        command = [sys.executable, "-m", "pytest", *arguments, "-k", expression]
+        result = subprocess.run(command, cwd=pytestconfig.rootpath, capture_output=True, text=True, check=True)
+        found = [line for line in result.stdout.splitlines() if "::" in line]
+        assert len(found) > 30
+        assert {re.split(r"[-\]]", line.partition("[")[2])[0] for line in found} == ids
+    assert run.stages("9.0a")[1].command[-2:] == ["-k", "not triton"]

@@ -1,11 +1,17 @@
-"""Each public function against bad arguments: the right exception, function and argument named, nothing changed."""
+"""Public functions and raw ops against bad arguments: function and argument are named, and nothing is changed."""
+
+import re
 
 import pytest
 import torch
 from support import cases
+from support.op_calls import WRONG, fake_tensors, replaced, samples, wrong_id
 
 import nf4kernels
 from nf4kernels import QuantizedWeight, QuantLinear, dequantize, linear, lora_linear, quantize
+from nf4kernels.ops import OPS
+
+ops = torch.ops.nf4kernels
 
 W = torch.randn(16, 64)
 Q = cases.quantized(16, 64)
@@ -185,3 +191,98 @@ def test_quantize_does_not_touch_its_input():
         before = w.clone()
         quantize(w)
         assert torch.equal(w, before)
+
+
+# The raw ops: op and argument named, nothing launched, and the next call works.
+
+# The ways whose ops check their arguments. The host does not read a device's offsets: those that no host would take
+# are test_grouped_linear.py's.
+CHECKED = ("cpu", "executor", "cuda", "interpreter", "triton")
+ON_THE_HOST = [case for case in WRONG if "must not fall" in case[2]]
+ANYWHERE = [case for case in WRONG if "must not fall" not in case[2]]
+
+
+def assert_refused(way, case):
+    op, changes, names, _ = case
+    with pytest.raises((RuntimeError, TypeError, ValueError)) as raised:
+        getattr(way.ops, op)(*way.move(replaced(op, **changes)))
+    text = str(raised.value)
+    assert f"nf4kernels.{op.removesuffix('_out')}: " in text
+    # torch's own name of a dtype is torch.int32, where C++ says Int.
+    assert (re.split(" must be (?:BFloat16|Int),", names)[0] if hasattr(way, "backend") else names) in text
+    assert not way.kernel_names()
+
+
+@pytest.mark.ways(*CHECKED)
+@pytest.mark.parametrize("case", ANYWHERE, ids=wrong_id)
+def test_ops_refuse(way, case):
+    """By the same sentences."""
+    assert_refused(way, case)
+
+
+@pytest.mark.ways("cpu")
+@pytest.mark.parametrize("case", ON_THE_HOST, ids=wrong_id)
+def test_ops_refuse_offsets_that_the_host_reads(way, case):
+    assert_refused(way, case)
+
+
+@pytest.mark.parametrize("case", [case for case in WRONG if case[3]], ids=wrong_id)
+def test_a_fake_refuses_what_would_give_its_result_a_wrong_shape(case):
+    op, changes, *_ = case
+    with pytest.raises((RuntimeError, TypeError, ValueError)):
+        getattr(ops, op)(*fake_tensors(replaced(op, **changes)))
+
+
+@pytest.mark.ways("cpu", "cuda", "interpreter", "triton")
+@pytest.mark.parametrize("op", OPS)
+def test_ops_refuse_tensors_of_two_devices(way, op):
+    """Each tensor in turn is on another device.
+
+    One meta tensor among CPU tensors brings the call to the fake, which must not return uninitialised memory.
+    """
+    arguments = way.move(samples(op))
+    other = "cpu" if way.name == "cuda" else "meta"
+    message = {
+        "cuda": rf"nf4kernels\.{op.removesuffix('_out')}: .*the CPU",
+        "interpreter": rf"nf4kernels\.{op.removesuffix('_out')}: \w+ must be on",
+        "triton": rf"nf4kernels\.{op.removesuffix('_out')}: \w+ must be on",
+    }.get(way.name, r"tensors must be on one device, got .*(meta.*cpu|cpu.*meta)")
+    for i, argument in enumerate(arguments):
+        if isinstance(argument, torch.Tensor):
+            mixed = list(arguments)
+            mixed[i] = torch.empty_like(argument, device=other)
+            with pytest.raises(RuntimeError, match=message):
+                getattr(way.ops, op)(*mixed)
+
+
+@pytest.mark.ways(*CHECKED)
+def test_dequantize_out_refuses_overlapping_rows(way):
+    out = torch.empty(1000, device=way.device)
+    for strides in ((8, 1), (0, 1)):
+        arguments = way.move(replaced("dequantize_out"))
+        arguments[-1] = out.as_strided(arguments[-1].shape, strides)
+        with pytest.raises(RuntimeError, match=r"nf4kernels\.dequantize: out's rows must not overlap"):
+            way.ops.dequantize_out(*arguments)
+    assert not way.kernel_names()
+
+
+@pytest.mark.ways(*CHECKED)
+def test_dequantize_refuses_a_weight_beyond_63_bits(way):
+    arguments = way.move(replaced("dequantize", N=2**40, K=2**40))
+    with pytest.raises(RuntimeError, match=r"nf4kernels\.dequantize: N and K must have a product within 63 bits"):
+        way.ops.dequantize(*arguments)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_failed_launch_is_an_error_of_its_op(executor_ops, op):
+    arguments = samples(op)
+    expected = getattr(executor_ops.ops, op)(*arguments)
+    before = [a.clone() for a in arguments if isinstance(a, torch.Tensor)]
+    executor_ops.executor.set(shared_limit=0)
+    with pytest.raises(RuntimeError, match=rf"nf4kernels\.{op.removesuffix('_out')}: the launch on the CPU failed: "):
+        getattr(executor_ops.ops, op)(*arguments)
+    executor_ops.executor.set()
+    again = getattr(executor_ops.ops, op)(*arguments)
+    for a, b in zip(before, (a for a in arguments if isinstance(a, torch.Tensor))):
+        assert torch.equal(a, b)
+    torch.testing.assert_close(again, expected, rtol=0, atol=0)

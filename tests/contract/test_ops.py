@@ -1,41 +1,20 @@
-"""The raw ops: opcheck, fakes that agree with the real thing, and bad arguments refused by both."""
+"""The raw ops: opcheck, fakes that agree with the real thing, and what every binding does around a kernel."""
+
+import inspect
 
 import pytest
 import torch
 from support import cases
 from support.cases import DEFAULT, DTYPES, Layout, dtype_id
+from support.numerics import assert_same_bits
+from support.op_calls import SHAPES, fake_tensors, samples, tensors
 from torch.library import opcheck
 
-from nf4kernels.codebook import SCALE_CODEBOOKS
+from nf4kernels import ops as schemas
+from nf4kernels import reference
 from nf4kernels.ops import OPS
 
 ops = torch.ops.nf4kernels
-SHAPES = ((37, 100), (33, 65), (16, 64), (0, 64), (5, 0))
-
-
-def samples(op, N=37, K=100, layout=DEFAULT, dtype=torch.bfloat16):
-    """The arguments of one sound call."""
-    weight = cases.quantized(N, K, layout).op_args()
-    if op == "quantize":
-        return cases.weight(N, K, dtype), layout.code.clone(), layout.block_size
-    if op == "quantize_absmax":
-        name = layout.scale_codebook or "e4m3"
-        return torch.rand(N, K), SCALE_CODEBOOKS[name].clone(), name == "e4m3"
-    if op == "dequantize":
-        return *weight, N // 3, N, 0, K - K // 4, dtype
-    if op == "dequantize_out":
-        return *weight, N // 3, N, 0, K - K // 4, torch.empty(N - N // 3, K - K // 4, dtype=dtype)
-    if op == "linear":
-        low_rank = torch.randn(2, 3, 4).to(dtype), torch.randn(N, 4).to(dtype), 0.75
-        return torch.randn(2, 3, K).to(dtype), *weight, torch.randn(N).to(dtype), *low_rank
-    if op == "lora_grad":
-        return torch.randn(2, 3, 4).to(dtype), torch.randn(2, 3, N).to(dtype), 0.75, torch.float32, True
-    if op.startswith("grouped_linear"):
-        qweights = cases.quantized_experts(3, N, -(-K // 64) * 64, layout)
-        x = torch.randn(7, N if op == "grouped_linear_dgrad" else qweights.shape[2]).to(dtype)
-        return x, offsets(4, 4, 6), *qweights.op_args()
-    assert op == "linear_dgrad"
-    return torch.randn(2, 3, N).to(dtype), *weight, torch.randn(2, 3, 4).to(dtype), torch.randn(4, K).to(dtype), 0.75
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -72,165 +51,138 @@ def test_every_op_is_checked_here():
     assert registered == set(OPS)
 
 
-def fake_tensors(arguments):
-    return [torch.empty_like(a, device="meta") if isinstance(a, torch.Tensor) else a for a in arguments]
-
-
-def replaced(op, **changes):
-    """(arguments with some replaced by name, message part) of a call."""
-    schema = getattr(ops, op).default._schema
-    arguments = dict(zip((a.name for a in schema.arguments), samples(op)))
-    assert set(changes) <= set(arguments), f"{op} has no {set(changes) - set(arguments)}"
-    return list((arguments | changes).values())
-
-
-def offsets(*ends):
-    return torch.tensor(ends, dtype=torch.int32)
-
-
-# op, replaced arguments, and what the message must name. `SHAPE` marks those that the fake must refuse as well, because
-# its own result would have a wrong shape.
-WRONG = [
-    ("quantize", {"weight": torch.randn(100)}, "weight", True),
-    ("quantize", {"weight": torch.randn(2, 3, 4)}, "weight", True),
-    ("quantize", {"weight": torch.ones(4, 64, dtype=torch.int64)}, "weight", False),
-    ("quantize", {"weight": torch.ones(4, 64, dtype=torch.float64)}, "weight", False),
-    ("quantize", {"code": torch.zeros(15)}, "code", False),
-    ("quantize", {"code": torch.zeros(16).double()}, "code", False),
-    ("quantize", {"block_size": 48}, "block_size", True),
-    ("quantize", {"block_size": 0}, "block_size", True),
-    ("quantize", {"block_size": -64}, "block_size", True),
-    ("quantize", {"block_size": 8192}, "block_size", True),
-    ("quantize_absmax", {"absmax": torch.zeros(5).half()}, "absmax", False),
-    ("quantize_absmax", {"scale_code": torch.zeros(255)}, "scale_code", False),
-    ("dequantize", {"packed": torch.zeros(5, dtype=torch.uint8)}, "packed", False),
-    ("dequantize", {"packed": torch.zeros(37, 50)}, "packed", False),
-    ("dequantize", {"absmax": torch.zeros(58)}, "absmax", False),
-    ("dequantize", {"scale_offset": None}, "scale_offset", False),
-    ("dequantize", {"scale_absmax": torch.zeros(2)}, "scale_absmax", False),
-    ("dequantize", {"N": -1}, "N", False),
-    ("dequantize", {"row_begin": -1}, "row", True),
-    ("dequantize", {"row_end": 38}, "row", True),
-    ("dequantize", {"row_begin": 30, "row_end": 20}, "row", True),
-    ("dequantize", {"col_end": 101}, "col", True),
-    ("dequantize", {"dtype": torch.float64}, "dtype", False),
-    ("dequantize", {"dtype": torch.int8}, "dtype", False),
-    ("dequantize_out", {"out": torch.empty(24, 75)}, "out", True),
-    ("dequantize_out", {"out": torch.empty(25, 75).double()}, "out", False),
-    ("dequantize_out", {"out": torch.empty(75, 25).T}, "out", False),
-    ("linear", {"x": torch.randn(3, 99)}, "x", True),
-    ("linear", {"x": torch.randn(())}, "x", True),
-    ("linear", {"x": torch.randn(3, 100).double()}, "x", False),
-    ("linear", {"x": torch.ones(3, 100, dtype=torch.int32)}, "x", False),
-    ("linear", {"bias": torch.randn(36).bfloat16()}, "bias", False),
-    ("linear", {"bias": torch.randn(37).double()}, "bias", False),
-    ("linear", {"scale_code": None}, "scale", False),
-    ("linear", {"block_size": 100}, "block_size", False),
-    ("linear", {"lora_P": None}, "lora_P and lora_B must be given together", False),
-    ("linear", {"lora_B": None}, "lora_P and lora_B must be given together", False),
-    ("linear", {"lora_P": torch.randn(2, 3, 5).bfloat16()}, "lora_P must have r=4 columns", False),
-    ("linear", {"lora_P": torch.randn(2, 2, 4).bfloat16()}, "lora_P must have 24 elements", False),
-    ("linear", {"lora_P": torch.randn(2, 3, 4)}, "lora_P must be BFloat16, got Float", False),
-    ("linear", {"lora_P": torch.randn(3, 2, 4).bfloat16().transpose(0, 1)}, "lora_P must be contiguous", False),
-    ("linear", {"lora_B": torch.randn(36, 4).bfloat16()}, "lora_B must have 37 rows, got shape [36, 4]", False),
-    ("linear", {"lora_B": torch.randn(37 * 4).bfloat16()}, "lora_B must have 37 rows, got shape [148]", False),
-    ("linear", {"lora_B": torch.randn(37, 4)}, "lora_B must be BFloat16, got Float", False),
-    ("linear", {"lora_B": torch.randn(4, 37).bfloat16().T}, "lora_B must be contiguous", False),
-    ("linear_dgrad", {"lora_Q": None}, "lora_Q and lora_A must be given together", False),
-    ("linear_dgrad", {"lora_A": None}, "lora_Q and lora_A must be given together", False),
-    ("linear_dgrad", {"lora_Q": torch.randn(2, 3, 5).bfloat16()}, "lora_Q must have r=4 columns", False),
-    ("linear_dgrad", {"lora_A": torch.randn(4, 99).bfloat16()}, "lora_A must have 100 columns", False),
-    ("linear_dgrad", {"lora_A": torch.randn(100, 4).bfloat16().T}, "lora_A must be contiguous", False),
-    ("grouped_linear", {"x": torch.randn(7, 127)}, "x must have", True),
-    ("grouped_linear", {"x": torch.randn(128)}, "x must", True),
-    ("grouped_linear", {"x": torch.randn(2, 7, 128)}, "x must", True),
-    ("grouped_linear", {"x": torch.randn(7, 128).double()}, "x", False),
-    ("grouped_linear", {"expert_offsets": torch.tensor([4, 4, 6])}, "expert_offsets must be Int, got Long", False),
-    ("grouped_linear", {"expert_offsets": torch.ones(2, dtype=torch.int32)}, "packed must have", False),
-    (
-        "grouped_linear",
-        {"expert_offsets": torch.ones(3, 1, dtype=torch.int32)},
-        "expert_offsets must have shape",
-        False,
-    ),
-    ("grouped_linear", {"expert_offsets": torch.ones(6, dtype=torch.int32)[::2]}, "expert_offsets must be cont", False),
-    ("grouped_linear", {"expert_offsets": offsets(4, 3, 6)}, "must not fall and not exceed T=7, got 3 after 4", False),
-    (
-        "grouped_linear",
-        {"expert_offsets": offsets(-1, 3, 6)},
-        "must not fall and not exceed T=7, got -1 after 0",
-        False,
-    ),
-    ("grouped_linear", {"expert_offsets": offsets(4, 4, 8)}, "must not fall and not exceed T=7, got 8 after 4", False),
-    ("grouped_linear", {"scale_offset": torch.zeros(1)}, "scale_offset must have 3 elements", False),
-    ("grouped_linear", {"scale_absmax": torch.zeros(1)}, "scale_absmax must have 3 elements", False),
-    ("grouped_linear", {"scale_code": None}, "scale", False),
-    ("grouped_linear", {"block_size": 256, "absmax": torch.zeros(3, 37, dtype=torch.uint8)}, "absmax must have", False),
-    ("grouped_linear", {"N": 74, "K": 64}, "x must have", True),
-    ("grouped_linear_dgrad", {"dy": torch.randn(7, 128)}, "dy must", True),
-    ("grouped_linear_dgrad", {"dy": torch.randn(37)}, "dy must", True),
-    ("grouped_linear_dgrad", {"dy": torch.randn(7, 37).double()}, "dy", False),
-    ("grouped_linear_dgrad", {"expert_offsets": offsets(4, 3, 6)}, "expert_offsets must not fall", False),
-    (
-        "grouped_linear",
-        {"x": torch.randn(7, 32).bfloat16(), "N": 148, "K": 32},
-        "K must be a multiple of 64 at block_size=64, got 32",
-        False,
-    ),
-    ("lora_grad", {"small": torch.randn(2, 2, 4).bfloat16()}, "small must have 24 elements", False),
-    ("lora_grad", {"small": torch.randn(2, 3, 4)}, "small must be BFloat16, got Float", False),
-    ("lora_grad", {"small": torch.randn(3, 2, 4).bfloat16().transpose(0, 1)}, "small must be contiguous", False),
-    ("lora_grad", {"small": torch.randn(()).bfloat16()}, "small and wide must have columns", True),
-    ("lora_grad", {"wide": torch.randn(2, 3, 37).double()}, "wide must be float32, bfloat16 or float16", False),
-    ("lora_grad", {"dtype": torch.float64}, "dtype must be float32, bfloat16 or float16", False),
-    ("linear_dgrad", {"dy": torch.randn(3, 100)}, "dy", True),
-    ("linear_dgrad", {"dy": torch.randn(3, 37).double()}, "dy", False),
-    ("linear_dgrad", {"code": torch.zeros(17)}, "code", False),
-]
-
-
-def wrong_id(case):
-    op, changes, *_ = case
-    return op + "-" + "-".join(
-        f"{k}={cases.shape_id(v.shape)}-{cases.dtype_id(v.dtype)}" if isinstance(v, torch.Tensor) else f"{k}={v}"
-        for k, v in changes.items()
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("case", WRONG, ids=wrong_id)
-def test_bad_arguments(native_library, case):
-    """The raw op on the CPU refuses by name; the fake refuses what would give its result a wrong shape."""
-    op, changes, names, fake_refuses = case
-    arguments = replaced(op, **changes)
-    with pytest.raises((RuntimeError, TypeError, ValueError)) as raised:
-        getattr(ops, op)(*arguments)
-    assert names in str(raised.value)
-    assert f"nf4kernels.{op.removesuffix('_out')}" in str(raised.value)
-    if fake_refuses:
-        with pytest.raises((RuntimeError, TypeError, ValueError)):
-            getattr(ops, op)(*fake_tensors(arguments))
-
-
+@pytest.mark.parametrize("layout", [DEFAULT, Layout(32, "fp4", None)], ids=str)
 @pytest.mark.parametrize("op", OPS)
-def test_mixed_devices_are_refused(op):
-    """One meta tensor among CPU tensors brings the call to the fake, which must not return uninitialised memory."""
-    arguments = samples(op)
-    for i, argument in enumerate(arguments):
-        if isinstance(argument, torch.Tensor):
-            mixed = list(arguments)
-            mixed[i] = torch.empty_like(argument, device="meta")
-            with pytest.raises(RuntimeError, match=r"tensors must be on one device, got .*(meta.*cpu|cpu.*meta)"):
-                getattr(ops, op)(*mixed)
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_fake_keeps_shape_dtype_and_strides(op):
-    for shape in SHAPES:
-        arguments = samples(op, *shape)
-        real, fake = getattr(ops, op)(*arguments), getattr(ops, op)(*fake_tensors(arguments))
-        if op == "dequantize_out":
-            assert real is None
-            assert fake is None
-            continue
-        for r, f in zip(*((t if isinstance(t, tuple) else (t,)) for t in (real, fake))):
+def test_result_is_as_the_fake_says(way, op, layout):
+    """In shape, dtype, strides and device; and no element is left as it was allocated, which is NaN here."""
+    for shape in (*SHAPES, (0, 7), (300, 64)):
+        arguments = samples(op, *shape, layout)
+        result = getattr(way.ops, op)(*way.move(arguments))
+        fake = getattr(ops, op)(*fake_tensors(arguments))
+        for r, f in zip(tensors(result), tensors(fake)):
+            if op == "dequantize_out":
+                assert r is f is None
+                continue
             assert (r.shape, r.dtype, r.stride()) == (f.shape, f.dtype, f.stride())
+            assert r.device.type == way.device
+            assert not r.is_floating_point() or r.isfinite().all(), "an element that no kernel wrote is NaN"
+
+
+@pytest.mark.ways("interpreter", "triton")
+def test_every_op_has_the_reference_s_arguments(way):
+    assert set(way.backend.OPS) == set(OPS)
+    for name, function in way.backend.OPS.items():
+        assert inspect.signature(function) == inspect.signature(getattr(reference, name)), name
+
+
+NAMESPACE = "nf4kernels_triton"
+
+
+@pytest.fixture(scope="module")
+def triton_library():
+    """The schemas once more, for the Triton ops to be registered as select.py would."""
+    library = torch.library.Library(NAMESPACE, "DEF")
+    for schema in schemas.SCHEMAS:
+        library.define(schema)
+    yield library
+    library._destroy()
+
+
+def test_triton_functions_are_registered_as_ops(interpreter, triton_library):
+    for name, function in interpreter.backend.OPS.items():
+        triton_library.impl(name, function, "CPU")
+        op = getattr(getattr(torch.ops, NAMESPACE), name).default
+        arguments = samples(name, dtype=torch.float32)
+        expected = getattr(ops, name)(*(a.clone() if torch.is_tensor(a) else a for a in arguments))
+        actual = op(*arguments)
+        if name != "dequantize_out":
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
+        opcheck(op, arguments, test_utils="test_schema")
+
+
+# What a GPU alone has: streams, graphs, several devices.
+
+
+@pytest.mark.gpu
+def test_runs_on_the_current_stream_of_its_tensors_device(gpu):
+    """A second stream that waits for the first would see the result of a launch on the wrong stream too early."""
+    w = torch.randn(4096, 4096, device=gpu.device)
+    code = DEFAULT.code.to(gpu.device)
+    expected = gpu.ops.quantize(w, code, 64)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)
+        late = w * 2
+        result = gpu.ops.quantize(late, code, 64)
+    stream.synchronize()
+    assert torch.equal(result[0], expected[0])
+    assert torch.equal(result[1], expected[1] * 2)
+
+
+def assert_captured(call, arguments):
+    """A graph of the call gives what the call gives; dequantize_out gives it in its last argument."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call(*arguments)
+    graph.replay()
+    captured = [t.clone() for t in (arguments[-1:] if captured is None else tensors(captured))]
+    expected = call(*arguments)
+    for a, b in zip(captured, arguments[-1:] if expected is None else tensors(expected), strict=True):
+        assert_same_bits(a, b, "captured")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", OPS)
+def test_is_captured_in_a_graph(gpu, op):
+    assert_captured(getattr(gpu.ops, op), gpu.move(samples(op, 300, 640)))
+
+
+class EveryProductInAGraph:
+    op: str
+
+    @pytest.mark.ways("cuda")
+    @pytest.mark.every_kernel
+    @pytest.mark.parametrize("splits", [False, True])
+    @pytest.mark.parametrize("rows", [5, 20, 50, 200])
+    def test_is_captured_in_a_graph(self, way, rows, splits):
+        """Also the first launch of a kernel, whose code is loaded then; long contractions of few columns are split."""
+        if way.kernel == "small" and rows > 5:
+            pytest.skip("the small kernel takes at most 16 rows")
+        forward = self.op == "linear"
+        N, K = (64, 8192) if splits == forward else (8192, 64)
+        x = cases.activations(rows, K if forward else N, torch.bfloat16)
+        factors = (cases.activations(r, c, torch.bfloat16) for r, c in ((rows, 8), (N, 8) if forward else (8, K)))
+        rest = (None, *factors, 2.0) if forward else (*factors, 2.0)
+        assert_captured(getattr(way.ops, self.op), way.move((x, *cases.quantized(N, K).op_args(), *rest)))
+
+
+class TestLinearInAGraph(EveryProductInAGraph):
+    op = "linear"
+
+
+class TestLinearDgradInAGraph(EveryProductInAGraph):
+    op = "linear_dgrad"
+
+
+@pytest.mark.gpu
+def test_lora_grad_of_a_long_depth_is_captured_in_a_graph(gpu):
+    small, wide = cases.activations(4096, 16, torch.bfloat16), cases.activations(4096, 512, torch.bfloat16)
+    assert_captured(gpu.ops.lora_grad, gpu.move((small, wide, 0.5, torch.float32)))
+
+
+@pytest.mark.gpu
+def test_runs_on_a_second_gpu(gpu):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one CUDA device only: nothing ran on a second one")
+    for op in OPS:
+        arguments = samples(op)
+        results = []
+        for device in ("cuda:0", "cuda:1"):
+            here = [a.to(device) if isinstance(a, torch.Tensor) else a for a in arguments]
+            result = getattr(gpu.ops, op)(*here)
+            results.append(here[-1:] if op == "dequantize_out" else tensors(result))
+            assert torch.cuda.current_device() == 0
+            assert all(r.device == torch.device(device) for r in results[-1])
+        for a, b in zip(*results):
+            torch.testing.assert_close(a.cpu(), b.cpu())  # the same bits only where both are of one kind

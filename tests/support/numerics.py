@@ -1,4 +1,4 @@
-"""The checks of DESIGN section 7: equal bits, and the row-wise bound on a product's error."""
+"""The checks of docs/design.md, section 7: equal bits, and the row-wise bound on a product's error."""
 
 import math
 
@@ -23,7 +23,7 @@ def assert_same_bits(actual: Tensor, expected: Tensor, what: str) -> None:
 
 
 WIDE = 32  # columns from which a row's error norm is a statistic, see `row_bounds`
-LONGEST_SUM = 512  # terms in one fp32 running sum, DESIGN section 7
+LONGEST_SUM = 512  # terms in one fp32 running sum, docs/design.md, section 7
 
 
 def row_bounds(a: Tensor, matrix: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The format of DESIGN section 3 once more, element by element in NumPy float32, to check the reference itself.
+"""The format of docs/design.md, section 3, once more, element by element in NumPy float32, to check the reference.
 
 Written from the text and not from `nf4kernels.reference`; slow, for small weights. Scalars of np.float32 round every
 operation to fp32 and are never fused.

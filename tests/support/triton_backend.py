@@ -1,45 +1,26 @@
-"""Where tests call the Triton ops: on CPU tensors under Triton's interpreter, or on a GPU."""
+"""The Triton ops, on CPU tensors under Triton's interpreter or on a GPU, and a stand-in for a kernel."""
 
 import functools
 import importlib
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
-import torch
-
-
-@dataclass(frozen=True)
-class TritonOps:
-    ops: SimpleNamespace  # as torch.ops.nf4kernels
-    backend: object  # nf4kernels.backends.triton
-    device: str
-
-    def move(self, arguments: tuple) -> list:
-        """An op's arguments with their tensors on the device."""
-        return [a.to(self.device) if isinstance(a, torch.Tensor) else a for a in arguments]
-
-    def running(self, path: str | None, config=None) -> AbstractContextManager:
-        """Every 16-bit product by this path, fused or dequantize_gemm, and this configuration."""
-        return self.backend.choose.forcing(path, config)
-
-    def buckets(self, op: str) -> list:
-        """(rows that a bucket begins at, its configuration) of the table that is in use here."""
-        choose = self.backend.choose
-        limits = choose.table_for(choose.architecture_of(torch.device(self.device, 0))).configs[op]
-        return [(before + 1, config) for before, (_, config) in zip([0, *(most for most, _ in limits)], limits)]
+from support.ways import TritonWay
 
 
 @functools.cache
-def load(device: str) -> TritonOps:
+def load(device: str) -> TritonWay:
     """Imports Triton and the backend, which must not come with the tests' collection."""
     pytest.importorskip("triton", reason="Triton is not installed: its backend is not tested")
+    launched = None
     if device == "cpu":
-        importlib.import_module("support.triton_interpreter").correct()
+        interpreter = importlib.import_module("support.triton_interpreter")
+        interpreter.correct()
+        launched = interpreter.LAUNCHED
     backend = importlib.import_module("nf4kernels.backends.triton")
     importlib.import_module("nf4kernels.backends.triton.choose")
-    return TritonOps(SimpleNamespace(**backend.OPS), backend, device)
+    name = "interpreter" if device == "cpu" else "triton"
+    return TritonWay(name, SimpleNamespace(**backend.OPS), device, backend=backend, launched=launched)
 
 
 class LaunchRecorder:

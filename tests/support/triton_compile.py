@@ -1,6 +1,6 @@
 """Compiles for one target, without its device, every kernel that a list of calls would launch, and prints JSON.
 
-    python tests/triton_compile.py cuda:90
+    python tests/support/triton_compile.py cuda:90
 
 The host functions run as they are, on CPU tensors; where they launch, Triton compiles for the target and nothing runs.
 In a process of its own: a kernel is either compiled or interpreted, from when it is defined on.

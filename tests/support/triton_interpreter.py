@@ -6,12 +6,15 @@ a GPU rounds to nearest even, it multiplies the bits of bf16 as integers in a do
 itself after a launch, also one of 4 GB of which a kernel reads a page. `test_interpreter_triton.py` holds it to that.
 """
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
+
+LAUNCHED: list[str] = []  # the names of the kernels that ran since someone cleared it
 
 
 def bf16_to_fp32(bits: np.ndarray) -> np.ndarray:
@@ -24,7 +27,9 @@ def fp32_to_bf16(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)
 
 
+@functools.cache
 def correct() -> None:
+    """From now on, in this process."""
     builder = interpreter.InterpreterBuilder
     cast, dot = builder.cast_impl, builder.create_dot
 
@@ -47,6 +52,7 @@ def correct() -> None:
     run = executor.__call__
 
     def quietly(self, *args, **kwargs):
+        LAUNCHED.append(self.fn.__name__)
         with np.errstate(all="ignore"):  # inf, NaN and denormals are as ordinary as on a GPU
             return run(self, *args, **kwargs)
 
