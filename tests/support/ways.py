@@ -28,7 +28,8 @@ CUDA_KERNELS = {
         "any": "grouped_linear_any",
     },
     "grouped_linear_dgrad": {
-        "tiled": "grouped_linear_dgrad_tiled", "dequantize_gemm": "dequantize_experts", "any": "grouped_linear_dgrad_any"
+        "tiled": "grouped_linear_dgrad_tiled", "dequantize_gemm": "dequantize_experts",
+        "any": "grouped_linear_dgrad_any",
     },
 }  # fmt: skip
 CUDA_DEQUANTIZE_GEMM, TRITON_DEQUANTIZE_GEMM = "dequantize_gemm", "dequantize_gemm"
