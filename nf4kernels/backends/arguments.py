@@ -112,23 +112,24 @@ def check_input(op: str, device: torch.device, name: str, tensor: Tensor, depth_
 
 
 def check_lora_term(
-    op: str, device: torch.device, names: tuple[str, str], inner: Tensor | None, factor: Tensor | None, rank_dim: int,
-    dtype: torch.dtype, rows: int, columns: int,
+    op: str, device: torch.device, names: tuple[str, str], lora_inner: Tensor | None, lora_factor: Tensor | None,
+    rank_dim: int, dtype: torch.dtype, M: int, size: int,
 ) -> None:  # fmt: skip
-    """LoRA's inner [rows, rank] and its factor, whose dimension rank_dim is the rank and the other `columns`."""
+    """lora_inner is [M, rank]; dimension rank_dim of lora_factor is the rank, and the other one has `size` elements."""
     inner_name, factor_name = names
-    if (inner is None) != (factor is None):
+    if (lora_inner is None) != (lora_factor is None):
         refuse(op, f"{inner_name} and {factor_name} must be given together")
-    if inner is None or factor is None:
+    if lora_inner is None or lora_factor is None:
         return
-    if factor.dim() != 2 or factor.shape[1 - rank_dim] != columns:
+    if lora_factor.dim() != 2 or lora_factor.shape[1 - rank_dim] != size:
         other = "rows" if rank_dim == 1 else "columns"
-        refuse(op, f"{factor_name} must have {columns} {other}, got shape {list(factor.shape)}")
-    rank = factor.shape[rank_dim]
-    if inner.dim() == 0 or inner.shape[-1] != rank:
-        refuse(op, f"{inner_name} must have r={rank} columns as {factor_name} has, got shape {list(inner.shape)}")
-    check_data(op, device, inner_name, inner, dtype, rows * rank)
-    check_data(op, device, factor_name, factor, dtype, columns * rank)
+        refuse(op, f"{factor_name} must have {size} {other}, got shape {list(lora_factor.shape)}")
+    rank = lora_factor.shape[rank_dim]
+    if lora_inner.dim() == 0 or lora_inner.shape[-1] != rank:
+        came = list(lora_inner.shape)
+        refuse(op, f"{inner_name} must have r={rank} columns as {factor_name} has, got shape {came}")
+    check_data(op, device, inner_name, lora_inner, dtype, M * rank)
+    check_data(op, device, factor_name, lora_factor, dtype, size * rank)
 
 
 def check_quantize(weight: Tensor, code: Tensor, block_size: int) -> None:
@@ -168,22 +169,22 @@ def check_linear(
     x, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size, bias, lora_P=None, lora_B=None,
     scaling=1.0,
 ) -> None:  # fmt: skip
-    device, rows = x.device, x.shape[:-1].numel()
+    device, M = x.device, x.shape[:-1].numel()
     check_weight("linear", device, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size)
     check_input("linear", device, "x", x, "K", K)
     if bias is not None:
         check_data("linear", device, "bias", bias, x.dtype, N)
-    check_lora_term("linear", device, ("lora_P", "lora_B"), lora_P, lora_B, 1, x.dtype, rows, N)
+    check_lora_term("linear", device, ("lora_P", "lora_B"), lora_P, lora_B, 1, x.dtype, M, N)
 
 
 def check_linear_dgrad(
     dy, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size, lora_Q=None, lora_A=None,
     scaling=1.0,
 ) -> None:  # fmt: skip
-    device, rows, weight = dy.device, dy.shape[:-1].numel(), (packed, absmax, scale_absmax, scale_offset, code)
+    device, M, weight = dy.device, dy.shape[:-1].numel(), (packed, absmax, scale_absmax, scale_offset, code)
     check_weight("linear_dgrad", device, *weight, scale_code, N, K, block_size)
     check_input("linear_dgrad", device, "dy", dy, "N", N)
-    check_lora_term("linear_dgrad", device, ("lora_Q", "lora_A"), lora_Q, lora_A, 0, dy.dtype, rows, K)
+    check_lora_term("linear_dgrad", device, ("lora_Q", "lora_A"), lora_Q, lora_A, 0, dy.dtype, M, K)
 
 
 def check_grouped_linear(
@@ -205,8 +206,8 @@ def check_lora_grad(small: Tensor, wide: Tensor, scaling: float, dtype: torch.dt
         refuse("lora_grad", f"small and wide must have columns, got shapes {list(small.shape)} and {list(wide.shape)}")
     check_dtype("lora_grad", "wide", wide.dtype)
     check_dtype("lora_grad", "dtype", dtype)
-    rows = wide.shape[:-1].numel()
-    check_data("lora_grad", wide.device, "small", small, wide.dtype, rows * small.shape[-1])
+    M = wide.shape[:-1].numel()
+    check_data("lora_grad", wide.device, "small", small, wide.dtype, M * small.shape[-1])
 
 
 CHECKS: dict[str, Callable[..., None]] = {

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..arguments import check_dtype, check_out, check_range, check_weight
+from ..arguments import check_dequantize, check_dequantize_out
 from .decode import LAUNCH, block_scales, ceil_div, lookup, on_device_of
 
 CHUNK = tl.constexpr(32)
@@ -61,9 +61,7 @@ def dequantize(
     col_end: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     weight = (packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size)
-    check_weight("dequantize", packed.device, *weight)
-    check_range("dequantize", N, K, row_begin, row_end, col_begin, col_end)
-    check_dtype("dequantize", "dtype", dtype)
+    check_dequantize(*weight, row_begin, row_end, col_begin, col_end, dtype)
     out = packed.new_empty((row_end - row_begin, col_end - col_begin), dtype=dtype)
     launch(weight, row_begin, col_begin, out)
     return out
@@ -75,9 +73,7 @@ def dequantize_out(
     col_end: int, out: Tensor,
 ) -> None:  # fmt: skip
     weight = (packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size)
-    check_weight("dequantize", packed.device, *weight)
-    check_range("dequantize", N, K, row_begin, row_end, col_begin, col_end)
-    check_out("dequantize", packed.device, out, row_end - row_begin, col_end - col_begin)
+    check_dequantize_out(*weight, row_begin, row_end, col_begin, col_end, out)
     launch(weight, row_begin, col_begin, out)
 
 

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...quantized_weight import SUPERBLOCK
-from ..arguments import check_experts
+from ..arguments import check_grouped_linear
 from .choose import LONGEST_DEPTH, LONGEST_FP32, choose_for_experts
 from .decode import LAUNCH, ceil_div, on_device_of
 from .linear import add_runs
@@ -102,7 +102,7 @@ def grouped_linear(
     scale_offset: Tensor | None, code: Tensor, scale_code: Tensor | None, N: int, K: int, block_size: int,
 ) -> Tensor:  # fmt: skip
     tensors = (packed, absmax, scale_absmax, scale_offset, code, scale_code)
-    check_experts("grouped_linear", "x", x, expert_offsets, (*tensors, N, K, block_size), "K", K)
+    check_grouped_linear(x, expert_offsets, *tensors, N, K, block_size)
     T, E = x.shape[0], expert_offsets.shape[0]
     out = x.new_empty((T, N))
     if out.numel() == 0:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..arguments import check_experts
+from ..arguments import check_grouped_linear_dgrad
 from .choose import choose_for_experts
 from .decode import LAUNCH, on_device_of
 from .grouped_linear import find_group, most_tiles, run_of, superblocks_of, weight_of
@@ -51,7 +51,7 @@ def grouped_linear_dgrad(
     scale_offset: Tensor | None, code: Tensor, scale_code: Tensor | None, N: int, K: int, block_size: int,
 ) -> Tensor:  # fmt: skip
     tensors = (packed, absmax, scale_absmax, scale_offset, code, scale_code)
-    check_experts("grouped_linear_dgrad", "dy", dy, expert_offsets, (*tensors, N, K, block_size), "N", N)
+    check_grouped_linear_dgrad(dy, expert_offsets, *tensors, N, K, block_size)
     T, E = dy.shape[0], expert_offsets.shape[0]
     out = dy.new_empty((T, K))
     if out.numel() == 0:

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..arguments import check_data, check_input, check_lora_term, check_weight
+from ..arguments import check_linear
 from .choose import LONGEST_FP32, Choice, choose
 from .decode import LAUNCH, block_scales, ceil_div, decode_elements, lookup, on_device_of
 from .dequantize_gemm import multiply_by_slices
@@ -163,11 +163,7 @@ def linear(
 ) -> Tensor:  # fmt: skip
     weight = (packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size)
     device, M = x.device, x.shape[:-1].numel()
-    check_weight("linear", device, *weight)
-    check_input("linear", device, "x", x, "K", K)
-    if bias is not None:
-        check_data("linear", device, "bias", bias, x.dtype, N)
-    check_lora_term("linear", device, ("lora_P", "lora_B"), lora_P, lora_B, 1, x.dtype, M, N)
+    check_linear(x, *weight, bias, lora_P, lora_B)
     out = x.new_empty((*x.shape[:-1], N))
     if out.numel() == 0:
         return out

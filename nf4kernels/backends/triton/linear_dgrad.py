@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..arguments import check_input, check_lora_term, check_weight
+from ..arguments import check_linear_dgrad
 from .choose import LONGEST_FP32, Choice, choose
 from .decode import LAUNCH, block_scales, ceil_div, decode_elements, lookup, on_device_of
 from .dequantize_gemm import multiply_by_slices
@@ -180,9 +180,7 @@ def linear_dgrad(
 ) -> Tensor:  # fmt: skip
     weight = (packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size)
     device, M = dy.device, dy.shape[:-1].numel()
-    check_weight("linear_dgrad", device, *weight)
-    check_input("linear_dgrad", device, "dy", dy, "N", N)
-    check_lora_term("linear_dgrad", device, ("lora_Q", "lora_A"), lora_Q, lora_A, 0, dy.dtype, M, K)
+    check_linear_dgrad(dy, *weight, lora_Q, lora_A)
     out = dy.new_empty((*dy.shape[:-1], K))
     if out.numel() == 0:
         return out

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..arguments import check_data, check_dtype, refuse
+from ..arguments import check_lora_grad
 from .decode import LAUNCH, ceil_div, on_device_of
 from .linear import matrix
 from .reduce import reduce_splits
@@ -45,12 +45,8 @@ def lora_grad_kernel(
 
 
 def lora_grad(small: Tensor, wide: Tensor, scaling: float, dtype: torch.dtype, transposed: bool = False) -> Tensor:
-    if small.dim() == 0 or wide.dim() == 0:
-        refuse("lora_grad", f"small and wide must have columns, got shapes {list(small.shape)} and {list(wide.shape)}")
-    check_dtype("lora_grad", "wide", wide.dtype)
-    check_dtype("lora_grad", "dtype", dtype)
+    check_lora_grad(small, wide, scaling, dtype)
     M, rank, C = wide.shape[:-1].numel(), small.shape[-1], wide.shape[-1]
-    check_data("lora_grad", wide.device, "small", small, wide.dtype, M * rank)
     shape = (C, rank) if transposed else (rank, C)
     if M == 0 or rank == 0 or C == 0:
         return wide.new_zeros(shape, dtype=dtype)

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...quantized_weight import SUPERBLOCK, absmax_shape, packed_shape
-from ..arguments import check_block_size, check_data, check_dtype, refuse
+from ..arguments import check_quantize, check_quantize_absmax
 from .decode import LAUNCH, ceil_div, on_device_of
 
 TILE = 4096  # weights a program: at least one whole block of any size
@@ -137,11 +137,7 @@ def scale_codes_kernel(absmax, mean, scale_code, quantized, scale_absmax, blocks
 
 
 def quantize(weight: Tensor, code: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    if weight.dim() != 2:
-        refuse("quantize", f"weight must be 2-D [N, K], got shape {list(weight.shape)}")
-    check_dtype("quantize", "weight", weight.dtype)
-    check_data("quantize", weight.device, "code", code, torch.float32, 16)
-    check_block_size("quantize", block_size)
+    check_quantize(weight, code, block_size)
     N, K = weight.shape
     packed = weight.new_empty(packed_shape(N, K), dtype=torch.uint8)
     absmax = weight.new_empty(absmax_shape(N, K, block_size), dtype=torch.float32)
@@ -156,10 +152,9 @@ def quantize(weight: Tensor, code: Tensor, block_size: int) -> tuple[Tensor, Ten
 
 
 def quantize_absmax(absmax: Tensor, scale_code: Tensor, scale_is_e4m3: bool) -> tuple[Tensor, Tensor, Tensor]:
+    check_quantize_absmax(absmax, scale_code, scale_is_e4m3)
     blocks = absmax.numel()
     superblocks = ceil_div(blocks, SUPERBLOCK)
-    check_data("quantize_absmax", absmax.device, "absmax", absmax, torch.float32, blocks)
-    check_data("quantize_absmax", absmax.device, "scale_code", scale_code, torch.float32, 256)
     quantized, scale_absmax = absmax.new_empty(absmax.shape, dtype=torch.uint8), absmax.new_empty(superblocks)
     if blocks == 0:
         return quantized, scale_absmax, absmax.new_zeros(())
