@@ -4,8 +4,8 @@
 
 For each op and bucket of M one field after the other of the configuration takes the value with the least time, as a
 geometric mean over the shapes of 8B models, until no field changes; then the least M is looked for at which
-dequantize + GEMM is faster. A configuration is checked against an fp64 product before it is timed. The table is written when all of it
-was measured, and never by anything but this command.
+dequantize + GEMM is faster. A configuration is checked against an fp64 product before it is timed. The table is
+written when all of it was measured, and never by anything but this command.
 """
 
 import argparse
