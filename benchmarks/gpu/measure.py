@@ -67,7 +67,7 @@ SHOWN_ROWS = {  # the table's; the CSV has all
     "grouped dgrad": (65536,),
 }
 # The kernels that can be forced, and the largest M where each is worth its time: `any` is the plain one.
-KERNELS = {"small": 16, "tiled": max(ROWS), "panel": max(ROWS), "any": 64}
+KERNELS = {"small": 16, "tiled": max(ROWS), "dequantize_gemm": max(ROWS), "any": 64}
 FORCED = "kernel "
 TRITON = "triton"  # our own kernels in Triton
 GROUPED = {"grouped linear": "grouped_linear", "grouped dgrad": "grouped_linear_dgrad"}  # row -> op
@@ -548,7 +548,7 @@ def line_of(row: Row) -> str:
 
 
 def break_even(rows: Iterable[Row]) -> Iterator[str]:
-    """For each op and shape the fastest kernel at each M: "small to 16, tiled to 512, panel"."""
+    """For each op and shape the fastest kernel at each M: "small to 16, tiled to 512, dequantize_gemm"."""
     best: dict[tuple[str, str], list[tuple[int, str]]] = {}
     for row in rows:
         forced = {side.removeprefix(FORCED): ms for side, ms in row.ms.items() if side.startswith(FORCED)}

@@ -137,7 +137,7 @@ def test_every_op_is_measured_beside_its_peers(finished, found):
 def test_every_kernel_is_forced_where_it_is_worth_its_time(finished, found):
     assert finished.force.seen == set(gpu_measure.KERNELS)
     kernels = {side for side in found["linear", "128x128", 1].ms if side.startswith(gpu_measure.FORCED)}
-    assert kernels == {"kernel small", "kernel tiled", "kernel panel", "kernel any"}
+    assert kernels == {"kernel small", "kernel tiled", "kernel dequantize_gemm", "kernel any"}
     assert "kernel small" not in found["linear", "128x128", 64].ms
     assert "kernel small" not in found["linear_dgrad", "128x128", 1].ms
     kernels = {side for side in found["grouped linear", "64x128", 6].ms if side.startswith(gpu_measure.FORCED)}
@@ -236,7 +236,7 @@ def test_a_wrong_kernel_is_said_and_not_timed(monkeypatch, capsys):
     gpu_measure.measure_linear(run, gpu_measure.Weights((128, 128), run.machine), 4)
     (row,) = run.rows
     assert "kernel tiled" not in row.ms
-    assert "kernel panel" in row.ms
+    assert "kernel dequantize_gemm" in row.ms
     assert run.wrong == 1
     assert "WRONG: kernel tiled" in capsys.readouterr().out
 
@@ -283,13 +283,13 @@ def test_break_even_names_the_fastest_kernel_over_ranges_of_rows():
         return Row("linear", "4096x4096", M, 1, "out", {OURS: 1.0, **{f"kernel {k}": v for k, v in ms.items()}})
 
     rows = [
-        row(1024, tiled=3, panel=2),
+        row(1024, tiled=3, dequantize_gemm=2),
         row(1, small=1, tiled=2),
         row(16, small=1, tiled=2),
-        row(256, tiled=1, panel=2),
+        row(256, tiled=1, dequantize_gemm=2),
     ]
     assert [line.split() for line in gpu_measure.break_even(rows)] == [
-        ["linear", "4096x4096:", "small", "to", "16,", "tiled", "to", "256,", "panel", "to", "1024"]
+        ["linear", "4096x4096:", "small", "to", "16,", "tiled", "to", "256,", "dequantize_gemm", "to", "1024"]
     ]
 
 
@@ -394,7 +394,7 @@ def test_the_sanitizers_script_calls_every_op_with_every_kernel(capsys, monkeypa
     monkeypatch.setattr(gpu_sanitize, "ROWS", (9,))
     force = Force(refuses=("small",))
     assert gpu_sanitize.main("cpu", force) == 0
-    assert force.seen == {"tiled", "panel", "any"}
+    assert force.seen == {"tiled", "dequantize_gemm", "any"}
     ops = {op for _, op, _ in gpu_sanitize.cases()}
     assert ops == {"quantize", "quantize_absmax", "dequantize", "linear", "linear_dgrad", "lora_grad"}
     printed = capsys.readouterr().out
@@ -413,7 +413,7 @@ def test_the_sanitizers_script_runs_every_kernel(monkeypatch, executor_ops):
 
 def test_an_unknown_kernel_cannot_be_forced(executor_ops):
     force = gpu_measure.Forcing(executor_ops.executor.library)
-    with pytest.raises(ValueError, match="huge: must be any, small, tiled or panel"), force("huge"):
+    with pytest.raises(ValueError, match="huge: must be any, small, tiled or dequantize_gemm"), force("huge"):
         pass
 
 
@@ -447,11 +447,11 @@ def test_a_product_takes_the_longest_of_its_units():
 def test_predictions_are_of_the_committed_report(monkeypatch):
     monkeypatch.setattr(gpu_predictions, "_report", lambda: (KERNEL,))
     found = gpu_predictions.predictions(CARD, "linear", 4096, 4096, 16)
-    assert set(found) == {"small", "panel"}
-    assert set(gpu_predictions.predictions(CARD, "linear", 4096, 4096, 17)) == {"panel"}
+    assert set(found) == {"small", "dequantize_gemm"}
+    assert set(gpu_predictions.predictions(CARD, "linear", 4096, 4096, 17)) == {"dequantize_gemm"}
     assert gpu_predictions.predicted_ms(CARD, "linear", 4096, 4096, 16) == found["small"].ms
     assert gpu_predictions.predicted_ms(CARD, "lora step", 4096, 4096, 16) is None
-    assert found["panel"].ms == pytest.approx(
+    assert found["dequantize_gemm"].ms == pytest.approx(
         (2.516 * 2**24 / 1e9) + 2**29 / 400e9 + 2 * gpu_predictions.LAUNCH_MS, 1e-3
     )
 
