@@ -37,7 +37,7 @@ STABLE_ABI = [("TORCH_STABLE_ONLY", None), ("TORCH_TARGET_VERSION", "0x020a00000
 ROUNDED_CODE = "csrc/rounded_code.cpp"  # of both libraries
 
 CUDA_SOURCES = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*.cu"))
-CUDA_BINDINGS = ["csrc/bindings/cuda.cpp", "csrc/bindings/cuda_grouped.cpp"]
+CUDA_BINDINGS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/bindings/cuda*.cpp"))
 CUDA_OBJECTS = ROOT / "build" / "cuda"  # not in setuptools' own folder, which pip makes anew for every build
 CUDA_ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 CUDA_VARIABLE, ARCHITECTURES_VARIABLE = "NF4KERNELS_CUDA", "TORCH_CUDA_ARCH_LIST"

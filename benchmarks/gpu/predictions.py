@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu.predictions       for the cards below, 4096x4096 and 14336x4096
 
-Instructions come from the committed report on the machine code (cuda_report), so no GPU is needed; a run of gpu_measure
-shows measured beside predicted. Every SM is taken as busy from the first cycle to the last, and no latency is counted
-but the launch's: what a kernel takes longer is to be explained by these.
+Instructions come from the committed report on the machine code (cuda_report), so no GPU is needed; benchmarks.gpu.run
+shows measured beside predicted. Every SM counts as busy from the first cycle to the last, and of latencies the
+launch's alone: they explain what a kernel takes longer.
 """
 
 import argparse
@@ -25,7 +25,7 @@ ALU |= {"FSEL", "FMNMX", "PLOP3", "I2FP", "F2FP", "MOV"}
 # Multiply-adds a cycle and SM that mma.sync reaches in bf16 with fp32 sums where cuBLAS has quicker instructions: sm_90
 # 62 % of what wgmma does (published measurements), sm_100 assumed to be as sm_80. Elsewhere cuBLAS uses mma.sync too.
 MMA_A_CYCLE = {"sm_90a": 1270, "sm_100": 1024}
-TOKENS = 8  # rows of x in one mma
+MMA_M = 8  # rows of x in one mma
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def decoding(card: Card, kernel: Kernel, weights: float) -> dict[str, float]:
 def product(card: Card, kernel: Kernel, N: int, K: int, M: int) -> Prediction:
     """A fused product: every weight is decoded again for so many rows of x as one decoded fragment serves."""
     fragments = kernel.weights / 8
-    rows_at_once = TOKENS * max(1, round(kernel.loop_counts["HMMA"] / fragments))
+    rows_at_once = MMA_M * max(1, round(kernel.loop_counts["HMMA"] / fragments))
     passes = -(-M // rows_at_once)
     moved = WEIGHT_BYTES * N * K + 2 * M * (N + K)
     units = {
@@ -111,11 +111,11 @@ def product(card: Card, kernel: Kernel, N: int, K: int, M: int) -> Prediction:
     return _longest(units)
 
 
-def panel(card: Card, N: int, K: int, M: int) -> Prediction:
-    """Dequantizes, then multiplies by cuBLAS; a panel is read from the L2."""
+def dequantize_gemm(card: Card, N: int, K: int, M: int) -> Prediction:
+    """Dequantizes, then multiplies by cuBLAS, which reads a slice from the L2."""
     decode = dequantize(card, N, K).ms
     gemm = max(2 * M * N * K / card.bf16_gflop_s, 2 * M * (N + K) / card.copy_gb_s) / 1e6
-    return Prediction(decode + gemm + LAUNCH_MS, "panels")
+    return Prediction(decode + gemm + LAUNCH_MS, "dequantize + GEMM")
 
 
 def dequantize(card: Card, N: int, K: int) -> Prediction:
@@ -146,7 +146,7 @@ def predictions(card: Card, op: str, N: int, K: int, M: int | None) -> dict[str,
         return {"": quantize(card, N, K)}
     if op not in ("linear", "linear_dgrad"):
         return {}
-    found = {"panel": panel(card, N, K, M)}
+    found = {"dequantize_gemm": dequantize_gemm(card, N, K, M)}
     for name in ("small", "tiled"):
         fused = [product(card, k, N, K, M) for k in kernels(f"{op}_{name}", card.arch)]
         if fused and (name != "small" or M <= 16):

@@ -29,7 +29,7 @@ Sides = dict[str, Callable[[], object]]
 TRITON = "triton"  # our own kernels in Triton
 FORCED = "kernel "
 # The kernels that can be forced, and the largest M where each is worth its time: `any` is the plain one.
-KERNELS = {"small": 16, "tiled": math.inf, "panel": math.inf, "any": 64}
+KERNELS = {"small": 16, "tiled": math.inf, "dequantize_gemm": math.inf, "any": 64}
 GROUPED_KERNELS = {"small": math.inf, "tiled": math.inf}  # of experts
 
 

@@ -27,7 +27,7 @@ SAID_LINES = 8  # of what was wrong or missing, at the end of the summary
 
 
 def break_even(rows: Iterable[Row]) -> Iterator[str]:
-    """For each op and shape the fastest kernel at each M: "small to 16, tiled to 512, panel"."""
+    """For each op and shape the fastest kernel at each M: "small to 16, tiled to 512, dequantize_gemm"."""
     best: dict[tuple[str, str], list[tuple[int, str]]] = {}
     for row in rows:
         forced = forced_ms(row)

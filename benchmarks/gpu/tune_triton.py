@@ -3,9 +3,9 @@
     python -m benchmarks.gpu.tune_triton --seconds 480
 
 For each op and bucket of M one field after the other of the configuration takes the value with the least time, as a
-geometric mean over the shapes of 8B models, until no field changes; then the M from which panels of dequantized weights
-and torch's matmul are quicker is looked for. A configuration is checked against an fp64 product before it is timed. The
-table is written when all of it was measured, and never by anything but this command.
+geometric mean over the shapes of 8B models, until no field changes; then the least M is looked for at which
+dequantize + GEMM is faster. A configuration is checked against an fp64 product before it is timed. The table is
+written when all of it was measured, and never by anything but this command.
 """
 
 import argparse
@@ -31,14 +31,14 @@ SHAPES = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))
 # What each field of a configuration may be, in the order in which they are tried.
 CHOICES = {
     "depth": (512, 1024, 2048, 4096, 8192),
-    "rows": (16, 32, 64, 128),
-    "columns": (32, 64, 128),
+    "BLOCK_M": (16, 32, 64, 128),
+    "BLOCK_N": (32, 64, 128),
     "warps": (2, 4, 8),
     "stages": (2, 3, 4, 5),
 }
 ROUNDS = 2  # over all fields
 MOST_M = 512  # that the last bucket is measured at
-PANEL_ROWS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048)
+GEMM_M = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048)
 TOO_LARGE = math.inf  # the time of a configuration that the device has no shared memory or registers for
 Timer = Callable[[str, int, str, Config], float]  # op, M, path, configuration -> ms
 
@@ -64,11 +64,11 @@ def best_config(start: Config, cost: Callable[[Config], float], choices: dict[st
     return best
 
 
-def panel_from(fused: Callable[[int], float], panel: Callable[[int], float], rows: Sequence[int] = PANEL_ROWS) -> int:
-    """The least of rows from which on the panel path is always quicker; beyond the last of them where it never is."""
-    least = rows[-1] + 1
-    for M in reversed(rows):
-        if panel(M) >= fused(M):
+def gemm_from(fused: Callable[[int], float], gemm: Callable[[int], float], all_m: Sequence[int] = GEMM_M) -> int:
+    """The least M from which on dequantize + GEMM is always faster; beyond the last one where it never is."""
+    least = all_m[-1] + 1
+    for M in reversed(all_m):
+        if gemm(M) >= fused(M):
             break
         least = M
     return least
@@ -76,7 +76,7 @@ def panel_from(fused: Callable[[int], float], panel: Callable[[int], float], row
 
 def tune(timer: Timer, start: Table, origin: str, say: Callable[[str], None] = print) -> Table:
     """The table of the least times, with the buckets of `start`."""
-    configs, panels = {}, {}
+    configs, limits = {}, {}
     for op in PRODUCTS:
         buckets = []
         for most, config in start.configs[op]:
@@ -86,12 +86,12 @@ def tune(timer: Timer, start: Table, origin: str, say: Callable[[str], None] = p
             buckets.append((most, best))
         configs[op] = tuple(buckets)
         found = Table(origin, configs, {})
-        panels[op] = panel_from(
+        limits[op] = gemm_from(
             lambda M, op=op, found=found: timer(op, M, "fused", found.config(op, M)),
-            lambda M, op=op, found=found: timer(op, M, "panel", found.config(op, M)),
+            lambda M, op=op, found=found: timer(op, M, "dequantize_gemm", found.config(op, M)),
         )
-        say(f"{op}: panels from M = {panels[op]}")
-    return Table(origin, configs, panels)
+        say(f"{op}: dequantize + GEMM from M = {limits[op]}")
+    return Table(origin, configs, limits)
 
 
 @dataclass

@@ -214,34 +214,34 @@ inline Dtype checked_input(const Tensor& in, const Op& op, const char* name, con
   return dtype;
 }
 
-// LoRA's term of a product: scaling * small[rows, rank] @ factor^T for linear (small P, factor B[columns, rank]),
-// scaling * small @ factor for linear_dgrad (small Q, factor A[rank, columns]).
-struct LowRank {
-  const OptionalTensor& small;
+// The LoRA term of a product out[M, columns]: scaling * inner[M, rank] @ factor^T for linear (lora_P and lora_B[N, rank]),
+// scaling * inner @ factor for linear_dgrad (lora_Q and lora_A[rank, K]).
+struct LoraTerm {
+  const OptionalTensor& inner;
   const OptionalTensor& factor;
   float scaling;
-  const char* small_name;
+  const char* inner_name;
   const char* factor_name;
   int64_t rank_dim;  // of factor
 };
 
-struct LowRankData {
+struct LoraTermData {
   int64_t rank;  // 0: no term
-  const void* small;
+  const void* inner;
   const void* factor;
 };
 
-inline LowRankData checked_low_rank(const LowRank& term, ScalarType type, int64_t rows, int64_t columns, const Op& op) {
-  CHECK(term.small.has_value() == term.factor.has_value(), op, ": ", term.small_name, " and ", term.factor_name,
+inline LoraTermData checked_lora_term(const LoraTerm& term, ScalarType type, int64_t M, int64_t columns, const Op& op) {
+  CHECK(term.inner.has_value() == term.factor.has_value(), op, ": ", term.inner_name, " and ", term.factor_name,
         " must be given together");
   if (!term.factor.has_value()) return {};
-  const Tensor &small = *term.small, &factor = *term.factor;
+  const Tensor &inner = *term.inner, &factor = *term.factor;
   CHECK(factor.dim() == 2 && factor.size(1 - term.rank_dim) == columns, op, ": ", term.factor_name, " must have ",
         columns, term.rank_dim == 1 ? " rows" : " columns", ", got shape ", Shape{factor});
   const int64_t rank = factor.size(term.rank_dim);
-  CHECK(small.dim() > 0 && small.size(small.dim() - 1) == rank, op, ": ", term.small_name, " must have r=", rank,
-        " columns as ", term.factor_name, " has, got shape ", Shape{small});
-  return {rank, checked_data(small, type, rows * rank, op, term.small_name),
+  CHECK(inner.dim() > 0 && inner.size(inner.dim() - 1) == rank, op, ": ", term.inner_name, " must have r=", rank,
+        " columns as ", term.factor_name, " has, got shape ", Shape{inner});
+  return {rank, checked_data(inner, type, M * rank, op, term.inner_name),
           checked_data(factor, type, columns * rank, op, term.factor_name)};
 }
 

@@ -1,11 +1,11 @@
 // The ops of nf4kernels/ops.py for CUDA tensors: argument checks, allocation, registration. The grouped products are in
-// torch_cuda_grouped.cpp.
+// cuda_grouped.cpp, products by torch's own GEMM in cuda_dequantize_gemm.cpp.
 #include <iterator>
 #include <memory>
 #include <string_view>
 #include <vector>
 
-#include "cuda_checks.h"
+#include "cuda_product.h"
 
 namespace {
 
@@ -90,130 +90,46 @@ void dequantize_out(const Tensor& packed, const Tensor& absmax, const OptionalTe
   dequantize_into(w, range, dtype, out, stride, Launch(op), op);
 }
 
-// linear: in x [M, K], out [M, N]. linear_dgrad: in dY [M, N], out dX [M, K].
-struct Product {
-  Op op;
-  bool dgrad;
-  Tensor in, out;
-  OptionalTensor bias;
-  LowRank low_rank;
-  int64_t depth, columns;
-  nf4::cuda::ProductArgs args;
-};
-
-// One of csrc/cuda's kernels, a million rows at a time: a grid has at most 65,535 blocks in y.
+// One of csrc/cuda's kernels, a million rows of x at a time: a grid has at most 65,535 blocks in y.
 void multiply_fused(const Product& product, const nf4::cuda::Choice& choice, const Launch& launch) {
   using nf4::cuda::Path;
-  constexpr int64_t kMostRows = 1 << 20;
+  constexpr int64_t kMostM = 1 << 20;
   const auto run = choice.path == Path::kSmall ? nf4::cuda::linear_small
                    : choice.path == Path::kTiled
                        ? (product.dgrad ? nf4::cuda::linear_dgrad_tiled : nf4::cuda::linear_tiled)
                        : (product.dgrad ? nf4::cuda::linear_dgrad_any : nf4::cuda::linear_any);
   nf4::cuda::ProductArgs args = product.args;
-  const int64_t rows = args.M, bytes = int64_t(element_bytes(args.dtype));
+  const int64_t M = args.M, bytes = int64_t(element_bytes(args.dtype));
   args.splits = choice.splits;
   if (choice.path != Path::kAny) args.known = known_codes.rounded(args.dtype);
   OptionalTensor partial;
   if (args.splits > 1) {
-    partial = new_empty(product.in, {args.splits, std::min(rows, kMostRows), product.columns}, ScalarType::Float);
+    partial = new_empty(product.in, {args.splits, std::min(M, kMostM), product.columns}, ScalarType::Float);
     args.partial = static_cast<float*>(partial->mutable_data_ptr());
   }
-  for (int64_t m = 0; m < rows; m += kMostRows) {
-    args.M = std::min(rows - m, kMostRows);
+  for (int64_t m = 0; m < M; m += kMostM) {
+    args.M = std::min(M - m, kMostM);
     args.x = static_cast<const char*>(product.args.x) + m * product.depth * bytes;
     args.out = static_cast<char*>(product.args.out) + m * product.columns * bytes;
-    if (args.rank > 0) args.low_rank_x = static_cast<const char*>(product.args.low_rank_x) + m * args.rank * bytes;
+    if (args.rank > 0) args.lora_inner = static_cast<const char*>(product.args.lora_inner) + m * args.rank * bytes;
     check_launch(run(args, launch.stream), product.op);
     if (args.splits > 1) add_splits(args, product.columns, launch, product.op);
   }
 }
 
-// torch's own product, out = a @ b (mm) or a @ b^T + bias (linear).
-void torch_mm(const Tensor& a, const Tensor& b, const Tensor& out) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
-                                    torch::stable::detail::from(out)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  (void)torch::stable::detail::to<Tensor>(stack[0]);  // takes the returned reference
-}
-void torch_linear(const Tensor& a, const Tensor& b, const OptionalTensor& bias, const Tensor& out) {
-  std::array<StableIValue, 4> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
-                                    torch::stable::detail::from(bias), torch::stable::detail::from(out)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
-  (void)torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-Tensor part(Tensor whole, int64_t dim, int64_t begin, int64_t count) {
-  return torch::stable::narrow(whole, dim, begin, count);
-}
-void copy(Tensor to, const Tensor& from) { torch::stable::copy_(to, from); }
-void zero(Tensor to) { torch::stable::zero_(to); }
-
-// A panel of Ŵ at a time, in memory that every panel reuses, and torch's product with it: rows of Ŵ for linear, columns
-// for linear_dgrad, so that each panel gives whole columns of out. LoRA's term is more of the contraction: [in | P]
-// times [Ŵ | s B], or [in | Q] times [Ŵ ; s A], with zeros up to a multiple of 8, which cuBLAS wants for its fast kernels.
-// The scaling goes to the weights: a Q of scaled losses has no room for it in fp16.
-void multiply_panels(const Product& product, const Launch& launch) {
-  constexpr int64_t kPanelBytes = 24 << 20;  // stays in the L2 of an A100, an RTX 4090 and later; an sm_86 has 6 MB
-  const NoGrad no_grad;
-  const auto& args = product.args;
-  const int64_t extra = ceil_div(args.rank, 8) * 8, depth = product.depth + extra;
-  const ScalarType type = product.in.scalar_type();
-  Tensor in = torch::stable::view(product.in, {args.M, product.depth});
-  Tensor out = torch::stable::view(product.out, {args.M, product.columns});
-  Tensor factor = in;
-  if (extra > 0) {
-    const Tensor wide = new_empty(in, {args.M, depth}, type);
-    copy(part(wide, 1, 0, product.depth), in);
-    void* beside = static_cast<char*>(wide.mutable_data_ptr()) + product.depth * int64_t(element_bytes(args.dtype));
-    check_launch(nf4::cuda::scale_low_rank({args.low_rank_x, args.dtype, args.M, args.rank, 1.f, beside, extra, depth},
-                                           launch.stream),
-                 product.op);
-    in = wide;
-    const int64_t count = product.low_rank.factor->numel();
-    factor = new_empty(in, product.low_rank.factor->sizes(), type);
-    check_launch(nf4::cuda::scale_low_rank({args.low_rank_factor, args.dtype, 1, count, args.scaling,
-                                            factor.mutable_data_ptr(), count, count},
-                                           launch.stream),
-                 product.op);
-  }
-  const int64_t panels = std::max<int64_t>(ceil_div(product.columns * depth * 2, kPanelBytes), 1);
-  const int64_t width = ceil_div(ceil_div(product.columns, panels), 128) * 128;
-  const Tensor memory = new_empty(in, {std::min(width, product.columns) * depth}, type);
-  for (int64_t begin = 0; begin < product.columns; begin += width) {
-    const int64_t count = std::min(width, product.columns - begin), along = product.dgrad ? 0 : 1;  // of the depth
-    const Tensor panel = product.dgrad ? torch::stable::view(part(memory, 0, 0, count * depth), {depth, count})
-                                       : torch::stable::view(part(memory, 0, 0, count * depth), {count, depth});
-    const Range range =
-        product.dgrad ? Range{0, args.weight.N, begin, begin + count} : Range{begin, begin + count, 0, args.weight.K};
-    dequantize_into(args.weight, range, args.dtype, panel, panel.size(1), launch, product.op);
-    if (extra > 0) {
-      copy(part(panel, along, product.depth, args.rank), part(factor, 1 - along, begin, count));
-      zero(part(panel, along, product.depth + args.rank, extra - args.rank));
-    }
-    const Tensor to = part(out, 1, begin, count);
-    if (product.dgrad) {
-      torch_mm(in, panel, to);
-    } else {
-      OptionalTensor bias;
-      if (product.bias.has_value()) bias = part(*product.bias, 0, begin, count);
-      torch_linear(in, panel, bias, to);
-    }
-  }
-}
-
 Tensor multiply(const Op& op, bool dgrad, const Tensor& in, const nf4::Weight& w, const OptionalTensor& bias,
-                const LowRank& low_rank) {
+                const LoraTerm& lora_term) {
   const int64_t depth = dgrad ? w.N : w.K, columns = dgrad ? w.K : w.N;
   nf4::cuda::ProductArgs args{};
   args.weight = w;
   args.dtype = checked_input(in, op, dgrad ? "dy" : "x", dgrad ? "N" : "K", depth);
   args.M = rows_of(in);
   args.bias = bias.has_value() ? checked_data(*bias, in.scalar_type(), w.N, op, "bias") : nullptr;
-  const LowRankData term = checked_low_rank(low_rank, in.scalar_type(), args.M, columns, op);
+  const LoraTermData term = checked_lora_term(lora_term, in.scalar_type(), args.M, columns, op);
   args.rank = term.rank;
-  args.low_rank_x = term.small;
-  args.low_rank_factor = term.factor;
-  args.scaling = low_rank.scaling;
+  args.lora_inner = term.inner;
+  args.lora_factor = term.factor;
+  args.scaling = lora_term.scaling;
 
   const Launch launch(op);
   std::vector<int64_t> shape(in.sizes().begin(), in.sizes().end());
@@ -223,10 +139,10 @@ Tensor multiply(const Op& op, bool dgrad, const Tensor& in, const nf4::Weight& w
   const Tensor contiguous = in.is_contiguous() ? in : torch::stable::contiguous(in);
   args.x = contiguous.const_data_ptr();
   args.out = out.mutable_data_ptr();
-  const Product product{op, dgrad, contiguous, out, bias, low_rank, depth, columns, args};
+  const Product product{op, dgrad, contiguous, out, bias, lora_term, depth, columns, args};
   const nf4::cuda::Choice choice = choice_for(problem_of(op, dgrad, args, 0), op);
-  if (choice.path == nf4::cuda::Path::kPanel)
-    multiply_panels(product, launch);
+  if (choice.path == nf4::cuda::Path::kDequantizeGemm)
+    dequantize_gemm(product, launch);
   else
     multiply_fused(product, choice, launch);
   return out;
@@ -257,16 +173,16 @@ Tensor lora_grad(const Tensor& small, const Tensor& wide, double scaling, Scalar
   args.out_dtype = dtype_of(type, op, "dtype");
   CHECK(wide.dim() > 0 && small.dim() > 0, op, ": small and wide must have columns, got shapes ", Shape{small}, " and ",
         Shape{wide});
-  args.depth = rows_of(wide);
+  args.M = rows_of(wide);
   args.columns = wide.size(wide.dim() - 1);
-  args.rows = small.size(small.dim() - 1);
-  args.small = checked_data(small, wide.scalar_type(), args.depth * args.rows, op, "small");
+  args.rank = small.size(small.dim() - 1);
+  args.small = checked_data(small, wide.scalar_type(), args.M * args.rank, op, "small");
   args.scaling = float(scaling);
   args.transposed = transposed;
   const Launch launch(op);
   const Tensor out =
-      transposed ? new_empty(wide, {args.columns, args.rows}, type) : new_empty(wide, {args.rows, args.columns}, type);
-  if (args.rows == 0 || args.columns == 0) return out;
+      transposed ? new_empty(wide, {args.columns, args.rank}, type) : new_empty(wide, {args.rank, args.columns}, type);
+  if (args.rank == 0 || args.columns == 0) return out;
   const Tensor contiguous = wide.is_contiguous() ? wide : torch::stable::contiguous(wide);
   args.wide = contiguous.const_data_ptr();
   args.out = out.mutable_data_ptr();
@@ -274,8 +190,8 @@ Tensor lora_grad(const Tensor& small, const Tensor& wide, double scaling, Scalar
     check_launch(nf4::cuda::lora_grad_any(args, launch.stream), op);
     return out;
   }
-  args.splits = nf4::cuda::lora_grad_splits(args.depth, args.rows, args.columns, device_of(op).multiprocessors);
-  const Tensor partial = new_empty(wide, {args.splits, args.rows, args.columns}, ScalarType::Float);
+  args.splits = nf4::cuda::lora_grad_splits(args.M, args.rank, args.columns, device_of(op).multiprocessors);
+  const Tensor partial = new_empty(wide, {args.splits, args.rank, args.columns}, ScalarType::Float);
   args.partial = static_cast<float*>(partial.mutable_data_ptr());
   check_launch(nf4::cuda::lora_grad(args, launch.stream), op);
   return out;
@@ -287,11 +203,11 @@ Tensor lora_grad(const Tensor& small, const Tensor& wide, double scaling, Scalar
 // For nf4kernels/backends/native.py.
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// Separated by spaces: 80 for sm_80, 90a, 120+PTX if newer devices can compile it.
+// The architectures, separated by spaces: 80 for sm_80, 90a, 120+PTX if newer devices can compile it.
 EXPORT const char* nf4kernels_cuda_architectures() { return NF4_CUDA_ARCHITECTURES; }
 
-// CUDA versions as 1000 * major + 10 * minor: the one this was built with, and the newest that the driver knows (0: no
-// driver). Neither touches a device.
+// CUDA versions as 1000 * major + 10 * minor: the one of the build, and the newest that the driver knows (0: no
+// driver). Neither call touches a device.
 EXPORT int nf4kernels_cuda_version() { return CUDART_VERSION; }
 EXPORT int nf4kernels_cuda_driver_version() {
   int version = 0;
@@ -312,17 +228,17 @@ void register_ops(torch::stable::detail::StableLibrary& library) {
 
 #define NF4_EXPORT extern "C" __attribute__((visibility("default")))
 
-// The ops are those of this namespace for this dispatch key ("CUDA") from now on. Loading the library alone registers
-// nothing: whether its kernels run on a device is asked first. Once for a namespace and key.
+// Registers the ops in this namespace for this dispatch key ("CUDA"), once for each pair. Loading the library alone
+// registers nothing, because the caller asks first whether its kernels run on a device.
 NF4_EXPORT void nf4kernels_cuda_register(const char* ops_namespace, const char* key) {
   using torch::stable::detail::StableLibrary;
-  static std::vector<std::unique_ptr<StableLibrary>> registered;  // they count as long as they live
+  static std::vector<std::unique_ptr<StableLibrary>> registered;  // a registration ends with its object
   registered.push_back(
       std::make_unique<StableLibrary>(StableLibrary::Kind::IMPL, ops_namespace, key, __FILE__, __LINE__));
   register_ops(*registered.back());
 }
 
-// Every product runs the kernel of this name from now on; null: the table's choice again. Returns what is wrong, or null.
+// Forces the kernel of this name on every product; null restores the table's choice. Returns what is wrong, or null.
 NF4_EXPORT const char* nf4kernels_cuda_force_kernel(const char* name) {
   if (name == nullptr) {
     forced_path = -1;
@@ -333,14 +249,15 @@ NF4_EXPORT const char* nf4kernels_cuda_force_kernel(const char* name) {
     forced_path = i;
     return nullptr;
   }
-  return "must be any, small, tiled or panel";
+  return "must be any, small, tiled or dequantize_gemm";
 }
 
-// This codebook will be rounded without bias from now on, where others are dithered (cuda/pair_table.cuh): 16 floats of
-// the host. False where too many are known; one that is known already takes no room.
+// Adds a codebook, 16 floats on the host, to those that are rounded without bias; others are dithered
+// (cuda/pair_table.cuh). Returns false where too many are known; one that is known already takes no room.
 NF4_EXPORT bool nf4kernels_cuda_know_codebook(const float* code) { return known_codes.add(code); }
 
-// The table's choice for a product (experts: 0, or how many share the M rows out): the kernel's name, how many splits, and why.
+// The table's choice for a product (experts: 0, or how many share the M rows out): the kernel's name, the splits, and
+// why.
 NF4_EXPORT const char* nf4kernels_cuda_choose(bool dgrad, int32_t dtype, int64_t M, int64_t N, int64_t K,
                                               int64_t experts, bool whole_codes, bool aligned, int arch,
                                               int multiprocessors, int* splits, const char** reason) {
@@ -352,5 +269,5 @@ NF4_EXPORT const char* nf4kernels_cuda_choose(bool dgrad, int32_t dtype, int64_t
 }
 
 #ifdef NF4_EXECUTOR
-NF4_EXPORT void nf4kernels_executor_device(int arch, int multiprocessors) { simulated = {arch, multiprocessors}; }
+NF4_EXPORT void nf4kernels_executor_device(int arch, int multiprocessors) { pretended = {arch, multiprocessors}; }
 #endif

@@ -1,44 +1,48 @@
-// Which kernel multiplies, and in how many parts: pure arithmetic, no torch, no device.
+// The choice of the kernel that runs a product, and of how many ways its contraction is split. Pure arithmetic: this
+// file knows neither torch nor a device.
 #pragma once
 
 #include "../format.h"
 
 namespace nf4::cuda {
 
-// What can run a product. Their names are those that a caller can force.
-enum class Path : int32_t { kAny, kSmall, kTiled, kPanel };
-constexpr const char* kPathNames[] = {"any", "small", "tiled", "panel"};
+// The ways to run a product, and the names by which a caller forces one. dequantize_gemm is no kernel but a loop:
+// dequantize a slice of the weight into a workspace, then call the vendor's GEMM (bindings/cuda_dequantize_gemm.cpp).
+enum class Path : int32_t { kAny, kSmall, kTiled, kDequantizeGemm };
+constexpr const char* kPathNames[] = {"any", "small", "tiled", "dequantize_gemm"};
 
 struct Problem {
   bool dgrad;
   Dtype dtype;
   int64_t M, N, K;
-  int64_t experts;   // of a grouped product, whose weights share the M rows out; 0: one weight takes them all
+  int64_t experts;   // 0: one weight multiplies all M rows; else the experts' weights share the rows out
   bool whole_codes;  // every 64 consecutive weights of a row share a scale
-  bool aligned;      // every pointer to 16 bytes
+  bool aligned;      // every pointer is a multiple of 16 bytes
   int arch;          // 10 * major + minor
   int multiprocessors;
 };
 
 struct Choice {
   Path path;
-  int splits;  // of the contraction
+  int splits;  // parts of the contraction (split-K)
   const char* reason;
 };
 
-constexpr int kSmallRows = 16;
+constexpr int kSmallM = 16;
 
-// Rows that a weight is multiplied with; of experts on average, for the host does not know more.
-inline int64_t rows_each(const Problem& p) { return p.experts > 0 ? (p.M + p.experts - 1) / p.experts : p.M; }
+inline int64_t ceil_quotient(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Most rows of x that the tiled kernels take before dequantizing a panel and calling cuBLAS pays. PREDICTED, NOT
-// MEASURED: with F the speed of the tiled kernel and C that of cuBLAS, a panel costs 2.516 bytes a weight of copying, so
-// it pays from M = 2.516 / copy / (2 (1 / F - 1 / C)), here to the nearest 32. TB/s and TFLOP/s, by data sheet (sm_90: an
-// H200's copy and cuBLAS measured); F is 0.85 of what the tensor cores do by mma.sync or, on sm_90, shared memory lets
-// through (linear_tiled.cuh), and for dgrad, which issues a quarter more instructions, 0.85 of that again.
-// `python benchmarks/gpu.py` prints the measured break-even.
+// M of each weight. For experts it is the mean, as the host does not know the offsets.
+inline int64_t m_per_weight(const Problem& p) { return p.experts > 0 ? ceil_quotient(p.M, p.experts) : p.M; }
+
+// The largest M that the tiled kernels take; above it dequantize + GEMM is faster. PREDICTED, NOT MEASURED:
+// dequantizing moves 2.516 bytes a weight, so with F the speed of the tiled kernel and C that of cuBLAS the break-even
+// is M = 2.516 / copy / (2 (1 / F - 1 / C)), here rounded to the nearest 32. TB/s and TFLOP/s are from data sheets
+// (sm_90: an H200's copy and cuBLAS, measured). F is 0.85 of what the tensor cores do by mma.sync or, on sm_90, of what
+// shared memory delivers (linear_tiled.cuh); dgrad issues a quarter more instructions and gets 0.85 of that again.
+// `python -m benchmarks.gpu.run` prints the measured break-even.
 struct Fused {
-  int arch;  // this one and those up to the next
+  int arch;  // also for the architectures up to the next row's
   int64_t linear, linear_dgrad;
   const char* why;
 };
@@ -57,29 +61,30 @@ inline const Fused& fused_of(int arch) {
   return *found;
 }
 
-// What one block of threads of a tensor-core kernel owns. The kernels' own shapes are asserted to be these.
+// What one thread block of a tensor-core kernel owns. linear: kTileM x kTileN of y, kTileK of the contraction a step;
+// linear_dgrad: kTileM x kTileK of dX, kTileN of the contraction a step. Each kernel asserts that its shape is this
+// one.
 struct Tile {
-  int columns, rows;  // of the output
-  int step;           // of the contraction, at a time
-  int longest;        // contraction that may be summed up in one run: 512 terms or mma's, see DESIGN section 7
-  int per_processor;  // blocks that a multiprocessor holds at once, at least
+  int M, N, K;
+  int longest_sum;                // of the contraction without a split: 512 terms or mma's, see docs/design.md, 7
+  int blocks_per_multiprocessor;  // resident at once, at least
 };
-constexpr Tile kLinearSmallTile = {32, kSmallRows, 1024, 8 * 512 * 64, 2};
+constexpr Tile kLinearSmallTile = {kSmallM, 32, 1024, 8 * 512 * 64, 2};
 constexpr Tile kLinearTiles[] = {
-    {64, 32, 128, 2 * 512 * 64, 1}, {64, 64, 128, 2 * 512 * 64, 1}, {128, 128, 64, 512 * 64, 1}};
+    {32, 64, 128, 2 * 512 * 64, 1}, {64, 64, 128, 2 * 512 * 64, 1}, {128, 128, 64, 512 * 64, 1}};
 constexpr Tile kDgradTiles[] = {
-    {128, 16, 128, 4 * 512 * 16, 1}, {128, 64, 64, 2 * 512 * 16, 1}, {256, 128, 32, 512 * 16, 1}};
-// The first of a kernel's three tiles that takes M rows at once, else the last.
-inline int tile_index(const Tile (&tiles)[3], int64_t M) { return M <= tiles[0].rows ? 0 : M <= tiles[1].rows ? 1 : 2; }
+    {16, 128, 128, 4 * 512 * 16, 1}, {64, 64, 128, 2 * 512 * 16, 1}, {128, 32, 256, 512 * 16, 1}};
+// The first of a kernel's three tiles that holds all of M, else the last.
+inline int tile_index(const Tile (&tiles)[3], int64_t M) { return M <= tiles[0].M ? 0 : M <= tiles[1].M ? 1 : 2; }
 
-// As many parts as keep all multiprocessors busy, unless adding them up moves more bytes than the weight has.
-inline int splits_for(const Tile& tile, int64_t M, int64_t columns, int64_t contraction, int multiprocessors) {
-  const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-  const int64_t blocks = ceil_div(columns, tile.columns) * ceil_div(M, tile.rows);
-  const int64_t busy = int64_t(multiprocessors) * tile.per_processor / (blocks > 0 ? blocks : 1);
-  const int64_t steps = ceil_div(contraction, tile.step);
-  const int64_t cheap = contraction / (16 * (M > 0 ? M : 1));  // 8 bytes a partial sum against half a byte a weight
-  const int64_t least = ceil_div(contraction, tile.longest);
+// Enough splits to fill the machine, but no more than there are steps, and not so many that the partial sums (8 bytes
+// each, `partial_rows` rows of them) outweigh the weight (half a byte each). No sum is longer than `longest_sum`.
+inline int splits_for(int64_t output_tiles, int64_t resident_blocks, int64_t contraction, int64_t step,
+                      int64_t longest_sum, int64_t partial_rows) {
+  const int64_t busy = resident_blocks / (output_tiles > 0 ? output_tiles : 1);
+  const int64_t steps = ceil_quotient(contraction, step);
+  const int64_t cheap = contraction / (16 * (partial_rows > 0 ? partial_rows : 1));
+  const int64_t least = ceil_quotient(contraction, longest_sum);
   int64_t splits = busy;
   if (splits > steps) splits = steps;
   if (splits > cheap) splits = cheap;
@@ -87,9 +92,9 @@ inline int splits_for(const Tile& tile, int64_t M, int64_t columns, int64_t cont
   return int(splits < 1 ? 1 : splits);
 }
 
-// The same for experts, in rows each has on average, where torch's grouped product is native and waits for nothing: on
-// sm_90 and sm_100. PREDICTED, NOT MEASURED, by the numbers above, torch's product at 0.85 of cuBLAS, and its result copied
-// to where it belongs: from M = 2.516 / copy / (2 / F - 2 / C - 4 / (copy * 2048)) at a contraction of 2048.
+// The same for experts, in mean rows an expert. torch's grouped product is native on sm_90 and sm_100 alone; elsewhere
+// it makes the host wait. PREDICTED, NOT MEASURED, from the numbers above with torch's product at 0.85 of cuBLAS and
+// its result copied into out: M = 2.516 / copy / (2 / F - 2 / C - 4 / (copy * 2048)) at a contraction of 2048.
 constexpr Fused kGroupedFused[] = {
     {90, 832, 416, "experts, predicted from copy 4.3 TB/s, grouped product 670, tiled 482 TFLOP/s"},
     {100, 160, 128, "experts, predicted from copy 7 TB/s, grouped product 1275, tiled 477 TFLOP/s"},
@@ -100,79 +105,82 @@ inline const Fused* grouped_fused_of(int arch) {
   return nullptr;
 }
 
-inline bool takes_tensor_cores(const Problem& p) {
-  constexpr int64_t kMost = 1 << 24;                 // 128 rows of 2-byte elements are addressed by 32 bits
-  constexpr int64_t kMostBlocks = int64_t{1} << 32;  // of 64 weights, which linear numbers by 32 bits
+inline bool can_use_tensor_cores(const Problem& p) {
+  constexpr int64_t kMost = 1 << 24;                 // a kernel addresses 128 rows of 2-byte elements by 32 bits
+  constexpr int64_t kMostBlocks = int64_t{1} << 32;  // linear numbers the blocks of 64 weights by 32 bits
   const bool sizes = p.dgrad ? p.N % 8 == 0 && p.N < kMost : p.K < kMost && p.N * (p.K / 64) < kMostBlocks;
   return p.dtype != Dtype::kFloat32 && p.whole_codes && p.aligned && sizes;
 }
-// Why `path` cannot run this; null if it can.
+// Why `path` cannot run this problem; null if it can.
 inline const char* obstacle(const Problem& p, Path path) {
   if (path == Path::kAny) return nullptr;
   if (p.dtype == Dtype::kFloat32) return "fp32 is multiplied in true fp32";
-  if (path == Path::kPanel && p.experts == 0) return nullptr;
-  if (path == Path::kPanel) {
+  if (path == Path::kDequantizeGemm && p.experts == 0) return nullptr;
+  if (path == Path::kDequantizeGemm) {
     const bool sizes = p.N % 8 == 0 && p.aligned && p.experts < 1 << 16;
     return p.dtype == Dtype::kBFloat16 && grouped_fused_of(p.arch) != nullptr && sizes
                ? nullptr
-               : "panels of experts are for bf16 on sm_90 and sm_100, N a multiple of 8, pointers aligned to 16 bytes";
+               : "dequantize_gemm of experts needs bf16 on sm_90 or sm_100, N a multiple of 8, pointers aligned to 16 "
+                 "bytes";
   }
-  if (!takes_tensor_cores(p))
+  if (!can_use_tensor_cores(p))
     return "K must be a multiple of 64, block_size at least 64, pointers aligned to 16 bytes, for dgrad N a multiple "
            "of 8";
-  if (path == Path::kSmall && (p.dgrad || (p.M > kSmallRows && p.experts == 0)))
+  if (path == Path::kSmall && (p.dgrad || (p.M > kSmallM && p.experts == 0)))
     return "the small kernel is linear's, for at most 16 rows";
   return nullptr;
 }
 
-// Experts are blocks of threads enough (grouped_linear.cu): theirs are as many as the length of a sum demands.
+// Experts fill the machine unsplit (grouped_linear.cu): they are split where a sum would be too long, and nowhere else.
 inline int splits_of(const Problem& p, Path path) {
   if (path != Path::kSmall && path != Path::kTiled) return 1;
-  const int64_t columns = p.dgrad ? p.K : p.N, contraction = p.dgrad ? p.N : p.K;
   const Tile& tile = path == Path::kSmall ? kLinearSmallTile
-                     : p.dgrad            ? kDgradTiles[tile_index(kDgradTiles, rows_each(p))]
-                                          : kLinearTiles[tile_index(kLinearTiles, rows_each(p))];
-  if (p.experts > 0) return 1 + int((contraction - 1) / tile.longest);
-  return splits_for(tile, p.M, columns, contraction, p.multiprocessors);
+                     : p.dgrad            ? kDgradTiles[tile_index(kDgradTiles, m_per_weight(p))]
+                                          : kLinearTiles[tile_index(kLinearTiles, m_per_weight(p))];
+  const int64_t contraction = p.dgrad ? p.N : p.K;
+  if (p.experts > 0) return 1 + int((contraction - 1) / tile.longest_sum);
+  const int64_t tiles_across = p.dgrad ? ceil_quotient(p.K, tile.K) : ceil_quotient(p.N, tile.N);
+  return splits_for(tiles_across * ceil_quotient(p.M, tile.M), p.multiprocessors * tile.blocks_per_multiprocessor,
+                    contraction, p.dgrad ? tile.N : tile.K, tile.longest_sum, p.M);
 }
 
-constexpr int64_t kAnyRows = 64;  // one tile of product_any: with more, it would decode the weight again
+constexpr int64_t kAnyM = 64;  // one tile of product_any, which decodes the weight once more for each further tile
 
 inline Choice choose_grouped(const Problem& p) {
   if (p.dtype == Dtype::kFloat32) return {Path::kAny, 1, "fp32: true fp32, no tensor cores"};
-  const bool has_panels = obstacle(p, Path::kPanel) == nullptr;
-  if (!takes_tensor_cores(p)) {
-    if (has_panels && rows_each(p) > kAnyRows)
-      return {Path::kPanel, 1, "no tensor-core kernel for the shape, and rows enough for torch's product"};
+  const bool has_gemm = obstacle(p, Path::kDequantizeGemm) == nullptr;
+  if (!can_use_tensor_cores(p)) {
+    if (has_gemm && m_per_weight(p) > kAnyM)
+      return {Path::kDequantizeGemm, 1, "no tensor-core kernel for the shape, and rows enough for torch's product"};
     return {Path::kAny, 1, "a shape, block size or alignment without a tensor-core kernel"};
   }
-  if (!p.dgrad && rows_each(p) <= kSmallRows)
+  if (!p.dgrad && m_per_weight(p) <= kSmallM)
     return {Path::kSmall, splits_of(p, Path::kSmall), "at most 16 rows an expert"};
-  if (!has_panels) return {Path::kTiled, splits_of(p, Path::kTiled), "torch has no product of experts for this"};
+  if (!has_gemm) return {Path::kTiled, splits_of(p, Path::kTiled), "torch has no product of experts for this"};
   const Fused& fused = *grouped_fused_of(p.arch);
-  if (rows_each(p) <= (p.dgrad ? fused.linear_dgrad : fused.linear))
+  if (m_per_weight(p) <= (p.dgrad ? fused.linear_dgrad : fused.linear))
     return {Path::kTiled, splits_of(p, Path::kTiled), fused.why};
-  return {Path::kPanel, 1, fused.why};
+  return {Path::kDequantizeGemm, 1, fused.why};
 }
 
 inline Choice choose(const Problem& p) {
   if (p.experts > 0) return choose_grouped(p);
   if (p.dtype == Dtype::kFloat32) return {Path::kAny, 1, "fp32: true fp32, no tensor cores"};
-  if (!takes_tensor_cores(p)) {
-    if (p.M <= kAnyRows) return {Path::kAny, 1, "a shape, block size or alignment without a tensor-core kernel"};
-    return {Path::kPanel, 1, "no tensor-core kernel for the shape, and rows enough for cuBLAS"};
+  if (!can_use_tensor_cores(p)) {
+    if (p.M <= kAnyM) return {Path::kAny, 1, "a shape, block size or alignment without a tensor-core kernel"};
+    return {Path::kDequantizeGemm, 1, "no tensor-core kernel for the shape, and rows enough for cuBLAS"};
   }
-  if (!p.dgrad && p.M <= kSmallRows) return {Path::kSmall, splits_of(p, Path::kSmall), "at most 16 rows"};
+  if (!p.dgrad && p.M <= kSmallM) return {Path::kSmall, splits_of(p, Path::kSmall), "at most 16 rows"};
   const Fused& fused = fused_of(p.arch);
   if (p.M <= (p.dgrad ? fused.linear_dgrad : fused.linear))
     return {Path::kTiled, splits_of(p, Path::kTiled), fused.why};
-  return {Path::kPanel, 1, fused.why};
+  return {Path::kDequantizeGemm, 1, fused.why};
 }
 
-// lora_grad: 64 columns by 16 or 32 rows a block, 8 warps of 16 of the depth.
-inline int lora_grad_splits(int64_t depth, int64_t rows, int64_t columns, int multiprocessors) {
-  const Tile tile = {64, rows <= 16 ? 16 : 32, 128, 8 * 512 * 16, 2};
-  return splits_for(tile, rows, columns, depth, multiprocessors);
+// lora_grad sums over M: a block owns 16 or 32 ranks by 64 columns, and its 8 warps take 16 of M each at a time.
+inline int lora_grad_splits(int64_t M, int64_t rank, int64_t columns, int multiprocessors) {
+  const int64_t output_tiles = ceil_quotient(rank, rank <= 16 ? 16 : 32) * ceil_quotient(columns, 64);
+  return splits_for(output_tiles, 2 * multiprocessors, M, 8 * 16, 8 * 512 * 16, rank);
 }
 
 }  // namespace nf4::cuda

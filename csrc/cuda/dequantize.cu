@@ -1,30 +1,30 @@
 // dequantize: out[row, col] = code[nibble] * scale(block), rounded once to fp32, then once to the output dtype, for a
 // range of rows and columns of the weight; scale(block) = scale_code[absmax] * scale_absmax + scale_offset if nested.
 //
-// Work split   a thread decodes 4 groups of 16 bytes of output (8 bf16, out of 4 packed bytes), its neighbours the groups
-//              beside, so that a warp loads and stores whole lines. A power of two of threads goes along a row.
-// The trick    both codebooks lie in shared memory: the 16 levels are 16 banks, so a lookup has no conflicts, and it is
-//              exact, as products with a table of bf16 pairs are not. Loads of 16 packed bytes a thread would need a
-//              shuffle to store whole lines, and have no more bytes under way.
-// Bytes        reads 0.5 + 1/block_size and writes 2 (bf16) a weight: 2.52 B at block size 64, 9.8 us for 4096 x 4096 at
-//              an H200's 4.3 TB/s of copy. Its SMs can issue 17.3 instructions a weight in that time; this takes 11.0.
-// Needs        rows of out that do not overlap. Where rows are not whole, aligned groups an item is one element: 63
-//              instructions a weight.
+// Who: a thread decodes 4 groups of 16 bytes of output (8 bf16, from 4 packed bytes) and its neighbours the groups
+//   beside them, so that a warp loads and stores whole lines. A power of two of threads covers a row.
+// Trick: both codebooks lie in shared memory. The 16 levels occupy 16 banks, so a lookup has no conflicts, and it is
+//   exact, as a table of bf16 pairs is not. Rejected: 16 packed bytes a load, which would need a shuffle to store whole
+//   lines and keep no more bytes in flight.
+// Bytes: reads 0.5 + 1/block_size and writes 2 (bf16) a weight: 2.52 B at block size 64, 9.8 us for 4096 x 4096 at
+//   an H200's 4.3 TB/s of copy. Its SMs can issue 17.3 instructions a weight in that time; this takes 11.0.
+// Needs: rows of out that do not overlap. Where rows are not whole, aligned groups, an item is one element, at 63
+//   instructions a weight.
 #include "kernels.h"
 
 namespace nf4::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kItems = 4;       // of one thread at once, so that their loads are under way together
-constexpr int kMaxGrid = 8192;  // beyond, a block goes on to further tiles and saves loading its tables
+constexpr int kItems = 4;       // a thread at a time, so that their loads are in flight together
+constexpr int kMaxGrid = 8192;  // with more tiles a block loops over several and loads its tables once
 
 struct Tables {
   float code[kLevels];
   float scale_code[256];
 };
 
-// The part of the weight that goes to out, as rows of `cols` weights.
+// The range of the weight that goes to out: rows of `cols` weights.
 struct Part {
   int64_t first;  // flat index of its first weight
   int64_t rows, cols;
@@ -34,7 +34,7 @@ struct Part {
 };
 
 template <class T>
-constexpr int group_width = int(16 / sizeof(T));  // weights that are 16 bytes of out
+constexpr int group_width = int(16 / sizeof(T));  // weights in 16 bytes of out
 
 NF4_DEVICE float scale_of(const Weight& w, const Tables& tables, float offset, int64_t block) {
   if (w.absmax_u8 == nullptr) return load_cached(w.absmax + block);
@@ -48,7 +48,7 @@ NF4_DEVICE T decode_element(const Weight& w, const Tables& tables, float offset,
   return from_float<T>(tables.code[nibble(w.packed, i)] * scale_of(w, tables, offset, i >> w.block_shift));
 }
 
-// 16 bytes of out, from codes of which the first is in the low byte's high nibble.
+// 16 bytes of out; the first code is the high nibble of the low byte.
 template <class T>
 NF4_DEVICE uint4 decode_group(const Tables& tables, uint32_t codes, float scale) {
   constexpr int kPer = int(4 / sizeof(T));  // elements a word
@@ -64,7 +64,7 @@ NF4_DEVICE uint4 decode_group(const Tables& tables, uint32_t codes, float scale)
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// One thread's items of a row, at columns col, col + step, ...: elements, or groups of 16 bytes of out.
+// Decodes this thread's items of a row, at columns col, col + step, ...: elements, or groups of 16 bytes of out.
 template <class T, bool kGroups>
 NF4_DEVICE void decode_items(const Weight& w, const Part& part, const Tables& tables, float offset, int64_t row,
                              int64_t col, int64_t step, T* out) {
@@ -86,9 +86,9 @@ NF4_DEVICE void decode_items(const Weight& w, const Part& part, const Tables& ta
     const auto store = [&](int u) {
       store_streamed(reinterpret_cast<uint4*>(out + u * step), decode_group<T>(tables, codes[u], scales[u]));
     };
-    // A word of codes is loaded, of which 4 fp32 need half.
-    const auto whole = [&](int u) { return u * step + kWidth <= count && ((first + u * step) | 7) < w.N * w.K; };
-    if (whole(kItems - 1)) {
+    // A load takes a whole word of codes, of which 4 fp32 need half.
+    const auto is_whole = [&](int u) { return u * step + kWidth <= count && ((first + u * step) | 7) < w.N * w.K; };
+    if (is_whole(kItems - 1)) {
 #pragma unroll
       for (int u = 0; u < kItems; ++u) load(u);
 #pragma unroll
@@ -97,11 +97,11 @@ NF4_DEVICE void decode_items(const Weight& w, const Part& part, const Tables& ta
     }
 #pragma unroll
     for (int u = 0; u < kItems - 1; ++u) {
-      if (whole(u)) load(u), store(u);
+      if (is_whole(u)) load(u), store(u);
     }
 #pragma unroll 1
     for (int u = 0; u < kItems; ++u) {
-      if (whole(u)) continue;
+      if (is_whole(u)) continue;
 #pragma unroll 1
       for (int64_t i = u * step; i < min(u * step + kWidth, count); ++i)
         out[i] = decode_element<T>(w, tables, offset, first + i);
@@ -109,7 +109,7 @@ NF4_DEVICE void decode_items(const Weight& w, const Part& part, const Tables& ta
   }
 }
 
-// The work of a block of threads.
+// The work of a thread block.
 template <class T, bool kGroups>
 NF4_DEVICE void decode_part(const Weight& w, const Part& part, T* out) {
   Tables& tables = *shared_memory<Tables>();
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kThreads, 4) dequantize_kernel(Weight w, Part 
   decode_part<T, kGroups>(w, part, out);
 }
 
-// Experts without rows are not read, nor is memory for them written.
+// An expert without rows is neither read nor written.
 __global__ void __launch_bounds__(kThreads, 4)
     dequantize_experts_kernel(Experts experts, const int32_t* offsets, Part part, BFloat16* out, int64_t out_size) {
   const int expert = int(blockIdx.z);
@@ -144,11 +144,11 @@ __global__ void __launch_bounds__(kThreads, 4)
 
 NF4_HOST_DEVICE static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// How many threads go along a row, and the grid.
+// Sets how many threads cover a row, and returns the grid.
 template <class T, bool kGroups>
 dim3 plan(Part& part) {
   constexpr int64_t kWidth = kGroups ? group_width<T> : 1;
-  // As many threads along a row as it has items, up to a warp; then as many as leave each its kItems.
+  // Up to a warp, as many threads as the row has items; beyond it, as many as leave each thread its kItems.
   for (part.lanes_shift = 0; part.lanes_shift < 8; ++part.lanes_shift) {
     const int64_t lanes = 1 << part.lanes_shift;
     if (lanes * kWidth * (lanes < 32 ? 1 : kItems) >= part.cols) break;
@@ -168,11 +168,11 @@ cudaError_t launch_part(const Weight& w, Part part, T* out, cudaStream_t stream)
 template <class T>
 cudaError_t dequantize_to(const DequantizeArgs& args, Part part, cudaStream_t stream) {
   T* out = static_cast<T*>(args.out);
-  const bool groups = reinterpret_cast<uintptr_t>(out) % 16 == 0 &&
-                      reinterpret_cast<uintptr_t>(args.weight.packed) % 4 == 0 && part.first % 8 == 0 &&
-                      (part.rows == 1 || (part.pitch % 8 == 0 && part.stride * sizeof(T) % 16 == 0));
-  return groups ? launch_part<T, true>(args.weight, part, out, stream)
-                : launch_part<T, false>(args.weight, part, out, stream);
+  const bool has_groups = reinterpret_cast<uintptr_t>(out) % 16 == 0 &&
+                          reinterpret_cast<uintptr_t>(args.weight.packed) % 4 == 0 && part.first % 8 == 0 &&
+                          (part.rows == 1 || (part.pitch % 8 == 0 && part.stride * sizeof(T) % 16 == 0));
+  return has_groups ? launch_part<T, true>(args.weight, part, out, stream)
+                    : launch_part<T, false>(args.weight, part, out, stream);
 }
 
 }  // namespace
@@ -185,7 +185,7 @@ static Part part_of(const DequantizeArgs& args) {
             K,
             args.stride,
             0};
-  if (part.cols == K && part.stride == K) {  // one run of weights, whatever K is
+  if (part.cols == K && part.stride == K) {  // contiguous in both: one row, whatever K is
     part.cols *= part.rows;
     part.rows = 1;
   }

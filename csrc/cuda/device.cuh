@@ -1,9 +1,9 @@
-// Every intrinsic and every piece of CUDA syntax that the kernels use, under names of our own; nothing else in csrc/cuda
-// names one. Compiled by nvcc these are the instructions. Compiled by a host compiler with NF4_EXECUTOR, tests/executor/executor.h
-// gives the same names their meaning on a CPU, one fiber a thread, and the same kernels and launchers run there.
+// Every intrinsic that the kernels use, under a name of our own; no other file in csrc/cuda calls one. nvcc compiles
+// these names to the instructions. A host compiler with NF4_EXECUTOR takes their meaning from
+// tests/executor/executor.h, so that the same kernels and launchers run on a CPU, one fiber a thread.
 //
-// Kernels take shared memory from shared_memory() alone, so that the executor can poison it, and are compiled with
-// -fmad=false: a multiply-add happens where fmaf is written.
+// Kernels take shared memory from shared_memory() alone, so that the executor can poison it. They are compiled with
+// -fmad=false: a fused multiply-add happens only where fmaf is written.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,7 @@ namespace nf4::cuda {
 
 // Blocks, warps, launches.
 
-// The block's dynamic shared memory, aligned to 128 bytes: as many bytes as the launch asked for.
+// The block's dynamic shared memory, as many bytes as the launch asked for, aligned to 128.
 template <class T>
 NF4_DEVICE T* shared_memory() {
   extern __shared__ __align__(128) unsigned char nf4_shared[];
@@ -34,12 +34,12 @@ NF4_DEVICE T* shared_memory() {
 NF4_DEVICE void sync_block() { __syncthreads(); }
 NF4_DEVICE void sync_warp() { __syncwarp(); }
 
-// All 32 lanes take part. T has 4 bytes.
+// Warp shuffles. All 32 lanes take part; T has 4 bytes.
 template <class T>
 NF4_DEVICE T shuffle(T value, int lane) {
   return __shfl_sync(0xffffffffu, value, lane);
 }
-// From the lane's four neighbours, itself among them, the value of number i: 0 to 3, no register where it is a constant.
+// Shuffle within groups of four lanes: lane i of the group. A constant i takes no register.
 template <class T>
 NF4_DEVICE T shuffle_four(T value, int i) {
   return __shfl_sync(0xffffffffu, value, i, 4);
@@ -49,7 +49,7 @@ NF4_DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
-// kernel over grid blocks of so many threads, each with so much dynamic shared memory.
+// Launches `grid` blocks. More than 48 KB of dynamic shared memory must be asked for first.
 template <class... Params, class... Args>
 cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, size_t shared_bytes, cudaStream_t stream,
                    const Args&... args) {
@@ -69,7 +69,7 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, size_t sha
 
 // Memory.
 
-// Read-only data that this launch reads once: not kept in the L1, fetched from DRAM by 128 bytes. V: 4, 8 or 16 bytes.
+// Loads read-only data that this launch reads once: bypasses the L1 and prefetches 128 bytes into the L2.
 NF4_DEVICE uint32_t load_streamed(const uint32_t* p) {
   uint32_t v;
   asm volatile("ld.global.nc.L1::no_allocate.L2::128B.b32 %0, [%1];" : "=r"(v) : "l"(p));
@@ -88,34 +88,34 @@ NF4_DEVICE uint4 load_streamed(const uint4* p) {
   return v;
 }
 
-// Read-only data that other threads read too: through the L1.
+// Loads read-only data that other threads read too: through the L1.
 template <class V>
 NF4_DEVICE V load_cached(const V* p) {
   return __ldg(p);
 }
 
-// Written once and not read by this launch.
+// Stores what this launch does not read again.
 template <class V>
 NF4_DEVICE void store_streamed(V* p, V v) {
   __stcs(p, v);
 }
 
-// Where in shared memory `p` points, and 4 bytes from there: 32 bits of address, where a pointer costs an instruction more.
+// A 32-bit shared-memory address, and the load of 4 bytes from one: a generic pointer would cost an instruction more.
 NF4_DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 NF4_DEVICE uint32_t load_shared(uint32_t address) {
   uint32_t v;
-  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(address));  // volatile: stays behind a barrier before it
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(address));  // volatile: not moved across a barrier
   return v;
 }
 
-// 16 bytes to shared memory in the background, zeros where not valid (then `global` is not read). The bytes are there
-// for this thread after copy_async_wait, for the others after a barrier that follows it.
+// cp.async: copies 16 bytes to shared memory in the background, or zeros where not valid (`global` is then not read).
+// This thread sees the bytes after copy_async_wait, the others after a barrier that follows it.
 NF4_DEVICE void copy_async_16(void* shared, const void* global, bool valid = true) {
   const uint32_t to = uint32_t(__cvta_generic_to_shared(shared)), bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
 }
 NF4_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until at most kPending of this thread's committed groups are on their way.
+// Waits until at most kPending of this thread's committed groups are unfinished.
 template <int kPending>
 NF4_DEVICE void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
@@ -126,14 +126,15 @@ NF4_DEVICE void copy_async_wait() {
 NF4_DEVICE uint32_t bits_of(float a) { return __float_as_uint(a); }
 NF4_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 
-// Byte i of the result is byte (selector >> 4i & 7) of the eight bytes a (0 to 3), b (4 to 7). Selector bits 3 are 0.
+// PRMT: byte i of the result is byte (selector >> 4i & 7) of the eight bytes {a, b}. Bit 3 of each selector nibble is
+// 0.
 NF4_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 
 NF4_DEVICE float to_float(float a) { return a; }
 NF4_DEVICE float to_float(BFloat16 a) { return float_of(uint32_t(a.bits) << 16); }
 NF4_DEVICE float to_float(Float16 a) { return __half2float(__ushort_as_half(a.bits)); }
 
-// Nearest, ties to even; NaN stays NaN.
+// Rounds to nearest, ties to even; NaN stays NaN.
 template <class T>
 NF4_DEVICE T from_float(float a);
 template <>
@@ -149,8 +150,8 @@ NF4_DEVICE Float16 from_float<Float16>(float a) {
   return {__half_as_ushort(__float2half_rn(a))};
 }
 
-// Two elements in 32 bits, the first in the low half. T: BFloat16 or Float16. One instruction, where from_float twice
-// is three on sm_100.
+// Rounds two values and packs them into 32 bits, the first in the low half. T: BFloat16 or Float16. This is one
+// instruction; from_float twice is three on sm_100.
 template <class T>
 NF4_DEVICE uint32_t pack(float low, float high);
 template <>
@@ -164,7 +165,7 @@ NF4_DEVICE uint32_t pack<Float16>(float low, float high) {
   return reinterpret_cast<const uint32_t&>(pair);
 }
 
-// Products of the two pairs, each rounded once to T.
+// a * b, element by element of two pairs, each product rounded once to T.
 template <class T>
 NF4_DEVICE uint32_t multiply_pairs(uint32_t a, uint32_t b);
 template <>
@@ -179,7 +180,7 @@ NF4_DEVICE uint32_t multiply_pairs<Float16>(uint32_t a, uint32_t b) {
   return reinterpret_cast<const uint32_t&>(product);
 }
 
-// a * b + c of two pairs, each rounded once to T.
+// a * b + c (FMA), element by element of pairs, each rounded once to T.
 template <class T>
 NF4_DEVICE uint32_t multiply_add_pairs(uint32_t a, uint32_t b, uint32_t c);
 template <>
@@ -197,9 +198,16 @@ NF4_DEVICE uint32_t multiply_add_pairs<Float16>(uint32_t a, uint32_t b, uint32_t
 
 // Tensor cores.
 
-// c[16, 8] += a[16, 16] @ b[16, 8] over a warp, in fp32. With g = lane / 4 and t = lane % 4, each register two elements:
-//   a: [g, 2t..] [g + 8, 2t..] [g, 2t + 8..] [g + 8, 2t + 8..]     b: [2t.., g] [2t + 8.., g]
-//   c, one element each: [g, 2t] [g, 2t + 1] [g + 8, 2t] [g + 8, 2t + 1]
+// mma.m16n8k16: c[16, 8] += a[16, 16] @ b[16, 8] over a warp, accumulated in fp32. Lane = 4g + t, g = 0..7, t = 0..3.
+// A register of a and b holds two elements along the contraction k, of c one element.
+//
+//   a     k: 2t 2t+1 | 2t+8 2t+9      b    column g          c    column: 2t | 2t+1
+//   row g     a[0]   |   a[2]         k: 2t,   2t+1  b0      row g       c[0] | c[1]
+//   row g+8   a[1]   |   a[3]         k: 2t+8, 2t+9  b1      row g+8     c[2] | c[3]
+//
+//   so lane 0 holds rows 0 and 8 of a at k = 0, 1, 8, 9; lane 1 the same rows at k = 2, 3, 10, 11; lane 4 rows 1 and 9.
+//
+// The sum does not depend on the order of k as long as a and b agree: a kernel may put any 16 k in these places.
 template <class T>
 NF4_DEVICE void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 template <>

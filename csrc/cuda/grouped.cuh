@@ -1,11 +1,11 @@
-// Which expert, and which of its rows, a block of threads takes: what the grouped products add to those of one weight.
+// Which expert and which of its rows a thread block takes: what the grouped products add to those of one weight.
 //
-// Who: the grid has as many tiles of rows as there can be. The experts' tiles come one after the other, then those of the
-//   rows of no expert, which become zeros, then some that have nothing to do.
-// Trick: every warp finds the block's tile by itself, each lane reading the offsets of experts / 32 experts in a row, so
-//   that two scans over the lanes do for any number of experts and no barrier is needed: about 20 shuffles and three
-//   loads, under a microsecond. Rejected: a kernel before, that writes the tiles down: a launch more.
-// Bytes: 4 an expert and block of threads, from the L2.
+// Who: the grid has as many tiles along M as can exist: first every expert's tiles in order, then those of the rows
+//   that no expert owns, which become zeros, then tiles that have nothing to do.
+// Trick: every warp finds the block's tile by itself. A lane reads the offsets of experts / 32 consecutive experts, and
+//   two warp scans then serve any number of experts without a barrier: about 20 shuffles and three loads, under a
+//   microsecond. Rejected: a kernel that writes the tiles down first, which is one launch more.
+// Bytes: 4 an expert and thread block, from the L2.
 #pragma once
 
 #include "product.cuh"
@@ -13,13 +13,13 @@
 namespace nf4::cuda {
 
 struct Group {
-  int expert;    // E: none's
-  int row, end;  // of x: the tile's first, and where the expert's rows end; row >= end: nothing to do
+  int expert;          // E: rows that no expert owns
+  int m_begin, m_end;  // the tile's first row, the end of the expert's rows; m_begin >= m_end: nothing to do
 };
 
-// Of lane i: combine of the values of lanes 0 to i.
+// Inclusive warp scan.
 template <class F>
-NF4_DEVICE int scan(int value, int lane, F&& combine) {
+NF4_DEVICE int inclusive_scan(int value, int lane, F&& combine) {
 #pragma unroll
   for (int step = 1; step < kWarp; step *= 2) {
     const int other = shuffle(value, (lane - step) & (kWarp - 1));
@@ -28,24 +28,25 @@ NF4_DEVICE int scan(int value, int lane, F&& combine) {
   return value;
 }
 
-// An offset of an expert, as a row of those given here.
-NF4_DEVICE int row_of_offset(const GroupedArgs& args, int expert) {
-  const int64_t row = load_cached(args.offsets + expert) - args.first_row;
+// An expert's offset, relative to the launch's first row and clamped to the launch's rows.
+NF4_DEVICE int clamped_offset(const GroupedArgs& args, int expert) {
+  const int64_t row = load_cached(args.offsets + expert) - args.m_begin;
   return int(row < 0 ? 0 : smaller(row, args.product.M));
 }
 
-// Tile `tile` of kRows rows. Offsets that fall or exceed M count as the contract in ops.py says.
-template <int kRows>
+// Finds the expert and rows of tile `tile` along M. Offsets that decrease or exceed M count as the contract in ops.py
+// says.
+template <int kTileM>
 NF4_DEVICE Group find_group(const GroupedArgs& args, int tile) {
   const int lane = int(threadIdx.x) % kWarp;
   const int count = int(args.experts.count), rows = int(args.product.M), each = (count + kWarp - 1) / kWarp;
-  const auto offset = [&](int expert) { return row_of_offset(args, expert); };
-  const auto tiles = [](int begin, int end) { return (end - begin + kRows - 1) / kRows; };
+  const auto offset = [&](int expert) { return clamped_offset(args, expert); };
+  const auto tiles = [](int begin, int end) { return (end - begin + kTileM - 1) / kTileM; };
 
-  const int first = min(lane * each, count), last = min(first + each, count);  // the lane's experts
+  const int first = min(lane * each, count), last = min(first + each, count);  // this lane's experts
   int reach = 0;
   for (int e = first; e < last; ++e) reach = max(reach, offset(e));
-  reach = scan(reach, lane, [](int a, int b) { return max(a, b); });
+  reach = inclusive_scan(reach, lane, [](int a, int b) { return max(a, b); });
   const int reach_before = shuffle(reach, (lane - 1) & (kWarp - 1));
   const int before = lane == 0 ? 0 : reach_before;  // where the lane's rows begin
   int own = 0;
@@ -54,49 +55,50 @@ NF4_DEVICE Group find_group(const GroupedArgs& args, int tile) {
     own += tiles(begin, end);
     begin = end;
   }
-  const int sum = scan(own, lane, [](int a, int b) { return a + b; });
+  const int sum = inclusive_scan(own, lane, [](int a, int b) { return a + b; });
 
-  int owner = 0;  // how many lanes' tiles all come before
+  int owner = 0;  // binary search for the lane whose experts own the tile
 #pragma unroll
   for (int step = kWarp / 2; step > 0; step /= 2)
     if (shuffle(sum, owner + step - 1) <= tile) owner += step;
   const int all = shuffle(sum, kWarp - 1), end_of_all = shuffle(reach, kWarp - 1);
-  if (tile >= all) return {count, int(smaller(end_of_all + int64_t(tile - all) * kRows, rows)), rows};
+  if (tile >= all) return {count, int(smaller(end_of_all + int64_t(tile - all) * kTileM, rows)), rows};
   tile -= shuffle(sum - own, owner);
   int begin = shuffle(before, owner);
   for (int e = owner * each;; ++e) {
     const int end = max(begin, offset(e)), here = tiles(begin, end);
-    if (tile < here) return {e, begin + tile * kRows, end};
+    if (tile < here) return {e, begin + tile * kTileM, end};
     tile -= here;
     begin = end;
   }
 }
 
-// multiply(work) for this block's tile of kRows by kColumns of out [M, columns]; zeros where the rows are no expert's.
-template <class T, int kRows, int kColumns, class F>
-NF4_DEVICE void multiply_group(const GroupedArgs& args, int64_t columns, F&& multiply) {
-  const unsigned across = unsigned(ceil_div(columns, kColumns));
-  const Group group = find_group<kRows>(args, int(blockIdx.x / across));
-  const int column_tile = int(blockIdx.x % across), split = int(blockIdx.y);
-  if (group.row >= group.end) return;
+// Calls multiply(work) for this block's tile, kTileM x kTileWidth of out[M, width]; stores zeros where no expert owns
+// the rows. The width is N in grouped_linear and K in grouped_linear_dgrad.
+template <class T, int kTileM, int kTileWidth, class F>
+NF4_DEVICE void multiply_group(const GroupedArgs& args, int64_t width, F&& multiply) {
+  const unsigned across = unsigned(ceil_div(width, kTileWidth));
+  const Group group = find_group<kTileM>(args, int(blockIdx.x / across));
+  const int tile = int(blockIdx.x % across), split = int(blockIdx.y);
+  if (group.m_begin >= group.m_end) return;
   if (group.expert < args.experts.count) {
     const Weight weight = args.experts[group.expert];
-    multiply(Work<int>{weight, column_tile, group.row, group.end, split, 0});
+    multiply(Work<int>{weight, tile, group.m_begin, group.m_end, split, 0});
     return;
   }
-  const Store<T> store(args.product, columns, split);
-  for (int i = int(threadIdx.x); i < kRows * kColumns; i += int(blockDim.x)) {
-    const int64_t row = group.row + i / kColumns, column = int64_t(column_tile) * kColumns + i % kColumns;
-    if (row < group.end && column < columns) store.one(row, column, 0);
+  const Store<T> store(args.product, width, split);
+  for (int i = int(threadIdx.x); i < kTileM * kTileWidth; i += int(blockDim.x)) {
+    const int64_t m = group.m_begin + i / kTileWidth, column = int64_t(tile) * kTileWidth + i % kTileWidth;
+    if (m < group.m_end && column < width) store.one(m, column, 0);
   }
 }
 
-// Tiles of kRows by kColumns: each expert that has rows, and the rows of none, may end in a tile that is not full.
-template <int kRows, int kColumns>
-dim3 grouped_grid(const GroupedArgs& args, int64_t columns) {
-  const int64_t rows = args.product.M, ends = smaller(args.experts.count + 1, rows);
-  const int64_t tiles = (rows + ends * (kRows - 1)) / kRows;
-  return dim3(unsigned(tiles * ceil_div(columns, kColumns)), unsigned(args.product.splits));
+// The most tiles that can exist: each expert that owns rows, and the rows of none, may end in a tile that is not full.
+template <int kTileM, int kTileWidth>
+dim3 grouped_grid(const GroupedArgs& args, int64_t width) {
+  const int64_t M = args.product.M, ends = smaller(args.experts.count + 1, M);
+  const int64_t tiles = (M + ends * (kTileM - 1)) / kTileM;
+  return dim3(unsigned(tiles * ceil_div(width, kTileWidth)), unsigned(args.product.splits));
 }
 
 }  // namespace nf4::cuda

@@ -1,8 +1,12 @@
 // grouped_linear: y[M, N], each row of x[M, K] times its expert's W[N, K]^T, by the kernels of linear.
 //
-// Who: as linear_small.cuh, linear_tiled.cuh and product_any.cuh say; which expert and rows: grouped.cuh.
-// Trick: nothing is sorted, padded or copied, and the host does not wait. A token's 8 experts of 128 are 8 tiles, and
-//   with N = 2048 their 512 blocks fill an H200's 264 places, so that K is split only where a sum would be too long.
+// Read first: grouped.cuh (which expert and rows a block takes), then linear_small.cuh, linear_tiled.cuh,
+//   product_any.cuh.
+//
+// Who: as in those kernels.
+// Trick: nothing is sorted, padded or copied, and the host does not wait. The 8 experts (of 128) of one token are 8
+//   tiles along M; with N = 2048 their 512 blocks fill the 264 that an H200 holds, so K is split only where a sum would
+//   be too long.
 // Bytes: 0.516 N K for each expert that has rows (and once more from the L2 for each further tile of its rows).
 // Needs: as those kernels; an expert's rows need no alignment.
 #include "grouped.cuh"
@@ -13,20 +17,19 @@
 namespace nf4::cuda {
 namespace {
 
-template <class T, int kTokenTiles>
+template <class T, int kTilesM>
 __global__ void __launch_bounds__(small::kWarps* kWarp, 2) grouped_linear_small_kernel(const GroupedArgs args) {
-  multiply_group<T, 8 * kTokenTiles, kWarpRows>(args, args.experts.first.N, [&](const auto& work) {
-    small::linear_small_block<T, kTokenTiles>(args.product, work);
-  });
+  multiply_group<T, 8 * kTilesM, small::kTileN>(
+      args, args.experts.first.N, [&](const auto& work) { small::linear_small_block<T, kTilesM>(args.product, work); });
 }
 
 template <class T, class S>
 __global__ void __launch_bounds__(S::kThreads, 1) grouped_linear_tiled_kernel(const GroupedArgs args) {
-  multiply_group<T, S::kTokens, S::kRows>(args, args.experts.first.N,
+  multiply_group<T, S::kTileM, S::kTileN>(args, args.experts.first.N,
                                           [&](const auto& work) { linear_tiled_block<T, S>(args.product, work); });
 }
 
-// Two blocks at once: for a third, ptxas would spill.
+// Two resident blocks: to fit a third, ptxas would spill.
 template <class T>
 __global__ void __launch_bounds__(any::kThreads, 2) grouped_linear_any_kernel(const GroupedArgs args) {
   multiply_group<T, any::kTile, any::kTile>(
@@ -39,22 +42,24 @@ cudaError_t launch_small(const GroupedArgs& args, cudaStream_t stream) {
     return launch(kernel, grid, small::kWarps * kWarp, small::kSharedBytes, stream, args);
   };
   const int64_t N = args.experts.first.N;
-  if (args.rows_each <= 8) return launch_tile(grouped_linear_small_kernel<T, 1>, grouped_grid<8, kWarpRows>(args, N));
-  return launch_tile(grouped_linear_small_kernel<T, 2>, grouped_grid<16, kWarpRows>(args, N));
+  if (args.m_per_expert <= 8)
+    return launch_tile(grouped_linear_small_kernel<T, 1>, grouped_grid<8, small::kTileN>(args, N));
+  return launch_tile(grouped_linear_small_kernel<T, 2>, grouped_grid<16, small::kTileN>(args, N));
 }
 
-template <class T, class S>
+template <class T, class Warps>
 cudaError_t launch_shape(const GroupedArgs& args, cudaStream_t stream) {
-  return launch(grouped_linear_tiled_kernel<T, S>, grouped_grid<S::kTokens, S::kRows>(args, args.experts.first.N),
+  using S = LinearShape<Warps>;
+  return launch(grouped_linear_tiled_kernel<T, S>, grouped_grid<S::kTileM, S::kTileN>(args, args.experts.first.N),
                 S::kThreads, S::kSharedBytes, stream, args);
 }
 
 template <class T>
 cudaError_t launch_tiled(const GroupedArgs& args, cudaStream_t stream) {
-  switch (tile_index(kLinearTiles, args.rows_each)) {
-    case 0: return launch_shape<T, LinearTokens32>(args, stream);
-    case 1: return launch_shape<T, LinearTokens64>(args, stream);
-    default: return launch_shape<T, LinearTokens128>(args, stream);
+  switch (tile_index(kLinearTiles, args.m_per_expert)) {
+    case 0: return launch_shape<T, LinearM32>(args, stream);
+    case 1: return launch_shape<T, LinearM64>(args, stream);
+    default: return launch_shape<T, LinearM128>(args, stream);
   }
 }
 

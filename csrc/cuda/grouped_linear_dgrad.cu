@@ -1,8 +1,10 @@
 // grouped_linear_dgrad: dX[M, K], each row of dY[M, N] times its expert's W[N, K], by the kernels of linear_dgrad.
 //
-// Who: as linear_dgrad_tiled.cuh and product_any.cuh say; which expert and rows: grouped.cuh.
-// Trick: as in grouped_linear.cu; N is split where a sum would be too long, 8192 to 32768 rows of W.
-// Flops: 2 M N K, and a tile of 16, 64 or 128 rows that an expert does not fill costs what a full one does.
+// Read first: grouped.cuh (which expert and rows a block takes), then linear_dgrad_tiled.cuh, product_any.cuh.
+//
+// Who: as in those kernels.
+// Trick: as in grouped_linear.cu; N is split where a sum would be too long, from 8192 to 32768 n on.
+// Flops: 2 M N K; a tile of 16, 64 or 128 m that an expert does not fill costs what a full one does.
 // Needs: as those kernels; an expert's rows need no alignment.
 #include "grouped.cuh"
 #include "linear_dgrad_tiled.cuh"
@@ -13,30 +15,30 @@ namespace {
 
 template <class T, class S>
 __global__ void __launch_bounds__(S::kThreads, 1) grouped_linear_dgrad_tiled_kernel(const GroupedArgs args) {
-  multiply_group<T, S::kTokens, S::kColumns>(
+  multiply_group<T, S::kTileM, S::kTileK>(
       args, args.experts.first.K, [&](const auto& work) { linear_dgrad_tiled_block<T, S>(args.product, work); });
 }
 
-// Two blocks at once: for a third, ptxas would spill.
+// Two resident blocks: to fit a third, ptxas would spill.
 template <class T>
 __global__ void __launch_bounds__(any::kThreads, 2) grouped_linear_dgrad_any_kernel(const GroupedArgs args) {
   multiply_group<T, any::kTile, any::kTile>(
       args, args.experts.first.K, [&](const auto& work) { any::product_any_block<T, true>(args.product, work); });
 }
 
-template <class T, class S>
+template <class T, class Warps>
 cudaError_t launch_shape(const GroupedArgs& args, cudaStream_t stream) {
-  return launch(grouped_linear_dgrad_tiled_kernel<T, S>,
-                grouped_grid<S::kTokens, S::kColumns>(args, args.experts.first.K), S::kThreads, S::kSharedBytes, stream,
-                args);
+  using S = DgradShape<Warps>;
+  return launch(grouped_linear_dgrad_tiled_kernel<T, S>, grouped_grid<S::kTileM, S::kTileK>(args, args.experts.first.K),
+                S::kThreads, S::kSharedBytes, stream, args);
 }
 
 template <class T>
 cudaError_t launch_tiled(const GroupedArgs& args, cudaStream_t stream) {
-  switch (tile_index(kDgradTiles, args.rows_each)) {
-    case 0: return launch_shape<T, DgradTokens16>(args, stream);
-    case 1: return launch_shape<T, DgradTokens64>(args, stream);
-    default: return launch_shape<T, DgradTokens128>(args, stream);
+  switch (tile_index(kDgradTiles, args.m_per_expert)) {
+    case 0: return launch_shape<T, DgradM16>(args, stream);
+    case 1: return launch_shape<T, DgradM64>(args, stream);
+    default: return launch_shape<T, DgradM128>(args, stream);
   }
 }
 

@@ -1,7 +1,7 @@
-// What the grouped products by torch need besides its product: offsets that it can take, and zeros in the rows of none.
+// What dequantize + GEMM of experts needs besides torch's product: sound offsets, and zeros in the rows of no expert.
 //
-// Who: one warp reads the offsets, 32 at a time, and keeps the largest so far; then a thread an element of out, in a
-//   stride over the grid. Bytes: 8 an expert; 2 an element of the rows of no expert.
+// Who: one warp scans the offsets, 32 at a time, for the largest so far; a grid-stride loop zeroes one element of out a
+//   thread. Bytes: 8 an expert; 2 an element of the rows of no expert.
 #include "grouped.cuh"
 
 namespace nf4::cuda {
@@ -14,8 +14,8 @@ __global__ void __launch_bounds__(kWarp) sound_offsets_kernel(const GroupedArgs 
   int reach = 0;
   for (int chunk = 0; chunk < count; chunk += kWarp) {
     const int expert = chunk + lane;
-    const int own = expert < count ? row_of_offset(args, expert) : 0;
-    const int most = scan(own, lane, [](int a, int b) { return max(a, b); });
+    const int own = expert < count ? clamped_offset(args, expert) : 0;
+    const int most = inclusive_scan(own, lane, [](int a, int b) { return max(a, b); });
     if (expert < count) sound[expert] = max(reach, most);
     reach = max(reach, shuffle(most, kWarp - 1));
   }

@@ -1,10 +1,10 @@
-// The CUDA launchers' signatures: device pointers, sizes and a stream, no torch. A launcher allocates nothing and waits
-// for nothing, so that it can be captured in a graph.
+// The CUDA launchers' signatures: device pointers, sizes and a stream, no torch. A launcher neither allocates nor
+// synchronizes, so that a CUDA graph can capture it.
 #pragma once
 
 #if defined(__CUDACC__) || defined(NF4_EXECUTOR)
 #include "device.cuh"
-#else  // the binding, which a host compiler compiles
+#else  // a binding, which a host compiler compiles
 #include <cuda_runtime_api.h>
 
 #include "../format.h"
@@ -16,7 +16,7 @@ struct QuantizeArgs {
   const void* weight;  // [numel] of dtype
   Dtype dtype;
   int64_t numel;
-  const float* code;  // [16], any order
+  const float* code;  // [16], in any order
   int block_shift;
   uint8_t* packed;  // [ceil(numel/2)]
   float* absmax;    // [ceil(numel/block_size)]
@@ -28,7 +28,7 @@ struct QuantizeAbsmaxArgs {
   int64_t blocks;
   const float* scale_code;  // [256], ascending unless scale_is_e4m3
   bool scale_is_e4m3;
-  double* superblock_sums;  // [superblocks] of scratch
+  double* superblock_sums;  // [superblocks], scratch
   uint8_t* quantized;       // [blocks]
   float* scale_absmax;      // [superblocks]
   float* scale_offset;      // [1]
@@ -44,19 +44,20 @@ struct DequantizeArgs {
 };
 cudaError_t dequantize(const DequantizeArgs& args, cudaStream_t stream);
 
-// Codebooks whose levels the host has rounded to the product's dtype, see ../rounded_code.h. They come by value: the host
-// cannot look at the weight's `code` without waiting for the device, so the kernel finds out which of them it is.
+// Codebooks whose levels the host has rounded to the product's dtype (../rounded_code.h). They are passed by value and
+// the kernel looks its weight's `code` up among them, because the host would have to wait for the device to read
+// `code`.
 struct KnownCodes {
   static constexpr int kMost = 8;
   struct Entry {
     float code[kLevels];
-    uint16_t levels[kLevels];  // bits of the dtype; scale * levels is about code
-    float scale;               // goes into the block scales
+    uint16_t levels[kLevels];  // bits of the dtype; scale * levels approximates code
+    float scale;               // multiplied into the block scales
   } entries[kMost];
   int count;
 };
 
-// One product with the weight. linear: x [M, K] to out [M, N]; linear_dgrad: x is dY [M, N], out is dX [M, K].
+// One product with the weight. linear: out[M, N] = x[M, K] @ W^T; linear_dgrad: x is dY[M, N], out is dX[M, K].
 struct ProductArgs {
   Weight weight;
   Dtype dtype;
@@ -64,47 +65,47 @@ struct ProductArgs {
   int64_t M;
   const void* bias;  // linear: [N] of dtype, or null
   void* out;
-  // LoRA's term, scaling * low_rank_x @ factor: linear P [M, rank] and B [N, rank], dgrad Q [M, rank] and A [rank, K].
-  int64_t rank;  // 0: none
-  const void* low_rank_x;
-  const void* low_rank_factor;
+  // The LoRA term that out gains: scaling * P[M, rank] @ B[N, rank]^T in linear, scaling * Q[M, rank] @ A[rank, K] in
+  // linear_dgrad.
+  int64_t rank;             // 0: no term
+  const void* lora_inner;   // P or Q
+  const void* lora_factor;  // B or A
   float scaling;
-  // The contraction in `splits` parts, each to partial [splits, M, columns of out], then added up in order.
-  int splits;
-  float* partial;    // null where splits is 1
-  KnownCodes known;  // of the tensor-core products
+  int splits;        // split-K: each part of the contraction writes its own partial sums; reduce_splits adds them
+  float* partial;    // [splits, M, N or K], null where splits is 1
+  KnownCodes known;  // for the tensor-core products
 };
 
-// Any shape, dtype and alignment, without tensor cores, unsplit.
+// Any shape, dtype and alignment, without tensor cores and without splits.
 cudaError_t linear_any(const ProductArgs& args, cudaStream_t stream);
 cudaError_t linear_dgrad_any(const ProductArgs& args, cudaStream_t stream);
 // The tensor-core products: bf16 or fp16, has_whole_codes(weight), every pointer aligned to 16 bytes.
-cudaError_t linear_small(const ProductArgs& args, cudaStream_t stream);  // M <= kSmallRows
+cudaError_t linear_small(const ProductArgs& args, cudaStream_t stream);  // M <= kSmallM
 cudaError_t linear_tiled(const ProductArgs& args, cudaStream_t stream);
 cudaError_t linear_dgrad_tiled(const ProductArgs& args, cudaStream_t stream);  // N % 8 == 0
 
-// Products with the weights of experts, row by row the one whose rows these are. It takes the device to know them, so a
-// launch has a block of threads for every tile that there can be, and each finds its own: grouped.cuh.
+// A grouped product: each expert's weight multiplies its own rows of x. The device alone knows which rows these are, so
+// a launch has a thread block for every tile that can exist, and each block finds its tile (grouped.cuh).
 struct GroupedArgs {
-  ProductArgs product;     // weight: the first expert's; no bias, no rank; M: the rows of x and out given here
-  int64_t first_row;       // of these rows, as the offsets count them
+  ProductArgs product;     // weight: the first expert's; M: rows of x and out in this launch; no bias, no LoRA term
+  int64_t m_begin;         // the launch's first row, as the offsets count rows
   Experts experts;         // the first is product.weight
-  const int32_t* offsets;  // [experts]: the row past each expert's last; rows past the last one's become zeros
-  int64_t rows_each;       // of an expert, about: the tile's height
+  const int32_t* offsets;  // [experts]: where each expert's rows end; rows past the last offset become zeros
+  int64_t m_per_expert;    // mean rows an expert: it selects the tile
 };
 cudaError_t grouped_linear_any(const GroupedArgs& args, cudaStream_t stream);
 cudaError_t grouped_linear_dgrad_any(const GroupedArgs& args, cudaStream_t stream);
-// As linear_small and so on of each expert, any number of rows.
+// These need of each expert what linear_small and so on need of a weight; M is not bounded.
 cudaError_t grouped_linear_small(const GroupedArgs& args, cudaStream_t stream);
 cudaError_t grouped_linear_tiled(const GroupedArgs& args, cudaStream_t stream);
 cudaError_t grouped_linear_dgrad_tiled(const GroupedArgs& args, cudaStream_t stream);
 
-// For a product that torch does, which takes no offsets but sound ones: `sound` [experts] is what the offsets count as.
+// torch's grouped product takes sound offsets only: sound[e] = offset e clamped to 0..M and to at least offset e - 1.
 cudaError_t sound_offsets(const GroupedArgs& args, int32_t* sound, cudaStream_t stream);
-// Rows of out [M, columns], bf16, from the last of the sound `offsets` on become zeros.
+// Zeroes the rows of out[M, columns] (bf16) that no expert owns: those from the last of the sound `offsets` on.
 cudaError_t zero_rows_of_none(const GroupedArgs& args, int64_t columns, cudaStream_t stream);
 
-// Ŵ[range] of every expert that has rows by sound offsets, as bf16, each `out_size` elements after the one before.
+// Ŵ[range] in bf16 of every expert that owns rows by the sound offsets; expert e's goes to out + e * out_size.
 struct DequantizeExpertsArgs {
   DequantizeArgs first;  // of the first expert
   Experts experts;
@@ -113,34 +114,35 @@ struct DequantizeExpertsArgs {
 };
 cudaError_t dequantize_experts(const DequantizeExpertsArgs& args, cudaStream_t stream);  // aligned to 16 bytes
 
-// out [rows, width] of rows `stride` elements apart = scaling * small [rows, rank], zeros beyond rank; bf16 or fp16.
-struct ScaleLowRankArgs {
-  const void* small;
+// out[rows, width] = scaling * in[rows, columns], padded with zeros; rows of out are `stride` elements apart. bf16 or
+// fp16.
+struct ScaledCopyArgs {
+  const void* in;
   Dtype dtype;
-  int64_t rows, rank;
+  int64_t rows, columns;
   float scaling;
   void* out;
   int64_t width, stride;
 };
-cudaError_t scale_low_rank(const ScaleLowRankArgs& args, cudaStream_t stream);
+cudaError_t scaled_copy(const ScaledCopyArgs& args, cudaStream_t stream);
 
-// out [rows, columns] = scaling * small [depth, rows]^T @ wide [depth, columns], or its transpose [columns, rows].
+// out[rank, columns] = scaling * small[M, rank]^T @ wide[M, columns], or its transpose [columns, rank].
 struct LoraGradArgs {
   const void* small;
   const void* wide;
   Dtype dtype;  // of both
-  int64_t depth, rows, columns;
+  int64_t M, rank, columns;
   float scaling;
   void* out;
   Dtype out_dtype;
   bool transposed;
-  int splits;      // of the depth; lora_grad alone
-  float* partial;  // [splits, rows, columns], also where splits is 1
+  int splits;      // of M; lora_grad alone
+  float* partial;  // [splits, rank, columns], also where splits is 1
 };
 cudaError_t lora_grad_any(const LoraGradArgs& args, cudaStream_t stream);
 cudaError_t lora_grad(const LoraGradArgs& args, cudaStream_t stream);  // bf16 or fp16, columns % 8 == 0, aligned to 16
 
-// out = the sum over the splits of partial [splits, rows, columns], in order, times scaling, plus bias, rounded once.
+// out = scaling * (sum over s, in order, of partial[s, rows, columns]) + bias, rounded once.
 struct ReduceArgs {
   const float* partial;
   int splits;

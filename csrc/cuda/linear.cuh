@@ -1,10 +1,18 @@
-// A warp's share of linear: 32 rows of W by 8 kTokenTiles rows of x (tokens), from packed bytes in registers.
+// linear on tensor cores, a warp's share: y[M, N] = x[M, K] @ W[N, K]^T for 32 n by 8 kTilesM m, W from packed bytes in
+// registers. Read first: mma_16x8x16 in device.cuh, pair_table.cuh.
 //
-// The weights are mma's A operand. A lane (g = lane / 4, t = lane % 4) holds rows g, g + 8, g + 16, g + 24 and, of each
-// 64 k, the 16 from 16t on. The order of a contraction is free: these 16 stand where mma wants k = 2t, 2t + 1, 2t + 8,
-// 2t + 9 of four steps, and x is read in the same order, 16 bytes a load. So neither W nor x is ever rearranged.
-// Levels are multiplied unscaled and the scale goes onto the fp32 sum of each 64 k: exact, where a scaled bf16 weight is
-// rounded three times.
+// W is mma's A operand (its 16 rows are n), x^T is B (its 8 columns are m), the contraction is k. Lane 4g + t takes
+// rows g, g + 8, g + 16, g + 24 of W (slots 0 to 3) and, of each 64 k, the 16 consecutive k from 16t on, which are 8
+// packed bytes. A contraction has no order, so these 16 k stand in the places that mma calls 2t, 2t + 1, 2t + 8, 2t + 9
+// of four k-steps, and x is loaded in the same order, 16 bytes a load:
+//
+//   half            0                           1                x:  vector 2t + half of row g of each 8 m, one uint4
+//   k - 16t     0 1  2 3 | 4 5  6 7      8 9 10 11 | 12 13 14 15       .x .y for the first mma, .z .w for the second
+//   byte         0    1  |  2    3        4    5   |   6     7   W:  a pair of elements a byte, by one table load
+//   mma's k     2t  2t+8 | 2t  2t+8      2t  2t+8  |  2t   2t+8
+//
+// So neither W nor x is ever rearranged. Levels are multiplied unscaled and the block scale multiplies the fp32 sum of
+// each 64 k: that is exact, where a scaled bf16 weight would be rounded three times.
 #pragma once
 
 #include "pair_table.cuh"
@@ -12,97 +20,97 @@
 
 namespace nf4::cuda {
 
-constexpr int kRowTiles = 2;               // of 16 rows of W
-constexpr int kWarpRows = 16 * kRowTiles;  // of W
-constexpr int kSlots = 2 * kRowTiles;      // rows of W a lane holds: g + 8 * slot
+constexpr int kTilesN = 2;                // mma tiles of 16 n a warp
+constexpr int kWarpTileN = 16 * kTilesN;  // n a warp
+constexpr int kSlots = 2 * kTilesN;       // rows of W a lane: n = g + 8 * slot
 
-// [row tile][token tile][the four of a c fragment].
-template <int kTokenTiles>
-using Sums = float[kRowTiles][kTokenTiles][4];
+// Accumulators [mma tile of 16 n][mma tile of 8 m][c fragment].
+template <int kTilesM>
+using Sums = float[kTilesN][kTilesM][4];
 
-// sums += part, each row of W times its scale; a lane's `scale` is that of row g + 8t.
-template <int kTokenTiles>
-NF4_DEVICE void add_scaled(Sums<kTokenTiles>& sums, const Sums<kTokenTiles>& part, float scale) {
+// sums += scale * part. Lane 4g + t holds the scale of n = g + 8t.
+template <int kTilesM>
+NF4_DEVICE void add_scaled(Sums<kTilesM>& sums, const Sums<kTilesM>& part, float scale) {
 #pragma unroll
-  for (int tile = 0; tile < kRowTiles; ++tile) {
-    const float low = shuffle_four(scale, 2 * tile), high = shuffle_four(scale, 2 * tile + 1);
+  for (int n = 0; n < kTilesN; ++n) {
+    const float low = shuffle_four(scale, 2 * n), high = shuffle_four(scale, 2 * n + 1);
 #pragma unroll
-    for (int m = 0; m < kTokenTiles; ++m)
+    for (int m = 0; m < kTilesM; ++m)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sums[tile][m][i] = fmaf(i < 2 ? low : high, part[tile][m][i], sums[tile][m][i]);
+      for (int i = 0; i < 4; ++i) sums[n][m][i] = fmaf(i < 2 ? low : high, part[n][m][i], sums[n][m][i]);
   }
 }
 
-// sums += W[32 rows, 64 k] @ x^T. `words` are the lane's 16 k of each slot; x(m, half) are, of token 8m + g, the lane's
-// first or second 8 k.
-template <class T, int kTokenTiles, class LoadX>
-NF4_DEVICE void multiply_block(Sums<kTokenTiles>& sums, const uint2 (&words)[kSlots], float scale,
-                               const PairTable& table, LoadX&& x) {
-  Sums<kTokenTiles> part = {};
+// sums += W[32 n, 64 k] @ x^T. `words` hold the lane's 16 k of each slot; load_x(m, half) returns the lane's first or
+// second 8 k of row 8m + g of x.
+template <class T, int kTilesM, class LoadX>
+NF4_DEVICE void multiply_block(Sums<kTilesM>& sums, const uint2 (&words)[kSlots], float scale, const PairTable& table,
+                               LoadX&& load_x) {
+  Sums<kTilesM> part = {};
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {  // 8 k a lane: two steps of mma
-    uint32_t first[kRowTiles][4], second[kRowTiles][4];
+  for (int half = 0; half < 2; ++half) {  // 8 k a lane: two k-steps
+    uint32_t first[kTilesN][4], second[kTilesN][4];
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
       const uint32_t word = half == 0 ? words[slot].x : words[slot].y;
-      const int tile = slot / 2, i = slot % 2;  // row g or g + 8 of the tile
-      first[tile][i] = table.pair<0>(word);
-      first[tile][i + 2] = table.pair<1>(word);
-      second[tile][i] = table.pair<2>(word);
-      second[tile][i + 2] = table.pair<3>(word);
+      const int n = slot / 2, i = slot % 2;  // row g or g + 8 of the mma tile
+      first[n][i] = table.pair<0>(word);
+      first[n][i + 2] = table.pair<1>(word);
+      second[n][i] = table.pair<2>(word);
+      second[n][i + 2] = table.pair<3>(word);
     }
 #pragma unroll
-    for (int m = 0; m < kTokenTiles; ++m) {
-      const uint4 tokens = x(m, half);
+    for (int m = 0; m < kTilesM; ++m) {
+      const uint4 x = load_x(m, half);
 #pragma unroll
-      for (int tile = 0; tile < kRowTiles; ++tile) mma_16x8x16<T>(part[tile][m], first[tile], tokens.x, tokens.y);
+      for (int n = 0; n < kTilesN; ++n) mma_16x8x16<T>(part[n][m], first[n], x.x, x.y);
 #pragma unroll
-      for (int tile = 0; tile < kRowTiles; ++tile) mma_16x8x16<T>(part[tile][m], second[tile], tokens.z, tokens.w);
+      for (int n = 0; n < kTilesN; ++n) mma_16x8x16<T>(part[n][m], second[n], x.z, x.w);
     }
   }
-  add_scaled<kTokenTiles>(sums, part, scale);
+  add_scaled<kTilesM>(sums, part, scale);
 }
 
-// sums += scaling * B[32 rows, rank] @ P^T: LoRA's term is more of the same contraction.
-template <class T, int kTokenTiles>
-NF4_DEVICE void add_low_rank(Sums<kTokenTiles>& sums, const ProductArgs& args, int64_t first_row, int64_t first_token,
-                             const Lane& lane) {
-  Sums<kTokenTiles> part = {};
-  const T* factor = static_cast<const T*>(args.low_rank_factor);
-  const T* tokens = static_cast<const T*>(args.low_rank_x);
+// The LoRA term, sums += scaling * B[32 n, rank] @ P^T: B in place of W and P in place of x.
+template <class T, int kTilesM>
+NF4_DEVICE void add_lora_term(Sums<kTilesM>& sums, const ProductArgs& args, int64_t n_begin, int64_t m_begin,
+                              const Lane& lane) {
+  Sums<kTilesM> part = {};
+  const T* B = static_cast<const T*>(args.lora_factor);
+  const T* P = static_cast<const T*>(args.lora_inner);
   for (int64_t step = 0; step < args.rank; step += 16) {
     const int64_t r = step + 2 * lane.t;
-    uint32_t a[kRowTiles][4];
-    for (int tile = 0; tile < kRowTiles; ++tile)
+    uint32_t a[kTilesN][4];
+    for (int tile = 0; tile < kTilesN; ++tile)
       for (int i = 0; i < 4; ++i) {
-        const int64_t row = first_row + 16 * tile + lane.g + 8 * (i % 2);
-        a[tile][i] = row < args.weight.N ? load_pair(factor + row * args.rank, r + 8 * (i / 2), args.rank) : 0;
+        const int64_t n = n_begin + 16 * tile + lane.g + 8 * (i % 2);
+        a[tile][i] = n < args.weight.N ? load_pair(B + n * args.rank, r + 8 * (i / 2), args.rank) : 0;
       }
-    for (int m = 0; m < kTokenTiles; ++m) {
-      const int64_t token = first_token + 8 * m + lane.g;
-      const T* p = tokens + token * args.rank;
-      const uint32_t b0 = token < args.M ? load_pair(p, r, args.rank) : 0;
-      const uint32_t b1 = token < args.M ? load_pair(p, r + 8, args.rank) : 0;
-      for (int tile = 0; tile < kRowTiles; ++tile) mma_16x8x16<T>(part[tile][m], a[tile], b0, b1);
+    for (int tile_m = 0; tile_m < kTilesM; ++tile_m) {
+      const int64_t m = m_begin + 8 * tile_m + lane.g;
+      const T* row = P + m * args.rank;
+      const uint32_t b0 = m < args.M ? load_pair(row, r, args.rank) : 0;
+      const uint32_t b1 = m < args.M ? load_pair(row, r + 8, args.rank) : 0;
+      for (int tile = 0; tile < kTilesN; ++tile) mma_16x8x16<T>(part[tile][tile_m], a[tile], b0, b1);
     }
   }
-  add_scaled<kTokenTiles>(sums, part, args.scaling);
+  add_scaled<kTilesM>(sums, part, args.scaling);
 }
 
-// The scale of row g + 8t of a warp's rows, which the lane decodes for all. Beyond N it is the last row's: what comes of
-// it is not stored, and no load needs a condition.
+// The block scales of row n = g + 8t of the warp's 32, which lane 4g + t decodes for the warp. Rows past N repeat the
+// last one: their results are not stored, and no load needs a predicate.
 struct RowScale {
   const Weight& w;
-  uint32_t first;  // of the row, in 64 weights: a register less than in weights, and no sums of 64 bits
+  uint32_t first;  // the row's first block of 64 k: 32 bits take a register less than the flat index of a weight
   float offset;
-  NF4_DEVICE RowScale(const Weight& w, int64_t first_row, const Lane& lane)
+  NF4_DEVICE RowScale(const Weight& w, int64_t n_begin, const Lane& lane)
       : w(w),
-        first(uint32_t(smaller(first_row + lane.g + 8 * lane.t, w.N - 1) * (w.K / kBlockK))),
+        first(uint32_t(smaller(n_begin + lane.g + 8 * lane.t, w.N - 1) * (w.K / kBlockK))),
         offset(offset_of(w)) {}
 
   NF4_DEVICE uint32_t index(int block) const { return (first + uint32_t(block)) >> (w.block_shift - 6); }
   NF4_DEVICE uint32_t stored(int block) const { return stored_scale(w, index(block)); }
-  // Times the factor that goes with the table.
+  // The scale times the pair table's factor.
   NF4_DEVICE float decode(int block, uint32_t stored, float factor) const {
     return scale_of(w, index(block), stored, offset) * factor;
   }

@@ -1,4 +1,4 @@
-// linear_dgrad: linear_dgrad_tiled.cuh's work, a tile of 16, 64 or 128 tokens a block and one of `splits` parts of N.
+// linear_dgrad: one block of linear_dgrad_tiled.cuh a tile of 16, 64 or 128 m and a split of N.
 #include "linear_dgrad_tiled.cuh"
 
 namespace nf4::cuda {
@@ -6,12 +6,13 @@ namespace {
 
 template <class T, class S>
 __global__ void __launch_bounds__(S::kThreads, 1) linear_dgrad_tiled_kernel(const ProductArgs args) {
-  linear_dgrad_tiled_block<T, S>(args, own_work(args, S::kTokens, blockIdx.z));
+  linear_dgrad_tiled_block<T, S>(args, own_work(args, S::kTileM, blockIdx.z));
 }
 
-template <class T, class S>
+template <class T, class Warps>
 cudaError_t launch_shape(const ProductArgs& args, cudaStream_t stream) {
-  const dim3 grid(unsigned(ceil_div(args.weight.K, S::kColumns)), unsigned(ceil_div(args.M, S::kTokens)),
+  using S = DgradShape<Warps>;
+  const dim3 grid(unsigned(ceil_div(args.weight.K, S::kTileK)), unsigned(ceil_div(args.M, S::kTileM)),
                   unsigned(args.splits));
   return launch(linear_dgrad_tiled_kernel<T, S>, grid, S::kThreads, S::kSharedBytes, stream, args);
 }
@@ -19,9 +20,9 @@ cudaError_t launch_shape(const ProductArgs& args, cudaStream_t stream) {
 template <class T>
 cudaError_t launch_for(const ProductArgs& args, cudaStream_t stream) {
   switch (tile_index(kDgradTiles, args.M)) {
-    case 0: return launch_shape<T, DgradTokens16>(args, stream);
-    case 1: return launch_shape<T, DgradTokens64>(args, stream);
-    default: return launch_shape<T, DgradTokens128>(args, stream);
+    case 0: return launch_shape<T, DgradM16>(args, stream);
+    case 1: return launch_shape<T, DgradM64>(args, stream);
+    default: return launch_shape<T, DgradM128>(args, stream);
   }
 }
 

@@ -1,20 +1,33 @@
-// linear_dgrad: dX[M, K] = dY[M, N] @ W[N, K] on tensor cores, from the same bytes, though the contraction runs across
-// the rows of W.
+// linear_dgrad: dX[M, K] = dY[M, N] @ W[N, K] on tensor cores, from the same packed bytes, although the contraction
+// runs over the rows of W. Read first: transposed_fragments.cuh (the row permutation), pair_table.cuh, tile.cuh.
 //
-// Who: a block owns kWarpsK * 64 columns of W by kWarpsM * 8 kTokenTiles rows of dY (tokens) and one of `splits` parts of
-//   N. Its warps are kWarpsK x kWarpsM x kWarpsN, the last to share out the groups of 32 n in a stage.
-// Trick: W^T is mma's A operand. A lane (g = lane / 4, t = lane % 4) takes the 8 k from 8g on, one word, of each of its
-//   4 rows n = 4t.. of 16. Which of the 64 k stands in which row of the four 16-row tiles is free: tile i has 8g + 2i in row
-//   g and 8g + 2i + 1 in row g + 8, so that the lane ends with 8 consecutive k of dX, 16 bytes. The table gives pairs
-//   along k, mma wants pairs along n: two byte permutes turn two pairs around. The scale belongs to n, which is summed
-//   over, so it goes to an operand, as two numbers in T, rounded once in all: {s_n, s_n+1} times the pair. With the level
-//   that is two roundings, their error together 1.6 times dense bf16's at most. Rejected: a scale rounded to T, whose error
-//   adds up where many blocks have one scale (weights clamped at 2 sigma, dY of mean one sigma: 2.2 % of the output, dense
-//   0.3 %); scaling dY in fp32, 2.5 instructions a weight at 64 tokens.
-// Limits: 32 n of 64 k by 64 tokens take a warp 64 mma's, 413 cycles of a quarter of an SM (sm_90), and 427 instructions:
-//   of a weight's 6.7, 0.5 are table loads, 1 forms their addresses, 0.5 turns pairs around, 1 is for the scales.
+// Who: a block owns kTileM x kTileK of dX and one of `splits` parts of N. Its warps are kWarpsK x kWarpsM x kWarpsN;
+//   the kWarpsN share out the groups of 32 n of a stage. A warp owns 64 k by 8 kTilesM m.
+// Trick: W^T is mma's A operand. A lane takes one word, 8 k, of each of its 4 rows of W; the table gives pairs along k,
+//   and two byte permutes make pairs along n of two of them. The scale belongs to n, over which the product sums, so it
+//   multiplies an operand, as two numbers in T and rounded once in all: {s_n, s_n+1} times the pair. With the level
+//   that is two roundings, their error together 1.6 times dense bf16's at most. Rejected: a scale rounded to T, whose
+//   error adds up where many blocks have one scale (weights clamped at 2 sigma, dY of mean one sigma: 2.2 % of the
+//   output, dense 0.3 %); scaling dY in fp32, 2.5 instructions a weight at 64 m.
+// Limits: 32 n of 64 k by 64 m take a warp 64 mma's, 413 cycles of a quarter of an SM (sm_90), and 427 instructions:
+//   of a weight's 6.7, 0.5 are table loads, 1 forms their addresses, 0.5 transposes pairs, 1 is for the scales.
 // Time: 2 M N K flops; M = 512, 4096 x 4096 at 588 TFLOP/s (an H200's mma.sync): 29 us.
 // Needs: bf16 or fp16, has_whole_codes(weight), N % 8 == 0, all pointers aligned to 16 bytes.
+//
+// Shared memory (kTileM = 128, kTileN = 32, kTileK = 256: 32 + 4 * 12.25 KB; the epilogue's sums overlay all of it):
+//
+//   | pair table 32 KB | stage 0                                                     | stage 1 | stage 2 | stage 3 |
+//                      | W[kTileN, kTileK / 2 bytes], padded | dY[kTileM, kTileN]    |
+//
+//   step        0                1                2                3              one iteration each
+//   multiply    stage 0          stage 1          stage 2          stage 3
+//   in flight   1, 2, fetch 3    2, 3, fetch 0    3, 0, fetch 1    0, 1, fetch 2
+//
+// Stages 0 to 2 are fetched before step 0. The fetch of a step fills the stage that the step before it has read.
+//
+// Banks of W: 32 bytes of padding after every 4 rows make row 4t + i begin 8t banks behind row i. Lane 4g + t reads
+//   word
+// g of it, at bank 8t + g: all 32 differ.
 #pragma once
 
 #include <type_traits>
@@ -22,34 +35,43 @@
 #include "choose.h"
 #include "pair_table.cuh"
 #include "tile.cuh"
-#include "turned.cuh"
+#include "transposed_fragments.cuh"
 
 namespace nf4::cuda {
 
-template <int kWarpsK_, int kWarpsM_, int kWarpsN_, int kTokenTiles_, int kStageN_>
-struct DgradShape {
-  static constexpr int kStages = 4;
-  static constexpr int kGroup = 32;  // n a warp multiplies at a time: two steps of mma
-  static constexpr int kWarpsK = kWarpsK_, kWarpsM = kWarpsM_, kWarpsN = kWarpsN_, kTokenTiles = kTokenTiles_;
-  static constexpr int kThreads = kWarpsK * kWarpsM * kWarpsN * kWarp;
-  static constexpr int kStageN = kStageN_;  // rows of W
-  static constexpr int kColumns = kWarpsK * kBlockK, kTokens = kWarpsM * 8 * kTokenTiles;
-  // 32 bytes more every 4 rows put the rows that a warp's four t read at once into different banks.
-  static constexpr int kPackedPitch = kColumns / 2, kPackedBytes = kStageN * kPackedPitch + kStageN / 4 * 32;
-  static constexpr int kTokenBytes = kTokens * kStageN * 2, kStageBytes = kPackedBytes + kTokenBytes;
-  static constexpr int kSharedBytes = kPairTableBytes + kStages * kStageBytes;
-  static_assert(kSharedBytes <= kSharedMost, "every architecture has so much");
-  static_assert(kStageN % (kGroup * kWarpsN) == 0, "a stage is whole groups for every warp");
-  static_assert(kPackedPitch % 16 == 0 && kPackedPitch * 4 % 128 == 0, "rows 4 apart begin at the same bank");
-  static_assert(kTokens * kColumns * 4 <= kSharedBytes || kWarpsN == 1, "the warps of n add up in all of it");
+// A block's shape: warps along K, M and N, mma tiles of 8 m a warp, and the n of a stage.
+struct DgradM16 {
+  static constexpr int kWarpsK = 2, kWarpsM = 1, kWarpsN = 4, kTilesM = 2, kTileN = 128;
+};
+struct DgradM64 {
+  static constexpr int kWarpsK = 2, kWarpsM = 1, kWarpsN = 2, kTilesM = 8, kTileN = 64;
+};
+struct DgradM128 {
+  static constexpr int kWarpsK = 4, kWarpsM = 2, kWarpsN = 1, kTilesM = 8, kTileN = 32;
 };
 
-// In bf16 the scale is multiplied to dY, whose error is then another one in every row and token; in fp16 to the levels:
-// dY times a scale could leave the range where dY times W does not.
-template <class T>
-constexpr bool kScalesTokens = std::is_same_v<T, BFloat16>;
+template <class Warps>
+struct DgradShape : Warps {
+  using Warps::kWarpsK, Warps::kWarpsM, Warps::kWarpsN, Warps::kTilesM, Warps::kTileN;
+  static constexpr int kStages = 4;
+  static constexpr int kGroupN = 32;  // n a warp multiplies at a time: two k-steps of mma
+  static constexpr int kThreads = kWarpsK * kWarpsM * kWarpsN * kWarp;
+  static constexpr int kTileM = kWarpsM * 8 * kTilesM, kTileK = kWarpsK * kBlockK;
+  static constexpr int kPackedPitch = kTileK / 2, kPackedBytes = kTileN * kPackedPitch + kTileN / 4 * 32;
+  static constexpr int kDyBytes = kTileM * kTileN * 2, kStageBytes = kPackedBytes + kDyBytes;
+  static constexpr int kSharedBytes = kPairTableBytes + kStages * kStageBytes;
+  static_assert(kSharedBytes <= kSharedMost, "every architecture has so much");
+  static_assert(kTileN % (kGroupN * kWarpsN) == 0, "a stage is whole groups for every warp");
+  static_assert(kPackedPitch % 16 == 0 && kPackedPitch * 4 % 128 == 0, "rows 4 apart begin at the same bank, unpadded");
+  static_assert(kTileM * kTileK * 4 <= kSharedBytes || kWarpsN == 1, "the sums of the kWarpsN overlay all of it");
+};
 
-// Pairs of scales as T's nearest and the rest in T.
+// In bf16 the scale multiplies dY, whose rounding error is then another one at every (m, n). In fp16 it multiplies the
+// levels, because dY times a scale could leave fp16's range where dY times W does not.
+template <class T>
+constexpr bool kScalesDy = std::is_same_v<T, BFloat16>;
+
+// Pairs of scales, each as the sum of two numbers in T: the nearest, and the rest.
 template <class T>
 struct PairScales {
   uint32_t high[4], low[4];
@@ -60,17 +82,18 @@ struct PairScales {
 
 template <class T, class S, class Work>
 struct TiledDgrad {
-  static constexpr int kGroup = S::kGroup;
+  static constexpr int kGroupN = S::kGroupN;
+  static constexpr int kDyVectors = S::kTileN * 2 / kVectorBytes;
   const ProductArgs& args;
   const Work& work;
   const Weight& w;
   Lane lane;
   int warp_k, warp_m, warp_n;
-  int64_t tile_column, tile_token;
+  int64_t k_begin, m_begin;  // of the block's tile
   int N;
-  Share<S::kStageN, S::kPackedPitch / 16, S::kThreads> packed_share;
-  const uint8_t* packed;  // this thread's piece of row 0
-  RowFetcher<S::kTokens, S::kStageN / 8, Order::kPieceInPairs, S::kThreads> token_fetcher;
+  CopyShare<S::kTileN, S::kPackedPitch / kVectorBytes, S::kThreads> packed_share;
+  const uint8_t* packed;  // this thread's vector of row 0
+  RowFetcher<S::kTileM, kDyVectors, Swizzle::kXorRowPairs, S::kThreads> dy_fetcher;
   unsigned char* stages;
 
   NF4_DEVICE TiledDgrad(const ProductArgs& args, const Work& work)
@@ -80,44 +103,45 @@ struct TiledDgrad {
         warp_k(int(threadIdx.x) / kWarp % S::kWarpsK),
         warp_m(int(threadIdx.x) / (kWarp * S::kWarpsK) % S::kWarpsM),
         warp_n(int(threadIdx.x) / (kWarp * S::kWarpsK * S::kWarpsM)),
-        tile_column(int64_t(work.column_tile) * S::kColumns),
-        tile_token(work.row),
+        k_begin(int64_t(work.tile) * S::kTileK),
+        m_begin(work.m_begin),
         N(int(w.N)),
-        packed(w.packed + smaller(tile_column + 32 * packed_share.piece, w.K - 32) / 2),
-        token_fetcher(args.x, tile_token, work.end, w.N * 2),
+        packed(w.packed + smaller(k_begin + 32 * packed_share.vector, w.K - 32) / 2),
+        dy_fetcher(args.x, m_begin, work.m_end, w.N * 2),
         stages(shared_memory<unsigned char>() + kPairTableBytes) {}
 
-  NF4_DEVICE int64_t column() const { return tile_column + warp_k * kBlockK; }  // of this warp's 64
-  NF4_DEVICE int token_in_tile(int m) const { return (warp_m * S::kTokenTiles + m) * 8; }
+  NF4_DEVICE int64_t warp_k_begin() const { return k_begin + warp_k * kBlockK; }
+  NF4_DEVICE int m_in_tile(int m) const { return (warp_m * S::kTilesM + m) * 8; }
 
-  // Of a stage: kStageN rows of packed bytes, and [kTokens, kStageN] of dY.
+  // A stage: padded packed rows of W [kTileN, kTileK / 2 bytes], then dY [kTileM, kTileN].
   NF4_DEVICE unsigned char* packed_row(int stage, int n) const {
     return stages + stage * S::kStageBytes + n * S::kPackedPitch + n / 4 * 32;
   }
-  NF4_DEVICE unsigned char* token_tile(int stage) const { return stages + stage * S::kStageBytes + S::kPackedBytes; }
+  NF4_DEVICE unsigned char* dy_tile(int stage) const { return stages + stage * S::kStageBytes + S::kPackedBytes; }
 
-  // Rows [n, n + kStageN) of W and of dY^T. Beyond N these are zeros of dY; of W, there and beyond K, it is the last row
-  // and piece once more.
+  // Copies rows [n, n + kTileN) of W and of dY^T. Past N, dY's are zeros; W repeats its last row there, and its last
+  // vector past K.
   NF4_DEVICE void fetch(int stage, int n) const {
-    token_fetcher.fetch(token_tile(stage), uint32_t(n) * 2, n + 8 * token_fetcher.piece < N);
-    using Threads = decltype(packed_share);
+    dy_fetcher.fetch(dy_tile(stage), uint32_t(n) * 2, n + 8 * dy_fetcher.vector < N);
+    using Share = decltype(packed_share);
 #pragma unroll
-    for (int i = 0; i < Threads::kCount; ++i) {
-      const int row = packed_share.row + i * Threads::kRowStep;
-      copy_async_16(packed_row(stage, row) + 16 * packed_share.piece, packed + min(n + row, N - 1) * (w.K / 2));
+    for (int i = 0; i < Share::kCount; ++i) {
+      const int row = packed_share.row + i * Share::kRowStep;
+      copy_async_16(packed_row(stage, row) + kVectorBytes * packed_share.vector,
+                    packed + min(n + row, N - 1) * (w.K / 2));
     }
   }
 
-  // A lane decodes the scale of row n + lane of its group.
-  NF4_DEVICE int64_t scale_index(int n) const { return ((n + lane.index) * w.K + column()) >> w.block_shift; }
-  NF4_DEVICE bool has_scale(int n) const { return n + lane.index < N && column() < w.K; }
+  // Each lane decodes the scale of one row, n + lane, of its group of 32.
+  NF4_DEVICE int64_t scale_index(int n) const { return ((n + lane.index) * w.K + warp_k_begin()) >> w.block_shift; }
+  NF4_DEVICE bool has_scale(int n) const { return n + lane.index < N && warp_k_begin() < w.K; }
   NF4_DEVICE uint32_t stored(int n) const { return has_scale(n) ? stored_scale(w, scale_index(n)) : 0; }
 
-  // The scales, times the table's factor, of the pairs along n, two in each of a group's two steps; zeros beyond N.
+  // The group's scales times the table's factor, as pairs along n: two pairs for each of its two k-steps; zeros past N.
   NF4_DEVICE PairScales<T> pair_scales(int n, uint32_t stored, float factor) const {
     const float own = has_scale(n) ? scale_of(w, scale_index(n), stored) * factor : 0.f;
     const float next = shuffle_xor(own, 1);
-    const uint32_t high = pack<T>(own, next);  // right in even lanes
+    const uint32_t high = pack<T>(own, next);  // only even lanes hold {s_n, s_n+1} in this order
     const uint32_t low = pack<T>(own - first_of<T>(high), next - second_of<T>(high));
     PairScales<T> pairs;
 #pragma unroll
@@ -129,130 +153,129 @@ struct TiledDgrad {
     return pairs;
   }
 
-  // sums += W[32 n, 64 k]^T @ dY^T of group `group` in the stage.
-  NF4_DEVICE void multiply(TurnedSums<S::kTokenTiles>& sums, int stage, int group, const PairScales<T>& scales,
+  // sums += W[32 n, 64 k]^T @ dY^T of the stage's group `group`.
+  NF4_DEVICE void multiply(TransposedSums<S::kTilesM>& sums, int stage, int group, const PairScales<T>& scales,
                            const PairTable& table) const {
 #pragma unroll
     for (int step = 0; step < 2; ++step) {  // 4 n a lane
-      uint32_t pairs[kTiles][4];            // along k, of n = 16 step + 4t + 0..3
+      uint32_t pairs[kColumnTiles][4];      // along k, of n = 16 step + 4t + 0..3
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const unsigned char* row = packed_row(stage, group * kGroup + 16 * step + 4 * lane.t + i);
+        const unsigned char* row = packed_row(stage, group * kGroupN + 16 * step + 4 * lane.t + i);
         const uint32_t word = *reinterpret_cast<const uint32_t*>(row + warp_k * kBlockK / 2 + 4 * lane.g);
         pairs[0][i] = table.pair<0>(word);
         pairs[1][i] = table.pair<1>(word);
         pairs[2][i] = table.pair<2>(word);
         pairs[3][i] = table.pair<3>(word);
       }
-      uint32_t a[kTiles][4];
+      uint32_t a[kColumnTiles][4];
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        turn(a[tile], pairs[tile]);
-        if constexpr (!kScalesTokens<T>)
+      for (int tile = 0; tile < kColumnTiles; ++tile) {
+        transpose(a[tile], pairs[tile]);
+        if constexpr (!kScalesDy<T>)
 #pragma unroll
           for (int i = 0; i < 4; ++i) a[tile][i] = scales.times(a[tile][i], 2 * step + i / 2);
       }
-      const int piece = (group * kGroup + 16 * step + 4 * lane.t) / 8;
-      const unsigned char* dys = token_tile(stage) + (token_in_tile(0) + lane.g) * S::kStageN * 2 +
-                                 16 * place<Order::kPieceInPairs, S::kStageN / 8>(piece, lane.g) + 8 * (lane.t % 2);
+      const int vector = (group * kGroupN + 16 * step + 4 * lane.t) / 8;
+      const unsigned char* dys = dy_tile(stage) + (m_in_tile(0) + lane.g) * S::kTileN * 2 +
+                                 kVectorBytes * swizzle<Swizzle::kXorRowPairs, kDyVectors>(vector, lane.g) +
+                                 8 * (lane.t % 2);
 #pragma unroll
-      for (int m = 0; m < S::kTokenTiles; ++m) {
-        uint2 dy = *reinterpret_cast<const uint2*>(dys + m * 8 * S::kStageN * 2);
-        if constexpr (kScalesTokens<T>) dy = make_uint2(scales.times(dy.x, 2 * step), scales.times(dy.y, 2 * step + 1));
+      for (int m = 0; m < S::kTilesM; ++m) {
+        uint2 dy = *reinterpret_cast<const uint2*>(dys + m * 8 * S::kTileN * 2);
+        if constexpr (kScalesDy<T>) dy = make_uint2(scales.times(dy.x, 2 * step), scales.times(dy.y, 2 * step + 1));
 #pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile) mma_16x8x16<T>(sums[tile][m], a[tile], dy.x, dy.y);
+        for (int tile = 0; tile < kColumnTiles; ++tile) mma_16x8x16<T>(sums[tile][m], a[tile], dy.x, dy.y);
       }
     }
   }
 
-  // sums = scaling * A[rank, 64 k]^T @ Q^T, 4 ranks a lane and step.
-  NF4_DEVICE void begin_with_low_rank(TurnedSums<S::kTokenTiles>& sums) const {
-    const T* factor = static_cast<const T*>(args.low_rank_factor);
-    const T* q = static_cast<const T*>(args.low_rank_x);
+  // The LoRA term, sums = scaling * A[rank, 64 k]^T @ Q^T: A in place of W, 4 ranks a lane and k-step.
+  NF4_DEVICE void begin_with_lora_term(TransposedSums<S::kTilesM>& sums) const {
+    const T* A = static_cast<const T*>(args.lora_factor);
+    const T* Q = static_cast<const T*>(args.lora_inner);
     for (int64_t step = 0; step < args.rank; step += 16) {
       const int64_t r = step + 4 * lane.t;
-      uint32_t a[kTiles][4];
-      load_turned(a, factor + r * w.K + column() + 8 * lane.g, r, args.rank, w.K, column() < w.K);
+      uint32_t a[kColumnTiles][4];
+      load_transposed(a, A + r * w.K + warp_k_begin() + 8 * lane.g, r, args.rank, w.K, warp_k_begin() < w.K);
 #pragma unroll
-      for (int m = 0; m < S::kTokenTiles; ++m) {
-        const int64_t token = tile_token + token_in_tile(m) + lane.g;
-        const T* row = q + token * args.rank;
-        const uint32_t b0 = token < args.M ? load_pair(row, r, args.rank) : 0;
-        const uint32_t b1 = token < args.M ? load_pair(row, r + 2, args.rank) : 0;
+      for (int tile_m = 0; tile_m < S::kTilesM; ++tile_m) {
+        const int64_t m = m_begin + m_in_tile(tile_m) + lane.g;
+        const T* row = Q + m * args.rank;
+        const uint32_t b0 = m < args.M ? load_pair(row, r, args.rank) : 0;
+        const uint32_t b1 = m < args.M ? load_pair(row, r + 2, args.rank) : 0;
 #pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile) mma_16x8x16<T>(sums[tile][m], a[tile], b0, b1);
+        for (int tile = 0; tile < kColumnTiles; ++tile) mma_16x8x16<T>(sums[tile][tile_m], a[tile], b0, b1);
       }
     }
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile)
+    for (int tile = 0; tile < kColumnTiles; ++tile)
 #pragma unroll
-      for (int m = 0; m < S::kTokenTiles; ++m)
+      for (int m = 0; m < S::kTilesM; ++m)
 #pragma unroll
         for (int i = 0; i < 4; ++i) sums[tile][m][i] *= args.scaling;
   }
 
-  // Adds the sums of the warps of n in order, in the first of them, and stores them from there.
-  NF4_DEVICE void finish(TurnedSums<S::kTokenTiles>& sums) const {
-    constexpr int kValues = kTiles * S::kTokenTiles * 4, kOwners = S::kWarpsK * S::kWarpsM * kWarp;
+  // The epilogue: the first of the kWarpsN adds the others' sums in order and stores dX.
+  NF4_DEVICE void finish(TransposedSums<S::kTilesM>& sums) const {
+    constexpr int kValues = kColumnTiles * S::kTilesM * 4, kOwners = S::kWarpsK * S::kWarpsM * kWarp;
     float* others = shared_memory<float>() + int(threadIdx.x) % kOwners;  // [kValues, kOwners]
     for (int n = 1; n < S::kWarpsN; ++n) {
-      sync_block();  // the stages' and the table's last reader, or the first warps having read those before
+      sync_block();  // stages and table have been read, or the first warps have read the sums before
       if (warp_n == n)
-        for (int i = 0; i < kValues; ++i)
-          others[i * kOwners] = sums[i / (S::kTokenTiles * 4)][i / 4 % S::kTokenTiles][i % 4];
+        for (int i = 0; i < kValues; ++i) others[i * kOwners] = sums[i / (S::kTilesM * 4)][i / 4 % S::kTilesM][i % 4];
       sync_block();
       if (warp_n == 0)
-        for (int i = 0; i < kValues; ++i)
-          sums[i / (S::kTokenTiles * 4)][i / 4 % S::kTokenTiles][i % 4] += others[i * kOwners];
+        for (int i = 0; i < kValues; ++i) sums[i / (S::kTilesM * 4)][i / 4 % S::kTilesM][i % 4] += others[i * kOwners];
     }
     if (warp_n != 0) return;
     const Store<T> store(args, w.K, work.split);
 #pragma unroll
-    for (int m = 0; m < S::kTokenTiles; ++m)
+    for (int tile_m = 0; tile_m < S::kTilesM; ++tile_m)
 #pragma unroll
       for (int odd = 0; odd < 2; ++odd) {
-        const int64_t token = tile_token + token_in_tile(m) + 2 * lane.t + odd;
+        const int64_t m = m_begin + m_in_tile(tile_m) + 2 * lane.t + odd;
         float values[8];
-        eight_columns<S::kTokenTiles>(values, sums, m, odd);
-        if (token < work.end) store.template run<8>(token, column() + 8 * lane.g, values);
+        eight_columns<S::kTilesM>(values, sums, tile_m, odd);
+        if (m < work.m_end) store.template run<8>(m, warp_k_begin() + 8 * lane.g, values);
       }
   }
 };
 
-// The work of a block of threads.
+// The work of a thread block.
 template <class T, class S, class Work>
 NF4_DEVICE void linear_dgrad_tiled_block(const ProductArgs& args, const Work& work) {
   constexpr int kStages = S::kStages;
   const TiledDgrad<T, S, Work> product(args, work);
-  const Part steps(ceil_div(work.weight.N, S::kStageN), work.split, args.splits);
+  const SplitRange steps(ceil_div(work.weight.N, S::kTileN), work.split, args.splits);
   const int begin = int(steps.begin), end = int(steps.end);
 #pragma unroll
   for (int s = 0; s < kStages - 1; ++s) {
-    if (begin + s < end) product.fetch(s, (begin + s) * S::kStageN);
+    if (begin + s < end) product.fetch(s, (begin + s) * S::kTileN);
     copy_async_commit();
   }
   uint32_t* words = shared_memory<uint32_t>();
   const float factor = build_pair_table<T>(words, args);
   const PairTable table(words, product.lane.index);
 
-  TurnedSums<S::kTokenTiles> sums = {};
-  if (work.rank > 0 && work.split == 0 && product.warp_n == 0) product.begin_with_low_rank(sums);
-  // Groups of 32 n that this warp takes of a stage, and their scales a group ahead.
-  constexpr int kGroups = S::kStageN / (S::kGroup * S::kWarpsN);
-  const auto row_of = [&](int step, int i) {
-    return step * S::kStageN + (i * S::kWarpsN + product.warp_n) * S::kGroup;
+  TransposedSums<S::kTilesM> sums = {};
+  if (work.rank > 0 && work.split == 0 && product.warp_n == 0) product.begin_with_lora_term(sums);
+  // This warp's groups of 32 n in a stage; their scales are loaded one group ahead.
+  constexpr int kGroups = S::kTileN / (S::kGroupN * S::kWarpsN);
+  const auto group_begin = [&](int step, int i) {
+    return step * S::kTileN + (i * S::kWarpsN + product.warp_n) * S::kGroupN;
   };
-  uint32_t stored = product.stored(row_of(begin, 0));
+  uint32_t stored = product.stored(group_begin(begin, 0));
   int stage = 0, free = kStages - 1;
   for (int step = begin; step < end; ++step) {
     copy_async_wait<kStages - 2>();
-    sync_block();  // the stage is there for all, and the one before it has been read by all
-    if (step + kStages - 1 < end) product.fetch(free, (step + kStages - 1) * S::kStageN);
+    sync_block();  // this stage has arrived for all threads, and all have read the stage before it
+    if (step + kStages - 1 < end) product.fetch(free, (step + kStages - 1) * S::kTileN);
     copy_async_commit();
 #pragma unroll 1
     for (int i = 0; i < kGroups; ++i) {
-      const PairScales<T> scales = product.pair_scales(row_of(step, i), stored, factor);
-      stored = i + 1 < kGroups ? product.stored(row_of(step, i + 1)) : product.stored(row_of(step + 1, 0));
+      const PairScales<T> scales = product.pair_scales(group_begin(step, i), stored, factor);
+      stored = i + 1 < kGroups ? product.stored(group_begin(step, i + 1)) : product.stored(group_begin(step + 1, 0));
       product.multiply(sums, stage, i * S::kWarpsN + product.warp_n, scales, table);
     }
     free = stage;
@@ -262,15 +285,13 @@ NF4_DEVICE void linear_dgrad_tiled_block(const ProductArgs& args, const Work& wo
   product.finish(sums);
 }
 
-using DgradTokens16 = DgradShape<2, 1, 4, 2, 128>;
-using DgradTokens64 = DgradShape<2, 1, 2, 8, 64>;
-using DgradTokens128 = DgradShape<4, 2, 1, 8, 32>;
-template <class S>
-constexpr bool is_dgrad_tile(const Tile& tile) {
-  return tile.columns == S::kColumns && tile.rows == S::kTokens && tile.step == S::kStageN;
+template <class Warps>
+constexpr bool is_dgrad_shape_of(const Tile& tile) {
+  using S = DgradShape<Warps>;
+  return tile.M == S::kTileM && tile.N == S::kTileN && tile.K == S::kTileK;
 }
-static_assert(is_dgrad_tile<DgradTokens16>(kDgradTiles[0]) && is_dgrad_tile<DgradTokens64>(kDgradTiles[1]) &&
-                  is_dgrad_tile<DgradTokens128>(kDgradTiles[2]),
+static_assert(is_dgrad_shape_of<DgradM16>(kDgradTiles[0]) && is_dgrad_shape_of<DgradM64>(kDgradTiles[1]) &&
+                  is_dgrad_shape_of<DgradM128>(kDgradTiles[2]),
               "the shapes that choose.h counts on");
 
 }  // namespace nf4::cuda

@@ -1,4 +1,5 @@
-// linear for at most 16 rows of x: linear_small.cuh's work, all rows in one tile of 8 or 16 and one of `splits` parts.
+// linear for at most 16 rows of x: one block of linear_small.cuh, with all of M in a tile of 8 or 16, a tile of N and a
+// split of K.
 #include "linear_small.cuh"
 
 namespace nf4::cuda {
@@ -6,15 +7,15 @@ namespace {
 
 using namespace small;
 
-template <class T, int kTokenTiles>
+template <class T, int kTilesM>
 __global__ void __launch_bounds__(kWarps* kWarp, 2) linear_small_kernel(const ProductArgs args) {
-  linear_small_block<T, kTokenTiles>(args, Work<int64_t>{args.weight, blockIdx.x, 0, args.M, blockIdx.y, args.rank});
+  linear_small_block<T, kTilesM>(args, Work<int64_t>{args.weight, blockIdx.x, 0, args.M, blockIdx.y, args.rank});
 }
 
 template <class T>
 cudaError_t launch_for(const ProductArgs& args, cudaStream_t stream) {
   const auto kernel = args.M <= 8 ? linear_small_kernel<T, 1> : linear_small_kernel<T, 2>;
-  const dim3 grid(unsigned(ceil_div(args.weight.N, kWarpRows)), unsigned(args.splits));
+  const dim3 grid(unsigned(ceil_div(args.weight.N, kTileN)), unsigned(args.splits));
   return launch(kernel, grid, kWarps * kWarp, small::kSharedBytes, stream, args);
 }
 

@@ -1,4 +1,4 @@
-// linear for many rows of x: linear_tiled.cuh's work, a tile of 32, 64 or 128 tokens a block and one of `splits` parts.
+// linear for many rows of x: one block of linear_tiled.cuh a tile of 32, 64 or 128 m and a split of K.
 #include "linear_tiled.cuh"
 
 namespace nf4::cuda {
@@ -6,12 +6,13 @@ namespace {
 
 template <class T, class S>
 __global__ void __launch_bounds__(S::kThreads, 1) linear_tiled_kernel(const ProductArgs args) {
-  linear_tiled_block<T, S>(args, own_work(args, S::kTokens, blockIdx.z));
+  linear_tiled_block<T, S>(args, own_work(args, S::kTileM, blockIdx.z));
 }
 
-template <class T, class S>
+template <class T, class Warps>
 cudaError_t launch_shape(const ProductArgs& args, cudaStream_t stream) {
-  const dim3 grid(unsigned(ceil_div(args.weight.N, S::kRows)), unsigned(ceil_div(args.M, S::kTokens)),
+  using S = LinearShape<Warps>;
+  const dim3 grid(unsigned(ceil_div(args.weight.N, S::kTileN)), unsigned(ceil_div(args.M, S::kTileM)),
                   unsigned(args.splits));
   return launch(linear_tiled_kernel<T, S>, grid, S::kThreads, S::kSharedBytes, stream, args);
 }
@@ -19,9 +20,9 @@ cudaError_t launch_shape(const ProductArgs& args, cudaStream_t stream) {
 template <class T>
 cudaError_t launch_for(const ProductArgs& args, cudaStream_t stream) {
   switch (tile_index(kLinearTiles, args.M)) {
-    case 0: return launch_shape<T, LinearTokens32>(args, stream);
-    case 1: return launch_shape<T, LinearTokens64>(args, stream);
-    default: return launch_shape<T, LinearTokens128>(args, stream);
+    case 0: return launch_shape<T, LinearM32>(args, stream);
+    case 1: return launch_shape<T, LinearM64>(args, stream);
+    default: return launch_shape<T, LinearM128>(args, stream);
   }
 }
 

@@ -1,45 +1,46 @@
-// lora_grad: out[rows, columns] = scaling * small[depth, rows]^T @ wide[depth, columns], dA and dB of LoRA.
+// lora_grad: out[rank, columns] = scaling * small[M, rank]^T @ wide[M, columns], the gradients dA and dB of LoRA.
+// Read first: transposed_fragments.cuh (how a lane holds wide).
 //
-// Who: a block owns 64 columns, 8 kRankTiles rows and one of `splits` parts of the depth; its 8 warps take turns at 16 of
-//   the depth, their sums and then the splits' are added in order. How a lane holds wide: turned.cuh.
-// Trick: wide, the only large operand, is read once (16 bytes a lane, four rows of 128 bytes a warp) and goes straight to
-//   tensor cores: at rank 16 an H200 at memory speed would need 69 TFLOP/s, more than its fp32 FMAs have. small is read by
-//   single elements; it stays in the L1.
-// Bytes: 2 depth * columns; 2048 x 4096: 3.9 us on an H200 (4.3 TB/s).
+// Who: a block owns 8 kRankTiles ranks by 64 columns and one of `splits` parts of M. Its 8 warps take turns at 16 m;
+//   their sums, and then those of the splits, are added in order.
+// Trick: wide, the only large operand, is read once (16 bytes a lane, four rows of 128 bytes a warp) and goes straight
+//   to tensor cores: at rank 16 an H200 at memory speed would need 69 TFLOP/s, more than its fp32 FMAs have. small is
+//   read by single elements; it stays in the L1.
+// Bytes: 2 M * columns; 2048 x 4096: 3.9 us on an H200 (4.3 TB/s).
 // Needs: bf16 or fp16, columns % 8 == 0, all pointers aligned to 16 bytes.
 #include "product.cuh"
-#include "turned.cuh"
+#include "transposed_fragments.cuh"
 
 namespace nf4::cuda {
 namespace {
 
 constexpr int kWarps = 8;
 constexpr int kColumns = 64;
-constexpr int kStep = 16;  // of the depth: one mma
+constexpr int kStep = 16;  // m of one mma
 
 template <class T, int kRankTiles>
 __global__ void __launch_bounds__(kWarps* kWarp) lora_grad_kernel(const LoraGradArgs args) {
   const Lane lane;
   const int warp = int(threadIdx.x) / kWarp;
-  const int64_t column = int64_t(blockIdx.x) * kColumns + 8 * lane.g, first_row = int64_t(blockIdx.z) * 8 * kRankTiles;
+  const int64_t column = int64_t(blockIdx.x) * kColumns + 8 * lane.g, r_begin = int64_t(blockIdx.z) * 8 * kRankTiles;
   const T* small = static_cast<const T*>(args.small);
   const T* wide = static_cast<const T*>(args.wide) + column;
-  const Part steps(ceil_div(args.depth, kStep), blockIdx.y, args.splits);
+  const SplitRange steps(ceil_div(args.M, kStep), blockIdx.y, args.splits);
 
-  TurnedSums<kRankTiles> sums = {};
+  TransposedSums<kRankTiles> sums = {};
   for (int64_t step = steps.begin + warp; step < steps.end; step += kWarps) {
     const int64_t m = step * kStep + 4 * lane.t;
-    uint32_t a[kTiles][4];
-    load_turned(a, wide + m * args.columns, m, args.depth, args.columns, column < args.columns);
+    uint32_t a[kColumnTiles][4];
+    load_transposed(a, wide + m * args.columns, m, args.M, args.columns, column < args.columns);
 #pragma unroll
     for (int tile = 0; tile < kRankTiles; ++tile) {
-      const int64_t row = first_row + 8 * tile + lane.g;
-      uint32_t of[4];
+      const int64_t r = r_begin + 8 * tile + lane.g;
+      uint32_t ranks[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        of[i] = m + i < args.depth && row < args.rows ? small[(m + i) * args.rows + row].bits : 0u;
+      for (int i = 0; i < 4; ++i) ranks[i] = m + i < args.M && r < args.rank ? small[(m + i) * args.rank + r].bits : 0u;
 #pragma unroll
-      for (int i = 0; i < kTiles; ++i) mma_16x8x16<T>(sums[i][tile], a[i], of[0] | of[1] << 16, of[2] | of[3] << 16);
+      for (int i = 0; i < kColumnTiles; ++i)
+        mma_16x8x16<T>(sums[i][tile], a[i], ranks[0] | ranks[1] << 16, ranks[2] | ranks[3] << 16);
     }
   }
 
@@ -57,25 +58,25 @@ __global__ void __launch_bounds__(kWarps* kWarp) lora_grad_kernel(const LoraGrad
     }
   sync_block();
   for (int i = int(threadIdx.x); i < kTileFloats; i += kWarps * kWarp) {
-    const int64_t row = first_row + i / kColumns, to = int64_t(blockIdx.x) * kColumns + i % kColumns;
-    if (row >= args.rows || to >= args.columns) continue;
+    const int64_t r = r_begin + i / kColumns, to = int64_t(blockIdx.x) * kColumns + i % kColumns;
+    if (r >= args.rank || to >= args.columns) continue;
     float total = 0;
     for (int from = 0; from < kWarps; ++from) total += scratch[from * kTileFloats + i];
-    args.partial[(blockIdx.y * args.rows + row) * args.columns + to] = total;
+    args.partial[(blockIdx.y * args.rank + r) * args.columns + to] = total;
   }
 }
 
 template <class T, int kRankTiles>
 cudaError_t launch_for(const LoraGradArgs& args, cudaStream_t stream) {
   const dim3 grid(unsigned(ceil_div(args.columns, kColumns)), unsigned(args.splits),
-                  unsigned(ceil_div(args.rows, 8 * kRankTiles)));
+                  unsigned(ceil_div(args.rank, 8 * kRankTiles)));
   const size_t shared_bytes = size_t(kWarps) * 8 * kRankTiles * kColumns * 4;
   return launch(lora_grad_kernel<T, kRankTiles>, grid, kWarps * kWarp, shared_bytes, stream, args);
 }
 
 template <class T>
 cudaError_t launch_for(const LoraGradArgs& args, cudaStream_t stream) {
-  return args.rows <= 16 ? launch_for<T, 2>(args, stream) : launch_for<T, 4>(args, stream);
+  return args.rank <= 16 ? launch_for<T, 2>(args, stream) : launch_for<T, 4>(args, stream);
 }
 
 }  // namespace
@@ -84,7 +85,7 @@ cudaError_t lora_grad(const LoraGradArgs& args, cudaStream_t stream) {
   const cudaError_t error =
       args.dtype == Dtype::kBFloat16 ? launch_for<BFloat16>(args, stream) : launch_for<Float16>(args, stream);
   if (error != cudaSuccess) return error;
-  return reduce_splits({args.partial, args.splits, args.rows, args.columns, args.scaling, nullptr, args.out_dtype,
+  return reduce_splits({args.partial, args.splits, args.rank, args.columns, args.scaling, nullptr, args.out_dtype,
                         args.out, args.transposed},
                        stream);
 }

@@ -1,18 +1,22 @@
 // The codebook as a table of pairs in shared memory: one load turns a packed byte into two elements of T.
 //
-//   table[byte][lane] = { code[byte >> 4] in the low half, code[byte & 15] in the high half }, 256 x 32 words, 32 KB
+//   word [byte][lane], 256 x 32 words = 32 KB     high half                   low half
+//                                                 code[byte & 15], odd k      code[byte >> 4], even k
+//   bank = lane: lane 0 -> 0, lane 1 -> 1, ..., lane 31 -> 31, whatever the bytes
 //
-// Each lane has a copy in its own bank, so that 32 random bytes take one cycle: 0.5 loads and 1.5 instructions a weight
-// in all (sm_90, unscaled). A single 1 KB copy has conflicts: 3.3 cycles a load; eight byte permutes on a table in
-// registers: 2.21 instructions a weight, 2 of them on the ALU pipe, which has 1.6 at an H200's memory speed.
+// Each lane reads a copy in its own bank, so 32 random bytes take one cycle: 0.5 loads and 1.5 instructions a weight in
+// all (sm_90, unscaled). Rejected: a single 1 KB copy, whose bank conflicts make a load 3.3 cycles; eight byte permutes
+// on a table in registers, 2.21 instructions a weight, 2 of them on the ALU pipe, which has 1.6 at an H200's memory
+// speed.
 //
-// Rounding a level to bf16 by nearest gives all its weights the same error, which an x whose mean is not zero adds up
-// (NF4, mean one sigma, K = 4096: 2.06 % of the output; dense bf16: 0.26 %). A codebook that has a name comes rounded so
-// that the errors cancel (rounded_code.cpp), and is found by its bits: to have the host look at `code` would wait for the
-// device. Any other is rounded up in some entries and down in others, as often as its distance to both neighbours says:
-// by the other level of the pair and by lane % 4, which both run through all values within a row. NF4's mean error falls
-// so from 2.4e-4 of absmax to 1.0e-5, the slope's from 3.3e-4 to 4e-5, but the rms error rises from 6.1e-4 to 9.4e-4; and
-// weights that repeat with the period of the lanes see one side of it only.
+// Rounding a level to the nearest bf16 gives all its weights the same error, which adds up where the mean of x is not
+// zero (NF4, mean one sigma, K = 4096: 2.06 % of the output; dense bf16: 0.26 %). A named codebook comes from the host
+// rounded so that the errors cancel (rounded_code.cpp); the kernel recognises it by its bits, since the host would have
+// to wait for the device to read `code`. Any other codebook is dithered: an entry rounds up or down as often as the
+// level's distance to both neighbours says, selected by the other level of the pair and by lane % 4, which both take
+// all values within a row. Dithering lowers NF4's mean error from 2.4e-4 of absmax to 1.0e-5 and the slope's from
+// 3.3e-4 to 4e-5, but raises the rms error from 6.1e-4 to 9.4e-4; and weights that repeat with the period of the lanes
+// see one side only.
 #pragma once
 
 #include "kernels.h"
@@ -21,11 +25,11 @@ namespace nf4::cuda {
 
 constexpr int kPairTableBytes = 256 * 32 * 4;
 
-// The two neighbours of a level in T, `near_zero` the lower in magnitude, and where the level is between them. None has a
-// significand of all ones, see rounded_code.cpp.
+// A level's two neighbours in T and where it lies between them. Neither has a significand of all ones (rounded_code.cpp
+// says why).
 struct Rounding {
-  uint32_t near_zero, away;
-  float fraction;  // 0: exact, or NaN
+  uint32_t near_zero, away;  // the neighbour of smaller and of larger magnitude
+  float fraction;            // of the way from near_zero to away; 0: exact, or NaN
 };
 
 template <class T>
@@ -43,11 +47,11 @@ NF4_DEVICE uint32_t round_above(const Rounding& level, float threshold) {
   return level.fraction > threshold ? level.away : level.near_zero;
 }
 
-// Bits of a 4-bit number in reverse: a prefix of 0..15 is spread evenly over 0..15.
+// Bit reversal of a 4-bit number, which spreads a prefix of 0..15 evenly over 0..15.
 NF4_DEVICE int reversed(int i) { return (i & 1) << 3 | (i & 2) << 1 | (i & 4) >> 1 | (i & 8) >> 3; }
 
-// The power of two below a codebook's largest level: by it the levels are divided and scales multiplied, which then are
-// no larger than the largest weight, and fit into fp16 where the weights do.
+// The power of two at or below a codebook's largest level. Levels are divided and scales multiplied by it: no scale is
+// then larger than the largest weight, and scales fit into fp16 where the weights do.
 NF4_DEVICE float unit_of(const float* code) {
   float largest = 0;
   for (int level = 0; level < kLevels; ++level) largest = fmaxf(largest, fabsf(load_cached(code + level)));
@@ -55,7 +59,7 @@ NF4_DEVICE float unit_of(const float* code) {
   return exponent == 0 || exponent == 0x7f800000u ? 1.f : float_of(exponent);
 }
 
-// The words of a byte for lanes with lane % 4 = 0..3, from a codebook that nobody has rounded.
+// A byte's words for lane % 4 = 0..3, from a codebook that the host has not rounded.
 template <class T>
 NF4_DEVICE uint4 dithered(const float* code, float unit, int first, int second) {
   const Rounding low = rounding<T>(code[first] / unit), high = rounding<T>(code[second] / unit);
@@ -67,8 +71,8 @@ NF4_DEVICE uint4 dithered(const float* code, float unit, int first, int second) 
   return make_uint4(word(0), word(2), word(1), word(3));
 }
 
-// Which of the known codebooks this is, bit for bit, or -1.
-NF4_DEVICE int find(const KnownCodes& known, const float* code) {
+// The index of the known codebook with exactly these bits, or -1.
+NF4_DEVICE int find_known(const KnownCodes& known, const float* code) {
 #pragma unroll 1
   for (int i = 0; i < known.count; ++i) {
     uint32_t different = 0;
@@ -80,10 +84,10 @@ NF4_DEVICE int find(const KnownCodes& known, const float* code) {
   return -1;
 }
 
-// By the whole block; a sync_block must follow. Returns the factor of the block scales that goes with the table.
+// All threads of the block build the table; a sync_block must follow. Returns the factor for the block scales.
 template <class T>
 NF4_DEVICE float build_pair_table(uint32_t* table, const ProductArgs& args) {
-  const int found = find(args.known, args.weight.code);
+  const int found = find_known(args.known, args.weight.code);
   const float unit = found < 0 ? unit_of(args.weight.code) : args.known.entries[found].scale;
   for (int byte = threadIdx.x; byte < 256; byte += blockDim.x) {
     const int first = byte >> 4, second = byte & 15;
@@ -101,13 +105,13 @@ NF4_DEVICE float build_pair_table(uint32_t* table, const ProductArgs& args) {
   return unit;
 }
 
-// This lane's column of the table.
+// This lane's copy of the table.
 struct PairTable {
-  uint32_t column;  // its address in shared memory
+  uint32_t column;  // shared-memory address of its word for byte 0
 
   NF4_DEVICE PairTable(const uint32_t* words, int lane) : column(shared_address(words + lane)) {}
 
-  // The two elements of byte i of a packed word: a permute, a multiply-add for the address, a load.
+  // The two elements of byte i of a packed word: a permute, a multiply-add for the address, and a load.
   template <int i>
   NF4_DEVICE uint32_t pair(uint32_t word) const {
     return load_shared(column + permute_bytes(word, 0, 0x4440 + i) * 128);

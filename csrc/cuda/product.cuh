@@ -1,4 +1,4 @@
-// What the tensor-core products share: who a thread is, the scale of a block in two steps, LoRA's operands.
+// What the products share: a lane's place in an mma fragment, a thread block's work, block scales in two steps, stores.
 #pragma once
 
 #include "kernels.h"
@@ -6,53 +6,52 @@
 namespace nf4::cuda {
 
 constexpr int kWarp = 32;
-constexpr int kBlockK =
-    64;  // weights of a row that share a scale, at least: the kernels' condition, see has_whole_codes
+constexpr int kBlockK = 64;  // has_whole_codes: at least so many consecutive k of a row share a scale
 
-// A thread's place in the fragments of mma_16x8x16.
+// The lane's place in an mma fragment, lane = 4g + t: drawn at mma_16x8x16 in device.cuh.
 struct Lane {
-  int index, g, t;  // g: row of a and c, column of b; t: which columns of a, rows of b
+  int index, g, t;
   NF4_DEVICE Lane() : index(int(threadIdx.x) % kWarp), g(index / 4), t(index % 4) {}
 };
 
 NF4_HOST_DEVICE inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 NF4_HOST_DEVICE inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Blocks of threads for `count` elements in a stride over the grid.
+// The grid of a grid-stride loop over `count` elements.
 inline unsigned blocks_for(int64_t count, int threads) {
   constexpr int64_t kMost = 4096;
   return unsigned(smaller(ceil_div(count, threads), kMost));
 }
 
-// The part of `count` steps that split `s` of `splits` takes.
-struct Part {
+// The steps that split `s` of `splits` takes out of `count`.
+struct SplitRange {
   int64_t begin, end;
-  NF4_HOST_DEVICE Part(int64_t count, int64_t s, int64_t splits)
+  NF4_HOST_DEVICE SplitRange(int64_t count, int64_t s, int64_t splits)
       : begin(count * s / splits), end(count * (s + 1) / splits) {}
 };
 
-// What a block of threads does: one tile of out, in one part of the contraction. Rows of x beyond `end` are not the
-// weight's. Index is int where these are in registers, two less a number; constants of the launch are int64_t as they
-// are, or the conversions would take some.
+// The work of one thread block: a tile of out over one split of the contraction. Index is int in the grouped kernels,
+// whose work is computed in registers (one register less a member), and int64_t where the members come from the
+// launch's constants, which a conversion would have to copy into registers.
 template <class Index>
 struct Work {
   const Weight& weight;
-  Index column_tile;
-  Index row, end;  // of x: the tile's first, and where the weight's rows end
+  Index tile;            // across out's width: along N in linear, along K in linear_dgrad
+  Index m_begin, m_end;  // the tile's first row of x; the end of the rows that belong to the weight
   Index split;
-  int64_t rank;  // of LoRA's term
+  int64_t rank;  // of the LoRA term
 };
 
-// Of a product with one weight, tiles of so many rows.
-NF4_DEVICE Work<int64_t> own_work(const ProductArgs& args, int rows, int64_t split) {
-  return {args.weight, blockIdx.x, int64_t(blockIdx.y) * rows, args.M, split, args.rank};
+// The work of this block in a product with one weight.
+NF4_DEVICE Work<int64_t> own_work(const ProductArgs& args, int tile_m, int64_t split) {
+  return {args.weight, blockIdx.x, int64_t(blockIdx.y) * tile_m, args.M, split, args.rank};
 }
 
-// A block's scale as stored, on its way from memory: taken early, decoded by scale_of when it is needed.
+// A block's scale in two steps: stored_scale loads its stored form a step ahead, scale_of decodes it when it is needed.
 NF4_DEVICE uint32_t stored_scale(const Weight& w, int64_t block) {
   return w.absmax_u8 == nullptr ? bits_of(load_cached(w.absmax + block)) : load_cached(w.absmax_u8 + block);
 }
-// block_scale of format.h, of a weight with this scale_offset.
+// The block_scale of format.h, with the weight's scale_offset already loaded.
 NF4_DEVICE float scale_of(const Weight& w, int64_t block, uint32_t stored, float offset) {
   if (w.absmax_u8 == nullptr) return float_of(stored);
   const float product = load_cached(w.scale_code + stored) * load_cached(w.scale_absmax + (block >> kSuperblockShift));
@@ -63,7 +62,7 @@ NF4_DEVICE float scale_of(const Weight& w, int64_t block, uint32_t stored) {
 }
 NF4_DEVICE float offset_of(const Weight& w) { return w.absmax_u8 == nullptr ? 0.f : load_cached(w.scale_offset); }
 
-// The two elements of a pair.
+// The elements of a pair.
 template <class T>
 NF4_DEVICE float first_of(uint32_t pair) {
   return to_float(T{uint16_t(pair)});
@@ -73,15 +72,16 @@ NF4_DEVICE float second_of(uint32_t pair) {
   return to_float(T{uint16_t(pair >> 16)});
 }
 
-// Elements column and column + 1 of a row of `length` elements, zeros past its end.
+// Elements i and i + 1 of a row of `length` elements, zeros past its end.
 template <class T>
-NF4_DEVICE uint32_t load_pair(const T* row, int64_t column, int64_t length) {
-  const uint32_t low = column < length ? row[column].bits : 0u;
-  const uint32_t high = column + 1 < length ? row[column + 1].bits : 0u;
+NF4_DEVICE uint32_t load_pair(const T* row, int64_t i, int64_t length) {
+  const uint32_t low = i < length ? row[i].bits : 0u;
+  const uint32_t high = i + 1 < length ? row[i + 1].bits : 0u;
   return low | high << 16;
 }
 
-// Where an output goes: rounded, bias and all, or as one of `splits` fp32 partial sums that reduce_splits finishes.
+// The epilogue's store to out[M, columns]: bias added and rounded; with splits, the fp32 partial sum, which
+// reduce_splits finishes.
 template <class T>
 struct Store {
   T* out;
@@ -102,7 +102,7 @@ struct Store {
       out[i] = from_float<T>(bias == nullptr ? value : value + to_float(bias[column]));
   }
 
-  // kCount (4 or 8) in a row from `column`, a multiple of kCount; those past the last column are left out.
+  // Stores kCount (4 or 8) values from `column` on, a multiple of kCount; columns past the last are left out.
   template <int kCount>
   NF4_DEVICE void run(int64_t row, int64_t column, const float (&values)[kCount]) const {
     const int64_t i = row * columns + column;

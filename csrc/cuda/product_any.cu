@@ -1,4 +1,5 @@
-// linear, linear_dgrad and lora_grad for any shape, block size, dtype and alignment: product_any.cuh's tiles.
+// linear, linear_dgrad and lora_grad for any shape, block size, dtype and alignment: one block of product_any.cuh a
+// tile.
 #include "product_any.cuh"
 
 namespace nf4::cuda {
@@ -13,12 +14,12 @@ __global__ void __launch_bounds__(kThreads) product_any_kernel(const ProductArgs
 
 template <class T, class Out>
 __global__ void __launch_bounds__(kThreads) lora_grad_any_kernel(const LoraGradArgs args) {
-  const Tile tile{int64_t(blockIdx.y) * kTile, int64_t(blockIdx.x) * kTile, args.rows, args.columns};
+  const Tile tile{int64_t(blockIdx.y) * kTile, int64_t(blockIdx.x) * kTile, args.rank, args.columns};
   Sums sums = {};
-  add_product(sums, Strided<T>{static_cast<const T*>(args.small), 1, args.rows},
-              Strided<T>{static_cast<const T*>(args.wide), args.columns, 1}, args.depth, tile, shared_memory<float>());
+  add_product(sums, Strided<T>{static_cast<const T*>(args.small), 1, args.rank},
+              Strided<T>{static_cast<const T*>(args.wide), args.columns, 1}, args.M, tile, shared_memory<float>());
   for_each_own(sums, tile, [&](int64_t row, int64_t column, float sum) {
-    const int64_t to = args.transposed ? column * args.rows + row : row * args.columns + column;
+    const int64_t to = args.transposed ? column * args.rank + row : row * args.columns + column;
     static_cast<Out*>(args.out)[to] = from_float<Out>(sum * args.scaling);
   });
 }
@@ -42,7 +43,7 @@ cudaError_t lora_grad_any_for(const LoraGradArgs& args, cudaStream_t stream) {
   const auto kernel = args.out_dtype == Dtype::kFloat32    ? lora_grad_any_kernel<T, float>
                       : args.out_dtype == Dtype::kBFloat16 ? lora_grad_any_kernel<T, BFloat16>
                                                            : lora_grad_any_kernel<T, Float16>;
-  return launch_tiles(kernel, args.rows, args.columns, args, stream);
+  return launch_tiles(kernel, args.rank, args.columns, args, stream);
 }
 
 }  // namespace

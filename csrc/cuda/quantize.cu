@@ -1,15 +1,15 @@
 // quantize: absmax[b] = max |w| over block b; code = rank of w * (1 / max(absmax, 2^-126)) among the levels' midpoints.
 //
-// Work split   a warp takes 1024 weights (a whole block where that is longer), 32 a lane, in loads of 16 bytes that are
-//              contiguous over the warp. The maxima of blocks go through shuffles between the lanes that share a block.
-// The trick    a rank is the number of midpoints below the value's bucket, and one more if the value is above the
-//              midpoint in it: two lookups in 32 banks, without conflicts, and no search. Levels that are too close for
-//              that or not ascending (FP4's) take the binary search: 31 instructions a weight instead of 16 (sm_90a).
-// Bytes        reads 2 (bf16) and writes 0.5 + 4/block_size a weight: 2.56 B at block size 64, 10 us for 4096 x 4096 at
-//              an H200's 4.3 TB/s of copy. In that time its SMs can issue 17.6 instructions a weight (A100 29, 4090
-//              about 110), so the 16 are just within it, and the search would take 18 us.
-// Needs        code is a permutation of 16 ascending levels. Blocks behind the last whole 1024, and weights or bytes
-//              that are not aligned, go element by element, at any address.
+// Who: a warp takes 1024 weights (a whole block where that is longer), 32 a lane, in 16-byte loads that are contiguous
+//   over the warp. Lanes that share a block reduce its maximum by shuffles.
+// Trick: the values are bucketed. A rank is the number of midpoints below the value's bucket, plus one if the value is
+//   above the midpoint in it: two lookups in 32 banks, without conflicts and without a search. Levels too close for
+//   that or not ascending (FP4's) take the binary search: 31 instructions a weight instead of 16 (sm_90a).
+// Bytes: reads 2 (bf16) and writes 0.5 + 4/block_size a weight: 2.56 B at block size 64, 10 us for 4096 x 4096 at
+//   an H200's 4.3 TB/s of copy. In that time its SMs can issue 17.6 instructions a weight (A100 29, 4090
+//   about 110), so the 16 just fit, and the search would take 18 us.
+// Needs: code is a permutation of 16 ascending levels. Blocks after the last whole 1024, and weights or bytes that are
+//   not aligned, go element by element, at any address.
 #include <type_traits>
 
 #include "kernels.h"
@@ -21,26 +21,27 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kLaneWeights = 32;
 constexpr int kTile = 32 * kLaneWeights;  // weights that a warp holds at once
-constexpr int kMaxGrid = 8192;            // beyond, a block goes on to further tiles and saves preparing its levels
+constexpr int kMaxGrid = 8192;            // with more tiles a block loops over several and prepares its levels once
 constexpr int kBuckets = 32;
 
-// Four times a bucket, a monotone function of value, |value| <= 1.03. Midpoints 1/15 apart are never in one bucket.
+// The byte offset (4 * bucket) of a value's bucket, monotone in value for |value| <= 1.03. Midpoints 1/15 apart never
+// share a bucket.
 NF4_DEVICE int bucket_bytes(float value) {
   const float quarters = fmaf(value, 15.f, 16.f + 0x1p21f);  // the ulp of 2^21 is a quarter
   return int(bits_of(quarters) & (4 * kBuckets - 4));
 }
 
 struct Levels {
-  float midpoint_in[kBuckets];    // inf where there is none
-  uint32_t rank_below[kBuckets];  // midpoints in lower buckets
+  float midpoint_in[kBuckets];    // of the bucket; inf where it has none
+  uint32_t rank_below[kBuckets];  // number of midpoints in lower buckets
   float sorted[kLevels];
-  float midpoints[kLevels];  // 15
+  float midpoints[kLevels];  // 15 are used
   uint32_t code_of_rank[kLevels];
   uint32_t zero_code;
-  uint32_t bucketed;  // whether no bucket has two midpoints, and a rank is a code
+  uint32_t is_bucketed;  // no bucket has two midpoints, and a rank is a code
 };
 
-// By the 32 lanes of one warp; the others may read after a barrier.
+// One warp prepares the levels; a barrier must follow.
 NF4_DEVICE void prepare_levels(const float* code, Levels& levels) {
   const int lane = int(threadIdx.x % 32);
   const float level = load_cached(code + lane % kLevels);
@@ -67,17 +68,17 @@ NF4_DEVICE void prepare_levels(const float* code, Levels& levels) {
     if (bucket == lane) midpoint = m;
     negative += m < 0;
   }
-  levels.midpoint_in[lane] = midpoint + 0.f;  // -0 becomes 0, whose difference from 0 is 0
+  levels.midpoint_in[lane] = midpoint + 0.f;  // turns -0 into 0: append_code tests the sign of midpoint - value
   levels.rank_below[lane] = uint32_t(below);
   int searched = inside > 1 || rank != lane % kLevels;
   for (int mask = 1; mask < 32; mask *= 2) searched |= shuffle_xor(searched, mask);
   if (lane == 0) {
-    levels.bucketed = !searched;
+    levels.is_bucketed = !searched;
     levels.zero_code = levels.code_of_rank[negative];
   }
 }
 
-// The code of value, behind those that came before it.
+// Appends the code of value to codes, four bits to the left.
 template <bool kBucketed>
 NF4_DEVICE uint32_t append_code(uint32_t codes, const Levels& levels, float value) {
   if constexpr (kBucketed) {
@@ -95,13 +96,11 @@ NF4_DEVICE uint32_t append_code(uint32_t codes, const Levels& levels, float valu
   }
 }
 
-// Of a block whose largest magnitude has these bits.
-NF4_DEVICE float finite_or_nan(uint32_t bits) { return float_of(bits < 0x7f800000u ? bits : 0x7fc00000u); }
-NF4_DEVICE float scale_of(uint32_t bits) {  // 0: not finite
-  return bits < 0x7f800000u ? 1.f / fmaxf(float_of(bits), 0x1p-126f) : 0.f;
-}
+// A block's absmax and its reciprocal from the bits of its largest magnitude; NaN and 0 where that is not finite.
+NF4_DEVICE float absmax_of(uint32_t bits) { return float_of(bits < 0x7f800000u ? bits : 0x7fc00000u); }
+NF4_DEVICE float inverse_of(uint32_t bits) { return bits < 0x7f800000u ? 1.f / fmaxf(float_of(bits), 0x1p-126f) : 0.f; }
 
-// w[j][e] is element e of this lane's 16 bytes of load j.
+// A warp's 1024 weights in registers: w[j][e] is element e of this lane's 16 bytes of load j.
 template <class T>
 struct Tile {
   static constexpr int kPer = int(16 / sizeof(T));
@@ -110,7 +109,7 @@ struct Tile {
 
   float w[kLoads][kPer];
 
-  // From the tile's begin to w[j][0].
+  // The offset of w[j][0] from the tile's first weight.
   NF4_DEVICE static int offset(int j) { return (j * 32 + int(threadIdx.x % 32)) * kPer; }
 
   NF4_DEVICE void load(const void* weight, int64_t begin) {
@@ -133,8 +132,8 @@ struct Tile {
     }
   }
 
-  // largest[j]: the bits of `least` or of the largest |w| of the tile that is in w[j]'s block, whichever is more. As
-  // integers NaN > inf > every number.
+  // largest[j] = max of `least` and of |w| over the block of w[j], as far as it lies in this tile. The maxima are of
+  // the bits as integers, where NaN > inf > every number.
   NF4_DEVICE void block_maxima(int block_shift, uint32_t least, uint32_t (&largest)[kLoads]) const {
 #pragma unroll
     for (int j = 0; j < kLoads; ++j) {
@@ -156,7 +155,7 @@ struct Tile {
     }
   }
 
-  // A block has at least kLoads lanes: each sees to the scale of one load, where all would divide for each.
+  // At least kLoads lanes share a block: each divides for one load and shuffles its quotient to the others.
   template <bool kBucketed>
   NF4_DEVICE void encode(const QuantizeArgs& args, const Levels& levels, int64_t begin,
                          const uint32_t (&largest)[kLoads]) const {
@@ -166,8 +165,8 @@ struct Tile {
     for (int j = 1; j < kLoads; ++j) bits = mine == j ? largest[j] : bits;
     const int first = (mine * 32 + base) * kPer;
     if (((uint32_t(begin) + first) & ((1u << args.block_shift) - 1)) == 0)
-      args.absmax[(begin >> args.block_shift) + (first >> args.block_shift)] = finite_or_nan(bits);
-    const float scale = scale_of(bits);
+      args.absmax[(begin >> args.block_shift) + (first >> args.block_shift)] = absmax_of(bits);
+    const float scale = inverse_of(bits);
 
     uint8_t* packed = args.packed + (begin >> 1) + lane * (kPer / 2);
 #pragma unroll
@@ -188,13 +187,13 @@ NF4_HOST_DEVICE static inline int64_t unit_size(int block_shift) {
 }
 NF4_HOST_DEVICE static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Weights [unit * unit_size, (unit + 1) * unit_size), all there and aligned, by one warp.
+// One warp quantizes weights [unit * unit_size, (unit + 1) * unit_size), all of which exist and are aligned.
 template <class T, bool kBucketed>
 NF4_DEVICE void quantize_unit(const QuantizeArgs& args, const Levels& levels, int64_t unit) {
   const int64_t size = unit_size(args.block_shift), begin = unit * size;
   Tile<T> tile;
   uint32_t largest[Tile<T>::kLoads], of_block = 0;
-  if (size > kTile) {  // the block is read twice, the second time out of the L2
+  if (size > kTile) {  // the block is read twice, the second time from the L2
     for (int64_t t = begin; t < begin + size; t += kTile) {
       tile.load(args.weight, t);
       tile.block_maxima(args.block_shift, of_block, largest);
@@ -215,14 +214,14 @@ __global__ void __launch_bounds__(kThreads, 3) quantize_units_kernel(QuantizeArg
   sync_block();
   int64_t unit = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
   const int64_t step = int64_t(gridDim.x) * kWarps;
-  if (levels.bucketed) {
+  if (levels.is_bucketed) {
     for (; unit < units; unit += step) quantize_unit<T, true>(args, levels, unit);
   } else {
     for (; unit < units; unit += step) quantize_unit<T, false>(args, levels, unit);
   }
 }
 
-// One block of weights, whole or not, by one warp, an element or a byte at a time.
+// One warp quantizes one block, full or not, an element or a byte at a time.
 template <class T>
 NF4_DEVICE void quantize_block(const QuantizeArgs& args, const Levels& levels, int64_t block) {
   const int64_t begin = block << args.block_shift;
@@ -231,9 +230,9 @@ NF4_DEVICE void quantize_block(const QuantizeArgs& args, const Levels& levels, i
   uint32_t largest = 0;
   for (int i = lane; i < count; i += 32) largest = max(largest, bits_of(to_float(weight[i])) & 0x7fffffffu);
   for (int mask = 1; mask < 32; mask *= 2) largest = max(largest, shuffle_xor(largest, mask));
-  if (lane == 0) args.absmax[block] = finite_or_nan(largest);
-  const float scale = scale_of(largest);
-  const auto append = [&](uint32_t codes, int i) {  // 0 behind the end, whose code fills an odd tail nibble
+  if (lane == 0) args.absmax[block] = absmax_of(largest);
+  const float scale = inverse_of(largest);
+  const auto append = [&](uint32_t codes, int i) {  // past the end 0, whose code fills an odd tail nibble
     return append_code<false>(codes, levels, i < count && scale != 0 ? to_float(weight[i]) * scale : 0.f);
   };
   for (int i = 2 * lane; i < count; i += 64) args.packed[(begin + i) >> 1] = uint8_t(append(append(0, i), i + 1));

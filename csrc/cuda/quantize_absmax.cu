@@ -1,14 +1,13 @@
 // quantize_absmax: scale_offset = mean of absmax; scale_absmax[s] = max |absmax - scale_offset| over superblock s;
 // quantized = the 8-bit code of (absmax - scale_offset) / scale_absmax, see scale_bits.h.
 //
-// Work split   three launches: the fp64 sum of each superblock by one thread, the mean by one block, then the codes by
-//              a warp for each superblock.
-// The trick    the format sums in one order, left to right, and fp64 additions take turns: 14336 superblocks of a
-//              28672 x 8192 weight 8 cycles each would be 65 us beside the 140 us of its quantize (H200). But where no
-//              partial sum of any order is rounded all orders agree, which is so for all but contrived scales, and one
-//              addition a value tells. The order of the format is then only kept where it matters.
-// Bytes        reads 4 twice and writes 1 a block: 9/64 B a weight, a twentieth of quantize's.
-// Needs        scale_code ascending unless it is e4m3.
+// Who: three launches. One thread sums a superblock in fp64, one block takes the mean, one warp encodes a superblock.
+// Trick: the format defines the sum in one order, left to right, and dependent fp64 additions do not overlap: the 14336
+//   superblocks of a 28672 x 8192 weight at 8 cycles each would be 65 us beside the 140 us of its quantize (H200).
+//   Where no partial sum of any order is rounded, all orders agree; that holds for all but contrived scales, and one
+//   addition a value proves it. The format's order is therefore kept only where it matters.
+// Bytes: reads 4 twice and writes 1 a block: 9/64 B a weight, a twentieth of quantize's.
+// Needs: scale_code ascends unless it is e4m3.
 #include "../scale_bits.h"
 #include "kernels.h"
 
@@ -22,8 +21,8 @@ constexpr int kMaxGrid = 8192;
 
 NF4_HOST_DEVICE static inline int64_t superblocks_of(int64_t blocks) { return (blocks + kWidth - 1) / kWidth; }
 
-// kWarps superblocks at a time pass through shared memory, so that the loads of a sum in turn are contiguous.
-constexpr int kPitch = kWidth + 1;  // floats from superblock to superblock: the threads that sum meet no bank twice
+// kWarps superblocks at a time are staged in shared memory, so that their loads are contiguous.
+constexpr int kPitch = kWidth + 1;  // floats from superblock to superblock: the threads that sum read different banks
 NF4_DEVICE void sum_superblocks(const QuantizeAbsmaxArgs& args, int64_t first, float* staged) {
   for (int s = 0; s < kWarps; ++s) {
     const int64_t block = (first + s) * kWidth + threadIdx.x;
@@ -47,7 +46,7 @@ __global__ void __launch_bounds__(kThreads) superblock_sums_kernel(QuantizeAbsma
     sum_superblocks(args, first, staged);
 }
 
-// The sum over the block's threads, in an order of its own.
+// Tree reduction over the thread block.
 NF4_DEVICE double sum_over_block(double value, double* staged) {
   staged[threadIdx.x] = value;
   for (int half = kThreads / 2; half > 0; half /= 2) {
@@ -60,8 +59,8 @@ NF4_DEVICE double sum_over_block(double value, double* staged) {
   return sum;
 }
 
-// One block. If every v is what is left of it beside 4 * (sum of all |v|), then every v is a multiple of 2^-53 of the
-// binade of 4 * (sum of all |v|), so is every partial sum, and none needs more than fp64's 53 bits.
+// The mean, by one block. Let L = 4 * (sum of all |v|). If (v + L) - L == v for every v, then every v, and so every
+// partial sum, is a multiple of 2^-53 of the binade of L: none needs more than fp64's 53 bits, and none is rounded.
 __global__ void __launch_bounds__(kThreads) mean_kernel(QuantizeAbsmaxArgs args) {
   double* staged = shared_memory<double>();  // [kThreads]
   const int64_t superblocks = superblocks_of(args.blocks);
@@ -74,7 +73,7 @@ __global__ void __launch_bounds__(kThreads) mean_kernel(QuantizeAbsmaxArgs args)
   const double large = 4 * sum_over_block(size, staged);
   for (int64_t s = threadIdx.x; s < superblocks; s += kThreads) {
     const double v = args.superblock_sums[s];
-    if (!((v + large) - large == v)) rounded = 1;  // also where there is a NaN or inf
+    if (!((v + large) - large == v)) rounded = 1;  // NaN and inf too
   }
   if (sum_over_block(rounded, staged) != 0) {
     sum = 0;
@@ -89,13 +88,13 @@ __global__ void __launch_bounds__(kThreads) mean_kernel(QuantizeAbsmaxArgs args)
   if (threadIdx.x == 0) *args.scale_offset = args.blocks == 0 ? 0.f : float(sum / double(args.blocks));
 }
 
-// scale_absmax and the codes of one superblock, by one warp; lane l has scales l, l + 32, ...
+// One warp computes scale_absmax and the codes of one superblock; lane l has scales l, l + 32, ...
 NF4_DEVICE void quantize_superblock(const QuantizeAbsmaxArgs& args, int64_t superblock, const float* midpoints) {
   constexpr int kEach = kWidth / 32;
   const float offset = load_cached(args.scale_offset);
   const int64_t first = superblock * kWidth + threadIdx.x % 32;
   float centred[kEach];
-  uint32_t largest = 0;  // as integers NaN is above all
+  uint32_t largest = 0;  // of the bits as integers, where NaN is the largest
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
     const int64_t block = first + 32 * i;

@@ -1,7 +1,8 @@
 // reduce_splits: out[rows, columns] = scaling * sum over s of partial[s, rows, columns] + bias, or its transpose.
 //
-// Who: a thread an element, in a stride over the grid. The sum runs over s in order: the same bits every time, where
-//   atomics would add in the order of arrival. A second launch, so that no counter has to be zeroed before and after.
+// Who: a grid-stride loop, an element a thread.
+// Trick: the sum runs over s in order and gives the same bits every time. Rejected: atomics, which add in the order of
+//   arrival; reducing in the product's launch, whose arrival counter would have to be zeroed before and after.
 // Bytes: 4 splits + 2 an element, from the L2, where the product's launch has just written them.
 #include "product.cuh"
 

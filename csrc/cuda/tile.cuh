@@ -1,63 +1,77 @@
-// Tiles of 16-bit rows in shared memory, filled in the background and read 16 bytes a lane without bank conflicts.
+// Shared-memory tiles of rows, filled by cp.async and read without bank conflicts by means of a swizzle.
+//
+// A row is cut into vectors of 16 bytes (4 of the 32 banks). Vector v of row r is stored at vector swizzle(v, r) of the
+// row, so that the vectors which one phase of a load touches (128 bytes: 8 lanes of 16 bytes or 16 lanes of 8) lie in
+// different banks. Rows of 128 bytes, with the vectors of one phase in brackets, stored at position:
+//
+//   kXorRow      position 0   1   2   3   4   5   6   7
+//   row 0                [0]  1  [2]  3  [4]  5  [6]  7     16 bytes a lane: lane 4g + t reads vector 2t + half of row
+//   row 1                 1  [0]  3  [2]  5  [4]  7  [6]    g, so a phase is vectors 0, 2, 4, 6 (half 0) of two rows;
+//   row 2                 2   3   0   1   6   7   4   5     the next phase is those of rows 2 and 3
+//
+//   kXorRowPairs position 0   1   2   3   4   5   6   7
+//   row 0                [0] [1]  2   3   4   5   6   7     8 bytes a lane: lane 4g + t reads half t % 2 of vector
+//   row 1                 2   3  [0] [1]  6   7   4   5     2j + t / 2 of row g, so a phase is vectors 2j and 2j + 1
+//   row 2                 4   5   6   7  [0] [1]  2   3     (j = 0) of four rows
+//   row 3                 6   7   4   5   2   3  [0] [1]
+//   Rows of 64 bytes: two rows have all banks, and vector ^ (row & 2) swaps the halves of rows 2 and 3.
+//
+//   kNone        8 bytes a lane of 32-byte rows: a phase is rows 4i to 4i + 3, 128 contiguous bytes.
 #pragma once
 
 #include "product.cuh"
 
 namespace nf4::cuda {
 
-constexpr int kSharedMost = 99 << 10;  // what a block can have on sm_86, 89 and 120
+constexpr int kSharedMost = 99 << 10;  // a block's limit on sm_86, 89 and 120
+constexpr int kVectorBytes = 16;
 
-// A row of a tile is cut into kPieces pieces of 16 bytes. Piece p of row r stands at place(p, r), so that what a warp reads
-// in one cycle, 128 bytes of several rows, is of different banks.
-enum class Order {
-  kPlain,         // 8 bytes a lane of 32-byte rows: rows 4i to 4i + 3 are 128 bytes as they are
-  kEvenPieces,    // 16 bytes a lane: pieces 0, 2, 4, 6 (or 1, 3, 5, 7) of rows 2i and 2i + 1
-  kPieceInPairs,  // 8 bytes a lane: pieces 2j and 2j + 1 of rows 4i to 4i + 3
-};
-template <Order order, int kPieces>
-NF4_HOST_DEVICE inline int place(int piece, int row) {
-  if (order == Order::kPlain) return piece;
-  if (order == Order::kEvenPieces) return piece ^ (row & 7);
-  return kPieces == 4 ? piece ^ (row & 2) : piece ^ (row & 3) << 1;  // two rows of 4 pieces have all banks
+enum class Swizzle { kNone, kXorRow, kXorRowPairs };
+template <Swizzle kSwizzle, int kRowVectors>
+NF4_HOST_DEVICE inline int swizzle(int vector, int row) {
+  if (kSwizzle == Swizzle::kNone) return vector;
+  if (kSwizzle == Swizzle::kXorRow) return vector ^ (row & 7);
+  return kRowVectors == 4 ? vector ^ (row & 2) : vector ^ (row & 3) << 1;
 }
 
-// Which pieces of a tile a thread fetches: `piece` of rows row, row + kRowStep, ... All kThreads threads take part.
-template <int kTileRows, int kPieces, int kThreads>
-struct Share {
-  static constexpr int kRowStep = kThreads / kPieces, kCount = kTileRows / kRowStep;
-  static_assert(kThreads % kPieces == 0 && kTileRows % kRowStep == 0, "every thread has as many pieces");
-  static_assert(kRowStep % 8 == 0 || kCount == 1, "a thread's rows all have the same order");
-  int row, piece;
-  NF4_DEVICE Share() : row(int(threadIdx.x) / kPieces), piece(int(threadIdx.x) % kPieces) {}
+// The vectors of a tile that this thread copies: `vector` of rows row, row + kRowStep, ... All kThreads threads take
+// part.
+template <int kRows, int kRowVectors, int kThreads>
+struct CopyShare {
+  static constexpr int kRowStep = kThreads / kRowVectors, kCount = kRows / kRowStep;
+  static_assert(kThreads % kRowVectors == 0 && kRows % kRowStep == 0, "every thread copies as many vectors");
+  static_assert(kRowStep % 8 == 0 || kCount == 1, "all rows of a thread have the same swizzle");
+  int row, vector;
+  NF4_DEVICE CopyShare() : row(int(threadIdx.x) / kRowVectors), vector(int(threadIdx.x) % kRowVectors) {}
 };
 
-// Fetches tiles that follow one another along kTileRows rows of a matrix. Rows beyond the matrix are the last row's: what
-// comes of them is not stored, and no load needs a condition. Offsets have 32 bits: kTileRows * pitch < 2^32.
-template <int kTileRows, int kPieces, Order order, int kThreads>
+// Copies tiles that follow one another along kRows rows of a matrix. Rows past the matrix repeat its last row: their
+// results are not stored, and no load needs a predicate. Offsets have 32 bits: kRows * pitch < 2^32.
+template <int kRows, int kRowVectors, Swizzle kSwizzle, int kThreads>
 struct RowFetcher {
-  using Threads = Share<kTileRows, kPieces, kThreads>;
-  static constexpr int kPitch = 16 * kPieces;  // bytes a row of the tile
+  using Share = CopyShare<kRows, kRowVectors, kThreads>;
+  static constexpr int kPitch = kVectorBytes * kRowVectors;  // bytes from row to row of the tile
   const unsigned char* first_row;
-  uint32_t from[Threads::kCount];  // bytes from there
-  int to, piece;                   // `to` in bytes from the tile
+  uint32_t from[Share::kCount];  // byte offsets from first_row
+  int to, vector;                // `to`: byte offset in the tile
 
-  // `pitch` is the bytes a row of the matrix.
+  // `pitch`: bytes from row to row of the matrix.
   NF4_DEVICE RowFetcher(const void* matrix, int64_t row, int64_t rows, int64_t pitch)
       : first_row(static_cast<const unsigned char*>(matrix) + row * pitch) {
-    const Threads threads;
-    const int last = int(smaller(rows - row, kTileRows)) - 1;
-    piece = threads.piece;
-    to = threads.row * kPitch + 16 * place<order, kPieces>(piece, threads.row);
+    const Share share;
+    const int last = int(smaller(rows - row, kRows)) - 1;
+    vector = share.vector;
+    to = share.row * kPitch + kVectorBytes * swizzle<kSwizzle, kRowVectors>(vector, share.row);
 #pragma unroll
-    for (int i = 0; i < Threads::kCount; ++i)
-      from[i] = uint32_t(min(threads.row + i * Threads::kRowStep, last)) * uint32_t(pitch) + 16 * piece;
+    for (int i = 0; i < Share::kCount; ++i)
+      from[i] = uint32_t(min(share.row + i * Share::kRowStep, last)) * uint32_t(pitch) + kVectorBytes * vector;
   }
 
-  // The tile that begins `column` bytes into the rows; zeros for this thread's pieces where not valid.
-  NF4_DEVICE void fetch(unsigned char* tile, uint32_t column, bool valid = true) const {
+  // Copies the tile that begins `offset` bytes into each row; this thread's vectors become zeros where not valid.
+  NF4_DEVICE void fetch(unsigned char* tile, uint32_t offset, bool valid = true) const {
 #pragma unroll
-    for (int i = 0; i < Threads::kCount; ++i)
-      copy_async_16(tile + to + i * Threads::kRowStep * kPitch, first_row + (valid ? from[i] + column : 0), valid);
+    for (int i = 0; i < Share::kCount; ++i)
+      copy_async_16(tile + to + i * Share::kRowStep * kPitch, first_row + (valid ? from[i] + offset : 0), valid);
   }
 };
 

@@ -77,7 +77,7 @@ def load_cpu() -> CpuLibrary | None:
 
 @contextmanager
 def running_kernel(library: ctypes.CDLL, name: str) -> Iterator[None]:
-    """Run every CUDA product by this kernel (any, small, tiled, panel) inside a `with` block.
+    """Run every CUDA product by this kernel (any, small, tiled, dequantize_gemm) inside a `with` block.
 
     A product that it cannot run is a RuntimeError that says why. ValueError for an unknown name.
     """

@@ -19,7 +19,7 @@ def test_every_table_is_sound_and_says_where_it_is_from(choose):
         table = choose.table_for(architecture)
         assert table.origin.startswith(("predicted, not measured: ", "measured on "))
         assert table.to_json() == (choose.TABLES / f"{architecture}.json").read_text()
-        assert set(table.panel_from) == set(choose.PRODUCTS)
+        assert set(table.dequantize_gemm_from) == set(choose.PRODUCTS)
 
 
 @pytest.mark.parametrize(
@@ -36,12 +36,12 @@ def test_choice_by_rows(choose, triton_ops):
     table = choose.table_for(choose.architecture_of(device))
     for op in choose.PRODUCTS:
         for dtype in (torch.bfloat16, torch.float16):
-            least = table.panel_from[op]
+            least = table.dequantize_gemm_from[op]
             assert choose.choose(op, least - 1, 128, 64, dtype, device).path == "fused"
-            assert choose.choose(op, least, 128, 64, dtype, device).path == "panel"
-            assert choose.choose(op, 64, 65, 64, dtype, device) == choose.Choice("fused", choose.ELEMENTS, 0)
-            assert choose.choose(op, 65, 65, 64, dtype, device).path == "panel"
-        assert choose.choose(op, 10**6, 128, 64, torch.float32, device) == choose.Choice("fused", choose.FP32, 64)
+            assert choose.choose(op, least, 128, 64, dtype, device).path == "dequantize_gemm"
+            assert choose.choose(op, 64, 65, 64, dtype, device) == choose.Choice("fused", choose.ELEMENTS, 32, False)
+            assert choose.choose(op, 65, 65, 64, dtype, device).path == "dequantize_gemm"
+        assert choose.choose(op, 10**6, 128, 64, torch.float32, device) == choose.Choice("fused", choose.FP32, 64, True)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_choice_by_rows(choose, triton_ops):
     [(128, 64, 64), (128, 4096, 64), (96, 64, 32), (96, 32, 32), (128, 32, 32), (65, 64, 0), (16, 32, 0), (0, 64, 64)],
 )
 def test_blocks_that_rows_are_made_of(choose, K, block_size, block):
-    assert choose.is_whole(K, block_size) == block
+    assert choose.whole_block(K, block_size) == block
 
 
 def test_refuses_what_is_no_table(choose):
@@ -59,7 +59,7 @@ def test_refuses_what_is_no_table(choose):
         {"linear": data["linear"][::-1]},
         {"linear": [data["linear"][0] | {"depth": 100}]},
         {"linear": [data["linear"][0] | {"depth": 16384}]},
-        {"panel_from": {"linear": 3}},
+        {"dequantize_gemm_from": {"linear": 3}},
         {"more": 1},
     ):
         with pytest.raises(ValueError, match="nf4kernels: "):
@@ -70,10 +70,10 @@ def test_forcing_refuses_an_unknown_path_and_is_undone(choose):
     with pytest.raises(ValueError, match=r"a path must be one of .*got 'fast'"), choose.forcing("fast"):
         pass
     before = dict(choose._forced)
-    with choose.forcing("panel"):
+    with choose.forcing("dequantize_gemm"):
         with choose.forcing("fused"):
             assert choose._forced["path"] == "fused"
-        assert choose._forced["path"] == "panel"
+        assert choose._forced["path"] == "dequantize_gemm"
     assert choose._forced == before
 
 
@@ -81,6 +81,6 @@ def test_the_paths_are_told_with_their_origin(choose):
     table = choose.table_for("sm_80")  # the interpreter's
     lines = list(choose.kernel_lines(torch.device("cpu")))
     assert len(lines) == 2 * len(choose.PRODUCTS)
-    for op, (fused, panel) in zip(choose.PRODUCTS, (lines[:2], lines[2:])):
-        assert fused == f"{op} bf16, fp16, up to {table.panel_from[op] - 1} rows: fused ({table.origin})"
-        assert panel == f"{op} bf16, fp16, more rows: panel ({table.origin})"
+    for op, (fused, gemm) in zip(choose.PRODUCTS, (lines[:2], lines[2:])):
+        assert fused == f"{op} bf16, fp16, up to {table.dequantize_gemm_from[op] - 1} rows: fused ({table.origin})"
+        assert gemm == f"{op} bf16, fp16, more rows: dequantize_gemm ({table.origin})"

@@ -156,7 +156,7 @@ def test_backend_info_shows_the_kernels_and_why(machine, monkeypatch):
         "linear bf16, fp16, up to 16 rows: small (at most 16 rows)",
         "linear bf16, fp16, up to 352 rows: tiled (predicted from copy 4.3 TB/s, cuBLAS 788, tiled 482 TFLOP/s)",
     ]
-    assert lines[3].startswith("linear bf16, fp16, more rows: panel (predicted")
+    assert lines[3].startswith("linear bf16, fp16, more rows: dequantize_gemm (predicted")
     assert [line.partition(":")[0] for line in lines[4:]] == [
         "linear_dgrad bf16, fp16, up to 256 rows", "linear_dgrad bf16, fp16, more rows",
     ]  # fmt: skip

@@ -26,11 +26,13 @@ def test_a_product_takes_the_longest_of_its_units():
 def test_predictions_are_of_the_committed_report(monkeypatch):
     monkeypatch.setattr(predictions, "_report", lambda: (KERNEL,))
     found = predictions.predictions(CARD, "linear", 4096, 4096, 16)
-    assert set(found) == {"small", "panel"}
-    assert set(predictions.predictions(CARD, "linear", 4096, 4096, 17)) == {"panel"}
+    assert set(found) == {"small", "dequantize_gemm"}
+    assert set(predictions.predictions(CARD, "linear", 4096, 4096, 17)) == {"dequantize_gemm"}
     assert predictions.predicted_ms(CARD, "linear", 4096, 4096, 16) == found["small"].ms
     assert predictions.predicted_ms(CARD, "lora step", 4096, 4096, 16) is None
-    assert found["panel"].ms == pytest.approx((2.516 * 2**24 / 1e9) + 2**29 / 400e9 + 2 * predictions.LAUNCH_MS, 1e-3)
+    assert found["dequantize_gemm"].ms == pytest.approx(
+        (2.516 * 2**24 / 1e9) + 2**29 / 400e9 + 2 * predictions.LAUNCH_MS, 1e-3
+    )
 
 
 def test_a_device_is_predicted_by_the_architecture_that_it_runs():

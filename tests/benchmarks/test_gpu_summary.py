@@ -68,13 +68,13 @@ def test_break_even_names_the_fastest_kernel_over_ranges_of_rows():
         return Row("linear", "4096x4096", M, 1, "out", {OURS: 1.0, **{f"kernel {k}": v for k, v in ms.items()}})
 
     rows = [
-        row(1024, tiled=3, panel=2),
+        row(1024, tiled=3, dequantize_gemm=2),
         row(1, small=1, tiled=2),
         row(16, small=1, tiled=2),
-        row(256, tiled=1, panel=2),
+        row(256, tiled=1, dequantize_gemm=2),
     ]
     assert [line.split() for line in summary.break_even(rows)] == [
-        ["linear", "4096x4096:", "small", "to", "16,", "tiled", "to", "256,", "panel", "to", "1024"]
+        ["linear", "4096x4096:", "small", "to", "16,", "tiled", "to", "256,", "dequantize_gemm", "to", "1024"]
     ]
 
 

@@ -60,12 +60,12 @@ def test_ranges(cuda_ops, shape, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("width", [8, 64, 256, 264, 1000, 1016])
-def test_panels_of_aligned_columns(executor_ops, width, dtype):
+def test_slices_of_aligned_columns(executor_ops, width, dtype):
     """As many threads along a row as it needs, from one to all; whole groups at 16 bytes a store."""
     qweight = cases.random_bytes(19, 2048)
     out = torch.full((19, 2048), SENTINEL, dtype=dtype)
     executor_ops.ops.dequantize_out(*qweight.op_args(), 0, 19, 512, 512 + width, out[:, :width])
-    assert_same_bits(out[:, :width], cases.dense(qweight, dtype)[:, 512 : 512 + width], f"panel {width} {dtype}")
+    assert_same_bits(out[:, :width], cases.dense(qweight, dtype)[:, 512 : 512 + width], f"slice {width} {dtype}")
     assert (out[:, width:] == SENTINEL).all()
     assert len(executor_ops.launches()) == 1
     assert "true" in executor_ops.launches()[0].kernel

@@ -11,7 +11,7 @@ from support.numerics import assert_same_bits
 from nf4kernels import quantize_experts
 
 FUSED = ((LINEAR, "small"), (LINEAR, "tiled"), (LINEAR, "any"), (DGRAD, "tiled"), (DGRAD, "any"))
-KERNELS = (*FUSED, (LINEAR, "panel"), (DGRAD, "panel"))  # panels are for bf16 alone
+KERNELS = (*FUSED, (LINEAR, "dequantize_gemm"), (DGRAD, "dequantize_gemm"))  # dequantize_gemm is for bf16 alone
 WITH_DTYPES = [(*kernel, dtype) for kernel in FUSED for dtype in (torch.bfloat16, torch.float16)]
 WITH_DTYPES += [(*kernel, torch.bfloat16) for kernel in KERNELS[len(FUSED) :]]
 # Rows of each expert: none first, in the middle and last; all in one; one expert; a full tile, one row more, one less.
@@ -22,7 +22,7 @@ def assert_ran(cuda_ops, op, kernel):
     """The kernel that was forced is the one that ran; a GPU keeps no list, and an obstacle is an error there too."""
     launches = cuda_ops.launches()
     expected = {"sound_offsets_kernel", "dequantize_experts_kernel", "zero_rows_of_none_kernel"}
-    expected = expected if kernel == "panel" else {f"{op}_{kernel}_kernel"}
+    expected = expected if kernel == "dequantize_gemm" else {f"{op}_{kernel}_kernel"}
     assert launches is None or {run.kernel.partition("<")[0] for run in launches} == expected
 
 
@@ -200,9 +200,9 @@ def test_the_choice_and_what_it_is_told(executor_ops):
         (DGRAD, cases.activations(5, 47, torch.bfloat16), 2, "any"),
         (DGRAD, cases.activations(5, 48, torch.float32), 2, "any"),
         (LINEAR, cases.activations(832, 128, torch.bfloat16), 1, "tiled"),
-        (LINEAR, cases.activations(833, 128, torch.bfloat16), 1, "panel"),
+        (LINEAR, cases.activations(833, 128, torch.bfloat16), 1, "dequantize_gemm"),
         (DGRAD, cases.activations(416, 48, torch.bfloat16), 1, "tiled"),
-        (DGRAD, cases.activations(417, 48, torch.bfloat16), 1, "panel"),
+        (DGRAD, cases.activations(417, 48, torch.bfloat16), 1, "dequantize_gemm"),
     ):
         executor_ops.executor.reset()
         N, counts = 48 if op == LINEAR else x.shape[1], [x.shape[0] // E] * E
@@ -227,8 +227,8 @@ def test_empty(cuda_ops):
 @pytest.mark.parametrize(
     ("op", "kernel", "N", "dtype", "reason"),
     [
-        (LINEAR, "panel", 40, torch.float16, "panels of experts are for bf16"),
-        (DGRAD, "panel", 37, torch.bfloat16, "N a multiple of 8"),
+        (LINEAR, "dequantize_gemm", 40, torch.float16, "dequantize_gemm of experts needs bf16"),
+        (DGRAD, "dequantize_gemm", 37, torch.bfloat16, "N a multiple of 8"),
         (LINEAR, "tiled", 40, torch.float32, "true fp32"),
         (DGRAD, "small", 40, torch.bfloat16, "the small kernel is linear's"),
         (DGRAD, "tiled", 37, torch.bfloat16, "N a multiple of 8"),

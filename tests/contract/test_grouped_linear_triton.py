@@ -168,8 +168,8 @@ def test_the_configuration_is_that_of_the_mean_rows(interpreter, monkeypatch, op
         for T in (6 * first, 6 * (after - 1)):
             x = activations(op, T, qweights, torch.bfloat16)
             programs, options = recorded(interpreter, monkeypatch, op, x, 6, qweights)
-            assert (options["ROWS"], options["num_warps"]) == (config.rows, config.warps)
-            assert programs == (T + 7 * (config.rows - 1)) // config.rows
+            assert (options["BLOCK_M"], options["num_warps"]) == (config.BLOCK_M, config.warps)
+            assert programs == (T + 7 * (config.BLOCK_M - 1)) // config.BLOCK_M
 
 
 def test_as_many_tiles_as_there_can_be(interpreter):
@@ -205,10 +205,13 @@ def test_empty(triton_ops, op):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_there_are_no_panels_of_experts(triton_ops, op):
+def test_experts_have_no_dequantize_gemm(triton_ops, op):
     qweights = cases.quantized_experts(2, 8, 64)
     x = activations(op, 3, qweights, torch.bfloat16)
-    with triton_ops.running("panel"), pytest.raises(RuntimeError, match=f"nf4kernels.{op}: .* do not go by panels"):
+    with (
+        triton_ops.running("dequantize_gemm"),
+        pytest.raises(RuntimeError, match=f"nf4kernels.{op}: .* have no dequantize_gemm"),
+    ):
         call(triton_ops, op, x, (1, 2), qweights)
 
 

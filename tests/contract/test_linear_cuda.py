@@ -8,9 +8,14 @@ from support.guarded import guarded
 from support.numerics import assert_product_within_bound, assert_same_bits, assert_unbiased
 
 HALVES = (torch.bfloat16, torch.float16)
-KERNELS = ("small", "tiled", "panel", "any")
+KERNELS = ("small", "tiled", "dequantize_gemm", "any")
 # Rows of x around the tiles: 8 and 16 of small, 32, 64 and 128 of tiled.
-ROWS = {"small": (1, 2, 7, 8, 9, 16), "tiled": (1, 17, 32, 33, 65, 128, 130), "panel": (1, 65), "any": (1, 3, 64, 65)}
+ROWS = {
+    "small": (1, 2, 7, 8, 9, 16),
+    "tiled": (1, 17, 32, 33, 65, 128, 130),
+    "dequantize_gemm": (1, 65),
+    "any": (1, 3, 64, 65),
+}
 # (N, K) that tensor cores take, around the tiles: 32, 64 and 128 rows of W; one to many blocks of 64.
 SHAPES = ((1, 64), (33, 128), (64, 192), (31, 320), (100, 576), (136, 1088), (257, 64))
 ODD_SHAPES = ((1, 1), (3, 5), (17, 32), (5, 63), (33, 65), (37, 100), (129, 31), (19, 2080))
@@ -31,7 +36,9 @@ def assert_ran(cuda_ops, kernel):
     launches = cuda_ops.launches()
     if launches is None:
         return
-    name = {"small": "linear_small", "tiled": "linear_tiled", "panel": "dequantize", "any": "product_any"}[kernel]
+    name = {"small": "linear_small", "tiled": "linear_tiled", "dequantize_gemm": "dequantize", "any": "product_any"}[
+        kernel
+    ]
     products = {n for n in ("linear_small", "linear_tiled", "product_any") for run in launches if n in run.kernel}
     assert any(name in run.kernel for run in launches), launches
     assert products <= {name}, launches
@@ -167,7 +174,7 @@ def test_a_row_depends_on_no_other(cuda_ops, kernel, dtype):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_nothing_outside_of_a_tensor_is_read(executor_ops, kernel, at_end):
     """Inputs end (or begin) at a page that may not be touched."""
-    for N, K in ((33, 128), (64, 64)) + (((7, 37),) if kernel in ("any", "panel") else ()):
+    for N, K in ((33, 128), (64, 64)) + (((7, 37),) if kernel in ("any", "dequantize_gemm") else ()):
         qweight = cases.quantized(N, K)
         for M in ROWS[kernel][:3]:
             tensors = (
@@ -230,5 +237,5 @@ def test_a_forced_kernel_that_cannot_run_is_an_error(cuda_ops, kernel, x, layout
 
 
 def test_an_unknown_kernel_is_refused(cuda_ops):
-    with pytest.raises(ValueError, match="any, small, tiled or panel, got fast"), cuda_ops.running("fast"):
+    with pytest.raises(ValueError, match="any, small, tiled or dequantize_gemm, got fast"), cuda_ops.running("fast"):
         pass

@@ -8,9 +8,9 @@ from support.guarded import guarded
 from support.numerics import assert_product_within_bound, assert_same_bits, assert_unbiased
 
 HALVES = (torch.bfloat16, torch.float16)
-KERNELS = ("tiled", "panel", "any")
+KERNELS = ("tiled", "dequantize_gemm", "any")
 # Rows of dY around the tiles: 16, 64 and 128 of tiled.
-ROWS = {"tiled": (1, 15, 17, 64, 66, 130), "panel": (1, 65), "any": (1, 65)}
+ROWS = {"tiled": (1, 15, 17, 64, 66, 130), "dequantize_gemm": (1, 65), "any": (1, 65)}
 # (N, K) that tensor cores take, around the tiles: 128 and 256 columns, stages of 32, 64 and 128 rows of W.
 SHAPES = ((8, 64), (24, 128), (136, 192), (64, 320), (200, 576))
 ODD_SHAPES = ((1, 1), (3, 5), (17, 32), (5, 63), (33, 65), (37, 128), (129, 31))
@@ -34,7 +34,7 @@ def test_every_kernel_and_shape(cuda_ops, kernel, shape, dtype):
     with cuda_ops.running(kernel):
         for M in ROWS[kernel]:
             assert_within_bound(cuda_ops, cases.activations(M, N, dtype, 1.0), qweight, f"{kernel} M={M}")
-    name = {"tiled": "linear_dgrad_tiled", "panel": "dequantize", "any": "product_any"}[kernel]
+    name = {"tiled": "linear_dgrad_tiled", "dequantize_gemm": "dequantize", "any": "product_any"}[kernel]
     assert cuda_ops.launches() is None or any(name in run.kernel for run in cuda_ops.launches())
 
 
@@ -186,7 +186,7 @@ def test_a_row_depends_on_no_other(cuda_ops, kernel, dtype):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_nothing_outside_of_a_tensor_is_read(executor_ops, kernel, at_end):
     """Inputs end (or begin) at a page that may not be touched."""
-    for N, K in ((40, 128), (64, 64)) + (((7, 37),) if kernel in ("any", "panel") else ()):
+    for N, K in ((40, 128), (64, 64)) + (((7, 37),) if kernel in ("any", "dequantize_gemm") else ()):
         qweight = cases.quantized(N, K)
         for M in (1, 16, 70):
             tensors = (
@@ -216,7 +216,7 @@ def test_a_forced_kernel_that_cannot_run_is_an_error(cuda_ops):
     for N, dtype, kernel, reason in (
         (37, torch.bfloat16, "tiled", "N a multiple of 8"),
         (40, torch.bfloat16, "small", "the small kernel is linear's"),
-        (40, torch.float32, "panel", "true fp32"),
+        (40, torch.float32, "dequantize_gemm", "true fp32"),
     ):
         with (
             cuda_ops.running(kernel),

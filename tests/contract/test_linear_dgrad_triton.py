@@ -10,7 +10,7 @@ from test_linear_cuda import ODD_SHAPES
 from test_linear_dgrad_cuda import assert_within_bound, dgrad
 
 HALVES = (torch.bfloat16, torch.float16)
-PATHS = ("fused", "panel")
+PATHS = ("fused", "dequantize_gemm")
 SHAPES = ((1, 64), (33, 128), (70, 320), (40, 96))
 
 
@@ -54,7 +54,7 @@ def test_long_contraction_and_dy_with_a_mean(triton_ops, dtype):
 @pytest.mark.parametrize("rank", [1, 16, 40])
 def test_low_rank_term(triton_ops, rank, path, dtype):
     """Also where N is split: the term is in the first part alone."""
-    if dtype == torch.float32 and path == "panel":
+    if dtype == torch.float32 and path == "dequantize_gemm":
         with triton_ops.running(path), pytest.raises(RuntimeError, match="fp32 is multiplied in true fp32"):
             dgrad(triton_ops, cases.activations(3, 8, dtype), cases.quantized(8, 64))
         return

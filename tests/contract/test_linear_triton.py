@@ -11,7 +11,7 @@ from test_linear_cuda import ODD_SHAPES, linear
 import nf4kernels
 
 HALVES = (torch.bfloat16, torch.float16)
-PATHS = ("fused", "panel")
+PATHS = ("fused", "dequantize_gemm")
 # (N, K) of whole blocks, around the tiles: 64 rows of W and blocks of 64; then blocks of 32.
 SHAPES = ((1, 64), (65, 128), (100, 576), (33, 96))
 
@@ -72,7 +72,7 @@ def test_scales_far_apart(triton_ops, path):
 @pytest.mark.parametrize("rank", [1, 16, 40])
 def test_low_rank_term(triton_ops, rank, path, dtype):
     """Also where K is split: the term is in the first part alone."""
-    if dtype == torch.float32 and path == "panel":
+    if dtype == torch.float32 and path == "dequantize_gemm":
         x, weight = cases.activations(3, 64, dtype), cases.quantized(8, 64)
         with triton_ops.running(path), pytest.raises(RuntimeError, match="fp32 is multiplied in true fp32"):
             linear(triton_ops, x, weight)
@@ -88,36 +88,11 @@ def test_low_rank_term(triton_ops, rank, path, dtype):
 
 
 def test_splits_do_not_depend_on_more_than_m_and_k(triton_ops):
-    """So that separate weights and one launch for all have the same bits, and a device's size changes none."""
+    """So that the size of a device changes no bits."""
     choose = triton_ops.backend.choose
-    shared = {M: choose.choose("linear", M, 4096, 64, torch.bfloat16, torch.device("cpu")) for M in (1, 4, 16, 64)}
-    assert [choice.config.depth for choice in shared.values()] == sorted(c.config.depth for c in shared.values())
-    assert len({choice.config.depth for choice in shared.values()}) > 1
-
-
-@pytest.mark.parametrize("M", [1, 20, 400])
-def test_weights_that_share_x_have_the_bits_of_separate_calls(triton_ops, M):
-    for K, layout in ((2112 if M == 1 else 320, Layout()), (65, Layout()), (320, Layout(128, scale_codebook=None))):
-        qweights = [cases.quantized(N, K, layout) for N in ((72, 130, 1, 64) if M < 400 else (40, 7))]
-        x = cases.activations(M, K, torch.bfloat16).to(triton_ops.device)
-        moved = [qweight.to(triton_ops.device) for qweight in qweights]
-        ys = triton_ops.backend.linear_shared(x.view(1, M, K), moved)
-        for y, qweight in zip(ys, qweights):
-            assert y.shape == (1, M, qweight.shape[0])
-            expected = linear(triton_ops, x, qweight)
-            assert_same_bits(y[0].cpu(), expected, f"shared x {M}x{qweight.shape}")
-            assert_product_within_bound(expected, x.cpu(), cases.dense(qweight).T, f"shared x {M}x{qweight.shape}")
-
-
-def test_weights_that_share_x_must_be_of_one_kind(triton_ops):
-    x = torch.randn(2, 64, device=triton_ops.device)
-    for others in ([], [(8, 64, Layout(128))], [(8, 128, Layout())], [(8, 64, Layout(scale_codebook=None))]):
-        weights = [cases.quantized(N, K, layout).to(triton_ops.device) for N, K, layout in others]
-        weights += [cases.quantized(8, 64).to(triton_ops.device)] if others else []
-        with pytest.raises(ValueError, match=r"nf4kernels\.linear_shared: qweights must be at least one, of one K"):
-            triton_ops.backend.linear_shared(x, weights)
-    empty = triton_ops.backend.linear_shared(x[:0], [cases.quantized(8, 64).to(triton_ops.device)])
-    assert [y.shape for y in empty] == [(0, 8)]
+    choices = {M: choose.choose("linear", M, 4096, 64, torch.bfloat16, torch.device("cpu")) for M in (1, 4, 16, 64)}
+    assert [choice.config.depth for choice in choices.values()] == sorted(c.config.depth for c in choices.values())
+    assert len({choice.config.depth for choice in choices.values()}) > 1
 
 
 def test_same_bits_again(triton_ops):
@@ -173,19 +148,19 @@ def test_empty(triton_ops):
                     assert torch.equal(y, bias.expand(M, N))
 
 
-def test_panels_reuse_memory_smaller_than_the_weight(triton_ops, monkeypatch):
-    panels = triton_ops.backend.linear.__globals__["multiply_panels"].__globals__
-    monkeypatch.setitem(panels, "PANEL_BYTES", 128 * 128 * 2)
-    sizes, launch = [], panels["launch"]
+def test_slices_reuse_memory_smaller_than_the_weight(triton_ops, monkeypatch):
+    module = triton_ops.backend.linear.__globals__["multiply_by_slices"].__globals__
+    monkeypatch.setitem(module, "SLICE_BYTES", 128 * 128 * 2)
+    sizes, launch = [], module["launch"]
 
     def recorded(weight, row, column, out):
         sizes.append((row, out.shape[0], out.untyped_storage().data_ptr()))
         launch(weight, row, column, out)
 
-    monkeypatch.setitem(panels, "launch", recorded)
+    monkeypatch.setitem(module, "launch", recorded)
     qweight, x = cases.quantized(300, 128), cases.activations(5, 128, torch.bfloat16)
-    with triton_ops.running("panel"):
-        assert_within_bound(triton_ops, x, qweight, "panels", torch.randn(300).bfloat16())
+    with triton_ops.running("dequantize_gemm"):
+        assert_within_bound(triton_ops, x, qweight, "slices", torch.randn(300).bfloat16())
     assert [size[:2] for size in sizes] == [(0, 128), (128, 128), (256, 44)]
     assert len({size[2] for size in sizes}) == 1
 
@@ -201,7 +176,7 @@ def test_indices_past_2_to_the_32(interpreter):
     from support.triton_interpreter import only_program
 
     torch.use_deterministic_algorithms(False)  # its poison would touch all of the output
-    N, K, config = 2**20, 4096, interpreter.backend.choose.Config(64, 16, 4, 3, 8192)
+    N, K, config = 2**20, 4096, interpreter.backend.choose.Config(16, 64, 4, 3, 8192)
     near = cases.quantized(64, K, Layout(scale_codebook=None))
     packed, absmax = untouched(N * K // 2, torch.uint8), untouched(N * K // 64, torch.float32)
     packed.view(N, -1)[-64:], absmax.view(N, -1)[-64:] = near.packed, near.absmax

@@ -98,7 +98,7 @@ def test_is_captured_in_a_graph(gpu, op):
     assert_captured(getattr(gpu.ops, op), gpu.move(samples(op, 300, 640)))
 
 
-PRODUCTS = [(op, kernel, rows) for op in ("linear", "linear_dgrad") for kernel in ("tiled", "panel", "any")
+PRODUCTS = [(op, kernel, rows) for op in ("linear", "linear_dgrad") for kernel in ("tiled", "dequantize_gemm", "any")
             for rows in (5, 20, 50, 200)]  # fmt: skip
 
 

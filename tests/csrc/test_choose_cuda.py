@@ -44,11 +44,11 @@ def test_every_problem_has_a_kernel_and_a_reason(choose):
             if dtype == FP32:
                 assert path == "any"
             elif not (whole and aligned):
-                assert path == ("any" if M <= 64 else "panel")
+                assert path == ("any" if M <= 64 else "dequantize_gemm")
             elif M <= 16 and not dgrad:
                 assert path == "small"
             else:
-                assert path in ("tiled", "panel")
+                assert path in ("tiled", "dequantize_gemm")
 
 
 def test_dgrad_on_tensor_cores_needs_n_in_eights(choose):
@@ -66,17 +66,17 @@ def test_the_break_even_of_each_architecture_is_the_tables(choose):
             path, _, reason = choose(is_dgrad, BF16, rows, 4096, 4096, arch=arch)
             assert (path, "predicted" in reason) == ("tiled", True)
             path, _, reason = choose(is_dgrad, BF16, rows + 1, 4096, 4096, arch=arch)
-            assert (path, "predicted" in reason) == ("panel", True)
+            assert (path, "predicted" in reason) == ("dequantize_gemm", True)
     # An architecture that is not listed is as the one before it.
     assert choose(False, BF16, 353, 4096, 4096, arch=99) == choose(False, BF16, 353, 4096, 4096, arch=90)
 
 
-def test_the_readme_shows_the_table():
-    choose_h, readme = (ROOT / "csrc/cuda/choose.h").read_text(), (ROOT / "README.md").read_text()
+def test_the_docs_show_the_table():
+    choose_h, docs = (ROOT / "csrc/cuda/choose.h").read_text(), (ROOT / "docs/choosing.md").read_text()
     table = re.findall(r'\{(\d+), (\d+), (\d+), "(predicted.*?)"\}', choose_h)
-    assert re.findall(r"^\| sm_(\d+) \| (\d+) \| (\d+) \| (.*?) \|$", readme, re.MULTILINE) == table
+    assert re.findall(r"^\| sm_(\d+) \| (\d+) \| (\d+) \| (.*?) \|$", docs, re.MULTILINE) == table
     table = re.findall(r'\{(\d+), (\d+), (\d+), "experts, (predicted.*?)"\}', choose_h)
-    assert re.findall(r"^\| experts, sm_(\d+) \| (\d+) \| (\d+) \| (.*?) \|$", readme, re.MULTILINE) == table
+    assert re.findall(r"^\| experts, sm_(\d+) \| (\d+) \| (\d+) \| (.*?) \|$", docs, re.MULTILINE) == table
 
 
 def test_experts_get_a_kernel_by_the_mean_of_their_rows(choose):
@@ -89,15 +89,15 @@ def test_experts_get_a_kernel_by_the_mean_of_their_rows(choose):
             )
             assert reason
             assert splits == 1, "experts are tiles enough"
-            has_panels = dtype == BF16 and aligned and arch in (90, 100, 103)
+            has_gemm = dtype == BF16 and aligned and arch in (90, 100, 103)
             if dtype == FP32:
                 assert path == "any"
             elif not (whole and aligned):
-                assert path == ("panel" if has_panels and mean > 64 else "any")
+                assert path == ("dequantize_gemm" if has_gemm and mean > 64 else "any")
             elif mean <= 16 and not dgrad:
                 assert path == "small"
             else:
-                assert path == ("panel" if has_panels and mean == 5000 else "tiled")
+                assert path == ("dequantize_gemm" if has_gemm and mean == 5000 else "tiled")
     assert choose(False, BF16, 33, 1536, 2048, experts=2)[0] == "tiled", "a mean of 16.5"
 
 
@@ -107,7 +107,7 @@ def test_the_break_even_of_experts_is_the_tables(choose):
     for arch, linear, dgrad in ((int(a), int(b), int(c)) for a, b, c in table):
         for is_dgrad, rows in ((False, linear), (True, dgrad)):
             assert choose(is_dgrad, BF16, 8 * rows, 1536, 2048, arch=arch, experts=8)[0] == "tiled"
-            assert choose(is_dgrad, BF16, 8 * rows + 1, 1536, 2048, arch=arch, experts=8)[0] == "panel"
+            assert choose(is_dgrad, BF16, 8 * rows + 1, 1536, 2048, arch=arch, experts=8)[0] == "dequantize_gemm"
             assert choose(is_dgrad, FP16, 8 * rows + 1, 1536, 2048, arch=arch, experts=8)[0] == "tiled"
 
 

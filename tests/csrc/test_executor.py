@@ -1,6 +1,6 @@
 """The host executor of CUDA kernels itself: what it computes, and that it catches each mistake it is there for.
 
-Every mistake is a variant of a kernel in executor_ops/faults.cu whose correct variant passes under every setting.
+Every mistake is a variant of a kernel in executor/faults.cu whose correct variant passes under every setting.
 """
 
 import ctypes
@@ -10,13 +10,13 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from executor.build import CXX, EXECUTOR, asan_environment, build
 from executor.executor import COPIES, SCHEDULES, SETTINGS, SM_86_SHARED, Executor, Launch
+from executor.faults import EVERY_SETTING, NUMBERS, THREADS, line_of, pipeline, run, shift, sums
 from support.paths import ROOT, python_path
 
 pytestmark = [
@@ -24,10 +24,7 @@ pytestmark = [
     pytest.mark.skipif(shutil.which(CXX) is None, reason=f"tests/executor needs {CXX}"),
 ]
 
-THREADS = 128
 LAUNCH_FAILURE, INVALID_VALUE, INVALID_CONFIGURATION = 719, 1, 9
-EVERY_SETTING = [*((schedule, copies, 0) for schedule, copies in SETTINGS), *(("random", "late", s) for s in (1, 2, 3))]
-NUMBERS = np.random.default_rng(42).standard_normal(64 * THREADS).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -42,40 +39,6 @@ def executor(library):
     yield executor
     executor.set()
     executor.reset()
-
-
-def run(executor: Executor, kernel: str, *args) -> int:
-    pointers = [ctypes.c_void_p(a.ctypes.data) if isinstance(a, np.ndarray) else ctypes.c_int(a) for a in args]
-    return executor.library[f"run_{kernel}"](*pointers)
-
-
-def line_of(text: str, occurrence: int = 0) -> str:
-    lines = [i for i, line in enumerate((EXECUTOR / "faults.cu").read_text().splitlines(), 1) if text in line]
-    return f"faults.cu:{lines[occurrence]}"
-
-
-def shift(executor, variant, by):
-    """The result and what it should be."""
-    out = np.zeros(THREADS, np.float32)
-    assert run(executor, "shift", variant, NUMBERS, out, by) == 0, executor.error()
-    i = np.arange(THREADS)
-    inside = (i + by >= 0) & (i + by < THREADS)
-    return out, NUMBERS[np.where(inside, i + by, i)]
-
-
-def sums(executor, variant=0, grid=(1, 1, 1)):
-    out = np.zeros(np.prod(grid), np.float32)
-    code = run(executor, "sum", variant, NUMBERS, out, *grid)
-    return code, out, NUMBERS[: out.size * THREADS].reshape(out.size, THREADS).sum(1)
-
-
-def pipeline(executor, variant, steps=5):
-    out = np.zeros(THREADS, np.float32)
-    code = run(executor, "pipeline", variant, NUMBERS, out, steps)
-    expected = np.zeros(THREADS, np.float32)
-    for row in NUMBERS[: steps * THREADS].reshape(steps, THREADS):
-        expected += row[::-1]
-    return code, out, expected
 
 
 def caught_under(executor, settings, right) -> set:
@@ -232,6 +195,20 @@ def test_a_library_is_built_anew_only_when_a_source_changed(tmp_path, monkeypatc
     source.write_text("int one() { return nothing; }")
     with pytest.raises(RuntimeError, match="was not declared"):
         build(name, [source])
+
+
+def test_processes_that_build_at_once_compile_once(tmp_path, request):
+    compiler, log, source = tmp_path / "compiler", tmp_path / "log", tmp_path / "one.cu"
+    compiler.write_text(f'#!/bin/sh\necho x >> {log}\nsleep 0.2\nfor last; do :; done\ntouch "$last"\n')
+    compiler.chmod(0o755)
+    source.touch()
+    name = f"locked-{os.getpid()}"
+    request.addfinalizer(lambda: shutil.rmtree(ROOT / "build" / "executor" / name))
+    script = f"from pathlib import Path; from executor.build import build; build({name!r}, [Path({str(source)!r})])"
+    env = os.environ | python_path() | {"CXX": str(compiler)}
+    processes = [subprocess.Popen([sys.executable, "-c", script], env=env) for _ in range(3)]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    assert len(log.read_text().splitlines()) == 3 + 1, "executor.cpp, kernel_name.cpp and one.cu, and the link"
 
 
 # That it can fail: barriers and memory.
@@ -412,18 +389,17 @@ OVERRUN = """
 import sys
 from pathlib import Path
 import numpy
-import test_executor
 from executor.executor import Executor
+from executor.faults import EVERY_SETTING, pipeline, run, shift, sums
 
 executor = Executor(Path(sys.argv[1]))
-run = test_executor.run
-for setting in test_executor.EVERY_SETTING:  # nothing is reported of what is right
+for setting in EVERY_SETTING:  # nothing is reported of what is right
     executor.set(*setting)
     for by in (1, -1):
-        assert numpy.array_equal(*test_executor.shift(executor, 0, by))
-    assert test_executor.sums(executor, grid=(2, 2, 2))[0] == 0
-    assert test_executor.sums(executor, 3)[0] == 719
-    code, out, expected = test_executor.pipeline(executor, 0)
+        assert numpy.array_equal(*shift(executor, 0, by))
+    assert sums(executor, grid=(2, 2, 2))[0] == 0
+    assert sums(executor, 3)[0] == 719
+    code, out, expected = pipeline(executor, 0)
     assert code == 0 and numpy.array_equal(out, expected)
 source, out, longer = (numpy.zeros(count, numpy.uint32) for count in (128, 128, 132))
 assert run(executor, "read", 1, 32, 0, source, out) == 0
@@ -452,7 +428,7 @@ def asan_library():
     ids=["global-read", "global-written", "shared", "copied-in-the-background"],
 )
 def test_an_access_out_of_bounds_is_caught_by_address_sanitizer(asan_library, call, report):
-    env = os.environ | asan_environment() | python_path(Path(__file__).parent)
+    env = os.environ | asan_environment() | python_path()
     result = subprocess.run(
         [sys.executable, "-c", OVERRUN, str(asan_library), call], env=env, capture_output=True, text=True, check=False
     )

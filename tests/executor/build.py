@@ -1,17 +1,23 @@
-"""Compiles CUDA sources for the host executor into a shared library under build/executor, anew only what changed."""
+"""Compiles CUDA sources for the host executor into a shared library under build/executor, and again only what changed.
 
+Processes take turns by a lock on the library's folder: of several that build the same library, the first compiles and
+the others find it done.
+"""
+
+import fcntl
 import hashlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 EXECUTOR = Path(__file__).parent
 CXX = os.environ.get("CXX", "g++")
-# Contracted or merged, the functions would round or be named differently.
+# -ffp-contract=off: as nvcc's -fmad=false. -fno-ipa-icf: merged functions would have one name in the launch log.
 FLAGS = ["-std=c++17", "-O2", "-g", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-ipa-icf"]
 FLAGS += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DNF4_EXECUTOR", f"-I{ROOT / 'csrc'}", f"-I{EXECUTOR}"]
 ASAN_FLAGS = ["-fsanitize=address,alignment", "-fno-sanitize-recover=alignment", "-fno-omit-frame-pointer"]
@@ -21,9 +27,24 @@ COMPILES_AT_ONCE = 2
 def build(
     name: str, sources: Iterable[Path], flags: Iterable[str] = (), link: Iterable[str] = (), asan: bool = False
 ) -> Path:
-    """The library build/executor/<name>/<name>.so of these .cu and .cpp files and the executor."""
+    """The library build/executor/<name>/<name>-<hash>.so of these .cu and .cpp files and the executor."""
     folder = ROOT / "build" / "executor" / (f"{name}-asan" if asan else name)
     folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder / "lock"):
+        return _build(folder, name, sources, flags, link, asan)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds an exclusive lock on the file, which ends with the process at the latest."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _build(
+    folder: Path, name: str, sources: Iterable[Path], flags: Iterable[str], link: Iterable[str], asan: bool
+) -> Path:
     flags = [*FLAGS, *flags, *(ASAN_FLAGS if asan else [])]
     headers = sorted([*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.cuh"), *EXECUTOR.glob("*.h")])
     shared = _hash(CXX, *flags, *(path.read_text() for path in headers))
@@ -48,7 +69,7 @@ def build(
 
 
 def asan_environment() -> dict[str, str]:
-    """For a python that loads a library built with asan=True: the sanitizer must be there before everything else."""
+    """The environment of a python that loads a library built with asan=True: the sanitizer must be loaded first."""
     preload = [
         subprocess.run([CXX, f"-print-file-name={library}"], capture_output=True, text=True, check=True).stdout.strip()
         for library in ("libasan.so", "libstdc++.so.6")
@@ -61,8 +82,8 @@ def _hash(*texts: str) -> str:
 
 
 def _run(target: Path, command: list[str]) -> None:
-    """Writes target whole or not at all, so that processes may build at the same time."""
-    unfinished = target.with_suffix(f".{os.getpid()}{target.suffix}")
+    """Writes target whole or not at all, so that an interrupted build leaves nothing that looks finished."""
+    unfinished = target.with_suffix(f".unfinished{target.suffix}")
     result = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr}")

@@ -1,5 +1,5 @@
-// The executor behind executor.h: fibers, the schedule, the meetings of collectives, copies in the background, the checks
-// of a launch, its log, and the C functions of tests/executor/executor.py.
+// The host executor behind executor.h: fibers, the schedule, collectives, background copies, the checks and the log of
+// launches, and the C functions that executor.py calls.
 #include "executor.h"
 
 #include <sys/mman.h>
@@ -27,8 +27,8 @@
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
-// Saves the callee's registers and the stack pointer of the fiber that calls, and goes on with another. swapcontext does
-// the same with two system calls: 239 ns a switch where this takes 8.
+// Context switch: saves the calling fiber's callee-saved registers and stack pointer, and resumes another fiber.
+// Rejected: swapcontext, whose two system calls make a switch 239 ns instead of 8.
 extern "C" void nf4_executor_switch(void** from, void* to);
 asm(R"(
 .pushsection .text
@@ -93,14 +93,14 @@ struct Copy {
 struct Thread {
   Fiber fiber{};
   bool exited = false;
-  const char* waits_at = nullptr;  // null: it can run
+  const char* waits_at = nullptr;  // the collective; null: runnable
   Site site{};
   void* operands = nullptr;
-  std::vector<Copy> copies;  // issued and not waited for
+  std::vector<Copy> copies;  // issued and not yet waited for
   int groups = 0;            // committed
 };
 
-// Those threads of a block, or of a warp, that have come to a collective.
+// A collective in progress: the threads of a block or warp that have arrived at it.
 struct Meeting {
   const char* what = nullptr;
   Site site{};
@@ -110,11 +110,11 @@ struct Meeting {
 std::mutex one_launch;
 Settings settings;
 std::string last_error;
-std::map<std::string, int> launches;  // how many of each line of the log
+std::map<std::string, int> launches;  // line of the log -> how many launches
 
 const std::function<void()>* kernel_call;
 std::vector<Thread> threads;
-std::vector<unsigned char> runnable;  // a byte a thread, for memchr
+std::vector<unsigned char> runnable;  // one byte a thread, so that memchr finds the next
 Meeting block_meeting;
 std::vector<Meeting> warp_meetings;
 Fiber scheduler;
@@ -155,7 +155,7 @@ void run_thread() {
   leave_for_good();
 }
 
-// Stacks stay mapped. The lowest page of each is forbidden, so that an overflow is a crash and not a wrong value.
+// Stacks stay mapped. The lowest page of each is a guard page: an overflow crashes instead of giving a wrong value.
 unsigned char* stack_of(int thread) {
   static unsigned char* const stacks = [] {
     void* all = mmap(nullptr, kMaxThreads * kStackBytes, PROT_READ | PROT_WRITE,
@@ -174,14 +174,15 @@ Fiber new_fiber(int thread) {
 #ifdef __SANITIZE_ADDRESS__
   __asan_unpoison_memory_region(stack + kGuardBytes, kStackBytes - kGuardBytes);  // what the last thread left
 #endif
-  // What nf4_executor_switch pops: six registers and the address to return to. A function begins 8 past a multiple of 16.
+  // The frame that nf4_executor_switch pops: six registers and the return address. At a function's entry the stack
+  // pointer is 8 past a multiple of 16.
   void** top = reinterpret_cast<void**>(stack + kStackBytes);
   std::fill(top - 8, top, nullptr);
   top[-2] = reinterpret_cast<void*>(&run_thread);
   return {top - 8, stack + kGuardBytes, kStackBytes - kGuardBytes, nullptr};
 }
 
-// Meetings.
+// Collectives.
 
 std::string describe(Site site) {
   const char* slash = std::strrchr(site.file, '/');
@@ -218,7 +219,7 @@ bool joins(Meeting& meeting, const Thread& thread) {
   return at_its_site;
 }
 
-// Threads of one warp, or of one block at its barrier, that wait at different sites would wait for ever.
+// Divergence: threads of one warp, or of one block at a barrier, that wait at different sites would wait for ever.
 void arrive(const char* what, Site site, bool whole_block) {
   Thread& self = threads[current];
   self.waits_at = what;
@@ -243,8 +244,8 @@ void redraw() {
   random_upwards = random_numbers() % 2;
 }
 
-// The lowest or the highest that can run. Random: the next one upwards, or downwards, of some thread for some 64 turns,
-// then of another, so that some warps run far ahead.
+// The schedule: the lowest or the highest runnable thread. Random: the nearest one above, or below, a random thread,
+// which is redrawn about every 64 turns, so that some warps run far ahead.
 int next_thread() {
   const unsigned char* all = runnable.data();
   const size_t count = runnable.size();
@@ -275,7 +276,7 @@ std::string describe(dim3 index) {
   return std::to_string(index.x) + "," + std::to_string(index.y) + "," + std::to_string(index.z);
 }
 
-// Whether all threads of block blockIdx came to their end.
+// Runs block blockIdx. Returns whether all its threads reached their end.
 bool run_block() {
   std::memset(arena, kPoison, arena_bytes);
   block_meeting = {};
@@ -427,7 +428,7 @@ const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : nf4::cuda::executor::last_error.c_str();
 }
 
-// For tests, by ctypes (executor.py).
+// The C interface of executor.py.
 
 #define NF4_EXECUTOR_API extern "C" __attribute__((visibility("default")))
 
@@ -439,7 +440,7 @@ NF4_EXECUTOR_API void nf4_executor_set(int schedule, unsigned seed, bool copies_
 
 NF4_EXECUTOR_API const char* nf4_executor_last_error() { return nf4::cuda::executor::last_error.c_str(); }
 
-// One line for each launch that differs from the others: "<count> grid <x>,<y>,<z> threads <n> shared <bytes> <kernel>".
+// The log, one line for each kind of launch: "<count> grid <x>,<y>,<z> threads <n> shared <bytes> <kernel>".
 NF4_EXECUTOR_API const char* nf4_executor_launches() {
   static std::string text;
   text.clear();

@@ -1,14 +1,13 @@
-// The CUDA execution model on a CPU: what csrc/cuda/device.cuh names, for a host compiler (-DNF4_EXECUTOR, -x c++).
+// The host executor: the CUDA execution model on a CPU. It gives device.cuh's names their meaning for a host compiler
+// (-DNF4_EXECUTOR, -x c++). Blocks run one after the other, each thread as a fiber that a schedule resumes. It checks
+// divergence, deadlocks, addresses, alignment and unfinished copies, and poisons shared memory with NaN.
+// It cannot see: races within a stretch between two collectives, caches, the order of a tensor core's sums (here fp32,
+// k by k), launch bounds, registers and time.
 //
-// A launch runs its blocks one after the other, each thread of a block as a fiber of its own. A fiber runs until a
-// collective (barrier, shuffle, mma), where it waits for the other threads of its block or warp; the last one to arrive
-// does the work of all. Which fiber goes on is the schedule's choice, so that a missing barrier shows as a wrong value
-// under one of the schedules. All of a collective's threads must arrive at the same line of the source: stricter than
-// the hardware. Shared memory begins as NaN; addresses, alignment and unfinished copies are checked; the first mistake
+// A fiber runs until a collective (barrier, shuffle, mma), where it waits for the other threads of its block or warp;
+// the last one to arrive performs it for all. A missing barrier shows as a wrong value under one of the schedules. All
+// threads of a collective must arrive at the same source line, which is stricter than the hardware. The first mistake
 // ends the launch with a message (cudaGetErrorString) that names kernel, block, threads and lines.
-//
-// Not modelled: memory races that no order of whole stretches between collectives can show, caches, the order of a
-// tensor core's sums (here fp32, k by k), launch bounds and registers.
 #pragma once
 
 #include <algorithm>
@@ -22,13 +21,13 @@
 #include "../../csrc/element.h"
 #include "../../csrc/format.h"
 
-// The syntax of CUDA.
+// CUDA's syntax.
 
 #define __global__
 #define __device__
 #define __host__
 #define __launch_bounds__(...)
-// As on the device. Left to the linker, two files' functions of one name would become one.
+// Always inlined, as on the device: the linker would merge two files' inline functions of one name.
 #define NF4_DEVICE inline __attribute__((always_inline))
 
 struct uint3 {
@@ -58,7 +57,7 @@ enum cudaError_t {
   cudaErrorInvalidConfiguration = 9,
   cudaErrorLaunchFailure = 719,
 };
-const char* cudaGetErrorString(cudaError_t error);  // of a failed launch: what the last one failed of
+const char* cudaGetErrorString(cudaError_t error);  // for an error: the message of the last failed launch
 
 namespace nf4::cuda {
 
@@ -69,18 +68,18 @@ namespace executor {
 
 constexpr int kLanes = 32;
 
-// Where the kernel calls, when it is the default of a parameter.
+// The caller's source line, as the default of a parameter.
 struct Site {
   const char* file;
   int line;
   static constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
 };
 
-// Ends the launch; the message is printf's and gets kernel, block and thread put before it.
+// Ends the launch with a printf message, to which kernel, block and thread are prepended.
 [[noreturn]] void fail(Site site, const char* format, ...) __attribute__((format(printf, 2, 3)));
 
-// Suspend the thread until all of its block, or the 32 lanes of its warp, are at this site. Before a warp goes on,
-// `perform` gets what its lanes handed in as operands.
+// Collectives: suspend the thread until all threads of its block, or the 32 lanes of its warp, are at this site. Before
+// a warp resumes, `perform` is called once with the operands of its lanes.
 void meet_block(const char* what, Site site);
 void meet_warp(const char* what, Site site, void* operands, void (*perform)(void* const lanes[kLanes]));
 
@@ -149,7 +148,7 @@ void perform_mma(void* const lanes[kLanes]) {
 
 }  // namespace executor
 
-// device.cuh's names, in its order.
+// device.cuh's names, in the same order.
 
 template <class T>
 NF4_DEVICE T* shared_memory() {
@@ -223,7 +222,8 @@ NF4_DEVICE void copy_async_wait() {
 using nf4::bits_of;
 using nf4::float_of;
 
-NF4_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector, executor::Site site = executor::Site::here()) {
+NF4_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector,
+                                  executor::Site site = executor::Site::here()) {
   if (selector & 0x8888) executor::fail(site, "permute_bytes must have a selector without bits 3, got %#x", selector);
   const uint64_t bytes = uint64_t(b) << 32 | a;
   uint32_t result = 0;
@@ -239,7 +239,7 @@ NF4_DEVICE uint32_t pack(float low, float high) {
   return from_float<T>(low).bits | uint32_t(from_float<T>(high).bits) << 16;
 }
 
-// Products of two bf16 or fp16 are exact in fp32 (bf16: unless they underflow it).
+// A product of two bf16 or fp16 is exact in fp32 (of bf16: unless it underflows).
 template <class T>
 NF4_DEVICE uint32_t multiply_pairs(uint32_t a, uint32_t b) {
   float a_low, a_high, b_low, b_high;
@@ -248,7 +248,7 @@ NF4_DEVICE uint32_t multiply_pairs(uint32_t a, uint32_t b) {
   return pack<T>(a_low * b_low, a_high * b_high);
 }
 
-// In double, which holds a * b and, unless c is 2^29 times smaller, the sum.
+// Computed in double, which holds a * b exactly, and the sum unless c is 2^29 times smaller.
 template <class T>
 NF4_DEVICE uint32_t multiply_add_pairs(uint32_t a, uint32_t b, uint32_t c) {
   float a_low, a_high, b_low, b_high, c_low, c_high;

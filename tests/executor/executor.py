@@ -1,4 +1,4 @@
-"""The settings, errors and launch log of a library that `build.build` made."""
+"""Controls a library that `build.build` made for the host executor: settings, errors, launch log."""
 
 import ctypes
 from pathlib import Path
@@ -26,17 +26,17 @@ class Executor:
         self.library.nf4_executor_launches.restype = ctypes.c_char_p
 
     def set(self, schedule="ascending", copies="late", seed=0, shared_limit=SM_90_SHARED) -> None:
-        """Which runnable thread goes on, when copy_async_16's bytes arrive, and how much shared memory there is."""
+        """Which runnable thread goes on, when a copy_async_16's bytes arrive, and a block's limit of shared memory."""
         if schedule not in SCHEDULES or copies not in COPIES:
             raise ValueError(f"schedule must be one of {SCHEDULES} and copies of {COPIES}, got {schedule}, {copies}")
         self.library.nf4_executor_set(SCHEDULES.index(schedule), seed, copies == "late", shared_limit)
 
     def error(self) -> str:
-        """Of the last launch that failed since reset; empty if none did."""
+        """The message of the last launch that failed since reset; empty if none did."""
         return self.library.nf4_executor_last_error().decode()
 
     def launches(self) -> list[Launch]:
-        """What ran to its end since reset, equal launches together."""
+        """The launches that ran to their end since reset, equal ones counted together."""
         return [_launch(line) for line in self.library.nf4_executor_launches().decode().splitlines()]
 
     def reset(self) -> None:

@@ -1,4 +1,5 @@
-// What tests/test_executor.py runs: small kernels, each with the mistakes that the executor must catch as its variants.
+// Kernels for the test of the host executor itself (tests/csrc/test_executor.py). Each has a correct variant, and
+// variants with one mistake that the executor must catch.
 #include "../../csrc/cuda/device.cuh"
 
 #define NF4_TEST_API extern "C" __attribute__((visibility("default")))
@@ -8,8 +9,8 @@ namespace {
 
 constexpr int kThreads = 128;
 
-// out[i] = in[i + by], or in[i] past the ends, through shared memory. A thread's neighbour may be in another warp, so a
-// barrier of the warp is not enough.
+// out[i] = in[i + by], or in[i] past the ends, through shared memory. A thread's neighbour may be in another warp, so
+// sync_warp is not enough.
 enum class Shift { kCorrect, kNoBarrier, kWarpBarrier, kHalfWritten };
 template <Shift kVariant>
 __global__ void shift_kernel(const float* in, float* out, int by) {
@@ -21,7 +22,7 @@ __global__ void shift_kernel(const float* in, float* out, int by) {
   out[i] = staged[from];
 }
 
-// out[block] = sum of in[block * kThreads..], by shuffles and then the warps' sums through shared memory.
+// Block reduction: out[block] = sum of in[block * kThreads..], by warp shuffles, then through shared memory.
 enum class Sum { kCorrect, kDivergentShuffle, kDivergentBarrier, kEarlyExit, kOtherBarrier, kBlockOrder };
 template <Sum kVariant>
 __global__ void sum_kernel(const float* in, float* out) {
@@ -48,13 +49,13 @@ __global__ void sum_kernel(const float* in, float* out) {
   if (threadIdx.x == 0) out[block] = (sums[0] + sums[1]) + (sums[2] + sums[3]) + of_block_before;
 }
 
-// out[i] = in[from[i] % 32 of the warp], and lane 5's.
+// out[i] = in of lane from[i] % 32 of the warp; out[kThreads + i] = in of its lane 5.
 __global__ void shuffle_kernel(const uint32_t* in, const int* from, uint32_t* out) {
   out[threadIdx.x] = shuffle(in[threadIdx.x], from[threadIdx.x]);
   out[kThreads + threadIdx.x] = shuffle(in[threadIdx.x], 5);
 }
 
-// d[16, 8] = c + a[16, 16] @ b[16, 8], a row-major and b by columns, two elements a word: one warp.
+// One warp: d[16, 8] = c + a[16, 16] @ b[16, 8], a row-major and b column-major, two elements a word.
 enum class Mma { kCorrect, kSwappedA, kSwappedB, kHalfWarp };
 template <class T, Mma kVariant>
 __global__ void mma_kernel(const uint32_t* a, const uint32_t* b, const float* c, float* d) {
@@ -70,7 +71,7 @@ __global__ void mma_kernel(const uint32_t* a, const uint32_t* b, const float* c,
   for (int i = 0; i < 4; ++i) d[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sum[i];
 }
 
-// The same from each lane's registers as they are: a[lane][4], b[lane][2], c[lane][4], d[lane][4].
+// The same from each lane's fragments: a[lane][4], b[lane][2], c[lane][4], d[lane][4].
 template <class T>
 __global__ void mma_registers_kernel(const uint32_t* a, const uint32_t* b, const float* c, float* d) {
   const int lane = threadIdx.x;
@@ -81,8 +82,8 @@ __global__ void mma_registers_kernel(const uint32_t* a, const uint32_t* b, const
   for (int i = 0; i < 4; ++i) d[lane * 4 + i] = sum[i];
 }
 
-// out[i] = sum over steps of in[step][kThreads - 1 - i], by a pipeline of two stages: 4 floats a copy, so that the first
-// quarter of the block copies. The last step's copy is past the end: zeros.
+// out[i] = sum over steps of in[step][kThreads - 1 - i], by a pipeline of two stages. A copy has 4 floats, so the first
+// quarter of the block copies. The last step's copy is past the end and gives zeros.
 enum class Pipeline {
   kCorrect,
   kNoWait,
@@ -123,7 +124,7 @@ __global__ void pipeline_kernel(const float* in, float* out, int steps) {
   out[i] = sum;
 }
 
-// out[i] = in[i + offset] in words of V; the last two variants read shared memory past its end, or as if it were global.
+// out[i] = in[i] in words of V. The last two variants read shared memory past its end, or as if it were global.
 enum class Read { kStreamed, kCached, kStored, kSharedEnd, kSharedAsGlobal };
 template <class V, Read kVariant>
 __global__ void read_kernel(const uint32_t* in, uint32_t* out) {
@@ -136,7 +137,7 @@ __global__ void read_kernel(const uint32_t* in, uint32_t* out) {
   if (kVariant == Read::kSharedAsGlobal) *to = load_cached(shared_memory<V>() + threadIdx.x);
 }
 
-// out[0..2] = permute_bytes, the product in bf16 and the one in fp16 of a and b.
+// out[0] = permute_bytes(a, b), out[1] = a * b in bf16, out[2] = a * b in fp16; each of kThreads words.
 __global__ void numbers_kernel(const uint32_t* a, const uint32_t* b, const uint32_t* selector, uint32_t* out) {
   const int i = threadIdx.x;
   out[i] = permute_bytes(a[i], b[i], selector[i]);

@@ -1,4 +1,4 @@
-// The name of a kernel from its address: launchers need not pass one, and it tells the template's arguments.
+// The name of a kernel from its address, with its template arguments, so that launchers need not pass it.
 #include <cxxabi.h>
 #include <dlfcn.h>
 #include <elf.h>
@@ -12,14 +12,14 @@
 
 namespace nf4::cuda::executor {
 
-// The name of a function of this library, static ones and instances of templates included, from the library's own table
-// of symbols: "nf4::cuda::(anonymous namespace)::scale_kernel<nf4::BFloat16>(float*)" is "scale_kernel<BFloat16>".
+// Looks the address up in the library's own symbol table, which also has static functions and template instances, and
+// shortens "nf4::cuda::(anonymous namespace)::scale_kernel<nf4::BFloat16>(float*)" to "scale_kernel<BFloat16>".
 std::string kernel_name(const void* function) {
   Dl_info library;
   if (!dladdr(function, &library)) return "?";
   std::ifstream file(library.dli_fname, std::ios::binary);
   const std::string bytes{std::istreambuf_iterator<char>(file), {}};
-  if (bytes.size() < sizeof(Elf64_Ehdr)) return "?";  // built anew since it was loaded
+  if (bytes.size() < sizeof(Elf64_Ehdr)) return "?";  // the file was rebuilt after it was loaded
   const auto* header = reinterpret_cast<const Elf64_Ehdr*>(bytes.data());
   const auto* sections = reinterpret_cast<const Elf64_Shdr*>(bytes.data() + header->e_shoff);
   const size_t offset = static_cast<const char*>(function) - static_cast<const char*>(library.dli_fbase);

@@ -70,7 +70,7 @@ class CudaOps:
         self.executor.library.nf4kernels_executor_device(arch, multiprocessors)
 
     def running(self, kernel: str) -> AbstractContextManager:
-        """Every product by this kernel: any, small, tiled or panel."""
+        """Every product by this kernel: any, small, tiled or dequantize_gemm."""
         library = select.cuda_library()[0].handle if self.executor is None else self.executor.library
         return native.running_kernel(library, kernel)
 

@@ -21,7 +21,7 @@ class TritonOps:
         return [a.to(self.device) if isinstance(a, torch.Tensor) else a for a in arguments]
 
     def running(self, path: str | None, config=None) -> AbstractContextManager:
-        """Every 16-bit product by this path, fused or panel, and this configuration."""
+        """Every 16-bit product by this path, fused or dequantize_gemm, and this configuration."""
         return self.backend.choose.forcing(path, config)
 
     def buckets(self, op: str) -> list:
@@ -36,7 +36,7 @@ def load(device: str) -> TritonOps:
     """Imports Triton and the backend, which must not come with the tests' collection."""
     pytest.importorskip("triton", reason="Triton is not installed: its backend is not tested")
     if device == "cpu":
-        importlib.import_module("triton_interpreter").correct()
+        importlib.import_module("support.triton_interpreter").correct()
     backend = importlib.import_module("nf4kernels.backends.triton")
     importlib.import_module("nf4kernels.backends.triton.choose")
     return TritonOps(SimpleNamespace(**backend.OPS), backend, device)

@@ -18,12 +18,12 @@ os.environ.pop("TRITON_INTERPRET", None)
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import cases  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
+from support import cases  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from nf4kernels.backends.triton import OPS, choose, linear_shared  # noqa: E402
+from nf4kernels.backends.triton import OPS, choose  # noqa: E402
 
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99, "gfx942": 64, "gfx1100": 64}  # KB a program
 CODE = torch.linspace(-1, 1, 16)
@@ -153,9 +153,7 @@ def run_calls(recorder: Recorder, table: choose.Table) -> None:
             grouped_product(call, op, f"one run of {rows}", weights(2, N, K), rows, half)
         grouped_product(call, op, "fp16", weights(300, N, K, 32), 4, torch.float16)
         grouped_product(call, op, "fp32", weights(2, N, K, 128, False), 4, full)
-    call("panel", "linear", torch.zeros(2048, K, dtype=half), *weight(N, K).op_args(), None)
-    recorder.call = "shared x"
-    linear_shared(torch.zeros(3, 4096, dtype=half), [weight(N, 4096), weight(128, 4096), weight(128, 4096)])
+    call("dequantize_gemm", "linear", torch.zeros(2048, K, dtype=half), *weight(N, K).op_args(), None)
     for dtype in (full, half):
         call(f"{dtype}", "lora_grad", torch.zeros(600, 16, dtype=dtype), torch.zeros(600, 128, dtype=dtype), 1.0, half)
 
@@ -198,7 +196,6 @@ def run_calls_of_one(recorder: Recorder) -> None:
                 OPS["grouped_linear"](torch.zeros(1, K, dtype=dtype), offsets, *experts.op_args())
                 OPS["grouped_linear_dgrad"](torch.zeros(1, N, dtype=dtype), offsets, *experts.op_args())
             OPS["lora_grad"](one, torch.zeros(1, K, dtype=dtype), 1.0, full, True)
-        linear_shared(torch.zeros(1, K, dtype=half), [qweight, qweight])
     OPS["quantize_absmax"](torch.zeros(1), torch.linspace(-1, 1, 256), True)
 
 

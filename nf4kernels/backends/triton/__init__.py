@@ -4,7 +4,7 @@ from .choose import kernel_lines
 from .dequantize import dequantize, dequantize_out
 from .grouped_linear import grouped_linear
 from .grouped_linear_dgrad import grouped_linear_dgrad
-from .linear import linear, linear_shared
+from .linear import linear
 from .linear_dgrad import linear_dgrad
 from .lora_grad import lora_grad
 from .quantize import quantize, quantize_absmax
@@ -14,4 +14,4 @@ _FUNCTIONS = (
     lora_grad,
 )  # fmt: skip
 OPS = {function.__name__: function for function in _FUNCTIONS}
-__all__ = ["OPS", "kernel_lines", "linear_shared"]
+__all__ = ["OPS", "kernel_lines"]

@@ -1,7 +1,7 @@
 """Which configuration runs a product: a committed table for each architecture, `tuned/<architecture>.json`.
 
-A choice depends on the op, a bucket of M, the dtype, K and the block size, never on N or the device's size: so
-products with several weights at once have the bits of separate ones, and M does not recompile a kernel.
+A choice depends on the op, a bucket of M, the dtype, K and the block size, never on the size of the device, so that
+every device of an architecture gives the same bits, and M does not recompile a kernel.
 `python -m benchmarks.gpu.tune_triton` measures and writes a table; one whose "origin" says predicted was not measured.
 """
 
@@ -18,30 +18,27 @@ import triton
 
 TABLES = Path(__file__).parent / "tuned"
 PRODUCTS = ("linear", "linear_dgrad")
-PATHS = ("fused", "panel")
+PATHS = ("fused", "dequantize_gemm")
 INTERPRETED = "sm_80"  # whose table Triton's interpreter reads
-OTHER = "sm_86"  # for devices without a table: that with the least shared memory
+OTHER = "sm_86"  # the table for devices without one: that with the least shared memory
 
-# fp32 and bf16 sums: at most 512 terms, or mma's of 16 terms each, in one run (DESIGN section 7).
+# The most terms of one sum, in fp32 and in 16 bits: 512, or 512 mma's of 16 terms each (docs/design.md, section 7).
 LONGEST_FP32 = 512
 LONGEST_DEPTH = 512 * 16
-# Rows from which an odd shape's weight is better dequantized than decoded element by element for another tile of rows.
-# Predicted, not measured.
-ELEMENT_ROWS = 64
+# The largest M at which an odd shape's weights are decoded one by one; above it dequantize + GEMM is faster. Predicted,
+# not measured.
+ELEMENTS_M = 64
 
 
 @dataclass(frozen=True)
 class Config:
-    """A program's share of a product, and how it is compiled.
+    """A program's share of a product, and how it is compiled. BLOCK_K is in Choice: K and the block size give it."""
 
-    The columns are rows of W; linear_dgrad has those of a block of W instead.
-    """
-
-    columns: int
-    rows: int  # of x or dY
+    BLOCK_M: int  # rows of x or dY
+    BLOCK_N: int  # rows of W: of y's tile in linear, of a step in linear_dgrad
     warps: int
     stages: int
-    depth: int  # of the contraction that one program sums: a multiple of 64, at most LONGEST_DEPTH
+    depth: int  # how much of the contraction one program sums: a multiple of 64, at most LONGEST_DEPTH
 
     def __post_init__(self) -> None:
         if self.depth % 64 or not 0 < self.depth <= LONGEST_DEPTH:
@@ -52,16 +49,17 @@ class Config:
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
-# For fp32, without tensor cores, and in 16 bits for rows whose weights are decoded one by one. Not tuned.
-FP32 = Config(columns=32, rows=16, warps=4, stages=1, depth=LONGEST_DEPTH)
-ELEMENTS = Config(columns=32, rows=16, warps=8, stages=1, depth=LONGEST_DEPTH)
+# For fp32, without tensor cores, and for 16 bits where weights are decoded one by one. Not tuned.
+FP32 = Config(BLOCK_M=16, BLOCK_N=32, warps=4, stages=1, depth=LONGEST_DEPTH)
+ELEMENTS = Config(BLOCK_M=16, BLOCK_N=32, warps=8, stages=1, depth=LONGEST_DEPTH)
+ELEMENTS_BLOCK_K = 32
 
 
 @dataclass(frozen=True)
 class Table:
     origin: str  # "predicted ..." or "measured ..."
-    configs: dict[str, tuple[tuple[int, Config], ...]]  # op -> (most rows, config) ascending; the last takes any
-    panel_from: dict[str, int]  # op -> least M that goes by panels
+    configs: dict[str, tuple[tuple[int, Config], ...]]  # op -> (largest M, config) ascending; the last takes any M
+    dequantize_gemm_from: dict[str, int]  # op -> the least M for which dequantize + GEMM is faster
 
     def config(self, op: str, M: int) -> Config:
         buckets = self.configs[op]
@@ -69,7 +67,10 @@ class Table:
 
     def to_json(self) -> str:
         """One line a bucket."""
-        lines = [f'  "origin": {json.dumps(self.origin)}', f'  "panel_from": {json.dumps(self.panel_from)}']
+        lines = [
+            f'  "origin": {json.dumps(self.origin)}',
+            f'  "dequantize_gemm_from": {json.dumps(self.dequantize_gemm_from)}',
+        ]
         for op, buckets in self.configs.items():
             rows = [json.dumps({"up_to": most} | vars(config)) for most, config in buckets]
             lines.append(f'  "{op}": [\n    ' + ",\n    ".join(rows) + "\n  ]")
@@ -77,24 +78,25 @@ class Table:
 
     @classmethod
     def from_json(cls, text: str) -> "Table":
-        """Raises ValueError for what is no table."""
+        """Raises ValueError for text that is no table."""
         data = json.loads(text)
         names = [f.name for f in fields(Config)]
-        if set(data) != {"origin", "panel_from", *PRODUCTS} or set(data["panel_from"]) != set(PRODUCTS):
-            raise ValueError(f"nf4kernels: a table must have origin, panel_from and {PRODUCTS}, got {list(data)}")
+        limits = "dequantize_gemm_from"
+        if set(data) != {"origin", limits, *PRODUCTS} or set(data[limits]) != set(PRODUCTS):
+            raise ValueError(f"nf4kernels: a table must have origin, {limits} and {PRODUCTS}, got {list(data)}")
         configs = {
             op: tuple((row["up_to"], Config(**{name: row[name] for name in names})) for row in data[op])
             for op in PRODUCTS
         }
         for op, buckets in configs.items():
-            limits = [most for most, _ in buckets]
-            if not limits or limits != sorted(set(limits)):
-                raise ValueError(f"nf4kernels: {op}'s rows must have ascending up_to, got {limits}")
-        return cls(data["origin"], configs, data["panel_from"])
+            up_to = [most for most, _ in buckets]
+            if not up_to or up_to != sorted(set(up_to)):
+                raise ValueError(f"nf4kernels: {op}'s rows must have ascending up_to, got {up_to}")
+        return cls(data["origin"], configs, data[limits])
 
 
 def architecture_of(device: torch.device) -> str:
-    """As "sm_90" or "gfx942"; a CPU tensor is one of Triton's interpreter."""
+    """Like "sm_90" or "gfx942"; the interpreter's for a CPU device."""
     if device.type == "cpu":
         return INTERPRETED
     index = device.index if device.index is not None else torch.get_device_module(device).current_device()
@@ -126,15 +128,15 @@ def table_for(architecture: str) -> Table:
 
 
 def kernel_lines(device: torch.device) -> Iterator[str]:
-    """Which path the 16-bit products take on a device by rows of x, and why; for people."""
+    """Which path the 16-bit products take on a device by M, and why; for people."""
     table = table_for(architecture_of(device))
-    for op, least in table.panel_from.items():
+    for op, least in table.dequantize_gemm_from.items():
         yield f"{op} bf16, fp16, up to {least - 1} rows: fused ({table.origin})"
-        yield f"{op} bf16, fp16, more rows: panel ({table.origin})"
+        yield f"{op} bf16, fp16, more rows: dequantize_gemm ({table.origin})"
 
 
-def is_whole(K: int, block_size: int) -> int:
-    """How many consecutive weights of any row share a scale and whole bytes, 64 or 32; 0: fewer."""
+def whole_block(K: int, block_size: int) -> int:
+    """How many consecutive weights of every row share a scale and whole bytes, 64 or 32; 0: fewer."""
     size = min(block_size, 64)
     return size if K % size == 0 else 32 if K % 32 == 0 else 0
 
@@ -144,7 +146,7 @@ _forced: dict = {"path": None, "config": None}
 
 @contextmanager
 def forcing(path: str | None = None, config: Config | None = None) -> Iterator[None]:
-    """Run every 16-bit product inside a `with` block by this path ("fused" or "panel") and configuration.
+    """Run every 16-bit product inside a `with` block by this path (of PATHS) and configuration.
 
     Raises ValueError for an unknown path; a product that cannot run so is a RuntimeError.
     """
@@ -162,30 +164,32 @@ def forcing(path: str | None = None, config: Config | None = None) -> Iterator[N
 class Choice:
     path: str
     config: Config
-    block: int  # of `is_whole`
+    BLOCK_K: int
+    is_whole: bool  # a step of BLOCK_K in a row shares a scale and whole bytes; else weights are decoded one by one
 
 
 def choose(op: str, M: int, K: int, block_size: int, dtype: torch.dtype, device: torch.device) -> Choice:
-    block = is_whole(K, block_size)
+    block = whole_block(K, block_size)
+    BLOCK_K, is_whole = block or ELEMENTS_BLOCK_K, block > 0
     if dtype == torch.float32:
-        if _forced["path"] == "panel":
-            raise RuntimeError(f"nf4kernels.{op}: fp32 is multiplied in true fp32, not by panels")
-        return Choice("fused", _forced["config"] or FP32, block)
+        if _forced["path"] == "dequantize_gemm":
+            raise RuntimeError(f"nf4kernels.{op}: fp32 is multiplied in true fp32, not by dequantize_gemm")
+        return Choice("fused", _forced["config"] or FP32, BLOCK_K, is_whole)
     table = table_for(architecture_of(device))
-    least = table.panel_from[op] if block else ELEMENT_ROWS + 1
-    path = _forced["path"] or ("panel" if least <= M else "fused")
-    return Choice(path, _forced["config"] or (table.config(op, M) if block else ELEMENTS), block)
+    least = table.dequantize_gemm_from[op] if is_whole else ELEMENTS_M + 1
+    path = _forced["path"] or ("dequantize_gemm" if least <= M else "fused")
+    return Choice(path, _forced["config"] or (table.config(op, M) if is_whole else ELEMENTS), BLOCK_K, is_whole)
 
 
 def choose_for_experts(
     op: str, T: int, E: int, K: int, block_size: int, depth: int, dtype: torch.dtype, device: torch.device
 ) -> Choice:
-    """That of linear or its gradient for the experts' mean number of rows, fused."""
-    if _forced["path"] == "panel":
-        raise RuntimeError(f"nf4kernels.{op}: experts' products do not go by panels")
+    """The fused choice of linear or linear_dgrad for the experts' mean M."""
+    if _forced["path"] == "dequantize_gemm":
+        raise RuntimeError(f"nf4kernels.{op}: experts' products have no dequantize_gemm")
     choice = choose(op.removeprefix("grouped_"), -(-T // max(E, 1)), K, block_size, dtype, device)
     config = choice.config
-    if _forced["config"] is None and dtype != torch.float32 and depth > LONGEST_DEPTH and config.rows >= 64:
-        # The sum of runs takes registers too: 4 warps spill on sm_86 and gfx1100.
+    if _forced["config"] is None and dtype != torch.float32 and depth > LONGEST_DEPTH and config.BLOCK_M >= 64:
+        # The sum of runs needs registers as well: with 4 warps it spills on sm_86 and gfx1100.
         config = replace(config, warps=max(config.warps, 8))
-    return Choice("fused", config, choice.block)
+    return replace(choice, path="fused", config=config)

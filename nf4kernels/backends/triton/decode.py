@@ -20,7 +20,7 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device; a CPU tensor is one of Triton's interpreter."""
+    """Makes the tensor's device the current one, on which Triton launches; CPU tensors run in the interpreter."""
     device = tensor.device
     return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 

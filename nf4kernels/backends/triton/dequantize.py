@@ -2,10 +2,9 @@
 range of rows and columns of a weight [N, K].
 
 Who       a program decodes TILE chunks of 32 consecutive weights, 16 bytes of codes each. Chunks begin at multiples of
-          32 of the flattened weight, so that a chunk has one scale and whole bytes whatever K, the range or the block
-          size.
-Trick     whole rows into an out without gaps are one run of the flattened weight, so that one kernel is the fast path
-          of every K, odd ones included; a range of columns is a run a row. Rejected: a program for a tile of rows and
+          32 of the flattened weight, so that a chunk has one scale and whole bytes for every K, range and block size.
+Trick     whole rows into a contiguous out are one run of the flattened weight, so that one kernel is the fast path of
+          every K, odd ones included; a range of columns is one run a row. Rejected: a program for a tile of rows and
           columns, which decodes a scale for each byte where blocks straddle rows.
 Bytes     reads 0.5 + 1/block_size, writes 2 (bf16) a weight: 2.52 at block size 64, 9.8 us for 4096 x 4096 at an
           H200's 4.3 TB/s of copy. Its SMs can issue 17.3 instructions a weight in that time; this takes 14 (SASS of
@@ -22,8 +21,8 @@ from ..arguments import check_dtype, check_out, check_range, check_weight
 from .decode import LAUNCH, block_scales, ceil_div, lookup, on_device_of
 
 CHUNK = tl.constexpr(32)
-MOST_CHUNKS = 128  # of a program
-WARP_CHUNKS = 32  # 32 weights a thread: 14 instructions a weight, with 8 weights a thread 23
+MOST_CHUNKS = 128  # a program
+WARP_CHUNKS = 32  # a warp: 32 weights a thread take 14 instructions a weight, 8 weights a thread 23
 
 
 @triton.jit
@@ -31,7 +30,8 @@ def dequantize_kernel(
     packed, absmax, scale_absmax, scale_offset, code, scale_code, out, first, pitch, stride, length, block_shift, tiles,
     numel, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Of each row `length` weights, the first of all at flat index `first`; rows are `pitch` apart, `stride` in out."""
+    """Decodes `length` weights of each row. The first row begins at flat index `first`; rows are `pitch` apart in the
+    weight and `stride` apart in out."""
     row = (tl.program_id(0) // tiles).to(tl.int64)
     begin = first + row * pitch
     chunk = begin // CHUNK + (tl.program_id(0) % tiles).to(tl.int64) * TILE + tl.arange(0, TILE)
@@ -51,7 +51,7 @@ def dequantize_kernel(
 
 
 def tile_of(length: int) -> int:
-    """Chunks of a program: as many as a run has, up to MOST_CHUNKS; one more, for it can begin in the midst of one."""
+    """Chunks of a program: a run's, plus one because the run can begin inside a chunk, up to MOST_CHUNKS."""
     return min(triton.next_power_of_2(ceil_div(length, CHUNK.value) + 1), MOST_CHUNKS)
 
 
@@ -82,7 +82,7 @@ def dequantize_out(
 
 
 def launch(weight: tuple, row_begin: int, col_begin: int, out: Tensor) -> None:
-    """Ŵ[row_begin.., col_begin..] into out, whose shape is the range's."""
+    """Decodes Ŵ[row_begin.., col_begin..] into out, which has the range's shape."""
     *tensors, N, K, block_size = weight
     rows, length = out.shape
     stride = out.stride(0)
@@ -91,7 +91,7 @@ def launch(weight: tuple, row_begin: int, col_begin: int, out: Tensor) -> None:
     if rows == 1 or (length == K and stride == K):
         rows, length = 1, rows * length
     tile = tile_of(length)
-    # A run that begins in the midst of a chunk reaches into one chunk more.
+    # A run that begins inside a chunk reaches into one chunk more.
     tiles = ceil_div(ceil_div(length, CHUNK.value) + 1, tile)
     first = row_begin * K + col_begin
     with on_device_of(out):

@@ -1,17 +1,17 @@
 """grouped_linear: y[T, N] = rows of x[T, K] @ their expert's W[N, K]^T, for E experts in one launch, from packed bytes.
 
-Who       a program finds its (expert, tile of ROWS tokens), then sums all of K for COLUMNS rows of that expert's W, as
-          linear's does. The experts' tiles come one after the other, then those of the rows of no expert, whose sum has
-          no terms, then some that have nothing to do: the host, which does not know the offsets, starts the most.
+Who       a program finds its expert and its tile of BLOCK_M rows, then sums all of K for BLOCK_N rows of W, as
+          linear's does. The grid has the most tiles that can exist, as the host does not know the offsets: first every
+          expert's in order, then those of the rows of no expert, whose sum has no terms, then tiles without work.
 Trick     each program finds its tile by itself, with two scans over the offsets and three sums: 78 instructions a
           thread for 8 experts, 142 for 127, 239 for 300 (SASS of sm_90); decoding its weights takes 20000 for K = 4096.
-          Rejected: a kernel before, that writes the tiles down (a launch more); tiles that begin at multiples of ROWS,
-          which need no second scan, but E more of them even for T = 1. Left out: panels for many rows; the only grouped
-          product of torch's that does not make an NVIDIA host wait is for bf16 on sm_90 and sm_100.
-Flops     2 T N K; reads each active expert's 0.516 B a weight for every ROWS of its tokens, but for the first time out
-          of the L2. The loop is linear's. Not measured.
-Needs     K a multiple of 64 and of the block size. A K longer than LONGEST_DEPTH is summed by runs within the program:
-          partial sums of splits would take 4 T N bytes each, and experts are programs enough.
+          Rejected: a kernel that writes the tiles down first (one launch more); tiles that begin at multiples of
+          BLOCK_M, which need no second scan but are E more even for T = 1. Left out: dequantize + GEMM for many rows,
+          as torch's grouped product makes an NVIDIA host wait except for bf16 on sm_90 and sm_100.
+Flops     2 T N K; reads each active expert's 0.516 B a weight for every BLOCK_M of its rows, all but the first time
+          from the L2. The loop is linear's. Not measured.
+Needs     K a multiple of 64 and of the block size. A K longer than LONGEST_DEPTH is summed in runs within the program:
+          the partial sums of splits would take 4 T N bytes each, and experts give programs enough.
 """
 
 import torch
@@ -32,22 +32,22 @@ def larger(a, b):
 
 
 @triton.jit
-def find_group(offsets, tile, T, E, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
+def find_group(offsets, tile, T, E, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr):
     """(expert, first row, end of the expert's rows) of a tile; expert E is none, and past all tiles the end is 0."""
     i = tl.arange(0, EXPERTS)
     before = tl.load(offsets + i - 1, mask=(i > 0) & (i <= E), other=tl.where(i > E, T, 0))
     begin = tl.associative_scan(tl.minimum(before, T), 0, larger)
     end = tl.maximum(begin, tl.minimum(tl.load(offsets + i, mask=i < E, other=T), T))
-    tiles = (end - begin + (ROWS - 1)) // ROWS
+    tiles = (end - begin + (BLOCK_M - 1)) // BLOCK_M
     tile -= tl.cumsum(tiles, 0) - tiles
     here = (tile >= 0) & (tile < tiles)
     expert = tl.sum(tl.where(here, i, 0), 0)
-    return expert, tl.sum(tl.where(here, begin + tile * ROWS, 0), 0), tl.sum(tl.where(here, end, 0), 0)
+    return expert, tl.sum(tl.where(here, begin + tile * BLOCK_M, 0), 0), tl.sum(tl.where(here, end, 0), 0)
 
 
 @triton.jit
 def weight_of(packed, absmax, scale_absmax, scale_offset, expert, N, K, block_shift, superblocks):
-    """Where the expert's part of each tensor begins."""
+    """The pointers to the expert's part of each tensor."""
     expert = expert.to(tl.int64)
     packed += expert * N * (K >> 1)
     absmax += expert * N * (K >> block_shift)
@@ -60,36 +60,37 @@ def weight_of(packed, absmax, scale_absmax, scale_offset, expert, N, K, block_sh
 @triton.jit(do_not_specialize=["T"])
 def grouped_linear_kernel(
     x, offsets, packed, absmax, scale_absmax, scale_offset, code, scale_code, out, T, E, N, K, block_shift, superblocks,
-    tiles, EXPERTS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr,
+    tiles_n, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    RUN: tl.constexpr,
 ):  # fmt: skip
-    expert, row, end = find_group(offsets, tl.program_id(0) // tiles, T, E, EXPERTS, ROWS)
-    if row >= end:
+    expert, m_begin, m_end = find_group(offsets, tl.program_id(0) // tiles_n, T, E, EXPERTS, BLOCK_M)
+    if m_begin >= m_end:
         return
     packed, absmax, scale_absmax, scale_offset = weight_of(
         packed, absmax, scale_absmax, scale_offset, expert, N, K, block_shift, superblocks
     )
-    column = tl.program_id(0) % tiles * COLUMNS + tl.arange(0, COLUMNS)
-    token = row + tl.arange(0, ROWS)
-    in_columns, in_tokens = column < N, token < end
-    column, token = column.to(tl.int64), token.to(tl.int64)
+    n = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = m_begin + tl.arange(0, BLOCK_M)
+    in_n, in_m = n < N, m < m_end
+    n, m = n.to(tl.int64), m.to(tl.int64)
     acc = add_runs(
-        tl.zeros([COLUMNS, ROWS], tl.float32), x, token, in_tokens, packed, absmax, scale_absmax, scale_offset, code,
-        scale_code, column, in_columns, K, block_shift, 0, tl.where(expert < E, K, 0), COLUMNS, ROWS, BLOCK, True, RUN,
+        tl.zeros([BLOCK_N, BLOCK_M], tl.float32), x, m, in_m, packed, absmax, scale_absmax, scale_offset, code,
+        scale_code, n, in_n, K, block_shift, 0, tl.where(expert < E, K, 0), BLOCK_M, BLOCK_N, BLOCK_K, True, RUN,
     )  # fmt: skip
-    at = token[None, :] * N + column[:, None]
-    tl.store(out + at, acc.to(out.dtype.element_ty), mask=in_columns[:, None] & in_tokens[None, :])
+    at = m[None, :] * N + n[:, None]
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=in_n[:, None] & in_m[None, :])
 
 
 def run_of(depth: int, dtype: torch.dtype) -> int:
-    """Terms of a program's runs; 0: one run."""
+    """The terms of each of a program's sums, RUN; 0: it has one sum."""
     if dtype == torch.float32:
         return LONGEST_FP32
     return LONGEST_DEPTH if depth > LONGEST_DEPTH else 0
 
 
-def most_tiles(T: int, E: int, rows: int) -> int:
-    """Of `rows` rows: each expert that has some, and the rows of none, may end in a tile that is not full."""
-    return (T + min(E + 1, T) * (rows - 1)) // rows
+def most_tiles(T: int, E: int, block_m: int) -> int:
+    """The most tiles that can exist: each expert with rows, and the rows of none, may end in a partial tile."""
+    return (T + min(E + 1, T) * (block_m - 1)) // block_m
 
 
 def superblocks_of(N: int, K: int, block_size: int) -> int:
@@ -107,11 +108,11 @@ def grouped_linear(
     if out.numel() == 0:
         return out
     choice = choose_for_experts("grouped_linear", T, E, K, block_size, K, x.dtype, x.device)
-    config, tiles = choice.config, ceil_div(N, choice.config.columns)
+    config, tiles_n = choice.config, ceil_div(N, choice.config.BLOCK_N)
     with on_device_of(x):
-        grouped_linear_kernel[(tiles * most_tiles(T, E, config.rows),)](
+        grouped_linear_kernel[(tiles_n * most_tiles(T, E, config.BLOCK_M),)](
             x.contiguous(), expert_offsets, *tensors, out, T, E, N, K, block_size.bit_length() - 1,
-            superblocks_of(N, K, block_size), tiles, EXPERTS=triton.next_power_of_2(E + 1), COLUMNS=config.columns,
-            ROWS=config.rows, BLOCK=choice.block, RUN=run_of(K, x.dtype), **config.launch, **LAUNCH,
+            superblocks_of(N, K, block_size), tiles_n, EXPERTS=triton.next_power_of_2(E + 1), BLOCK_M=config.BLOCK_M,
+            BLOCK_N=config.BLOCK_N, BLOCK_K=choice.BLOCK_K, RUN=run_of(K, x.dtype), **config.launch, **LAUNCH,
         )  # fmt: skip
     return out

@@ -1,13 +1,14 @@
 """linear_dgrad: dX[M, K] = dY[M, N] @ W[N, K] + scaling * Q[M, r] @ A[r, K], from the same bytes, though the
 contraction runs across the rows of W.
 
-Who       a program sums `depth` rows of W for BLOCK columns of it by ROWS rows of dY, DEPTH rows of W a step; with
-          more than one part of N, partial sums in fp32 are added up in order by reduce.py.
-Trick     bytes hold neighbours along k, which are neighbours in dX: high and low nibbles go to sums of their own,
-          joined once at the end, not once a step. The columns of a program share a block of scales, so that a row of W
-          has one scale; it belongs to n, which is summed over, so Ŵ is scaled and rounded to dY's dtype as for linear.
-Flops     2 M N K: 43 us for M = 512, 4096 x 4096 at 400 TFLOP/s. The loop has 13 instructions a weight for each ROWS
-          rows of dY (SASS of sm_90, up to 64 rows), and dY is read K / 64 times, out of the L2. Not measured.
+Who       a program owns BLOCK_M x BLOCK_K of dX and sums `depth` of N, BLOCK_N a step. A longer N is split, and
+          reduce.py adds the fp32 partial sums in order.
+Trick     the two nibbles of a byte are neighbours along k, which are neighbours in dX: the even and the odd k have
+          accumulators of their own, joined once at the end, not once a step. BLOCK_K is one block of scales, so that a
+          row of W has one scale a program. The scale belongs to n, over which the product sums, so Ŵ is scaled and
+          rounded to dY's dtype as for linear.
+Flops     2 M N K: 43 us for M = 512, 4096 x 4096 at 400 TFLOP/s. The loop has 13 instructions a weight for each BLOCK_M
+          rows of dY (SASS of sm_90, up to 64), and dY is read K / 64 times, from the L2. Not measured.
 Needs     nothing. Where rows of W are not whole blocks of 32 or 64, weights are decoded one by one: 54 instructions.
 """
 
@@ -19,31 +20,29 @@ from torch import Tensor
 from ..arguments import check_input, check_low_rank, check_weight
 from .choose import LONGEST_FP32, Choice, choose
 from .decode import LAUNCH, block_scales, ceil_div, decode_elements, lookup, on_device_of
+from .dequantize_gemm import multiply_by_slices
 from .linear import matrix, rank_step
-from .panels import multiply_panels
 from .reduce import reduce_splits
-
-DEPTH = 32  # rows of W a step
 
 
 @triton.jit
 def add_product(
-    even_sums, odd_sums, dy, token, in_tokens, packed, absmax, scale_absmax, scale_offset, code, scale_code, column,
-    block_shift, N, K, begin, end, ROWS: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
+    even_sums, odd_sums, dy, m, in_m, packed, absmax, scale_absmax, scale_offset, code, scale_code, k_begin,
+    block_shift, N, K, begin, end, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Both [ROWS, BLOCK / 2] + dY[token, begin:end] @ W[begin:end, column + 2i (+ 1)]."""
+    """Both [BLOCK_M, BLOCK_K / 2]: + dY[m, begin:end] @ W[begin:end, k], the even and the odd k from k_begin on."""
     dtype: tl.constexpr = dy.dtype.element_ty
     table = tl.load(code + tl.arange(0, 16))
-    for step in range(begin, end, DEPTH):
-        n = step + tl.arange(0, DEPTH)
-        in_depth = n < end
-        part = tl.load(dy + token[:, None] * N + n[None, :], mask=in_tokens[:, None] & in_depth[None, :], other=0.0)
-        first = n.to(tl.int64) * K + column
-        byte = (first >> 1)[:, None] + tl.arange(0, BLOCK // 2)[None, :]
-        codes = tl.load(packed + byte, mask=in_depth[:, None], other=0).to(tl.int32)
-        scale = block_scales(absmax, scale_absmax, scale_offset, scale_code, first >> block_shift, in_depth)[:, None]
-        even = (lookup(table, codes >> 4, DEPTH, BLOCK // 2) * scale).to(dtype)
-        odd = (lookup(table, codes & 15, DEPTH, BLOCK // 2) * scale).to(dtype)
+    for step in range(begin, end, BLOCK_N):
+        n = step + tl.arange(0, BLOCK_N)
+        in_n = n < end
+        part = tl.load(dy + m[:, None] * N + n[None, :], mask=in_m[:, None] & in_n[None, :], other=0.0)
+        first = n.to(tl.int64) * K + k_begin
+        byte = (first >> 1)[:, None] + tl.arange(0, BLOCK_K // 2)[None, :]
+        codes = tl.load(packed + byte, mask=in_n[:, None], other=0).to(tl.int32)
+        scale = block_scales(absmax, scale_absmax, scale_offset, scale_code, first >> block_shift, in_n)[:, None]
+        even = (lookup(table, codes >> 4, BLOCK_N, BLOCK_K // 2) * scale).to(dtype)
+        odd = (lookup(table, codes & 15, BLOCK_N, BLOCK_K // 2) * scale).to(dtype)
         even_sums = tl.dot(part, even, even_sums, input_precision="ieee")
         odd_sums = tl.dot(part, odd, odd_sums, input_precision="ieee")
     return even_sums, odd_sums
@@ -51,21 +50,22 @@ def add_product(
 
 @triton.jit
 def add_runs(
-    even_sums, odd_sums, dy, token, in_tokens, packed, absmax, scale_absmax, scale_offset, code, scale_code, column,
-    block_shift, N, K, begin, end, ROWS: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr, RUN: tl.constexpr,
+    even_sums, odd_sums, dy, m, in_m, packed, absmax, scale_absmax, scale_offset, code, scale_code, k_begin,
+    block_shift, N, K, begin, end, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    RUN: tl.constexpr,
 ):  # fmt: skip
-    """add_product by sums of RUN terms each; 0: by one."""
+    """add_product in sums of RUN terms each; RUN = 0: in one sum."""
     if RUN == 0:
         even_sums, odd_sums = add_product(
-            even_sums, odd_sums, dy, token, in_tokens, packed, absmax, scale_absmax, scale_offset, code, scale_code,
-            column, block_shift, N, K, begin, end, ROWS, BLOCK, DEPTH,
+            even_sums, odd_sums, dy, m, in_m, packed, absmax, scale_absmax, scale_offset, code, scale_code,
+            k_begin, block_shift, N, K, begin, end, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
         for run in range(begin, end, RUN):
-            zero = tl.zeros([ROWS, BLOCK // 2], tl.float32)
+            zero = tl.zeros([BLOCK_M, BLOCK_K // 2], tl.float32)
             run_even, run_odd = add_product(
-                zero, zero, dy, token, in_tokens, packed, absmax, scale_absmax, scale_offset, code, scale_code,
-                column, block_shift, N, K, run, tl.minimum(run + RUN, end), ROWS, BLOCK, DEPTH,
+                zero, zero, dy, m, in_m, packed, absmax, scale_absmax, scale_offset, code, scale_code,
+                k_begin, block_shift, N, K, run, tl.minimum(run + RUN, end), BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
             even_sums += run_even
             odd_sums += run_odd
@@ -74,103 +74,103 @@ def add_runs(
 
 @triton.jit
 def add_elements(
-    sums, dy, token, in_tokens, packed, absmax, scale_absmax, scale_offset, code, scale_code, columns, block_shift, N,
-    K, begin, end, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
+    sums, dy, m, in_m, packed, absmax, scale_absmax, scale_offset, code, scale_code, k, block_shift, N, K,
+    begin, end, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """sums [rows, BLOCK] + dY[token, begin:end] @ W[begin:end, columns]."""
-    for step in range(begin, end, DEPTH):
-        n = step + tl.arange(0, DEPTH)
-        in_depth = n < end
-        part = tl.load(dy + token[:, None] * N + n[None, :], mask=in_tokens[:, None] & in_depth[None, :], other=0.0)
+    """sums[m, BLOCK_K] + dY[m, begin:end] @ W[begin:end, k], weights decoded one by one."""
+    for step in range(begin, end, BLOCK_N):
+        n = step + tl.arange(0, BLOCK_N)
+        in_n = n < end
+        part = tl.load(dy + m[:, None] * N + n[None, :], mask=in_m[:, None] & in_n[None, :], other=0.0)
         w = decode_elements(
             packed, absmax, scale_absmax, scale_offset, code, scale_code, block_shift,
-            n.to(tl.int64)[:, None] * K + columns[None, :], in_depth[:, None] & (columns < K)[None, :],
-            dy.dtype.element_ty, DEPTH, BLOCK,
+            n.to(tl.int64)[:, None] * K + k[None, :], in_n[:, None] & (k < K)[None, :],
+            dy.dtype.element_ty, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         sums = tl.dot(part, w, sums, input_precision="ieee")
     return sums
 
 
 @triton.jit
-def low_rank_sums(
-    scaling, small, factor, rank, token, in_tokens, columns, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    RANK: tl.constexpr,
+def lora_term(
+    scaling, lora_inner, lora_factor, rank, m, in_m, k, K, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """scaling * small[token, rank] @ factor[rank, columns]."""
-    sums = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for first in range(0, rank, RANK):
-        r = first + tl.arange(0, RANK)
+    """scaling * Q[m, rank] @ A[rank, k] of WIDTH k."""
+    sums = tl.zeros([BLOCK_M, WIDTH], tl.float32)
+    for first in range(0, rank, BLOCK_R):
+        r = first + tl.arange(0, BLOCK_R)
         in_rank = r < rank
-        q = tl.load(small + token[:, None] * rank + r[None, :], mask=in_tokens[:, None] & in_rank[None, :], other=0.0)
-        a_mask = in_rank[:, None] & (columns < K)[None, :]
-        a = tl.load(factor + r[:, None].to(tl.int64) * K + columns[None, :], mask=a_mask, other=0.0)
+        q = tl.load(lora_inner + m[:, None] * rank + r[None, :], mask=in_m[:, None] & in_rank[None, :], other=0.0)
+        a_mask = in_rank[:, None] & (k < K)[None, :]
+        a = tl.load(lora_factor + r[:, None].to(tl.int64) * K + k[None, :], mask=a_mask, other=0.0)
         sums = tl.dot(q, a, sums, input_precision="ieee")
     return sums * scaling
 
 
 @triton.jit(do_not_specialize=["M"])
 def linear_dgrad_kernel(
-    dy, packed, absmax, scale_absmax, scale_offset, code, scale_code, out, small, factor, scaling, M, N, K, rank,
-    block_shift, depth, tiles, ROWS: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr,
-    RANK: tl.constexpr, RUN: tl.constexpr,
+    dy, packed, absmax, scale_absmax, scale_offset, code, scale_code, out, lora_inner, lora_factor, scaling, M, N, K,
+    rank, block_shift, depth, tiles_k, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    """Out is [splits, M, K]."""
+    """out is [splits, M, K]."""
     split = tl.program_id(1)
-    column = tl.program_id(0) % tiles * BLOCK
-    token = tl.program_id(0) // tiles * ROWS + tl.arange(0, ROWS)
-    in_tokens = token < M
-    token = token.to(tl.int64)
-    columns = column + tl.arange(0, BLOCK)
+    k_begin = tl.program_id(0) % tiles_k * BLOCK_K
+    m = tl.program_id(0) // tiles_k * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_m = m < M
+    m = m.to(tl.int64)
+    k = k_begin + tl.arange(0, BLOCK_K)
     begin = split * depth
     end = tl.minimum(begin + depth, N)
-    in_first = tl.where(split == 0, rank, 0)
+    rank_here = tl.where(split == 0, rank, 0)
     if WHOLE:
-        HALF: tl.constexpr = BLOCK // 2
-        even = tl.zeros([ROWS, HALF], tl.float32)
-        odd = tl.zeros([ROWS, HALF], tl.float32)
-        if RANK > 0:
-            pairs = column + 2 * tl.arange(0, HALF)
-            even = low_rank_sums(scaling, small, factor, in_first, token, in_tokens, pairs, K, ROWS, HALF, RANK)
-            odd = low_rank_sums(scaling, small, factor, in_first, token, in_tokens, pairs + 1, K, ROWS, HALF, RANK)
+        HALF: tl.constexpr = BLOCK_K // 2
+        even = tl.zeros([BLOCK_M, HALF], tl.float32)
+        odd = tl.zeros([BLOCK_M, HALF], tl.float32)
+        if BLOCK_R > 0:
+            even_k = k_begin + 2 * tl.arange(0, HALF)
+            even = lora_term(scaling, lora_inner, lora_factor, rank_here, m, in_m, even_k, K, BLOCK_M, HALF, BLOCK_R)
+            odd = lora_term(scaling, lora_inner, lora_factor, rank_here, m, in_m, even_k + 1, K, BLOCK_M, HALF, BLOCK_R)
         even, odd = add_runs(
-            even, odd, dy, token, in_tokens, packed, absmax, scale_absmax, scale_offset, code, scale_code, column,
-            block_shift, N, K, begin, end, ROWS, BLOCK, DEPTH, RUN,
+            even, odd, dy, m, in_m, packed, absmax, scale_absmax, scale_offset, code, scale_code, k_begin, block_shift,
+            N, K, begin, end, BLOCK_M, BLOCK_N, BLOCK_K, RUN,
         )  # fmt: skip
-        sums = tl.reshape(tl.join(even, odd), [ROWS, BLOCK])
+        sums = tl.reshape(tl.join(even, odd), [BLOCK_M, BLOCK_K])
     else:
-        sums = tl.zeros([ROWS, BLOCK], tl.float32)
-        if RANK > 0:
-            sums = low_rank_sums(scaling, small, factor, in_first, token, in_tokens, columns, K, ROWS, BLOCK, RANK)
+        sums = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+        if BLOCK_R > 0:
+            sums = lora_term(scaling, lora_inner, lora_factor, rank_here, m, in_m, k, K, BLOCK_M, BLOCK_K, BLOCK_R)
         for run in range(begin, end, RUN if RUN > 0 else depth):
             run_end = tl.minimum(run + (RUN if RUN > 0 else depth), end)
             sums += add_elements(
-                tl.zeros([ROWS, BLOCK], tl.float32), dy, token, in_tokens, packed, absmax, scale_absmax, scale_offset,
-                code, scale_code, columns, block_shift, N, K, run, run_end, BLOCK, DEPTH,
+                tl.zeros([BLOCK_M, BLOCK_K], tl.float32), dy, m, in_m, packed, absmax, scale_absmax, scale_offset,
+                code, scale_code, k, block_shift, N, K, run, run_end, BLOCK_N, BLOCK_K,
             )  # fmt: skip
-    at = (split * M.to(tl.int64) + token)[:, None] * K + columns[None, :]
-    tl.store(out + at, sums.to(out.dtype.element_ty), mask=in_tokens[:, None] & (columns < K)[None, :])
+    at = (split * M.to(tl.int64) + m)[:, None] * K + k[None, :]
+    tl.store(out + at, sums.to(out.dtype.element_ty), mask=in_m[:, None] & (k < K)[None, :])
 
 
 def multiply_fused(
-    choice: Choice, dy: Tensor, weight: tuple, out: Tensor, small: Tensor | None, factor: Tensor | None, scaling: float
-) -> None:
-    """out [M, K] = dy [M, N] @ Ŵ and LoRA's term."""
+    choice: Choice, dy: Tensor, weight: tuple, out: Tensor, lora_inner: Tensor | None, lora_factor: Tensor | None,
+    scaling: float,
+) -> None:  # fmt: skip
+    """out[M, K] = dy[M, N] @ Ŵ + the LoRA term."""
     *tensors, N, K, block_size = weight
     config, M = choice.config, dy.shape[0]
     splits = max(ceil_div(N, config.depth), 1) if dy.dtype != torch.float32 else 1
     target = out if splits == 1 else dy.new_empty((splits, M, K), dtype=torch.float32)
-    RANK = rank_step(factor, 0)
-    BLOCK = choice.block or config.columns
-    tiles = ceil_div(K, BLOCK)
+    BLOCK_R, tiles_k = rank_step(lora_factor, 0), ceil_div(K, choice.BLOCK_K)
     with on_device_of(dy):
-        linear_dgrad_kernel[(tiles * ceil_div(M, config.rows), splits)](
-            dy, *tensors, target, small, factor, scaling, M, N, K, 0 if RANK == 0 else factor.shape[0],
-            block_size.bit_length() - 1, config.depth if splits > 1 else max(N, 1), tiles, ROWS=config.rows,
-            BLOCK=BLOCK, DEPTH=DEPTH, WHOLE=choice.block > 0, RANK=RANK,
+        linear_dgrad_kernel[(tiles_k * ceil_div(M, config.BLOCK_M), splits)](
+            dy, *tensors, target, lora_inner, lora_factor, scaling, M, N, K,
+            0 if BLOCK_R == 0 else lora_factor.shape[0], block_size.bit_length() - 1,
+            config.depth if splits > 1 else max(N, 1), tiles_k, BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N,
+            BLOCK_K=choice.BLOCK_K, WHOLE=choice.is_whole, BLOCK_R=BLOCK_R,
             RUN=LONGEST_FP32 if dy.dtype == torch.float32 else 0, **config.launch, **LAUNCH,
         )  # fmt: skip
     if splits > 1:
-        reduce_splits([target], [out])
+        reduce_splits(target, out)
 
 
 def linear_dgrad(
@@ -179,17 +179,17 @@ def linear_dgrad(
     lora_A: Tensor | None = None, scaling: float = 1.0,
 ) -> Tensor:  # fmt: skip
     weight = (packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size)
-    device, rows = dy.device, dy.shape[:-1].numel()
+    device, M = dy.device, dy.shape[:-1].numel()
     check_weight("linear_dgrad", device, *weight)
     check_input("linear_dgrad", device, "dy", dy, "N", N)
-    check_low_rank("linear_dgrad", device, ("lora_Q", "lora_A"), lora_Q, lora_A, 0, dy.dtype, rows, K)
+    check_low_rank("linear_dgrad", device, ("lora_Q", "lora_A"), lora_Q, lora_A, 0, dy.dtype, M, K)
     out = dy.new_empty((*dy.shape[:-1], K))
     if out.numel() == 0:
         return out
-    dy, dx = matrix(dy), out.view(rows, K)
-    choice = choose("linear_dgrad", rows, K, block_size, dy.dtype, device)
-    if choice.path == "panel":
-        multiply_panels(True, dy, weight, None, lora_Q, lora_A, scaling, dx)
+    dy, dx = matrix(dy), out.view(M, K)
+    choice = choose("linear_dgrad", M, K, block_size, dy.dtype, device)
+    if choice.path == "dequantize_gemm":
+        multiply_by_slices(True, dy, weight, None, lora_Q, lora_A, scaling, dx)
     else:
         multiply_fused(choice, dy, weight, dx, lora_Q, lora_A, scaling)
     return out

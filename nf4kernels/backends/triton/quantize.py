@@ -1,12 +1,13 @@
 """quantize: absmax[b] = max |w| over block b; code = rank of w * (1 / max(absmax, 2^-126)) among the levels' midpoints.
 quantize_absmax: scale_offset = mean of absmax; scale_absmax = max |absmax - scale_offset| of 256 blocks; 8-bit codes.
 
-Who       quantize: a program takes BLOCKS whole blocks, 4096 weights. quantize_absmax: three launches, the fp64 sum of
-          a superblock by one thread, the mean by one program, the codes by a program a superblock.
-Trick     a rank is found by a binary search, 4 lookups in shared memory, against 15 compares and additions. Maxima are
-          of the bits as integers, which are ordered as the numbers are and put NaN and inf above all of them. The mean
-          is defined as a sum in order, and fp64 additions take turns; where no partial sum of any order is rounded all
-          orders agree, and one addition a value tells: the order is only kept where it matters, as in the CUDA kernel.
+Who       quantize: a program takes BLOCKS whole blocks, 4096 weights. quantize_absmax has three launches: one thread
+          sums a superblock in fp64, one program takes the mean, and a program encodes a superblock.
+Trick     a binary search finds the rank by 4 lookups in shared memory, against 15 compares and additions. Maxima are of
+          the bits as integers, which are ordered as the numbers are, with inf and NaN above all of them. The format
+          defines the mean by a sum in order, whose fp64 additions depend on one another. Where no partial sum of any
+          order is rounded, all orders agree, and one addition a value proves it: the order is kept only where it
+          matters, as in the CUDA kernel.
 Bytes     reads 2 (bf16) and writes 0.5 + 4/block_size a weight: 2.56 B at block size 64, 10 us for 4096 x 4096 at an
           H200's 4.3 TB/s of copy. Its SMs can issue 17.6 instructions a weight in that time; this takes 39 (SASS of
           sm_90), the CUDA kernel's buckets 16: a weight is quantized once. Not measured.
@@ -22,14 +23,14 @@ from ...quantized_weight import SUPERBLOCK, absmax_shape, packed_shape
 from ..arguments import check_block_size, check_data, check_dtype, refuse
 from .decode import LAUNCH, ceil_div, on_device_of
 
-TILE = 4096  # weights of a program: a whole block of any size
-SUMS_TILE = 32  # superblocks of a program that sums
+TILE = 4096  # weights a program: at least one whole block of any size
+SUMS_TILE = 32  # superblocks a program that sums
 MEAN_TILE = tl.constexpr(256)
 
 
 @triton.jit
 def sorted_levels(code, i):
-    """(i-th level, code of the i-th level) for i = arange(16), sorted by (value, then code)."""
+    """(levels, their codes), sorted by value, then code; i is arange(16)."""
     level = tl.load(code + i)
     before = (level[None, :] < level[:, None]) | ((level[None, :] == level[:, None]) & (i[None, :] < i[:, None]))
     rank = tl.sum(before.to(tl.int32), 1)
@@ -51,13 +52,13 @@ def quantize_kernel(
     peak = largest.to(tl.float32, bitcast=True)
     block = first_block + tl.arange(0, BLOCKS)
     tl.store(absmax + block, tl.where(finite, peak, float("nan")), mask=block * block_size < numel)
-    # A block that is not finite gets the code of 0 everywhere.
+    # Where a block is not finite, all its weights get the code of 0.
     inverse = tl.div_rn(1.0, tl.where(peak < 2.0**-126, 2.0**-126, peak))
     scaled = tl.reshape(tl.where(finite[:, None], w * inverse[:, None], 0.0), [SIZE])
 
     i = tl.arange(0, 16)
     levels, codes = sorted_levels(code, i)
-    midpoints = (levels + tl.gather(levels, tl.minimum(i + 1, 15), 0)) * 0.5  # of the 16 the last has no use
+    midpoints = (levels + tl.gather(levels, tl.minimum(i + 1, 15), 0)) * 0.5  # the last of the 16 is not used
     rank = tl.zeros([SIZE], tl.int32)
     for shift in tl.static_range(4):
         step = 8 >> shift
@@ -79,8 +80,8 @@ def superblock_sums_kernel(absmax, sums, blocks, superblocks, TILE: tl.constexpr
 
 @triton.jit(do_not_specialize=["blocks"])
 def mean_kernel(sums, mean, superblocks, blocks):
-    """One program. If every v is what is left of it beside 4 * (sum of all |v|), then every v is a multiple of 2^-53 of
-    the binade of 4 * (sum of all |v|), so is every partial sum, and none needs more than fp64's 53 bits."""
+    """The mean, by one program. Let L = 4 * (sum of all |v|). If (v + L) - L == v for every v, then every v, and so
+    every partial sum, is a multiple of 2^-53 of the binade of L: it fits in fp64's 53 bits and none is rounded."""
     i = tl.arange(0, MEAN_TILE)
     some = tl.zeros([MEAN_TILE], tl.float64)
     size = tl.zeros([MEAN_TILE], tl.float64)

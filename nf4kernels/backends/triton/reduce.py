@@ -1,11 +1,10 @@
-"""out = the sum over the splits of partial [splits, M, columns], in order, times scaling, plus bias, rounded once.
+"""out = scaling * (sum over the splits, in order, of partial[splits, M, columns]) + bias, rounded once.
 
-Who       a program takes 1024 neighbours of out and adds their partial sums up in turn, so that the bits depend on
+Who       a program takes 1024 neighbours of out and adds their partial sums in order, so that the bits depend on
           nothing but the number of splits.
-Trick     the outs of a product with several weights are reduced by one launch. Rejected: atomic additions, whose order
-          is another in every run.
+Trick     none. Rejected: atomic additions, whose order differs from run to run.
 Bytes     4 splits + 2 an element: with the predicted tables at most an eighth of the weight's bytes.
-Needs     as many splits and rows for each out.
+Needs     nothing.
 """
 
 import triton
@@ -17,48 +16,31 @@ from .decode import LAUNCH, ceil_div, on_device_of
 SIZE = 1024
 
 
-@triton.jit
-def pick(values, count: tl.constexpr, tile, first):
-    """(values[i], first[i]) of the i for which first[i] <= tile < first[i + 1]."""
-    value = values[0]
-    for i in tl.static_range(1, count):
-        value = tl.where(tile >= first[i], values[i], value)
-    return value
-
-
-@triton.jit(do_not_specialize=["M", "first", "splits"])
+@triton.jit(do_not_specialize=["M", "splits"])
 def reduce_kernel(
-    partial, out, columns, first, bias, scaling, M, splits, turned_stride, COUNT: tl.constexpr, SIZE: tl.constexpr
+    partial, out, bias, scaling, M, columns, splits, transposed_stride, SIZE: tl.constexpr
 ):  # fmt: skip
-    program = tl.program_id(0)
-    source, to = pick(partial, COUNT, program, first), pick(out, COUNT, program, first)
-    width = pick(columns, COUNT, program, first)
-    numel = M.to(tl.int64) * width
-    index = (program - pick(first, COUNT, program, first)).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    numel = M.to(tl.int64) * columns  # a multiple of 16 where columns is: the loads are vectors
+    index = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = index < numel
     total = tl.zeros([SIZE], tl.float32)
     for split in range(splits):
-        total += tl.load(source + split * numel + index, mask=inside, other=0.0)
+        total += tl.load(partial + split * numel + index, mask=inside, other=0.0)
     total *= scaling
     if bias is not None:
-        total += tl.load(bias + index % width, mask=inside, other=0.0).to(tl.float32)
-    if turned_stride is not None:
-        index = index % width * turned_stride + index // width
-    tl.store(to + index, total.to(to.dtype.element_ty), mask=inside)
+        total += tl.load(bias + index % columns, mask=inside, other=0.0).to(tl.float32)
+    if transposed_stride is not None:
+        index = index % columns * transposed_stride + index // columns
+    tl.store(out + index, total.to(out.dtype.element_ty), mask=inside)
 
 
 def reduce_splits(
-    partial: list[Tensor], out: list[Tensor], bias: Tensor | None = None, scaling: float = 1.0, turned: bool = False
+    partial: Tensor, out: Tensor, bias: Tensor | None = None, scaling: float = 1.0, transposed: bool = False
 ) -> None:
-    """partial[i] [splits, M, columns i] into out[i] [M, columns i], turned: [columns i, M]; a bias of one out alone."""
-    splits, M, _ = partial[0].shape
-    columns = tuple(p.shape[2] for p in partial)
-    first, programs = [], 0
-    for width in columns:
-        first.append(programs)
-        programs += ceil_div(M * width, SIZE)
-    with on_device_of(out[0]):
-        reduce_kernel[(programs,)](
-            tuple(partial), tuple(out), columns, tuple(first), bias, scaling, M, splits, M if turned else None,
-            COUNT=len(out), SIZE=SIZE, num_warps=4, **LAUNCH,
+    """partial[splits, M, columns] into out[M, columns], or its transpose [columns, M]."""
+    splits, M, columns = partial.shape
+    with on_device_of(out):
+        reduce_kernel[(ceil_div(M * columns, SIZE),)](
+            partial, out, bias, scaling, M, columns, splits, M if transposed else None, SIZE=SIZE,
+            num_warps=4, **LAUNCH,
         )  # fmt: skip

@@ -1,0 +1,160 @@
+// dequantize + GEMM, for one weight and for experts: dequantize a slice of Ŵ into a workspace, multiply by it with
+// torch's own product, and reuse the workspace for the next slice. A slice is rows of Ŵ for linear and columns of Ŵ for
+// linear_dgrad, so that each slice gives whole columns of out.
+//
+//   linear         Ŵ[N, K]                linear_dgrad    Ŵ[N, K]           out[M, N or K]
+//                  | slice 0: width rows |                | slice | slice |   | columns of | columns of |
+//                  | slice 1             |                |   0   |   1   |   |  slice 0   |  slice 1   |
+//
+// Compiled with NF4_EXECUTOR as cuda.cpp is.
+#include "cuda_product.h"
+
+namespace {
+
+using namespace nf4::binding;
+using nf4::cuda::DequantizeArgs;
+
+// Our products are not differentiable, and torch's refuse to write into `out` where an input requires a gradient.
+class NoGrad {
+ public:
+  NoGrad() : before_(aoti_torch_grad_mode_is_enabled()) { aoti_torch_grad_mode_set_enabled(false); }
+  ~NoGrad() { aoti_torch_grad_mode_set_enabled(before_); }
+  NoGrad(const NoGrad&) = delete;
+
+ private:
+  bool before_;
+};
+
+// torch's own products: out = a @ b (mm), out = a @ b^T + bias (linear).
+void torch_mm(const Tensor& a, const Tensor& b, const Tensor& out) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
+                                    torch::stable::detail::from(out)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  (void)torch::stable::detail::to<Tensor>(stack[0]);  // takes over the returned reference
+}
+void torch_linear(const Tensor& a, const Tensor& b, const OptionalTensor& bias, const Tensor& out) {
+  std::array<StableIValue, 4> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
+                                    torch::stable::detail::from(bias), torch::stable::detail::from(out)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
+  (void)torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+Tensor part(Tensor whole, int64_t dim, int64_t begin, int64_t count) {
+  return torch::stable::narrow(whole, dim, begin, count);
+}
+void copy(Tensor to, const Tensor& from) { torch::stable::copy_(to, from); }
+void zero(Tensor to) { torch::stable::zero_(to); }
+
+// torch's grouped product: each row of a times its expert's matrix in b[E, depth, columns], by sound offsets. It does
+// not write the rows that no expert owns.
+Tensor torch_grouped_mm(const Tensor& a, const Tensor& b, const Tensor& offsets) {
+  std::array<StableIValue, 5> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
+                                    torch::stable::detail::from(OptionalTensor(offsets)),
+                                    torch::stable::detail::from(OptionalTensor()),
+                                    torch::stable::detail::from(std::optional<ScalarType>())};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::_grouped_mm", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// Where dequantize writes columns [begin, begin + width) of out's weight: Ŵ's rows (linear) or columns (linear_dgrad).
+DequantizeArgs slice_of(const nf4::Weight& w, bool dgrad, int64_t begin, int64_t width, nf4::Dtype dtype, void* out,
+                        int64_t stride) {
+  if (dgrad) return {w, 0, w.N, begin, begin + width, dtype, out, stride};
+  return {w, begin, begin + width, 0, w.K, dtype, out, stride};
+}
+
+void launch_scaled_copy(const nf4::cuda::ScaledCopyArgs& args, const Product& product, const Launch& launch) {
+  check_launch(nf4::cuda::scaled_copy(args, launch.stream), product.op);
+}
+
+// The LoRA term as more of the contraction: [in | inner] times [Ŵ | s B] in linear, [Ŵ ; s A] in linear_dgrad, with
+// zeros up to a multiple of 8, which cuBLAS wants for its fast kernels. The scaling goes to the factor: a Q of scaled
+// losses has no room for it in fp16.
+struct Extended {
+  Tensor in;      // [M, depth]
+  Tensor factor;  // s B or s A, as long as there is a term
+  int64_t rank, padding, depth;
+};
+Extended extend_by_lora_term(const Product& product, const Launch& launch) {
+  const auto& args = product.args;
+  const ScalarType type = product.in.scalar_type();
+  Tensor in = torch::stable::view(product.in, {args.M, product.depth});
+  if (args.rank == 0) return {in, in, 0, 0, product.depth};
+  const int64_t extra = ceil_div(args.rank, 8) * 8, depth = product.depth + extra;
+  const Tensor extended = new_empty(in, {args.M, depth}, type);
+  copy(part(extended, 1, 0, product.depth), in);
+  void* beside = static_cast<char*>(extended.mutable_data_ptr()) + product.depth * int64_t(element_bytes(args.dtype));
+  launch_scaled_copy({args.lora_inner, args.dtype, args.M, args.rank, 1.f, beside, extra, depth}, product, launch);
+  const int64_t count = product.lora_term.factor->numel();
+  const Tensor factor = new_empty(in, product.lora_term.factor->sizes(), type);
+  launch_scaled_copy({args.lora_factor, args.dtype, 1, count, args.scaling, factor.mutable_data_ptr(), count, count},
+                     product, launch);
+  return {extended, factor, args.rank, extra - args.rank, depth};
+}
+
+}  // namespace
+
+void nf4::binding::dequantize_gemm(const Product& product, const Launch& launch) {
+  constexpr int64_t kSliceBytes = 24 << 20;  // stays in the L2 of an A100, an RTX 4090 and later; an sm_86 has 6 MB
+  const NoGrad no_grad;
+  const auto& args = product.args;
+  const int64_t columns = product.columns;
+  const Extended extended = extend_by_lora_term(product, launch);
+  const int64_t depth = extended.depth, along = product.dgrad ? 0 : 1;  // the slice's dimension along the contraction
+  const int64_t slices = std::max<int64_t>(ceil_div(columns * depth * 2, kSliceBytes), 1);
+  const int64_t width = ceil_div(ceil_div(columns, slices), 128) * 128;
+  const Tensor workspace = new_empty(extended.in, {std::min(width, columns) * depth}, extended.in.scalar_type());
+  const Tensor out = torch::stable::view(Tensor(product.out), {args.M, columns});
+  for (int64_t begin = 0; begin < columns; begin += width) {
+    const int64_t count = std::min(width, columns - begin);
+    Tensor used = part(workspace, 0, 0, count * depth);
+    const Tensor slice =
+        product.dgrad ? torch::stable::view(used, {depth, count}) : torch::stable::view(used, {count, depth});
+    const DequantizeArgs dequantize =
+        slice_of(args.weight, product.dgrad, begin, count, args.dtype, slice.mutable_data_ptr(), slice.size(1));
+    check_launch(cuda::dequantize(dequantize, launch.stream), product.op);
+    if (extended.rank > 0) {
+      copy(part(slice, along, product.depth, extended.rank), part(extended.factor, 1 - along, begin, count));
+      zero(part(slice, along, product.depth + extended.rank, extended.padding));
+    }
+    const Tensor to = part(out, 1, begin, count);
+    if (product.dgrad) {
+      torch_mm(extended.in, slice, to);
+    } else {
+      OptionalTensor bias;
+      if (product.bias.has_value()) bias = part(*product.bias, 0, begin, count);
+      torch_linear(extended.in, slice, bias, to);
+    }
+  }
+}
+
+// Here a slice is of all experts that own rows at once, [E, width or depth, depth or width].
+void nf4::binding::dequantize_gemm(const GroupedProduct& product, const Launch& launch) {
+#ifdef NF4_EXECUTOR
+  constexpr int64_t kSliceBytes = 1;  // so that a test has more than one slice
+#else
+  constexpr int64_t kSliceBytes = 256 << 20;
+#endif
+  const NoGrad no_grad;
+  const Weight& w = product.args.experts.first;
+  const int64_t E = product.args.experts.count, depth = product.depth, columns = product.columns;
+  const int64_t width = std::max<int64_t>(kSliceBytes / (E * depth * 2) / 128, 1) * 128;
+  const Tensor workspace = new_empty(product.in, {E * depth * std::min(width, columns)}, ScalarType::BFloat16);
+  const Tensor offsets = new_empty(product.expert_offsets, {E}, ScalarType::Int);
+  cuda::GroupedArgs args = product.args;
+  auto* sound = static_cast<int32_t*>(offsets.mutable_data_ptr());
+  check_launch(cuda::sound_offsets(args, sound, launch.stream), product.op);
+  args.offsets = sound;
+  for (int64_t begin = 0; begin < columns; begin += width) {
+    const int64_t count = std::min(width, columns - begin);
+    const DequantizeArgs first = slice_of(w, product.dgrad, begin, count, Dtype::kBFloat16,
+                                          workspace.mutable_data_ptr(), product.dgrad ? count : w.K);
+    const cuda::DequantizeExpertsArgs dequantize{first, args.experts, sound, count * depth};
+    check_launch(cuda::dequantize_experts(dequantize, launch.stream), product.op);
+    Tensor used = part(workspace, 0, 0, E * count * depth);
+    const Tensor slice = product.dgrad ? torch::stable::view(used, {E, depth, count})
+                                       : torch::stable::transpose(torch::stable::view(used, {E, count, depth}), 1, 2);
+    copy(part(product.out, 1, begin, count), torch_grouped_mm(product.in, slice, offsets));
+  }
+  check_launch(cuda::zero_rows_of_none(args, columns, launch.stream), product.op);
+}

@@ -1,0 +1,120 @@
+// What the bindings of linear, linear_dgrad and their grouped forms share: the product's arguments, the choice of its
+// kernel (or the one that a caller forced), the known codebooks, and the sum over splits.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstring>
+#include <mutex>
+#include <vector>
+
+#include "../cuda/choose.h"
+#include "../rounded_code.h"
+#include "cuda_launch.h"
+
+namespace nf4::binding {
+
+// linear: in x[M, K], out[M, N]. linear_dgrad: in dY[M, N], out dX[M, K].
+struct Product {
+  Op op;
+  bool dgrad;
+  Tensor in, out;
+  OptionalTensor bias;
+  LoraTerm lora_term;
+  int64_t depth, columns;  // of the contraction, of out
+  cuda::ProductArgs args;
+};
+
+// grouped_linear: in x[T, K], out[T, N]. grouped_linear_dgrad: in dY[T, N], out dX[T, K].
+struct GroupedProduct {
+  Op op;
+  bool dgrad;
+  Tensor in, out, expert_offsets;
+  int64_t depth, columns;
+  cuda::GroupedArgs args;  // of all T rows
+};
+
+// cuda_dequantize_gemm.cpp
+void dequantize_gemm(const Product& product, const Launch& launch);
+void dequantize_gemm(const GroupedProduct& product, const Launch& launch);
+
+inline std::atomic<int> forced_path{-1};  // of cuda::Path; -1: choose.h decides
+
+// The problem that choose.h decides on; `experts` is 0 for one weight.
+inline cuda::Problem problem_of(const Op& op, bool dgrad, const cuda::ProductArgs& args, int64_t experts) {
+  const Device device = device_of(op);
+  cuda::Problem problem{};
+  problem.dgrad = dgrad;
+  problem.experts = experts;
+  problem.dtype = args.dtype;
+  problem.M = args.M;
+  problem.N = args.weight.N;
+  problem.K = args.weight.K;
+  problem.whole_codes = has_whole_codes(args.weight);
+  const void* read_16 = dgrad ? args.lora_factor : nullptr;  // linear reads its LoRA operands element by element
+  problem.aligned = is_aligned({args.x, args.weight.packed, args.out, read_16});
+  problem.arch = device.arch;
+  problem.multiprocessors = device.multiprocessors;
+  return problem;
+}
+
+inline cuda::Choice choice_for(const cuda::Problem& problem, const Op& op) {
+  const int forced = forced_path;
+  if (forced < 0) return cuda::choose(problem);
+  const auto path = cuda::Path(forced);
+  const char* obstacle = cuda::obstacle(problem, path);
+  CHECK(obstacle == nullptr, op, ": the forced kernel ", cuda::kPathNames[forced], " cannot run this: ", obstacle);
+  return {path, cuda::splits_of(problem, path), "forced"};
+}
+
+// The named codebooks, rounded when the first product asks for them, which takes 8 ms for each of the two dtypes.
+class CodeList {
+ public:
+  // Returns false where there is no room for another.
+  bool add(const float* code) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const bool is_there = std::any_of(codes_.begin(), codes_.end(),
+                                      [&](const Code& c) { return std::memcmp(c.data(), code, sizeof c) == 0; });
+    if (is_there) return true;
+    if (codes_.size() == cuda::KnownCodes::kMost) return false;
+    std::copy_n(code, kLevels, codes_.emplace_back().begin());
+    return true;
+  }
+
+  cuda::KnownCodes rounded(Dtype dtype) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return dtype == Dtype::kBFloat16 ? rounded<BFloat16>(bf16_) : rounded<Float16>(fp16_);
+  }
+
+ private:
+  using Code = std::array<float, kLevels>;
+
+  template <class T>
+  const cuda::KnownCodes& rounded(cuda::KnownCodes& known) {
+    for (; known.count < int(codes_.size()); ++known.count) {
+      const Code& code = codes_[size_t(known.count)];
+      const auto result = rounded_code<T>(code.data());
+      auto& entry = known.entries[known.count];
+      std::copy(code.begin(), code.end(), entry.code);
+      std::transform(result.levels, result.levels + kLevels, entry.levels, [](T level) { return level.bits; });
+      entry.scale = result.scale;
+    }
+    return known;
+  }
+
+  std::mutex mutex_;
+  std::vector<Code> codes_;
+  cuda::KnownCodes bf16_{}, fp16_{};
+};
+inline CodeList known_codes;
+
+// Adds the splits' partial sums in args.partial up into args.out.
+inline void add_splits(const cuda::ProductArgs& args, int64_t columns, const Launch& launch, const Op& op) {
+  const cuda::ReduceArgs sums{args.partial, args.splits, args.M, columns, 1.f, args.bias, args.dtype, args.out, false};
+  check_launch(cuda::reduce_splits(sums, launch.stream), op);
+}
+
+// cuda_grouped.cpp
+void register_grouped_ops(torch::stable::detail::StableLibrary& library);
+
+}  // namespace nf4::binding
