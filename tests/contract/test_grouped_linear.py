@@ -66,12 +66,13 @@ class GroupedContract:
         """Also with rows of no expert after the last; in each configuration that there is."""
         shape = (136, 192) if way.name in ("executor", "cuda") else (72, 128)
         qweights = cases.quantized_experts(len(counts), *shape)
-        for dtype in way.dtypes(self.op)[: 1 if way.name in ("interpreter", "triton") else None]:
-            for unused in way.pick((0, 5), (5,)):
-                for configuration in way.configurations(self.op):
-                    with configuration:
-                        a = self.inputs(sum(counts) + unused, qweights, dtype, 1.0)
-                        self.assert_right(way, a, counts, qweights, f"{counts}")
+        for dtype, configuration in way.configurations(self.op):
+            if way.name == "interpreter" and dtype == torch.float32:
+                continue  # every_layout has it, of fewer rows
+            with configuration:
+                for unused in (5,) if way.name == "interpreter" else (0, 5):
+                    a = self.inputs(sum(counts) + unused, qweights, dtype, 1.0)
+                    self.assert_right(way, a, counts, qweights, f"{counts}")
         if sum(counts):
             way.assert_ran(self.op)
 
@@ -140,14 +141,13 @@ class GroupedContract:
                 way.pick(((48, 256), (37, 512), (300, 256)), ((136, 192),)), way.pick(LAYOUTS, LAYOUTS[:1])
             ):
                 qweights = cases.quantized_experts(len(counts), *shape, layout)
-                for dtype in way.dtypes(self.op)[: 1 if way.name in ("executor", "cuda") else None]:
-                    for configuration in way.configurations(self.op):
-                        with configuration:
-                            a = self.inputs(sum(counts), qweights, dtype)
-                            y = self.run(way, a, counts, qweights)
-                            for expert, rows in rows_of(counts):
-                                alone = self.run_plain(way, a[rows], qweights[expert])
-                                assert_same_bits(y[rows], alone, f"{self.op} {way} {layout} expert {expert}")
+                for dtype, configuration in way.configurations(self.op):
+                    with configuration:
+                        a = self.inputs(sum(counts), qweights, dtype)
+                        y = self.run(way, a, counts, qweights)
+                        for expert, rows in rows_of(counts):
+                            alone = self.run_plain(way, a[rows], qweights[expert])
+                            assert_same_bits(y[rows], alone, f"{self.op} {way} {layout} expert {expert}")
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
     def test_rows_of_no_expert_become_zeros(self, way, dtype):
