@@ -270,7 +270,7 @@ class TritonWay(Way):
         return tuple(first + 1 for first, _ in self.buckets(op)) if self.kernel == "fused" else (2, 66)
 
     def few_rows(self, op: str) -> tuple[int, ...]:
-        return (3, 18)
+        return (9,)
 
 
 # Those of this machine's CPU, and then the others. `test_backends.py` holds a skip for each instruction set that is
