@@ -85,12 +85,14 @@ class ProductContract:
             for dtype in DTYPES:
                 bias = torch.randn(shape[0]).to(dtype) if self.has_bias else None
                 for M in way.rows(self.op):
-                    self.assert_right(way, self.inputs(qweight, M, dtype), qweight, f"M={M}", bias=bias)
+                    if way.name != "interpreter" or (M < 66) == bool(shape[1] % 2):
+                        self.assert_right(way, self.inputs(qweight, M, dtype), qweight, f"M={M}", bias=bias)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
     def test_every_layout(self, way, dtype):
         shapes = ((64, 96), (37, 100), (33, 65), (33, 192), (40, 4096))
-        pairs = [(s, layout) for layout in LAYOUTS for s in shapes] if way.is_compiled else paired(shapes, LAYOUTS)
+        few = paired(((40, 320), (96, 256), (20, 4096)), LAYOUTS)
+        pairs = way.pick([(s, layout) for layout in LAYOUTS for s in shapes], few)
         for shape, layout in pairs:
             qweight = cases.quantized(*shape, layout)
             for M in way.few_rows(self.op):

@@ -102,9 +102,9 @@ class Way:
         """Sets each order in turn in which the work can be done, and then the usual one."""
         yield "again"
 
-    def configurations(self, op: str) -> Iterator[AbstractContextManager]:
-        """Forces each configuration of the kernel in turn, where a kernel has several that any size may run."""
-        return iter((nullcontext(),))
+    def configurations(self, op: str) -> Iterator[tuple[torch.dtype, AbstractContextManager]]:
+        """Every dtype; where a kernel has configurations that any size may run, 16 bits by each of them, forced."""
+        return ((dtype, nullcontext()) for dtype in self.dtypes(op))
 
     def kernel_names(self) -> set[str] | None:
         """The kernels launched since the test began, without template arguments; None where no list is kept."""
@@ -249,9 +249,11 @@ class TritonWay(Way):
         limits = table.configs[op.removeprefix("grouped_")]
         return [(before + 1, config) for before, (_, config) in zip([0, *(most for most, _ in limits)], limits)]
 
-    def configurations(self, op: str) -> Iterator[AbstractContextManager]:
+    def configurations(self, op: str) -> Iterator[tuple[torch.dtype, AbstractContextManager]]:
         for _, config in self.buckets(op):
-            yield self.running(self.kernel or None, config)
+            yield torch.bfloat16, self.running(self.kernel or None, config)
+        yield torch.float16, nullcontext()
+        yield torch.float32, nullcontext()
 
     def kernel_names(self) -> set[str] | None:
         return None if self.launched is None else set(self.launched)
@@ -269,7 +271,7 @@ class TritonWay(Way):
         return tuple(first + 1 for first, _ in self.buckets(op)) if self.kernel == "fused" else (2, 66)
 
     def few_rows(self, op: str) -> tuple[int, ...]:
-        return (3, 18)
+        return (9,)
 
 
 # Those of this machine's CPU, and then the others. `test_backends.py` holds a skip for each instruction set that is
