@@ -3,8 +3,8 @@
 #   make demo            quantize, fine-tune, merge and save a real language model
 #   make build           the compiled library in this checkout; after an edit, of what changed alone
 #   make check K=linear  the quick tests whose names match K, as pytest's -k: what touches one op
-#   make test            all tests, on every core
-#   make test-slow       those alone that need a download or minutes
+#   make test            the tests, on every core
+#   make test-slow       those that need a download or minutes, which make test leaves out
 #   make lint            the linters: ruff, clang-format, mypy, and warnings of the C++ compiler
 #   make format          what ruff and clang-format can mend
 #   make bench           every op and a whole model beside their peers: about ten minutes
@@ -19,7 +19,8 @@ VENV    ?= .venv
 # Processes that run the tests; each takes 0.7 GB.
 WORKERS ?= auto --maxprocesses 8
 BIN     := $(VENV)/bin
-PYTEST  := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+# By files: what a file sets up for all its tests is then set up once.
+PYTEST  := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 CXX_NAMES := -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 SOURCES := $(shell find csrc $(CXX_NAMES))
 
@@ -47,7 +48,7 @@ check: $(VENV)/.installed-test $(VENV)/.built
 	$(PYTEST) -q -m "not slow" -k "$(K)"
 
 test: $(VENV)/.installed-test $(VENV)/.built
-	$(PYTEST)
+	$(PYTEST) -m "not slow"
 
 test-slow: $(VENV)/.installed-test $(VENV)/.built
 	$(PYTEST) -m slow

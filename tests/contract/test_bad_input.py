@@ -197,7 +197,7 @@ def test_quantize_does_not_touch_its_input():
 
 # The ways whose ops check their arguments. The host does not read a device's offsets: those that no host would take
 # are test_grouped_linear.py's.
-CHECKED = ("cpu", "executor", "cuda", "interpreter", "triton")
+CHECKED = ("reference", "cpu", "executor", "cuda", "interpreter", "triton")
 ON_THE_HOST = [case for case in WRONG if "must not fall" in case[2]]
 ANYWHERE = [case for case in WRONG if "must not fall" not in case[2]]
 
@@ -209,7 +209,8 @@ def assert_refused(way, case):
     text = str(raised.value)
     assert f"nf4kernels.{op.removesuffix('_out')}: " in text
     # torch's own name of a dtype is torch.int32, where C++ says Int.
-    assert (re.split(" must be (?:BFloat16|Int),", names)[0] if hasattr(way, "backend") else names) in text
+    in_python = way.is_reference or hasattr(way, "backend")
+    assert (re.split(" must be (?:BFloat16|Int),", names)[0] if in_python else names) in text
     assert not way.kernel_names()
 
 

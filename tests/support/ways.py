@@ -9,12 +9,12 @@ compiled code, so that theirs are few, around the tiles of the kernel that runs.
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from support import cases
 from torch import Tensor
 
-from nf4kernels import reference
 from nf4kernels.backends import native, select
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -295,9 +295,9 @@ def params(op: str, kinds: tuple[str, ...], every_kernel: bool) -> list[tuple[st
 
 @contextmanager
 def cpu_way(isa: str) -> Iterator[CpuWay]:
-    """This instruction set, forced, and proven to have been so all the time; or the reference's functions."""
+    """This instruction set, forced, and proven to have been so all the time; or the reference with its checks."""
     if isa == "reference":
-        yield CpuWay(isa, reference if cases.LIBRARY is not None else torch.ops.nf4kernels)
+        yield CpuWay(isa, SimpleNamespace(**select.REFERENCE))
         return
     way = CpuWay(isa, torch.ops.nf4kernels)
     with cases.LIBRARY.running_isa(isa):
