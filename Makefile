@@ -2,7 +2,8 @@
 #   make setup           only that, for the tests and the linters
 #   make demo            quantize, fine-tune, merge and save a real language model
 #   make build           the compiled library in this checkout; after an edit, of what changed alone
-#   make check K=linear  the quick tests whose names match K, as pytest's -k: what touches one op
+#   make check K=linear  what touches one op: the quick tests of test_linear.py, on every way to run it; a K that names
+#                        no file is pytest's -k
 #   make test            the tests, on every core
 #   make test-slow       those that need a download or minutes, which make test leaves out
 #   make lint            the linters: ruff, clang-format, mypy, and warnings of the C++ compiler
@@ -44,8 +45,9 @@ build: $(VENV)/.torch
 	$(BIN)/python setup.py -q build_ext --inplace
 	@touch $(VENV)/.built
 
+check: CHECKED = $(if $(word 2,$(K)),,$(wildcard tests/test_$(K).py tests/*/test_$(K).py))
 check: $(VENV)/.installed-test $(VENV)/.built
-	$(PYTEST) -q -m "not slow" -k "$(K)"
+	$(PYTEST) --dist worksteal -q -m "not slow" $(or $(CHECKED),-k "$(K)")
 
 test: $(VENV)/.installed-test $(VENV)/.built
 	$(PYTEST) -m "not slow"
