@@ -209,7 +209,7 @@ def test_info_needs_no_framework():
         "for name in ('transformers', 'matplotlib', 'peft', 'bitsandbytes', 'gguf'):\n"
         "    sys.modules[name] = None\n"
         "sys.argv = ['nf4kernels', 'info']\n"
-        "import runpy\n"
+        f"import runpy, torch; torch.set_num_threads({torch.get_num_threads()})\n"
         "runpy.run_module('nf4kernels', run_name='__main__')\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)

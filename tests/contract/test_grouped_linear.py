@@ -403,7 +403,7 @@ class TestGroupedLinear(GroupedContract):
     @pytest.mark.parametrize(
         ("kernel", "N", "dtype", "reason"),
         [
-            (ways.CUDA_DEQUANTIZE_GEMM, 40, torch.float16, "of experts are for bf16"),
+            (ways.CUDA_DEQUANTIZE_GEMM, 40, torch.float16, "of experts needs bf16"),
             ("tiled", 40, torch.float32, "true fp32"),
         ],
     )
