@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..autograd import autocast_is_on
+from ..autograd import autocast_is_on, is_transformed
 from ..functional import dequantize, grouped_linear_from_args, quantize_experts
 from ..quantized_weight import WEIGHT_DTYPES, QuantizedExperts, expert_columns
 from .quant_module import QuantModule, checked_compute_dtype
@@ -184,10 +184,10 @@ class QuantExperts(nn.Module):
         expert_offsets = torch.searchsorted(sorted_ids, experts, right=True, out_int32=True)
 
         x = hidden_states.to(self._dtype(hidden_states))
-        x = _TakeRows.apply(x, order // top_k, place, top_k)
+        x = _take_rows(x, order // top_k, place, top_k)
         gate, up = self.gate_up_proj(x, expert_offsets).chunk(2, -1)
         y = self.down_proj(self.act_fn(gate) * up, expert_offsets)
-        y = _TakeRows.apply(y, place, order, 1).view(tokens, top_k, self.hidden_dim)
+        y = _take_rows(y, place, order, 1).view(tokens, top_k, self.hidden_dim)
         return (y * top_k_weights[..., None]).sum(1).to(hidden_states.dtype)
 
     def _check(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> tuple[int, int]:
@@ -248,6 +248,12 @@ def _without_weights(module: nn.Module) -> nn.Module:
     emptied._parameters = dict.fromkeys(module._parameters)
     emptied._modules = dict(module._modules)
     return emptied
+
+
+def _take_rows(x: Tensor, rows: Tensor, places: Tensor, times: int) -> Tensor:
+    """As `_TakeRows`, which torch.func cannot transform."""
+    y: Tensor = x[rows] if is_transformed(x, rows) else _TakeRows.apply(x, rows, places, times)
+    return y
 
 
 class _TakeRows(torch.autograd.Function):
