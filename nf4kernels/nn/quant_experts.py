@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..autograd import autocast_is_on, is_transformed
 from ..functional import dequantize, grouped_linear_from_args, quantize_experts
 from ..quantized_weight import WEIGHT_DTYPES, QuantizedExperts, expert_columns
+from .casts import check_cast
 from .quant_module import QuantModule, checked_compute_dtype
 
 WEIGHTS = ("gate_up_proj", "down_proj")
@@ -234,8 +235,13 @@ class QuantExperts(nn.Module):
         if base_weights is None:
             weights = [getattr(self, name).dequantize(dtype) for name in WEIGHTS]
         else:
+            for name, weight in zip(WEIGHTS, weights):  # Ŵ is finite in fp32, which is not made here
+                if weight.numel() and not all(bound.isfinite() for bound in weight.aminmax()):
+                    check_cast(getattr(self, name).dequantize(torch.float32), dtype, f"{self.WHO}.to_experts: {name}")
             device = self.gate_up_proj.weight.device
             weights = [weight.detach().to(device, dtype, copy=True) for weight in base_weights]
+            for name, weight in zip(WEIGHTS, base_weights):
+                check_cast(weight, dtype, f"{self.WHO}.to_experts: {name}")
         for name, weight in zip(WEIGHTS, weights):
             setattr(dense, name, nn.Parameter(weight))
         dense.act_fn = self.act_fn

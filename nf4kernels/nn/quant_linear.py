@@ -9,6 +9,7 @@ from ..autograd import autocast_is_on
 from ..codebook import SCALE_CODEBOOKS
 from ..functional import dequantize, linear_from_args, lora_linear_from_args, quantize
 from ..quantized_weight import WEIGHT_DTYPES, QuantizedWeight
+from .casts import cast, check_cast
 from .lora import LoraConfig, init_adapter
 from .quant_module import QuantModule, checked_compute_dtype
 
@@ -144,16 +145,18 @@ class QuantLinear(QuantModule, nn.Linear):
         """
         if base_weight is None:
             weight = self.dequantize(torch.float32)
+        ValueError where a finite value does not fit dtype.
         else:
             weight = base_weight.to(self.weight.device, torch.float32, copy=True)
         if merge_lora and self.lora is not None:
             weight += self.lora_delta()
         dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        dense.weight = nn.Parameter(weight.to(dtype))
+        dense.weight = nn.Parameter(cast(weight, dtype, f"{self.WHO}.to_linear: weight"))
         if self.bias is not None:
             dense.bias = nn.Parameter(self.bias.detach().to(dtype, copy=True))
         return dense.train(self.training)
 
+            check_cast(self.bias, dtype, f"{self.WHO}.to_linear: bias")
     def reset_parameters(self) -> None:
         """Draw a new weight as nn.Linear does and quantize it; a new bias and adapter likewise."""
         source = torch.bfloat16 if self.bias is None else self.bias.dtype

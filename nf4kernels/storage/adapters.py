@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..model.plan import unwrapped
 from ..nn.lora import LoraConfig
+from ..nn.casts import check_cast
 from ..nn.quant_linear import QuantLinear
 from .atomic import replacing
 
@@ -267,6 +268,10 @@ def _check_fit(layers: dict[str, QuantLinear], adapters: dict[str, _Adapter], wh
             raise ValueError(f"{who}: the adapter of {name} must have rank {layer.lora.r}, got {adapter.config.r}")
         if layer.weight.is_meta:
             raise ValueError(f"{who}: model must be loaded, got {name} on the meta device")
+        if layer.lora is not None:
+            factors: Any = (layer.lora_A, layer.lora_B)
+            for factor, stored in zip(factors, (adapter.A, adapter.B)):
+                check_cast(stored, factor.weight.dtype, f"{who}: the adapter of {name}")
     left = [name for name, layer in layers.items() if layer.lora is not None and layer not in given]
     if left:
         raise ValueError(f"{who}: the file must have an adapter for every layer that has one, got none for {left}")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..model.plan import replace_module, unwrapped
 from ..nn.lora import LoraConfig
+from ..nn.casts import check_cast
 from ..nn.quant_linear import QuantLinear
 from ..nn.quant_module import BUFFERS, QuantModule
 from ..quantized_weight import QuantizedWeight
@@ -234,6 +235,8 @@ def _install(model: nn.Module, layers: Mapping[str, Any], qweights, attach, tens
         names.setdefault(layer, []).append(name)
     for layer, aliases in names.items():
         name = next(alias for alias in aliases if alias in qweights)
+        if name in expected and not expected[name].is_meta:
+            check_cast(tensor, expected[name].dtype, f"{who}: {name}")
         device = "cpu" if layer.weight.is_meta else layer.weight.device
         if isinstance(layer, QuantLinear):
             layer.set_qweight(qweights[name].to(device))
