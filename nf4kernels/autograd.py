@@ -5,8 +5,9 @@
 one of these is asked for, since a `setup_context` costs each call some 3 us.
 """
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,23 @@ def autocast_is_on(device: torch.device) -> bool:
     device_type = device.type
     is_on: bool = device_type != "meta" and torch.is_autocast_enabled(device_type)  # torch raises for meta
     return is_on
+
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def outside_inference_mode(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """For what makes tensors that training is to go through: autograd refuses those that inference mode made."""
+
+    @functools.wraps(function)
+    def normal(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return normal
 
 
 def is_transformed(*tensors: Tensor | None) -> bool:
@@ -65,7 +83,7 @@ class Product(torch.autograd.Function):
         return (_grouped_linear_dgrad if transposed else _grouped_linear)(x, expert_offsets, *weight_args)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, *ctx.constants, ctx.transposed = inputs
 
     @staticmethod
@@ -78,7 +96,7 @@ class Product(torch.autograd.Function):
         return y
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple, x: Tensor, expert_offsets: Tensor | None, weight_args: WeightArgs,
+    def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, expert_offsets: Tensor | None, weight_args: WeightArgs,
              transposed: bool) -> tuple[Tensor, int]:  # fmt: skip
         """The batch becomes rows of x: there is one weight for all of it."""
         x_dim, offsets_dim, weight_dims, _ = in_dims

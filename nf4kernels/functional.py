@@ -19,6 +19,7 @@ from .autograd import (
     composed_lora_linear,
     is_transformed,
     lora_forward,
+    outside_inference_mode,
 )
 from .quantized_weight import (
     WEIGHT_DTYPES,
@@ -36,6 +37,7 @@ _linear: Callable[..., Tensor] = _ops.linear.default
 _grouped_linear: Callable[..., Tensor] = _ops.grouped_linear.default
 
 
+@outside_inference_mode
 def quantize(
     weight: Tensor,
     codebook: str | Tensor = "nf4",
@@ -92,6 +94,7 @@ def quantize(
     )  # fmt: skip
 
 
+@outside_inference_mode
 def quantize_experts(
     weight: Tensor,
     codebook: str | Tensor = "nf4",

@@ -5,12 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..autograd import outside_inference_mode
 from ..nn.quant_experts import WEIGHTS, QuantExperts
 from ..nn.quant_linear import QuantLinear
 from ..quantized_weight import WEIGHT_DTYPES
 from .plan import QUANTIZED, check_container, names_of_modules, parts, replace_module, unwrapped
 
 
+@outside_inference_mode
 def merge_model(model: nn.Module, base: nn.Module | None = None, dtype: torch.dtype = torch.bfloat16) -> list[str]:
     """Replace every QuantLinear of `model` by an nn.Linear of Ŵ + scaling * lora_B @ lora_A, in place.
 
@@ -67,14 +69,14 @@ def merge_model(model: nn.Module, base: nn.Module | None = None, dtype: torch.dt
     return [names[0] for names in targets]
 
 
-def _base_weights(base: nn.Module, name: str, layer: QuantLinear | QuantExperts, who: str) -> list[Tensor]:
-    """base's dense weights of that name, one or the experts' two; ValueError where they do not fit the layer."""
 def _dense(layer: QuantLinear | QuantExperts, dtype: torch.dtype, base_weights: list[Tensor] | None) -> Any:
     if isinstance(layer, QuantExperts):
         return layer.to_experts(dtype, base_weights)
     return layer.to_linear(dtype, base_weight=None if base_weights is None else base_weights[0])
 
 
+def _base_weights(base: nn.Module, name: str, layer: QuantLinear | QuantExperts, who: str) -> list[Tensor]:
+    """base's dense weights of that name, one or the experts' two; ValueError where they do not fit the layer."""
     try:
         module = base.get_submodule(name)
     except AttributeError:

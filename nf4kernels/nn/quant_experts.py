@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..autograd import autocast_is_on, is_transformed
+from ..autograd import autocast_is_on, is_transformed, outside_inference_mode
 from ..functional import dequantize, grouped_linear_from_args, quantize_experts
 from ..quantized_weight import WEIGHT_DTYPES, QuantizedExperts, expert_columns
 from .casts import check_cast
@@ -218,6 +218,7 @@ class QuantExperts(nn.Module):
         """Whether `to_experts` knows what to make: not of a QuantExperts that was not made by `from_experts`."""
         return bool(self._emptied)
 
+    @outside_inference_mode
     def to_experts(
         self, dtype: torch.dtype = torch.bfloat16, base_weights: Sequence[Tensor] | None = None
     ) -> nn.Module:
@@ -234,14 +235,14 @@ class QuantExperts(nn.Module):
         dense: Any = _without_weights(self._emptied[0])
         if base_weights is None:
             weights = [getattr(self, name).dequantize(dtype) for name in WEIGHTS]
-        else:
             for name, weight in zip(WEIGHTS, weights):  # Ŵ is finite in fp32, which is not made here
                 if weight.numel() and not all(bound.isfinite() for bound in weight.aminmax()):
                     check_cast(getattr(self, name).dequantize(torch.float32), dtype, f"{self.WHO}.to_experts: {name}")
+        else:
             device = self.gate_up_proj.weight.device
-            weights = [weight.detach().to(device, dtype, copy=True) for weight in base_weights]
             for name, weight in zip(WEIGHTS, base_weights):
                 check_cast(weight, dtype, f"{self.WHO}.to_experts: {name}")
+            weights = [weight.detach().to(device, dtype, copy=True) for weight in base_weights]
         for name, weight in zip(WEIGHTS, weights):
             setattr(dense, name, nn.Parameter(weight))
         dense.act_fn = self.act_fn
