@@ -5,12 +5,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from . import codebook as codebooks
 from . import ops  # noqa: F401 (defines what the next lines hold)
-from .autograd import GroupedLinear, Linear, LoraLinear, autocast_is_on, lora_forward
+from .autograd import (
+    GroupedLinear,
+    Linear,
+    LoraLinear,
+    Product,
+    autocast_is_on,
+    composed_linear,
+    composed_lora_linear,
+    is_transformed,
+    lora_forward,
+    outside_inference_mode,
+)
 from .quantized_weight import (
     WEIGHT_DTYPES,
     QuantizedExperts,
@@ -25,9 +35,9 @@ _ops = torch.ops.nf4kernels
 # Each lookup would cost every call 0.1 us.
 _linear: Callable[..., Tensor] = _ops.linear.default
 _grouped_linear: Callable[..., Tensor] = _ops.grouped_linear.default
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
+@outside_inference_mode
 def quantize(
     weight: Tensor,
     codebook: str | Tensor = "nf4",
@@ -84,6 +94,7 @@ def quantize(
     )  # fmt: skip
 
 
+@outside_inference_mode
 def quantize_experts(
     weight: Tensor,
     codebook: str | Tensor = "nf4",
@@ -188,6 +199,8 @@ def dequantize(
 def linear(x: Tensor, qweight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
     """x @ Ŵ.T + bias, without writing Ŵ to memory; differentiable in x and bias.
 
+    Any number of times, and by torch.func's transforms (vmap over all but the weight), which add bias after rounding.
+
     Args:
         x: `[..., K]`, float32, bfloat16 or float16, any strides. A non-contiguous x is copied. Under autocast x is
             first cast to autocast's dtype.
@@ -215,6 +228,9 @@ def lora_linear(
     dropout_p: float = 0.0,
 ) -> Tensor:
     """x @ Ŵ.T + scaling * dropout(x) @ lora_A.T @ lora_B.T + bias; differentiable in x, lora_A, lora_B and bias.
+
+    Any number of times, and by torch.func's transforms (vmap over all but the weight); these, and a backward that is
+    itself recorded, round each term to x's dtype before they add them.
 
     Saved for backward: x, the packed weight, lora_A, lora_B, the LoRA inner product `[M, r]`, and the dropout mask.
 
@@ -267,8 +283,9 @@ def grouped_linear(x: Tensor, expert_offsets: Tensor, qweights: QuantizedExperts
 def linear_from_args(x: Tensor, weight_args: WeightArgs, bias: Tensor | None, who: str) -> Tensor:
     """`linear` on the weight's op arguments, for callers that hold the tensors themselves."""
     x, bias = _check_input(x, weight_args, bias, who)
-    needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    if needs_grad or _is_transformed(x, bias):
+    if is_transformed(x, bias):
+        return composed_linear(x, bias, weight_args)
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         y: Tensor = Linear.apply(x, bias, weight_args)
         return y
     return _linear(x, *weight_args, bias)
@@ -297,10 +314,11 @@ def lora_linear_from_args(
         raise ValueError(f"{who}: lora_A and lora_B must be on {device} as x is, got {came}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"{who}: dropout_p must be in [0, 1), got {dropout_p}")
-    needs_grad = torch.is_grad_enabled() and (
+    if is_transformed(x, lora_A, lora_B, bias):
+        return composed_lora_linear(x, lora_A, lora_B, bias, scaling, dropout_p, weight_args)
+    if torch.is_grad_enabled() and (
         x.requires_grad or lora_A.requires_grad or lora_B.requires_grad or (bias is not None and bias.requires_grad)
-    )
-    if needs_grad or _is_transformed(x, lora_A, lora_B, bias):
+    ):
         y: Tensor = LoraLinear.apply(x, lora_A, lora_B, bias, scaling, dropout_p, weight_args)
         return y
     return lora_forward(x, lora_A, lora_B, bias, scaling, dropout_p, weight_args)[0]
@@ -320,22 +338,13 @@ def grouped_linear_from_args(x: Tensor, expert_offsets: Tensor, weight_args: Wei
     if expert_offsets.device != x.device:
         raise ValueError(f"{who}: expert_offsets must be on {x.device} as x is, got {expert_offsets.device}")
     expert_offsets = expert_offsets.contiguous()
-    if (torch.is_grad_enabled() and x.requires_grad) or _is_transformed(x):
+    if is_transformed(x, expert_offsets):
+        composed: Tensor = Product.apply(x, expert_offsets, weight_args, False)
+        return composed
+    if torch.is_grad_enabled() and x.requires_grad:
         y: Tensor = GroupedLinear.apply(x, expert_offsets, weight_args)
         return y
     return _grouped_linear(x, expert_offsets, *weight_args)
-
-
-def _is_transformed(*tensors: Tensor | None) -> bool:
-    """Whether forward-mode AD or torch.func is at work: autograd.Function refuses both, the op would drop tangents."""
-    if torch.compiler.is_compiling():
-        return False
-    if forward_ad._current_level >= 0:
-        return True
-    for tensor in tensors:  # noqa: SIM110 (any() over a generator: 0.3 us)
-        if tensor is not None and _is_wrapped(tensor):
-            return True
-    return False
 
 
 def _check_weight(qweight: QuantizedWeight, who: str) -> None:

@@ -43,7 +43,8 @@ def quantize_absmax(absmax: Tensor, scale_code: Tensor, scale_is_e4m3: bool) -> 
     scale_absmax = centred.abs().amax(1) if centred.numel() else centred.new_zeros(0)
     s = scale_absmax.clamp(min=2.0**-100)[:, None]
     if scale_is_e4m3:
-        index = (centred * (448 / s)).to(torch.float8_e4m3fn).view(torch.uint8)
+        # A tensor over a tensor: torch computes `448 / s` as `s.reciprocal() * 448`, two roundings. `1 / s` has one.
+        index = (centred * (torch.full_like(s, 448) / s)).to(torch.float8_e4m3fn).view(torch.uint8)
     else:
         index = torch.bucketize(centred * (1 / s), (scale_code[:-1] + scale_code[1:]) / 2).to(torch.uint8)
     return index.view(-1)[: flat.numel()].view(absmax.shape), scale_absmax, scale_offset

@@ -1,4 +1,4 @@
-"""Where autograd meets the rest of torch: reused outputs, transforms, autocast, zero sizes, dynamic shapes."""
+"""Where autograd meets the rest of torch: reused outputs, autocast, zero sizes, dynamic shapes."""
 
 import pytest
 import torch
@@ -25,44 +25,6 @@ def test_out_that_requires_a_gradient_is_refused(qweight):
     with pytest.raises(ValueError, match="out must not require a gradient"):
         nf4.dequantize(qweight, out=out)
     assert not out.any()
-
-
-@pytest.mark.parametrize("transform", ["jvp", "vmap", "grad"])
-def test_torch_func_is_refused_and_not_answered_wrongly(qweight, transform):
-    x = torch.randn(4, 64)
-    calls = {
-        "jvp": lambda: torch.func.jvp(lambda z: nf4.linear(z, qweight), (x,), (x,)),
-        "vmap": lambda: torch.vmap(lambda z: nf4.linear(z, qweight))(x),
-        "grad": lambda: torch.func.grad(lambda z: nf4.linear(z, qweight).sum())(x),
-    }
-    with pytest.raises(RuntimeError, match=r"autograd\.Function"):
-        calls[transform]()
-
-
-@pytest.mark.parametrize("argument", ["lora_A", "lora_B", "bias"])
-@pytest.mark.parametrize("transform", ["jvp", "vmap", "grad"])
-def test_torch_func_over_a_factor_is_refused(qweight, transform, argument):
-    """x is an ordinary tensor here and none needs a gradient: only the transformed argument tells."""
-    x = torch.randn(4, 64)
-    factors = {"lora_A": torch.randn(8, 64), "lora_B": torch.randn(32, 8), "bias": torch.randn(32)}
-
-    def function(z):
-        return nf4.lora_linear(x, qweight, scaling=1.0, **factors | {argument: z})
-
-    value = factors[argument]
-    calls = {
-        "jvp": lambda: torch.func.jvp(function, (value,), (value,)),
-        "vmap": lambda: torch.vmap(function)(value.expand(2, *value.shape)),
-        "grad": lambda: torch.func.grad(lambda z: function(z).sum())(value),
-    }
-    with pytest.raises(RuntimeError, match=r"autograd\.Function"):
-        calls[transform]()
-
-
-def test_vmap_over_bias_is_refused(qweight):
-    x = torch.randn(4, 64)
-    with pytest.raises(RuntimeError, match=r"autograd\.Function"):
-        torch.vmap(lambda bias: nf4.linear(x, qweight, bias))(torch.randn(2, 32))
 
 
 def test_autocast_around_backward_does_not_change_it(qweight):

@@ -1,13 +1,15 @@
 """The reference against `oracle.py`, an independent element-by-element reading of the format."""
 
+import ast
 import itertools
 
 import numpy as np
 import pytest
 import torch
-from support import cases, oracle
+from support import cases, oracle, special
 from support.cases import DEFAULT, Layout, shape_id
 from support.numerics import assert_same_bits
+from support.paths import ROOT
 
 from nf4kernels import reference
 from nf4kernels.codebook import SCALE_CODEBOOKS
@@ -55,6 +57,37 @@ def test_quantize_absmax(scale_codebook, blocks):
     assert got[0].tolist() == expected[0].tolist()
     assert got[1].tolist() == expected[1].tolist()
     assert got[2].item() == expected[2]
+
+
+def test_quantize_absmax_at_ties_of_bf16_weights():
+    table = SCALE_CODEBOOKS["e4m3"]
+    groups = special.groups_at_a_tie()
+    assert len(groups) >= 5
+    for absmax in groups:
+        expected, _, _ = oracle.encode_scales(list(absmax.numpy()), table.numpy(), True)
+        assert reference.quantize_absmax(absmax, table, True)[0].tolist() == expected.tolist()
+
+
+def quotients_of_numbers(source: str) -> list[str]:
+    """Number / something with a name in it; 1 / t has one rounding, and what ints and floats alone give has, too."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div) and isinstance(node.left, ast.Constant):
+            divisor = ast.unparse(node.right)
+            is_number = divisor.startswith(("max(", "math.", "len(")) or not any(
+                isinstance(inner, ast.Name) for inner in ast.walk(node.right)
+            )
+            if node.left.value != 1 and not is_number:
+                found.append(ast.unparse(node))
+    return found
+
+
+@pytest.mark.parametrize("folder", ["nf4kernels", "tests", "benchmarks"])
+def test_no_number_is_divided_by_a_tensor(folder):
+    """torch computes `448 / t` as `t.reciprocal() * 448`, two roundings; `t.new_tensor(448) / t` has one."""
+    assert quotients_of_numbers("448 / scale") == ["448 / scale"]
+    found = {str(file): quotients_of_numbers(file.read_text()) for file in (ROOT / folder).rglob("*.py")}
+    assert {file: lines for file, lines in found.items() if lines} == {}
 
 
 def test_quantize_absmax_sums_in_fp64_by_superblock():

@@ -5,12 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..autograd import outside_inference_mode
 from ..nn.quant_experts import WEIGHTS, QuantExperts
 from ..nn.quant_linear import QuantLinear
 from ..quantized_weight import WEIGHT_DTYPES
 from .plan import QUANTIZED, check_container, names_of_modules, parts, replace_module, unwrapped
 
 
+@outside_inference_mode
 def merge_model(model: nn.Module, base: nn.Module | None = None, dtype: torch.dtype = torch.bfloat16) -> list[str]:
     """Replace every QuantLinear of `model` by an nn.Linear of Ŵ + scaling * lora_B @ lora_A, in place.
 
@@ -32,7 +34,8 @@ def merge_model(model: nn.Module, base: nn.Module | None = None, dtype: torch.dt
     Raises:
         TypeError, ValueError: an argument is wrong, `base` lacks a layer, has it in another shape, or not in floating
             point, or QuantExperts were not made from a module (the message names the layer). The model is then
-            unchanged.
+            unchanged. ValueError too where a finite value does not fit `dtype`; the layers before that one are then
+            replaced.
     """
     who = "nf4kernels.merge_model"
     model = unwrapped(model, "model", who)
@@ -56,14 +59,20 @@ def merge_model(model: nn.Module, base: nn.Module | None = None, dtype: torch.dt
     for names in targets:
         layer = model.get_submodule(names[0])
         base_weights = None if base is None else _base_weights(base, names[0], layer, who)
-        if isinstance(layer, QuantExperts):
-            dense: nn.Module = layer.to_experts(dtype, base_weights)
-        else:
-            dense = layer.to_linear(dtype, base_weight=None if base_weights is None else base_weights[0])
-            if dense.bias is not None:
-                dense.bias.requires_grad_(layer.bias.requires_grad)
+        try:
+            dense = _dense(layer, dtype, base_weights)
+        except ValueError as error:
+            raise ValueError(f"{who}: layer {names[0]} failed, those before it are replaced: {error}") from None
+        if isinstance(layer, QuantLinear) and dense.bias is not None:
+            dense.bias.requires_grad_(layer.bias.requires_grad)
         replace_module(model, names, layer, dense)
     return [names[0] for names in targets]
+
+
+def _dense(layer: QuantLinear | QuantExperts, dtype: torch.dtype, base_weights: list[Tensor] | None) -> Any:
+    if isinstance(layer, QuantExperts):
+        return layer.to_experts(dtype, base_weights)
+    return layer.to_linear(dtype, base_weight=None if base_weights is None else base_weights[0])
 
 
 def _base_weights(base: nn.Module, name: str, layer: QuantLinear | QuantExperts, who: str) -> list[Tensor]:

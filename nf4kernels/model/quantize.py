@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..autograd import outside_inference_mode
 from ..functional import dequantize
 from ..nn.lora import LoraConfig
 from ..nn.quant_experts import WEIGHTS, QuantExperts
@@ -19,6 +20,7 @@ SLICES = 8  # in which a weight's error is measured: fp32 Ŵ then takes a quarte
 SMALLEST_SLICE = 1 << 20  # elements
 
 
+@outside_inference_mode
 def quantize_model(
     model: nn.Module,
     skip: Iterable[str] = ("lm_head",),

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..autograd import autocast_is_on
+from ..autograd import autocast_is_on, is_transformed, outside_inference_mode
 from ..functional import dequantize, grouped_linear_from_args, quantize_experts
 from ..quantized_weight import WEIGHT_DTYPES, QuantizedExperts, expert_columns
+from .casts import check_cast
 from .quant_module import QuantModule, checked_compute_dtype
 
 WEIGHTS = ("gate_up_proj", "down_proj")
@@ -184,10 +185,10 @@ class QuantExperts(nn.Module):
         expert_offsets = torch.searchsorted(sorted_ids, experts, right=True, out_int32=True)
 
         x = hidden_states.to(self._dtype(hidden_states))
-        x = _TakeRows.apply(x, order // top_k, place, top_k)
+        x = _take_rows(x, order // top_k, place, top_k)
         gate, up = self.gate_up_proj(x, expert_offsets).chunk(2, -1)
         y = self.down_proj(self.act_fn(gate) * up, expert_offsets)
-        y = _TakeRows.apply(y, place, order, 1).view(tokens, top_k, self.hidden_dim)
+        y = _take_rows(y, place, order, 1).view(tokens, top_k, self.hidden_dim)
         return (y * top_k_weights[..., None]).sum(1).to(hidden_states.dtype)
 
     def _check(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> tuple[int, int]:
@@ -217,6 +218,7 @@ class QuantExperts(nn.Module):
         """Whether `to_experts` knows what to make: not of a QuantExperts that was not made by `from_experts`."""
         return bool(self._emptied)
 
+    @outside_inference_mode
     def to_experts(
         self, dtype: torch.dtype = torch.bfloat16, base_weights: Sequence[Tensor] | None = None
     ) -> nn.Module:
@@ -233,8 +235,13 @@ class QuantExperts(nn.Module):
         dense: Any = _without_weights(self._emptied[0])
         if base_weights is None:
             weights = [getattr(self, name).dequantize(dtype) for name in WEIGHTS]
+            for name, weight in zip(WEIGHTS, weights):  # Ŵ is finite in fp32, which is not made here
+                if weight.numel() and not all(bound.isfinite() for bound in weight.aminmax()):
+                    check_cast(getattr(self, name).dequantize(torch.float32), dtype, f"{self.WHO}.to_experts: {name}")
         else:
             device = self.gate_up_proj.weight.device
+            for name, weight in zip(WEIGHTS, base_weights):
+                check_cast(weight, dtype, f"{self.WHO}.to_experts: {name}")
             weights = [weight.detach().to(device, dtype, copy=True) for weight in base_weights]
         for name, weight in zip(WEIGHTS, weights):
             setattr(dense, name, nn.Parameter(weight))
@@ -248,6 +255,12 @@ def _without_weights(module: nn.Module) -> nn.Module:
     emptied._parameters = dict.fromkeys(module._parameters)
     emptied._modules = dict(module._modules)
     return emptied
+
+
+def _take_rows(x: Tensor, rows: Tensor, places: Tensor, times: int) -> Tensor:
+    """As `_TakeRows`, which torch.func cannot transform."""
+    y: Tensor = x[rows] if is_transformed(x, rows) else _TakeRows.apply(x, rows, places, times)
+    return y
 
 
 class _TakeRows(torch.autograd.Function):

@@ -5,10 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..autograd import autocast_is_on
+from ..autograd import autocast_is_on, outside_inference_mode
 from ..codebook import SCALE_CODEBOOKS
 from ..functional import dequantize, linear_from_args, lora_linear_from_args, quantize
 from ..quantized_weight import WEIGHT_DTYPES, QuantizedWeight
+from .casts import cast, check_cast
 from .lora import LoraConfig, init_adapter
 from .quant_module import QuantModule, checked_compute_dtype
 
@@ -33,6 +34,7 @@ class QuantLinear(QuantModule, nn.Linear):
     WHO = "nf4kernels.QuantLinear"
     qweight: QuantizedWeight
 
+    @outside_inference_mode
     def __init__(
         self,
         in_features: int,
@@ -111,6 +113,7 @@ class QuantLinear(QuantModule, nn.Linear):
         """Ŵ `[out_features, in_features]`, without the adapter."""
         return dequantize(self.qweight, dtype)
 
+    @outside_inference_mode
     def add_lora(self, config: LoraConfig, dtype: torch.dtype | None = None) -> None:
         """Attach a fresh adapter; ValueError where one is attached already.
 
@@ -135,12 +138,14 @@ class QuantLinear(QuantModule, nn.Linear):
         with torch.no_grad():
             return self.lora.scaling * (self.lora_B.weight.float() @ self.lora_A.weight.float())
 
+    @outside_inference_mode
     def to_linear(
         self, dtype: torch.dtype = torch.bfloat16, merge_lora: bool = True, base_weight: Tensor | None = None
     ) -> nn.Linear:
         """A dense nn.Linear with Ŵ, plus the adapter's product if `merge_lora`, summed in fp32 and rounded once.
 
         `base_weight`, `[out_features, in_features]`, takes Ŵ's place. This layer is left as it is. Copies everything.
+        ValueError where a finite value does not fit dtype.
         """
         if base_weight is None:
             weight = self.dequantize(torch.float32)
@@ -149,11 +154,13 @@ class QuantLinear(QuantModule, nn.Linear):
         if merge_lora and self.lora is not None:
             weight += self.lora_delta()
         dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        dense.weight = nn.Parameter(weight.to(dtype))
+        dense.weight = nn.Parameter(cast(weight, dtype, f"{self.WHO}.to_linear: weight"))
         if self.bias is not None:
+            check_cast(self.bias, dtype, f"{self.WHO}.to_linear: bias")
             dense.bias = nn.Parameter(self.bias.detach().to(dtype, copy=True))
         return dense.train(self.training)
 
+    @outside_inference_mode
     def reset_parameters(self) -> None:
         """Draw a new weight as nn.Linear does and quantize it; a new bias and adapter likewise."""
         source = torch.bfloat16 if self.bias is None else self.bias.dtype

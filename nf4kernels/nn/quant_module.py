@@ -1,15 +1,19 @@
-"""QuantModule: how a module holds a 4-bit weight, casts it, saves it and loads it."""
+"""QuantModule: how a module holds a 4-bit weight, casts it, saves it and loads it, and notices a write into it."""
 
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ..autograd import outside_inference_mode
 from ..codebook import CODEBOOKS, SCALE_CODEBOOKS
 from ..quantized_weight import WEIGHT_DTYPES, QuantizedExperts, QuantizedWeight, WeightArgs
+from . import checksum as checksums
 
 SCALES = ("scale_absmax", "scale_offset", "code", "scale_code")
 BUFFERS = ("absmax", *SCALES)
+OTHER_BUFFERS = ("source_dtype", "checksum")
+UNSEEN = -1  # no tensor has this version
 
 
 def checked_compute_dtype(compute_dtype: torch.dtype | None, who: str) -> torch.dtype | None:
@@ -19,7 +23,13 @@ def checked_compute_dtype(compute_dtype: torch.dtype | None, who: str) -> torch.
 
 
 class QuantModule(nn.Module):
-    """A frozen uint8 parameter `weight` and the scales as buffers, which only a change of device reaches."""
+    """A frozen uint8 parameter `weight` and the scales as buffers, which only a change of device reaches.
+
+    Bytes are codes, so that a write that takes them for numbers (an average, nn.init) leaves full-size garbage. It
+    raises the tensors' version, which each use compares with the one seen last; where they differ, the buffer
+    `checksum` decides: an average of equal bytes, a broadcast of all state and a copy are no change. A write through
+    `.data` raises no version, and under torch.compile nothing is compared.
+    """
 
     WHO: ClassVar[str]  # the subclass's name in messages
     QUANTIZED: ClassVar[Any] = QuantizedWeight  # or QuantizedExperts
@@ -31,18 +41,51 @@ class QuantModule(nn.Module):
     code: Tensor
     scale_code: Tensor | None
     source_dtype: Tensor
+    checksum: Tensor
+    _seen: int  # versions of weight and absmax, summed, at which they were right
 
+    @outside_inference_mode
     def set_qweight(self, qweight: QuantizedWeight | QuantizedExperts) -> None:
         """Take over the tensors and the options of `qweight`; whatever else the module has stays as it is."""
         self.out_features, self.in_features = qweight.shape[-2:]
         self.block_size, self.codebook, self.scale_codebook = (
             qweight.block_size, qweight.codebook, qweight.scale_codebook,
         )  # fmt: skip
-        self.weight = nn.Parameter(qweight.packed, requires_grad=False)
+        self.register_parameter("weight", nn.Parameter(_normal(qweight.packed), requires_grad=False))
         for name in BUFFERS:
-            self.register_buffer(name, getattr(qweight, name))
+            tensor = getattr(qweight, name)
+            self.register_buffer(name, None if tensor is None else _normal(tensor))
         source = torch.tensor(WEIGHT_DTYPES.index(qweight.dtype), dtype=torch.uint8, device=qweight.device)
         self.register_buffer("source_dtype", source)
+        self.register_buffer("checksum", None)
+        self.record_bytes()
+
+    @outside_inference_mode
+    def record_bytes(self) -> None:
+        """Take the bytes for right as they are: after a write that meant to give the layer others."""
+        if _has_bytes(self.weight):
+            self.checksum = checksums.checksum(self.weight, self.absmax)
+        else:
+            self.checksum = torch.zeros(checksums.LENGTH, dtype=torch.uint8, device=self.absmax.device)
+        self._seen = UNSEEN
+        if not (self.weight.is_inference() or self.absmax.is_inference()):
+            self._seen = self.weight._version + self.absmax._version
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As nn.Module, but another weight than the present one brings other bytes with it."""
+        is_exchanged = name in ("weight", "absmax") and name in {**self._parameters, **self._buffers}
+        super().__setattr__(name, value)
+        if is_exchanged:
+            self.record_bytes()
+        elif name == "weight":  # back from a stand-in, which may have written into it
+            self._seen = UNSEEN
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._seen = UNSEEN  # copied tensors count their versions anew
+        if "checksum" not in self._buffers:
+            self.register_buffer("checksum", None)
+            self.record_bytes()
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -55,7 +98,7 @@ class QuantModule(nn.Module):
         if self.weight.is_meta:
             raise ValueError(f"{self.WHO}.qweight: the layer is on the meta device, load its state first")
         return self.QUANTIZED(
-            self.weight.data, *(getattr(self, name) for name in BUFFERS), self.weight_shape,
+            self.checked_weight().data, *(getattr(self, name) for name in BUFFERS), self.weight_shape,
             WEIGHT_DTYPES[int(self.source_dtype.item())], self.block_size, self.codebook, self.scale_codebook,
         )  # fmt: skip
 
@@ -81,19 +124,60 @@ class QuantModule(nn.Module):
         expected = torch.float32 if self.scale_codebook is None else torch.uint8
         if absmax.dtype != expected:
             raise TypeError(f"{self.WHO}: absmax must stay {expected}, got {absmax.dtype}")
-        return self._parameter("weight"), absmax, *scales, self.out_features, self.in_features, self.block_size
+        return self.checked_weight(), absmax, *scales, self.out_features, self.in_features, self.block_size
 
+    def checked_weight(self) -> Tensor:
+        """The packed weight; RuntimeError where its bytes, or absmax', were written in place."""
+        parameters: Any = self._parameters
+        if "weight" not in parameters:
+            return self._stand_in()
+        weight: Tensor = parameters["weight"]
+        if torch.compiler.is_compiling():
+            return weight
+        absmax: Any = self._buffers["absmax"]
+        try:
+            version = weight._version + absmax._version
+        except RuntimeError:  # inference tensors have none
+            return weight
+        if version != self._seen:
+            self._compare_bytes(weight, absmax)
+            self._seen = version
+        return weight
+
+    def _stand_in(self) -> Tensor:
+        """A weight that is no parameter: a plain attribute, as sharding leaves it, but nothing that is computed."""
+        if "parametrizations" in self._modules or any(name.startswith("weight_") for name in self._parameters):
+            raise RuntimeError(
+                f"{self.WHO}: weight must be the packed bytes themselves, got what pruning or another parametrization"
+                " makes of them: they are codes, not numbers"
+            )
+        return self.weight
+
+    def _compare_bytes(self, weight: Tensor, absmax: Tensor) -> None:
+        if not _has_bytes(weight) or not _has_bytes(absmax) or not _has_bytes(self.checksum):
+            return
+        recorded = self.checksum.to(weight.device)
+        if not torch.equal(checksums.checksum(weight, absmax), recorded) and recorded.any():
+            raise RuntimeError(
+                f"{self.WHO}: the packed bytes of the {list(self.weight_shape)} weight must stay as quantize made them,"
+                " got bytes that were changed in place (by an average of models, nn.init, zero_, pruning...): they are"
+                " codes, not numbers. Load the layer's state again, and average or initialise adapters alone"
+                " (docs/migrating.md)"
+            )
+
+    @outside_inference_mode
     def _apply(self, fn, recurse: bool = True):
         """As nn.Module, but a dtype cast never reaches the weight: the original goes to the new device instead."""
-        before = {name: getattr(self, name) for name in (*BUFFERS, "source_dtype")}
+        before = {name: self._buffers[name] for name in (*BUFFERS, *OTHER_BUFFERS)}
         packed = self.weight.data
         super()._apply(fn, recurse)
         for name, old in before.items():
-            new = getattr(self, name)
-            if old is not None and new.dtype != old.dtype:
-                setattr(self, name, old.to(new.device))
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
         if self.weight.dtype != packed.dtype:  # Module.type casts integers too
             self.weight.data = packed.to(self.weight.device)
+        self._seen = UNSEEN
         return self
 
     def state_errors(self, state_dict: dict[str, Tensor], prefix: str) -> list[str]:
@@ -101,6 +185,7 @@ class QuantModule(nn.Module):
         specs = self.QUANTIZED.specs(*self.weight_shape, self.block_size, self.double_quant)
         specs["weight"] = specs.pop("packed")
         specs["source_dtype"] = (torch.uint8, ())
+        specs["checksum"] = (torch.uint8, (checksums.LENGTH,))
         errors = []
         for name, (dtype, shape) in specs.items():
             key = prefix + name
@@ -123,7 +208,20 @@ class QuantModule(nn.Module):
                 continue
             if not torch.equal(levels.cpu(), known[codebook]):
                 errors.append(f"{prefix}{name} must be the {codebook} codebook, got {levels[:4].tolist()}...")
+        if not errors and not self._fits_checksum(state_dict, prefix):
+            errors.append(
+                f"{prefix}weight must hold the bytes that {prefix}checksum is of, got others (an average of states?"
+                " packed bytes are codes, not numbers; average adapters alone)"
+            )
         return errors
+
+    def _fits_checksum(self, state_dict: dict[str, Tensor], prefix: str) -> bool:
+        """False where a state has all three and they contradict each other."""
+        keys = [prefix + name for name in ("weight", "absmax", "checksum")]
+        if not all(key in state_dict and _has_bytes(state_dict[key]) for key in keys):
+            return True
+        weight, absmax, recorded = (state_dict[key] for key in keys)
+        return not recorded.any() or torch.equal(checksums.checksum(weight, absmax).to(recorded.device), recorded)
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, error_msgs) -> None:
         """Refuse, before anything is copied, what does not fit."""
@@ -132,3 +230,21 @@ class QuantModule(nn.Module):
             error_msgs.extend(f"{self.WHO}: {error}" for error in errors)
             return
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, error_msgs)
+        key = f"{prefix}checksum"
+        if key in missing:  # a state of an earlier version, or of a part
+            missing.remove(key)
+        if key in state_dict:
+            self._seen = UNSEEN
+        elif f"{prefix}weight" in state_dict or f"{prefix}absmax" in state_dict:
+            self.record_bytes()
+
+
+def _has_bytes(tensor: Tensor) -> bool:
+    """Not on meta, sharded, fake or transformed."""
+    is_plain = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta
+    return is_plain and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def _normal(tensor: Tensor) -> Tensor:
+    """Autograd takes no tensor that inference mode made."""
+    return tensor.clone() if tensor.is_inference() else tensor

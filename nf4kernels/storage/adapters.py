@@ -13,7 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..autograd import outside_inference_mode
 from ..model.plan import unwrapped
+from ..nn.casts import check_cast
 from ..nn.lora import LoraConfig
 from ..nn.quant_linear import QuantLinear
 from .atomic import replacing
@@ -83,6 +85,7 @@ def save_adapters(model: nn.Module, directory: str | Path) -> None:
         text.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
+@outside_inference_mode
 def load_adapters(model: nn.Module, directory: str | Path) -> None:
     """Give the QuantLinear layers of `model` the adapters that PEFT or `save_adapters` wrote.
 
@@ -265,6 +268,10 @@ def _check_fit(layers: dict[str, QuantLinear], adapters: dict[str, _Adapter], wh
             )
         if layer.lora is not None and layer.lora.r != adapter.config.r:
             raise ValueError(f"{who}: the adapter of {name} must have rank {layer.lora.r}, got {adapter.config.r}")
+        if layer.lora is not None:
+            factors: Any = (layer.lora_A, layer.lora_B)
+            for factor, stored in zip(factors, (adapter.A, adapter.B)):
+                check_cast(stored, factor.weight.dtype, f"{who}: the adapter of {name}")
         if layer.weight.is_meta:
             raise ValueError(f"{who}: model must be loaded, got {name} on the meta device")
     left = [name for name, layer in layers.items() if layer.lora is not None and layer not in given]

@@ -11,10 +11,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..autograd import outside_inference_mode
 from ..model.plan import replace_module, unwrapped
+from ..nn.casts import check_cast
 from ..nn.lora import LoraConfig
 from ..nn.quant_linear import QuantLinear
-from ..nn.quant_module import BUFFERS, QuantModule
+from ..nn.quant_module import BUFFERS, OTHER_BUFFERS, QuantModule
 from ..quantized_weight import QuantizedWeight
 from .atomic import replacing
 from .bitsandbytes_format import names_of_weight, stored_weights, weight_from_tensors, weight_to_tensors
@@ -47,6 +49,9 @@ def save_checkpoint(model: nn.Module, path: str | Path) -> None:
         if not isinstance(tensor, Tensor) or tensor.is_meta:
             came = "a meta tensor" if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ValueError(f"{who}: {name} in model's state must be a loaded tensor, got {came}")
+    for module in model.modules():
+        if isinstance(module, QuantModule) and not isinstance(module, QuantLinear):
+            module.checked_weight()  # a QuantLinear's is checked with its qweight
     for group in _shared(expected):
         tensors[group[0]] = expected[group[0]]
     written = set()
@@ -75,6 +80,7 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
         save_file(owned, partial, {"format": "pt", **(metadata or {})})
 
 
+@outside_inference_mode
 def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     """Fill `model` with a checkpoint written by `save_checkpoint`, `nf4kernels quantize`, or bitsandbytes.
 
@@ -169,11 +175,14 @@ def _quant_layers(model: nn.Module) -> dict[str, QuantLinear]:
 
 
 def _dense_state(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """The model's state without the weights of `layers`."""
+    """The model's state without the weights of `layers`, nor what a file need not hold."""
     state = model.state_dict(keep_vars=True)
     for name in layers:
-        for key in ("weight", "source_dtype", *BUFFERS):
+        for key in ("weight", *OTHER_BUFFERS, *BUFFERS):
             state.pop(_join(name, key), None)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, QuantModule):
+            state.pop(_join(name, "checksum"), None)
     return state
 
 
@@ -226,6 +235,8 @@ def _check_dense(expected, tensors, layers, attach: dict[str, LoraConfig], who: 
     for name, tensor in tensors.items():
         if tuple(tensor.shape) != shapes[name]:
             raise ValueError(f"{who}: {name} must have shape {list(shapes[name])}, got {list(tensor.shape)}")
+        if name in expected and not expected[name].is_meta:
+            check_cast(tensor, expected[name].dtype, f"{who}: {name}")
 
 
 def _install(model: nn.Module, layers: Mapping[str, Any], qweights, attach, tensors) -> None:
@@ -257,6 +268,9 @@ def _install(model: nn.Module, layers: Mapping[str, Any], qweights, attach, tens
     for module in model.modules() if placed else ():
         for store in (module._parameters, module._buffers):
             store.update({leaf: placed[id(t)] for leaf, t in store.items() if id(t) in placed})
+    for module in model.modules():
+        if isinstance(module, QuantModule) and not isinstance(module, QuantLinear):
+            module.record_bytes()  # a QuantLinear has taken its weight over
     left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     if left:
         message = f"nf4kernels.load_checkpoint: still on the meta device, since no checkpoint holds them: {left}"

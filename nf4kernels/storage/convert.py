@@ -16,6 +16,7 @@ from ..functional import quantize
 from ..model.plan import skips
 from ..model.quantize import squared_error
 from ..model.report import QuantizedLayer, QuantizeReport, SkippedLayer
+from ..nn.casts import cast
 from ..quantized_weight import WEIGHT_DTYPES
 from .atomic import TargetError, copy_file, replacing_directory, write_json
 from .bitsandbytes_format import weight_to_tensors
@@ -118,7 +119,8 @@ def convert_directory(
         What was done.
 
     Raises:
-        ConversionError: an argument, the model or a weight is not as it must be (the message names it).
+        ConversionError: an argument, the model or a weight is not as it must be (the message names it), or a finite
+            value of a dense tensor does not fit `dtype`.
         TypeError, ValueError: a quantization option is out of its range.
         OSError: reading or writing failed.
     """
@@ -267,8 +269,7 @@ def _write_shards(
                         out.update(parts)
                         layers.append(line)
                     else:
-                        is_cast = options.dtype is not None and tensor.is_floating_point()
-                        out[header.name] = tensor.to(options.dtype) if is_cast else tensor
+                        out[header.name] = _cast(tensor, header.name, options, who)
                         if tensor.dim() >= 2:
                             skipped.append(SkippedLayer(header.name, tuple(tensor.shape), tensor.nbytes, "kept"))
                     bar.update()
@@ -294,6 +295,15 @@ def _quantize_tensor(
     parts = weight_to_tensors(qweight, f"{layer}.weight", bitsandbytes=True)
     after = sum(part.nbytes for part in parts.values())
     return parts, QuantizedLayer(layer, tuple(tensor.shape), tensor.nbytes, after, *errors)
+
+
+def _cast(tensor: Tensor, name: str, options: _Options, who: str) -> Tensor:
+    if options.dtype is None or not tensor.is_floating_point():
+        return tensor
+    try:
+        return cast(tensor, options.dtype, name)
+    except ValueError as error:
+        raise ConversionError(f"{who}: {error}") from None
 
 
 def _copy_rest(in_dir: Path, staging: Path) -> None:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from support.llama_directory import assert_only_input, command, tiny_llama, tree
 from support.paths import ROOT
@@ -80,6 +81,24 @@ def test_bad_input_is_one_line_and_leaves_nothing(case, in_dir, tmp_path, capsys
     assert len(errors) == 1
     assert re.search(message, errors[0])
     assert_only_input(tmp_path)
+
+
+@pytest.mark.parametrize("value", [1e5, -7e4])
+@pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight", "model.embed_tokens.weight"])
+def test_a_value_that_does_not_fit_the_dtype_is_refused(name, value, in_dir, tmp_path, capsys):
+    edit_tensors(lambda tensors: tensors[name].view(-1)[:1].fill_(value))(in_dir)
+    assert command(in_dir, tmp_path / "out", "--dtype", "float16") == 2
+    assert re.search(rf"quantize: {re.escape(name)} must fit float16 \(up to 65504\), got", capsys.readouterr().err)
+    assert_only_input(tmp_path)
+
+
+def test_what_fits_the_dtype_is_cast(in_dir, tmp_path):
+    """The largest that does, and an inf that is in the file already."""
+    edit_tensors(lambda tensors: tensors["model.norm.weight"][:2].copy_(torch.tensor([65280, torch.inf])))(in_dir)
+    assert command(in_dir, tmp_path / "out", "--dtype", "float16") == 0
+    out = load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"]
+    assert out.dtype == torch.float16
+    assert out[:2].tolist() == [65280, torch.inf]
 
 
 def test_existing_output_needs_overwrite(in_dir, tmp_path, capsys):

@@ -156,5 +156,5 @@ def test_quantize_absmax_past_2_to_the_31_blocks(executor_ops, tmp_path):
     assert sums[-1] == sum(last.double().tolist())
     centred = last - offset
     assert scale_absmax[-1] == centred.abs().max()
-    expected = (centred * (448 / scale_absmax[-1])).to(torch.float8_e4m3fn).view(torch.uint8)
+    expected = (centred * (torch.tensor(448.0) / scale_absmax[-1])).to(torch.float8_e4m3fn).view(torch.uint8)
     assert_same_bits(quantized[2**32 :], expected, "far codes")

@@ -6,7 +6,7 @@ from support import cases
 from support.cases import BLOCK_SIZES, DEFAULT, DTYPES, EMPTY_SHAPES, LAYOUTS, SHAPES, Layout, dtype_id, shape_id
 from support.guarded import guarded, untouched
 from support.numerics import assert_same_bits
-from support.special import FINITE_BLOCKS, scale_ties, special_weight, ties
+from support.special import FINITE_BLOCKS, groups_at_a_tie, scale_ties, special_weight, ties
 
 from nf4kernels import dequantize, quantize, reference
 from nf4kernels.codebook import SCALE_CODEBOOKS
@@ -230,6 +230,17 @@ def test_quantize_absmax_by_e4m3_rounds_ties_to_even(way):
     positive = (table[index[:7].long()] * 448).round()
     assert positive.tolist() == [256.0, 320.0, 320.0, 384.0, 384.0, 448.0, 448.0]
     assert torch.equal(index[7:], index[:7] | 0x80)
+
+
+def test_quantize_absmax_divides_with_one_rounding(way):
+    """448 / s as a correctly rounded quotient: where it is a product by a reciprocal, ties of bf16 weights show it."""
+    golden = torch.tensor([float.fromhex(h) for h in ("0x1.4cp-4", "0x1.5cp-4", "0x1.76p-4", "0x1.5ap-4")])
+    index, _, _ = assert_absmax_equals_reference(way, golden, "e4m3", "golden")
+    assert index.tolist() == [250, 225, 126, 233]
+    groups = groups_at_a_tie()
+    assert len(groups) >= 5
+    for absmax in groups:
+        assert_absmax_equals_reference(way, absmax, "e4m3", f"{absmax.tolist()}")
 
 
 @pytest.mark.parametrize(

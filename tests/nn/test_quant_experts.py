@@ -202,6 +202,14 @@ def test_autocast_wins_over_compute_dtype():
     assert x.grad.dtype == torch.float32
 
 
+def test_torch_func_goes_through():
+    experts = QuantExperts.from_experts(fused())
+    x = X.clone().requires_grad_()
+    experts(x, INDEX, WEIGHTS).square().sum().backward()
+    by_transform = torch.func.grad(lambda z: experts(z, INDEX, WEIGHTS).square().sum())(X)
+    torch.testing.assert_close(by_transform, x.grad, rtol=1e-4, atol=1e-4)
+
+
 BAD = {
     "double": ((X.double(), INDEX, WEIGHTS), TypeError, r"hidden_states must be float32.* got torch\.float64"),
     "columns": (

@@ -92,7 +92,9 @@ def test_state_dict_round_trip(meta, assign):
             other.to_experts()
         other = other if assign else other.to_empty(device="cpu")
     state = experts.state_dict()
-    assert set(state) == {f"{part}.{name}" for part in PARTS for name in ("weight", *BUFFERS, "source_dtype")}
+    assert set(state) == {
+        f"{part}.{name}" for part in PARTS for name in ("weight", *BUFFERS, "source_dtype", "checksum")
+    }
     result = other.load_state_dict({key: value.clone() for key, value in state.items()}, assign=assign)
     assert (result.missing_keys, result.unexpected_keys) == ([], [])
     assert_same(other, experts)

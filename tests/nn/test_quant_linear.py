@@ -15,7 +15,7 @@ from nf4kernels import LoraConfig, QuantLinear, dequantize, linear, quantize
 from nf4kernels.nn.quant_module import BUFFERS
 
 LORA = LoraConfig(r=4, alpha=8)
-STATE = (*BUFFERS, "source_dtype")
+STATE = (*BUFFERS, "source_dtype", "checksum")
 
 
 def make(K=100, N=37, lora=LORA, bias=True, dtype=torch.float32, layout=Layout(), **options):  # noqa: B008
@@ -72,7 +72,7 @@ def test_is_an_nn_linear():
     assert type(layer.weight) is nn.Parameter
     assert layer.bias.requires_grad
     assert QuantLinear(100, 37, bias=False).bias is None
-    assert list(layer.state_dict()) == ["weight", "bias", *BUFFERS, "source_dtype"]
+    assert list(layer.state_dict()) == ["weight", "bias", *BUFFERS, "source_dtype", "checksum"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)

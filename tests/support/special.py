@@ -57,3 +57,18 @@ def scale_ties(scale_code: Tensor, peak: float) -> Tensor:
             padded = torch.cat([torch.full((128 - len(part),), peak), part])
             superblocks.append(torch.stack([padded, -padded], 1).view(-1))
     return torch.cat(superblocks)
+
+
+def groups_at_a_tie() -> list[Tensor]:
+    """[4] absmax each, of bf16 weights, whose e4m3 bytes depend on whether 448 / s is rounded once or twice.
+
+    In few blocks of bf16 weights absmax and their mean have few bits, so that a product often falls on a tie: about one
+    group in 800.
+    """
+    weights = torch.randn(10_000, 4, 64, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
+    absmax = weights.abs().amax(-1).float()
+    centred = absmax - absmax.double().mean(1, keepdim=True).float()
+    s = centred.abs().amax(1, keepdim=True)
+    factors = s.new_tensor(448) / s, s.reciprocal() * 448
+    once, twice = ((centred * factor).to(torch.float8_e4m3fn).view(torch.uint8) for factor in factors)
+    return list(absmax[(once != twice).any(1)])
