@@ -9,6 +9,7 @@ from ..nn.quant_experts import WEIGHTS, QuantExperts
 from ..nn.quant_linear import QuantLinear
 from ..quantized_weight import WEIGHT_DTYPES
 from .plan import QUANTIZED, check_container, names_of_modules, parts, replace_module, unwrapped
+from .walk import get_submodule
 
 
 def merge_model(model: nn.Module, base: nn.Module | None = None, dtype: torch.dtype = torch.bfloat16) -> list[str]:
@@ -43,7 +44,7 @@ def merge_model(model: nn.Module, base: nn.Module | None = None, dtype: torch.dt
         base = unwrapped(base, "base", who)
     targets = [names for module, names in names_of_modules(model).items() if isinstance(module, QUANTIZED)]
     for names in targets:
-        layer: Any = model.get_submodule(names[0])
+        layer: Any = get_submodule(model, names[0])
         if any(part.weight.is_meta for part in parts(layer)):
             raise ValueError(f"{who}: model must be loaded, got layer {names[0]} on the meta device")
         if isinstance(layer, QuantExperts) and not layer.can_be_dense:
@@ -54,7 +55,7 @@ def merge_model(model: nn.Module, base: nn.Module | None = None, dtype: torch.dt
             _base_weights(base, names[0], layer, who)
 
     for names in targets:
-        layer = model.get_submodule(names[0])
+        layer = get_submodule(model, names[0])
         base_weights = None if base is None else _base_weights(base, names[0], layer, who)
         if isinstance(layer, QuantExperts):
             dense: nn.Module = layer.to_experts(dtype, base_weights)
@@ -69,7 +70,7 @@ def merge_model(model: nn.Module, base: nn.Module | None = None, dtype: torch.dt
 def _base_weights(base: nn.Module, name: str, layer: QuantLinear | QuantExperts, who: str) -> list[Tensor]:
     """base's dense weights of that name, one or the experts' two; ValueError where they do not fit the layer."""
     try:
-        module = base.get_submodule(name)
+        module = get_submodule(base, name)
     except AttributeError:
         raise ValueError(f"{who}: base must have a layer {name}, got none") from None
     is_linear = isinstance(layer, QuantLinear)

@@ -1,7 +1,8 @@
 """Which layers of a model are replaced, why the others are not, and how one module takes another's place."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from ..nn.quant_experts import WEIGHTS, QuantExperts, layout_problem
 from ..nn.quant_linear import QuantLinear
 from ..nn.quant_module import QuantModule
 from .report import SkippedLayer
+from .walk import inside, named_modules, set_submodule
 
 QUANTIZED = (QuantLinear, QuantExperts)
 HOOKS = (
@@ -19,22 +21,31 @@ HOOKS = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class _Surroundings:
+    """What the rest of the model says about a layer."""
+
+    users: Mapping[int, set[str]]  # address of a parameter -> names of the parameters there
+    fused: set[int]  # layers that a fused path reads
+
+
 def plan_layers(
     model: nn.Module, patterns: Iterable[str], block_size: int = 64
 ) -> tuple[list[list[str]], list[SkippedLayer]]:
     """(all names of each layer to replace, the matrices to leave alone); works on the meta device."""
     names = names_of_modules(model)
-    users = defaultdict(set)  # address of a parameter -> names of the parameters there
+    users = defaultdict(set)
     for module, (name, *_) in names.items():
         for leaf, parameter in module._parameters.items():
             if parameter is not None:
                 users[address(parameter)].add(f"{name}.{leaf}" if name else leaf)
     fused = {id(child) for module in names if isinstance(module, nn.TransformerEncoderLayer)
              for child in (module.linear1, module.linear2)}  # fmt: skip
+    surroundings = _Surroundings(users, fused)
 
     targets, skipped = [], []
     for module, aliases in names.items():
-        reason = _reason(module, aliases, patterns, users, fused, block_size)
+        reason = _reason(module, aliases, patterns, surroundings, block_size)
         if reason is None:
             targets.append(aliases)
         elif isinstance(module, QUANTIZED):
@@ -54,11 +65,13 @@ def skips(pattern: str, name: str) -> bool:
     return f".{pattern}." in f".{name}." or fnmatchcase(name, pattern)
 
 
-def _reason(module: nn.Module, aliases: list[str], patterns, users, fused, block_size: int) -> str | None:
+def _reason(
+    module: nn.Module, aliases: list[str], patterns: Iterable[str], surroundings: _Surroundings, block_size: int
+) -> str | None:
     """Why a module is left alone; None for a layer to replace."""
     if isinstance(module, QUANTIZED):
         return f"already a {type(module).__name__}"
-    if parametrize.is_parametrized(module):
+    if parametrize.is_parametrized(module) or isinstance(module, parametrize.ParametrizationList):
         return "parametrized"
     if type(module) is not nn.Linear:
         reason = _reason_for_other(module, block_size)
@@ -76,14 +89,14 @@ def _reason(module: nn.Module, aliases: list[str], patterns, users, fused, block
         return "its weight is computed by a hook"
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
-    if id(module) in fused:
+    if id(module) in surroundings.fused:
         return "nn.TransformerEncoderLayer's fused path reads it as a dense matrix"
     for leaf in leaves:
         parameter = module._parameters[leaf]
         others = (
             set()
             if parameter is None
-            else users[address(parameter)] - {f"{name}.{leaf}".lstrip(".") for name in aliases}
+            else surroundings.users[address(parameter)] - {f"{name}.{leaf}".lstrip(".") for name in aliases}
         )
         if others:
             return f"tied to {min(others)}"
@@ -107,13 +120,13 @@ def _reason_for_other(module: nn.Module, block_size: int) -> str | None:
 def names_of_modules(model: nn.Module) -> dict[nn.Module, list[str]]:
     """module -> all its names; nothing below a layer in 4 bits."""
     names: dict[nn.Module, list[str]] = defaultdict(list)
-    inside: str | tuple[str, ...] = ()
-    for name, module in model.named_modules(remove_duplicate=False):
-        if inside and name.startswith(inside):
+    within: str | tuple[str, ...] = ()
+    for name, module in named_modules(model):
+        if within and name.startswith(within):
             continue
         names[module].append(name)
         if isinstance(module, QUANTIZED):
-            inside = f"{name}."
+            within = f"{name}."
     return names
 
 
@@ -132,7 +145,7 @@ def unwrapped(model: nn.Module, argument: str, who: str) -> nn.Module:
         raise TypeError(f"{who}: {argument} must be an nn.Module, got {type(model).__name__}")
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         raise ValueError(f"{who}: {argument} must be the module inside, pass .module, got {type(model).__name__}")
-    return getattr(model, "_orig_mod", model)
+    return inside(model)
 
 
 def check_container(model: nn.Module, argument: str, who: str) -> None:
@@ -155,5 +168,4 @@ def replace_module(model: nn.Module, names: Iterable[str], old: nn.Module, new: 
     for hooks in HOOKS:
         setattr(new, hooks, getattr(old, hooks))
     for name in names:
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, new)
+        set_submodule(model, name, new)

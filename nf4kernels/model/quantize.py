@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from ..nn.quant_linear import QuantLinear
 from ..quantized_weight import WEIGHT_DTYPES, QuantizedExperts, QuantizedWeight
 from .plan import address, check_container, parts, plan_layers, replace_module
 from .report import QuantizedLayer, QuantizeReport
+from .walk import get_submodule, inside
 
 SLICES = 8  # in which a weight's error is measured: fp32 Ŵ then takes a quarter of a bf16 weight's bytes
 SMALLEST_SLICE = 1 << 20  # elements
@@ -56,10 +58,11 @@ def quantize_model(
             that one and those after it are not, and another call goes on from there.
     """
     who = "nf4kernels.quantize_model"
+    model = inside(model)
     patterns = _check_arguments(model, skip, lora, quant_options, who)
     targets, skipped = plan_layers(model, patterns, quant_options.get("block_size", 64))
     for names in targets:
-        for name, weight in _weights(model.get_submodule(names[0]), names[0]):
+        for name, weight in _weights(get_submodule(model, names[0]), names[0]):
             _check_dtype(name, weight, who)
             if quant_options.get("nonfinite", "raise") == "raise":
                 _check_finite(name, weight, who)
@@ -110,7 +113,7 @@ def _check_finite(name: str, weight: Tensor, who: str) -> None:
 
 
 def _quantize_layer(model, names: list[str], lora, quant_options, who: str) -> list[QuantizedLayer]:
-    dense = model.get_submodule(names[0])
+    dense: Any = get_submodule(model, names[0])
     layers = []
     try:
         if isinstance(dense, nn.Linear):

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..model.plan import replace_module, unwrapped
+from ..model.walk import get_submodule, named_modules, state_dict
 from ..nn.lora import LoraConfig
 from ..nn.quant_linear import QuantLinear
 from ..nn.quant_module import BUFFERS, QuantModule
@@ -115,7 +116,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
               if not isinstance(layers.get(name), QuantLinear) or layers[name].lora is None}  # fmt: skip
     expected = _dense_state(model, layers)
     _check_dense(expected, tensors, layers, attach, who)
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in named_modules(model):
         if isinstance(module, QuantModule) and name not in layers:
             for message in module.state_errors(tensors, f"{name}."):
                 raise ValueError(f"{who}: {path}: {message}")
@@ -164,13 +165,12 @@ def _join(path: str, name: str) -> str:
 
 def _quant_layers(model: nn.Module) -> dict[str, QuantLinear]:
     """name -> layer, under all its names."""
-    named = model.named_modules(remove_duplicate=False)
-    return {name: module for name, module in named if isinstance(module, QuantLinear)}
+    return {name: module for name, module in named_modules(model) if isinstance(module, QuantLinear)}
 
 
 def _dense_state(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """The model's state without the weights of `layers`."""
-    state = model.state_dict(keep_vars=True)
+    state = state_dict(model)
     for name in layers:
         for key in ("weight", "source_dtype", *BUFFERS):
             state.pop(_join(name, key), None)
@@ -188,7 +188,7 @@ def _shared(state: dict[str, Tensor]) -> Iterator[list[str]]:
 
 def _planned_layers(model: nn.Module, qweights: dict[str, QuantizedWeight], who: str) -> dict[str, nn.Module]:
     """name -> the layer that will hold that 4-bit weight, under all names; checked against the checkpoint."""
-    modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
+    modules: dict[str, Any] = dict(named_modules(model))
     chosen = {}
     for name, qweight in qweights.items():
         layer: Any = modules.get(name)
@@ -242,10 +242,10 @@ def _install(model: nn.Module, layers: Mapping[str, Any], qweights, attach, tens
             replace_module(model, aliases, layer, new)
     for name, config in attach.items():
         stored = tensors[_join(name, "lora_A.weight")].dtype
-        adapted: Any = model.get_submodule(name)
+        adapted: Any = get_submodule(model, name)
         adapted.add_lora(config, dtype=stored)
 
-    state, placed = model.state_dict(keep_vars=True), {}
+    state, placed = state_dict(model), {}
     for name, tensor in tensors.items():
         target = state[name]
         if target.is_meta:
