@@ -5,12 +5,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 
 from ..nn.quant_experts import WEIGHTS, QuantExperts, layout_problem
 from ..nn.quant_linear import QuantLinear
 from ..nn.quant_module import QuantModule
+from .memory import address, nbytes, oddity, shape
 from .report import SkippedLayer
 from .walk import inside, named_modules, set_submodule
 
@@ -54,9 +55,9 @@ def plan_layers(
                 skipped.append(SkippedLayer(name, part.weight_shape, part.weight.nbytes, reason))
         else:
             for leaf, matrix in module._parameters.items():
-                if matrix is not None and matrix.dim() >= 2:
+                if matrix is not None and (oddity(matrix) or matrix.dim() >= 2):
                     name = aliases[0] if leaf == "weight" else f"{aliases[0]}.{leaf}".lstrip(".")
-                    skipped.append(SkippedLayer(name, tuple(matrix.shape), matrix.nbytes, reason))
+                    skipped.append(SkippedLayer(name, shape(matrix), nbytes(matrix), reason))
     return targets, skipped
 
 
@@ -73,6 +74,9 @@ def _reason(
         return f"already a {type(module).__name__}"
     if parametrize.is_parametrized(module) or isinstance(module, parametrize.ParametrizationList):
         return "parametrized"
+    for parameter in module._parameters.values():
+        if parameter is not None and (odd := oddity(parameter)):
+            return f"its parameter is {odd}"
     if type(module) is not nn.Linear:
         reason = _reason_for_other(module, block_size)
         if reason is not None:
@@ -128,11 +132,6 @@ def names_of_modules(model: nn.Module) -> dict[nn.Module, list[str]]:
         if isinstance(module, QUANTIZED):
             within = f"{name}."
     return names
-
-
-def address(parameter: Tensor) -> int:
-    # The address, not the storage: a loader may hand out all weights as views of one mapped file.
-    return parameter.data_ptr() or id(parameter)
 
 
 def parts(layer: QuantLinear | QuantExperts) -> list[QuantModule]:

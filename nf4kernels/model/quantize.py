@@ -13,7 +13,8 @@ from ..nn.lora import LoraConfig
 from ..nn.quant_experts import WEIGHTS, QuantExperts
 from ..nn.quant_linear import QuantLinear
 from ..quantized_weight import WEIGHT_DTYPES, QuantizedExperts, QuantizedWeight
-from .plan import address, check_container, parts, plan_layers, replace_module
+from .memory import address, nbytes
+from .plan import check_container, parts, plan_layers, replace_module
 from .report import QuantizedLayer, QuantizeReport
 from .walk import get_submodule, inside
 
@@ -147,5 +148,5 @@ def squared_error(qweight: QuantizedWeight | QuantizedExperts, weight: Tensor) -
 
 
 def _model_bytes(model: nn.Module) -> int:
-    tensors = {address(t): t.nbytes for t in [*model.parameters(), *model.buffers()]}
+    tensors = {address(t): nbytes(t) for t in [*model.parameters(), *model.buffers()]}
     return sum(tensors.values())

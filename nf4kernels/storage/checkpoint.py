@@ -4,13 +4,16 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
+from ..model.memory import address, oddity
 from ..model.plan import replace_module, unwrapped
 from ..model.walk import get_submodule, named_modules, state_dict
 from ..nn.lora import LoraConfig
@@ -45,8 +48,8 @@ def save_checkpoint(model: nn.Module, path: str | Path) -> None:
     layers = _quant_layers(model)
     expected = _dense_state(model, layers)
     for name, tensor in expected.items():
-        if not isinstance(tensor, Tensor) or tensor.is_meta:
-            came = "a meta tensor" if isinstance(tensor, Tensor) else type(tensor).__name__
+        came = _unwritable(tensor)
+        if came is not None:
             raise ValueError(f"{who}: {name} in model's state must be a loaded tensor, got {came}")
     for group in _shared(expected):
         tensors[group[0]] = expected[group[0]]
@@ -62,6 +65,24 @@ def save_checkpoint(model: nn.Module, path: str | Path) -> None:
         if layer.lora is not None:
             adapters[name] = asdict(layer.lora)
     write_tensors(tensors, Path(path), {LORA_METADATA: json.dumps(adapters)} if adapters else {})
+
+
+def _unwritable(tensor: Any) -> str | None:
+    """What a value of a state is, where safetensors has no way to hold it."""
+    if not isinstance(tensor, Tensor):
+        return type(tensor).__name__
+    if tensor.is_meta:
+        return "a meta tensor"
+    return oddity(tensor) or (None if _is_storable(tensor.dtype) else f"one of {tensor.dtype}")
+
+
+@cache
+def _is_storable(dtype: torch.dtype) -> bool:
+    try:
+        save({"": torch.empty(0, dtype=dtype)})
+    except (KeyError, SafetensorError):
+        return False
+    return True
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -181,8 +202,8 @@ def _shared(state: dict[str, Tensor]) -> Iterator[list[str]]:
     """Groups of names whose tensors are the same memory."""
     groups: dict[tuple, list[str]] = {}
     for name, tensor in state.items():
-        address = (tensor.data_ptr() or id(tensor), tensor.shape, tensor.stride(), tensor.dtype)
-        groups.setdefault(address, []).append(name)
+        view = None if oddity(tensor) else (tensor.shape, tensor.stride(), tensor.dtype)
+        groups.setdefault((address(tensor), view), []).append(name)
     yield from groups.values()
 
 
