@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 from ..nn.quant_experts import WEIGHTS, QuantExperts, layout_problem
 from ..nn.quant_linear import QuantLinear
 from ..nn.quant_module import QuantModule
+from .heads import trained_whole
 from .memory import address, nbytes, oddity, shape
 from .report import SkippedLayer
 from .walk import inside, named_modules, set_submodule
@@ -27,6 +28,7 @@ class _Surroundings:
     """What the rest of the model says about a layer."""
 
     users: Mapping[int, set[str]]  # address of a parameter -> names of the parameters there
+    trained_whole: Mapping[nn.Module, str]
     fused: set[int]  # layers that a fused path reads
 
 
@@ -42,7 +44,7 @@ def plan_layers(
                 users[address(parameter)].add(f"{name}.{leaf}" if name else leaf)
     fused = {id(child) for module in names if isinstance(module, nn.TransformerEncoderLayer)
              for child in (module.linear1, module.linear2)}  # fmt: skip
-    surroundings = _Surroundings(users, fused)
+    surroundings = _Surroundings(users, trained_whole(names), fused)
 
     targets, skipped = [], []
     for module, aliases in names.items():
@@ -59,6 +61,13 @@ def plan_layers(
                     name = aliases[0] if leaf == "weight" else f"{aliases[0]}.{leaf}".lstrip(".")
                     skipped.append(SkippedLayer(name, shape(matrix), nbytes(matrix), reason))
     return targets, skipped
+
+
+def unmatched(model: nn.Module, patterns: Iterable[str]) -> list[str]:
+    """Those of the patterns that stand for nothing in the model."""
+    names = [name for aliases in names_of_modules(model).values() for name in aliases]
+    names += [f"{name}.{leaf}" for name, module in named_modules(model) for leaf, _ in module._parameters.items()]
+    return [pattern for pattern in patterns if not any(skips(pattern, name) for name in names)]
 
 
 def skips(pattern: str, name: str) -> bool:
@@ -93,6 +102,8 @@ def _reason(
         return "its weight is computed by a hook"
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
+    if module in surroundings.trained_whole:
+        return surroundings.trained_whole[module]
     if id(module) in surroundings.fused:
         return "nn.TransformerEncoderLayer's fused path reads it as a dense matrix"
     for leaf in leaves:
