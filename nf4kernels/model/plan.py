@@ -13,6 +13,7 @@ from ..nn.quant_linear import QuantLinear
 from ..nn.quant_module import QuantModule
 from .heads import trained_whole
 from .memory import address, nbytes, oddity, shape
+from .readers import readers_of_weights
 from .report import SkippedLayer
 from .walk import inside, named_modules, set_submodule
 
@@ -28,8 +29,8 @@ class _Surroundings:
     """What the rest of the model says about a layer."""
 
     users: Mapping[int, set[str]]  # address of a parameter -> names of the parameters there
+    readers: Mapping[nn.Module, str]
     trained_whole: Mapping[nn.Module, str]
-    fused: set[int]  # layers that a fused path reads
 
 
 def plan_layers(
@@ -42,9 +43,7 @@ def plan_layers(
         for leaf, parameter in module._parameters.items():
             if parameter is not None:
                 users[address(parameter)].add(f"{name}.{leaf}" if name else leaf)
-    fused = {id(child) for module in names if isinstance(module, nn.TransformerEncoderLayer)
-             for child in (module.linear1, module.linear2)}  # fmt: skip
-    surroundings = _Surroundings(users, trained_whole(names), fused)
+    surroundings = _Surroundings(users, readers_of_weights(names), trained_whole(names))
 
     targets, skipped = [], []
     for module, aliases in names.items():
@@ -104,8 +103,8 @@ def _reason(
         return "its forward was replaced on the instance"
     if module in surroundings.trained_whole:
         return surroundings.trained_whole[module]
-    if id(module) in surroundings.fused:
-        return "nn.TransformerEncoderLayer's fused path reads it as a dense matrix"
+    if module in surroundings.readers:
+        return f"{surroundings.readers[module]} reads its weight"
     for leaf in leaves:
         parameter = module._parameters[leaf]
         others = (

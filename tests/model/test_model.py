@@ -143,7 +143,7 @@ def test_what_is_not_an_nn_linear_stays_with_a_reason():
     assert "Conv1d" in found["conv"]
     assert any(name.startswith("parametrized") and "parametri" in reason.lower() for name, reason in found.items())
     assert found["weight_norm.weight_v"] == "its weight is computed by a hook"
-    assert "fused path" in found["encoder.linear1"]
+    assert found["encoder.linear1"] == "TransformerEncoderLayer.forward reads its weight"
     assert "subclass" in found["encoder.self_attn.out_proj"]
     assert found["lora_A"] == "a LoRA factor"
     assert parametrize.is_parametrized(model["parametrized"])
