@@ -12,20 +12,22 @@ from .plan import QUANTIZED, check_container, names_of_modules, parts, replace_m
 from .walk import get_submodule
 
 
-def merge_model(model: nn.Module, base: nn.Module | None = None, dtype: torch.dtype = torch.bfloat16) -> list[str]:
+def merge_model(model: nn.Module, base: nn.Module | None = None, dtype: torch.dtype | None = None) -> list[str]:
     """Replace every QuantLinear of `model` by an nn.Linear of Ŵ + scaling * lora_B @ lora_A, in place.
 
     QuantExperts become what they were made from, a module of the same class and configuration, of Ŵ.
 
     With `base` the original weight W takes the place of Ŵ, which also undoes the quantization error. The sum is taken
-    in fp32 and rounded once to `dtype`. Merging into 4 bits is not offered: rounding to 4 bits takes most of the
+    in fp32 and rounded once. Merging into 4 bits is not offered: rounding to 4 bits takes most of the
     fine-tuning away.
 
     Args:
-        model: any module that contains layers. Its layers in 4 bits are replaced; their biases are rounded to
-            `dtype` and nothing else is cast. Merged weights require gradients as any nn.Linear's do, a bias as before.
+        model: any module that contains layers. Its layers in 4 bits are replaced; their biases are rounded as their
+            weights are, and nothing else is cast. Merged weights require gradients as any nn.Linear's do, a bias as
+            before.
         base: the model before quantization, with the same names. It is read only.
-        dtype: of the merged weights and biases; float32, bfloat16 or float16.
+        dtype: of the merged weights and biases; float32, bfloat16, float16, or None for what each layer was (its
+            `dense_dtype`), in which the model goes on to run.
 
     Returns:
         The names of the replaced layers.
@@ -38,8 +40,8 @@ def merge_model(model: nn.Module, base: nn.Module | None = None, dtype: torch.dt
     who = "nf4kernels.merge_model"
     model = unwrapped(model, "model", who)
     check_container(model, "model", who)
-    if dtype not in WEIGHT_DTYPES:
-        raise TypeError(f"{who}: dtype must be float32, bfloat16 or float16, got {dtype}")
+    if dtype is not None and dtype not in WEIGHT_DTYPES:
+        raise TypeError(f"{who}: dtype must be float32, bfloat16, float16 or None, got {dtype}")
     if base is not None:
         base = unwrapped(base, "base", who)
     targets = [names for module, names in names_of_modules(model).items() if isinstance(module, QUANTIZED)]

@@ -217,13 +217,11 @@ class QuantExperts(nn.Module):
         """Whether `to_experts` knows what to make: not of a QuantExperts that was not made by `from_experts`."""
         return bool(self._emptied)
 
-    def to_experts(
-        self, dtype: torch.dtype = torch.bfloat16, base_weights: Sequence[Tensor] | None = None
-    ) -> nn.Module:
-        """A module of the class that this one was made from, with Ŵ rounded to dtype once, trainable.
+    def to_experts(self, dtype: torch.dtype | None = None, base_weights: Sequence[Tensor] | None = None) -> nn.Module:
+        """A module of the class that this one was made from, with Ŵ rounded once, trainable.
 
         `base_weights`, gate_up_proj and down_proj, take Ŵ's place. This module is left as it is. Copies the weights;
-        act_fn and configuration are shared.
+        act_fn and configuration are shared. Without `dtype` each weight has its `dense_dtype`.
 
         Raises:
             ValueError: this module was not made by `from_experts`, or is on the meta device.
@@ -231,11 +229,15 @@ class QuantExperts(nn.Module):
         if not self.can_be_dense:
             raise ValueError(f"{self.WHO}.to_experts: the module must be from from_experts, got one that is not")
         dense: Any = _without_weights(self._emptied[0])
+        parts = [self.gate_up_proj, self.down_proj]
         if base_weights is None:
-            weights = [getattr(self, name).dequantize(dtype) for name in WEIGHTS]
+            weights = [part.dequantize(dtype or part.dense_dtype) for part in parts]
         else:
             device = self.gate_up_proj.weight.device
-            weights = [weight.detach().to(device, dtype, copy=True) for weight in base_weights]
+            weights = [
+                weight.detach().to(device, dtype or part.dense_dtype, copy=True)
+                for part, weight in zip(parts, base_weights)
+            ]
         for name, weight in zip(WEIGHTS, weights):
             setattr(dense, name, nn.Parameter(weight))
         dense.act_fn = self.act_fn

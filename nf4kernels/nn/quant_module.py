@@ -10,6 +10,7 @@ from ..quantized_weight import WEIGHT_DTYPES, QuantizedExperts, QuantizedWeight,
 
 SCALES = ("scale_absmax", "scale_offset", "code", "scale_code")
 BUFFERS = ("absmax", *SCALES)
+TWO_DTYPES = (torch.float32, torch.bfloat16)  # any two that only a cast makes the same
 
 
 def checked_compute_dtype(compute_dtype: torch.dtype | None, who: str) -> torch.dtype | None:
@@ -31,6 +32,9 @@ class QuantModule(nn.Module):
     code: Tensor
     scale_code: Tensor | None
     source_dtype: Tensor
+    cast_to: torch.dtype | None = (
+        None  # the last cast of the module to a floating dtype, which a dense weight would follow
+    )
 
     def set_qweight(self, qweight: QuantizedWeight | QuantizedExperts) -> None:
         """Take over the tensors and the options of `qweight`; whatever else the module has stays as it is."""
@@ -43,6 +47,7 @@ class QuantModule(nn.Module):
             self.register_buffer(name, getattr(qweight, name))
         source = torch.tensor(WEIGHT_DTYPES.index(qweight.dtype), dtype=torch.uint8, device=qweight.device)
         self.register_buffer("source_dtype", source)
+        self.cast_to = None
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -58,6 +63,11 @@ class QuantModule(nn.Module):
             self.weight.data, *(getattr(self, name) for name in BUFFERS), self.weight_shape,
             WEIGHT_DTYPES[int(self.source_dtype.item())], self.block_size, self.codebook, self.scale_codebook,
         )  # fmt: skip
+
+    @property
+    def dense_dtype(self) -> torch.dtype:
+        """What a dense weight here would be: the dtype that it was quantized from, or what the module was cast to."""
+        return self.cast_to or self.qweight.dtype
 
     @property
     def double_quant(self) -> bool:
@@ -87,6 +97,9 @@ class QuantModule(nn.Module):
         """As nn.Module, but a dtype cast never reaches the weight: the original goes to the new device instead."""
         before = {name: getattr(self, name) for name in (*BUFFERS, "source_dtype")}
         packed = self.weight.data
+        dtypes = {fn(torch.empty(1, dtype=dtype, device=packed.device)).dtype for dtype in TWO_DTYPES}
+        if len(dtypes) == 1 and dtypes <= set(WEIGHT_DTYPES):  # a cast; a change of device keeps both
+            self.cast_to = dtypes.pop()
         super()._apply(fn, recurse)
         for name, old in before.items():
             new = getattr(self, name)

@@ -256,11 +256,14 @@ def _install(model: nn.Module, layers: Mapping[str, Any], qweights, attach, tens
     for layer, aliases in names.items():
         name = next(alias for alias in aliases if alias in qweights)
         device = "cpu" if layer.weight.is_meta else layer.weight.device
+        was = None if layer.weight.is_meta else getattr(layer, "dense_dtype", layer.weight.dtype)
         if isinstance(layer, QuantLinear):
+            new = layer
             layer.set_qweight(qweights[name].to(device))
         else:
             new = QuantLinear.from_quantized(qweights[name].to(device), layer.bias).train(layer.training)
             replace_module(model, aliases, layer, new)
+        new.cast_to = was  # as the model around it, whatever the file was
     for name, config in attach.items():
         stored = tensors[_join(name, "lora_A.weight")].dtype
         adapted: Any = get_submodule(model, name)
