@@ -1,6 +1,8 @@
 """quantize, dequantize, linear, lora_linear, and the same for experts: the ops with checks, defaults and gradients."""
 
+import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -358,7 +360,8 @@ def _check_input(x: Tensor, weight_args: WeightArgs, bias: Tensor | None, who: s
     if not isinstance(x, Tensor):
         raise TypeError(f"{who}: x must be a tensor, got {type(x).__name__}")
     if x.dtype not in WEIGHT_DTYPES:
-        raise TypeError(f"{who}: x must be float32, bfloat16 or float16 (cast it, or set compute_dtype), got {x.dtype}")
+        came = f"{x.dtype}{_who_read_a_weight() if x.dtype == packed.dtype else ''}"
+        raise TypeError(f"{who}: x must be float32, bfloat16 or float16 (cast it, or set compute_dtype), got {came}")
     shape, device = x.shape, x.device
     if len(shape) == 0 or shape[-1] != K:
         raise ValueError(f"{who}: x must have K={K} columns, got shape {list(shape)}")
@@ -373,3 +376,21 @@ def _check_input(x: Tensor, weight_args: WeightArgs, bias: Tensor | None, who: s
             raise ValueError(f"{who}: bias must be on {device} as x is, got {bias.device}")
         bias = bias.to(x.dtype).contiguous()
     return x, bias
+
+
+def _who_read_a_weight() -> str:
+    """For an error over x in packed weights' dtype: which module's code called which of its layers, and the remedy."""
+    frame: FrameType | None = sys._getframe(1)
+    layer = None
+    while frame is not None:
+        module = frame.f_locals.get("self")
+        if isinstance(module, torch.nn.Module):
+            layer = layer or module
+            name = next((name for name, inner in module.named_modules() if name and inner is layer), None)
+            if name is not None:
+                return (
+                    f"; {type(module).__qualname__}.{frame.f_code.co_name} gave it to {name}, perhaps cast to the dtype"
+                    f" of a packed weight: leave that layer dense, quantize_model(model, skip=[{name!r}])"
+                )
+        frame = frame.f_back
+    return ""

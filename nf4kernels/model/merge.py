@@ -10,23 +10,26 @@ from ..nn.quant_experts import WEIGHTS, QuantExperts
 from ..nn.quant_linear import QuantLinear
 from ..quantized_weight import WEIGHT_DTYPES
 from .plan import QUANTIZED, check_container, names_of_modules, parts, replace_module, unwrapped
+from .walk import get_submodule
 
 
 @outside_inference_mode
-def merge_model(model: nn.Module, base: nn.Module | None = None, dtype: torch.dtype = torch.bfloat16) -> list[str]:
+def merge_model(model: nn.Module, base: nn.Module | None = None, dtype: torch.dtype | None = None) -> list[str]:
     """Replace every QuantLinear of `model` by an nn.Linear of Ŵ + scaling * lora_B @ lora_A, in place.
 
     QuantExperts become what they were made from, a module of the same class and configuration, of Ŵ.
 
     With `base` the original weight W takes the place of Ŵ, which also undoes the quantization error. The sum is taken
-    in fp32 and rounded once to `dtype`. Merging into 4 bits is not offered: rounding to 4 bits takes most of the
+    in fp32 and rounded once. Merging into 4 bits is not offered: rounding to 4 bits takes most of the
     fine-tuning away.
 
     Args:
-        model: any module that contains layers. Its layers in 4 bits are replaced; their biases are rounded to
-            `dtype` and nothing else is cast. Merged weights require gradients as any nn.Linear's do, a bias as before.
+        model: any module that contains layers. Its layers in 4 bits are replaced; their biases are rounded as their
+            weights are, and nothing else is cast. Merged weights require gradients as any nn.Linear's do, a bias as
+            before.
         base: the model before quantization, with the same names. It is read only.
-        dtype: of the merged weights and biases; float32, bfloat16 or float16.
+        dtype: of the merged weights and biases; float32, bfloat16, float16, or None for what each layer was (its
+            `dense_dtype`), in which the model goes on to run.
 
     Returns:
         The names of the replaced layers.
@@ -40,13 +43,13 @@ def merge_model(model: nn.Module, base: nn.Module | None = None, dtype: torch.dt
     who = "nf4kernels.merge_model"
     model = unwrapped(model, "model", who)
     check_container(model, "model", who)
-    if dtype not in WEIGHT_DTYPES:
-        raise TypeError(f"{who}: dtype must be float32, bfloat16 or float16, got {dtype}")
+    if dtype is not None and dtype not in WEIGHT_DTYPES:
+        raise TypeError(f"{who}: dtype must be float32, bfloat16, float16 or None, got {dtype}")
     if base is not None:
         base = unwrapped(base, "base", who)
     targets = [names for module, names in names_of_modules(model).items() if isinstance(module, QUANTIZED)]
     for names in targets:
-        layer: Any = model.get_submodule(names[0])
+        layer: Any = get_submodule(model, names[0])
         if any(part.weight.is_meta for part in parts(layer)):
             raise ValueError(f"{who}: model must be loaded, got layer {names[0]} on the meta device")
         if isinstance(layer, QuantExperts) and not layer.can_be_dense:
@@ -57,7 +60,7 @@ def merge_model(model: nn.Module, base: nn.Module | None = None, dtype: torch.dt
             _base_weights(base, names[0], layer, who)
 
     for names in targets:
-        layer = model.get_submodule(names[0])
+        layer = get_submodule(model, names[0])
         base_weights = None if base is None else _base_weights(base, names[0], layer, who)
         try:
             dense = _dense(layer, dtype, base_weights)
@@ -78,7 +81,7 @@ def _dense(layer: QuantLinear | QuantExperts, dtype: torch.dtype, base_weights: 
 def _base_weights(base: nn.Module, name: str, layer: QuantLinear | QuantExperts, who: str) -> list[Tensor]:
     """base's dense weights of that name, one or the experts' two; ValueError where they do not fit the layer."""
     try:
-        module = base.get_submodule(name)
+        module = get_submodule(base, name)
     except AttributeError:
         raise ValueError(f"{who}: base must have a layer {name}, got none") from None
     is_linear = isinstance(layer, QuantLinear)

@@ -1,16 +1,21 @@
 """Which layers of a model are replaced, why the others are not, and how one module takes another's place."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 
 from ..nn.quant_experts import WEIGHTS, QuantExperts, layout_problem
 from ..nn.quant_linear import QuantLinear
 from ..nn.quant_module import QuantModule
+from .heads import trained_whole
+from .memory import address, nbytes, oddity, shape
+from .readers import readers_of_weights
 from .report import SkippedLayer
+from .walk import inside, named_modules, set_submodule
 
 QUANTIZED = (QuantLinear, QuantExperts)
 HOOKS = (
@@ -19,22 +24,30 @@ HOOKS = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class _Surroundings:
+    """What the rest of the model says about a layer."""
+
+    users: Mapping[int, set[str]]  # address of a parameter -> names of the parameters there
+    readers: Mapping[nn.Module, str]
+    trained_whole: Mapping[nn.Module, str]
+
+
 def plan_layers(
     model: nn.Module, patterns: Iterable[str], block_size: int = 64
 ) -> tuple[list[list[str]], list[SkippedLayer]]:
     """(all names of each layer to replace, the matrices to leave alone); works on the meta device."""
     names = names_of_modules(model)
-    users = defaultdict(set)  # address of a parameter -> names of the parameters there
+    users = defaultdict(set)
     for module, (name, *_) in names.items():
         for leaf, parameter in module._parameters.items():
             if parameter is not None:
                 users[address(parameter)].add(f"{name}.{leaf}" if name else leaf)
-    fused = {id(child) for module in names if isinstance(module, nn.TransformerEncoderLayer)
-             for child in (module.linear1, module.linear2)}  # fmt: skip
+    surroundings = _Surroundings(users, readers_of_weights(names), trained_whole(names))
 
     targets, skipped = [], []
     for module, aliases in names.items():
-        reason = _reason(module, aliases, patterns, users, fused, block_size)
+        reason = _reason(module, aliases, patterns, surroundings, block_size)
         if reason is None:
             targets.append(aliases)
         elif isinstance(module, QUANTIZED):
@@ -43,10 +56,17 @@ def plan_layers(
                 skipped.append(SkippedLayer(name, part.weight_shape, part.weight.nbytes, reason))
         else:
             for leaf, matrix in module._parameters.items():
-                if matrix is not None and matrix.dim() >= 2:
+                if matrix is not None and (oddity(matrix) or matrix.dim() >= 2):
                     name = aliases[0] if leaf == "weight" else f"{aliases[0]}.{leaf}".lstrip(".")
-                    skipped.append(SkippedLayer(name, tuple(matrix.shape), matrix.nbytes, reason))
+                    skipped.append(SkippedLayer(name, shape(matrix), nbytes(matrix), reason))
     return targets, skipped
+
+
+def unmatched(model: nn.Module, patterns: Iterable[str]) -> list[str]:
+    """Those of the patterns that stand for nothing in the model."""
+    names = [name for aliases in names_of_modules(model).values() for name in aliases]
+    names += [f"{name}.{leaf}" for name, module in named_modules(model) for leaf, _ in module._parameters.items()]
+    return [pattern for pattern in patterns if not any(skips(pattern, name) for name in names)]
 
 
 def skips(pattern: str, name: str) -> bool:
@@ -54,12 +74,17 @@ def skips(pattern: str, name: str) -> bool:
     return f".{pattern}." in f".{name}." or fnmatchcase(name, pattern)
 
 
-def _reason(module: nn.Module, aliases: list[str], patterns, users, fused, block_size: int) -> str | None:
+def _reason(
+    module: nn.Module, aliases: list[str], patterns: Iterable[str], surroundings: _Surroundings, block_size: int
+) -> str | None:
     """Why a module is left alone; None for a layer to replace."""
     if isinstance(module, QUANTIZED):
         return f"already a {type(module).__name__}"
-    if parametrize.is_parametrized(module):
+    if parametrize.is_parametrized(module) or isinstance(module, parametrize.ParametrizationList):
         return "parametrized"
+    for parameter in module._parameters.values():
+        if parameter is not None and (odd := oddity(parameter)):
+            return f"its parameter is {odd}"
     if type(module) is not nn.Linear:
         reason = _reason_for_other(module, block_size)
         if reason is not None:
@@ -76,14 +101,16 @@ def _reason(module: nn.Module, aliases: list[str], patterns, users, fused, block
         return "its weight is computed by a hook"
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
-    if id(module) in fused:
-        return "nn.TransformerEncoderLayer's fused path reads it as a dense matrix"
+    if module in surroundings.trained_whole:
+        return surroundings.trained_whole[module]
+    if module in surroundings.readers:
+        return f"{surroundings.readers[module]} reads its weight"
     for leaf in leaves:
         parameter = module._parameters[leaf]
         others = (
             set()
             if parameter is None
-            else users[address(parameter)] - {f"{name}.{leaf}".lstrip(".") for name in aliases}
+            else surroundings.users[address(parameter)] - {f"{name}.{leaf}".lstrip(".") for name in aliases}
         )
         if others:
             return f"tied to {min(others)}"
@@ -107,19 +134,14 @@ def _reason_for_other(module: nn.Module, block_size: int) -> str | None:
 def names_of_modules(model: nn.Module) -> dict[nn.Module, list[str]]:
     """module -> all its names; nothing below a layer in 4 bits."""
     names: dict[nn.Module, list[str]] = defaultdict(list)
-    inside: str | tuple[str, ...] = ()
-    for name, module in model.named_modules(remove_duplicate=False):
-        if inside and name.startswith(inside):
+    within: str | tuple[str, ...] = ()
+    for name, module in named_modules(model):
+        if within and name.startswith(within):
             continue
         names[module].append(name)
         if isinstance(module, QUANTIZED):
-            inside = f"{name}."
+            within = f"{name}."
     return names
-
-
-def address(parameter: Tensor) -> int:
-    # The address, not the storage: a loader may hand out all weights as views of one mapped file.
-    return parameter.data_ptr() or id(parameter)
 
 
 def parts(layer: QuantLinear | QuantExperts) -> list[QuantModule]:
@@ -132,7 +154,7 @@ def unwrapped(model: nn.Module, argument: str, who: str) -> nn.Module:
         raise TypeError(f"{who}: {argument} must be an nn.Module, got {type(model).__name__}")
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         raise ValueError(f"{who}: {argument} must be the module inside, pass .module, got {type(model).__name__}")
-    return getattr(model, "_orig_mod", model)
+    return inside(model)
 
 
 def check_container(model: nn.Module, argument: str, who: str) -> None:
@@ -155,5 +177,4 @@ def replace_module(model: nn.Module, names: Iterable[str], old: nn.Module, new: 
     for hooks in HOOKS:
         setattr(new, hooks, getattr(old, hooks))
     for name in names:
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, new)
+        set_submodule(model, name, new)

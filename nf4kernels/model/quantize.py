@@ -1,7 +1,9 @@
 """quantize_model: from nn.Linear to QuantLinear and from experts to QuantExperts, all through a model."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +15,11 @@ from ..nn.lora import LoraConfig
 from ..nn.quant_experts import WEIGHTS, QuantExperts
 from ..nn.quant_linear import QuantLinear
 from ..quantized_weight import WEIGHT_DTYPES, QuantizedExperts, QuantizedWeight
-from .plan import address, check_container, parts, plan_layers, replace_module
-from .report import QuantizedLayer, QuantizeReport
+from .heads import SKIP
+from .memory import address, nbytes
+from .plan import check_container, parts, plan_layers, replace_module, unmatched
+from .report import QuantizedLayer, QuantizeReport, SkippedLayer
+from .walk import get_submodule, inside
 
 SLICES = 8  # in which a weight's error is measured: fp32 Ŵ then takes a quarter of a bf16 weight's bytes
 SMALLEST_SLICE = 1 << 20  # elements
@@ -23,26 +28,29 @@ SMALLEST_SLICE = 1 << 20  # elements
 @outside_inference_mode
 def quantize_model(
     model: nn.Module,
-    skip: Iterable[str] = ("lm_head",),
+    skip: Iterable[str] = (),
     lora: LoraConfig | None = None,
     progress: bool = True,
     **quant_options,
 ) -> QuantizeReport:
     """Replace every nn.Linear of `model` by a QuantLinear, and fused 3-D experts by QuantExperts, in place.
 
-    Left alone, each with its reason in the report: what `skip` names, subclasses of nn.Linear, tied and parametrized
-    weights, adapters, experts of a layout that QuantExperts does not take, and every other matrix (embeddings, Conv1D).
-    Layers in 4 bits stay as they are, so a second call changes nothing. Training modes, hooks, biases and every
-    `requires_grad` but the experts' are kept; a module registered under two names is replaced under both.
+    Left alone, each with its reason in the report: heads (the output layer and what a task's class adds to its model,
+    and by name lm_head, embed_out, router, gate, score and classifier), what PEFT trains, what `skip` names, layers
+    whose weight the model's own code reads, subclasses of nn.Linear, tied and parametrized weights, adapters, experts
+    of a layout that QuantExperts does not take, and every other matrix (embeddings, Conv1D, sparse tensors). Layers in
+    4 bits stay as they are, so a second call changes nothing. Training modes, hooks, biases and every `requires_grad`
+    but the experts' are kept; a module registered under two names is replaced under both, and one that torch.compile
+    made stays compiled.
 
     Weights are quantized one by one on their device and freed as it goes: the extra memory at the peak is about the
     bytes of the largest one. Every weight is checked for NaN and inf before the first one is replaced.
 
     Args:
         model: any module that contains layers.
-        skip: names of layers or of modules around them, in full or a run of whole components ("lm_head",
-            "layers.0.mlp"), or fnmatch patterns over the full name ("*.mlp.gate"). Experts are skipped together, by
-            their name or that of one of their weights.
+        skip: further layers to leave alone: names of layers or of modules around them, in full or a run of whole
+            components ("k_proj", "layers.0.mlp"), or fnmatch patterns over the full name ("*.0.*"). Experts are
+            skipped together, by their name or that of one of their weights.
         lora: an adapter for every replaced nn.Linear; there are none on experts.
         progress: show a progress bar on stderr.
         quant_options: codebook, block_size, double_quant, scale_codebook, nonfinite as in `nf4kernels.quantize`;
@@ -52,16 +60,20 @@ def quantize_model(
         What was replaced, with bytes and relative RMS errors, and what was not.
 
     Raises:
-        TypeError, ValueError: an argument is wrong, or a layer's weight is not float32, bfloat16 or float16 or not
-            finite (the message names the layer); the model is then unchanged.
+        TypeError, ValueError: an argument is wrong, an entry of `skip` matches nothing, `lora` is given and no
+            nn.Linear is replaced, or a layer's weight is not float32, bfloat16 or float16 or not finite (the message
+            names the layer); the model is then unchanged.
         RuntimeError: quantizing a layer failed for another reason (out of memory); the layers before it are replaced,
             that one and those after it are not, and another call goes on from there.
     """
     who = "nf4kernels.quantize_model"
+    model = inside(model)
     patterns = _check_arguments(model, skip, lora, quant_options, who)
-    targets, skipped = plan_layers(model, patterns, quant_options.get("block_size", 64))
+    targets, skipped = plan_layers(model, (*SKIP, *patterns), quant_options.get("block_size", 64))
+    if lora is not None and not any(isinstance(get_submodule(model, names[0]), nn.Linear) for names in targets):
+        raise ValueError(f"{who}: lora must have an nn.Linear to go on, got {_reasons(skipped) or 'no layer'}")
     for names in targets:
-        for name, weight in _weights(model.get_submodule(names[0]), names[0]):
+        for name, weight in _weights(get_submodule(model, names[0]), names[0]):
             _check_dtype(name, weight, who)
             if quant_options.get("nonfinite", "raise") == "raise":
                 _check_finite(name, weight, who)
@@ -82,6 +94,8 @@ def _check_arguments(model, skip, lora, quant_options, who: str) -> tuple[str, .
     skip = tuple(skip)
     if not all(isinstance(entry, str) for entry in skip):
         raise TypeError(f"{who}: skip must be a sequence of names, got {skip!r}")
+    for pattern in unmatched(model, skip):
+        raise ValueError(f"{who}: skip must match a layer, got {pattern!r}")
     if lora is not None and not isinstance(lora, LoraConfig):
         raise TypeError(f"{who}: lora must be a LoraConfig or None, got {type(lora).__name__}")
     try:  # on meta every option is checked and nothing is computed
@@ -89,6 +103,13 @@ def _check_arguments(model, skip, lora, quant_options, who: str) -> tuple[str, .
     except (TypeError, ValueError) as error:
         raise type(error)(f"{who}: {error}") from None
     return skip
+
+
+def _reasons(skipped: list[SkippedLayer]) -> str:
+    """How many matrices were left alone for which reason, and the first of each by name."""
+    counts, first = Counter(entry.reason for entry in skipped), {entry.reason: entry.name for entry in skipped[::-1]}
+    return "; ".join(f"{count} that stay as they are ({first[reason]}, ...): {reason}"
+                     for reason, count in counts.items())  # fmt: skip
 
 
 def _weights(module: nn.Module, name: str) -> list[tuple[str, Tensor]]:
@@ -112,7 +133,7 @@ def _check_finite(name: str, weight: Tensor, who: str) -> None:
 
 
 def _quantize_layer(model, names: list[str], lora, quant_options, who: str) -> list[QuantizedLayer]:
-    dense = model.get_submodule(names[0])
+    dense: Any = get_submodule(model, names[0])
     layers = []
     try:
         if isinstance(dense, nn.Linear):
@@ -146,5 +167,5 @@ def squared_error(qweight: QuantizedWeight | QuantizedExperts, weight: Tensor) -
 
 
 def _model_bytes(model: nn.Module) -> int:
-    tensors = {address(t): t.nbytes for t in [*model.parameters(), *model.buffers()]}
+    tensors = {address(t): nbytes(t) for t in [*model.parameters(), *model.buffers()]}
     return sum(tensors.values())

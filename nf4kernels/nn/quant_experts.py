@@ -219,13 +219,11 @@ class QuantExperts(nn.Module):
         return bool(self._emptied)
 
     @outside_inference_mode
-    def to_experts(
-        self, dtype: torch.dtype = torch.bfloat16, base_weights: Sequence[Tensor] | None = None
-    ) -> nn.Module:
-        """A module of the class that this one was made from, with Ŵ rounded to dtype once, trainable.
+    def to_experts(self, dtype: torch.dtype | None = None, base_weights: Sequence[Tensor] | None = None) -> nn.Module:
+        """A module of the class that this one was made from, with Ŵ rounded once, trainable.
 
         `base_weights`, gate_up_proj and down_proj, take Ŵ's place. This module is left as it is. Copies the weights;
-        act_fn and configuration are shared.
+        act_fn and configuration are shared. Without `dtype` each weight has its `dense_dtype`.
 
         Raises:
             ValueError: this module was not made by `from_experts`, or is on the meta device.
@@ -233,16 +231,19 @@ class QuantExperts(nn.Module):
         if not self.can_be_dense:
             raise ValueError(f"{self.WHO}.to_experts: the module must be from from_experts, got one that is not")
         dense: Any = _without_weights(self._emptied[0])
+        parts = [self.gate_up_proj, self.down_proj]
         if base_weights is None:
-            weights = [getattr(self, name).dequantize(dtype) for name in WEIGHTS]
-            for name, weight in zip(WEIGHTS, weights):  # Ŵ is finite in fp32, which is not made here
+            weights = [part.dequantize(dtype or part.dense_dtype) for part in parts]
+            for name, part, weight in zip(WEIGHTS, parts, weights):  # Ŵ is finite in fp32, which is not made here
                 if weight.numel() and not all(bound.isfinite() for bound in weight.aminmax()):
-                    check_cast(getattr(self, name).dequantize(torch.float32), dtype, f"{self.WHO}.to_experts: {name}")
+                    check_cast(part.dequantize(torch.float32), weight.dtype, f"{self.WHO}.to_experts: {name}")
         else:
             device = self.gate_up_proj.weight.device
-            for name, weight in zip(WEIGHTS, base_weights):
-                check_cast(weight, dtype, f"{self.WHO}.to_experts: {name}")
-            weights = [weight.detach().to(device, dtype, copy=True) for weight in base_weights]
+            weights = []
+            for name, part, weight in zip(WEIGHTS, parts, base_weights):
+                target = dtype or part.dense_dtype
+                check_cast(weight, target, f"{self.WHO}.to_experts: {name}")
+                weights.append(weight.detach().to(device, target, copy=True))
         for name, weight in zip(WEIGHTS, weights):
             setattr(dense, name, nn.Parameter(weight))
         dense.act_fn = self.act_fn

@@ -140,13 +140,16 @@ class QuantLinear(QuantModule, nn.Linear):
 
     @outside_inference_mode
     def to_linear(
-        self, dtype: torch.dtype = torch.bfloat16, merge_lora: bool = True, base_weight: Tensor | None = None
+        self, dtype: torch.dtype | None = None, merge_lora: bool = True, base_weight: Tensor | None = None
     ) -> nn.Linear:
         """A dense nn.Linear with Ŵ, plus the adapter's product if `merge_lora`, summed in fp32 and rounded once.
 
         `base_weight`, `[out_features, in_features]`, takes Ŵ's place. This layer is left as it is. Copies everything.
-        ValueError where a finite value does not fit dtype.
+        Without `dtype` it is the bias's, or `dense_dtype` where there is none. ValueError where a finite value does not
+        fit dtype.
         """
+        if dtype is None:
+            dtype = self.dense_dtype if self.bias is None else self.bias.dtype
         if base_weight is None:
             weight = self.dequantize(torch.float32)
         else:

@@ -14,6 +14,7 @@ SCALES = ("scale_absmax", "scale_offset", "code", "scale_code")
 BUFFERS = ("absmax", *SCALES)
 OTHER_BUFFERS = ("source_dtype", "checksum")
 UNSEEN = -1  # no tensor has this version
+TWO_DTYPES = (torch.float32, torch.bfloat16)  # any two that only a cast makes the same
 
 
 def checked_compute_dtype(compute_dtype: torch.dtype | None, who: str) -> torch.dtype | None:
@@ -43,6 +44,7 @@ class QuantModule(nn.Module):
     source_dtype: Tensor
     checksum: Tensor
     _seen: int  # versions of weight and absmax, summed, at which they were right
+    cast_to: torch.dtype | None = None  # the last cast of the module to a floating dtype; a dense weight would follow
 
     @outside_inference_mode
     def set_qweight(self, qweight: QuantizedWeight | QuantizedExperts) -> None:
@@ -58,6 +60,7 @@ class QuantModule(nn.Module):
         source = torch.tensor(WEIGHT_DTYPES.index(qweight.dtype), dtype=torch.uint8, device=qweight.device)
         self.register_buffer("source_dtype", source)
         self.register_buffer("checksum", None)
+        self.cast_to = None
         self.record_bytes()
 
     @outside_inference_mode
@@ -101,6 +104,11 @@ class QuantModule(nn.Module):
             self.checked_weight().data, *(getattr(self, name) for name in BUFFERS), self.weight_shape,
             WEIGHT_DTYPES[int(self.source_dtype.item())], self.block_size, self.codebook, self.scale_codebook,
         )  # fmt: skip
+
+    @property
+    def dense_dtype(self) -> torch.dtype:
+        """What a dense weight here would be: the dtype that it was quantized from, or what the module was cast to."""
+        return self.cast_to or self.qweight.dtype
 
     @property
     def double_quant(self) -> bool:
@@ -170,6 +178,9 @@ class QuantModule(nn.Module):
         """As nn.Module, but a dtype cast never reaches the weight: the original goes to the new device instead."""
         before = {name: self._buffers[name] for name in (*BUFFERS, *OTHER_BUFFERS)}
         packed = self.weight.data
+        dtypes = {fn(torch.empty(1, dtype=dtype, device=packed.device)).dtype for dtype in TWO_DTYPES}
+        if len(dtypes) == 1 and dtypes <= set(WEIGHT_DTYPES):  # a cast; a change of device keeps both
+            self.cast_to = dtypes.pop()
         super()._apply(fn, recurse)
         for name, old in before.items():
             new = self._buffers[name]

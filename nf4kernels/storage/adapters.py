@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..autograd import outside_inference_mode
 from ..model.plan import unwrapped
+from ..model.walk import named_modules
 from ..nn.casts import check_cast
 from ..nn.lora import LoraConfig
 from ..nn.quant_linear import QuantLinear
@@ -126,8 +127,7 @@ def load_adapters(model: nn.Module, directory: str | Path) -> None:
 
 def _layers(model: nn.Module) -> dict[str, QuantLinear]:
     """name -> layer under all its names, without what torch.compile puts into them."""
-    named = model.named_modules(remove_duplicate=False)
-    return {name.replace("_orig_mod.", ""): module for name, module in named if isinstance(module, QuantLinear)}
+    return {name: module for name, module in named_modules(model) if isinstance(module, QuantLinear)}
 
 
 def _config(model: nn.Module, layers: dict[str, QuantLinear], who: str) -> dict:
@@ -173,7 +173,7 @@ def _usual(values: dict[str, float]) -> tuple[float, dict[str, float]]:
 
 def _target_modules(model: nn.Module, names: set[str]) -> list[str] | str:
     """PEFT's choice of exactly these layers: by last component, else by full name, else by a regular expression."""
-    modules = {name.replace("_orig_mod.", "") for name, _ in model.named_modules()} - {""}
+    modules = {name for name, _ in named_modules(model)} - {""}
     outside = {m for m in modules if m.rpartition(".")[2] not in ("lora_A", "lora_B")} - names
     for targets in ({name.rpartition(".")[2] for name in names}, names):
         if not any(_matches(other, targets) for other in outside):

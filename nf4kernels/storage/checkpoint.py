@@ -4,15 +4,19 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
 from ..autograd import outside_inference_mode
+from ..model.memory import address, oddity
 from ..model.plan import replace_module, unwrapped
+from ..model.walk import get_submodule, named_modules, state_dict
 from ..nn.casts import check_cast
 from ..nn.lora import LoraConfig
 from ..nn.quant_linear import QuantLinear
@@ -46,8 +50,8 @@ def save_checkpoint(model: nn.Module, path: str | Path) -> None:
     layers = _quant_layers(model)
     expected = _dense_state(model, layers)
     for name, tensor in expected.items():
-        if not isinstance(tensor, Tensor) or tensor.is_meta:
-            came = "a meta tensor" if isinstance(tensor, Tensor) else type(tensor).__name__
+        came = _unwritable(tensor)
+        if came is not None:
             raise ValueError(f"{who}: {name} in model's state must be a loaded tensor, got {came}")
     for module in model.modules():
         if isinstance(module, QuantModule) and not isinstance(module, QuantLinear):
@@ -66,6 +70,24 @@ def save_checkpoint(model: nn.Module, path: str | Path) -> None:
         if layer.lora is not None:
             adapters[name] = asdict(layer.lora)
     write_tensors(tensors, Path(path), {LORA_METADATA: json.dumps(adapters)} if adapters else {})
+
+
+def _unwritable(tensor: Any) -> str | None:
+    """What a value of a state is, where safetensors has no way to hold it."""
+    if not isinstance(tensor, Tensor):
+        return type(tensor).__name__
+    if tensor.is_meta:
+        return "a meta tensor"
+    return oddity(tensor) or (None if _is_storable(tensor.dtype) else f"one of {tensor.dtype}")
+
+
+@cache
+def _is_storable(dtype: torch.dtype) -> bool:
+    try:
+        save({"": torch.empty(0, dtype=dtype)})
+    except (KeyError, SafetensorError):
+        return False
+    return True
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -121,7 +143,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
               if not isinstance(layers.get(name), QuantLinear) or layers[name].lora is None}  # fmt: skip
     expected = _dense_state(model, layers)
     _check_dense(expected, tensors, layers, attach, who)
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in named_modules(model):
         if isinstance(module, QuantModule) and name not in layers:
             for message in module.state_errors(tensors, f"{name}."):
                 raise ValueError(f"{who}: {path}: {message}")
@@ -170,17 +192,16 @@ def _join(path: str, name: str) -> str:
 
 def _quant_layers(model: nn.Module) -> dict[str, QuantLinear]:
     """name -> layer, under all its names."""
-    named = model.named_modules(remove_duplicate=False)
-    return {name: module for name, module in named if isinstance(module, QuantLinear)}
+    return {name: module for name, module in named_modules(model) if isinstance(module, QuantLinear)}
 
 
 def _dense_state(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """The model's state without the weights of `layers`, nor what a file need not hold."""
-    state = model.state_dict(keep_vars=True)
+    state = state_dict(model)
     for name in layers:
         for key in ("weight", *OTHER_BUFFERS, *BUFFERS):
             state.pop(_join(name, key), None)
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in named_modules(model):
         if isinstance(module, QuantModule):
             state.pop(_join(name, "checksum"), None)
     return state
@@ -190,14 +211,14 @@ def _shared(state: dict[str, Tensor]) -> Iterator[list[str]]:
     """Groups of names whose tensors are the same memory."""
     groups: dict[tuple, list[str]] = {}
     for name, tensor in state.items():
-        address = (tensor.data_ptr() or id(tensor), tensor.shape, tensor.stride(), tensor.dtype)
-        groups.setdefault(address, []).append(name)
+        view = None if oddity(tensor) else (tensor.shape, tensor.stride(), tensor.dtype)
+        groups.setdefault((address(tensor), view), []).append(name)
     yield from groups.values()
 
 
 def _planned_layers(model: nn.Module, qweights: dict[str, QuantizedWeight], who: str) -> dict[str, nn.Module]:
     """name -> the layer that will hold that 4-bit weight, under all names; checked against the checkpoint."""
-    modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
+    modules: dict[str, Any] = dict(named_modules(model))
     chosen = {}
     for name, qweight in qweights.items():
         layer: Any = modules.get(name)
@@ -246,17 +267,20 @@ def _install(model: nn.Module, layers: Mapping[str, Any], qweights, attach, tens
     for layer, aliases in names.items():
         name = next(alias for alias in aliases if alias in qweights)
         device = "cpu" if layer.weight.is_meta else layer.weight.device
+        was = None if layer.weight.is_meta else getattr(layer, "dense_dtype", layer.weight.dtype)
         if isinstance(layer, QuantLinear):
+            new = layer
             layer.set_qweight(qweights[name].to(device))
         else:
             new = QuantLinear.from_quantized(qweights[name].to(device), layer.bias).train(layer.training)
             replace_module(model, aliases, layer, new)
+        new.cast_to = was  # as the model around it, whatever the file was
     for name, config in attach.items():
         stored = tensors[_join(name, "lora_A.weight")].dtype
-        adapted: Any = model.get_submodule(name)
+        adapted: Any = get_submodule(model, name)
         adapted.add_lora(config, dtype=stored)
 
-    state, placed = model.state_dict(keep_vars=True), {}
+    state, placed = state_dict(model), {}
     for name, tensor in tensors.items():
         target = state[name]
         if target.is_meta:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..functional import quantize
+from ..model.heads import SKIP
 from ..model.plan import skips
 from ..model.quantize import squared_error
 from ..model.report import QuantizedLayer, QuantizeReport, SkippedLayer
@@ -24,8 +25,6 @@ from .checkpoint import INDEX, checkpoint_files, write_tensors
 from .layer_choice import Choice, choose
 
 STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # by the words of safetensors' headers
-# Beside what the model itself says: parts whose rounding costs more than their bytes are worth.
-SKIP = ("lm_head", "embed_out", "router", "*.gate", "score", "classifier")
 OTHER_WEIGHTS = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".index.json",
 )  # fmt: skip

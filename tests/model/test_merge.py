@@ -99,7 +99,7 @@ def test_merge_with_a_wrong_base_changes_nothing(how, message):
 def test_merge_bad_arguments_change_nothing():
     model, _ = adapted()
     before = snapshot(model)
-    with pytest.raises(TypeError, match=r"dtype must be float32, bfloat16 or float16, got torch.int8"):
+    with pytest.raises(TypeError, match=r"dtype must be float32, bfloat16, float16 or None, got torch.int8"):
         nf4.merge_model(model, dtype=torch.int8)
     with pytest.raises(TypeError, match=r"base must be an nn.Module, got dict"):
         nf4.merge_model(model, base={})

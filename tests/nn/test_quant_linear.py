@@ -341,7 +341,8 @@ def test_to_linear():
     layer = make()
     plain = layer.to_linear(torch.float32, merge_lora=False)
     assert torch.equal(plain.weight, layer.dequantize(torch.float32))
-    merged = layer.eval().to_linear()
+    assert layer.to_linear().weight.dtype == torch.float32, "what the layer was"
+    merged = layer.eval().to_linear(torch.bfloat16)
     assert type(merged) is nn.Linear
     assert merged.weight.dtype == merged.bias.dtype == torch.bfloat16
     assert merged.weight.requires_grad

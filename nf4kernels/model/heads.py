@@ -1,0 +1,62 @@
+"""Which linear layers a model trains as a whole: heads, and what PEFT trains; they stay dense."""
+
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+
+from .walk import inside
+
+# By name, where no rule tells: parts whose rounding costs more than their bytes are worth. One list for
+# `quantize_model` and for directories, whose `skip` adds to it.
+SKIP = ("lm_head", "embed_out", "router", "*.gate", "score", "classifier")
+
+
+def trained_whole(modules: Iterable[nn.Module]) -> dict[nn.Module, str]:
+    """linear layer -> why it stays dense, by rules that hold for transformers' and PEFT's modules of any class."""
+    reasons: dict[nn.Module, str] = {}
+    for module in modules:
+        for rule in (_saved_by_peft, _trained_in_peft, _output_layers, _beside_the_base):
+            for part, reason in rule(module):
+                for layer in part.modules():
+                    if isinstance(layer, nn.Linear):
+                        reasons.setdefault(layer, reason)
+    return reasons
+
+
+def _saved_by_peft(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    if "original_module" in module._modules and "modules_to_save" in module._modules:
+        yield module, "in PEFT's modules_to_save"
+
+
+def _trained_in_peft(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    if not isinstance(vars(module).get("peft_config"), dict):
+        return
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear) and getattr(layer.weight, "requires_grad", False):
+            yield layer, "trained inside a PEFT model"
+
+
+def _output_layers(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    method = getattr(module, "get_output_embeddings", None)
+    if not callable(method):
+        return
+    try:
+        output = method()
+    except (AttributeError, NotImplementedError):  # a backbone, which has none
+        return
+    if isinstance(output, nn.Module):
+        yield output, f"the output layer of {type(module).__name__}"
+
+
+def _beside_the_base(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """What a task's class adds to the model that it is for, other models that it holds excepted."""
+    base_name = getattr(type(module), "base_model_prefix", None)
+    if not isinstance(base_name, str):
+        return
+    has_base = base_name in module._modules
+    num_labels = getattr(getattr(module, "config", None), "num_labels", None)
+    for name, child in module._modules.items():
+        if child is None or name == base_name or hasattr(type(inside(child)), "base_model_prefix"):
+            continue
+        if has_base or getattr(inside(child), "out_features", None) == num_labels is not None:
+            yield child, f"a head of {type(module).__name__}"
