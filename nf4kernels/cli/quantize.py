@@ -8,7 +8,7 @@ import torch
 
 from ..quantized_weight import BLOCK_SIZES
 from ..storage.convert import SKIP, Conversion, ConversionError, Words, convert_directory
-from .errors import CommandError
+from .errors import CommandError, check_cpu_computes
 from .meta_model import meta_model
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -44,6 +44,7 @@ def add_parser(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    check_cpu_computes("quantize")
     try:
         conversion = convert_directory(
             args.in_dir, args.out_dir, args.codebook, args.block_size, not args.no_double_quant, args.scale_codebook,

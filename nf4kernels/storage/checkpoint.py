@@ -129,10 +129,10 @@ def checkpoint_files(path: Path, who: str) -> list[Path]:
     index = path / INDEX
     if index.exists():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()), key=str)
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"{who}: {index} must hold a weight_map in JSON, got {error!r}") from None
-        missing = [name for name in names if not (path / name).is_file()]
+        missing = [name for name in names if not isinstance(name, str) or not (path / name).is_file()]
         if missing:
             raise ValueError(f"{who}: {index} must name files that exist, got {missing[0]}")
         return [path / name for name in names]

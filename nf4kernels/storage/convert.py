@@ -175,9 +175,13 @@ def _read_config(in_dir: Path, words: Words) -> dict[str, Any]:
         raise ConversionError(f"{words.who}: {file} must hold JSON, got {error}") from None
     if not isinstance(config, dict):
         raise ConversionError(f"{words.who}: {file} must hold a JSON object, got {type(config).__name__}")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method")
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise ConversionError(f"{words.who}: {words.in_dir} must hold a dense model, got one quantized by {method}")
+    architectures = config.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise ConversionError(f"{words.who}: architectures in {file} must be a list of names, got {architectures!r}")
     return config
 
 
