@@ -95,7 +95,7 @@ def test_a_saved_export_loads(tmp_path):
 
 
 def test_rows_keep_their_bits_for_few_and_for_many():
-    """README: the bits may differ with the number of rows, and by no other row. Up to M = 4 and above it they do not."""
+    """README: the bits may differ with the number of rows. Within M <= 4 they do not, nor above it."""
     layer = nf4.QuantLinear(64, 64, dtype=torch.float32)
     x = torch.randn(16, 64)
     many, few = layer(x), layer(x[:4])
