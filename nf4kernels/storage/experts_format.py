@@ -62,7 +62,7 @@ def take_experts(model: nn.Module, tensors: dict[str, Tensor], who: str) -> dict
     modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
     stored = stored_experts(tensors)
     for path in dict.fromkeys(key.rpartition(".")[0] for key in stored):
-        module = modules.get(path)
+        module: Any = modules.get(path)
         if isinstance(module, QuantExperts):
             continue
         keys = [f"{path}.{leaf}" for leaf in WEIGHTS]
@@ -79,7 +79,7 @@ def take_experts(model: nn.Module, tensors: dict[str, Tensor], who: str) -> dict
             raise ValueError(f"{who}: {path}: {error}") from None
         if len({(part.block_size, part.codebook, part.scale_codebook) for part in parts}) > 1:
             raise ValueError(f"{who}: {path} must have one block size and codebook, got two")
-        taken[module] = QuantExperts.from_quantized(module, *parts)
+        taken[module] = QuantExperts.from_quantized(module, parts[0], parts[1])
     prefixes = tuple(f"{key}." for key in stored if modules[key.rpartition(".")[0]] in taken)
     for name in [name for name in tensors if prefixes and name.startswith(prefixes)]:
         del tensors[name]

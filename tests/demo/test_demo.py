@@ -227,21 +227,18 @@ def test_a_run_in_fp32_writes_16_bits(small_data, tmp_path, offline_run):
     """With no bf16 instructions: the same names, dtypes and 4-bit weights, losses that differ by rounding alone."""
     if "avx2" not in nf4.backend_info().cpu_isas:
         pytest.skip("no AVX2 kernels here")
-    model = offline_run[0] / "byte-model"
-    options = ("--data", small_data, "--model", model, "--steps", 30, "--lr", 5e-3)
-    found = []
-    for name, env in (("usual", {}), ("laptop", AVX2)):
-        done = run_cli(*options, "--out", tmp_path / name, cwd=tmp_path, env=env)
-        assert done.returncode == 0, done.stderr
-        found.append(json.loads((tmp_path / name / "results.json").read_text())["loss"])
-        assert stored_dtypes(tmp_path / name / "merged") == {torch.bfloat16}
+    usual, laptop = offline_run[0], tmp_path / "laptop"
+    options = ("--data", small_data, "--model", usual / "byte-model", "--steps", 30, "--lr", 5e-3, "--out", laptop)
+    done = run_cli(*options, cwd=tmp_path, env=AVX2)
+    assert done.returncode == 0, done.stderr
     assert "dense parts compute in float32" in done.stdout
-    one, other = (load_file(tmp_path / name / "nf4" / "model.safetensors") for name in ("usual", "laptop"))
+    assert stored_dtypes(laptop / "merged") == stored_dtypes(usual / "merged") == {torch.bfloat16}
+    assert json.loads((laptop / "merged" / "config.json").read_text())["dtype"] == "bfloat16"
+    one, other = (load_file(out / "nf4" / "model.safetensors") for out in (usual, laptop))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], tensor) for name, tensor in other.items())
-    assert json.loads((tmp_path / "laptop" / "merged" / "config.json").read_text())["dtype"] == "bfloat16"
-    for name, loss in found[0].items():
-        assert abs(found[1][name] - loss) < 0.02, name
+    loss, found = (json.loads((out / "results.json").read_text())["loss"] for out in (usual, laptop))
+    assert all(abs(found[name] - value) < 0.02 for name, value in loss.items()), (loss, found)
 
 
 def test_the_fine_tuning_lowers_the_loss_and_survives_merging(offline_run):

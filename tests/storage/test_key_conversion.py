@@ -341,3 +341,25 @@ def test_a_plain_module_has_no_rules():
     groups = group_tensors(tiny.Net(), names, tiny.Net().state_dict())
     assert [list(group.sources) for group in groups] == [[name] for name in names]
     assert not any(group.is_renamed for group in groups)
+
+
+def test_a_matrix_that_is_cut_into_layers(tmp_path):
+    """q, k and v are one matrix in the file: cut first, quantized as layers, under the names that both sides load."""
+    bnb = pytest.importorskip("bitsandbytes")
+    model = tiny.make("NomicBertModel", dtype=torch.bfloat16)
+    before = stored(saved(model, tmp_path / "in"))
+    assert any("qkv" in name.lower() for name in before)
+    assert quantize(tmp_path) == 0
+    ours, expected = fresh(model), fresh(model)
+    expected.load_state_dict(model.state_dict())
+    nf4.quantize_model(expected, progress=False)
+    nf4.load_checkpoint(ours, tmp_path / "out")
+    assert tiny.layers(ours).keys() == tiny.layers(expected).keys()
+    assert any("q_proj" in name for name in tiny.layers(ours))
+    assert all(torch.equal(ours.state_dict()[name], tensor) for name, tensor in expected.state_dict().items())
+    theirs = type(model).from_pretrained(tmp_path / "out", device_map="cpu")
+    layers = {name: module for name, module in theirs.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
+    assert layers.keys() == tiny.layers(ours).keys()
+    for name, layer in layers.items():
+        decoded = bnb.functional.dequantize_4bit(layer.weight, layer.weight.quant_state)
+        assert torch.equal(ours.get_submodule(name).dequantize(decoded.dtype), decoded), name
