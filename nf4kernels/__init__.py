@@ -1,7 +1,10 @@
 """4-bit NormalFloat weights, fused products with them, and LoRA fine-tuning through them."""
 
 from . import codebook
-from .backends.select import backend_info
+from .entry import command_line_ends_in_one_line
+
+with command_line_ends_in_one_line():  # a wrong environment variable is an error of the import
+    from .backends.select import backend_info
 from .functional import dequantize, grouped_linear, linear, lora_linear, quantize, quantize_experts
 from .model.merge import merge_model
 from .model.quantize import quantize_model

@@ -28,6 +28,7 @@ LEVELS = {
     "nf4kernels.optim": 5,
     "nf4kernels.recover": 5,
     "nf4kernels.integrations": 6,
+    "nf4kernels.entry": 7,
     "nf4kernels.cli": 7,
     "nf4kernels.demo": 7,
     "nf4kernels.__main__": 7,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..demo.settings import Settings, missing_packages
 from ..storage.atomic import TargetError
-from .errors import CommandError
+from .errors import CommandError, check_cpu_computes
 
 
 def add_parser(subparsers) -> None:
@@ -32,6 +32,7 @@ def add_parser(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    check_cpu_computes("demo")
     missing = missing_packages()
     if missing:
         raise CommandError(f"demo: {', '.join(missing)} must be installed, run: pip install 'nf4kernels[demo]'")
@@ -41,9 +42,11 @@ def run(args: argparse.Namespace) -> None:
     try:
         settings = Settings(**options)
         examples = settings.read_examples()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise CommandError(f"demo: {error}") from None
     try:
         pipeline.run(settings, *examples)
     except TargetError as error:
         raise CommandError(f"demo: --out {error}") from None
+    except (pipeline.ModelError, OSError) as error:
+        raise CommandError(f"demo: {error}") from None

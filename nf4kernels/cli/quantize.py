@@ -8,10 +8,11 @@ import torch
 
 from ..quantized_weight import BLOCK_SIZES
 from ..storage.convert import SKIP, Conversion, ConversionError, Words, convert_directory
-from .errors import CommandError
+from .errors import CommandError, check_cpu_computes
 from .meta_model import meta_model
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+LISTED = 5  # names in a line
 WORDS = Words("quantize", "IN_DIR", "OUT_DIR", "--skip", "--overwrite")
 
 
@@ -20,8 +21,9 @@ def add_parser(subparsers) -> None:
         "quantize",
         help="a Hugging Face safetensors directory to 4 bits",
         description="Write the model in IN_DIR to OUT_DIR with its linear layers in 4 bits, in bitsandbytes' format: "
-        "transformers with bitsandbytes loads it, and so does nf4kernels.load_checkpoint. One dense tensor is in "
-        "memory at a time, beside the output file being filled. OUT_DIR appears when it is complete, or not at all.",
+        "transformers with bitsandbytes loads it, and so does nf4kernels.load_checkpoint; with experts in 4 bits only "
+        "the latter. One dense tensor is in memory at a time, or one layer's experts, beside the output file being "
+        "filled. OUT_DIR appears when it is complete, or not at all.",
     )
     parser.add_argument("in_dir", metavar="IN_DIR", type=Path)
     parser.add_argument("out_dir", metavar="OUT_DIR", type=Path)
@@ -44,6 +46,7 @@ def add_parser(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    check_cpu_computes("quantize")
     try:
         conversion = convert_directory(
             args.in_dir, args.out_dir, args.codebook, args.block_size, not args.no_double_quant, args.scale_codebook,
@@ -57,13 +60,30 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _print_summary(conversion: Conversion, args: argparse.Namespace) -> None:
-    choice, uneven = conversion.choice, conversion.uneven
-    print(conversion.report.summary().split("\n\n")[0])
+    choice, uneven, report = conversion.choice, conversion.uneven, conversion.report
+    print(report.summary().split("\n\n")[0])
     kept = ", ".join(f"{count} {reason}" for reason, count in Counter(choice.reasons.values()).items())
     print(f"\nlayers chosen by {choice.source}" + (f"; kept dense: {kept}" if kept else ""))
+    if choice.unknown:
+        print(f"not a module of {choice.source}, left as in the file: {_listed(choice.unknown)}")
     if uneven:
         print(
             f"note: in {len(uneven)} layers ({uneven[0]}, ...) a row is not a whole number of blocks of "
             f"{args.block_size}; bitsandbytes 0.50 decodes these wrongly on CPUs with AVX-512, nf4kernels does not"
         )
-    print(f"wrote {args.out_dir}")
+    if conversion.experts:
+        print(
+            "note: bitsandbytes has no format for the experts in 4 bits: nf4kernels.load_checkpoint loads the result,"
+            " transformers with bitsandbytes does not"
+        )
+    dense = report.model_bytes_after - report.bytes_after
+    share = dense / max(report.model_bytes_after, 1)
+    if share > 0.5:
+        largest = sorted(report.skipped, key=lambda layer: -layer.bytes)
+        names = _listed([layer.name.removesuffix(".weight") for layer in largest])
+        print(f"note: most of the bytes stay dense, in {names}")
+    print(f"wrote {args.out_dir}: {report.model_bytes_after / 2**20:.1f} MiB, {100 * share:.0f} % of it dense")
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from ..model.training import training_dtype
 from .data import Batch, Example
 from .training import train
 
@@ -31,7 +32,8 @@ def make(directory: Path, examples: list[Example], steps: int, seed: int) -> lis
     text = "".join(example.answer.strip().capitalize() + "\n" for example in examples)
     batches = running_text(torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"]), steps)
     # without its cache, which would keep the first step's bf16 copies of the weights for all steps
-    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+    is_fast = training_dtype("cpu") == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_fast, cache_enabled=False):
         losses, _ = train(model, batches, 3e-3, "train the byte model", weight_decay=0.1)
     model.to(torch.bfloat16).save_pretrained(directory)
     tokenizer.save_pretrained(directory)

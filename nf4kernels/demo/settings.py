@@ -9,6 +9,10 @@ from .data import WORDNET, Example, read_examples
 
 MADE_BY = "nf4kernels demo"
 RESULTS = "results.json"
+# Of what a run can mean: a day's steps, a batch and a rank that fit a small machine, torch's seeds.
+LIMITS = {
+    "steps": (1, 10**5), "batch": (1, 10**4), "rank": (1, 10**4), "seed": (0, 2**63 - 1), "byte_steps": (1, 10**5),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,15 +43,17 @@ class Settings:
     byte_steps: int = 250
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "rank", "byte_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        for name, (least, most) in LIMITS.items():
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"--{name.replace('_', '-')} must be {least} to {most}, got {getattr(self, name)}")
         if not 0 < self.lr < 1:
             raise ValueError(f"--lr must be between 0 and 1, got {self.lr}")
         if self.model is not None and not (self.model / "config.json").is_file():
             raise ValueError(f"--model must be a Hugging Face directory with a config.json, got {self.model}")
         if self.data is not None and not self.data.is_file():
             raise ValueError(f"--data must be a .jsonl file, got {self.data}")
+        if self.cache.exists() and not self.cache.is_dir():
+            raise ValueError(f"--cache must be a directory, got {self.cache}")
         out = self.out.resolve()
         if out == Path.cwd() or out in Path.cwd().parents:
             raise ValueError(f"--out must be a directory of its own, got {self.out}")

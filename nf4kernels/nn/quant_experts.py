@@ -153,6 +153,17 @@ class QuantExperts(nn.Module):
         if problem is not None:
             raise ValueError(f"{cls.WHO}.from_experts: module must have the layout of Mixtral's experts, got {problem}")
         gate_up, down = (quantize_experts(getattr(module, name), **quant_options) for name in WEIGHTS)
+        return cls.from_quantized(module, gate_up, down, compute_dtype)
+
+    @classmethod
+    def from_quantized(
+        cls,
+        module: nn.Module,
+        gate_up: QuantizedExperts,
+        down: QuantizedExperts,
+        compute_dtype: torch.dtype | None = None,
+    ) -> "QuantExperts":
+        """As `from_experts`, of weights that are in 4 bits already; `module`, of that layout, may be on meta."""
         act_fn: Any = module.act_fn
         experts = cls(gate_up, down, act_fn, compute_dtype)
         experts._emptied = (_without_weights(module),)  # in a tuple: its state is no part of this module's

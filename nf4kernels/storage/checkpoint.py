@@ -24,6 +24,8 @@ from ..nn.quant_module import BUFFERS, OTHER_BUFFERS, QuantModule
 from ..quantized_weight import QuantizedWeight
 from .atomic import replacing
 from .bitsandbytes_format import names_of_weight, stored_weights, weight_from_tensors, weight_to_tensors
+from .experts_format import stored_experts, take_experts
+from .key_conversion import group_tensors
 
 INDEX = "model.safetensors.index.json"
 LORA_METADATA = "nf4kernels.lora"
@@ -32,9 +34,9 @@ LORA_METADATA = "nf4kernels.lora"
 def save_checkpoint(model: nn.Module, path: str | Path) -> None:
     """Write all tensors of `model` to one safetensors file: QuantLinear weights by bitsandbytes' names, the rest as is.
 
-    That includes QuantExperts, for which bitsandbytes has no format; such a file loads where a model has them already.
-    Of tensors that share memory the first is written. Adapters are written with their configuration. The file is
-    complete or absent: it is written under another name, flushed to disk and renamed.
+    That includes QuantExperts, for which bitsandbytes has no format. Of tensors that share memory the first is written.
+    Adapters are written with their configuration. The file is complete or absent: it is written under another name,
+    flushed to disk and renamed.
 
     Args:
         model: any module.
@@ -107,13 +109,14 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     """Fill `model` with a checkpoint written by `save_checkpoint`, `nf4kernels quantize`, or bitsandbytes.
 
     Where the file has a 4-bit weight, an nn.Linear of that shape becomes a QuantLinear and a QuantLinear takes over the
-    file's codebook, block size and scales. QuantExperts are filled, but must be in the model already. Adapters stored
-    with their configuration are attached. Other tensors are copied into the model's, or put in their place where the
-    model is on the meta device; buffers that no state dict holds (rotary embeddings' frequencies) stay on meta, and a
-    warning names them.
+    file's codebook, block size and scales; fused experts become QuantExperts likewise. Adapters stored with their
+    configuration are attached. Other tensors are copied into the model's, or put in their place where the model is on
+    the meta device; buffers that no state dict holds (rotary embeddings' frequencies) stay on meta, and a warning names
+    them. Where a file has other names than the model, or a matrix for each expert, it is read by the rules that
+    transformers 5 has for that model.
 
     Args:
-        model: a module with the checkpoint's names, dense or quantized.
+        model: a module with the checkpoint's names, or one that transformers has rules for; dense or quantized.
         path: a safetensors file, or a directory with `model.safetensors` or `model.safetensors.index.json`.
 
     Raises:
@@ -138,16 +141,51 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{who}: {path}: {error}") from None
 
+    tensors, qweights = _converted(model, tensors, qweights, who)
+    experts = take_experts(model, tensors, who)
     layers = _planned_layers(model, qweights, who)
     attach = {name: config for name, config in configs.items()
               if not isinstance(layers.get(name), QuantLinear) or layers[name].lora is None}  # fmt: skip
     expected = _dense_state(model, layers)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module in experts:
+            for leaf in module._parameters:
+                del expected[_join(name, leaf)]
     _check_dense(expected, tensors, layers, attach, who)
     for name, module in named_modules(model):
         if isinstance(module, QuantModule) and name not in layers:
             for message in module.state_errors(tensors, f"{name}."):
                 raise ValueError(f"{who}: {path}: {message}")
+    for dense, module in experts.items():
+        aliases = [name for name, each in model.named_modules(remove_duplicate=False) if each is dense]
+        replace_module(model, aliases, dense, module)
     _install(model, layers, qweights, attach, tensors)
+
+
+def _converted(
+    model: nn.Module, tensors: dict[str, Tensor], qweights: dict[str, QuantizedWeight], who: str
+) -> tuple[dict[str, Tensor], dict[str, QuantizedWeight]]:
+    """What a file holds by the model's names and in its layouts; see `key_conversion`."""
+    state = model.state_dict(keep_vars=True)
+    packed = {_join(name, "weight"): qweight for name, qweight in qweights.items()}
+    dense: dict[str, Tensor] = {}
+    found: dict[str, QuantizedWeight] = {}
+    for group in group_tensors(model, [*tensors, *packed], {*state, *stored_experts(state)}):
+        sources = list(group.sources)
+        in_4_bits = [name for name in sources if name in packed]
+        if not in_4_bits:
+            try:
+                dense.update(group.convert(model, [tensors[name] for name in sources]))
+            except Exception as error:  # what transformers' operations raise has no common type
+                raise ValueError(f"{who}: {sources} must make {group.target}, got {error}") from None
+        elif group.converter is None:
+            found[group.target.removesuffix("weight").removesuffix(".")] = packed[in_4_bits[0]]
+        else:
+            raise ValueError(
+                f"{who}: {in_4_bits[0]} must be dense, since the model has it inside of {group.target},"
+                " got a 4-bit weight"
+            )
+    return dense, found
 
 
 def checkpoint_files(path: Path, who: str) -> list[Path]:
@@ -157,10 +195,10 @@ def checkpoint_files(path: Path, who: str) -> list[Path]:
     index = path / INDEX
     if index.exists():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()), key=str)
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"{who}: {index} must hold a weight_map in JSON, got {error!r}") from None
-        missing = [name for name in names if not (path / name).is_file()]
+        missing = [name for name in names if not isinstance(name, str) or not (path / name).is_file()]
         if missing:
             raise ValueError(f"{who}: {index} must name files that exist, got {missing[0]}")
         return [path / name for name in names]

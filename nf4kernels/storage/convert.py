@@ -2,7 +2,8 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..functional import quantize
+from ..functional import quantize, quantize_experts
 from ..model.heads import SKIP
 from ..model.plan import skips
 from ..model.quantize import squared_error
@@ -22,7 +23,9 @@ from ..quantized_weight import WEIGHT_DTYPES
 from .atomic import TargetError, copy_file, replacing_directory, write_json
 from .bitsandbytes_format import weight_to_tensors
 from .checkpoint import INDEX, checkpoint_files, write_tensors
+from .experts_format import experts_to_tensors
 from .layer_choice import Choice, choose
+from .matrices import Header, Matrix, Unit, matrices_of, units_of
 
 STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # by the words of safetensors' headers
 OTHER_WEIGHTS = (
@@ -53,20 +56,13 @@ class Conversion:
         report: sizes and errors, layer by layer.
         choice: which layers, who chose them, and why the others stayed dense.
         uneven: the layers in which a row is not a whole number of blocks.
+        experts: the weights of experts in 4 bits, for which bitsandbytes has no format.
     """
 
     report: QuantizeReport
     choice: Choice
     uneven: list[str]
-
-
-@dataclass(frozen=True)
-class _Header:
-    """One tensor of a shard, as its header has it."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype | None  # None: not one that can be quantized
+    experts: list[str]
 
 
 @dataclass(frozen=True)
@@ -77,8 +73,10 @@ class _Options:
     scale_codebook: str
     dtype: torch.dtype | None
 
-    def quantize(self, weight: Tensor):
-        return quantize(weight, self.codebook, self.block_size, self.double_quant, self.scale_codebook)
+    def quantize(self, weight: Tensor) -> Any:
+        """A QuantizedWeight, or QuantizedExperts of a 3-D weight."""
+        how = quantize if weight.dim() == 2 else quantize_experts
+        return how(weight, self.codebook, self.block_size, self.double_quant, self.scale_codebook)
 
 
 def convert_directory(
@@ -97,8 +95,9 @@ def convert_directory(
 ) -> Conversion:
     """Write the model in `in_dir` to `out_dir` with its linear layers in 4 bits, in bitsandbytes' format.
 
-    transformers with bitsandbytes loads the result, and so does `nf4kernels.load_checkpoint`. One dense tensor is in
-    memory at a time, beside the output file being filled. Tokenizer, generation settings and the like are copied.
+    transformers with bitsandbytes loads the result, and so does `nf4kernels.load_checkpoint`; with fused experts in 4
+    bits, for which bitsandbytes has no format, only the latter. One dense tensor is in memory at a time, or one layer's
+    experts, beside the output file being filled. Tokenizer, generation settings and the like are copied.
     `out_dir` appears when it is complete, or not at all.
 
     Args:
@@ -136,32 +135,54 @@ def convert_directory(
             f" got {given_out}"
         )
     shards = _read_headers(in_dir, words.who)
-    headers = [header for shard in shards.values() for header in shard]
-    matrices = {h.name.removesuffix(".weight"): h for h in headers if h.name.endswith(".weight") and len(h.shape) == 2}
-    for pattern in skip:
-        if not any(skips(pattern, name) for name in matrices):
-            raise ConversionError(f"{words.who}: {words.skip} must match a layer, got {pattern!r}")
     model, source = (None, "their names") if model_of is None else model_of(in_dir, config)
+    units = units_of(model, (header for shard in shards.values() for header in shard))
+    matrices = matrices_of(units, experts=model is not None)
+    patterns = _patterns(matrices, model, skip, words)
     try:
-        choice = choose(model, source, config, matrices, (*SKIP, *skip))
+        choice = choose(model, source, config, matrices, patterns, block_size)
     except ValueError as error:
         raise ConversionError(f"{words.who}: {error}") from None
-    quantized = {name: matrices[name] for name in choice.layers if matrices[name].dtype in WEIGHT_DTYPES}
+    quantized = _quantized(choice, matrices)
     if not quantized:
         expected = f"{given_in} must have a linear layer to quantize"
         raise ConversionError(f"{words.who}: {expected}, got none ({choice.source})")
-    others = [name for name in choice.layers if name not in quantized]
+    others = [name for name in choice.layers if name not in quantized and not matrices[name].is_experts]
     new_config = _new_config(config, options, quantized, [*choice.dense, *others])
     _check_target(out_dir, overwrite, words)
 
     try:
         with replacing_directory(out_dir) as staging:
-            report = _write_shards(in_dir, staging, shards, quantized, options, progress, words.who)
+            report = _write_shards(in_dir, staging, shards, units, quantized, model, options, progress, words.who)
             write_json(staging / "config.json", new_config)
             _copy_rest(in_dir, staging)
     except TargetError as error:
         raise ConversionError(f"{words.who}: {words.out_dir} {error}") from None
-    return Conversion(report, choice, [name for name, header in quantized.items() if header.shape[1] % block_size])
+    uneven = [name for name, matrix in quantized.items() if matrix.shape[-1] % block_size]
+    return Conversion(report, choice, uneven, [name for name, matrix in quantized.items() if matrix.is_experts])
+
+
+def _patterns(
+    matrices: Mapping[str, Matrix], model: nn.Module | None, skip: tuple[str, ...], words: Words
+) -> tuple[str, ...]:
+    """Every pattern that leaves a layer dense. `skip` may mean the model's names or the file's."""
+    modules = [] if model is None else [name for name, _ in model.named_modules(remove_duplicate=False)]
+    in_file = {}
+    for pattern in skip:
+        by_file = [
+            name for name, matrix in matrices.items() if any(skips(pattern, n) for n in matrix.unit.layers_in_file)
+        ]
+        if not by_file and not any(skips(pattern, name) for name in (*matrices, *modules)):
+            raise ConversionError(f"{words.who}: {words.skip} must match a layer, got {pattern!r}")
+        in_file.update(dict.fromkeys(name for name in by_file if not skips(pattern, name)))
+    return (*SKIP, *skip, *in_file)
+
+
+def _quantized(choice: Choice, matrices: Mapping[str, Matrix]) -> dict[str, Matrix]:
+    """The chosen layers whose dtype can be quantized; of experts both weights or none."""
+    found = {name: matrices[name] for name in choice.layers if matrices[name].unit.can_be_quantized}
+    pairs = Counter(name.rpartition(".")[0] for name, matrix in found.items() if matrix.is_experts)
+    return {n: matrix for n, matrix in found.items() if not matrix.is_experts or pairs[n.rpartition(".")[0]] == 2}
 
 
 def _read_config(in_dir: Path, words: Words) -> dict[str, Any]:
@@ -176,13 +197,17 @@ def _read_config(in_dir: Path, words: Words) -> dict[str, Any]:
         raise ConversionError(f"{words.who}: {file} must hold JSON, got {error}") from None
     if not isinstance(config, dict):
         raise ConversionError(f"{words.who}: {file} must hold a JSON object, got {type(config).__name__}")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method")
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise ConversionError(f"{words.who}: {words.in_dir} must hold a dense model, got one quantized by {method}")
+    architectures = config.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise ConversionError(f"{words.who}: architectures in {file} must be a list of names, got {architectures!r}")
     return config
 
 
-def _read_headers(in_dir: Path, who: str) -> dict[str, list[_Header]]:
+def _read_headers(in_dir: Path, who: str) -> dict[str, list[Header]]:
     """file name -> its tensors; every file is opened, so that a damaged one ends the run before anything is written."""
     try:
         files = checkpoint_files(in_dir, who)
@@ -194,7 +219,7 @@ def _read_headers(in_dir: Path, who: str) -> dict[str, list[_Header]]:
             with safe_open(file, framework="pt") as opened:
                 slices = [(name, opened.get_slice(name)) for name in opened.keys()]  # noqa: SIM118
                 shards[file.name] = [
-                    _Header(name, tuple(s.get_shape()), STORED.get(str(s.get_dtype()))) for name, s in slices
+                    Header(name, tuple(s.get_shape()), STORED.get(str(s.get_dtype()))) for name, s in slices
                 ]
         except (SafetensorError, OSError) as error:
             raise ConversionError(f"{who}: {file} must be a whole safetensors file, got {error}") from None
@@ -221,13 +246,25 @@ def _check_target(target: Path, overwrite: bool, words: Words) -> None:
 
 
 def _new_config(
-    config: Mapping[str, Any], options: _Options, quantized: Mapping[str, _Header], dense: Iterable[str]
+    config: Mapping[str, Any], options: _Options, quantized: Mapping[str, Matrix], dense: Iterable[str]
 ) -> dict[str, Any]:
-    """config.json with what transformers needs to load the result through bitsandbytes."""
+    """config.json with what transformers needs to load the result through bitsandbytes, or to refuse it."""
     config = dict(config)
     if options.dtype is not None:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = _word(options.dtype)
-    stored = Counter(header.dtype for header in quantized.values()).most_common(1)[0][0]
+    stored = Counter(matrix.unit.headers[0].dtype for matrix in quantized.values()).most_common(1)[0][0]
+    if any(matrix.is_experts for matrix in quantized.values()):
+        # transformers does not know the method and refuses the packed weights; through bitsandbytes it would find no
+        # experts and draw them at random
+        config["quantization_config"] = {
+            "quant_method": "nf4kernels",
+            "codebook": options.codebook,
+            "block_size": options.block_size,
+            "double_quant": options.double_quant,
+            "scale_codebook": options.scale_codebook,
+            "modules_to_not_convert": sorted(set(dense)),
+        }
+        return config
     config["quantization_config"] = {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -246,33 +283,40 @@ def _word(dtype: torch.dtype | None) -> str:
 
 
 def _write_shards(
-    in_dir: Path, staging: Path, shards: Mapping[str, list[_Header]], quantized: Mapping[str, _Header],
-    options: _Options, progress: bool, who: str,
+    in_dir: Path, staging: Path, shards: Mapping[str, list[Header]], units: Iterable[Unit],
+    quantized: Mapping[str, Matrix], model: nn.Module | None, options: _Options, progress: bool, who: str,
 ) -> QuantizeReport:  # fmt: skip
-    """Every shard, and the index where there was one."""
+    """Every shard, and the index where there was one. What is made of several tensors goes where the first one was."""
     layers: list[QuantizedLayer] = []
     skipped: list[SkippedLayer] = []
     weight_map: dict[str, str] = {}
     before = after = 0
-    total = sum(map(len, shards.values()))
-    with tqdm(total=total, desc="quantize", unit="tensor", disable=not progress) as bar:
+    of_unit: dict[Unit, dict[str, str]] = {}  # the model's tensors -> layers, of units that hold some
+    for layer, matrix in quantized.items():
+        of_unit.setdefault(matrix.unit, {})[matrix.name] = layer
+    unit_of = {header.name: unit for unit in units if unit in of_unit for header in unit.headers}
+    file_of = {header.name: file for file, headers in shards.items() for header in headers}
+    done = set()
+    with ExitStack() as stack, tqdm(total=len(file_of), desc="quantize", unit="tensor", disable=not progress) as bar:
+        opened = {file: stack.enter_context(safe_open(in_dir / file, framework="pt")) for file in shards}
         for file, headers in shards.items():
             out: dict[str, Tensor] = {}
-            with safe_open(in_dir / file, framework="pt") as opened:
-                for header in headers:
-                    tensor = opened.get_tensor(header.name)
+            for header in headers:
+                unit = unit_of.get(header.name)
+                if unit is None:
+                    tensor = opened[file].get_tensor(header.name)
                     before += tensor.nbytes
-                    layer = header.name.removesuffix(".weight")
-                    if quantized.get(layer) is header:
-                        parts, line = _quantize_tensor(tensor, layer, options, who)
-                        out.update(parts)
-                        layers.append(line)
-                    else:
-                        out[header.name] = _cast(tensor, header.name, options, who)
-                        if tensor.dim() >= 2:
-                            skipped.append(SkippedLayer(header.name, tuple(tensor.shape), tensor.nbytes, "kept"))
-                    bar.update()
-                metadata = opened.metadata() or {}
+                    out[header.name] = _cast(tensor, header.name, options, who)
+                    if tensor.dim() >= 2:
+                        skipped.append(SkippedLayer(header.name, tuple(tensor.shape), tensor.nbytes, "kept"))
+                    del tensor
+                elif unit not in done:
+                    done.add(unit)
+                    tensors = [opened[file_of[each.name]].get_tensor(each.name) for each in unit.headers]
+                    before += sum(tensor.nbytes for tensor in tensors)
+                    layers += _quantize_unit(unit, of_unit[unit], model, tensors, out, options, who)
+                bar.update()
+            metadata = opened[file].metadata() or {}
             weight_map.update(dict.fromkeys(out, file))
             after += sum(tensor.nbytes for tensor in out.values())
             write_tensors(out, staging / file, metadata)
@@ -281,8 +325,30 @@ def _write_shards(
     return QuantizeReport(layers, skipped, before, after)
 
 
+def _quantize_unit(
+    unit: Unit, layers: Mapping[str, str], model: nn.Module | None, tensors: list[Tensor], out: dict[str, Tensor],
+    options: _Options, who: str,
+) -> Iterator[QuantizedLayer]:  # fmt: skip
+    """Add to `out` what becomes of a unit; its tensors leave the list. Where only a name changes, the file's stays."""
+    made = unit.group.convert(model, tensors)
+    tensors.clear()
+    for name in list(made):
+        key = unit.headers[0].name if unit.group.converter is None else name
+        if name in layers:
+            parts, line = _quantize_tensor(made.pop(name), layers[name], key, options, who)
+            out.update(parts)
+            yield line
+        else:
+            out[key] = _cast(made.pop(name), key, options, who)
+
+
+def _cast(tensor: Tensor, name: str, options: _Options, who: str) -> Tensor:
+    is_cast = options.dtype is not None and tensor.is_floating_point()
+    return tensor.to(options.dtype) if is_cast else tensor
+
+
 def _quantize_tensor(
-    tensor: Tensor, layer: str, options: _Options, who: str
+    tensor: Tensor, layer: str, key: str, options: _Options, who: str
 ) -> tuple[dict[str, Tensor], QuantizedLayer]:
     try:
         qweight = options.quantize(tensor)
@@ -291,7 +357,10 @@ def _quantize_tensor(
     errors = squared_error(qweight, tensor)
     if options.dtype is not None:
         qweight = replace(qweight, dtype=options.dtype)
-    parts = weight_to_tensors(qweight, f"{layer}.weight", bitsandbytes=True)
+    if tensor.dim() == 3:
+        parts = experts_to_tensors(qweight, layer)
+    else:
+        parts = weight_to_tensors(qweight, key, bitsandbytes=True)
     after = sum(part.nbytes for part in parts.values())
     return parts, QuantizedLayer(layer, tuple(tensor.shape), tensor.nbytes, after, *errors)
 

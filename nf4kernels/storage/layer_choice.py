@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..model.plan import plan_layers, skips
+from ..nn.quant_experts import WEIGHTS
 
 # Only where there is no model to ask: matrices that are not linear layers by these names.
 NOT_LINEAR = ("*embed*", "*wte", "*wpe", "*shared", "*norm*", "*relative_attention_bias*", "*conv*")
@@ -17,40 +18,62 @@ CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 
 @dataclass
 class Choice:
-    """The layers to quantize; the linear layers left dense, for the loader; why matrices were left; who said so."""
+    """The layers to quantize; the linear layers left dense, for the loader; why matrices were left; who said so.
+
+    Attributes:
+        unknown: those that the model, where it chose, does not have.
+    """
 
     layers: list[str] = field(default_factory=list)
     dense: list[str] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
     source: str = ""
+    unknown: list[str] = field(default_factory=list)
 
 
 def choose(
-    model: nn.Module | None, source: str, config: Mapping[str, Any], matrices: Collection[str], skip: Iterable[str]
+    model: nn.Module | None,
+    source: str,
+    config: Mapping[str, Any],
+    matrices: Collection[str],
+    skip: Iterable[str],
+    block_size: int = 64,
 ) -> Choice:
     """Sort the checkpoint's matrices, given by the names of their layers, into quantized and dense.
 
-    The model, on the meta device, says which are linear layers; without one their names do. `source` says in words
-    whose choice it is. ValueError for a model whose names do not tell.
+    The model, on the meta device, says which are linear layers and experts; without one their names say what is linear.
+    `source` says in words whose choice it is. ValueError for a model whose names do not tell.
     """
     if model is None:
         return _choose_by_name(source, config, matrices, skip)
-    return _choose_by_model(model, source, matrices, skip)
+    return _choose_by_model(model, source, matrices, skip, block_size)
 
 
-def _choose_by_model(model: nn.Module, source: str, matrices: Collection[str], skip: Iterable[str]) -> Choice:
-    targets, skipped = plan_layers(model, skip)
-    wanted = {name for names in targets for name in names}
+def _choose_by_model(
+    model: nn.Module, source: str, matrices: Collection[str], skip: Iterable[str], block_size: int
+) -> Choice:
+    targets, skipped = plan_layers(model, skip, block_size)
+    wanted, experts = set(), set()
+    for name in (name for names in targets for name in names):
+        if isinstance(model.get_submodule(name), nn.Linear):
+            wanted.add(name)
+        else:
+            experts |= {f"{name}.{leaf}" for leaf in WEIGHTS}
+    wanted |= experts
     linear = [name for name, module in model.named_modules()
               if type(module) is nn.Linear or type(module).__name__ == "Conv1D"]  # fmt: skip
     choice = Choice(source=source)
     choice.layers = [name for name in matrices if name in wanted]
     choice.reasons = {entry.name: entry.reason for entry in skipped if entry.name in matrices}
-    known = {name for name, _ in model.named_modules()}
-    choice.reasons.update({name: f"not a module of {source}" for name in matrices if name not in known})
+    known = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
+    choice.unknown = [name for name in matrices if name not in known]
+    choice.reasons.update(dict.fromkeys(choice.unknown, f"not a module of {source}"))
     choice.dense = [name for name in linear if name not in choice.layers]
     kept_dtype = getattr(model, "_keep_in_fp32_modules", None) or ()
-    while clash := [name for name in choice.layers if left_dense_by_loader(name, [*choice.dense, *kept_dtype])]:
+    while clash := [
+        name for name in choice.layers
+        if name not in experts and left_dense_by_loader(name, [*choice.dense, *kept_dtype])
+    ]:  # fmt: skip
         choice.layers = [name for name in choice.layers if name not in clash]
         choice.dense += clash
         choice.reasons.update(dict.fromkeys(clash, "transformers would load it as dense"))

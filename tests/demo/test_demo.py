@@ -11,10 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from support.laptop import AVX2
 
 import nf4kernels as nf4
 from nf4kernels.demo import byte_model, data, pipeline, smollm2
 from nf4kernels.demo.training import evaluate
+from nf4kernels.model.training import training_dtype
 from nf4kernels.storage.atomic import replacing_directory
 
 OFFLINE = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}  # pip then finds nothing at all
@@ -56,6 +59,7 @@ def load_tuned(out: Path):
     model, tokenizer = pipeline.load(out / "byte-model")
     nf4.load_checkpoint(model, out / "nf4" / "model.safetensors")
     nf4.load_adapters(model, out / "adapter")
+    pipeline.cast_parameters(model, training_dtype("cpu"))  # as the demo computes
     return model, tokenizer
 
 
@@ -127,8 +131,8 @@ def test_data_without_a_split_holds_out_a_tenth(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--steps", 0), "--steps must be at least 1, got 0"),
-        (("--rank", -1), "--rank must be at least 1, got -1"),
+        (("--steps", 0), "--steps must be 1 to 100000, got 0"),
+        (("--rank", -1), "--rank must be 1 to 10000, got -1"),
         (("--lr", "nan"), "--lr must be between 0 and 1, got nan"),
         (("--model", "nowhere"), "--model must be a Hugging Face directory with a config.json, got nowhere"),
         (("--data", "nowhere.jsonl"), "--data must be a .jsonl file, got nowhere.jsonl"),
@@ -207,6 +211,36 @@ def test_without_network_the_run_says_so_and_writes_everything(offline_run):
         assert f"{loss:.3f}" in text
 
 
+def test_the_run_says_what_the_dense_parts_compute_in(offline_run):
+    out, text = offline_run
+    dtype = str(training_dtype("cpu")).removeprefix("torch.")
+    assert text.count(f"dense parts compute in {dtype}") == 1
+    assert json.loads((out / "results.json").read_text())["compute_dtype"] == dtype
+
+
+def stored_dtypes(directory: Path) -> set[torch.dtype]:
+    return {tensor.dtype for file in directory.glob("*.safetensors") for tensor in load_file(file).values()}
+
+
+@pytest.mark.slow
+def test_a_run_in_fp32_writes_16_bits(small_data, tmp_path, offline_run):
+    """With no bf16 instructions: the same names, dtypes and 4-bit weights, losses that differ by rounding alone."""
+    if "avx2" not in nf4.backend_info().cpu_isas:
+        pytest.skip("no AVX2 kernels here")
+    usual, laptop = offline_run[0], tmp_path / "laptop"
+    options = ("--data", small_data, "--model", usual / "byte-model", "--steps", 30, "--lr", 5e-3, "--out", laptop)
+    done = run_cli(*options, cwd=tmp_path, env=AVX2)
+    assert done.returncode == 0, done.stderr
+    assert "dense parts compute in float32" in done.stdout
+    assert stored_dtypes(laptop / "merged") == stored_dtypes(usual / "merged") == {torch.bfloat16}
+    assert json.loads((laptop / "merged" / "config.json").read_text())["dtype"] == "bfloat16"
+    one, other = (load_file(out / "nf4" / "model.safetensors") for out in (usual, laptop))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], tensor) for name, tensor in other.items())
+    loss, found = (json.loads((out / "results.json").read_text())["loss"] for out in (usual, laptop))
+    assert all(abs(found[name] - value) < 0.02 for name, value in loss.items()), (loss, found)
+
+
 def test_the_fine_tuning_lowers_the_loss_and_survives_merging(offline_run):
     results = json.loads((offline_run[0] / "results.json").read_text())
     training, loss = results["training_loss"], results["loss"]
@@ -224,6 +258,7 @@ def test_the_files_give_back_the_losses_of_the_table(offline_run, small_data):
     tests = byte_model_tests(tokenizer, small_data)
     assert evaluate(tuned, tests, "tuned") == loss[pipeline.TUNED]
     merged, _ = pipeline.load(out / "merged")
+    pipeline.cast_parameters(merged, training_dtype("cpu"))
     assert evaluate(merged, tests, "merged") == loss[pipeline.MERGED_BASE]
 
 

@@ -1,0 +1,86 @@
+"""Fused experts in 4 bits on disk, as the state of QuantExperts: bitsandbytes has no format for them."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..codebook import CODEBOOKS, SCALE_CODEBOOKS
+from ..nn.quant_experts import WEIGHTS, GroupedQuantLinear, QuantExperts, layout_problem
+from ..nn.quant_module import SCALES
+from ..quantized_weight import WEIGHT_DTYPES, QuantizedExperts
+
+
+def experts_to_tensors(qweights: QuantizedExperts, key: str) -> dict[str, Tensor]:
+    """The tensors that stand for the experts' weight `key`, as `save_checkpoint` writes them; shares memory."""
+    return GroupedQuantLinear(qweights).state_dict(prefix=f"{key}.")
+
+
+def stored_experts(names: Iterable[str]) -> list[str]:
+    """The keys of such weights among the names of a file's tensors."""
+    names = set(names)
+    ends = tuple(f".{leaf}.weight" for leaf in WEIGHTS)
+    keys = (name.removesuffix(".weight") for name in names if name.endswith(ends))
+    return sorted(key for key in keys if {f"{key}.absmax", f"{key}.code", f"{key}.source_dtype"} <= names)
+
+
+def experts_from_tensors(tensors: dict[str, Tensor], key: str, shape: tuple[int, ...]) -> QuantizedExperts:
+    """The experts' weight that was stored as `key`; ValueError or TypeError where it does not fit `shape`.
+
+    Its tensors are copies, not views of the file.
+    """
+    absmax, source = tensors[f"{key}.absmax"], int(tensors[f"{key}.source_dtype"])
+    blocks = absmax.shape[-1] if absmax.dim() == 3 else 0
+    if source >= len(WEIGHT_DTYPES) or not blocks or shape[2] % blocks:
+        raise ValueError(f"{key} must be experts of shape {list(shape)}, got absmax {list(absmax.shape)}")
+    own = {
+        name.removeprefix(f"{key}."): tensor.clone() for name, tensor in tensors.items() if name.startswith(f"{key}.")
+    }
+    scales: dict[str, Any] = {name: own.get(name) for name in SCALES}
+    return QuantizedExperts(
+        own["weight"], own["absmax"], **scales, shape=shape, dtype=WEIGHT_DTYPES[source],
+        block_size=shape[2] // blocks, codebook=_name(scales["code"], CODEBOOKS) or "custom",
+        scale_codebook=_name(scales["scale_code"], SCALE_CODEBOOKS),
+    )  # fmt: skip
+
+
+def _name(levels: Tensor | None, known: dict[str, Tensor]) -> str | None:
+    if levels is None:
+        return None
+    host = levels.cpu()
+    return next((name for name, each in known.items() if torch.equal(each, host)), "custom")
+
+
+def take_experts(model: nn.Module, tensors: dict[str, Tensor], who: str) -> dict[nn.Module, QuantExperts]:
+    """dense module -> the QuantExperts that a file has for it; their tensors leave `tensors`.
+
+    QuantExperts that are in the model already are filled as every other module is. ValueError, and nothing changed,
+    where the model has no such experts.
+    """
+    taken: dict[nn.Module, QuantExperts] = {}
+    modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
+    stored = stored_experts(tensors)
+    for path in dict.fromkeys(key.rpartition(".")[0] for key in stored):
+        module: Any = modules.get(path)
+        if isinstance(module, QuantExperts):
+            continue
+        keys = [f"{path}.{leaf}" for leaf in WEIGHTS]
+        problem = "no such module" if module is None else layout_problem(module, 32)
+        if problem is None and not set(keys) <= set(stored):
+            problem = "one of their two weights alone"
+        if problem is not None:
+            raise ValueError(f"{who}: model must have experts that QuantExperts can stand for as {path}, got {problem}")
+        dense = [module._parameters[leaf] for leaf in WEIGHTS]
+        device = "cpu" if dense[0].is_meta else dense[0].device
+        try:
+            parts = [experts_from_tensors(tensors, key, tuple(each.shape)).to(device) for key, each in zip(keys, dense)]
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{who}: {path}: {error}") from None
+        if len({(part.block_size, part.codebook, part.scale_codebook) for part in parts}) > 1:
+            raise ValueError(f"{who}: {path} must have one block size and codebook, got two")
+        taken[module] = QuantExperts.from_quantized(module, parts[0], parts[1])
+    prefixes = tuple(f"{key}." for key in stored if modules[key.rpartition(".")[0]] in taken)
+    for name in [name for name in tensors if prefixes and name.startswith(prefixes)]:
+        del tensors[name]
+    return taken
