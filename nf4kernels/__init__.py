@@ -3,9 +3,11 @@
 from . import codebook
 from .backends.select import backend_info
 from .functional import dequantize, grouped_linear, linear, lora_linear, quantize, quantize_experts
+from .model.adapters import disable_adapters, remove_adapter, set_adapter
 from .model.merge import merge_model
 from .model.quantize import quantize_model
 from .model.report import QuantizeReport
+from .model.training import prepare_for_training
 from .nn.lora import LoraConfig
 from .nn.quant_experts import QuantExperts
 from .nn.quant_linear import QuantLinear
@@ -25,17 +27,21 @@ __all__ = [
     "backend_info",
     "codebook",
     "dequantize",
+    "disable_adapters",
     "grouped_linear",
     "linear",
     "load_adapters",
     "load_checkpoint",
     "lora_linear",
     "merge_model",
+    "prepare_for_training",
     "quantize",
     "quantize_experts",
     "quantize_model",
+    "remove_adapter",
     "save_adapters",
     "save_checkpoint",
+    "set_adapter",
     "weight_from_tensors",
     "weight_to_tensors",
 ]

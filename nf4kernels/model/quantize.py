@@ -12,6 +12,7 @@ from ..nn.lora import LoraConfig
 from ..nn.quant_experts import WEIGHTS, QuantExperts
 from ..nn.quant_linear import QuantLinear
 from ..quantized_weight import WEIGHT_DTYPES, QuantizedExperts, QuantizedWeight
+from .dispatched import check_not_dispatched
 from .plan import address, check_container, parts, plan_layers, replace_module
 from .report import QuantizedLayer, QuantizeReport
 
@@ -57,6 +58,7 @@ def quantize_model(
     """
     who = "nf4kernels.quantize_model"
     patterns = _check_arguments(model, skip, lora, quant_options, who)
+    check_not_dispatched(model, who)
     targets, skipped = plan_layers(model, patterns, quant_options.get("block_size", 64))
     for names in targets:
         for name, weight in _weights(model.get_submodule(names[0]), names[0]):
