@@ -146,6 +146,8 @@ class QuantLinear(QuantModule, nn.Linear):
         check_adapter_name(name, who)
         if name in self.adapter_names:
             raise ValueError(f"{who}: the layer must have no adapter {name!r} yet, got one already")
+        if self.weight.is_meta and hasattr(self, "_hf_hook"):
+            raise ValueError(f"{who}: the layer must not be offloaded yet: add adapters, then let accelerate dispatch")
         if dtype is None:
             dtype = self.qweight.dtype if self.bias is None else self.bias.dtype
         options: dict[str, Any] = {"bias": False, "device": self.weight.device, "dtype": dtype}

@@ -163,6 +163,13 @@ def test_adapters_of_an_offloaded_model_are_saved(tmp_path, how):
     assert before == after
 
 
+def test_an_offloaded_layer_takes_no_adapter(tmp_path):
+    """Its factors would be on meta, without a hook that fetches them."""
+    layer = next(iter(tiny.layers(offloaded(tiny.quantized_llama(), "cpu_offload", tmp_path)).values()))
+    with pytest.raises(ValueError, match="add_lora: the layer must not be offloaded yet"):
+        layer.add_lora(CONFIG)
+
+
 @pytest.mark.parametrize("how", HOW)
 def test_a_dispatched_dense_model_is_refused(tmp_path, how):
     """It had 0 layers replaced, in silence; one in 4 bits already is left as it is."""
