@@ -5,9 +5,9 @@ from .backends.select import backend_info
 from .functional import dequantize, grouped_linear, linear, lora_linear, quantize, quantize_experts
 from .model.adapters import disable_adapters, remove_adapter, set_adapter
 from .model.merge import merge_model
+from .model.prepare import prepare_for_training
 from .model.quantize import quantize_model
 from .model.report import QuantizeReport
-from .model.training import prepare_for_training
 from .nn.lora import LoraConfig
 from .nn.quant_experts import QuantExperts
 from .nn.quant_linear import QuantLinear

@@ -1,79 +1,32 @@
-"""A model made ready for training its adapters."""
-
-import warnings
+"""What the dense parts of a model are trained in, by machine."""
 
 import torch
-from torch import nn
 
-from ..backends.select import backend_info
-from ..nn.quant_linear import QuantLinear
-
-HALVES = (torch.bfloat16, torch.float16)
+from ..backends import select
 
 
-def training_dtype(device: torch.device | str = "cpu") -> torch.dtype:
-    """The dtype in which the dense parts of a model train fast on `device`: bfloat16, or float32 where that is slow.
+def training_dtype(device: torch.device | str | None = None) -> torch.dtype:
+    """The dtype for what is not in 4 bits: bfloat16 where the device multiplies in it at full speed, else float32.
 
-    On a CPU without bf16 instructions torch's bf16 products have no fast backward: a step of SmolLM2 takes 34 s in bf16
-    and 2.6 s in fp32 (two cores, AVX2).
+    On a CPU without bf16 instructions torch's bf16 products have no fast path, backward above all: one training step
+    of a small language model took 13 times as long as in float32.
+
+    Args:
+        device: where the model is; None is torch's default device.
     """
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
+    device = torch.get_default_device() if device is None else torch.device(device)
     if device.type == "cpu":
-        implementation, _ = backend_info().devices["cpu"]
-        return torch.bfloat16 if implementation == "native avx512_bf16" else torch.float32
+        return torch.bfloat16 if _cpu_multiplies_bf16() else torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return torch.bfloat16
 
 
-def prepare_for_training(model: nn.Module, checkpointing: bool = True) -> nn.Module:
-    """Freeze all of `model` but its active adapters, in place, and make it train fast on the machine it is on.
+def _cpu_multiplies_bf16() -> bool:
+    """Whether both our kernels and torch's oneDNN use the CPU's bf16 instructions, as the environment has them run.
 
-    Where 16-bit arithmetic is slow (see `training_dtype`) its 16-bit tensors become float32, which a warning says;
-    weights in 4 bits stay as they are. Elsewhere every tensor keeps its dtype. What is to be trained beside the
-    adapters is unfrozen after this call, and `save_adapters` saves it with them.
-
-    Args:
-        model: with adapters.
-        checkpointing: recompute activations in backward where the model offers that by
-            `gradient_checkpointing_enable`, as transformers' do: less memory, about a third more time.
-
-    Returns:
-        model.
-
-    Raises:
-        TypeError, ValueError: model is not a module, or has no adapter.
+    oneDNN alone does not tell: it says yes on any AVX-512, where it emulates them at a third of fp32's speed.
     """
-    who = "nf4kernels.prepare_for_training"
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{who}: model must be an nn.Module, got {type(model).__name__}")
-    adapters = [m for m in model.modules() if isinstance(m, QuantLinear) and m.lora is not None]
-    if not adapters:
-        raise ValueError(f"{who}: model must have an adapter to train, got none (quantize_model(lora=...) gives one)")
-    model.requires_grad_(False)
-    for layer in adapters:
-        layer.set_adapter(layer.adapter_name)
-    _cast_where_slow(model, adapters[0].weight.device, who)
-    if checkpointing and getattr(model, "supports_gradient_checkpointing", True):
-        for kind in ("activation", "gradient"):  # transformers calls it gradient_checkpointing_enable before 5.24
-            enable = getattr(model, f"{kind}_checkpointing_enable", None)
-            if enable is not None:
-                enable(**{f"{kind}_checkpointing_kwargs": {"use_reentrant": False}})
-                break
-        if enable is not None:
-            # A reentrant checkpoint, which a trainer may ask for, has no gradient where no input requires one.
-            require_input_gradients = getattr(model, "enable_input_require_grads", None)
-            if require_input_gradients is not None:
-                require_input_gradients()
-    return model
-
-
-def _cast_where_slow(model: nn.Module, device: torch.device, who: str) -> None:
-    """16-bit tensors to fp32 where that is the faster dtype."""
-    tensors = [*model.parameters(), *model.buffers()]
-    came = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors if tensor.dtype in HALVES})
-    if not came or training_dtype(device) != torch.float32:
-        return
-    model._apply(lambda tensor: tensor.float() if tensor.dtype in HALVES else tensor)
-    warnings.warn(f"{who}: dense parts are in float32 now, {' and '.join(came)} trains slowly on this {device.type}",
-                  stacklevel=3)  # fmt: skip
+    library = select.CPU_LIBRARY
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # absent where torch has no oneDNN
+    return library is not None and library.isa == "avx512_bf16" and supported is not None and bool(supported())

@@ -148,7 +148,7 @@ def test_prepare_for_training_without_checkpointing():
 
 @pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16])
 def test_prepare_for_training_casts_where_bf16_is_slow(monkeypatch, recwarn, wanted):
-    monkeypatch.setattr("nf4kernels.model.training.training_dtype", lambda device: wanted)
+    monkeypatch.setattr("nf4kernels.model.prepare.training_dtype", lambda device: wanted)
     model = tiny.Net(torch.bfloat16)
     nf4.quantize_model(model, lora=LORA, progress=False)
     packed = model.blocks[0][0].weight

@@ -1,4 +1,4 @@
-"""The dtype in which a machine trains fast, and a model's dense parts put in it."""
+"""A model made ready for training: its dense parts in the dtype that the machine is fast in."""
 
 import os
 import subprocess
@@ -53,11 +53,3 @@ def test_dense_parts_stay_bf16_with_them(tmp_path):
     output, said = prepared(tmp_path)
     assert "dense: torch.bfloat16\n" in output
     assert not said
-
-
-@pytest.mark.parametrize(
-    ("capability", "dtype"), [((7, 5), torch.float32), ((8, 0), torch.bfloat16), ((12, 0), torch.bfloat16)]
-)
-def test_a_gpu_s_dtype_is_by_its_capability(monkeypatch, capability, dtype):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert training_dtype("cuda") == dtype
