@@ -6,7 +6,9 @@ from .entry import command_line_ends_in_one_line
 with command_line_ends_in_one_line():  # a wrong environment variable is an error of the import
     from .backends.select import backend_info
 from .functional import dequantize, grouped_linear, linear, lora_linear, quantize, quantize_experts
+from .model.adapters import disable_adapters, remove_adapter, set_adapter
 from .model.merge import merge_model
+from .model.prepare import prepare_for_training
 from .model.quantize import quantize_model
 from .model.report import QuantizeReport
 from .nn.lora import LoraConfig
@@ -28,17 +30,21 @@ __all__ = [
     "backend_info",
     "codebook",
     "dequantize",
+    "disable_adapters",
     "grouped_linear",
     "linear",
     "load_adapters",
     "load_checkpoint",
     "lora_linear",
     "merge_model",
+    "prepare_for_training",
     "quantize",
     "quantize_experts",
     "quantize_model",
+    "remove_adapter",
     "save_adapters",
     "save_checkpoint",
+    "set_adapter",
     "weight_from_tensors",
     "weight_to_tensors",
 ]

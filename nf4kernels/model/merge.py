@@ -72,7 +72,7 @@ def merge_model(model: nn.Module, base: nn.Module | None = None, dtype: torch.dt
     return [names[0] for names in targets]
 
 
-def _dense(layer: QuantLinear | QuantExperts, dtype: torch.dtype, base_weights: list[Tensor] | None) -> Any:
+def _dense(layer: QuantLinear | QuantExperts, dtype: torch.dtype | None, base_weights: list[Tensor] | None) -> Any:
     if isinstance(layer, QuantExperts):
         return layer.to_experts(dtype, base_weights)
     return layer.to_linear(dtype, base_weight=None if base_weights is None else base_weights[0])

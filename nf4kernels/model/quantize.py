@@ -15,6 +15,7 @@ from ..nn.lora import LoraConfig
 from ..nn.quant_experts import WEIGHTS, QuantExperts
 from ..nn.quant_linear import QuantLinear
 from ..quantized_weight import WEIGHT_DTYPES, QuantizedExperts, QuantizedWeight
+from .dispatched import check_not_dispatched
 from .heads import SKIP
 from .memory import address, nbytes
 from .plan import check_container, parts, plan_layers, replace_module, unmatched
@@ -69,6 +70,7 @@ def quantize_model(
     who = "nf4kernels.quantize_model"
     model = inside(model)
     patterns = _check_arguments(model, skip, lora, quant_options, who)
+    check_not_dispatched(model, who)
     targets, skipped = plan_layers(model, (*SKIP, *patterns), quant_options.get("block_size", 64))
     if lora is not None and not any(isinstance(get_submodule(model, names[0]), nn.Linear) for names in targets):
         raise ValueError(f"{who}: lora must have an nn.Linear to go on, got {_reasons(skipped) or 'no layer'}")

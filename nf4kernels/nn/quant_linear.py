@@ -4,13 +4,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..autograd import autocast_is_on, outside_inference_mode
 from ..codebook import SCALE_CODEBOOKS
 from ..functional import dequantize, linear_from_args, lora_linear_from_args, quantize
 from ..quantized_weight import WEIGHT_DTYPES, QuantizedWeight
 from .casts import cast, check_cast
-from .lora import LoraConfig, init_adapter
+from .lora import LoraConfig, WaitingAdapter, called_term, check_adapter_name, init_adapter, plain_weight
 from .quant_module import QuantModule, checked_compute_dtype
 
 
@@ -19,6 +20,10 @@ class QuantLinear(QuantModule, nn.Linear):
 
     `weight` is a frozen uint8 parameter, the scales are buffers; `.to(dtype)` and mixed-precision casts leave both
     alone and move bias and adapter only. Nothing is ever repacked.
+
+    Of several adapters one is active: its factors are `lora_A` and `lora_B`, and its name is `adapter_name`. The others
+    wait, frozen, in the child `adapters`, by name. Where a factor has hooks, another forward or a parametrization, it
+    is called as a module and its product added afterwards, which rounds once more.
 
     Args:
         in_features, out_features, bias, device, dtype: as in `nn.Linear`; dtype is that of the dense weight which is
@@ -32,7 +37,10 @@ class QuantLinear(QuantModule, nn.Linear):
     """
 
     WHO = "nf4kernels.QuantLinear"
+    WAITING = "adapters"  # the child that holds the adapters which wait, there where there are any
     qweight: QuantizedWeight
+    adapter_name: str = "default"  # of the active adapter
+    adapters_off: bool = False  # inside disable_adapters
 
     @outside_inference_mode
     def __init__(
@@ -101,35 +109,121 @@ class QuantLinear(QuantModule, nn.Linear):
 
     def _product(self, x: Tensor) -> Tensor:
         bias, lora = self._parameter("bias"), self.lora
-        if lora is None:
+        if lora is None or self.adapters_off:
             return linear_from_args(x, self._weight_args(), bias, self.WHO)
-        return lora_linear_from_args(
-            x, self._weight_args(), self.lora_A.weight, self.lora_B.weight,  # type: ignore[union-attr]  # set with lora
-            lora.scaling, bias,
-            lora.dropout if self.training else 0.0,
-        )  # fmt: skip
+        lora_A: Any = self._modules["lora_A"]
+        lora_B: Any = self._modules["lora_B"]
+        dropout_p = lora.dropout if self.training else 0.0
+        A, B = plain_weight(lora_A), plain_weight(lora_B)
+        if A is None or B is None or _has_any_global_hook():
+            y = linear_from_args(x, self._weight_args(), bias, self.WHO)
+            return y + called_term(x, lora_A, lora_B, lora.scaling, dropout_p).to(y.dtype)
+        return lora_linear_from_args(x, self._weight_args(), A, B, lora.scaling, bias, dropout_p)
 
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """Ŵ `[out_features, in_features]`, without the adapter."""
         return dequantize(self.qweight, dtype)
 
+    @property
+    def adapter_names(self) -> list[str]:
+        """Of all adapters on this layer, the active one first."""
+        active = [] if self.lora is None else [self.adapter_name]
+        return [*active, *self._waiting()]
+
+    def _waiting(self) -> dict[str, Any]:
+        """name -> WaitingAdapter."""
+        waiting = self._modules.get(self.WAITING)
+        return {} if waiting is None else waiting._modules
+
     @outside_inference_mode
-    def add_lora(self, config: LoraConfig, dtype: torch.dtype | None = None) -> None:
-        """Attach a fresh adapter; ValueError where one is attached already.
+    def add_lora(self, config: LoraConfig, dtype: torch.dtype | None = None, name: str = "default") -> None:
+        """Attach a fresh adapter; ValueError where one of that name is attached already.
+
+        It is active at once where no other is; else it waits, frozen, until `set_adapter` names it.
+
 
         Args:
             dtype: of lora_A and lora_B; None takes the dtype of bias, or the one the weight was quantized from.
+            name: a part of the names of parameters, so without dots.
         """
-        if self.lora is not None:
-            raise ValueError("nf4kernels.QuantLinear.add_lora: the layer must have no adapter yet, got one already")
+        who = "nf4kernels.QuantLinear.add_lora"
+        check_adapter_name(name, who)
+        if name in self.adapter_names:
+            raise ValueError(f"{who}: the layer must have no adapter {name!r} yet, got one already")
+        if self.weight.is_meta and hasattr(self, "_hf_hook"):
+            raise ValueError(f"{who}: the layer must not be offloaded yet: add adapters, then let accelerate dispatch")
         if dtype is None:
             dtype = self.qweight.dtype if self.bias is None else self.bias.dtype
         options: dict[str, Any] = {"bias": False, "device": self.weight.device, "dtype": dtype}
-        self.lora_A = nn.Linear(self.in_features, config.r, **options)
-        self.lora_B = nn.Linear(config.r, self.out_features, **options)
+        lora_A = nn.Linear(self.in_features, config.r, **options)
+        lora_B = nn.Linear(config.r, self.out_features, **options)
         if not self.weight.is_meta:
-            init_adapter(self.lora_A, self.lora_B, config)
-        self.lora = config
+            init_adapter(lora_A, lora_B, config)
+        if self.lora is None:
+            self.lora, self.lora_A, self.lora_B, self.adapter_name = config, lora_A, lora_B, name
+        else:
+            self._let_wait(name, WaitingAdapter(config, lora_A, lora_B))
+
+    def _let_wait(self, name: str, adapter: WaitingAdapter) -> None:
+        if self._modules.get(self.WAITING) is None:
+            self.add_module(self.WAITING, nn.ModuleDict())
+        waiting: Any = self._modules[self.WAITING]
+        waiting[name] = adapter
+
+    def get_adapter(self, name: str | None = None) -> tuple[LoraConfig, nn.Linear, nn.Linear] | None:
+        """(configuration, lora_A, lora_B) of the adapter of that name, of the active one for None; None: no such."""
+        if self.lora is not None and name in (None, self.adapter_name):
+            return self.lora, self.lora_A, self.lora_B  # type: ignore[return-value]  # set with lora
+        adapter = None if name is None else self._waiting().get(name)
+        return None if adapter is None else (adapter.config, adapter.lora_A, adapter.lora_B)
+
+    def set_adapter(self, name: str | None) -> None:
+        """Make the adapter of that name active and trainable; the others wait, frozen.
+
+        None, and a name that this layer does not have, leave it without an active one.
+        """
+        active = self.get_adapter()
+        if active is not None and name != self.adapter_name:
+            self._let_wait(self.adapter_name, WaitingAdapter(*active))
+            self.lora = self.lora_A = self.lora_B = None
+        if self.lora is None and name in self._waiting():
+            adapter = self._take(name)
+            self.lora, self.lora_A, self.lora_B, self.adapter_name = (
+                adapter.config, adapter.lora_A, adapter.lora_B, name,
+            )  # fmt: skip
+        if self.lora_A is not None and self.lora_B is not None:
+            self.lora_A.requires_grad_(True)
+            self.lora_B.requires_grad_(True)
+
+    def remove_adapter(self, name: str = "default") -> None:
+        """Detach the adapter of that name, active or not; ValueError where there is none."""
+        if name not in self.adapter_names:
+            who = "nf4kernels.QuantLinear.remove_adapter"
+            raise ValueError(f"{who}: name must be one of {self.adapter_names}, got {name!r}")
+        if self.lora is not None and name == self.adapter_name:
+            self.lora = self.lora_A = self.lora_B = None
+        else:
+            self._take(name)
+
+    def _take(self, name: str) -> WaitingAdapter:
+        waiting = self._waiting()
+        adapter: WaitingAdapter = waiting.pop(name)
+        if not waiting:
+            del self._modules[self.WAITING]
+        return adapter
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without `adapters_off`: a copy made inside disable_adapters is not inside it."""
+        return {name: value for name, value in self.__dict__.items() if name != "adapters_off"}
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        """Where the state has this layer's adapters, but another one active, that one is made active here as well."""
+        stored = {key[len(prefix) :].split(".")[1] for key in state_dict if key.startswith(f"{prefix}{self.WAITING}.")}
+        active = [name for name in self.adapter_names if name not in stored]
+        has_active = f"{prefix}lora_A.weight" in state_dict
+        if stored != set(self._waiting()) and stored <= set(self.adapter_names) and len(active) == has_active:
+            self.set_adapter(active[0] if active else None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def lora_delta(self) -> Tensor:
         """scaling * lora_B @ lora_A, fp32 `[out_features, in_features]`; ValueError without an adapter."""
@@ -175,8 +269,9 @@ class QuantLinear(QuantModule, nn.Linear):
         self.set_qweight(quantize(dense.weight, code, self.block_size, self.double_quant, scale_codebook))
         if self.bias is not None:
             self.bias.data.copy_(dense.bias)
-        if self.lora is not None and self.lora_A is not None and self.lora_B is not None:
-            init_adapter(self.lora_A, self.lora_B, self.lora)
+        for name in self.adapter_names:
+            config, lora_A, lora_B = self.get_adapter(name)  # type: ignore[misc]  # it is there
+            init_adapter(lora_A, lora_B, config)
 
     def extra_repr(self) -> str:
         text = (

@@ -1,15 +1,10 @@
-"""LoRA adapters on disk: PEFT's adapter_config.json and adapter_model.safetensors."""
+"""LoRA adapters on disk, and what was trained beside them: PEFT's files, written and read."""
 
 import json
-import re
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -17,112 +12,126 @@ from ..autograd import outside_inference_mode
 from ..model.plan import unwrapped
 from ..model.walk import named_modules
 from ..nn.casts import check_cast
-from ..nn.lora import LoraConfig
+from ..nn.lora import check_adapter_name
 from ..nn.quant_linear import QuantLinear
+from ..nn.quant_module import QuantModule
 from .atomic import replacing
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
-# What this package gives a meaning to, and what has none once the adapter is trained: who made it, which layers were
-# asked for (the tensors' names say which were given one), settings of other features. Any other entry must be unset.
-READ = {
-    "alpha_pattern", "init_lora_weights", "lora_alpha", "lora_dropout", "peft_type", "r", "rank_pattern", "use_rslora",
-}  # fmt: skip
-WITHOUT_EFFECT = {
-    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
-    "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_ga_config", "megatron_core",
-    "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type",
-}  # fmt: skip
-# The starts that leave the base weight alone; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change it.
-INITS = (True, False, "gaussian", "eva", "orthogonal")
+from .names import fit_of_part
+from .peft_format import CONFIG, OLD_WEIGHTS, PREFIX, WEIGHTS, StoredLora, peft_config, read_config, read_tensors
 
 
-@dataclass(frozen=True)
-class _Adapter:
-    """One layer's part of an adapter file."""
-
-    config: LoraConfig
-    A: Tensor  # [r, K]
-    B: Tensor  # [N, r]
-
-
-def save_adapters(model: nn.Module, directory: str | Path) -> None:
+def save_adapters(model: nn.Module, directory: str | Path, name: str | None = None) -> None:
     """Write the adapters of all QuantLinear layers as PEFT does, for `PeftModel.from_pretrained` on the dense model.
 
     Layers may differ in rank and alpha; PEFT has one dropout and one rsLoRA setting for all. Tensors keep their dtype.
+    Whatever else requires a gradient is saved with them: modules without children as PEFT's `modules_to_save`, biases
+    of layers in 4 bits as its `bias`, any other parameter by its name. `prepare_for_training` freezes all of that.
     Both files are complete or absent, each written under another name, flushed to disk and renamed.
 
     Args:
-        model: a model that contains QuantLinear layers with adapters.
+        model: a model that contains QuantLinear layers with adapters; accelerate may have offloaded it.
         directory: made where missing; `adapter_config.json` and `adapter_model.safetensors` in it are replaced.
+        name: of the adapter to save where layers have several; None is the active one.
 
     Raises:
-        TypeError, ValueError: model is not a module, contains no adapter, or has adapters that PEFT cannot express.
+        TypeError, ValueError: model is not a module, contains no adapter of that name, or has adapters that PEFT cannot
+            express.
         OSError: directory cannot be written.
     """
     who = "nf4kernels.save_adapters"
     model = unwrapped(model, "model", who)
-    layers: dict[str, QuantLinear] = {}
-    for name, layer in _layers(model).items():
-        if layer.lora is not None and layer not in layers.values():  # PEFT, too, names a layer once
-            layers[name] = layer
+    found: dict[QuantLinear, str] = {}  # PEFT, too, names a layer once
+    for path, layer in _layers(model).items():
+        if layer.get_adapter(name) is not None:
+            found.setdefault(layer, path)
+    layers = {path: layer for layer, path in found.items()}
     if not layers:
-        raise ValueError(f"{who}: model must have a QuantLinear with an adapter, got none")
+        came = "none" if name is None else f"none called {name!r}"
+        raise ValueError(f"{who}: model must have a QuantLinear with an adapter, got {came}")
     if "" in layers:
         raise ValueError(f"{who}: model must contain its layers, got a QuantLinear itself")
-    config = _config(model, layers, who)
-    tensors = {}
-    for name, layer in sorted(layers.items()):
-        for factor in ("lora_A", "lora_B"):
-            weight = getattr(layer, factor).weight.detach()
-            if weight.is_meta:
-                raise ValueError(f"{who}: model must be loaded, got {name}.{factor} on the meta device")
-            tensors[f"{PREFIX}{name}.{factor}.weight"] = weight.cpu().contiguous().clone()
+    tensors, configs = {}, {}
+    for path, layer in sorted(layers.items()):
+        configs[path], *factors = layer.get_adapter(name)  # type: ignore[misc]  # it has one
+        for leaf, factor in zip(("lora_A", "lora_B"), factors):
+            tensors[f"{path}.{leaf}.weight"] = _values(factor, "weight", f"{path}.{leaf}", who)
+    beside, saved, bias = _trained_beside(model, layers, who)
+    others = set(_dense_modules(model)) - {""} - set(layers)
+    config = peft_config(model, configs, others, saved, bias, who)
 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with replacing(directory / WEIGHTS) as weights, replacing(directory / CONFIG) as text:
-        save_file(tensors, weights, {"format": "pt"})
+        save_file({f"{PREFIX}{key}": tensor for key, tensor in (tensors | beside).items()}, weights, {"format": "pt"})
         text.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 @outside_inference_mode
-def load_adapters(model: nn.Module, directory: str | Path) -> None:
-    """Give the QuantLinear layers of `model` the adapters that PEFT or `save_adapters` wrote.
+def load_adapters(model: nn.Module, directory: str | Path, name: str = "default") -> None:
+    """Give the QuantLinear layers of `model` the adapters that PEFT or `save_adapters` wrote, and make them active.
 
-    A layer without an adapter gets one in the file's dtype; one that has an adapter of that rank keeps its parameters,
-    whose values and scaling are replaced. All of them are left trainable.
+    They take the place of the adapters of that name: a layer that the file does not name loses its own, one whose
+    adapter has another rank gets a new one, in the file's dtype, and one of that rank keeps its parameters, with new
+    values and scaling. Adapters of other names are kept and wait. What was trained beside the adapters is copied into
+    the model. All that was loaded is left trainable. The names in the file may all have one prefix more, or one less,
+    than in the model.
 
     Args:
         model: a model that contains the QuantLinear layers that the file names.
-        directory: with `adapter_config.json` and `adapter_model.safetensors`.
+        directory: with `adapter_config.json` and `adapter_model.safetensors`, or `adapter_model.bin`, of which nothing
+            but tensors is read.
+        name: of the adapter in the model.
 
     Raises:
         TypeError, ValueError: model is not a module; a file is damaged; the adapter uses a feature that is not
-            supported (DoRA, biases, further trained modules, ...); a layer is missing, unknown or of another shape or
-            rank. The message names it, and the model is unchanged.
+            supported (DoRA, token indices, ...); a layer is missing, unknown or of another shape. The message names it,
+            and the model is unchanged.
         OSError: a file is missing.
     """
     who = "nf4kernels.load_adapters"
     model = unwrapped(model, "model", who)
+    check_adapter_name(name, who)
     directory = Path(directory)
-    for name in (CONFIG, WEIGHTS):
-        if not (directory / name).is_file():
-            raise FileNotFoundError(f"{who}: directory must have {name}, got {directory}")
-    config = _read_config(directory / CONFIG, who)
-    adapters = _read_adapters(directory / WEIGHTS, config, who)
-    layers = _layers(model)
-    _check_fit(layers, adapters, who)
-    for name, adapter in adapters.items():
-        layer = layers[name]
-        if layer.lora is None:
-            layer.add_lora(adapter.config, dtype=adapter.A.dtype)
-        layer.lora = adapter.config
-        factors: Any = (layer.lora_A, layer.lora_B)
-        for factor, stored in zip(factors, (adapter.A, adapter.B)):
-            with torch.no_grad():
-                factor.weight.copy_(stored)
-            factor.requires_grad_(True)
+    weights = directory / (OLD_WEIGHTS if not (directory / WEIGHTS).is_file() else WEIGHTS)
+    for file, expected in ((directory / CONFIG, CONFIG), (weights, WEIGHTS)):
+        if not file.is_file():
+            raise FileNotFoundError(f"{who}: directory must have {expected}, got {directory}")
+    config = read_config(directory / CONFIG, who)
+    adapters, beside = read_tensors(weights, config, who)
+    layers, state = _layers(model), _dense_state(model)
+    fit = fit_of_part({*adapters, *beside}, {*_dense_modules(model), *state})
+    adapters = {fit(path) or path: adapter for path, adapter in adapters.items()}
+    beside = {fit(path) or path: stored for path, stored in beside.items()}
+    _check_fit(layers, adapters, name, who)
+    _check_beside(state, beside, weights, who)
+
+    given = {layers[path]: adapter for path, adapter in adapters.items()}
+    for layer in dict.fromkeys(layers.values()):
+        _replace_adapter(layer, name, given.get(layer))
+    for path, stored in beside.items():
+        with torch.no_grad():
+            state[path].copy_(stored)
+        if isinstance(state[path], nn.Parameter) and state[path].is_floating_point():
+            state[path].requires_grad_(True)
+
+
+def _replace_adapter(layer: QuantLinear, name: str, stored: StoredLora | None) -> None:
+    """Make `stored` the layer's active adapter of that name; where it is None the layer has none of that name."""
+    old = layer.get_adapter(name)
+    if old is not None and (stored is None or stored.config.r != old[0].r):
+        layer.remove_adapter(name)
+        old = None
+    if stored is None:
+        layer.set_adapter(None)
+        return
+    if old is None:
+        layer.add_lora(stored.config, stored.A.dtype, name)
+    layer.set_adapter(name)
+    layer.lora = stored.config
+    factors: Any = (layer.lora_A, layer.lora_B)
+    for factor, values in zip(factors, (stored.A, stored.B)):
+        with torch.no_grad():
+            factor.weight.copy_(values)
 
 
 def _layers(model: nn.Module) -> dict[str, QuantLinear]:
@@ -130,129 +139,76 @@ def _layers(model: nn.Module) -> dict[str, QuantLinear]:
     return {name: module for name, module in named_modules(model) if isinstance(module, QuantLinear)}
 
 
-def _config(model: nn.Module, layers: dict[str, QuantLinear], who: str) -> dict:
-    """adapter_config.json's content."""
-    configs = {name: layer.lora for name, layer in layers.items() if layer.lora is not None}
-    for setting in ("dropout", "use_rslora"):
-        values = {getattr(config, setting) for config in configs.values()}
-        if len(values) > 1:
-            raise ValueError(f"{who}: {setting} must be the same in every layer for PEFT, got {sorted(values)}")
-    ranks: dict[str, float] = {name: config.r for name, config in configs.items()}
-    alphas: dict[str, float] = {
-        name: int(a) if a == int(a) else a for name, a in ((n, c.alpha) for n, c in configs.items())
-    }
-    r, rank_pattern = _usual(ranks)
-    alpha, alpha_pattern = _usual(alphas)
-    first = next(iter(configs.values()))
-    return {
-        "alpha_pattern": alpha_pattern,
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True if first.init == "default" else first.init,
-        "lora_alpha": alpha,
-        "lora_bias": False,
-        "lora_dropout": first.dropout,
-        "modules_to_save": None,
-        "peft_type": "LORA",
-        "r": r,
-        "rank_pattern": rank_pattern,
-        "target_modules": _target_modules(model, set(layers)),
-        "task_type": "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
-        "use_dora": False,
-        "use_rslora": first.use_rslora,
-    }
+def _dense_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """name -> module, of the dense model: nothing below a QuantLinear."""
+    found: dict[str, nn.Module] = {}
+    inside = "\0"
+    for name, module in named_modules(model):
+        if not name.startswith(inside):
+            found[name] = module
+            inside = f"{name}." if isinstance(module, QuantLinear) else inside
+    return found
 
 
-def _usual(values: dict[str, float]) -> tuple[float, dict[str, float]]:
-    """(the commonest value, the others as a PEFT pattern that matches exactly its layer)."""
-    usual = Counter(values.values()).most_common(1)[0][0]
-    return usual, {f"^{re.escape(name)}": value for name, value in values.items() if value != usual}
+def _dense_state(model: nn.Module) -> dict[str, Tensor]:
+    """name -> tensor of the dense model's state that is no 4-bit weight."""
+    state = {}
+    for name, module in _dense_modules(model).items():
+        leaves = ["bias"] if isinstance(module, QuantModule) else [*module._parameters, *module._buffers]
+        for leaf in leaves:
+            tensor = getattr(module, leaf, None)
+            if tensor is not None and leaf not in module._non_persistent_buffers_set:
+                state[f"{name}.{leaf}" if name else leaf] = tensor
+    return state
 
 
-def _target_modules(model: nn.Module, names: set[str]) -> list[str] | str:
-    """PEFT's choice of exactly these layers: by last component, else by full name, else by a regular expression."""
-    modules = {name for name, _ in named_modules(model)} - {""}
-    outside = {m for m in modules if m.rpartition(".")[2] not in ("lora_A", "lora_B")} - names
-    for targets in ({name.rpartition(".")[2] for name in names}, names):
-        if not any(_matches(other, targets) for other in outside):
-            return sorted(targets)
-    return "|".join(re.escape(name) for name in sorted(names))
+def _values(module: nn.Module, leaf: str, path: str, who: str) -> Tensor:
+    """A copy of a parameter on the CPU; where accelerate has offloaded it, of what the module's hook keeps."""
+    tensor = getattr(module, leaf)
+    if tensor.is_meta:
+        hook = getattr(module, "_hf_hook", None)
+        for each in getattr(hook, "hooks", [hook]):
+            tensor = tensor if getattr(each, "weights_map", None) is None else each.weights_map[leaf]
+    if tensor.is_meta:
+        raise ValueError(f"{who}: model must be loaded, got {path} on the meta device")
+    return tensor.detach().cpu().contiguous().clone()
 
 
-def _matches(name: str, targets: Iterable[str]) -> bool:
-    return any(name == target or name.endswith(f".{target}") for target in targets)
+def _trained_beside(
+    model: nn.Module, adapted: dict[str, QuantLinear], who: str
+) -> tuple[dict[str, Tensor], list[str], str]:
+    """(key without PREFIX -> tensor, modules_to_save, bias) of what requires a gradient and is no adapter.
+
+    A module without children is saved whole, so that PEFT makes a copy of it; PEFT finds it by the end of its name,
+    which must then be no other module's. What cannot be saved so is saved under its own name: PEFT loads that as well.
+    """
+    modules = _dense_modules(model)
+    tensors: dict[str, Tensor] = {}
+    saved, biases, seen = [], set(), set()
+    for name, module in modules.items():
+        trained = [leaf for leaf, p in module._parameters.items() if p is not None and p.requires_grad]
+        if not trained or module in seen:
+            continue
+        seen.add(module)
+        if isinstance(module, QuantLinear):
+            key = f"{name}.base_layer.bias" if name in adapted else f"{name}.bias"
+            tensors[key] = _values(module, "bias", name, who)
+            biases.add("lora_only" if name in adapted else "all")
+            continue
+        ends_alike = [other for other in modules if other.endswith(name)]
+        is_container = isinstance(module, nn.ParameterList | nn.ParameterDict)
+        is_leaf = next(module.children(), None) is None
+        if name and ends_alike == [name] and is_leaf and not is_container:
+            saved.append(name)
+            buffers = [leaf for leaf in module._buffers if leaf not in module._non_persistent_buffers_set]
+            trained = [leaf for leaf in (*module._parameters, *buffers) if getattr(module, leaf) is not None]
+        for leaf in trained:
+            tensors[f"{name}.{leaf}" if name else leaf] = _values(module, leaf, name, who)
+    return tensors, saved, min(biases, default="none")
 
 
-def _read_config(file: Path, who: str) -> dict:
-    try:
-        config = json.loads(file.read_text())
-        patterns = [config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}]
-        usable = all(isinstance(pattern, dict) for pattern in patterns) and config["r"] and config["lora_alpha"]
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"{who}: {file} must hold PEFT's configuration in JSON, got {error!r}") from None
-    if config.get("peft_type") != "LORA" or not usable:
-        raise ValueError(f"{who}: peft_type in {file} must be 'LORA', with r and lora_alpha, got {config}")
-    if config.get("init_lora_weights", True) not in INITS:
-        came = config["init_lora_weights"]
-        raise ValueError(f"{who}: init_lora_weights in {file} must leave the base weight as it is, got {came!r}")
-    for name, value in config.items():
-        unset = not value or (name, value) == ("bias", "none")
-        if name not in READ | WITHOUT_EFFECT and not unset:
-            raise ValueError(f"{who}: {name} in {file} must be unset, it is not supported; got {value!r}")
-    return config
-
-
-def _read_adapters(file: Path, config: dict, who: str) -> dict[str, _Adapter]:
-    """layer name -> its adapter, checked against each other and the configuration."""
-    factors: dict[str, dict[str, Tensor]] = {}
-    try:
-        with safe_open(file, framework="pt") as opened:
-            for key in opened.keys():  # noqa: SIM118
-                match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", key)
-                if match is None:
-                    raise ValueError(f"{who}: {file} must hold {PREFIX}<layer>.lora_A|B.weight only, got {key}")
-                factors.setdefault(match[1], {})[match[2]] = opened.get_tensor(key)
-    except SafetensorError as error:
-        raise ValueError(f"{who}: {file} must be a whole safetensors file, got {error}") from None
-    if not factors:
-        raise ValueError(f"{who}: {file} must hold an adapter, got no tensor")
-    adapters = {}
-    for name, pair in factors.items():
-        if len(pair) < 2:
-            raise ValueError(f"{who}: {file} must hold lora_A and lora_B of {name}, got lora_{next(iter(pair))} alone")
-        layer_config = _layer_config(config, name, file, who)
-        A, B = pair["A"], pair["B"]
-        r = layer_config.r
-        if A.dim() != 2 or B.dim() != 2 or A.shape[0] != r or B.shape[1] != r:
-            came = f"{list(A.shape)} and {list(B.shape)}"
-            raise ValueError(f"{who}: lora_A and lora_B of {name} must be [{r}, K] and [N, {r}], got {came}")
-        if not (A.is_floating_point() and B.is_floating_point()):
-            raise ValueError(f"{who}: lora_A and lora_B of {name} must be floating point, got {A.dtype} and {B.dtype}")
-        adapters[name] = _Adapter(layer_config, A, B)
-    return adapters
-
-
-def _layer_config(config: dict, name: str, file: Path, who: str) -> LoraConfig:
-    """A layer's configuration: as in PEFT, by the first pattern that matches the end of its name, else the general."""
-    found = {}
-    for setting, general, patterns in (("r", "r", "rank_pattern"), ("alpha", "lora_alpha", "alpha_pattern")):
-        found[setting] = config[general]
-        for pattern, value in (config.get(patterns) or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", name):
-                found[setting] = value
-                break
-    dropout, rslora = config.get("lora_dropout", 0.0), bool(config.get("use_rslora", False))
-    init = "gaussian" if config.get("init_lora_weights") == "gaussian" else "default"
-    try:
-        return LoraConfig(**found, dropout=dropout, use_rslora=rslora, init=init)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{who}: the settings of {name} in {file} must make a LoraConfig, got {error}") from None
-
-
-def _check_fit(layers: dict[str, QuantLinear], adapters: dict[str, _Adapter], who: str) -> None:
-    """ValueError unless every adapter has its layer, and every layer that has an adapter is given one."""
+def _check_fit(layers: dict[str, QuantLinear], adapters: dict[str, StoredLora], adapter_name: str, who: str) -> None:
+    """ValueError unless every adapter has its layer, and its values are finite in the dtype that they will have."""
     given = set()
     for name, adapter in adapters.items():
         layer = layers.get(name)
@@ -266,14 +222,23 @@ def _check_fit(layers: dict[str, QuantLinear], adapters: dict[str, _Adapter], wh
             raise ValueError(
                 f"{who}: the adapter of {name} must be for {[layer.out_features, layer.in_features]}, got {came}"
             )
-        if layer.lora is not None and layer.lora.r != adapter.config.r:
-            raise ValueError(f"{who}: the adapter of {name} must have rank {layer.lora.r}, got {adapter.config.r}")
-        if layer.lora is not None:
-            factors: Any = (layer.lora_A, layer.lora_B)
-            for factor, stored in zip(factors, (adapter.A, adapter.B)):
-                check_cast(stored, factor.weight.dtype, f"{who}: the adapter of {name}")
         if layer.weight.is_meta:
             raise ValueError(f"{who}: model must be loaded, got {name} on the meta device")
-    left = [name for name, layer in layers.items() if layer.lora is not None and layer not in given]
-    if left:
-        raise ValueError(f"{who}: the file must have an adapter for every layer that has one, got none for {left}")
+        old = layer.get_adapter(adapter_name)
+        if old is not None and old[0].r == adapter.config.r:
+            for factor, stored in zip(old[1:], (adapter.A, adapter.B)):
+                check_cast(stored, factor.weight.dtype, f"{who}: the adapter of {name}")
+
+
+def _check_beside(state: dict[str, Tensor], beside: dict[str, Tensor], file: Path, who: str) -> None:
+    """ValueError unless every further tensor is one of the model's, of that shape."""
+    for name, stored in beside.items():
+        target = state.get(name)
+        if target is None:
+            expected = f"{PREFIX}<layer>.lora_A|B.weight and dense tensors of the model"
+            raise ValueError(f"{who}: {file} must hold {expected} only, got {PREFIX}{name}")
+        if target.shape != stored.shape:
+            raise ValueError(f"{who}: {name} must have shape {list(target.shape)}, got {list(stored.shape)}")
+        if target.is_meta:
+            raise ValueError(f"{who}: model must be loaded, got {name} on the meta device")
+        check_cast(stored, target.dtype, f"{who}: {name}")

@@ -3,7 +3,6 @@
 import json
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,17 +17,17 @@ from ..model.memory import address, oddity
 from ..model.plan import replace_module, unwrapped
 from ..model.walk import get_submodule, named_modules, state_dict
 from ..nn.casts import check_cast
-from ..nn.lora import LoraConfig
 from ..nn.quant_linear import QuantLinear
 from ..nn.quant_module import BUFFERS, OTHER_BUFFERS, QuantModule
 from ..quantized_weight import QuantizedWeight
 from .atomic import replacing
 from .bitsandbytes_format import names_of_weight, stored_weights, weight_from_tensors, weight_to_tensors
+from .checkpoint_adapters import adapter_metadata, attach, check_active, missing_adapters, stored_adapters
 from .experts_format import stored_experts, take_experts
 from .key_conversion import group_tensors
+from .names import Fit, fit_of_whole, left_behind, listed, never_stored, renamed_head
 
 INDEX = "model.safetensors.index.json"
-LORA_METADATA = "nf4kernels.lora"
 
 
 def save_checkpoint(model: nn.Module, path: str | Path) -> None:
@@ -48,7 +47,7 @@ def save_checkpoint(model: nn.Module, path: str | Path) -> None:
     """
     who = "nf4kernels.save_checkpoint"
     model = unwrapped(model, "model", who)
-    tensors, adapters = {}, {}
+    tensors = {}
     layers = _quant_layers(model)
     expected = _dense_state(model, layers)
     for name, tensor in expected.items():
@@ -60,18 +59,16 @@ def save_checkpoint(model: nn.Module, path: str | Path) -> None:
             module.checked_weight()  # a QuantLinear's is checked with its qweight
     for group in _shared(expected):
         tensors[group[0]] = expected[group[0]]
-    written = set()
+    written: dict[QuantLinear, str] = {}
     for name, layer in layers.items():
         if layer in written:
             continue
-        written.add(layer)
+        written[layer] = name
         try:
             tensors.update(weight_to_tensors(layer.qweight, _join(name, "weight")))
         except ValueError as error:
             raise ValueError(f"{who}: layer {name}: {error}") from None
-        if layer.lora is not None:
-            adapters[name] = asdict(layer.lora)
-    write_tensors(tensors, Path(path), {LORA_METADATA: json.dumps(adapters)} if adapters else {})
+    write_tensors(tensors, Path(path), adapter_metadata({name: layer for layer, name in written.items()}))
 
 
 def _unwritable(tensor: Any) -> str | None:
@@ -112,8 +109,12 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     file's codebook, block size and scales; fused experts become QuantExperts likewise. Adapters stored with their
     configuration are attached. Other tensors are copied into the model's, or put in their place where the model is on
     the meta device; buffers that no state dict holds (rotary embeddings' frequencies) stay on meta, and a warning names
-    them. Where a file has other names than the model, or a matrix for each expert, it is read by the rules that
-    transformers 5 has for that model.
+    them. Such buffers in the file are ignored. Where a file has other names than the model, or a matrix for each
+    expert, it is read by the rules that transformers 5 has for that model.
+
+    The file may be of a larger model around this one, or of the part of it that lacks the head: then one prefix makes
+    the names fit, and a warning names the tensors that were left out, in the file or in the model. Where the model ties
+    two tensors and the file holds two different ones, they are untied, which a warning says, too.
 
     Args:
         model: a module with the checkpoint's names, or one that transformers has rules for; dense or quantized.
@@ -127,11 +128,11 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     """
     who = "nf4kernels.load_checkpoint"
     model = unwrapped(model, "model", who)
-    tensors, configs = {}, {}
+    tensors, metadata = {}, {}
     for file in checkpoint_files(Path(path), who):
-        found, metadata = _read_file(file, who)
+        found, words = _read_file(file, who)
         tensors.update(found)
-        configs.update(_lora_configs(metadata, file, who))
+        metadata.update(stored_adapters(words, file, who))
     qweights = {}
     for weight_key in stored_weights(tensors):
         names = names_of_weight(tensors, weight_key)
@@ -141,25 +142,65 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{who}: {path}: {error}") from None
 
+    for name in never_stored(model, tensors):
+        del tensors[name]
     tensors, qweights = _converted(model, tensors, qweights, who)
     experts = take_experts(model, tensors, who)
-    layers = _planned_layers(model, qweights, who)
-    attach = {name: config for name, config in configs.items()
-              if not isinstance(layers.get(name), QuantLinear) or layers[name].lora is None}  # fmt: skip
+    fit, outside = _rename(model, tensors, qweights, metadata)
+    for name in left_behind(model, tensors):
+        del tensors[name]
+    layers = _planned_layers(model, qweights, fit, who)
+    check_active(layers, metadata, who)
+    missing = missing_adapters(layers, metadata)
     expected = _dense_state(model, layers)
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in named_modules(model):
         if module in experts:
             for leaf in module._parameters:
                 del expected[_join(name, leaf)]
-    _check_dense(expected, tensors, layers, attach, who)
+    left = _check_dense(expected, tensors, layers, missing, fit, who)
     for name, module in named_modules(model):
         if isinstance(module, QuantModule) and name not in layers:
             for message in module.state_errors(tensors, f"{name}."):
                 raise ValueError(f"{who}: {path}: {message}")
+    untied = _untied(model, expected, tensors, who)
     for dense, module in experts.items():
-        aliases = [name for name, each in model.named_modules(remove_duplicate=False) if each is dense]
-        replace_module(model, aliases, dense, module)
-    _install(model, layers, qweights, attach, tensors)
+        replace_module(model, [name for name, each in named_modules(model) if each is dense], dense, module)
+    _install(model, layers, qweights, missing, tensors, untied)
+    for name, other in untied.items():
+        undone = "what ties them again (tie_weights, config.tie_word_embeddings) would drop it"
+        message = f"{name} is no longer tied to {other}, since the file holds another tensor for it; {undone}"
+        warnings.warn(f"{who}: {message}", stacklevel=2)
+    if left:
+        warnings.warn(f"{who}: the file is of a part of the model, left as they were: {listed(left)}", stacklevel=2)
+    if outside:
+        warnings.warn(f"{who}: the model is a part of the file's, not loaded: {listed(outside)}", stacklevel=2)
+
+
+def _rename(model: nn.Module, tensors: dict[str, Tensor], qweights: dict[str, QuantizedWeight],
+            metadata: dict[str, Any]) -> tuple[Fit, list[str]]:  # fmt: skip
+    """Give all three the model's names, in place; (how, the names of tensors that have none)."""
+    layers = _quant_layers(model)
+    aliases: dict[QuantLinear, list[str]] = {}
+    for name, layer in layers.items():
+        aliases.setdefault(layer, []).append(_join(name, "weight"))
+    groups = [*_shared(_dense_state(model, layers)), *aliases.values()]
+    of_adapters = {key for layer, adapters in metadata.items() for each in adapters for key in each.keys(layer)}
+    fit = fit_of_whole({*tensors, *(_join(name, "weight") for name in qweights)} - of_adapters, groups)
+    outside: list[str] = []
+    for store in (tensors, qweights, metadata):
+        named: Any = store  # three kinds of values
+        values = {(fit(name), name): named.pop(name) for name in list(named)}
+        named.update({name: value for (name, _), value in values.items() if name is not None})
+        outside += [old for name, old in values if name is None]
+    of_adapters = {key for layer, adapters in metadata.items() for each in adapters for key in each.keys(layer)}
+    head = renamed_head(model, {*tensors, *(_join(name, "weight") for name in qweights)} - of_adapters, groups)
+    if head is not None:
+        theirs, ours = head
+        for store in (tensors, qweights, metadata):
+            named = store
+            for name in [name for name in named if f"{name}.".startswith(f"{theirs}.")]:
+                named[ours + name[len(theirs) :]] = named.pop(name)
+    return fit, outside
 
 
 def _converted(
@@ -217,13 +258,6 @@ def _read_file(file: Path, who: str) -> tuple[dict[str, Tensor], dict[str, str]]
         raise ValueError(f"{who}: {file} must be a whole safetensors file, got {error}") from None
 
 
-def _lora_configs(metadata: dict[str, str], file: Path, who: str) -> dict[str, LoraConfig]:
-    try:
-        return {name: LoraConfig(**fields) for name, fields in json.loads(metadata.get(LORA_METADATA, "{}")).items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{who}: {LORA_METADATA} in {file} must hold adapter configurations, got {error}") from None
-
-
 def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
@@ -254,7 +288,7 @@ def _shared(state: dict[str, Tensor]) -> Iterator[list[str]]:
     yield from groups.values()
 
 
-def _planned_layers(model: nn.Module, qweights: dict[str, QuantizedWeight], who: str) -> dict[str, nn.Module]:
+def _planned_layers(model: nn.Module, qweights: dict[str, QuantizedWeight], fit: Fit, who: str) -> dict[str, nn.Module]:
     """name -> the layer that will hold that 4-bit weight, under all names; checked against the checkpoint."""
     modules: dict[str, Any] = dict(named_modules(model))
     chosen = {}
@@ -270,24 +304,29 @@ def _planned_layers(model: nn.Module, qweights: dict[str, QuantizedWeight], who:
         chosen[layer] = name
     planned = {name: layer for name, layer in modules.items() if layer in chosen}
     for name, layer in modules.items():
-        if isinstance(layer, QuantLinear) and layer not in chosen:
+        if isinstance(layer, QuantLinear) and layer not in chosen and name.startswith(fit.added):
             raise ValueError(f"{who}: the checkpoint must have a 4-bit weight {_join(name, 'weight')}, got none")
     return planned
 
 
-def _check_dense(expected, tensors, layers, attach: dict[str, LoraConfig], who: str) -> None:
-    """ValueError unless `tensors` are those of `expected` (one of each shared group) and of the adapters to attach."""
-    shapes = {}
-    for name, config in attach.items():
+def _check_dense(expected, tensors, layers, missing_lora, fit: Fit, who: str) -> list[str]:
+    """ValueError unless `tensors` are those of `expected` (one of each shared group) and of the adapters to attach.
+
+    Returns the names that a file of a part of the model does not hold.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, adapters in missing_lora.items():
         if name not in layers:
             raise ValueError(f"{who}: model must have a 4-bit layer {name} for its adapter, got none")
-        shapes[_join(name, "lora_A.weight")] = (config.r, layers[name].in_features)
-        shapes[_join(name, "lora_B.weight")] = (layers[name].out_features, config.r)
+        for adapter in adapters:
+            factors = (adapter.config.r, layers[name].in_features), (layers[name].out_features, adapter.config.r)
+            shapes.update(zip(adapter.keys(name), factors))
     missing = [name for name in shapes if name not in tensors]
+    left: list[str] = []
     for group in _shared(expected):
         shapes.update({name: tuple(expected[name].shape) for name in group})
         if not any(name in tensors for name in group):
-            missing.append(group[0])
+            (missing if group[0].startswith(fit.added) else left).append(group[0])
     unknown = [name for name in tensors if name not in shapes]
     if missing or unknown:
         raise ValueError(f"{who}: the checkpoint must have the model's names, missing {missing}, unknown {unknown}")
@@ -296,9 +335,34 @@ def _check_dense(expected, tensors, layers, attach: dict[str, LoraConfig], who: 
             raise ValueError(f"{who}: {name} must have shape {list(shapes[name])}, got {list(tensor.shape)}")
         if name in expected and not expected[name].is_meta:
             check_cast(tensor, expected[name].dtype, f"{who}: {name}")
+    return left
 
 
-def _install(model: nn.Module, layers: Mapping[str, Any], qweights, attach, tensors) -> None:
+def _untied(model: nn.Module, expected: dict[str, Tensor], tensors: dict[str, Tensor], who: str) -> dict[str, str]:
+    """name -> the name it is tied to in the model, where the file holds different values for the two."""
+    untied = {}
+    for group in _shared(expected):
+        first, *others = [name for name in group if name in tensors] or [""]
+        for name in others:
+            dtype = expected[name].dtype
+            if torch.equal(tensors[name].to(dtype), tensors[first].to(dtype)):
+                continue
+            (owner, leaf), (first_owner, _) = _owner(model, name), _owner(model, first)
+            if owner is first_owner or leaf not in owner._parameters:
+                raise ValueError(
+                    f"{who}: {first} and {name} are tied in the model and cannot be untied, so the file must hold the"
+                    " same for both, got two different tensors"
+                )
+            untied[name] = first
+    return untied
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return get_submodule(model, path), leaf
+
+
+def _install(model: nn.Module, layers: Mapping[str, Any], qweights, missing_lora, tensors, untied) -> None:
     names: dict[Any, list[str]] = {}
     for name, layer in layers.items():
         names.setdefault(layer, []).append(name)
@@ -313,10 +377,13 @@ def _install(model: nn.Module, layers: Mapping[str, Any], qweights, attach, tens
             new = QuantLinear.from_quantized(qweights[name].to(device), layer.bias).train(layer.training)
             replace_module(model, aliases, layer, new)
         new.cast_to = was  # as the model around it, whatever the file was
-    for name, config in attach.items():
-        stored = tensors[_join(name, "lora_A.weight")].dtype
+    for name, adapters in missing_lora.items():
         adapted: Any = get_submodule(model, name)
-        adapted.add_lora(config, dtype=stored)
+        attach(adapted, adapters, {key: tensors[key].dtype for each in adapters for key in each.keys(name)}, name)
+    for name in untied:
+        owner, leaf = _owner(model, name)
+        tied: Any = owner._parameters[leaf]
+        owner._parameters[leaf] = nn.Parameter(torch.empty_like(tied, requires_grad=False), tied.requires_grad)
 
     state, placed = state_dict(model), {}
     for name, tensor in tensors.items():

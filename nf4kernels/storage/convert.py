@@ -342,11 +342,6 @@ def _quantize_unit(
             out[key] = _cast(made.pop(name), key, options, who)
 
 
-def _cast(tensor: Tensor, name: str, options: _Options, who: str) -> Tensor:
-    is_cast = options.dtype is not None and tensor.is_floating_point()
-    return tensor.to(options.dtype) if is_cast else tensor
-
-
 def _quantize_tensor(
     tensor: Tensor, layer: str, key: str, options: _Options, who: str
 ) -> tuple[dict[str, Tensor], QuantizedLayer]:

@@ -356,7 +356,7 @@ def test_to_linear():
 def test_second_adapter_is_refused():
     layer = make()
     before = layer.lora_A
-    with pytest.raises(ValueError, match="must have no adapter yet"):
+    with pytest.raises(ValueError, match="must have no adapter 'default' yet"):
         layer.add_lora(LORA)
     assert layer.lora_A is before
     with pytest.raises(ValueError, match="must have an adapter"):

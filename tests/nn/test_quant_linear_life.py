@@ -16,7 +16,7 @@ from support import cases
 from support.cases import Layout
 from torch import nn
 
-from nf4kernels import LoraConfig, QuantLinear
+from nf4kernels import LoraConfig, QuantLinear, disable_adapters, linear
 from nf4kernels.nn.quant_module import BUFFERS
 
 dtypes = st.sampled_from(cases.DTYPES)
@@ -89,7 +89,7 @@ class Life(RuleBasedStateMachine):
     def cast(self, dtype):
         self.layer.to(dtype)
         for module in self.layer.modules():
-            if module is not self.layer:
+            if type(module) is nn.Linear:
                 assert module.weight.dtype == dtype
 
     @rule(how=st.sampled_from(["deepcopy", "pickle", "save"]))
@@ -110,11 +110,14 @@ class Life(RuleBasedStateMachine):
         old = self.layer
         state = {k: v.clone() for k, v in old.state_dict().items()}
         fresh = QuantLinear(
-            old.in_features, old.out_features, old.bias is not None, lora=old.lora,
+            old.in_features, old.out_features, old.bias is not None,
             device="meta" if meta and assign else None,
             dtype=next((p.dtype for p in old.parameters() if p.is_floating_point()), torch.float32),
             **self.layout.options,
         )  # fmt: skip
+        for name in old.adapter_names:
+            config, lora_A, _ = old.get_adapter(name)
+            fresh.add_lora(config, lora_A.weight.dtype, name)
         result = fresh.load_state_dict(state, strict=True, assign=assign)
         assert not result.missing_keys
         assert not result.unexpected_keys
@@ -133,9 +136,32 @@ class Life(RuleBasedStateMachine):
 
     @rule()
     def add_adapter(self):
-        if self.layer.lora is None:
+        if "default" not in self.layer.adapter_names:
             self.layer.add_lora(LoraConfig(r=2, alpha=1, init="gaussian"))
-            nn.init.normal_(self.layer.lora_B.weight, std=0.1)
+            nn.init.normal_(self.layer.get_adapter("default")[2].weight, std=0.1)
+
+    @rule(name=st.sampled_from(["second", "third"]))
+    def add_another_adapter(self, name):
+        if name not in self.layer.adapter_names:
+            self.layer.add_lora(LoraConfig(r=5, alpha=2, init="gaussian"), name=name)
+            nn.init.normal_(self.layer.get_adapter(name)[2].weight, std=0.1)
+
+    @rule(name=st.sampled_from(["default", "second", "third", None]))
+    def switch_adapter(self, name):
+        self.layer.set_adapter(name)
+        assert (self.layer.lora is None) == (name not in self.layer.adapter_names)
+
+    @rule(name=st.sampled_from(["default", "second"]))
+    def remove_adapter(self, name):
+        if name in self.layer.adapter_names:
+            self.layer.remove_adapter(name)
+
+    @rule(dtype=dtypes)
+    def forward_without_adapters(self, dtype):
+        x = torch.randn(3, self.layer.in_features).to(dtype)
+        with disable_adapters(self.layer):
+            y = self.layer(x)
+        assert torch.equal(y, linear(x, self.layer.qweight, self.layer.bias))
 
     @rule(flag=st.booleans())
     def freeze_bias(self, flag):

@@ -35,7 +35,7 @@ LAYERS = [f"blocks.{i}.{name}" for i in range(2) for name in ("q_proj", "up_proj
 
 
 def quantized(lora=None, skip=("lm_head",)):
-    model = Net()
+    model = Net().requires_grad_(False)  # the adapters alone are trained
     nf4.quantize_model(model, skip=skip, lora=lora, progress=False)
     return model
 
