@@ -4,6 +4,7 @@ import warnings
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..nn.quant_linear import QuantLinear
 from .training import training_dtype
@@ -35,7 +36,9 @@ def prepare_for_training(model: nn.Module, checkpointing: bool = True) -> nn.Mod
     adapters = [m for m in model.modules() if isinstance(m, QuantLinear) and m.lora is not None]
     if not adapters:
         raise ValueError(f"{who}: model must have an adapter to train, got none (quantize_model(lora=...) gives one)")
-    model.requires_grad_(False)
+    for parameter in model.parameters():
+        if not is_lazy(parameter):  # torch cannot freeze what is not there yet
+            parameter.requires_grad_(False)
     for layer in adapters:
         layer.set_adapter(layer.adapter_name)
     _cast_where_slow(model, adapters[0].weight.device, who)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..autograd import outside_inference_mode
 from ..model.plan import unwrapped
@@ -186,7 +187,8 @@ def _trained_beside(
     tensors: dict[str, Tensor] = {}
     saved, biases, seen = [], set(), set()
     for name, module in modules.items():
-        trained = [leaf for leaf, p in module._parameters.items() if p is not None and p.requires_grad]
+        own = {leaf: p for leaf, p in module._parameters.items() if p is not None and not is_lazy(p)}
+        trained = [leaf for leaf, parameter in own.items() if parameter.requires_grad]
         if not trained or module in seen:
             continue
         seen.add(module)

@@ -144,9 +144,9 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
 
     for name in never_stored(model, tensors):
         del tensors[name]
+    fit, outside = _rename(model, tensors, qweights, metadata)
     tensors, qweights = _converted(model, tensors, qweights, who)
     experts = take_experts(model, tensors, who)
-    fit, outside = _rename(model, tensors, qweights, metadata)
     for name in left_behind(model, tensors):
         del tensors[name]
     layers = _planned_layers(model, qweights, fit, who)
