@@ -141,7 +141,6 @@ class QuantLinear(QuantModule, nn.Linear):
 
         It is active at once where no other is; else it waits, frozen, until `set_adapter` names it.
 
-
         Args:
             dtype: of lora_A and lora_B; None takes the dtype of bias, or the one the weight was quantized from.
             name: a part of the names of parameters, so without dots.
