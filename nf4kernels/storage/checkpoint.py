@@ -207,7 +207,7 @@ def _converted(
     model: nn.Module, tensors: dict[str, Tensor], qweights: dict[str, QuantizedWeight], who: str
 ) -> tuple[dict[str, Tensor], dict[str, QuantizedWeight]]:
     """What a file holds by the model's names and in its layouts; see `key_conversion`."""
-    state = model.state_dict(keep_vars=True)
+    state = state_dict(model)
     packed = {_join(name, "weight"): qweight for name, qweight in qweights.items()}
     dense: dict[str, Tensor] = {}
     found: dict[str, QuantizedWeight] = {}

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..codebook import CODEBOOKS, SCALE_CODEBOOKS
+from ..model.walk import named_modules
 from ..nn.quant_experts import WEIGHTS, GroupedQuantLinear, QuantExperts, layout_problem
 from ..nn.quant_module import SCALES
 from ..quantized_weight import WEIGHT_DTYPES, QuantizedExperts
@@ -59,7 +60,7 @@ def take_experts(model: nn.Module, tensors: dict[str, Tensor], who: str) -> dict
     where the model has no such experts.
     """
     taken: dict[nn.Module, QuantExperts] = {}
-    modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
+    modules: dict[str, Any] = dict(named_modules(model))
     stored = stored_experts(tensors)
     for path in dict.fromkeys(key.rpartition(".")[0] for key in stored):
         module: Any = modules.get(path)

@@ -3,22 +3,10 @@
 import pytest
 import torch
 from support import tiny
+from support.offload import HOW, offloaded
 
 
-def offloaded(model, how, tmp_path):
-    accelerate = pytest.importorskip("accelerate")
-    if how == "cpu_offload":
-        return accelerate.cpu_offload(model, execution_device="cpu")
-    if how == "disk_offload":
-        return accelerate.disk_offload(model, str(tmp_path / "offload"), execution_device="cpu")
-    return accelerate.dispatch_model(
-        model, {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu",
-                "model.rotary_emb": "cpu", "lm_head": "cpu"}, main_device="cpu", offload_dir=str(tmp_path / "offload"),
-        force_hooks=True,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("how", ["cpu_offload", "disk_offload", "dispatch_model"])
+@pytest.mark.parametrize("how", HOW)
 def test_an_offloaded_model_gives_the_same_numbers(tmp_path, how):
     """Report's kind: device_map="auto" with too little memory: tensors on meta."""
     model = tiny.quantized_llama()

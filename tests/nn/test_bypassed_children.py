@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support import tiny
+from support.offload import HOW, offloaded
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -119,22 +120,6 @@ def test_a_bias_on_a_factor_counts(layer):
     once = term(layer)
     layer.lora_B.bias = nn.Parameter(torch.ones(64))
     torch.testing.assert_close(term(layer), once + CONFIG.scaling, rtol=1e-4, atol=1e-5)
-
-
-def offloaded(model, how, tmp_path):
-    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed: nothing is offloaded")
-    if how == "cpu_offload":
-        return accelerate.cpu_offload(model, execution_device="cpu")
-    if how == "disk_offload":
-        return accelerate.disk_offload(model, str(tmp_path / "offload"), execution_device="cpu")
-    return accelerate.dispatch_model(
-        model, {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu",
-                "model.rotary_emb": "cpu", "lm_head": "cpu"}, main_device="cpu", offload_dir=str(tmp_path / "offload"),
-        force_hooks=True,
-    )  # fmt: skip
-
-
-HOW = ["cpu_offload", "disk_offload", "dispatch_model"]
 
 
 @pytest.mark.parametrize("lora", [None, CONFIG], ids=["plain", "adapters"])

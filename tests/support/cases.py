@@ -51,10 +51,6 @@ CUSTOM_CODE = torch.tensor(
 )
 
 
-def codebook_id(value) -> str:
-    return value if isinstance(value, str) else "custom"
-
-
 def shape_id(shape: tuple) -> str:
     return "x".join(map(str, shape))
 
