@@ -1,1 +1,1 @@
-"""What plugs nf4kernels into other libraries: one file a library, which must be installed; nothing else imports these."""
+"""What plugs nf4kernels into other libraries: one file a library, which must be installed. Nothing imports these."""
