@@ -31,23 +31,28 @@ class _Surroundings:
     users: Mapping[int, set[str]]  # address of a parameter -> names of the parameters there
     readers: Mapping[nn.Module, str]
     trained_whole: Mapping[nn.Module, str]
+    block_size: int
+    conv1d: bool
 
 
 def plan_layers(
-    model: nn.Module, patterns: Iterable[str], block_size: int = 64
+    model: nn.Module, patterns: Iterable[str], block_size: int = 64, conv1d: bool = False
 ) -> tuple[list[list[str]], list[SkippedLayer]]:
-    """(all names of each layer to replace, the matrices to leave alone); works on the meta device."""
+    """(all names of each layer to replace, the matrices to leave alone); works on the meta device.
+
+    `conv1d`: whether the caller can replace GPT-2's Conv1D, too.
+    """
     names = names_of_modules(model)
     users = defaultdict(set)
     for module, (name, *_) in names.items():
         for leaf, parameter in module._parameters.items():
             if parameter is not None:
                 users[address(parameter)].add(f"{name}.{leaf}" if name else leaf)
-    surroundings = _Surroundings(users, readers_of_weights(names), trained_whole(names))
+    surroundings = _Surroundings(users, readers_of_weights(names), trained_whole(names), block_size, conv1d)
 
     targets, skipped = [], []
     for module, aliases in names.items():
-        reason = _reason(module, aliases, patterns, surroundings, block_size)
+        reason = _reason(module, aliases, patterns, surroundings)
         if reason is None:
             targets.append(aliases)
         elif isinstance(module, QUANTIZED):
@@ -74,9 +79,7 @@ def skips(pattern: str, name: str) -> bool:
     return f".{pattern}." in f".{name}." or fnmatchcase(name, pattern)
 
 
-def _reason(
-    module: nn.Module, aliases: list[str], patterns: Iterable[str], surroundings: _Surroundings, block_size: int
-) -> str | None:
+def _reason(module: nn.Module, aliases: list[str], patterns: Iterable[str], surroundings: _Surroundings) -> str | None:
     """Why a module is left alone; None for a layer to replace."""
     if isinstance(module, QUANTIZED):
         return f"already a {type(module).__name__}"
@@ -86,12 +89,13 @@ def _reason(
         if parameter is not None and (odd := oddity(parameter)):
             return f"its parameter is {odd}"
     if type(module) is not nn.Linear:
-        reason = _reason_for_other(module, block_size)
+        reason = _reason_for_other(module, surroundings)
         if reason is not None:
             return reason
-    leaves = ("weight",) if isinstance(module, nn.Linear) else WEIGHTS
+    is_linear = isinstance(module, nn.Linear) or is_conv1d(module)
+    leaves = ("weight",) if is_linear else WEIGHTS
     for name in aliases:
-        known_as = [name] if isinstance(module, nn.Linear) else [name, *(f"{name}.{leaf}" for leaf in WEIGHTS)]
+        known_as = [name] if is_linear else [name, *(f"{name}.{leaf}" for leaf in WEIGHTS)]
         for pattern in patterns:
             if any(skips(pattern, each) for each in known_as):
                 return f"skip={pattern!r}"
@@ -117,18 +121,23 @@ def _reason(
     return None
 
 
-def _reason_for_other(module: nn.Module, block_size: int) -> str | None:
-    """Why a module that is no nn.Linear is left alone; None for experts to replace."""
+def _reason_for_other(module: nn.Module, surroundings: _Surroundings) -> str | None:
+    """Why a module that is no nn.Linear is left alone; None for experts to replace, and for Conv1D where it may be."""
     kind = type(module).__name__
     if isinstance(module, nn.Embedding):
         return "an embedding"
-    if kind == "Conv1D":
-        return "Conv1D keeps its weight as [in, out]"
+    if is_conv1d(module):
+        return None if surroundings.conv1d else "Conv1D keeps its weight as [in, out]"
     if isinstance(module, nn.Linear):
         return f"{kind}, a subclass of nn.Linear"
     if any(p is not None and p.dim() == 3 for p in module._parameters.values()):
-        return layout_problem(module, block_size)
+        return layout_problem(module, surroundings.block_size)
     return f"{kind}, not an nn.Linear"
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' linear layer whose weight is [in, out], as GPT-2 has them."""
+    return type(module).__name__ == "Conv1D"
 
 
 def names_of_modules(model: nn.Module) -> dict[nn.Module, list[str]]:

@@ -6,7 +6,8 @@ in the name of its metadata.
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,6 +18,17 @@ from ..quantized_weight import SUPERBLOCK, WEIGHT_DTYPES, QuantizedWeight, absma
 BITSANDBYTES_CODEBOOKS = ("nf4", "fp4")
 STATE = ".quant_state."
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """What the metadata beside a stored weight says of it."""
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    block_size: int
+    codebook: str
+    double_quant: bool
 
 
 def weight_to_tensors(qweight: QuantizedWeight, key: str = "weight", bitsandbytes: bool = False) -> dict[str, Tensor]:
@@ -73,15 +85,13 @@ def weight_from_tensors(tensors: dict[str, Tensor], key: str = "weight") -> Quan
             is damaged or of a kind that is not supported. Every message names the key.
     """
     who = "nf4kernels.weight_from_tensors"
-    states = [name for name in tensors if name.startswith(key + STATE)]
-    if len(states) != 1:
-        raise ValueError(f"{who}: tensors must have one {key}{STATE}* entry, got {states or 'none'}")
+    state = _state_of(tensors, key, who)
     for name in [key, f"{key}.absmax", f"{key}.quant_map"]:
         if name not in tensors:
             raise ValueError(f"{who}: tensors must have {name}, got none")
-    metadata = _read_metadata(tensors[states[0]], states[0], who)
+    metadata = _read_metadata(tensors[state], state, who)
     (N, K), block_size = metadata["shape"], metadata["blocksize"]
-    codebook = states[0].rpartition("__")[2]
+    codebook = state.rpartition("__")[2]
     code = _read_code(tensors[f"{key}.quant_map"], codebook, f"{key}.quant_map", who)
 
     packed = tensors[key].contiguous().reshape(-1).view(torch.uint8)
@@ -110,6 +120,27 @@ def weight_from_tensors(tensors: dict[str, Tensor], key: str = "weight") -> Quan
 def stored_weights(names: Iterable[str]) -> list[str]:
     """The keys of the 4-bit weights among the names of a file's tensors."""
     return [name.rpartition(STATE)[0] for name in names if STATE in name]
+
+
+def stored_weight(names: Iterable[str], read: Callable[[str], Tensor], key: str, who: str) -> StoredWeight:
+    """What is stored as `key`, by its metadata alone, which is the one tensor that is read.
+
+    Raises ValueError as `weight_from_tensors` does; `who` names the caller.
+    """
+    state = _state_of(names, key, who)
+    metadata = _read_metadata(read(state), state, who)
+    return StoredWeight(
+        tuple(metadata["shape"]), metadata["dtype"], metadata["blocksize"], state.rpartition("__")[2],
+        "nested_offset" in metadata,
+    )  # fmt: skip
+
+
+def _state_of(names: Iterable[str], key: str, who: str) -> str:
+    """The name of the metadata beside a weight."""
+    states = [name for name in names if name.startswith(key + STATE)]
+    if len(states) != 1:
+        raise ValueError(f"{who}: tensors must have one {key}{STATE}* entry, got {states or 'none'}")
+    return states[0]
 
 
 def names_of_weight(names: Iterable[str], key: str) -> list[str]:

@@ -1,0 +1,10 @@
+"""4-bit models in transformers: `from_pretrained` quantizes as it loads, and `save_pretrained` writes what it made.
+
+Importing this registers `Nf4Config` and its quantizer, so that directories in 4 bits load by themselves.
+"""
+
+from . import requirement  # isort: skip  # first, since the others import what an older transformers lacks
+from .config import Nf4Config
+from .quantizer import Nf4Quantizer
+
+__all__ = ["Nf4Config", "Nf4Quantizer"]

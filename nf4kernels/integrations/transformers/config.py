@@ -1,0 +1,112 @@
+"""Nf4Config: what `from_pretrained` is told, and what config.json says of a 4-bit model."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.auto import register_quantization_config
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ...nn.quant_linear import QuantLinear
+
+METHOD = "nf4kernels"
+
+
+@register_quantization_config(METHOD)
+class Nf4Config(QuantizationConfigMixin):
+    """How `from_pretrained` quantizes a dense model, and what a saved 4-bit model is.
+
+    Args:
+        codebook: "nf4", "fp4", "int4", "af4", or 16 ascending levels in [-1, 1], as in `nf4kernels.quantize`.
+        block_size, double_quant, scale_codebook: as in `nf4kernels.quantize`.
+        compute_dtype: as in `QuantLinear`: a dtype, its name, or None for the dtype of the layer's input.
+        skip: further layers to leave dense, as in `nf4kernels.quantize_model`.
+        modules_to_not_convert: the linear layers and experts that are dense in a saved model, by their full names;
+            written by `save_pretrained`.
+
+    Raises:
+        TypeError, ValueError: a field is unknown or out of its range.
+    """
+
+    quant_method = METHOD
+
+    def __init__(
+        self,
+        codebook: str | Iterable[float] | Tensor = "nf4",
+        block_size: int = 64,
+        double_quant: bool = True,
+        scale_codebook: str = "e4m3",
+        compute_dtype: torch.dtype | str | None = None,
+        skip: Iterable[str] = (),
+        modules_to_not_convert: Iterable[str] | None = None,
+        **unknown: Any,
+    ) -> None:
+        who = "nf4kernels.Nf4Config"
+        unknown.pop("quant_method", None)
+        if unknown:
+            known = "codebook, block_size, double_quant, scale_codebook, compute_dtype, skip, modules_to_not_convert"
+            raise TypeError(f"{who}: fields must be among {known}, got {', '.join(sorted(unknown))}")
+        self.quant_method = METHOD
+        self.codebook = codebook if isinstance(codebook, str) else _levels(codebook, who)
+        self.block_size = block_size
+        self.double_quant = double_quant
+        self.scale_codebook = scale_codebook
+        self.compute_dtype = _dtype(compute_dtype, who)
+        self.skip = _names("skip", skip, who)
+        self.modules_to_not_convert = _names("modules_to_not_convert", modules_to_not_convert or (), who)
+        try:  # on meta every option is checked and nothing is computed
+            QuantLinear.from_linear(
+                nn.Linear(1, 1, device="meta"), compute_dtype=self.compute_dtype, **self.quant_options
+            )
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{who}: {error}") from None
+
+    @property
+    def quant_options(self) -> dict[str, Any]:
+        """The keyword arguments of `nf4kernels.quantize`."""
+        codebook = self.codebook if isinstance(self.codebook, str) else torch.tensor(self.codebook)
+        return {
+            "codebook": codebook, "block_size": self.block_size, "double_quant": self.double_quant,
+            "scale_codebook": self.scale_codebook,
+        }  # fmt: skip
+
+    @property
+    def codebook_name(self) -> str:
+        return self.codebook if isinstance(self.codebook, str) else "custom"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Of what JSON knows."""
+        fields = super().to_dict()
+        if self.compute_dtype is not None:
+            fields["compute_dtype"] = str(self.compute_dtype).removeprefix("torch.")
+        return fields
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As the constructor, of what `to_dict` gave; TypeError for a field that is not one."""
+        config = cls(**{**config_dict, **kwargs})
+        return (config, {}) if return_unused_kwargs else config
+
+
+def _levels(codebook: Any, who: str) -> list[float]:
+    """As fp32 has them, so that they compare with those of a file."""
+    try:
+        return torch.tensor([float(level) for level in codebook], dtype=torch.float32).tolist()
+    except (TypeError, ValueError):
+        raise TypeError(f"{who}: codebook must be a name or 16 levels, got {codebook!r}") from None
+
+
+def _dtype(dtype: Any, who: str) -> Any:
+    if isinstance(dtype, str):
+        found = getattr(torch, dtype.removeprefix("torch."), None)
+        if not isinstance(found, torch.dtype):
+            raise TypeError(f"{who}: compute_dtype must be float32, bfloat16 or float16, got {dtype!r}")
+        return found
+    return dtype
+
+
+def _names(field: str, names: Any, who: str) -> list[str]:
+    if isinstance(names, str) or not isinstance(names, Iterable) or not all(isinstance(n, str) for n in names):
+        raise TypeError(f"{who}: {field} must be a sequence of names, got {names!r}")
+    return list(names)

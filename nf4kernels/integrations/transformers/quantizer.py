@@ -1,0 +1,144 @@
+"""What transformers asks while it loads, trains and saves a model whose configuration is an Nf4Config."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
+
+from ...model.merge import merge_model
+from ...model.report import SkippedLayer
+from ...quantized_weight import SUPERBLOCK
+from ...storage.bitsandbytes_format import weight_from_tensors
+from .config import METHOD, Nf4Config
+from .operations import QuantizeOnLoad, is_stored_conversion, stored_conversions
+from .saving import dense_modules, has_4_bit_layer, keep_4_bit_names, restore_conv1d, state_for_saving
+from .stored import Headers, expect_stored
+from .targets import Target, place, plan, quantized
+
+logger = logging.get_logger(__name__)
+
+
+@register_quantizer(METHOD)
+class Nf4Quantizer(HfQuantizer):
+    """Quantizes while a dense checkpoint is read, tensor by tensor, or reads a 4-bit one.
+
+    The model that transformers builds on the meta device stays dense until a weight arrives. Then its module becomes a
+    QuantLinear or QuantExperts. So what has no weight in the checkpoint is drawn as usual, and stays dense.
+
+    Attributes:
+        targets: name of a tensor of the dense model -> what it becomes.
+        error: the first that a tensor raised. The loader would only log it, so it is raised when the loader has ended.
+    """
+
+    quantization_config: Nf4Config
+
+    def __init__(self, quantization_config: Nf4Config, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.targets: dict[str, Target] = {}
+        self.skipped: list[SkippedLayer] = []
+        self.error: Exception | None = None
+
+    # Loading
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        if not self.pre_quantized and isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError(
+                "nf4kernels.Nf4Config: device_map must not offload to disk while a dense checkpoint is quantized: save"
+                " it in 4 bits first (save_pretrained, or `nf4kernels quantize`), then load that, got a part on 'disk'"
+            )
+
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files=None, **kwargs: Any) -> None:
+        with Headers(checkpoint_files) as headers:
+            if self.pre_quantized:
+                self.targets = expect_stored(model, headers, self.quantization_config)
+            else:
+                self.targets, self.skipped = plan(model, self.quantization_config)
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        return not self.pre_quantized and param_name in self.targets
+
+    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
+        if not self.param_needs_quantization(model, param_name):
+            return param.element_size()
+        config = self.quantization_config
+        return 0.5 + (1 + 4 / SUPERBLOCK if config.double_quant else 4) / config.block_size
+
+    def get_quantize_ops(self) -> QuantizeOnLoad:
+        return QuantizeOnLoad(self)
+
+    def get_weight_conversions(self) -> list[Any]:
+        return stored_conversions(self) if self.pre_quantized else []
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """No cast before our own operation, which tells a dense tensor from a scale; transformers before 5.2x: none."""
+        if not is_stored_conversion(converter):
+            return super().get_new_dtype(converter, param, dtype)
+        converter.operations[0].dense_dtype = dtype
+        return None
+
+    def take_dense(self, model: nn.Module, name: str, tensor: Tensor, missing_keys: Any) -> dict[str, Tensor]:
+        """What the loader sets in the model instead of a dense tensor."""
+        target = self.targets.get(name)
+        if target is None:
+            return {name: tensor}
+        return self._take(model, name, lambda: quantized(target, tensor, self.quantization_config), missing_keys)
+
+    def take_stored(self, model: nn.Module, name: str, tensors: dict[str, Tensor], missing_keys: Any) -> dict:
+        """The same of the tensors that are stored for one weight."""
+        return self._take(model, name, lambda: weight_from_tensors(tensors), missing_keys)
+
+    def _take(self, model: nn.Module, name: str, make: Any, missing_keys: Any) -> dict[str, Tensor]:
+        target, config = self.targets[name], self.quantization_config
+        if missing_keys is not None:
+            missing_keys.difference_update(target.keys)
+        if self.error is not None:
+            return {}
+        try:
+            return place(model, target, make(), config.compute_dtype, config.quant_options)
+        except (TypeError, ValueError) as error:
+            self.error = type(error)(f"nf4kernels.Nf4Config: {name}: {error}")
+            return {}
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self.error is not None:
+            raise self.error
+        conversions = getattr(model, "_weight_conversions", None)
+        if conversions is not None:
+            model._weight_conversions = [each for each in conversions if not is_stored_conversion(each)]
+        return model
+
+    # Saving
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """The state by the names that it has on disk; config.json is made to fit it."""
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}  # adapters alone are saved
+        transposed = {name for target in self.targets.values() if target.transposed for name in target.names}
+        restore_conv1d(model, transposed)
+        if not has_4_bit_layer(model):
+            self.remove_quantization_config(model)
+            return None, {}
+        keep_4_bit_names(model)
+        self.quantization_config.modules_to_not_convert = dense_modules(model)
+        return state_for_saving(model), {}
+
+    # Use
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        merge_model(model, dtype=dtype)
+        restore_conv1d(model, {name for target in self.targets.values() if target.transposed for name in target.names})
+        return model

@@ -1,0 +1,79 @@
+"""A 4-bit model of transformers as it is saved: names, configuration, and layers that are dense again."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.core_model_loading import WeightConverter
+from transformers.pytorch_utils import Conv1D
+
+from ...model.plan import is_conv1d, replace_module
+from ...model.walk import named_modules, state_dict
+from ...nn.quant_experts import WEIGHTS
+from ...nn.quant_linear import QuantLinear
+from ...nn.quant_module import BUFFERS, OTHER_BUFFERS, QuantModule
+from ...storage.bitsandbytes_format import weight_to_tensors
+
+
+def has_4_bit_layer(model: nn.Module) -> bool:
+    return any(isinstance(module, QuantModule) for module in model.modules())
+
+
+def dense_modules(model: nn.Module) -> list[str]:
+    """The names of the linear layers and experts that are dense."""
+    return sorted(name for name, module in named_modules(model) if _could_be_4_bit(module))
+
+
+def _could_be_4_bit(module: nn.Module) -> bool:
+    if isinstance(module, QuantModule):
+        return False
+    experts = [module._parameters.get(leaf) for leaf in WEIGHTS]
+    return isinstance(module, nn.Linear) or is_conv1d(module) or any(p is not None and p.dim() == 3 for p in experts)
+
+
+def state_for_saving(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state, each QuantLinear's weight by the names that bitsandbytes gives it on disk."""
+    state = {name: tensor.detach() for name, tensor in state_dict(model).items()}
+    written: set[nn.Module] = set()
+    for name, module in named_modules(model):
+        if not isinstance(module, QuantLinear):
+            continue
+        for leaf in ("weight", *BUFFERS, *OTHER_BUFFERS):
+            state.pop(f"{name}.{leaf}", None)
+        if module not in written:
+            written.add(module)
+            state.update(weight_to_tensors(module.qweight, f"{name}.weight"))
+    return state
+
+
+def keep_4_bit_names(model: Any) -> None:
+    """Save in the model's own layout what a conversion back to the checkpoint's would take apart: codes, not numbers.
+
+    transformers undoes on saving what it did on loading: it would cut experts into matrices again, and put the parts of
+    a fused layer together. It loads the model's own layout as well.
+    """
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        return
+    prefixes = [name for name, module in named_modules(model) if isinstance(module, QuantModule)]
+    names = [f"{prefix}.weight" for prefix in prefixes]
+    model._weight_conversions = [each for each in conversions if not _converts_back(each, names)]
+
+
+def _converts_back(conversion: Any, names: Iterable[str]) -> bool:
+    if not isinstance(conversion, WeightConverter):
+        return False
+    back = conversion.reverse_transform()
+    return any(back.rename_source_key(name)[1] is not None for name in names)
+
+
+def restore_conv1d(model: nn.Module, names: Iterable[str]) -> None:
+    """Make a Conv1D again of every nn.Linear that stands in the place of one, after its 4-bit layer was merged."""
+    modules = dict(named_modules(model))
+    for name in names:
+        linear = modules.get(name)
+        if type(linear) is nn.Linear:
+            conv = Conv1D(linear.out_features, linear.in_features)
+            conv.weight = nn.Parameter(linear.weight.detach().t().contiguous(), linear.weight.requires_grad)
+            conv.bias = linear.bias
+            replace_module(model, [name], linear, conv.train(linear.training))

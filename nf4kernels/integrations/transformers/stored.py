@@ -1,0 +1,112 @@
+"""A 4-bit checkpoint before it is read: what its headers say, checked against the model and the configuration."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ...model.plan import is_conv1d, names_of_modules
+from ...storage.bitsandbytes_format import StoredWeight, stored_weight, stored_weights
+from ...storage.experts_format import stored_experts
+from ...storage.key_conversion import group_tensors
+from .config import Nf4Config
+from .targets import Target, targets_of
+
+WHO = "nf4kernels.Nf4Config"
+
+
+class Headers:
+    """The tensors of safetensors files by name, none read yet; ValueError for a damaged file."""
+
+    def __init__(self, files: Sequence[str] | None) -> None:
+        self._stack = ExitStack()
+        self._file_of: dict[str, Any] = {}
+        for file in files or ():
+            if not str(file).endswith(".safetensors"):
+                continue
+            try:
+                opened = self._stack.enter_context(safe_open(file, framework="pt"))
+                self._file_of.update(dict.fromkeys(opened.keys(), opened))
+            except (SafetensorError, OSError) as error:
+                self._stack.close()
+                raise ValueError(f"{WHO}: {file} must be a whole safetensors file, got {error}") from None
+
+    def __enter__(self) -> "Headers":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._stack.close()
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._file_of)
+
+    def read(self, name: str) -> Tensor:
+        return self._file_of[name].get_tensor(name)
+
+    def on_meta(self, name: str) -> Tensor:
+        """Its shape and dtype."""
+        stored = self._file_of[name].get_slice(name)
+        shape = stored.get_shape()
+        return torch.empty(shape, dtype=(stored[:0] if shape else self.read(name)).dtype, device="meta")
+
+
+def expect_stored(model: Any, headers: Headers, config: Nf4Config) -> dict[str, Target]:
+    """(name of a tensor of the dense model -> what it becomes) of a 4-bit checkpoint; the model is made ready for it.
+
+    On the meta device a weight that is stored in 4 bits takes the stored shape and dtype, so that the loader casts
+    nothing, and experts become QuantExperts, whose tensors the loader finds by their names.
+
+    Raises:
+        ValueError: the checkpoint and the configuration contradict each other, or the model has no place for a weight.
+    """
+    metadata: dict[str, list[str]] = {}
+    for name in headers.names:
+        for key in stored_weights([name]):
+            metadata.setdefault(key, []).append(name)
+    experts = stored_experts(headers.names)
+    if not metadata and not experts:
+        raise ValueError(f"{WHO}: the checkpoint must have weights in 4 bits, as its configuration says, got none")
+    stored = {key: stored_weight(names, headers.read, key, WHO) for key, names in metadata.items()}
+    if stored and config.block_size is None:  # bitsandbytes' configuration does not say
+        config.block_size = next(iter(stored.values())).block_size
+    for key, weight in stored.items():
+        _check_options(key, weight, headers, config)
+
+    aliases = {name: names for names in names_of_modules(model).values() for name in names}
+    targets: dict[str, Target] = {}
+    state = model.state_dict(keep_vars=True)
+    for group in group_tensors(model, stored, state):
+        key = next(iter(group.sources))
+        if group.converter is not None:
+            raise ValueError(f"{WHO}: {key} must be dense, since the model has it inside of {group.target}, got 4 bits")
+        if group.target not in state:
+            continue  # of a part that the model lacks, as of a head: the loader says so
+        owner = group.target.rpartition(".")[0]
+        module: Any = model.get_submodule(owner)
+        if type(module) is not nn.Linear and not is_conv1d(module):
+            raise ValueError(f"{WHO}: the model must have an nn.Linear for {key}, got a {type(module).__name__}")
+        (target,) = targets_of(model, aliases.get(owner, [owner]))
+        if target.weight_shape != stored[key].shape:
+            expected = list(target.weight_shape)
+            raise ValueError(f"{WHO}: {key} must have shape {expected} as in the model, got {list(stored[key].shape)}")
+        targets.update(dict.fromkeys(target.keys, target))
+        module.weight = nn.Parameter(headers.on_meta(key), requires_grad=False)
+    return targets
+
+
+def _check_options(key: str, weight: StoredWeight, headers: Headers, config: Nf4Config) -> None:
+    """ValueError where a stored weight is not as the configuration says."""
+    for what, expected, came in (
+        ("codebook", config.codebook_name, weight.codebook),
+        ("block size", config.block_size, weight.block_size),
+        ("double_quant", config.double_quant, weight.double_quant),
+    ):
+        if expected != came:
+            expected = f"must have {what} {expected} as its configuration says"
+            raise ValueError(f"{WHO}: the checkpoint {expected}, got {came} in {key}")
+    if weight.codebook == "custom" and headers.read(f"{key}.quant_map").tolist() != config.codebook:
+        raise ValueError(f"{WHO}: the checkpoint must have the codebook of its configuration, got another in {key}")

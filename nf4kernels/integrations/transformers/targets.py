@@ -1,0 +1,120 @@
+"""Which tensors of a model become 4-bit weights while it is loaded, and how such a weight takes its place."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...functional import quantize, quantize_experts
+from ...model.heads import SKIP
+from ...model.plan import is_conv1d, plan_layers, replace_module, unmatched
+from ...model.report import SkippedLayer
+from ...model.walk import get_submodule
+from ...nn.quant_experts import WEIGHTS, QuantExperts
+from ...nn.quant_linear import QuantLinear
+from ...nn.quant_module import BUFFERS, QuantModule
+from ...quantized_weight import WEIGHT_DTYPES, QuantizedExperts, QuantizedWeight
+from .config import Nf4Config
+
+
+@dataclass(frozen=True)
+class Target:
+    """A dense tensor of the model, on the meta device, in whose place a 4-bit weight comes.
+
+    Attributes:
+        names: of its module, which may be registered under several.
+        leaf: its name in the module: "weight", or one of the experts' two.
+        shape: as the module has it.
+        dtype: what it would be in a dense model.
+        transposed: whether that is [in, out], as in GPT-2's Conv1D.
+    """
+
+    names: tuple[str, ...]
+    leaf: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    transposed: bool = False
+
+    @property
+    def keys(self) -> list[str]:
+        """Its names in the model's state."""
+        return [f"{name}.{self.leaf}" for name in self.names]
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """[out, in], or [experts, out, in]."""
+        return self.shape[::-1] if self.transposed else self.shape
+
+
+def targets_of(model: nn.Module, names: Iterable[str]) -> list[Target]:
+    """One for each weight of the module that is registered under all these names."""
+    names = tuple(names)
+    module = get_submodule(model, names[0])
+    leaves = WEIGHTS if not isinstance(module, nn.Linear) and not is_conv1d(module) else ("weight",)
+    weights = [(leaf, module._parameters[leaf]) for leaf in leaves]
+    return [
+        Target(names, leaf, tuple(weight.shape), weight.dtype, is_conv1d(module))
+        for leaf, weight in weights
+        if weight is not None
+    ]
+
+
+def plan(model: nn.Module, config: Nf4Config) -> tuple[dict[str, Target], list[SkippedLayer]]:
+    """(name of a tensor -> its target, what stays dense) of a dense model, by the rules of `quantize_model`."""
+    for pattern in unmatched(model, config.skip):
+        raise ValueError(f"nf4kernels.Nf4Config: skip must match a layer, got {pattern!r}")
+    layers, skipped = plan_layers(model, (*SKIP, *config.skip), config.block_size, conv1d=True)
+    targets = [target for names in layers for target in targets_of(model, names)]
+    return {key: target for target in targets for key in target.keys}, skipped
+
+
+def quantized(target: Target, tensor: Tensor, config: Nf4Config) -> QuantizedWeight | QuantizedExperts:
+    """The tensor that a checkpoint has for the target, in 4 bits; TypeError or ValueError as `nf4kernels.quantize`."""
+    if tuple(tensor.shape) != target.shape:
+        raise ValueError(f"the checkpoint must have it in shape {list(target.shape)}, got {list(tensor.shape)}")
+    if tensor.dim() == 3:
+        return quantize_experts(tensor, **config.quant_options)
+    return quantize(tensor.t().contiguous() if target.transposed else tensor, **config.quant_options)
+
+
+def place(
+    model: nn.Module, target: Target, qweight: Any, compute_dtype: torch.dtype | None, quant_options: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Make the target's module a 4-bit one with the scales of `qweight`; the packed bytes by their name in the model.
+
+    They are left out, so that whoever loads the model puts them where they belong: on a device, or on disk.
+    """
+    name = target.names[0]
+    module: Any = get_submodule(model, name)
+    on_meta = qweight.to("meta")
+    if target.leaf == "weight":
+        layer = QuantLinear.from_quantized(on_meta, module.bias, compute_dtype).train(module.training)
+        replace_module(model, target.names, module, layer)
+        part: QuantModule = layer
+    else:
+        if not isinstance(module, QuantExperts):
+            module = _experts_on_meta(model, target, module, compute_dtype, quant_options)
+        part, name = getattr(module, target.leaf), f"{name}.{target.leaf}"
+        part.set_qweight(on_meta)
+    for buffer in BUFFERS:
+        setattr(part, buffer, getattr(qweight, buffer))
+    part.source_dtype = torch.tensor(WEIGHT_DTYPES.index(qweight.dtype), dtype=torch.uint8, device=qweight.device)
+    part.cast_to = None if target.dtype == qweight.dtype else target.dtype
+    _needs_no_init(part)
+    return {f"{name}.weight": qweight.packed}
+
+
+def _experts_on_meta(model, target: Target, module: Any, compute_dtype, quant_options) -> QuantExperts:
+    empty = [torch.empty_like(module._parameters[leaf], dtype=target.dtype, device="meta") for leaf in WEIGHTS]
+    gate_up, down = (quantize_experts(weight, **quant_options) for weight in empty)
+    experts = QuantExperts.from_quantized(module, gate_up, down, compute_dtype)
+    replace_module(model, target.names, module, experts)
+    _needs_no_init(experts)
+    return experts
+
+
+def _needs_no_init(module: Any) -> None:
+    """transformers draws what a checkpoint lacks; this mark says that nothing is lacking."""
+    module._is_hf_initialized = True
