@@ -3,8 +3,11 @@
 Importing this registers `Nf4Config` and its quantizer, so that directories in 4 bits load by themselves.
 """
 
-from . import requirement  # isort: skip  # first, since the others import what an older transformers lacks
+from .requirement import OLDEST  # isort: skip  # first, since the others import what an older transformers lacks
+from . import hooks
 from .config import Nf4Config
 from .quantizer import Nf4Quantizer
 
-__all__ = ["Nf4Config", "Nf4Quantizer"]
+__all__ = ["OLDEST", "Nf4Config", "Nf4Quantizer"]
+
+hooks.install()

@@ -15,7 +15,7 @@ from ...storage.bitsandbytes_format import weight_from_tensors
 from .config import METHOD, Nf4Config
 from .operations import QuantizeOnLoad, is_stored_conversion, stored_conversions
 from .saving import dense_modules, has_4_bit_layer, keep_4_bit_names, restore_conv1d, state_for_saving
-from .stored import Headers, expect_stored
+from .stored import Headers, check_experts, expect_stored
 from .targets import Target, place, plan, quantized
 
 logger = logging.get_logger(__name__)
@@ -38,6 +38,7 @@ class Nf4Quantizer(HfQuantizer):
     def __init__(self, quantization_config: Nf4Config, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.targets: dict[str, Target] = {}
+        self.checksums: dict[str, Tensor] = {}
         self.skipped: list[SkippedLayer] = []
         self.error: Exception | None = None
 
@@ -53,7 +54,8 @@ class Nf4Quantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files=None, **kwargs: Any) -> None:
         with Headers(checkpoint_files) as headers:
             if self.pre_quantized:
-                self.targets = expect_stored(model, headers, self.quantization_config)
+                expected = expect_stored(model, headers, self.quantization_config)
+                self.targets, self.checksums = expected.targets, expected.checksums
             else:
                 self.targets, self.skipped = plan(model, self.quantization_config)
 
@@ -105,6 +107,7 @@ class Nf4Quantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.error is not None:
             raise self.error
+        check_experts(model, self.checksums)
         conversions = getattr(model, "_weight_conversions", None)
         if conversions is not None:
             model._weight_conversions = [each for each in conversions if not is_stored_conversion(each)]

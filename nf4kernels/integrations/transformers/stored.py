@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,11 +10,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ...model.plan import is_conv1d, names_of_modules
+from ...model.walk import get_submodule
+from ...nn.quant_experts import WEIGHTS, GroupedQuantLinear, layout_problem
+from ...nn.quant_module import OTHER_BUFFERS
+from ...quantized_weight import WEIGHT_DTYPES
 from ...storage.bitsandbytes_format import StoredWeight, stored_weight, stored_weights
 from ...storage.experts_format import stored_experts
 from ...storage.key_conversion import group_tensors
 from .config import Nf4Config
-from .targets import Target, targets_of
+from .targets import Target, experts_on_meta, targets_of
 
 WHO = "nf4kernels.Nf4Config"
 
@@ -54,11 +59,24 @@ class Headers:
         return torch.empty(shape, dtype=(stored[:0] if shape else self.read(name)).dtype, device="meta")
 
 
-def expect_stored(model: Any, headers: Headers, config: Nf4Config) -> dict[str, Target]:
-    """(name of a tensor of the dense model -> what it becomes) of a 4-bit checkpoint; the model is made ready for it.
+@dataclass(frozen=True)
+class Expected:
+    """What a 4-bit checkpoint brings.
 
-    On the meta device a weight that is stored in 4 bits takes the stored shape and dtype, so that the loader casts
-    nothing, and experts become QuantExperts, whose tensors the loader finds by their names.
+    Attributes:
+        targets: name of a tensor of the dense model -> what it becomes.
+        checksums: name of a part of experts -> the checksum that is stored with it.
+    """
+
+    targets: dict[str, Target]
+    checksums: dict[str, Tensor]
+
+
+def expect_stored(model: Any, headers: Headers, config: Nf4Config) -> Expected:
+    """What the headers announce, checked; the model on the meta device is made ready for it.
+
+    A weight that is stored in 4 bits takes the stored shape and dtype, so that the loader casts nothing, and experts
+    become QuantExperts, whose tensors the loader finds by their names.
 
     Raises:
         ValueError: the checkpoint and the configuration contradict each other, or the model has no place for a weight.
@@ -69,14 +87,34 @@ def expect_stored(model: Any, headers: Headers, config: Nf4Config) -> dict[str, 
             metadata.setdefault(key, []).append(name)
     experts = stored_experts(headers.names)
     if not metadata and not experts:
-        raise ValueError(f"{WHO}: the checkpoint must have weights in 4 bits, as its configuration says, got none")
+        raise ValueError(f"{WHO}: the checkpoint must have weights in 4 bits, as the configuration says, got none")
     stored = {key: stored_weight(names, headers.read, key, WHO) for key, names in metadata.items()}
     if stored and config.block_size is None:  # bitsandbytes' configuration does not say
         config.block_size = next(iter(stored.values())).block_size
     for key, weight in stored.items():
         _check_options(key, weight, headers, config)
-
     aliases = {name: names for names in names_of_modules(model).values() for name in names}
+    targets = _expect_weights(model, headers, stored, aliases)
+    return Expected(targets, _expect_experts(model, headers, config, experts, aliases))
+
+
+def _check_options(key: str, weight: StoredWeight, headers: Headers, config: Nf4Config) -> None:
+    """ValueError where a stored weight is not as the configuration says."""
+    for what, expected, came in (
+        ("codebook", config.codebook_name, weight.codebook),
+        ("block size", config.block_size, weight.block_size),
+        ("double_quant", config.double_quant, weight.double_quant),
+    ):
+        if expected != came:
+            expected = f"must have {what} {expected} as the configuration says"
+            raise ValueError(f"{WHO}: the checkpoint {expected}, got {came} in {key}")
+    if weight.codebook == "custom" and headers.read(f"{key}.quant_map").tolist() != config.codebook:
+        raise ValueError(f"{WHO}: the checkpoint must have the configuration's codebook, got another in {key}")
+
+
+def _expect_weights(
+    model: Any, headers: Headers, stored: dict[str, StoredWeight], aliases: dict[str, list[str]]
+) -> dict[str, Target]:
     targets: dict[str, Target] = {}
     state = model.state_dict(keep_vars=True)
     for group in group_tensors(model, stored, state):
@@ -98,15 +136,45 @@ def expect_stored(model: Any, headers: Headers, config: Nf4Config) -> dict[str, 
     return targets
 
 
-def _check_options(key: str, weight: StoredWeight, headers: Headers, config: Nf4Config) -> None:
-    """ValueError where a stored weight is not as the configuration says."""
-    for what, expected, came in (
-        ("codebook", config.codebook_name, weight.codebook),
-        ("block size", config.block_size, weight.block_size),
-        ("double_quant", config.double_quant, weight.double_quant),
-    ):
-        if expected != came:
-            expected = f"must have {what} {expected} as its configuration says"
-            raise ValueError(f"{WHO}: the checkpoint {expected}, got {came} in {key}")
-    if weight.codebook == "custom" and headers.read(f"{key}.quant_map").tolist() != config.codebook:
-        raise ValueError(f"{WHO}: the checkpoint must have the codebook of its configuration, got another in {key}")
+def _expect_experts(
+    model: Any, headers: Headers, config: Nf4Config, keys: list[str], aliases: dict[str, list[str]]
+) -> dict[str, Tensor]:
+    """Put QuantExperts on the meta device where the checkpoint has such; name of a part -> its stored checksum."""
+    checksums: dict[str, Tensor] = {}
+    in_file: dict[str, dict[str, str]] = {}  # module -> leaf -> key
+    for group in group_tensors(model, keys, model.state_dict(keep_vars=True)):
+        owner, _, leaf = group.target.rpartition(".")
+        in_file.setdefault(owner, {})[leaf] = next(iter(group.sources))
+    for owner, found in in_file.items():
+        module = get_submodule(model, owner)
+        problem = layout_problem(module, config.block_size)
+        if problem is None and len(found) != len(WEIGHTS):
+            problem = f"{', '.join(found)} alone"
+        if problem is not None:
+            raise ValueError(f"{WHO}: the model must have experts that QuantExperts can stand for as {owner}, "
+                             f"got {problem}")  # fmt: skip
+        first = targets_of(model, aliases[owner])[0]
+        experts = experts_on_meta(model, first, module, config.compute_dtype, config.quant_options)
+        for leaf, key in found.items():
+            part: GroupedQuantLinear = getattr(experts, leaf)
+            own = [name for name in headers.names if name.startswith(f"{key}.")]
+            tensors = {name: headers.read(name) if _is_small(name) else headers.on_meta(name) for name in own}
+            for message in part.state_errors(tensors, f"{key}."):
+                raise ValueError(f"{WHO}: {message}")
+            source = WEIGHT_DTYPES[int(tensors[f"{key}.source_dtype"])]
+            part.cast_to = None if source == first.dtype else first.dtype
+            if f"{key}.checksum" in tensors:
+                checksums[f"{owner}.{leaf}"] = tensors[f"{key}.checksum"]
+    return checksums
+
+
+def _is_small(name: str) -> bool:
+    return name.rpartition(".")[2] in ("code", "scale_code", *OTHER_BUFFERS)
+
+
+def check_experts(model: nn.Module, checksums: dict[str, Tensor]) -> None:
+    """ValueError where experts that were loaded are not the bytes that were saved."""
+    for name, recorded in checksums.items():
+        part: Any = get_submodule(model, name)
+        if recorded.any() and part.checksum.any() and not torch.equal(part.checksum.cpu(), recorded):
+            raise ValueError(f"{WHO}: {name} must hold the bytes that its checksum is of, got others")

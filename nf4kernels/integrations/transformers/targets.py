@@ -95,7 +95,7 @@ def place(
         part: QuantModule = layer
     else:
         if not isinstance(module, QuantExperts):
-            module = _experts_on_meta(model, target, module, compute_dtype, quant_options)
+            module = experts_on_meta(model, target, module, compute_dtype, quant_options)
         part, name = getattr(module, target.leaf), f"{name}.{target.leaf}"
         part.set_qweight(on_meta)
     for buffer in BUFFERS:
@@ -106,7 +106,14 @@ def place(
     return {f"{name}.weight": qweight.packed}
 
 
-def _experts_on_meta(model, target: Target, module: Any, compute_dtype, quant_options) -> QuantExperts:
+def experts_on_meta(
+    model: nn.Module,
+    target: Target,
+    module: Any,
+    compute_dtype: torch.dtype | None,
+    quant_options: dict[str, Any],
+) -> QuantExperts:
+    """The QuantExperts that takes the place of the target's module, whose tensors are to come."""
     empty = [torch.empty_like(module._parameters[leaf], dtype=target.dtype, device="meta") for leaf in WEIGHTS]
     gate_up, down = (quantize_experts(weight, **quant_options) for weight in empty)
     experts = QuantExperts.from_quantized(module, gate_up, down, compute_dtype)
