@@ -1,5 +1,6 @@
-"""Which linear layers a model trains as a whole: heads, and what PEFT trains; they stay dense."""
+"""Which linear layers stay dense by what a model's class says: heads, what PEFT trains, what is kept in float32."""
 
+import re
 from collections.abc import Iterable, Iterator
 
 from torch import nn
@@ -15,7 +16,7 @@ def trained_whole(modules: Iterable[nn.Module]) -> dict[nn.Module, str]:
     """linear layer -> why it stays dense, by rules that hold for transformers' and PEFT's modules of any class."""
     reasons: dict[nn.Module, str] = {}
     for module in modules:
-        for rule in (_saved_by_peft, _trained_in_peft, _output_layers, _beside_the_base):
+        for rule in (_saved_by_peft, _trained_in_peft, _output_layers, _beside_the_base, _kept_in_fp32):
             for part, reason in rule(module):
                 for layer in part.modules():
                     if isinstance(layer, nn.Linear):
@@ -60,3 +61,18 @@ def _beside_the_base(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
             continue
         if has_base or getattr(inside(child), "out_features", None) == num_labels is not None:
             yield child, f"a head of {type(module).__name__}"
+
+
+def _kept_in_fp32(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """What its class keeps in float32, whatever the model's dtype: its results overflow or are rounded too far."""
+    kept = [getattr(module, f"_keep_in_fp32_modules{which}", None) or () for which in ("", "_strict")]
+    entries = [entry.removesuffix(".weight") for entries in kept for entry in entries]
+    for name, part in module.named_modules() if entries else ():
+        if isinstance(part, nn.Linear) and left_dense_by_loader(name, entries):
+            yield part, f"kept in float32 by {type(module).__name__}"
+
+
+def left_dense_by_loader(name: str, entries: Iterable[str]) -> bool:
+    """Whether transformers leaves the layer dense, given `llm_int8_skip_modules`: a prefix, a pattern or a suffix."""
+    boundary = r"(?:(?<=\.)|(?=\.|$))"
+    return any(re.match(rf"(?:{entry}){boundary}", name) or name.endswith(entry) for entry in entries)

@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -138,6 +139,11 @@ def _reason_for_other(module: nn.Module, surroundings: _Surroundings) -> str | N
 def is_conv1d(module: nn.Module) -> bool:
     """Whether it is transformers' linear layer whose weight is [in, out], as GPT-2 has them."""
     return type(module).__name__ == "Conv1D"
+
+
+def linear_shape(layer: Any) -> tuple[int, int]:
+    """(out_features, in_features) of an nn.Linear, QuantLinear or Conv1D."""
+    return (layer.nf, layer.nx) if is_conv1d(layer) else (layer.out_features, layer.in_features)
 
 
 def names_of_modules(model: nn.Module) -> dict[nn.Module, list[str]]:

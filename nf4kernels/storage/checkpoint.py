@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..autograd import outside_inference_mode
 from ..model.memory import address, oddity
-from ..model.plan import replace_module, unwrapped
+from ..model.plan import is_conv1d, linear_shape, replace_module, unwrapped
 from ..model.walk import get_submodule, named_modules, state_dict
 from ..nn.casts import check_cast
 from ..nn.quant_linear import QuantLinear
@@ -23,7 +23,7 @@ from ..quantized_weight import QuantizedWeight
 from .atomic import replacing
 from .bitsandbytes_format import names_of_weight, stored_weights, weight_from_tensors, weight_to_tensors
 from .checkpoint_adapters import adapter_metadata, attach, check_active, missing_adapters, stored_adapters
-from .experts_format import stored_experts, take_experts
+from .experts_format import name_experts, stored_experts, take_experts
 from .key_conversion import group_tensors
 from .names import Fit, fit_of_whole, left_behind, listed, never_stored, renamed_head
 
@@ -105,8 +105,8 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
 def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     """Fill `model` with a checkpoint written by `save_checkpoint`, `nf4kernels quantize`, or bitsandbytes.
 
-    Where the file has a 4-bit weight, an nn.Linear of that shape becomes a QuantLinear and a QuantLinear takes over the
-    file's codebook, block size and scales; fused experts become QuantExperts likewise. Adapters stored with their
+    Where the file has a 4-bit weight, an nn.Linear of that shape (or GPT-2's Conv1D) becomes a QuantLinear, and a
+    QuantLinear takes over the file's codebook, block size and scales; fused experts become QuantExperts likewise. Adapters stored with their
     configuration are attached. Other tensors are copied into the model's, or put in their place where the model is on
     the meta device; buffers that no state dict holds (rotary embeddings' frequencies) stay on meta, and a warning names
     them. Such buffers in the file are ignored. Where a file has other names than the model, or a matrix for each
@@ -145,6 +145,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     for name in never_stored(model, tensors):
         del tensors[name]
     fit, outside = _rename(model, tensors, qweights, metadata)
+    name_experts(model, tensors)
     tensors, qweights = _converted(model, tensors, qweights, who)
     experts = take_experts(model, tensors, who)
     for name in left_behind(model, tensors):
@@ -294,12 +295,12 @@ def _planned_layers(model: nn.Module, qweights: dict[str, QuantizedWeight], fit:
     chosen = {}
     for name, qweight in qweights.items():
         layer: Any = modules.get(name)
-        fits = isinstance(layer, QuantLinear) or (type(layer) is nn.Linear and name != "")
-        if not fits:
+        is_dense = layer is not None and (type(layer) is nn.Linear or is_conv1d(layer))
+        if not (isinstance(layer, QuantLinear) or (is_dense and name != "")):
             came: Any = "no such layer" if layer is None else type(layer).__name__
             raise ValueError(f"{who}: model must have a Linear or QuantLinear as {name or 'its root'}, got {came}")
-        if (layer.out_features, layer.in_features) != qweight.shape:
-            came = [layer.out_features, layer.in_features]
+        if linear_shape(layer) != qweight.shape:
+            came = list(linear_shape(layer))
             raise ValueError(f"{who}: {_join(name, 'weight')} must have shape {came}, got {list(qweight.shape)}")
         chosen[layer] = name
     planned = {name: layer for name, layer in modules.items() if layer in chosen}
@@ -319,7 +320,8 @@ def _check_dense(expected, tensors, layers, missing_lora, fit: Fit, who: str) ->
         if name not in layers:
             raise ValueError(f"{who}: model must have a 4-bit layer {name} for its adapter, got none")
         for adapter in adapters:
-            factors = (adapter.config.r, layers[name].in_features), (layers[name].out_features, adapter.config.r)
+            N, K = linear_shape(layers[name])
+            factors = (adapter.config.r, K), (N, adapter.config.r)
             shapes.update(zip(adapter.keys(name), factors))
     missing = [name for name in shapes if name not in tensors]
     left: list[str] = []

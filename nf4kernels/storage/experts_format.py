@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from ..codebook import CODEBOOKS, SCALE_CODEBOOKS
-from ..model.walk import named_modules
+from ..model.walk import named_modules, state_dict
 from ..nn.quant_experts import WEIGHTS, GroupedQuantLinear, QuantExperts, layout_problem
 from ..nn.quant_module import SCALES
 from ..quantized_weight import WEIGHT_DTYPES, QuantizedExperts
+from .key_conversion import group_tensors
 
 
 def experts_to_tensors(qweights: QuantizedExperts, key: str) -> dict[str, Tensor]:
@@ -51,6 +52,16 @@ def _name(levels: Tensor | None, known: dict[str, Tensor]) -> str | None:
         return None
     host = levels.cpu()
     return next((name for name, each in known.items() if torch.equal(each, host)), "custom")
+
+
+def name_experts(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Give the tensors of experts the model's names, in place, where transformers' rules for that model rename them."""
+    state = state_dict(model)
+    for group in group_tensors(model, stored_experts(tensors), {*state, *stored_experts(state)}):
+        (source,) = group.sources
+        if source != group.target:
+            for name in [name for name in tensors if name.startswith(f"{source}.")]:
+                tensors[group.target + name.removeprefix(source)] = tensors.pop(name)
 
 
 def take_experts(model: nn.Module, tensors: dict[str, Tensor], who: str) -> dict[nn.Module, QuantExperts]:

@@ -1,6 +1,5 @@
 """Which matrices of a Hugging Face checkpoint are linear layers to quantize."""
 
-import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -8,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..model.heads import left_dense_by_loader
 from ..model.plan import plan_layers, skips
 from ..nn.quant_experts import WEIGHTS
 
@@ -99,9 +99,3 @@ def _choose_by_name(source: str, config: Mapping[str, Any], matrices: Collection
             choice.reasons[name] = reason
             choice.dense.append(name)
     return choice
-
-
-def left_dense_by_loader(name: str, entries: Iterable[str]) -> bool:
-    """Whether transformers leaves the layer dense, given `llm_int8_skip_modules`: a prefix, a pattern or a suffix."""
-    boundary = r"(?:(?<=\.)|(?=\.|$))"
-    return any(re.match(rf"(?:{entry}){boundary}", name) or name.endswith(entry) for entry in entries)
