@@ -31,7 +31,6 @@ _matmul_4bit = _functions.matmul_4bit
 _quantize_4bit = functional.quantize_4bit
 _dequantize_4bit = functional.dequantize_4bit
 _forward = modules.Linear4bit.forward
-_save = modules.Linear4bit._save_to_state_dict
 
 
 def quantize_4bit(
@@ -142,6 +141,21 @@ def linear4bit_forward(self: Any, x: Tensor) -> Tensor:
 
 def restore_weight(module: Any) -> functional.QuantState:
     """The layer's quant state, its weight no longer repacked."""
-    module.weight.data, state = restored(module.weight.data, module.weight.quant_state)
-    module.weight.quant_state = module.quant_state = state
-    return state
+    weight = module.weight
+    weight.data, weight.quant_state = unpacked(weight.data, weight.quant_state)
+    module.quant_state = weight.quant_state
+    return module.quant_state
+
+
+def leave_packed(qweight: Tensor, quant_state: functional.QuantState, block_n: int = 32) -> tuple[Tensor, Any]:
+    """In place of `_convert_weight_packed_for_cpu`: our kernels take the weight as it is."""
+    return qweight, quant_state
+
+
+def unpacked(packed_weight: Tensor, quant_state: functional.QuantState, block_n: int = 32) -> tuple[Tensor, Any]:
+    """In place of `_convert_weight_packed_for_cpu_inverse`: exact or a RuntimeError, and nothing for what is packed
+    as bitsandbytes quantized it. The quant state is written in place, as it is there."""
+    if is_repacked(quant_state):
+        packed_weight, state = restored(packed_weight, quant_state)
+        vars(quant_state).update(vars(state))
+    return packed_weight, quant_state
