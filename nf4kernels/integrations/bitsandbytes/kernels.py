@@ -54,7 +54,8 @@ def gemm_4bit(
     code = code_of(quant_type, A.device)
     if absmax_8bit is None:
         return _ops.linear(A, *_weight(B, absmax, code, shapeB, blocksize), bias)
-    nested = (absmax_8bit.contiguous(), absmax, absmax_offset, code, absmax_code)
+    offset = None if absmax_offset is None else absmax_offset.float()
+    nested = (absmax_8bit.contiguous(), absmax.contiguous(), offset, code, absmax_code)
     return _ops.linear(A, as_bytes(B), *nested, *shapeB, blocksize, bias)
 
 

@@ -44,6 +44,8 @@ def weight_args(packed: Tensor, state: functional.QuantState, N: int, K: int) ->
     scale_absmax = scale_offset = scale_code = None
     if second is not None and second.blocksize == SUPERBLOCK:
         scale_absmax, scale_offset, scale_code = second.absmax, state.offset, second.code
+        if scale_offset.dtype != torch.float32:  # some checkpoints' loaders cast it
+            scale_offset = scale_offset.float()
     elif second is not None:
         absmax = functional.dequantize_blockwise(absmax, second) + state.offset
     return as_bytes(packed), absmax, scale_absmax, scale_offset, code, scale_code, N, K, state.blocksize
