@@ -22,6 +22,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
@@ -38,6 +39,9 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
 STABLE_ABI = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 BUILD = ROOT / "build"  # not setuptools' own folder, which pip makes anew for every build
+
+# What Python runs at its start, once it is in the folder of installed packages.
+STARTUP = "nf4kernels/integrations/bitsandbytes/nf4kernels_patch_bitsandbytes.pth"
 
 ROUNDED_CODE = "csrc/rounded_code.cpp"  # of both libraries
 CPU_BINDING = "csrc/bindings/cpu.cpp"
@@ -187,6 +191,19 @@ class BuildLibraries(build_ext):
         shutil.copy(built, target)
 
 
+class BuildPython(build_py):
+    """With STARTUP beside the package, where no option of setuptools puts a file.
+
+    An editable install takes nothing of build_lib: its wheel is made of what stands in install_lib.
+    """
+
+    def run(self) -> None:
+        super().run()
+        folder = self.get_finalized_command("install").install_lib if self.editable_mode else self.build_lib
+        self.mkpath(folder)
+        self.copy_file(str(ROOT / STARTUP), str(Path(folder) / Path(STARTUP).name))
+
+
 def build_options() -> dict:
     try:
         from torch.utils.cpp_extension import CppExtension
@@ -205,7 +222,7 @@ def build_options() -> dict:
     cuda = CppExtension("nf4kernels._cuda", CUDA_BINDINGS, depends=[*CUDA_SOURCES, *HEADERS], py_limited_api=True)
     return {
         "ext_modules": [cpu, cuda] if find_nvcc() else [cpu],
-        "cmdclass": {"build_ext": BuildLibraries},
+        "cmdclass": {"build_ext": BuildLibraries, "build_py": BuildPython},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 
@@ -214,4 +231,4 @@ if __name__ == "__main__":
     has_compiler = any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++"))
     if not has_compiler:
         print("nf4kernels: no C++ compiler found, installing without compiled kernels", file=sys.stderr)
-    setup(**(build_options() if has_compiler else {}))
+    setup(**(build_options() if has_compiler else {"cmdclass": {"build_py": BuildPython}}))

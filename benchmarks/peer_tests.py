@@ -34,7 +34,7 @@ class Peer:
 PEERS = {
     "bitsandbytes": Peer(
         files=tuple(f"tests/test_{name}.py" for name in ("functional", "linear4bit", "ops", "autograd", "parametrize")),
-        keyword="(4bit or nf4 or fp4 or parametrize) and not large and not bench",
+        keyword="(4bit or nf4 or fp4 or test_parametrize) and not bench",
         prelude="from nf4kernels.integrations.bitsandbytes import patch; patch()",
         environment={"BNB_TEST_DEVICE": "cpu"},
     )
