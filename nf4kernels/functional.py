@@ -198,6 +198,12 @@ def dequantize(
     return out
 
 
+def dequantize_rows_from_args(weight_args: WeightArgs, rows: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """`dequantize` of a half-open range of rows, on the weight's op arguments."""
+    values: Tensor = _ops.dequantize(*weight_args, *rows, 0, weight_args[7], dtype)
+    return values
+
+
 def linear(x: Tensor, qweight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
     """x @ Ŵ.T + bias, without writing Ŵ to memory; differentiable in x and bias.
 

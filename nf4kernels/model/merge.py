@@ -57,11 +57,11 @@ def merge_model(model: nn.Module, base: nn.Module | None = None, dtype: torch.dt
                 f"{who}: {names[0]} must have been made by QuantExperts.from_experts, got one that was not"
             )
         if base is not None:
-            _base_weights(base, names[0], layer, who)
+            base_weights_of(base, names[0], layer, who)
 
     for names in targets:
         layer = get_submodule(model, names[0])
-        base_weights = None if base is None else _base_weights(base, names[0], layer, who)
+        base_weights = None if base is None else base_weights_of(base, names[0], layer, who)
         try:
             dense = _dense(layer, dtype, base_weights)
         except ValueError as error:
@@ -78,7 +78,7 @@ def _dense(layer: QuantLinear | QuantExperts, dtype: torch.dtype | None, base_we
     return layer.to_linear(dtype, base_weight=None if base_weights is None else base_weights[0])
 
 
-def _base_weights(base: nn.Module, name: str, layer: QuantLinear | QuantExperts, who: str) -> list[Tensor]:
+def base_weights_of(base: nn.Module, name: str, layer: QuantLinear | QuantExperts, who: str) -> list[Tensor]:
     """base's dense weights of that name, one or the experts' two; ValueError where they do not fit the layer."""
     try:
         module = get_submodule(base, name)

@@ -14,6 +14,8 @@ from .casts import cast, check_cast
 from .lora import LoraConfig, WaitingAdapter, called_term, check_adapter_name, init_adapter, plain_weight
 from .quant_module import QuantModule, checked_compute_dtype
 
+LoraTerm = tuple[Tensor, Tensor, float, float]  # A, B, scaling, dropout_p
+
 
 class QuantLinear(QuantModule, nn.Linear):
     """y = x @ Ŵ.T + bias [+ scaling * dropout(x) @ lora_A.T @ lora_B.T], Ŵ in 4 bits.
@@ -101,14 +103,17 @@ class QuantLinear(QuantModule, nn.Linear):
         if lora is not None:
             self.add_lora(lora, dtype=qweight.dtype if bias is None else bias.dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, term: LoraTerm | None = None) -> Tensor:
+        """The output `[..., out_features]`; with `term` that LoRA term in place of the layer's own adapter's."""
         if self.compute_dtype is None or autocast_is_on(x.device):
-            return self._product(x)
+            return self._product(x, term)
         in_dtype = x.dtype
-        return self._product(x.to(self.compute_dtype) if in_dtype in WEIGHT_DTYPES else x).to(in_dtype)
+        return self._product(x.to(self.compute_dtype) if in_dtype in WEIGHT_DTYPES else x, term).to(in_dtype)
 
-    def _product(self, x: Tensor) -> Tensor:
+    def _product(self, x: Tensor, term: LoraTerm | None) -> Tensor:
         bias, lora = self._parameter("bias"), self.lora
+        if term is not None:
+            return lora_linear_from_args(x, self._weight_args(), *term[:3], bias, term[3])
         if lora is None or self.adapters_off:
             return linear_from_args(x, self._weight_args(), bias, self.WHO)
         lora_A: Any = self._modules["lora_A"]
@@ -123,6 +128,12 @@ class QuantLinear(QuantModule, nn.Linear):
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """Ŵ `[out_features, in_features]`, without the adapter."""
         return dequantize(self.qweight, dtype)
+
+    def quantize_alike(self, weight: Tensor) -> QuantizedWeight:
+        """Another weight of this shape in this layer's codebook, block size and double quantization."""
+        code = self.code if self.codebook == "custom" else self.codebook
+        scale_codebook = self.scale_codebook if self.scale_codebook in SCALE_CODEBOOKS else "e4m3"
+        return quantize(weight, code, self.block_size, self.double_quant, scale_codebook)
 
     @property
     def adapter_names(self) -> list[str]:
@@ -263,9 +274,7 @@ class QuantLinear(QuantModule, nn.Linear):
         dense = nn.Linear(
             self.in_features, self.out_features, self.bias is not None, device=self.weight.device, dtype=source
         )
-        code = self.code if self.codebook == "custom" else self.codebook
-        scale_codebook = self.scale_codebook if self.scale_codebook in SCALE_CODEBOOKS else "e4m3"
-        self.set_qweight(quantize(dense.weight, code, self.block_size, self.double_quant, scale_codebook))
+        self.set_qweight(self.quantize_alike(dense.weight))
         if self.bias is not None:
             self.bias.data.copy_(dense.bias)
         for name in self.adapter_names:

@@ -1,0 +1,14 @@
+"""PEFT on layers in 4 bits: importing this makes its LoRA, DoRA and merge know QuantLinear and QuantExperts.
+
+Nothing needs to be called: models that PEFT wraps from then on get our layers, whichever library was imported first and
+whether or not a configuration is at hand, `PeftModel.from_pretrained(model, directory)` included.
+"""
+
+from . import installed  # noqa: F401  (refuses a PEFT that is missing or too old, before the next lines import it)
+from .dispatch import install
+from .lora import LoraQuantLinear
+from .merge import merge_into
+
+__all__ = ["LoraQuantLinear", "merge_into"]
+
+install()
