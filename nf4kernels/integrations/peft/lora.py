@@ -18,6 +18,7 @@ from ...nn.quant_linear import LoraTerm, QuantLinear
 from .dora import QuantDoraVariant, row_norms
 from .merge import base_weights, into_4_bits, merge_dtype
 
+WHO = "nf4kernels.integrations.peft"
 # The starts that neither read nor change the base weight.
 PLAIN_STARTS = (True, False, "gaussian", "eva")
 # Those that have no meaning where the dense weight is gone, and what to do instead.
@@ -64,7 +65,7 @@ class LoraQuantLinear(lora.Linear):
         """The adapter's term, None where the forward is more than one product with its factors."""
         if not _takes_a_term(base):
             return None
-        factors = [plain_weight(pair._modules[name]) for pair in (self.lora_A, self.lora_B)]
+        factors = [plain_weight(cast(nn.Linear, pair._modules[name])) for pair in (self.lora_A, self.lora_B)]
         dropout_p = _dropout_p(self.lora_dropout._modules[name])
         variant = self.lora_variant.get(name)
         if variant is not None and (type(variant) is not QuantDoraVariant or dropout_p):
@@ -88,7 +89,7 @@ class LoraQuantLinear(lora.Linear):
         for refused, remedy in NEEDS_DENSE_WEIGHT.items():
             if isinstance(start, str) and start.startswith(refused):
                 raise ValueError(
-                    "nf4kernels.integrations.peft: init_lora_weights must not need the dense weight of a layer in 4"
+                    f"{WHO}: init_lora_weights must not need the dense weight of a layer in 4"
                     f" bits, got {start!r}: {remedy}"
                 )
         variant = self.resolve_lora_variant(config=kwargs["config"]) if "config" in kwargs else None
@@ -99,9 +100,8 @@ class LoraQuantLinear(lora.Linear):
             before = dense.weight.data
             super().update_layer(adapter_name, *args, **kwargs)
         if dense.weight.data is not before and not torch.equal(dense.weight.data, before):
-            base.set_qweight(
-                base.quantize_alike(casts.cast(dense.weight.data, base.dense_dtype, "the weight that is left"))
-            )
+            left = casts.cast(dense.weight.data, base.dense_dtype, f"{WHO}: the weight without the adapter's start")
+            base.set_qweight(base.quantize_alike(left))
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """As PEFT's, which takes the dtype of a dense base weight as well."""
@@ -162,16 +162,17 @@ class LoraQuantLinear(lora.Linear):
             if safe and not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
         dtype = merge_dtype() or (packed.dense_dtype if bias is None else packed.bias.dtype)
-        who = "nf4kernels.integrations.peft.merge"
         if into_4_bits():
-            qweight = packed.quantize_alike(casts.cast(weight, packed.dense_dtype, f"{who}: weight"))
+            qweight = packed.quantize_alike(casts.cast(weight, packed.dense_dtype, f"{WHO}: the merged weight"))
             merged: nn.Linear = QuantLinear.from_quantized(qweight, None, packed.compute_dtype)
         else:
             merged = nn.Linear(packed.in_features, packed.out_features, bias=False, device="meta")
-            merged.weight = nn.Parameter(casts.cast(weight, dtype, f"{who}: weight"), requires_grad=False)
+            merged.weight = nn.Parameter(casts.cast(weight, dtype, f"{WHO}: the merged weight"), requires_grad=False)
         if packed.bias is not None:
             is_same = bias.dtype == dtype and not any(map(self.lora_bias.get, (*self.merged_adapters, *names)))
-            new = nn.Parameter(casts.cast(bias, dtype, f"{who}: bias"), requires_grad=packed.bias.requires_grad)
+            new = nn.Parameter(
+                casts.cast(bias, dtype, f"{WHO}: the merged bias"), requires_grad=packed.bias.requires_grad
+            )
             merged.bias = packed.bias if is_same else new
         return merged.train(packed.training)
 
