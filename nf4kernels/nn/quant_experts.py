@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from .casts import check_cast
 from .quant_module import QuantModule, checked_compute_dtype
 
 WEIGHTS = ("gate_up_proj", "down_proj")
+# down [E, r, K], up [E, N, r], scaling, of one adapter on one of the two weights.
+ExpertsTerm = tuple[Tensor, Tensor, float]
 FORWARD = ["hidden_states", "top_k_index", "top_k_weights"]
 # What transformers says of a module with fused experts: attribute, what it must be, and what another value means. Older
 # versions say only the first two.
@@ -101,7 +103,8 @@ class QuantExperts(nn.Module):
 
     Stands for the modules of transformers 5 that hold all experts of a layer in two 3-D parameters, and is called as
     they are. The weights are frozen; gradients reach the tokens and the routing weights, so that a router trains
-    through it. There are no adapters on experts. `.to(dtype)` moves neither the weights nor their scales.
+    through it. They hold no adapters, but `forward` takes some along. `.to(dtype)` moves neither the weights nor their
+    scales.
 
     Args:
         gate_up: `[E, 2 * I, H]`, each expert's gate rows first.
@@ -169,7 +172,13 @@ class QuantExperts(nn.Module):
         experts._emptied = (_without_weights(module),)  # in a tuple: its state is no part of this module's
         return experts.train(module.training)
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        terms: Mapping[str, Sequence[ExpertsTerm]] | None = None,
+    ) -> Tensor:
         """The experts' weighted sum for every token; deterministic, and nothing waits for a device.
 
         Args:
@@ -177,6 +186,7 @@ class QuantExperts(nn.Module):
             top_k_index: `[tokens, k]`, integers: each token's experts. `num_experts` stands for none, as in
                 transformers where an expert lives on another process.
             top_k_weights: `[tokens, k]`, their weights.
+            terms: name of a weight -> adapters whose `scaling * x @ down[e].T @ up[e].T` is added to its product.
 
         Returns:
             `[tokens, H]` in hidden_states' dtype; the k products are weighted in the wider of the compute dtype and
@@ -197,10 +207,16 @@ class QuantExperts(nn.Module):
 
         x = hidden_states.to(self._dtype(hidden_states))
         x = _take_rows(x, order // top_k, place, top_k)
-        gate, up = self.gate_up_proj(x, expert_offsets).chunk(2, -1)
-        y = self.down_proj(self.act_fn(gate) * up, expert_offsets)
+        gate, up = self._product("gate_up_proj", x, expert_offsets, terms).chunk(2, -1)
+        y = self._product("down_proj", self.act_fn(gate) * up, expert_offsets, terms)
         y = _take_rows(y, place, order, 1).view(tokens, top_k, self.hidden_dim)
         return (y * top_k_weights[..., None]).sum(1).to(hidden_states.dtype)
+
+    def _product(self, name: str, x: Tensor, expert_offsets: Tensor, terms: Any) -> Tensor:
+        y: Tensor = self._modules[name](x, expert_offsets)  # type: ignore[misc]  # there is one
+        for term in (terms or {}).get(name, ()):
+            y = y + experts_term(x, expert_offsets, *term).to(y.dtype)
+        return y
 
     def _check(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> tuple[int, int]:
         if hidden_states.dtype not in WEIGHT_DTYPES:
@@ -223,6 +239,12 @@ class QuantExperts(nn.Module):
         if autocast_is_on(x.device):
             return torch.get_autocast_dtype(x.device.type)
         return self.compute_dtype or x.dtype
+
+    @property
+    def weight_names(self) -> list[str]:
+        """Of the two weights, in the order of the parameters of what this module was made from."""
+        made_from = self._emptied[0]._parameters if self._emptied else WEIGHTS
+        return [name for name in made_from if name in WEIGHTS]
 
     @property
     def can_be_dense(self) -> bool:
@@ -259,6 +281,20 @@ class QuantExperts(nn.Module):
             setattr(dense, name, nn.Parameter(weight))
         dense.act_fn = self.act_fn
         return dense.train(self.training)
+
+
+def experts_term(x: Tensor, expert_offsets: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:
+    """scaling * x[rows of e] @ down[e].T @ up[e].T for every expert e, `[T, N]` in the factors' dtype.
+
+    All experts' inner products are taken and those of other experts zeroed: E times the arithmetic of one adapter, and
+    in return one GEMM each, no wait for a device, and plain autograd.
+    """
+    E, r, K = down.shape
+    own = torch.searchsorted(expert_offsets, torch.arange(x.shape[0], device=x.device, dtype=torch.int32), right=True)
+    inner = x.to(down.dtype) @ down.reshape(E * r, K).T
+    experts = torch.arange(E, device=x.device).repeat_interleave(r)
+    inner = torch.where(own[:, None] == experts, inner, 0)
+    return scaling * inner @ up.transpose(0, 1).reshape(up.shape[1], E * r).T
 
 
 def _without_weights(module: nn.Module) -> nn.Module:

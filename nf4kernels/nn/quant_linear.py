@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..autograd import autocast_is_on, outside_inference_mode
-from ..codebook import SCALE_CODEBOOKS
 from ..functional import dequantize, linear_from_args, lora_linear_from_args, quantize
 from ..quantized_weight import WEIGHT_DTYPES, QuantizedWeight
 from .casts import cast, check_cast
@@ -128,12 +127,6 @@ class QuantLinear(QuantModule, nn.Linear):
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """Ŵ `[out_features, in_features]`, without the adapter."""
         return dequantize(self.qweight, dtype)
-
-    def quantize_alike(self, weight: Tensor) -> QuantizedWeight:
-        """Another weight of this shape in this layer's codebook, block size and double quantization."""
-        code = self.code if self.codebook == "custom" else self.codebook
-        scale_codebook = self.scale_codebook if self.scale_codebook in SCALE_CODEBOOKS else "e4m3"
-        return quantize(weight, code, self.block_size, self.double_quant, scale_codebook)
 
     @property
     def adapter_names(self) -> list[str]:
@@ -274,7 +267,7 @@ class QuantLinear(QuantModule, nn.Linear):
         dense = nn.Linear(
             self.in_features, self.out_features, self.bias is not None, device=self.weight.device, dtype=source
         )
-        self.set_qweight(self.quantize_alike(dense.weight))
+        self.set_qweight(quantize(dense.weight, **self.quant_options))
         if self.bias is not None:
             self.bias.data.copy_(dense.bias)
         for name in self.adapter_names:

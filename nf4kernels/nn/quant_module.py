@@ -111,6 +111,15 @@ class QuantModule(nn.Module):
         return self.cast_to or self.qweight.dtype
 
     @property
+    def quant_options(self) -> dict[str, Any]:
+        """For `quantize`: what makes another weight like this module's."""
+        return {
+            "codebook": self.code if self.codebook == "custom" else self.codebook, "block_size": self.block_size,
+            "double_quant": self.double_quant,
+            "scale_codebook": self.scale_codebook if self.scale_codebook in SCALE_CODEBOOKS else "e4m3",
+        }  # fmt: skip
+
+    @property
     def double_quant(self) -> bool:
         return self.scale_codebook is not None
 

@@ -1,19 +1,24 @@
 """How PEFT comes to choose our layers, and what its walks over a model do for them besides."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import wraps
 from typing import Any
 
+from accelerate import init_empty_weights
 from peft.tuners import lora
 from peft.tuners.lora import model as lora_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ...model.plan import QUANTIZED
+from ...nn.quant_experts import GroupedQuantLinear, QuantExperts
 from ...nn.quant_linear import QuantLinear
+from .experts import QuantExpertsWrapper
 from .lora import LoraQuantLinear
-from .merge import finding_base_weights
+from .merge import Packed, finding_base_weights
 
+OURS = (LoraQuantLinear, QuantExpertsWrapper)
 MARK = "_nf4kernels"  # on a function of ours that stands in the place of one of PEFT's
 
 
@@ -24,6 +29,8 @@ def install() -> None:
     QuantLinear for a dense nn.Linear, last.
     """
     _wrap(lora_model, "dispatch_default", _dispatch)
+    _wrap(lora.LoraModel, "_create_and_replace", _create_and_replace)
+    _wrap(lora.LoraModel, "_inject_parameters", _inject_parameters)
     _wrap(lora.LoraModel, "_replace_module", _replace_module)
     _wrap(lora.LoraModel, "_unload_and_optionally_merge", _unload)
     _wrap(lora.LoraModel, "merge_adapter", _merge_adapter)
@@ -45,6 +52,9 @@ def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
 
 def _dispatch(default: Callable[..., Any], target: nn.Module, adapter_name: str, **kwargs: Any) -> Any:
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if isinstance(base, QuantExperts) and kwargs.get("parameter_name") is not None:
+        options = kwargs if "config" in kwargs else {name: v for name, v in kwargs.items() if name != "lora_config"}
+        return QuantExpertsWrapper(target, adapter_name, **options)
     if isinstance(base, QuantLinear) and kwargs.get("parameter_name") is None:
         return LoraQuantLinear(target, adapter_name, **_options(kwargs))
     return default(target, adapter_name, **kwargs)
@@ -61,6 +71,52 @@ def _options(kwargs: dict[str, Any]) -> dict[str, Any]:
         config = options["config"]
     config.fan_in_fan_out = False  # as PEFT does for every nn.Linear
     return options
+
+
+def _create_and_replace(create: Callable[..., None], model: Any, config: Any, name: str, target: Any, *args: Any,
+                        **kwargs: Any) -> None:  # fmt: skip
+    """A name in `target_modules` that dense experts have as a parameter, and PEFT passes over, is passed over here."""
+    if not isinstance(target, GroupedQuantLinear):
+        create(model, config, name, target, *args, **kwargs)
+
+
+def _inject_parameters(
+    inject: Callable[..., Any], tuner: Any, peft_config: Any, model: Any, adapter_name: str, low_cpu_mem_usage: bool
+) -> Any:
+    """`target_parameters` that name a weight of QuantExperts, besides PEFT's own."""
+    found = inject(
+        tuner, peft_config=peft_config, model=model, adapter_name=adapter_name, low_cpu_mem_usage=low_cpu_mem_usage
+    )
+    ours = []
+    for path, experts in list(model.named_modules()):
+        if not isinstance(experts, QuantExperts):
+            continue
+        name = path.replace(".base_layer", "")  # PEFT's wrappers around it are not in the dense model's names
+        for leaf in experts.weight_names:
+            key = f"{name}.{leaf}"
+            if any(f".{key}".endswith(f".{target}") for target in peft_config.target_parameters):
+                with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                    _adapt_experts(tuner, peft_config, adapter_name, model, name, leaf)
+                ours.append(key)
+    if found is not None:
+        return found + ours
+    tuner.targeted_parameter_names.extend(ours)  # PEFT 0.18
+    return None
+
+
+def _adapt_experts(tuner: Any, config: Any, adapter_name: str, model: nn.Module, name: str, leaf: str) -> None:
+    """Wrap the experts of that name for one of their weights, or give the wrapper that is there one adapter more."""
+    parent_name, _, child = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    outermost: Any = getattr(parent, child)
+    target = outermost
+    while isinstance(target, QuantExpertsWrapper) and target.parameter_name != leaf:
+        target = target.base_layer
+    if not isinstance(target, QuantExpertsWrapper):
+        target = outermost
+    tuner._create_and_replace(
+        config, adapter_name, target, child, parent, current_key=f"{name}.{leaf}", parameter_name=leaf
+    )
 
 
 def _replace_module(
@@ -96,14 +152,14 @@ def _merge_adapter(
         merge(model, adapter_names=adapter_names, safe_merge=safe_merge)
 
 
-def _packed_layers(model: nn.Module) -> dict[str, tuple[nn.Module, Any]]:
-    """name -> (PEFT's layer, its layer in 4 bits)."""
-    found: dict[str, tuple[nn.Module, Any]] = {}
+def _packed_layers(model: nn.Module) -> list[Packed]:
+    """Experts stand there once for each of their weights that is wrapped."""
+    found = []
     for name, module in model.named_modules():
-        if isinstance(module, LoraQuantLinear):
-            packed = module._packed or (module.get_base_layer(),)
-            if isinstance(packed[0], QuantLinear):
-                found[name] = (module, packed[0])
+        if isinstance(module, OURS):
+            packed = module._holder()._packed or (module.get_base_layer(),)
+            if isinstance(packed[0], QUANTIZED):
+                found.append(Packed(name.replace(".base_layer", ""), module, packed[0]))
     return found
 
 
@@ -112,10 +168,13 @@ def _check_before(model: nn.Module, safe: bool, adapter_names: list[str] | None)
     if not safe:
         return
     layer: Any
-    for layer, packed in _packed_layers(model).values():
+    for _, layer, packed in _packed_layers(model):
         names = layer.active_adapters if adapter_names is None else adapter_names
         names = [name for name in names if name in layer.lora_A and name not in layer.merged_adapters]
-        layer.merged_layer(packed, names, safe)
+        if isinstance(layer, LoraQuantLinear):
+            layer.merged_layer(packed, names, safe)
+        else:
+            layer.merged_weight(packed, [*layer.merged_adapters, *names], safe)
 
 
 def _forget_quantization(model: Any) -> None:

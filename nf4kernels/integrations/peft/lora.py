@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ...autograd import autocast_is_on, outside_inference_mode
+from ...functional import quantize
 from ...nn import casts
 from ...nn.lora import plain_weight
 from ...nn.quant_linear import LoraTerm, QuantLinear
@@ -101,7 +102,7 @@ class LoraQuantLinear(lora.Linear):
             super().update_layer(adapter_name, *args, **kwargs)
         if dense.weight.data is not before and not torch.equal(dense.weight.data, before):
             left = casts.cast(dense.weight.data, base.dense_dtype, f"{WHO}: the weight without the adapter's start")
-            base.set_qweight(base.quantize_alike(left))
+            base.set_qweight(quantize(left, **base.quant_options))
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """As PEFT's, which takes the dtype of a dense base weight as well."""
@@ -163,7 +164,9 @@ class LoraQuantLinear(lora.Linear):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
         dtype = merge_dtype() or (packed.dense_dtype if bias is None else packed.bias.dtype)
         if into_4_bits():
-            qweight = packed.quantize_alike(casts.cast(weight, packed.dense_dtype, f"{WHO}: the merged weight"))
+            qweight = quantize(
+                casts.cast(weight, packed.dense_dtype, f"{WHO}: the merged weight"), **packed.quant_options
+            )
             merged: nn.Linear = QuantLinear.from_quantized(qweight, None, packed.compute_dtype)
         else:
             merged = nn.Linear(packed.in_features, packed.out_features, bias=False, device="meta")

@@ -1,10 +1,10 @@
 """What PEFT's merge makes of a layer in 4 bits: a dense one of Ŵ, one of the original weights, or 4 bits again."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,15 @@ from torch import Tensor, nn
 from ...model.merge import base_weights_of
 from ...model.plan import unwrapped
 from ...quantized_weight import WEIGHT_DTYPES
+
+
+class Packed(NamedTuple):
+    """A layer of PEFT's over one in 4 bits."""
+
+    name: str  # in the dense model
+    layer: nn.Module
+    packed: Any
+
 
 WORDS = ("dequantized", "4bit")
 _target: ContextVar[str | nn.Module] = ContextVar("nf4kernels_merge_target", default="dequantized")
@@ -81,17 +90,15 @@ def base_weights(layer: nn.Module) -> list[Tensor] | None:
 
 
 @contextmanager
-def finding_base_weights(layers: dict[str, tuple[nn.Module, Any]]) -> Iterator[None]:
-    """Look up what `merge_into` was given a model for: name -> (the PEFT layer, its layer in 4 bits)."""
+def finding_base_weights(layers: Iterable[Packed]) -> Iterator[None]:
+    """Look up what `merge_into` was given a model for, before the first layer is merged."""
     target = _target.get()
     if isinstance(target, str):
         yield
         return
     who = "nf4kernels.integrations.peft.merge_into"
     base = unwrapped(target, "target", who)
-    token = _base_weights.set(
-        {layer: base_weights_of(base, name, packed, who) for name, (layer, packed) in layers.items()}
-    )
+    token = _base_weights.set({each.layer: base_weights_of(base, each.name, each.packed, who) for each in layers})
     try:
         yield
     finally:
