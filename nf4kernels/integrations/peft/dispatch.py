@@ -1,21 +1,24 @@
 """How PEFT comes to choose our layers, and what its walks over a model do for them besides."""
 
+import copy
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 from accelerate import init_empty_weights
 from peft.tuners import lora
 from peft.tuners.lora import model as lora_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
+from ...model.merge import merge_model
 from ...model.plan import QUANTIZED
 from ...nn.quant_experts import GroupedQuantLinear, QuantExperts
 from ...nn.quant_linear import QuantLinear
 from .experts import QuantExpertsWrapper
-from .lora import LoraQuantLinear
+from .lora import LoraQuantLinear, ParamWrapper
 from .merge import Packed, finding_base_weights
 
 OURS = (LoraQuantLinear, QuantExpertsWrapper)
@@ -34,6 +37,10 @@ def install() -> None:
     _wrap(lora.LoraModel, "_replace_module", _replace_module)
     _wrap(lora.LoraModel, "_unload_and_optionally_merge", _unload)
     _wrap(lora.LoraModel, "merge_adapter", _merge_adapter)
+    _wrap(ModulesToSaveWrapper, "update", _update_module_to_save)
+    _wrap(lora.Linear, "__setattr__", _set_attribute)
+    for method in ("forward", "merge", "unmerge", "get_param"):
+        _wrap(lora.ParamWrapper, method, partial(_adopting_experts, method))
 
 
 def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
@@ -55,8 +62,9 @@ def _dispatch(default: Callable[..., Any], target: nn.Module, adapter_name: str,
     if isinstance(base, QuantExperts) and kwargs.get("parameter_name") is not None:
         options = kwargs if "config" in kwargs else {name: v for name, v in kwargs.items() if name != "lora_config"}
         return QuantExpertsWrapper(target, adapter_name, **options)
-    if isinstance(base, QuantLinear) and kwargs.get("parameter_name") is None:
-        return LoraQuantLinear(target, adapter_name, **_options(kwargs))
+    layer_class = {None: LoraQuantLinear, "weight": ParamWrapper}.get(kwargs.get("parameter_name"))
+    if isinstance(base, QuantLinear) and layer_class is not None:
+        return layer_class(target, adapter_name, **_options(kwargs))
     return default(target, adapter_name, **kwargs)
 
 
@@ -131,6 +139,35 @@ def _replace_module(
     for name, module in new.named_modules():
         if model.prefix in name and not any(parameter.is_meta for parameter in module.parameters()):
             module.to(device)
+
+
+def _update_module_to_save(
+    update: Callable[..., None], wrapper: Any, adapter_name: str, *args: Any, **kwargs: Any
+) -> None:
+    """The copy that is trained whole is dense, of Ŵ: bytes have no gradient."""
+    original = wrapper.original_module
+    is_quantized = any(isinstance(module, QUANTIZED) for module in original.modules())
+    if is_quantized and adapter_name not in wrapper.modules_to_save and not (args or kwargs.get("tied_module")):
+        holder = nn.ModuleList([copy.deepcopy(original)])
+        merge_model(holder)
+        wrapper.modules_to_save[adapter_name] = holder[0]
+    update(wrapper, adapter_name, *args, **kwargs)
+
+
+def _set_attribute(set_attribute: Callable[..., None], layer: Any, name: str, value: Any) -> None:
+    """A layer of PEFT's whose dense base layer is quantized after the fact becomes one of ours."""
+    set_attribute(layer, name, value)
+    if name == "base_layer" and isinstance(value, QuantLinear) and type(layer) is lora.Linear:
+        layer.__class__ = LoraQuantLinear
+        LoraQuantLinear.adopt_dora(layer)
+
+
+def _adopting_experts(method: str, original: Callable[..., Any], wrapper: Any, *args: Any, **kwargs: Any) -> Any:
+    """The same for experts, when they are used: of nested wrappers only the innermost is told of another base layer."""
+    if type(wrapper) is lora.ParamWrapper and isinstance(wrapper.get_base_layer(), QuantExperts):
+        wrapper.__class__ = QuantExpertsWrapper
+        return getattr(wrapper, method)(*args, **kwargs)
+    return original(wrapper, *args, **kwargs)
 
 
 def _unload(unload: Callable[..., Any], model: Any, merge: bool = True, *args: Any, **kwargs: Any) -> Any:

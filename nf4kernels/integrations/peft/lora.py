@@ -16,7 +16,7 @@ from ...functional import quantize
 from ...nn import casts
 from ...nn.lora import plain_weight
 from ...nn.quant_linear import LoraTerm, QuantLinear
-from .dora import QuantDoraVariant, row_norms
+from .dora import QuantDoraLayer, QuantDoraVariant, row_norms
 from .merge import base_weights, into_4_bits, merge_dtype
 
 WHO = "nf4kernels.integrations.peft"
@@ -79,6 +79,13 @@ class LoraQuantLinear(lora.Linear):
         variant = super().resolve_lora_variant(**kwargs)
         return QuantDoraVariant() if type(variant) is DoraLinearVariant else variant
 
+    def adopt_dora(self) -> None:
+        """Turn what PEFT's own DoRA left in this layer into ours."""
+        for name, variant in self.lora_variant.items():
+            if type(variant) is DoraLinearVariant:
+                self.lora_variant[name] = QuantDoraVariant()
+                self.lora_magnitude_vector[name].__class__ = QuantDoraLayer
+
     @outside_inference_mode
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's; a start that reads the base weight reads Ŵ, and what it writes is rounded to 4 bits."""
@@ -97,10 +104,15 @@ class LoraQuantLinear(lora.Linear):
         if start in PLAIN_STARTS and (variant is None or isinstance(variant, QuantDoraVariant)):
             super().update_layer(adapter_name, *args, **kwargs)
             return
-        with self._standing_in(base.dequantize(torch.float32)) as dense:
-            before = dense.weight.data
+        start_weight = base.dequantize(torch.float32)
+        with self._standing_in(start_weight.clone()) as dense:
             super().update_layer(adapter_name, *args, **kwargs)
-        if dense.weight.data is not before and not torch.equal(dense.weight.data, before):
+        self._cast_adapter(adapter_name, base)
+        if getattr(self, "_lora_kasa_truncation_deferred", None):
+            raise ValueError(
+                f"{WHO}: low_cpu_mem_usage must be off for KaSA, which changes the base weight at its start"
+            )
+        if not torch.equal(dense.weight, start_weight):
             left = casts.cast(dense.weight.data, base.dense_dtype, f"{WHO}: the weight without the adapter's start")
             base.set_qweight(quantize(left, **base.quant_options))
 
@@ -108,12 +120,18 @@ class LoraQuantLinear(lora.Linear):
         """As PEFT's, which takes the dtype of a dense base weight as well."""
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         base = self.get_base_layer()
-        if not isinstance(base, QuantLinear) or base.weight.is_meta:
-            return
+        if isinstance(base, QuantLinear) and not base.weight.is_meta:
+            self._cast_adapter(adapter_name, base)
+
+    def _cast_adapter(self, adapter_name: str, base: QuantLinear) -> None:
+        dtype = base.compute_dtype or base.dense_dtype
         for name in self.adapter_layer_names:
             parts = getattr(self, name, None)
-            if isinstance(parts, nn.ModuleDict) and adapter_name in parts:
-                parts[adapter_name].to(base.compute_dtype or base.dense_dtype)
+            if isinstance(parts, nn.ModuleDict | nn.ParameterDict) and adapter_name in parts:
+                part: Any = parts[adapter_name]
+                for parameter in [part] if isinstance(part, nn.Parameter) else part.parameters():
+                    if parameter.is_floating_point() and not parameter.is_meta:
+                        parameter.data = parameter.data.to(dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put a layer of the sum in the place of the base layer; `merge_into` says which.
@@ -226,9 +244,15 @@ class LoraQuantLinear(lora.Linear):
         return self
 
 
+class ParamWrapper(LoraQuantLinear):
+    """The same where `target_parameters` names the layer's weight; PEFT knows such a layer by the name of its class."""
+
+    parameter_name = "weight"
+
+
 def _dense_layer(weight: Tensor) -> nn.Linear:
     dense = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    dense.weight = nn.Parameter(weight, requires_grad=False)
+    dense._parameters["weight"] = nn.Parameter(weight, requires_grad=False)  # accelerate would put it on meta
     return dense
 
 
