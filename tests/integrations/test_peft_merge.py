@@ -123,7 +123,7 @@ def test_a_safe_merge_refuses_and_changes_nothing(method, value):
     """Not even the layers before the broken one."""
     model = broken(value)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(ValueError, match="NaNs detected in the merged weights|must fit float16"):
+    with pytest.raises(ValueError, match=r"NaNs detected in the merged weights|must fit float16"):
         getattr(model, method)(safe_merge=True)
     after = model.state_dict()
     assert before.keys() == after.keys()

@@ -158,8 +158,7 @@ def _set_attribute(set_attribute: Callable[..., None], layer: Any, name: str, va
     """A layer of PEFT's whose dense base layer is quantized after the fact becomes one of ours."""
     set_attribute(layer, name, value)
     if name == "base_layer" and isinstance(value, QuantLinear) and type(layer) is lora.Linear:
-        layer.__class__ = LoraQuantLinear
-        LoraQuantLinear.adopt_dora(layer)
+        LoraQuantLinear.adopt(layer)
 
 
 def _adopting_experts(method: str, original: Callable[..., Any], wrapper: Any, *args: Any, **kwargs: Any) -> Any:

@@ -79,12 +79,14 @@ class LoraQuantLinear(lora.Linear):
         variant = super().resolve_lora_variant(**kwargs)
         return QuantDoraVariant() if type(variant) is DoraLinearVariant else variant
 
-    def adopt_dora(self) -> None:
-        """Turn what PEFT's own DoRA left in this layer into ours."""
-        for name, variant in self.lora_variant.items():
+    @classmethod
+    def adopt(cls, layer: Any) -> None:
+        """Make a layer of PEFT's own one of this class, its DoRA too."""
+        layer.__class__ = cls
+        for name, variant in layer.lora_variant.items():
             if type(variant) is DoraLinearVariant:
-                self.lora_variant[name] = QuantDoraVariant()
-                self.lora_magnitude_vector[name].__class__ = QuantDoraLayer
+                layer.lora_variant[name] = QuantDoraVariant()
+                layer.lora_magnitude_vector[name].__class__ = QuantDoraLayer
 
     @outside_inference_mode
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
