@@ -6,6 +6,7 @@
 #                        no file is pytest's -k
 #   make test            the tests, on every core
 #   make test-slow       those that need a download or minutes, which make test leaves out
+#   make test-oldest     those of the integrations on the oldest transformers, PEFT, accelerate and TRL, in .venv-oldest
 #   make lint            the linters: ruff, clang-format, mypy, and warnings of the C++ compiler
 #   make format          what ruff and clang-format can mend
 #   make bench           every op and a whole model beside their peers: about ten minutes
@@ -20,6 +21,7 @@ VENV    ?= .venv
 # Processes that run the tests; each takes 0.7 GB.
 WORKERS ?= auto --maxprocesses 8
 BIN     := $(VENV)/bin
+OLDEST  := .venv-oldest
 # By files: what a file sets up for all its tests is then set up once.
 PYTEST  := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 CXX_NAMES := -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
@@ -29,8 +31,8 @@ needed = $(if $(filter $1,$(MAKECMDGOALS)),$(if $($2),,$(error say which $3: mak
 $(call needed,check,K,tests,linear)
 $(call needed,bench-compare,BASE,version,main)
 
-.PHONY: setup demo build check test test-slow lint lint-ruff lint-format lint-clang-format lint-mypy lint-warnings format
-.PHONY: bench bench-micro bench-compare gpu clean
+.PHONY: setup demo build check test test-slow test-oldest bench bench-micro bench-compare gpu clean
+.PHONY: lint lint-ruff lint-format lint-clang-format lint-mypy lint-warnings format
 .SECONDARY:
 .NOTPARALLEL:  # one pip at a time in one environment
 
@@ -54,6 +56,10 @@ test: $(VENV)/.installed-test $(VENV)/.built
 
 test-slow: $(VENV)/.installed-test $(VENV)/.built
 	$(PYTEST) -m slow
+
+test-oldest:
+	$(MAKE) VENV=$(OLDEST) $(OLDEST)/.installed-test-oldest $(OLDEST)/.built
+	$(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" tests/integrations
 
 bench: $(VENV)/.installed-bench $(VENV)/.built
 	$(BIN)/python -m benchmarks
@@ -116,4 +122,4 @@ $(VENV)/.installed-lint: $(VENV)/.torch pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info nf4kernels/*.so
+	rm -rf $(VENV) $(OLDEST) build *.egg-info nf4kernels/*.so
