@@ -179,7 +179,7 @@ class QuantModule(nn.Module):
                 f"{self.WHO}: the packed bytes of the {list(self.weight_shape)} weight must stay as quantize made them,"
                 " got bytes that were changed in place (by an average of models, nn.init, zero_, pruning...): they are"
                 " codes, not numbers. Load the layer's state again, and average or initialise adapters alone"
-                " (docs/migrating.md)"
+                " (docs/adapters.md)"
             )
 
     @outside_inference_mode

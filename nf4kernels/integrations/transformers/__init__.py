@@ -1,7 +1,10 @@
 """4-bit models in transformers: `from_pretrained` quantizes as it loads, and `save_pretrained` writes what it made.
 
-Importing this registers `Nf4Config` and its quantizer, so that directories in 4 bits load by themselves.
+Importing this registers `Nf4Config` and its quantizer, so that directories in 4 bits load by themselves. Where PEFT is
+installed it knows our layers then, too.
 """
+
+from importlib.util import find_spec
 
 from .requirement import OLDEST  # isort: skip  # first, since the others import what an older transformers lacks
 from . import hooks
@@ -11,3 +14,5 @@ from .quantizer import Nf4Quantizer
 __all__ = ["OLDEST", "Nf4Config", "Nf4Quantizer"]
 
 hooks.install()
+if find_spec("peft") is not None:
+    from .. import peft  # noqa: F401
