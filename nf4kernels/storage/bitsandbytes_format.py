@@ -30,6 +30,14 @@ class StoredWeight:
     codebook: str
     double_quant: bool
 
+    def sizes(self, key: str) -> dict[str, int]:
+        """name -> elements of each tensor that stands for it on disk; bytes of the packed one, whatever its dtype."""
+        blocks = math.prod(absmax_shape(*self.shape, self.block_size))
+        sizes = {key: math.prod(packed_shape(*self.shape)), f"{key}.absmax": blocks, f"{key}.quant_map": 16}
+        if self.double_quant:
+            sizes |= {f"{key}.nested_absmax": -(-blocks // SUPERBLOCK), f"{key}.nested_quant_map": 256}
+        return sizes
+
 
 def weight_to_tensors(qweight: QuantizedWeight, key: str = "weight", bitsandbytes: bool = False) -> dict[str, Tensor]:
     """The tensors that stand for a weight on disk, by bitsandbytes' names: `key`, `key.absmax`, `key.quant_map`, ...

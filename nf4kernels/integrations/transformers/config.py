@@ -49,7 +49,7 @@ class Nf4Config(QuantizationConfigMixin):
             raise TypeError(f"{who}: fields must be among {known}, got {', '.join(sorted(unknown))}")
         self.quant_method = METHOD
         self.codebook = codebook if isinstance(codebook, str) else _levels(codebook, who)
-        self.block_size = block_size
+        self.block_size: Any = block_size  # None for a while, where bitsandbytes' configuration does not say it
         self.double_quant = double_quant
         self.scale_codebook = scale_codebook
         self.compute_dtype = _dtype(compute_dtype, who)

@@ -1,9 +1,11 @@
-"""What transformers' loader calls with the tensors of a checkpoint: to quantize them, or to put stored ones together."""
+"""What transformers' loader calls with a checkpoint's tensors: to quantize them, or to put stored ones together."""
 
+import copy
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import ConversionOps, MergeModulelist, WeightConverter
 
 from ...codebook import CODEBOOKS
 from ...storage.bitsandbytes_format import BITSANDBYTES_CODEBOOKS, PARTS, STATE
@@ -23,6 +25,48 @@ class QuantizeOnLoad(ConversionOps):
             tensor = value[0] if isinstance(value, list) else value
             made.update(self.quantizer.take_dense(model, name, tensor, missing_keys))
         return made
+
+
+class OneExpertAtATime(WeightConverter):
+    """A converter that merges a matrix for each expert into one tensor, when that is quantized: expert by expert.
+
+    transformers reads all of a layer's experts, stacks and concatenates them: twice the dense tensor at the peak.
+    """
+
+    __slots__ = ()
+
+    @classmethod
+    def instead_of(cls, converter: Any) -> Any:
+        """The same rule; a converter that does not merge experts is itself."""
+        if type(converter) is not WeightConverter or len(converter.target_patterns) != 1:
+            return converter
+        first = converter.operations[0]
+        if not isinstance(first, MergeModulelist) or first.dim != 0:
+            return converter
+        return _of_class(converter, cls)
+
+    def convert(self, layer_name, model=None, config=None, hf_quantizer=None, loading_info=None):
+        counts = {len(tensors) for tensors in self.collected_tensors.values()}
+        if not isinstance(self.quantization_operation, QuantizeOnLoad) or len(counts) != 1:
+            return super().convert(layer_name, model, config, hf_quantizer, loading_info)
+
+        def experts() -> Iterator[Tensor]:
+            for index in range(min(counts)):
+                one = _of_class(self, WeightConverter)
+                one.quantization_operation = None
+                one.collected_tensors = {pattern: [each[index]] for pattern, each in self.collected_tensors.items()}
+                (value,) = one.convert(layer_name, model=model, config=config).values()
+                yield value[0] if isinstance(value, list) else value
+
+        quantizer, missing_keys = self.quantization_operation.quantizer, getattr(loading_info, "missing_keys", None)
+        return quantizer.take_experts(model, layer_name, experts(), missing_keys)
+
+
+def _of_class(converter: Any, kind: type) -> Any:
+    """A shallow copy: these classes have the same attributes and another `convert`."""
+    twin = copy.copy(converter)
+    twin.__class__ = kind
+    return twin
 
 
 class LoadStored(ConversionOps):

@@ -1,5 +1,6 @@
 """What transformers asks while it loads, trains and saves a model whose configuration is an Nf4Config."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,13 +11,14 @@ from transformers.utils import logging
 
 from ...model.merge import merge_model
 from ...model.report import SkippedLayer
+from ...model.walk import get_submodule
 from ...quantized_weight import SUPERBLOCK
 from ...storage.bitsandbytes_format import weight_from_tensors
 from .config import METHOD, Nf4Config
-from .operations import QuantizeOnLoad, is_stored_conversion, stored_conversions
-from .saving import dense_modules, has_4_bit_layer, keep_4_bit_names, restore_conv1d, state_for_saving
+from .operations import OneExpertAtATime, QuantizeOnLoad, is_stored_conversion, stored_conversions
+from .saving import converts, dense_modules, has_4_bit_layer, keep_4_bit_names, restore_conv1d, state_for_saving
 from .stored import Headers, check_experts, expect_stored
-from .targets import Target, place, plan, quantized
+from .targets import Target, needs_no_init, place, plan, quantized, quantized_experts
 
 logger = logging.get_logger(__name__)
 
@@ -74,6 +76,18 @@ class Nf4Quantizer(HfQuantizer):
     def get_weight_conversions(self) -> list[Any]:
         return stored_conversions(self) if self.pre_quantized else []
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """The model's rules and ours. transformers before 5.2x does not ask, and goes by the model's as they are.
+
+        Experts are merged one by one where they are quantized. Where they are stored in 4 bits, a conversion would take
+        their codes for numbers.
+        """
+        if not self.pre_quantized:
+            return [OneExpertAtATime.instead_of(each) for each in weight_conversions]
+        parts = [f"{name}.weight" for name in self.checksums]
+        kept = [each for each in weight_conversions if not converts(each, parts)]
+        return kept + self.get_weight_conversions()
+
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """No cast before our own operation, which tells a dense tensor from a scale; transformers before 5.2x: none."""
         if not is_stored_conversion(converter):
@@ -87,6 +101,13 @@ class Nf4Quantizer(HfQuantizer):
         if target is None:
             return {name: tensor}
         return self._take(model, name, lambda: quantized(target, tensor, self.quantization_config), missing_keys)
+
+    def take_experts(self, model: nn.Module, name: str, experts: Iterable[Tensor], missing_keys: Any) -> dict:
+        """The same of a dense tensor that comes expert by expert."""
+        target = self.targets[name]
+        return self._take(
+            model, name, lambda: quantized_experts(target, experts, self.quantization_config), missing_keys
+        )
 
     def take_stored(self, model: nn.Module, name: str, tensors: dict[str, Tensor], missing_keys: Any) -> dict:
         """The same of the tensors that are stored for one weight."""
@@ -102,6 +123,7 @@ class Nf4Quantizer(HfQuantizer):
             return place(model, target, make(), config.compute_dtype, config.quant_options)
         except (TypeError, ValueError) as error:
             self.error = type(error)(f"nf4kernels.Nf4Config: {name}: {error}")
+            needs_no_init(get_submodule(model, target.names[0]))
             return {}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:

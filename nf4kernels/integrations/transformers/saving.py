@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers.core_model_loading import WeightConverter
+from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.pytorch_utils import Conv1D
 
 from ...model.plan import is_conv1d, replace_module
@@ -12,6 +13,7 @@ from ...model.walk import named_modules, state_dict
 from ...nn.quant_experts import WEIGHTS
 from ...nn.quant_linear import QuantLinear
 from ...nn.quant_module import BUFFERS, OTHER_BUFFERS, QuantModule
+from ...quantized_weight import WEIGHT_DTYPES, QuantizedWeight
 from ...storage.bitsandbytes_format import weight_to_tensors
 
 
@@ -42,8 +44,33 @@ def state_for_saving(model: nn.Module) -> dict[str, Tensor]:
             state.pop(f"{name}.{leaf}", None)
         if module not in written:
             written.add(module)
-            state.update(weight_to_tensors(module.qweight, f"{name}.weight"))
+            state.update(_stored_tensors(model, name, module))
     return state
+
+
+def _stored_tensors(model: Any, name: str, layer: QuantLinear) -> dict[str, Tensor]:
+    """Of an offloaded layer the packed bytes stay where they are: save_pretrained fetches them, shard by shard."""
+    key = f"{name}.weight"
+    offloaded = [leaf for leaf, tensor in {**layer._parameters, **layer._buffers}.items() if _is_meta(tensor)]
+    if not offloaded:
+        return weight_to_tensors(layer.qweight, key)
+    values: dict[str, Any] = {
+        leaf: load_offloaded_parameter(model, f"{name}.{leaf}") if leaf in offloaded else getattr(layer, leaf)
+        for leaf in ("weight", "source_dtype", *BUFFERS)
+    }
+    packed, dtype = values.pop("weight").data, WEIGHT_DTYPES[int(values.pop("source_dtype"))]
+    qweight = QuantizedWeight(
+        packed, **values, shape=layer.weight_shape, dtype=dtype, block_size=layer.block_size, codebook=layer.codebook,
+        scale_codebook=layer.scale_codebook,
+    )  # fmt: skip
+    stored = weight_to_tensors(qweight, key)
+    if layer.weight.is_meta:
+        stored[key] = layer.weight.detach()
+    return stored
+
+
+def _is_meta(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.is_meta
 
 
 def keep_4_bit_names(model: Any) -> None:
@@ -57,14 +84,16 @@ def keep_4_bit_names(model: Any) -> None:
         return
     prefixes = [name for name, module in named_modules(model) if isinstance(module, QuantModule)]
     names = [f"{prefix}.weight" for prefix in prefixes]
-    model._weight_conversions = [each for each in conversions if not _converts_back(each, names)]
+    model._weight_conversions = [
+        each
+        for each in conversions
+        if not (isinstance(each, WeightConverter) and converts(each.reverse_transform(), names))
+    ]
 
 
-def _converts_back(conversion: Any, names: Iterable[str]) -> bool:
-    if not isinstance(conversion, WeightConverter):
-        return False
-    back = conversion.reverse_transform()
-    return any(back.rename_source_key(name)[1] is not None for name in names)
+def converts(conversion: Any, names: Iterable[str]) -> bool:
+    """Whether it is a conversion of values, not of names alone, that takes one of the names."""
+    return isinstance(conversion, WeightConverter) and any(conversion.rename_source_key(n)[1] for n in names)
 
 
 def restore_conv1d(model: nn.Module, names: Iterable[str]) -> None:

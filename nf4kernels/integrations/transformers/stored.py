@@ -1,20 +1,22 @@
 """A 4-bit checkpoint before it is read: what its headers say, checked against the model and the configuration."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers.quantizers.base import HfQuantizer
 
 from ...model.plan import is_conv1d, names_of_modules
 from ...model.walk import get_submodule
 from ...nn.quant_experts import WEIGHTS, GroupedQuantLinear, layout_problem
 from ...nn.quant_module import OTHER_BUFFERS
 from ...quantized_weight import WEIGHT_DTYPES
-from ...storage.bitsandbytes_format import StoredWeight, stored_weight, stored_weights
+from ...storage.bitsandbytes_format import PARTS, STATE, StoredWeight, stored_weight, stored_weights
 from ...storage.experts_format import stored_experts
 from ...storage.key_conversion import group_tensors
 from .config import Nf4Config
@@ -46,8 +48,8 @@ class Headers:
         self._stack.close()
 
     @property
-    def names(self) -> list[str]:
-        return list(self._file_of)
+    def names(self) -> Collection[str]:
+        return self._file_of.keys()
 
     def read(self, name: str) -> Tensor:
         return self._file_of[name].get_tensor(name)
@@ -81,14 +83,10 @@ def expect_stored(model: Any, headers: Headers, config: Nf4Config) -> Expected:
     Raises:
         ValueError: the checkpoint and the configuration contradict each other, or the model has no place for a weight.
     """
-    metadata: dict[str, list[str]] = {}
-    for name in headers.names:
-        for key in stored_weights([name]):
-            metadata.setdefault(key, []).append(name)
+    stored = _stored_weights(headers)
     experts = stored_experts(headers.names)
-    if not metadata and not experts:
+    if not stored and not experts:
         raise ValueError(f"{WHO}: the checkpoint must have weights in 4 bits, as the configuration says, got none")
-    stored = {key: stored_weight(names, headers.read, key, WHO) for key, names in metadata.items()}
     if stored and config.block_size is None:  # bitsandbytes' configuration does not say
         config.block_size = next(iter(stored.values())).block_size
     for key, weight in stored.items():
@@ -96,6 +94,29 @@ def expect_stored(model: Any, headers: Headers, config: Nf4Config) -> Expected:
     aliases = {name: names for names in names_of_modules(model).values() for name in names}
     targets = _expect_weights(model, headers, stored, aliases)
     return Expected(targets, _expect_experts(model, headers, config, experts, aliases))
+
+
+def _stored_weights(headers: Headers) -> dict[str, StoredWeight]:
+    """key -> what is stored there; ValueError where a part of it is missing or of another size."""
+    names = headers.names
+    metadata: dict[str, list[str]] = {}
+    for name in names:
+        for key in stored_weights([name]):
+            metadata.setdefault(key, []).append(name)
+    for name in names:
+        key, _, part = name.rpartition(".")
+        if part in PARTS and key in names and key not in metadata:
+            raise ValueError(f"{WHO}: the checkpoint must have {key}{STATE}* beside {name}, got none")
+    stored = {key: stored_weight(states, headers.read, key, WHO) for key, states in metadata.items()}
+    for key, weight in stored.items():
+        for name, size in weight.sizes(key).items():
+            if name not in names:
+                raise ValueError(f"{WHO}: the checkpoint must have {name}, got none")
+            came = headers.on_meta(name)
+            count = came.nbytes if name == key else came.numel()
+            if count != size:
+                raise ValueError(f"{WHO}: {name} must have {size} elements, got {count}")
+    return stored
 
 
 def _check_options(key: str, weight: StoredWeight, headers: Headers, config: Nf4Config) -> None:
@@ -143,6 +164,9 @@ def _expect_experts(
     checksums: dict[str, Tensor] = {}
     in_file: dict[str, dict[str, str]] = {}  # module -> leaf -> key
     for group in group_tensors(model, keys, model.state_dict(keep_vars=True)):
+        if group.converter is not None and not hasattr(HfQuantizer, "update_weight_conversions"):
+            expected = f"must be one that lets the conversion of {group.target} be left out, 5.24 does"
+            raise ValueError(f"{WHO}: transformers {expected}, got {transformers.__version__}")
         owner, _, leaf = group.target.rpartition(".")
         in_file.setdefault(owner, {})[leaf] = next(iter(group.sources))
     for owner, found in in_file.items():

@@ -1,7 +1,7 @@
 """Which tensors of a model become 4-bit weights while it is loaded, and how such a weight takes its place."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -79,6 +79,26 @@ def quantized(target: Target, tensor: Tensor, config: Nf4Config) -> QuantizedWei
     return quantize(tensor.t().contiguous() if target.transposed else tensor, **config.quant_options)
 
 
+def quantized_experts(target: Target, experts: Iterable[Tensor], config: Nf4Config) -> QuantizedExperts:
+    """The same of one dense expert `[1, N, K]` after the other."""
+    E, N, K = target.shape
+    parts = []
+    for index, dense in enumerate(experts):
+        if dense.shape != (1, N, K) or index >= E:
+            raise ValueError(f"the checkpoint must have {E} experts of shape {[N, K]}, got {list(dense.shape[1:])}")
+        try:
+            parts.append(quantize_experts(dense, **config.quant_options))
+        except ValueError as error:
+            raise ValueError(f"expert {index}: {error}") from None
+    if len(parts) != E:
+        raise ValueError(f"the checkpoint must have {E} experts, got {len(parts)}")
+    names = [
+        name for name in ("packed", "absmax", "scale_absmax", "scale_offset") if getattr(parts[0], name) is not None
+    ]
+    stacked: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+    return replace(parts[0], **stacked, shape=target.shape)
+
+
 def place(
     model: nn.Module, target: Target, qweight: Any, compute_dtype: torch.dtype | None, quant_options: dict[str, Any]
 ) -> dict[str, Tensor]:
@@ -102,7 +122,7 @@ def place(
         setattr(part, buffer, getattr(qweight, buffer))
     part.source_dtype = torch.tensor(WEIGHT_DTYPES.index(qweight.dtype), dtype=torch.uint8, device=qweight.device)
     part.cast_to = None if target.dtype == qweight.dtype else target.dtype
-    _needs_no_init(part)
+    needs_no_init(part)
     return {f"{name}.weight": qweight.packed}
 
 
@@ -118,10 +138,10 @@ def experts_on_meta(
     gate_up, down = (quantize_experts(weight, **quant_options) for weight in empty)
     experts = QuantExperts.from_quantized(module, gate_up, down, compute_dtype)
     replace_module(model, target.names, module, experts)
-    _needs_no_init(experts)
+    needs_no_init(experts)
     return experts
 
 
-def _needs_no_init(module: Any) -> None:
+def needs_no_init(module: Any) -> None:
     """transformers draws what a checkpoint lacks; this mark says that nothing is lacking."""
     module._is_hf_initialized = True
