@@ -150,7 +150,7 @@ def _update_module_to_save(
     if is_quantized and adapter_name not in wrapper.modules_to_save and not (args or kwargs.get("tied_module")):
         holder = nn.ModuleList([copy.deepcopy(original)])
         merge_model(holder)
-        wrapper.modules_to_save[adapter_name] = holder[0]
+        wrapper.modules_to_save[adapter_name] = holder[0].requires_grad_(False)  # PEFT unfreezes the active one
     update(wrapper, adapter_name, *args, **kwargs)
 
 

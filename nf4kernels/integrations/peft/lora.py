@@ -109,14 +109,23 @@ class LoraQuantLinear(lora.Linear):
         start_weight = base.dequantize(torch.float32)
         with self._standing_in(start_weight.clone()) as dense:
             super().update_layer(adapter_name, *args, **kwargs)
+            self._truncate_now(adapter_name)
         self._cast_adapter(adapter_name, base)
-        if getattr(self, "_lora_kasa_truncation_deferred", None):
-            raise ValueError(
-                f"{WHO}: low_cpu_mem_usage must be off for KaSA, which changes the base weight at its start"
-            )
         if not torch.equal(dense.weight, start_weight):
             left = casts.cast(dense.weight.data, base.dense_dtype, f"{WHO}: the weight without the adapter's start")
-            base.set_qweight(quantize(left, **base.quant_options))
+            qweight = quantize(left, **base.quant_options)
+            base.set_qweight(qweight)
+            if base.weight.is_meta:  # inside accelerate's init_empty_weights, which is meant for the adapter
+                base._parameters["weight"] = nn.Parameter(qweight.packed, requires_grad=False)
+                base.record_bytes()
+
+    def _truncate_now(self, adapter_name: str) -> None:
+        """What KaSA puts off until the first forward where the adapter is on meta: by then the base is in 4 bits."""
+        put_off: set[str] = getattr(self, "_lora_kasa_truncation_deferred", set())
+        if adapter_name in put_off:
+            variant: Any = self.lora_variant[adapter_name]
+            variant._truncate_base_weight(self, self.r[adapter_name])
+            put_off.discard(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """As PEFT's, which takes the dtype of a dense base weight as well."""
@@ -250,6 +259,9 @@ class ParamWrapper(LoraQuantLinear):
     """The same where `target_parameters` names the layer's weight; PEFT knows such a layer by the name of its class."""
 
     parameter_name = "weight"
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace("(", f"(\n  parameter_name={self.parameter_name!r},", 1)
 
 
 def _dense_layer(weight: Tensor) -> nn.Linear:
