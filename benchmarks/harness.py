@@ -42,6 +42,7 @@ class Row:
     share: Spread | None = None  # the floor over our time
     tokens: int | None = None  # that one call processes, of a model
     peak_mib: dict[str, float] = field(default_factory=dict)
+    loss: dict[str, float] = field(default_factory=dict)  # held out, in nats a token, after training
     others: float | None = None  # cores that other processes kept busy meanwhile
     predicted_ms: float | None = None  # ours, by `gpu.predictions`
 
@@ -56,6 +57,8 @@ class Row:
             text += "\n" + ", ".join(f"  {side}: {self.tokens / ms * 1e3:.1f} tokens/s" for side, ms in self.ms.items())
         if self.peak_mib:
             text += "\n" + ", ".join(f"  {side}: peak {mib:.0f} MiB" for side, mib in self.peak_mib.items())
+        if self.loss:
+            text += "\n" + ", ".join(f"  {side}: held-out loss {loss:.3f}" for side, loss in self.loss.items())
         return text
 
 
@@ -85,14 +88,17 @@ class Plan:
         return row
 
 
-def watch_others() -> Callable[[], float | None]:
-    """A function that returns how many cores other processes kept busy since now; None where Linux does not say."""
+def watch_others(own: Callable[[], float] = time.process_time) -> Callable[[], float | None]:
+    """A function that returns how many cores other processes kept busy since now; None where Linux does not say.
+
+    `own` returns the seconds of CPU time that are not theirs.
+    """
     if not STAT.exists():
         return lambda: None
 
     def busy_elsewhere() -> float:
         user, nice, system, _idle, _waiting, *interrupted = map(int, STAT.read_text().split("\n")[0].split()[1:9])
-        return (user + nice + system + sum(interrupted)) / os.sysconf("SC_CLK_TCK") - time.process_time()
+        return (user + nice + system + sum(interrupted)) / os.sysconf("SC_CLK_TCK") - own()
 
     begin, busy = time.perf_counter(), busy_elsewhere()
     return lambda: max(0.0, busy_elsewhere() - busy) / (time.perf_counter() - begin)

@@ -27,7 +27,7 @@ OP_ORDER = (
 )
 FIGURES = (
     "op", "shape", "M", "threads", "cache", "side", "ms", "ours_is_faster_by", "p20", "p80",
-    "floor_ms", "share_of_floor", "share_p20", "share_p80", "tokens", "tokens_per_s", "peak_mib", "other_cores",
+    "floor_ms", "share_of_floor", "share_p20", "share_p80", "tokens", "tokens_per_s", "peak_mib", "loss", "other_cores",
     "predicted_ms",
 )  # fmt: skip
 
@@ -55,6 +55,8 @@ def write_csv(path: Path, rows: Iterable[Row], about: dict[str, str]) -> None:
                     line |= {"tokens": row.tokens, "tokens_per_s": f"{row.tokens / ms * 1e3:.5g}"}
                 if side in row.peak_mib:
                     line["peak_mib"] = f"{row.peak_mib[side]:.0f}"
+                if side in row.loss:
+                    line["loss"] = f"{row.loss[side]:.4f}"
                 if side == OURS and row.predicted_ms is not None:
                     line["predicted_ms"] = f"{row.predicted_ms:.5g}"
                 if row.others is not None:
@@ -87,6 +89,8 @@ def read_csv(path: Path) -> tuple[list[Row], dict[str, str]]:
                 row.predicted_ms = float(line["predicted_ms"])
             if line["peak_mib"]:
                 row.peak_mib[side] = float(line["peak_mib"])
+            if line.get("loss"):
+                row.loss[side] = float(line["loss"])
     return list(rows.values()), about
 
 
