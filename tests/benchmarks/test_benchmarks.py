@@ -45,8 +45,8 @@ def rows() -> list[Row]:
         Row("quantize", "4096x4096", None, 2, "out", {OURS: 5, BNB: 300, BNB_DQ: 320}, {BNB: (59, 60, 61),
             BNB_DQ: (60, 64, 66)}, 2, (0.38, 0.4, 0.41)),
         Row("qlora step", "a model", None, 2, "", {OURS: 100, BNB: 180, DENSE: 95}, {BNB: (1.7, 1.8, 2.6),
-            DENSE: (0.9, 0.95, 1.0)}, tokens=512, peak_mib={OURS: 1000, BNB: 1100, DENSE: 1200}, loss={OURS: 3.1, BNB: 3.2},
-            others=0.25),
+            DENSE: (0.9, 0.95, 1.0)}, tokens=512, peak_mib={OURS: 1000, BNB: 1100, DENSE: 1200},
+            loss={OURS: 3.1, BNB: 3.2}, others=0.25),
     ]  # fmt: skip
     for shape in ("4096x4096", "11008x4096"):
         for M in (1, 16, 64):

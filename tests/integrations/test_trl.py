@@ -1,10 +1,14 @@
 """TRL's trainers on our layers: what is learnt, that the bytes stay, and that the base alone is the reference."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from support import tiny, words
+
+from nf4kernels.demo import smollm2
+from nf4kernels.demo.data import WORDNET, read_examples
 
 transformers = tiny.transformers()
 peft, datasets, trl = (
@@ -44,13 +48,13 @@ def sentence(first: int, length: int) -> str:
     return " ".join(words.WORDS[(first + i) % len(words.WORDS)] for i in range(length))
 
 
-def train(trainer) -> list[dict]:
-    """What was logged at each step; the adapters have moved, and the bytes in 4 bits have not."""
+def train(trainer, count: int = LAYERS) -> list[dict]:
+    """What was logged at each step; the adapters have moved, and the bytes of `count` layers in 4 bits have not."""
     layers = tiny.layers(trainer.model)
-    assert len(layers) == sum(isinstance(module, LoraQuantLinear) for module in trainer.model.modules()) == LAYERS
+    assert len(layers) == sum(isinstance(module, LoraQuantLinear) for module in trainer.model.modules()) == count
     before = {name: layer.weight.clone() for name, layer in layers.items()}
     adapters = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
-    assert len(adapters) == 2 * LAYERS
+    assert len(adapters) == 2 * count
     assert all("lora_" in name for name in adapters)
     trainer.train()
     for name, layer in tiny.layers(trainer.model).items():
@@ -147,3 +151,24 @@ def test_group_relative_policy_optimization_with_generation(directory, tmp_path)
     logs = train(trainer)
     assert mean(logs[:3], "reward") == pytest.approx(0.5, abs=0.1)
     assert mean(logs[-3:], "reward") > mean(logs[:3], "reward") + 0.25
+
+
+@pytest.mark.slow
+def test_smollm2_learns_definitions(tmp_path):
+    try:
+        directory = smollm2.fetch(Path(__file__).parents[2] / ".cache")
+    except smollm2.FetchError as error:
+        pytest.skip(f"needs SmolLM2-135M: {error}")
+    examples, _ = read_examples(WORDNET)
+    data = datasets.Dataset.from_list([{"prompt": e.prompt, "completion": e.answer} for e in examples[:64]])
+    trainer = trl.SFTTrainer(
+        transformers.AutoModelForCausalLM.from_pretrained(
+            directory, quantization_config=Nf4Config(), dtype=torch.bfloat16, attn_implementation="eager"
+        ),
+        args=trl.SFTConfig(**settings(tmp_path, 5, per_device_train_batch_size=8, bf16=True), learning_rate=1e-3),
+        train_dataset=data,
+        processing_class=transformers.AutoTokenizer.from_pretrained(directory),
+        peft_config=lora(),
+    )
+    logs = train(trainer, count=7 * 30)
+    assert mean(logs[-2:], "loss") < float(logs[0]["loss"]) - 1
