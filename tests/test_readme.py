@@ -3,11 +3,13 @@
 A ```python block is run; ```py shows signatures, and ```text what is planned.
 """
 
+import importlib
 import importlib.util
 import re
 from pathlib import Path
 
 import pytest
+from support import words
 from support.paths import ROOT
 
 import nf4kernels as nf4
@@ -15,7 +17,7 @@ from nf4kernels import cli
 
 DOCUMENTS = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
-OPTIONAL = ("transformers", "peft", "bitsandbytes")
+OPTIONAL = ("transformers", "peft", "trl", "bitsandbytes")
 
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 
@@ -49,10 +51,18 @@ def test_python_blocks_run(document, tmp_path, monkeypatch):
         if any(name in block for block in python_blocks(document)):
             pytest.importorskip(name, reason=f"{name} is not installed: {document.name} is not run")
     names: dict = {}
-    for block in python_blocks(document):
-        exec(block, names)
     if document.name == "README.md":
-        assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+        words.directory(tmp_path / "SmolLM2-135M-Instruct")
+    try:
+        for block in python_blocks(document):
+            exec(block, names)
+    finally:
+        if "unpatch" in names or "patch" in names:
+            importlib.import_module("nf4kernels.integrations.bitsandbytes").unpatch()
+    if document.name == "README.md":
+        for directory in ("adapter", "native"):
+            assert (tmp_path / directory / "adapter_model.safetensors").exists()
+        assert "quantization_config" not in (tmp_path / "merged" / "config.json").read_text()
         assert names["y"].shape == (3, 1024)
 
 
@@ -107,4 +117,4 @@ def test_commands_and_links_are_found():
     assert {"demo", "test"} <= {rest.split()[0] for rest in arguments(readme, "make ")}
     assert {"info", "quantize", "demo"} <= {rest.split()[0] for rest in arguments(readme, "nf4kernels ")}
     assert any("--docs" in rest for rest in arguments(ROOT / "docs" / "speed.md", "python -m "))
-    assert len(python_blocks(readme)) == 2
+    assert len(python_blocks(readme)) == 5
