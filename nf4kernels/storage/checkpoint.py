@@ -107,10 +107,10 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
 
     Where the file has a 4-bit weight, an nn.Linear of that shape (or GPT-2's Conv1D) becomes a QuantLinear, and a
     QuantLinear takes over the file's codebook, block size and scales; fused experts become QuantExperts likewise.
-    Adapters stored with their configuration are attached. Other tensors are copied into the model's, or put in their place where the model is on
-    the meta device; buffers that no state dict holds (rotary embeddings' frequencies) stay on meta, and a warning names
-    them. Such buffers in the file are ignored. Where a file has other names than the model, or a matrix for each
-    expert, it is read by the rules that transformers 5 has for that model.
+    Adapters stored with their configuration are attached. Other tensors are copied into the model's, or put in their
+    place where the model is on the meta device; buffers that no state dict holds (rotary embeddings' frequencies) stay
+    on meta, and a warning names them. Such buffers in the file are ignored. Where a file has other names than the
+    model, or a matrix for each expert, it is read by the rules that transformers 5 has for that model.
 
     The file may be of a larger model around this one, or of the part of it that lacks the head: then one prefix makes
     the names fit, and a warning names the tensors that were left out, in the file or in the model. Where the model ties

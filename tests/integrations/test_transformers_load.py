@@ -1,47 +1,166 @@
-"""from_pretrained with an Nf4Config: what it quantizes while it reads, saves and reads again."""
+"""from_pretrained with an Nf4Config: what becomes of a dense checkpoint while it is read."""
+
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from support import tiny
+from support.directories import dense_directory, load, logits, same_state, transformers
+from support.paths import python_path
+from transformers.quantizers.base import HfQuantizer
 
 import nf4kernels as nf4
-
-transformers = tiny.transformers()
-from nf4kernels.integrations.transformers import Nf4Config  # noqa: E402  # it needs transformers
+from nf4kernels.integrations.transformers import Nf4Config
 
 
-def dense_directory(directory, class_name="LlamaForCausalLM", dtype=torch.bfloat16, **changes):
-    tiny.make(class_name, dtype=dtype, **changes).save_pretrained(directory)
-    return directory
-
-
-def load(directory, **options):
-    return transformers.AutoModelForCausalLM.from_pretrained(directory, **options)
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(tiny.IDS).logits
-
-
-def test_loads_what_quantize_model_makes(tmp_path):
-    directory = dense_directory(tmp_path)
-    expected = load(directory)
-    nf4.quantize_model(expected, progress=False)
-    model = load(directory, quantization_config=Nf4Config())
-    assert list(tiny.layers(model)) == list(tiny.layers(expected)) != []
-    assert model.state_dict().keys() == expected.state_dict().keys()
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), expected.state_dict().values()))
+@pytest.mark.parametrize("family", ["Llama", "tied", "Mixtral", "Qwen3-MoE", "gpt-oss"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_loads_what_quantize_model_makes(tmp_path, family, dtype):
+    directory = dense_directory(tmp_path, family)
+    expected = load(directory, dtype=dtype)
+    report = nf4.quantize_model(expected, progress=False)
+    model = load(directory, dtype=dtype, quantization_config=Nf4Config())
+    assert report.layers
+    assert same_state(model, expected)
     assert torch.equal(logits(model), logits(expected))
 
 
-@pytest.mark.parametrize("shard", ["5GB", "20KB"])
-def test_saves_and_loads_the_same_bits(tmp_path, shard):
-    model = load(dense_directory(tmp_path / "dense"), quantization_config=Nf4Config())
-    model.save_pretrained(tmp_path / "saved", max_shard_size=shard)
-    assert (len(list((tmp_path / "saved").glob("*.safetensors"))) > 1) == (shard == "20KB")
-    again = load(tmp_path / "saved")
-    assert list(tiny.layers(again)) == list(tiny.layers(model))
-    assert torch.equal(logits(again), logits(model))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"codebook": "fp4", "block_size": 128, "scale_codebook": "dynamic8"},
+        {"codebook": [i / 15 * 2 - 1 for i in range(16)], "double_quant": False},
+        {"codebook": "af4", "block_size": 32, "compute_dtype": torch.float32},
+    ],
+)
+def test_options_reach_the_layers(tmp_path, options):
+    directory = dense_directory(tmp_path)
+    expected = load(directory)
+    levels = options["codebook"]
+    options = options | {"codebook": levels if isinstance(levels, str) else torch.tensor(levels)}
+    nf4.quantize_model(expected, progress=False, skip=["v_proj", "layers.1.mlp"], **options)
+    model = load(directory, quantization_config=Nf4Config(skip=["v_proj", "layers.1.mlp"], **options))
+    assert same_state(model, expected)
+    assert {layer.compute_dtype for layer in tiny.layers(model).values()} == {options.get("compute_dtype")}
+    assert torch.equal(logits(model), logits(expected))
+
+
+def test_conv1d_is_transposed_once(tmp_path):
+    directory = dense_directory(tmp_path, "GPT-2")
+    dense, model = load(directory), load(directory, quantization_config=Nf4Config())
+    names = [name for name, module in dense.named_modules() if type(module).__name__ == "Conv1D"]
+    assert list(tiny.layers(model)) == names
     for name, layer in tiny.layers(model).items():
-        assert torch.equal(again.get_submodule(name).checksum, layer.checksum)
+        conv = dense.get_submodule(name)
+        assert (layer.out_features, layer.in_features) == (conv.nf, conv.nx)
+        assert torch.equal(layer.qweight.packed, nf4.quantize(conv.weight.t().contiguous()).packed)
+        assert torch.equal(layer.bias, conv.bias)
+    skipped = load(directory, quantization_config=Nf4Config(skip=["c_fc"]))
+    assert list(tiny.layers(skipped)) == [name for name in names if not name.endswith("c_fc")]
+
+
+def test_the_first_use_needs_nothing_recorded_anew(tmp_path):
+    model = load(dense_directory(tmp_path), quantization_config=Nf4Config())
+    for layer in tiny.layers(model).values():
+        recorded = layer.checksum.clone()
+        layer.record_bytes()
+        assert torch.equal(layer.checksum, recorded)
+        assert recorded.any()
+        assert layer.dense_dtype == torch.bfloat16
+        assert not layer.weight.requires_grad
+
+
+def test_dense_experts_are_reported(tmp_path, caplog):
+    load(dense_directory(tmp_path, "gpt-oss"), quantization_config=Nf4Config())
+    (record,) = [r for r in caplog.records if r.name.startswith("nf4kernels") and r.levelname == "WARNING"]
+    assert "experts stay dense" in record.message
+    assert "model.layers.0.mlp.experts.gate_up_proj" in record.message
+    assert "experts with transposed weights, biases" in record.message
+
+
+def test_a_layer_that_the_checkpoint_lacks_stays_dense(tmp_path):
+    directory = dense_directory(tmp_path)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        directory, quantization_config=Nf4Config(), num_labels=3
+    )
+    assert type(model.score) is torch.nn.Linear
+    assert model.score.weight.isfinite().all()
+    assert len(tiny.layers(model)) == 14
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}], ids=str)
+def test_device_maps_change_nothing(tmp_path, device_map):
+    pytest.importorskip("accelerate", reason="accelerate is not installed: there are no device maps")
+    directory = dense_directory(tmp_path, "Mixtral")
+    expected = load(directory, quantization_config=Nf4Config())
+    model = load(directory, quantization_config=Nf4Config(), device_map=device_map)
+    assert same_state(model, expected)
+
+
+def test_device_maps_are_made_for_4_bit_sizes(tmp_path):
+    """Of two limits the 4-bit model fits under one, though the dense one would not; what does not fit goes to disk."""
+    pytest.importorskip("accelerate", reason="accelerate is not installed: there are no device maps")
+    directory = dense_directory(tmp_path, hidden_size=256, intermediate_size=512, vocab_size=32)
+    dense = load(directory).get_memory_footprint()
+    options = {"quantization_config": Nf4Config(), "device_map": "auto"}
+    model = load(directory, max_memory={"cpu": int(0.6 * dense)}, **options)
+    assert model.get_memory_footprint() < 0.4 * dense
+    with pytest.raises(ValueError, match="device_map must not offload to disk while a dense checkpoint is quantized"):
+        load(directory, max_memory={"cpu": int(0.2 * dense)}, **options)
+
+
+MEASURE = """
+import sys, threading, time
+import torch, transformers
+from nf4kernels.integrations.transformers import Nf4Config
+
+def resident():  # of this process, without the pages of files
+    with open('/proc/self/status') as status:
+        return next(int(line.split()[1]) for line in status if line.startswith('RssAnon')) / 1024
+
+def watch():
+    global peak
+    while not done.is_set():
+        peak = max(peak, resident())
+        time.sleep(0.0005)
+
+for directory in sys.argv[1:]:
+    before, peak, done = resident(), 0.0, threading.Event()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.bfloat16, quantization_config=Nf4Config())
+    done.set()
+    watcher.join()
+    after = resident()
+    print(peak - after, after - before, model.get_memory_footprint() / 2**20, model.num_parameters() * 2 / 2**20)
+    del model
+"""
+
+
+def test_one_dense_tensor_at_a_time(tmp_path):
+    """Beside the 4-bit model there is at most the largest dense matrix, of experts one, while the model is 10 to 15.
+
+    The checkpoint is in fp32 and loaded as bf16, so that each dense tensor is a copy in memory, not pages of the file.
+    """
+    sizes = {"vocab_size": 32, "num_hidden_layers": 4, "dtype": torch.float32}
+    dense_directory(tmp_path / "Llama", hidden_size=1024, intermediate_size=2048, **sizes)
+    experts = {"hidden_size": 512, "intermediate_size": 512, "num_local_experts": 8}
+    dense_directory(tmp_path / "Mixtral", "Mixtral", **experts, **sizes)
+    # MiB in bf16: a matrix; the gate and the up of one expert, and the two as one, or of all where transformers merges
+    merged_at_once = 1 if hasattr(HfQuantizer, "update_weight_conversions") else 8
+    beside = {"Llama": 2 * 1024 * 2048 / 2**20, "Mixtral": merged_at_once * 2 * 2 * (2 * 512 * 512) / 2**20}
+    # Every block of memory goes back to the system when it is freed.
+    malloc = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE, *(str(tmp_path / name) for name in beside)],
+        env=os.environ | python_path() | malloc, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    for largest, line in zip(beside.values(), result.stdout.splitlines(), strict=True):
+        extra, grown, model, dense = map(float, line.split())
+        assert dense - model > 3 * largest
+        assert grown > 0.8 * model  # what is measured is the model's memory
+        assert extra < largest + 3  # Python and torch allocate something meanwhile

@@ -1,5 +1,6 @@
 """What transformers asks while it loads, trains and saves a model whose configuration is an Nf4Config."""
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -7,20 +8,28 @@ import torch
 from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils import logging
 
 from ...model.merge import merge_model
 from ...model.report import SkippedLayer
 from ...model.walk import get_submodule
 from ...quantized_weight import SUPERBLOCK
 from ...storage.bitsandbytes_format import weight_from_tensors
+from ...storage.names import listed
 from .config import METHOD, Nf4Config
 from .operations import OneExpertAtATime, QuantizeOnLoad, is_stored_conversion, stored_conversions
-from .saving import converts, dense_modules, has_4_bit_layer, keep_4_bit_names, restore_conv1d, state_for_saving
+from .saving import (
+    check_no_adapters,
+    converts,
+    dense_modules,
+    has_4_bit_layer,
+    keep_4_bit_names,
+    restore_conv1d,
+    state_for_saving,
+)
 from .stored import Headers, check_experts, expect_stored
-from .targets import Target, needs_no_init, place, plan, quantized, quantized_experts
+from .targets import Target, dense_experts, needs_no_init, place, plan, quantized, quantized_experts
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @register_quantizer(METHOD)
@@ -41,7 +50,6 @@ class Nf4Quantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.targets: dict[str, Target] = {}
         self.checksums: dict[str, Tensor] = {}
-        self.skipped: list[SkippedLayer] = []
         self.error: Exception | None = None
 
     # Loading
@@ -59,7 +67,8 @@ class Nf4Quantizer(HfQuantizer):
                 expected = expect_stored(model, headers, self.quantization_config)
                 self.targets, self.checksums = expected.targets, expected.checksums
             else:
-                self.targets, self.skipped = plan(model, self.quantization_config)
+                self.targets, skipped = plan(model, self.quantization_config)
+                _report(model, skipped)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         return not self.pre_quantized and param_name in self.targets
@@ -144,9 +153,10 @@ class Nf4Quantizer(HfQuantizer):
         """The state by the names that it has on disk; config.json is made to fit it."""
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # adapters alone are saved
-        transposed = {name for target in self.targets.values() if target.transposed for name in target.names}
-        restore_conv1d(model, transposed)
+        check_no_adapters(model)
+        restore_conv1d(model, self._transposed)
         if not has_4_bit_layer(model):
+            self._forget(model)
             self.remove_quantization_config(model)
             return None, {}
         keep_4_bit_names(model)
@@ -165,5 +175,25 @@ class Nf4Quantizer(HfQuantizer):
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         merge_model(model, dtype=dtype)
-        restore_conv1d(model, {name for target in self.targets.values() if target.transposed for name in target.names})
+        self._forget(model)
         return model
+
+    def _forget(self, model: Any) -> None:
+        """Leave a model that is dense again as transformers would have loaded it."""
+        restore_conv1d(model, self._transposed)
+        model.__dict__.pop("_weight_conversions", None)
+
+    @property
+    def _transposed(self) -> set[str]:
+        return {name for target in self.targets.values() if target.transposed for name in target.names}
+
+
+def _report(model: nn.Module, skipped: list[SkippedLayer]) -> None:
+    """What stays dense, and why: at the level of warnings where it is experts."""
+    for entry in skipped:
+        logger.info(f"nf4kernels: {entry.name} stays dense: {entry.reason}")
+    experts = dense_experts(model, skipped)
+    if experts:
+        size = sum(entry.bytes for entry in experts) / 2**20
+        names = listed([entry.name for entry in experts])
+        logger.warning(f"nf4kernels: experts stay dense, {size:.1f} MiB: {names} ({experts[0].reason})")

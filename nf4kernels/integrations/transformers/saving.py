@@ -21,6 +21,16 @@ def has_4_bit_layer(model: nn.Module) -> bool:
     return any(isinstance(module, QuantModule) for module in model.modules())
 
 
+def check_no_adapters(model: nn.Module) -> None:
+    """ValueError for adapters of this package's own, which `from_pretrained` would not find again."""
+    for name, module in named_modules(model):
+        if isinstance(module, QuantLinear) and module.adapter_names:
+            raise ValueError(
+                f"save_pretrained: the model must have no adapters on its 4-bit layers (nf4kernels.save_adapters saves"
+                f" them, remove_adapter takes them off), got {module.adapter_names[0]!r} on {name}"
+            )
+
+
 def dense_modules(model: nn.Module) -> list[str]:
     """The names of the linear layers and experts that are dense."""
     return sorted(name for name, module in named_modules(model) if _could_be_4_bit(module))

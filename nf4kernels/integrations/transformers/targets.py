@@ -11,7 +11,7 @@ from ...functional import quantize, quantize_experts
 from ...model.heads import SKIP
 from ...model.plan import is_conv1d, plan_layers, replace_module, unmatched
 from ...model.report import SkippedLayer
-from ...model.walk import get_submodule
+from ...model.walk import get_submodule, named_modules
 from ...nn.quant_experts import WEIGHTS, QuantExperts
 from ...nn.quant_linear import QuantLinear
 from ...nn.quant_module import BUFFERS, QuantModule
@@ -68,6 +68,18 @@ def plan(model: nn.Module, config: Nf4Config) -> tuple[dict[str, Target], list[S
     layers, skipped = plan_layers(model, (*SKIP, *config.skip), config.block_size, conv1d=True)
     targets = [target for names in layers for target in targets_of(model, names)]
     return {key: target for target in targets for key in target.keys}, skipped
+
+
+def dense_experts(model: nn.Module, skipped: Iterable[SkippedLayer]) -> list[SkippedLayer]:
+    """Those of what stays dense that are experts which nobody asked to skip: most of such a model's bytes."""
+    modules = dict(named_modules(model))
+    found = []
+    for entry in skipped:
+        owner = modules.get(entry.name) or modules.get(entry.name.rpartition(".")[0])
+        is_torchs = type(owner).__module__.startswith("torch.")  # a convolution has 3-D weights, too
+        if len(entry.shape) == 3 and not is_torchs and not entry.reason.startswith("skip="):
+            found.append(entry)
+    return found
 
 
 def quantized(target: Target, tensor: Tensor, config: Nf4Config) -> QuantizedWeight | QuantizedExperts:
