@@ -76,12 +76,12 @@ def test_what_was_merged_is_dense_again(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["Llama", "GPT-2", "Mixtral"])
-@pytest.mark.parametrize("way", ["dequantize", "merge_model"])
-def test_a_dense_model_again(tmp_path, family, way):
+@pytest.mark.parametrize("by", ["dequantize", "merge_model"])
+def test_a_dense_model_again(tmp_path, family, by):
     directory = dense_directory(tmp_path / "dense", family)
     model = load(directory, quantization_config=Nf4Config())
     expected = {name: layer.dequantize(torch.bfloat16) for name, layer in tiny.layers(model).items()}
-    model = model.dequantize() if way == "dequantize" else model
+    model = model.dequantize() if by == "dequantize" else model
     nf4.merge_model(model)
     model.save_pretrained(tmp_path / "saved")
     assert quantization(tmp_path / "saved") is None
@@ -126,9 +126,7 @@ def test_offloaded_to_disk(tmp_path):
 def test_adapters_of_our_own_are_not_left_behind(tmp_path):
     model = load(dense_directory(tmp_path / "dense"), quantization_config=Nf4Config())
     tiny.layers(model)["model.layers.1.mlp.up_proj"].add_lora(nf4.LoraConfig(r=2))
-    with pytest.raises(
-        ValueError, match=r"save_pretrained: the model must have no adapters .*'default' on model.layers"
-    ):
+    with pytest.raises(ValueError, match=r"save_pretrained: the model must have no adapters .*'default' on model"):
         model.save_pretrained(tmp_path / "saved")
 
 

@@ -163,8 +163,14 @@ def test_prepare_for_training_casts_where_bf16_is_slow(monkeypatch, recwarn, wan
     assert model.blocks[0][0].lora_B.weight.grad is not None
 
 
-def test_prepare_for_training_needs_an_adapter():
-    with pytest.raises(ValueError, match=r"prepare_for_training: model must have an adapter to train, got none"):
-        nf4.prepare_for_training(tiny.quantized_llama())
+def test_prepare_for_training_freezes_a_model_that_has_no_adapters_yet():
+    model = nf4.prepare_for_training(tiny.quantized_llama())
+    assert not [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert model.is_gradient_checkpointing
+
+
+def test_prepare_for_training_needs_something_to_train():
+    with pytest.raises(ValueError, match=r"model must have a layer in 4 bits or an adapter to train, got none"):
+        nf4.prepare_for_training(tiny.llama())
     with pytest.raises(TypeError, match=r"prepare_for_training: model must be an nn\.Module, got list"):
         nf4.prepare_for_training([])

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
+from ...codebook import SCALE_CODEBOOKS
 from ...model.merge import merge_model
 from ...model.report import SkippedLayer
 from ...model.walk import get_submodule
+from ...nn.quant_module import QuantModule
 from ...quantized_weight import SUPERBLOCK
 from ...storage.bitsandbytes_format import weight_from_tensors
 from ...storage.names import listed
@@ -138,11 +140,20 @@ class Nf4Quantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.error is not None:
             raise self.error
-        check_experts(model, self.checksums)
+        if self.pre_quantized:
+            check_experts(model, self.checksums)
+            self._read_scale_codebook(model)
         conversions = getattr(model, "_weight_conversions", None)
         if conversions is not None:
             model._weight_conversions = [each for each in conversions if not is_stored_conversion(each)]
         return model
+
+    def _read_scale_codebook(self, model: nn.Module) -> None:
+        """A stored weight brings its scales' codebook, which bitsandbytes' configuration does not name."""
+        for module in model.modules():
+            if isinstance(module, QuantModule) and module.scale_codebook in SCALE_CODEBOOKS:
+                self.quantization_config.scale_codebook = module.scale_codebook
+                return
 
     # Saving
 
