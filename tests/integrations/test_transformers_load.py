@@ -61,6 +61,20 @@ def test_conv1d_is_transposed_once(tmp_path):
     assert list(tiny.layers(skipped)) == [name for name in names if not name.endswith("c_fc")]
 
 
+def test_what_a_class_keeps_in_fp32_stays_dense(tmp_path):
+    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 1, "num_heads": 4}
+    tiny.make("T5ForConditionalGeneration", **sizes).save_pretrained(tmp_path)
+    read = transformers.T5ForConditionalGeneration.from_pretrained
+    model = read(tmp_path, dtype=torch.float16, quantization_config=Nf4Config())
+    expected = read(tmp_path, dtype=torch.float16)
+    nf4.quantize_model(expected, progress=False)
+    assert same_state(model, expected)
+    outputs = [module.wo for module in model.modules() if hasattr(module, "wo")]
+    assert {(type(layer), layer.weight.dtype) for layer in outputs} == {(torch.nn.Linear, torch.float32)}
+    model.save_pretrained(tmp_path / "saved")
+    assert same_state(read(tmp_path / "saved"), model)
+
+
 def test_the_first_use_needs_nothing_recorded_anew(tmp_path):
     model = load(dense_directory(tmp_path), quantization_config=Nf4Config())
     for layer in tiny.layers(model).values():
@@ -161,6 +175,6 @@ def test_one_dense_tensor_at_a_time(tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
     for largest, line in zip(beside.values(), result.stdout.splitlines(), strict=True):
         extra, grown, model, dense = map(float, line.split())
-        assert dense - model > 3 * largest
+        assert dense - model > 2 * largest
         assert grown > 0.8 * model  # what is measured is the model's memory
         assert extra < largest + 3  # Python and torch allocate something meanwhile

@@ -110,7 +110,7 @@ def test_a_part_of_the_model_and_one_around_it(tmp_path):
 
 def test_offloaded_to_disk(tmp_path):
     pytest.importorskip("accelerate", reason="accelerate is not installed: nothing is offloaded")
-    model = load(dense_directory(tmp_path / "dense", "Mixtral"), quantization_config=Nf4Config())
+    model = load(dense_directory(tmp_path / "dense", "Qwen3-MoE"), quantization_config=Nf4Config())
     model.save_pretrained(tmp_path / "saved")
     device_map = dict.fromkeys(["model.embed_tokens", "model.layers.0", "model.norm", "lm_head"], "cpu")
     device_map |= {"model.rotary_emb": "cpu", "model.layers.1": "disk"}
@@ -131,7 +131,7 @@ def test_adapters_of_our_own_are_not_left_behind(tmp_path):
 
 
 def test_another_dtype_than_the_saved_one(tmp_path):
-    model = load(dense_directory(tmp_path / "dense", "Mixtral"), quantization_config=Nf4Config())
+    model = load(dense_directory(tmp_path / "dense", "Qwen3-MoE"), quantization_config=Nf4Config())
     model.save_pretrained(tmp_path / "saved")
     again = load(tmp_path / "saved", dtype=torch.float32)
     assert {p.dtype for p in again.parameters()} == {torch.float32, torch.uint8}

@@ -158,3 +158,14 @@ def test_the_trained_head_learns():
     nf4.quantize_model(model, lora=nf4.LoraConfig(r=4), progress=False)
     model(tiny.IDS, labels=torch.tensor([0, 1])).loss.backward()
     assert model.score.weight.grad is not None
+
+
+def test_what_a_class_keeps_in_fp32():
+    """By the lists of transformers' classes, whose entries are ends, beginnings or patterns of names."""
+    model = tiny.Net()
+    model._keep_in_fp32_modules = ["blocks.0.0"]
+    model._keep_in_fp32_modules_strict = ["1.2.weight"]
+    report = nf4.quantize_model(model, progress=False)
+    reasons = {entry.name: entry.reason for entry in report.skipped}
+    assert {layer.name for layer in report.layers} == {"blocks.0.2", "blocks.1.0"}
+    assert reasons["blocks.0.0"] == reasons["blocks.1.2"] == "kept in float32 by Net"
