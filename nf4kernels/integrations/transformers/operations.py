@@ -1,7 +1,7 @@
 """What transformers' loader calls with a checkpoint's tensors: to quantize them, or to put stored ones together."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -104,3 +104,13 @@ def stored_conversions(quantizer: Any) -> list[WeightConverter]:
 
 def is_stored_conversion(conversion: Any) -> bool:
     return any(isinstance(operation, LoadStored) for operation in getattr(conversion, "operations", ()))
+
+
+def is_converter(conversion: Any) -> bool:
+    """Whether it changes values, not names alone."""
+    return isinstance(conversion, WeightConverter)
+
+
+def converts(conversion: Any, names: Iterable[str]) -> bool:
+    """Whether it takes the values of one of the names."""
+    return is_converter(conversion) and any(conversion.rename_source_key(name)[1] for name in names)

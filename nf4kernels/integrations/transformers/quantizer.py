@@ -13,12 +13,13 @@ from ...codebook import SCALE_CODEBOOKS
 from ...model.merge import merge_model
 from ...model.report import SkippedLayer
 from ...model.walk import get_submodule
+from ...nn.quant_experts import WEIGHTS
 from ...nn.quant_module import QuantModule
-from ...quantized_weight import SUPERBLOCK
+from ...quantized_weight import SUPERBLOCK, QuantizedExperts
 from ...storage.bitsandbytes_format import weight_from_tensors
 from ...storage.names import listed
 from .config import METHOD, Nf4Config
-from .operations import OneExpertAtATime, QuantizeOnLoad, is_stored_conversion, stored_conversions
+from .operations import WEIGHT, OneExpertAtATime, QuantizeOnLoad, converts, is_stored_conversion, stored_conversions
 from .saving import (
     check_no_adapters,
     converts,
@@ -29,7 +30,16 @@ from .saving import (
     state_for_saving,
 )
 from .stored import Headers, check_experts, expect_stored
-from .targets import Target, dense_experts, needs_no_init, place, plan, quantized, quantized_experts
+from .targets import (
+    Target,
+    dense_experts,
+    needs_no_init,
+    place_experts,
+    place_weight,
+    plan,
+    quantized,
+    quantized_experts,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +53,7 @@ class Nf4Quantizer(HfQuantizer):
 
     Attributes:
         targets: name of a tensor of the dense model -> what it becomes.
+        waiting: names of experts -> the one of their two weights that came, until the other comes.
         error: the first that a tensor raised. The loader would only log it, so it is raised when the loader has ended.
     """
 
@@ -52,6 +63,7 @@ class Nf4Quantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.targets: dict[str, Target] = {}
         self.checksums: dict[str, Tensor] = {}
+        self.waiting: dict[tuple[str, ...], dict[str, QuantizedExperts]] = {}
         self.error: Exception | None = None
 
     # Loading
@@ -125,21 +137,32 @@ class Nf4Quantizer(HfQuantizer):
         return self._take(model, name, lambda: weight_from_tensors(tensors), missing_keys)
 
     def _take(self, model: nn.Module, name: str, make: Any, missing_keys: Any) -> dict[str, Tensor]:
-        target, config = self.targets[name], self.quantization_config
+        target, compute_dtype = self.targets[name], self.quantization_config.compute_dtype
         if missing_keys is not None:
             missing_keys.difference_update(target.keys)
         if self.error is not None:
             return {}
         try:
-            return place(model, target, make(), config.compute_dtype, config.quant_options)
+            qweight = make()
         except (TypeError, ValueError) as error:
             self.error = type(error)(f"nf4kernels.Nf4Config: {name}: {error}")
             needs_no_init(get_submodule(model, target.names[0]))
             return {}
+        if target.leaf == WEIGHT:
+            return place_weight(model, target, qweight, compute_dtype)
+        waiting = self.waiting.setdefault(target.names, {})
+        waiting[target.leaf] = qweight
+        if len(waiting) == len(WEIGHTS):
+            place_experts(model, target, self.waiting.pop(target.names), compute_dtype)
+        return {}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.error is not None:
             raise self.error
+        for names, found in self.waiting.items():
+            raise ValueError(
+                f"nf4kernels.Nf4Config: the checkpoint must have both weights of {names[0]}, got {[*found]}"
+            )
         if self.pre_quantized:
             check_experts(model, self.checksums)
             self._read_scale_codebook(model)

@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.core_model_loading import WeightConverter
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.pytorch_utils import Conv1D
 
@@ -15,6 +14,7 @@ from ...nn.quant_linear import QuantLinear
 from ...nn.quant_module import BUFFERS, OTHER_BUFFERS, QuantModule
 from ...quantized_weight import WEIGHT_DTYPES, QuantizedWeight
 from ...storage.bitsandbytes_format import weight_to_tensors
+from .operations import converts, is_converter
 
 
 def has_4_bit_layer(model: nn.Module) -> bool:
@@ -95,15 +95,8 @@ def keep_4_bit_names(model: Any) -> None:
     prefixes = [name for name, module in named_modules(model) if isinstance(module, QuantModule)]
     names = [f"{prefix}.weight" for prefix in prefixes]
     model._weight_conversions = [
-        each
-        for each in conversions
-        if not (isinstance(each, WeightConverter) and converts(each.reverse_transform(), names))
+        each for each in conversions if not (is_converter(each) and converts(each.reverse_transform(), names))
     ]
-
-
-def converts(conversion: Any, names: Iterable[str]) -> bool:
-    """Whether it is a conversion of values, not of names alone, that takes one of the names."""
-    return isinstance(conversion, WeightConverter) and any(conversion.rename_source_key(n)[1] for n in names)
 
 
 def restore_conv1d(model: nn.Module, names: Iterable[str]) -> None:

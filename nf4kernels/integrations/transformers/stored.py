@@ -9,8 +9,10 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.quantizers.base import HfQuantizer
 
+from ...functional import quantize_experts
 from ...model.plan import is_conv1d, names_of_modules
 from ...model.walk import get_submodule
 from ...nn.quant_experts import WEIGHTS, GroupedQuantLinear, layout_problem
@@ -20,7 +22,8 @@ from ...storage.bitsandbytes_format import PARTS, STATE, StoredWeight, stored_we
 from ...storage.experts_format import stored_experts
 from ...storage.key_conversion import group_tensors
 from .config import Nf4Config
-from .targets import Target, experts_on_meta, targets_of
+from .operations import converts
+from .targets import Target, place_experts, targets_of
 
 WHO = "nf4kernels.Nf4Config"
 
@@ -164,13 +167,15 @@ def _expect_experts(
     checksums: dict[str, Tensor] = {}
     in_file: dict[str, dict[str, str]] = {}  # module -> leaf -> key
     for group in group_tensors(model, keys, model.state_dict(keep_vars=True)):
-        if group.converter is not None and not hasattr(HfQuantizer, "update_weight_conversions"):
-            expected = f"must be one that lets the conversion of {group.target} be left out, 5.24 does"
-            raise ValueError(f"{WHO}: transformers {expected}, got {transformers.__version__}")
         owner, _, leaf = group.target.rpartition(".")
         in_file.setdefault(owner, {})[leaf] = next(iter(group.sources))
+    if not hasattr(HfQuantizer, "update_weight_conversions"):  # an older transformers goes by all its rules
+        for rule in get_model_conversion_mapping(model):
+            if converts(rule, [f"{key}.weight" for key in keys]):
+                expected = f"must be one that can leave out the conversion of {rule.target_patterns[0]}, 5.24 does"
+                raise ValueError(f"{WHO}: transformers {expected}, got {transformers.__version__}")
     for owner, found in in_file.items():
-        module = get_submodule(model, owner)
+        module: Any = get_submodule(model, owner)
         problem = layout_problem(module, config.block_size)
         if problem is None and len(found) != len(WEIGHTS):
             problem = f"{', '.join(found)} alone"
@@ -178,7 +183,9 @@ def _expect_experts(
             raise ValueError(f"{WHO}: the model must have experts that QuantExperts can stand for as {owner}, "
                              f"got {problem}")  # fmt: skip
         first = targets_of(model, aliases[owner])[0]
-        experts = experts_on_meta(model, first, module, config.compute_dtype, config.quant_options)
+        empty = {leaf: torch.empty_like(module._parameters[leaf], device="meta") for leaf in WEIGHTS}
+        on_meta = {leaf: quantize_experts(weight, **config.quant_options) for leaf, weight in empty.items()}
+        experts = place_experts(model, first, on_meta, config.compute_dtype)
         for leaf, key in found.items():
             part: GroupedQuantLinear = getattr(experts, leaf)
             own = [name for name in headers.names if name.startswith(f"{key}.")]

@@ -1,6 +1,6 @@
 """Which tensors of a model become 4-bit weights while it is loaded, and how such a weight takes its place."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from ...model.report import SkippedLayer
 from ...model.walk import get_submodule, named_modules
 from ...nn.quant_experts import WEIGHTS, QuantExperts
 from ...nn.quant_linear import QuantLinear
-from ...nn.quant_module import BUFFERS, QuantModule
+from ...nn.quant_module import BUFFERS
 from ...quantized_weight import WEIGHT_DTYPES, QuantizedExperts, QuantizedWeight
 from .config import Nf4Config
 
@@ -111,49 +111,37 @@ def quantized_experts(target: Target, experts: Iterable[Tensor], config: Nf4Conf
     return replace(parts[0], **stacked, shape=target.shape)
 
 
-def place(
-    model: nn.Module, target: Target, qweight: Any, compute_dtype: torch.dtype | None, quant_options: dict[str, Any]
+def place_weight(
+    model: nn.Module, target: Target, qweight: QuantizedWeight, compute_dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
-    """Make the target's module a 4-bit one with the scales of `qweight`; the packed bytes by their name in the model.
+    """Make a QuantLinear with the scales of `qweight` of the target's layer; the packed bytes by their name.
 
     They are left out, so that whoever loads the model puts them where they belong: on a device, or on disk.
     """
-    name = target.names[0]
-    module: Any = get_submodule(model, name)
-    on_meta = qweight.to("meta")
-    if target.leaf == "weight":
-        layer = QuantLinear.from_quantized(on_meta, module.bias, compute_dtype).train(module.training)
-        replace_module(model, target.names, module, layer)
-        part: QuantModule = layer
-    else:
-        if not isinstance(module, QuantExperts):
-            module = experts_on_meta(model, target, module, compute_dtype, quant_options)
-        part, name = getattr(module, target.leaf), f"{name}.{target.leaf}"
-        part.set_qweight(on_meta)
+    dense: Any = get_submodule(model, target.names[0])
+    layer = QuantLinear.from_quantized(qweight.to("meta"), dense.bias, compute_dtype).train(dense.training)
     for buffer in BUFFERS:
-        setattr(part, buffer, getattr(qweight, buffer))
-    part.source_dtype = torch.tensor(WEIGHT_DTYPES.index(qweight.dtype), dtype=torch.uint8, device=qweight.device)
-    part.cast_to = None if target.dtype == qweight.dtype else target.dtype
-    needs_no_init(part)
-    return {f"{name}.weight": qweight.packed}
+        setattr(layer, buffer, getattr(qweight, buffer))
+    layer.source_dtype = torch.tensor(WEIGHT_DTYPES.index(qweight.dtype), dtype=torch.uint8, device=qweight.device)
+    layer.cast_to = None if target.dtype == qweight.dtype else target.dtype
+    needs_no_init(layer)
+    replace_module(model, target.names, dense, layer)
+    return {f"{target.names[0]}.weight": qweight.packed}
 
 
-def experts_on_meta(
-    model: nn.Module,
-    target: Target,
-    module: Any,
-    compute_dtype: torch.dtype | None,
-    quant_options: dict[str, Any],
+def place_experts(
+    model: nn.Module, target: Target, qweights: Mapping[str, QuantizedExperts], compute_dtype: torch.dtype | None
 ) -> QuantExperts:
-    """The QuantExperts that takes the place of the target's module, whose tensors are to come."""
-    empty = [torch.empty_like(module._parameters[leaf], dtype=target.dtype, device="meta") for leaf in WEIGHTS]
-    gate_up, down = (quantize_experts(weight, **quant_options) for weight in empty)
-    experts = QuantExperts.from_quantized(module, gate_up, down, compute_dtype)
-    replace_module(model, target.names, module, experts)
+    """Make QuantExperts of the target's module, of both its weights."""
+    dense = get_submodule(model, target.names[0])
+    gate_up, down = (qweights[leaf] for leaf in WEIGHTS)
+    experts = QuantExperts.from_quantized(dense, gate_up, down, compute_dtype)
     needs_no_init(experts)
+    replace_module(model, target.names, dense, experts)
     return experts
 
 
-def needs_no_init(module: Any) -> None:
+def needs_no_init(module: nn.Module) -> None:
     """transformers draws what a checkpoint lacks; this mark says that nothing is lacking."""
-    module._is_hf_initialized = True
+    for part in module.modules():
+        vars(part)["_is_hf_initialized"] = True
