@@ -74,7 +74,7 @@ def _print_summary(conversion: Conversion, args: argparse.Namespace) -> None:
     if conversion.experts:
         print(
             "note: bitsandbytes has no format for the experts in 4 bits: nf4kernels.load_checkpoint loads the result,"
-            " transformers with bitsandbytes does not"
+            " and so does transformers with nf4kernels.integrations.transformers, with bitsandbytes not"
         )
     dense = report.model_bytes_after - report.bytes_after
     share = dense / max(report.model_bytes_after, 1)

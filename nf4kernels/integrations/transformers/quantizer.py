@@ -1,5 +1,6 @@
 """What transformers asks while it loads, trains and saves a model whose configuration is an Nf4Config."""
 
+import copy
 import logging
 from collections.abc import Iterable
 from typing import Any
@@ -22,7 +23,6 @@ from .config import METHOD, Nf4Config
 from .operations import WEIGHT, OneExpertAtATime, QuantizeOnLoad, converts, is_stored_conversion, stored_conversions
 from .saving import (
     check_no_adapters,
-    converts,
     dense_modules,
     has_4_bit_layer,
     keep_4_bit_names,
@@ -60,7 +60,7 @@ class Nf4Quantizer(HfQuantizer):
     quantization_config: Nf4Config
 
     def __init__(self, quantization_config: Nf4Config, **kwargs: Any) -> None:
-        super().__init__(quantization_config, **kwargs)
+        super().__init__(copy.copy(quantization_config), **kwargs)  # the caller's stays as it is
         self.targets: dict[str, Target] = {}
         self.checksums: dict[str, Tensor] = {}
         self.waiting: dict[tuple[str, ...], dict[str, QuantizedExperts]] = {}
@@ -69,7 +69,8 @@ class Nf4Quantizer(HfQuantizer):
     # Loading
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        if not self.pre_quantized and isinstance(device_map, dict) and "disk" in device_map.values():
+        devices = device_map.values() if isinstance(device_map, dict) else [device_map]
+        if not self.pre_quantized and "disk" in devices:
             raise ValueError(
                 "nf4kernels.Nf4Config: device_map must not offload to disk while a dense checkpoint is quantized: save"
                 " it in 4 bits first (save_pretrained, or `nf4kernels quantize`), then load that, got a part on 'disk'"
@@ -100,7 +101,7 @@ class Nf4Quantizer(HfQuantizer):
         return stored_conversions(self) if self.pre_quantized else []
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """The model's rules and ours. transformers before 5.2x does not ask, and goes by the model's as they are.
+        """The model's rules and ours; an older transformers does not ask, and goes by the model's as they are.
 
         Experts are merged one by one where they are quantized. Where they are stored in 4 bits, a conversion would take
         their codes for numbers.
@@ -112,7 +113,7 @@ class Nf4Quantizer(HfQuantizer):
         return kept + self.get_weight_conversions()
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """No cast before our own operation, which tells a dense tensor from a scale; transformers before 5.2x: none."""
+        """No cast before our own operation, which tells a dense tensor from a scale; an older loader tells them, too."""
         if not is_stored_conversion(converter):
             return super().get_new_dtype(converter, param, dtype)
         converter.operations[0].dense_dtype = dtype
@@ -160,9 +161,8 @@ class Nf4Quantizer(HfQuantizer):
         if self.error is not None:
             raise self.error
         for names, found in self.waiting.items():
-            raise ValueError(
-                f"nf4kernels.Nf4Config: the checkpoint must have both weights of {names[0]}, got {[*found]}"
-            )
+            expected = f"the checkpoint must have {' and '.join(WEIGHTS)} of {names[0]}"
+            raise ValueError(f"nf4kernels.Nf4Config: {expected}, got {', '.join(found)} alone")
         if self.pre_quantized:
             check_experts(model, self.checksums)
             self._read_scale_codebook(model)

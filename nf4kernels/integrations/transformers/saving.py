@@ -49,6 +49,8 @@ def state_for_saving(model: nn.Module) -> dict[str, Tensor]:
     written: set[nn.Module] = set()
     for name, module in named_modules(model):
         if not isinstance(module, QuantLinear):
+            if isinstance(module, QuantModule) and not module.weight.is_meta:
+                module.checked_weight()  # a QuantLinear's is checked with its qweight
             continue
         for leaf in ("weight", *BUFFERS, *OTHER_BUFFERS):
             state.pop(f"{name}.{leaf}", None)
@@ -94,9 +96,16 @@ def keep_4_bit_names(model: Any) -> None:
         return
     prefixes = [name for name, module in named_modules(model) if isinstance(module, QuantModule)]
     names = [f"{prefix}.weight" for prefix in prefixes]
-    model._weight_conversions = [
-        each for each in conversions if not (is_converter(each) and converts(each.reverse_transform(), names))
-    ]
+    model._weight_conversions = [each for each in conversions if not _undone_on(each, names)]
+
+
+def _undone_on(conversion: Any, names: Iterable[str]) -> bool:
+    if not is_converter(conversion):
+        return False
+    try:
+        return converts(conversion.reverse_transform(), names)
+    except NotImplementedError:  # nothing undoes it
+        return False
 
 
 def restore_conv1d(model: nn.Module, names: Iterable[str]) -> None:

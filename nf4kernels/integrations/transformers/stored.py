@@ -86,6 +86,8 @@ def expect_stored(model: Any, headers: Headers, config: Nf4Config) -> Expected:
     Raises:
         ValueError: the checkpoint and the configuration contradict each other, or the model has no place for a weight.
     """
+    if not headers.names:
+        raise ValueError(f"{WHO}: a 4-bit checkpoint must be in safetensors files, got none")
     stored = _stored_weights(headers)
     experts = stored_experts(headers.names)
     if not stored and not experts:
