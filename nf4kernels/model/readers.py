@@ -155,6 +155,8 @@ class _Source:
             return self._paths(node.value)
         if isinstance(node, ast.Attribute):
             return _longer(self._paths(node.value), node.attr)
+        if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Slice):
+            return self._paths(node.value)  # of the children some, by the names that they had
         if isinstance(node, ast.Subscript):
             return _longer(self._paths(node.value), _constant(node.slice))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr" and node.args:
@@ -168,8 +170,9 @@ class _Source:
                 self._bind(target, node.value)
         elif isinstance(node, ast.NamedExpr | ast.AnnAssign):
             self._bind(node.target, node.value)
-        elif isinstance(node, ast.For | ast.comprehension) and isinstance(node.target, ast.Name):
-            self.variables.setdefault(node.target.id, set()).update(_longer(self._paths(node.iter), ANY))
+        elif isinstance(node, ast.For | ast.comprehension):
+            for name, iterable in _loops(node.target, node.iter):
+                self.variables.setdefault(name, set()).update(_longer(self._paths(iterable), ANY))
 
     def _bind(self, target: ast.expr, value: ast.expr | None) -> None:
         if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
@@ -189,6 +192,19 @@ class _Source:
         if looks or compares or asks:
             return set()
         return {path[:-1] for path in self._paths(node) if len(path) > 1 and path[-1] in LEAVES}
+
+
+def _loops(target: ast.expr, iterable: ast.expr) -> Iterator[tuple[str, ast.expr]]:
+    """(variable, what it runs over) of a loop, through enumerate and zip."""
+    call = iterable.func.id if isinstance(iterable, ast.Call) and isinstance(iterable.func, ast.Name) else None
+    if isinstance(target, ast.Name):
+        yield target.id, iterable
+    elif call is not None and isinstance(target, ast.Tuple) and isinstance(iterable, ast.Call):
+        if call == "enumerate" and len(target.elts) == 2 and iterable.args:
+            yield from _loops(target.elts[1], iterable.args[0])
+        elif call == "zip":
+            for each, its_iterable in zip(target.elts, iterable.args):
+                yield from _loops(each, its_iterable)
 
 
 def _longer(paths: set[Path], leaf: str) -> set[Path]:

@@ -116,19 +116,35 @@ class ReadsAGrandchild(nn.Module):
         return self.block["called"](x) + self.block["read"].weight.sum(0)
 
 
-class ReadsInALoop(nn.Module):
+class Blocks(nn.Module):
     def __init__(self):
         super().__init__()
         self.reads = nn.ModuleList([Block(), Block()])
 
+
+class ReadsInALoop(Blocks):
     def forward(self, x):
         for block in self.reads:
             x = block.called(x) + block.read.weight.sum(0)
         return x
 
 
+class ReadsInANumberedLoop(Blocks):
+    def forward(self, x):
+        for index, block in enumerate(self.reads[:2]):
+            x = block.called(x) + block.read.weight.sum(0) * 2**index
+        return x
+
+
+class ReadsInTwoLoopsAtOnce(Blocks):
+    def forward(self, x):
+        for scale, (_, block) in zip((1, 2), enumerate(self.reads)):
+            x = block.called(x) + block.read.weight.sum(0) * scale
+        return x
+
+
 READERS = (Reads, ReadsByAVariable, ReadsByName, ReadsItsDtype, ReadsInAnotherMethod, ReadsInItsBase,
-           ReadsInAFunction, ReadsAGrandchild, ReadsInALoop)  # fmt: skip
+           ReadsInAFunction, ReadsAGrandchild, ReadsInALoop, ReadsInANumberedLoop, ReadsInTwoLoopsAtOnce)  # fmt: skip
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
