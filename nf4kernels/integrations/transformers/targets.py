@@ -1,5 +1,6 @@
 """Which tensors of a model become 4-bit weights while it is loaded, and how such a weight takes its place."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -61,13 +62,27 @@ def targets_of(model: nn.Module, names: Iterable[str]) -> list[Target]:
     ]
 
 
-def plan(model: nn.Module, config: Nf4Config) -> tuple[dict[str, Target], list[SkippedLayer]]:
+def plan(model: Any, config: Nf4Config) -> tuple[dict[str, Target], list[SkippedLayer]]:
     """(name of a tensor -> its target, what stays dense) of a dense model, by the rules of `quantize_model`."""
     for pattern in unmatched(model, config.skip):
         raise ValueError(f"nf4kernels.Nf4Config: skip must match a layer, got {pattern!r}")
     layers, skipped = plan_layers(model, (*SKIP, *config.skip), config.block_size, conv1d=True)
-    targets = [target for names in layers for target in targets_of(model, names)]
-    return {key: target for target in targets for key in target.keys}, skipped
+    tied = model.all_tied_weights_keys  # not yet the same tensor: that comes after loading
+    tied = {**tied, **{source: name for name, source in tied.items()}}
+    targets: dict[str, Target] = {}
+    for names in layers:
+        of_layer = targets_of(model, names)
+        others = [tied[key] for target in of_layer for key in target.keys if key in tied]
+        if others:
+            skipped += [_skipped(target, f"tied to {others[0]}") for target in of_layer]
+        else:
+            targets.update({key: target for target in of_layer for key in target.keys})
+    return targets, skipped
+
+
+def _skipped(target: Target, reason: str) -> SkippedLayer:
+    name = target.names[0] if target.leaf == "weight" else target.keys[0]
+    return SkippedLayer(name, target.shape, math.prod(target.shape) * target.dtype.itemsize, reason)
 
 
 def dense_experts(model: nn.Module, skipped: Iterable[SkippedLayer]) -> list[SkippedLayer]:
