@@ -88,8 +88,9 @@ def _is_meta(tensor: Tensor | None) -> bool:
 def keep_4_bit_names(model: Any) -> None:
     """Save in the model's own layout what a conversion back to the checkpoint's would take apart: codes, not numbers.
 
-    transformers undoes on saving what it did on loading: it would cut experts into matrices again, and put the parts of
-    a fused layer together. It loads the model's own layout as well.
+    transformers undoes on saving what it did on loading: it would cut experts into matrices again, put the parts of a
+    fused layer together, and give a part of experts (Granite's) a name that does not tell what it is. It loads the
+    model's own layout as well.
     """
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is None:
@@ -100,12 +101,14 @@ def keep_4_bit_names(model: Any) -> None:
 
 
 def _undone_on(conversion: Any, names: Iterable[str]) -> bool:
-    if not is_converter(conversion):
-        return False
     try:
-        return converts(conversion.reverse_transform(), names)
+        back = conversion.reverse_transform()
     except NotImplementedError:  # nothing undoes it
         return False
+    if is_converter(conversion):
+        return converts(back, names)
+    ends = tuple(f".{leaf}.weight" for leaf in WEIGHTS)
+    return any(name.endswith(ends) and not back.rename_source_key(name)[0].endswith(ends) for name in names)
 
 
 def restore_conv1d(model: nn.Module, names: Iterable[str]) -> None:
