@@ -11,6 +11,7 @@ from ...codebook import CODEBOOKS
 from ...storage.bitsandbytes_format import BITSANDBYTES_CODEBOOKS, PARTS, STATE
 
 WEIGHT = "weight"
+ALONE = f"{WEIGHT}$"
 
 
 class QuantizeOnLoad(ConversionOps):
@@ -85,7 +86,9 @@ class LoadStored(ConversionOps):
         return LoadStored(self.quantizer)
 
     def convert(self, input_dict, full_layer_name=None, model=None, missing_keys=None, **kwargs) -> dict[str, Tensor]:
-        tensors = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
+        tensors = {
+            key.removesuffix("$"): value[0] if isinstance(value, list) else value for key, value in input_dict.items()
+        }
         if list(tensors) != [WEIGHT]:
             return self.quantizer.take_stored(model, full_layer_name, tensors, missing_keys)
         dense = tensors[WEIGHT]
@@ -97,8 +100,9 @@ def stored_conversions(quantizer: Any) -> list[WeightConverter]:
     """The loader's rule that brings together all that is stored under the name of a weight."""
     states = [f"bitsandbytes__{name}" for name in BITSANDBYTES_CODEBOOKS]
     states += [f"nf4kernels__{name}" for name in (*CODEBOOKS, "custom") if name not in BITSANDBYTES_CODEBOOKS]
-    # An older loader takes the first that matches, so the shortest comes last.
-    sources = [*(f"{WEIGHT}.{part}" for part in PARTS), *(f"{WEIGHT}{STATE}{state}" for state in states), WEIGHT]
+    # An older loader takes the first that matches, so the shortest comes last. It is anchored for the newer ones, where
+    # it would match the end of a layer's name before the weight: of block_inject_weight.weight.absmax.
+    sources = [*(f"{WEIGHT}.{part}" for part in PARTS), *(f"{WEIGHT}{STATE}{state}" for state in states), ALONE]
     return [WeightConverter(source_patterns=sources, target_patterns=WEIGHT, operations=[LoadStored(quantizer)])]
 
 
