@@ -21,9 +21,10 @@ def add_parser(subparsers) -> None:
         "quantize",
         help="a Hugging Face safetensors directory to 4 bits",
         description="Write the model in IN_DIR to OUT_DIR with its linear layers in 4 bits, in bitsandbytes' format: "
-        "transformers with bitsandbytes loads it, and so does nf4kernels.load_checkpoint; with experts in 4 bits only "
-        "the latter. One dense tensor is in memory at a time, or one layer's experts, beside the output file being "
-        "filled. OUT_DIR appears when it is complete, or not at all.",
+        "transformers with bitsandbytes loads it, and so do nf4kernels.load_checkpoint and transformers with "
+        "nf4kernels.integrations.transformers; with experts in 4 bits only the latter two. One dense tensor is in "
+        "memory at a time, or one layer's experts, beside the output file being filled. OUT_DIR appears when it is "
+        "complete, or not at all.",
     )
     parser.add_argument("in_dir", metavar="IN_DIR", type=Path)
     parser.add_argument("out_dir", metavar="OUT_DIR", type=Path)

@@ -254,8 +254,8 @@ def _new_config(
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = _word(options.dtype)
     stored = Counter(matrix.unit.headers[0].dtype for matrix in quantized.values()).most_common(1)[0][0]
     if any(matrix.is_experts for matrix in quantized.values()):
-        # integrations.transformers knows the method; transformers alone refuses the packed weights. Through bitsandbytes
-        # it would find no experts and draw them at random
+        # transformers knows the method by integrations.transformers, and refuses the packed weights without; through
+        # bitsandbytes it would find no experts and draw them at random
         config["quantization_config"] = {
             "quant_method": "nf4kernels",
             "codebook": options.codebook,

@@ -19,6 +19,7 @@ from ...nn.quant_module import QuantModule
 from ...quantized_weight import SUPERBLOCK, QuantizedExperts
 from ...storage.bitsandbytes_format import weight_from_tensors
 from ...storage.names import listed
+from ...storage.tensor_files import TensorFiles
 from .config import METHOD, Nf4Config
 from .operations import WEIGHT, OneExpertAtATime, QuantizeOnLoad, converts, is_stored_conversion, stored_conversions
 from .saving import (
@@ -29,7 +30,7 @@ from .saving import (
     restore_conv1d,
     state_for_saving,
 )
-from .stored import Headers, check_experts, expect_stored
+from .stored import check_experts, expect_stored
 from .targets import (
     Target,
     dense_experts,
@@ -77,9 +78,9 @@ class Nf4Quantizer(HfQuantizer):
             )
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files=None, **kwargs: Any) -> None:
-        with Headers(checkpoint_files) as headers:
+        with TensorFiles(checkpoint_files or (), "nf4kernels.Nf4Config") as files:
             if self.pre_quantized:
-                expected = expect_stored(model, headers, self.quantization_config)
+                expected = expect_stored(model, files, self.quantization_config)
                 self.targets, self.checksums = expected.targets, expected.checksums
             else:
                 self.targets, skipped = plan(model, self.quantization_config)
@@ -113,7 +114,7 @@ class Nf4Quantizer(HfQuantizer):
         return kept + self.get_weight_conversions()
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """No cast before our own operation, which tells a dense tensor from a scale; an older loader tells them, too."""
+        """No cast before our own operation, which tells a dense tensor from a scale as an older loader does."""
         if not is_stored_conversion(converter):
             return super().get_new_dtype(converter, param, dtype)
         converter.operations[0].dense_dtype = dtype

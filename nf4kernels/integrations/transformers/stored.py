@@ -1,13 +1,10 @@
 """A 4-bit checkpoint before it is read: what its headers say, checked against the model and the configuration."""
 
-from collections.abc import Collection, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.quantizers.base import HfQuantizer
@@ -21,47 +18,12 @@ from ...quantized_weight import WEIGHT_DTYPES
 from ...storage.bitsandbytes_format import PARTS, STATE, StoredWeight, stored_weight, stored_weights
 from ...storage.experts_format import stored_experts
 from ...storage.key_conversion import group_tensors
+from ...storage.tensor_files import TensorFiles
 from .config import Nf4Config
 from .operations import converts
 from .targets import Target, place_experts, targets_of
 
 WHO = "nf4kernels.Nf4Config"
-
-
-class Headers:
-    """The tensors of safetensors files by name, none read yet; ValueError for a damaged file."""
-
-    def __init__(self, files: Sequence[str] | None) -> None:
-        self._stack = ExitStack()
-        self._file_of: dict[str, Any] = {}
-        for file in files or ():
-            if not str(file).endswith(".safetensors"):
-                continue
-            try:
-                opened = self._stack.enter_context(safe_open(file, framework="pt"))
-                self._file_of.update(dict.fromkeys(opened.keys(), opened))
-            except (SafetensorError, OSError) as error:
-                self._stack.close()
-                raise ValueError(f"{WHO}: {file} must be a whole safetensors file, got {error}") from None
-
-    def __enter__(self) -> "Headers":
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self._stack.close()
-
-    @property
-    def names(self) -> Collection[str]:
-        return self._file_of.keys()
-
-    def read(self, name: str) -> Tensor:
-        return self._file_of[name].get_tensor(name)
-
-    def on_meta(self, name: str) -> Tensor:
-        """Its shape and dtype."""
-        stored = self._file_of[name].get_slice(name)
-        shape = stored.get_shape()
-        return torch.empty(shape, dtype=(stored[:0] if shape else self.read(name)).dtype, device="meta")
 
 
 @dataclass(frozen=True)
@@ -77,7 +39,7 @@ class Expected:
     checksums: dict[str, Tensor]
 
 
-def expect_stored(model: Any, headers: Headers, config: Nf4Config) -> Expected:
+def expect_stored(model: Any, files: TensorFiles, config: Nf4Config) -> Expected:
     """What the headers announce, checked; the model on the meta device is made ready for it.
 
     A weight that is stored in 4 bits takes the stored shape and dtype, so that the loader casts nothing, and experts
@@ -86,24 +48,24 @@ def expect_stored(model: Any, headers: Headers, config: Nf4Config) -> Expected:
     Raises:
         ValueError: the checkpoint and the configuration contradict each other, or the model has no place for a weight.
     """
-    if not headers.names:
+    if not files.names:
         raise ValueError(f"{WHO}: a 4-bit checkpoint must be in safetensors files, got none")
-    stored = _stored_weights(headers)
-    experts = stored_experts(headers.names)
+    stored = _stored_weights(files)
+    experts = stored_experts(files.names)
     if not stored and not experts:
         raise ValueError(f"{WHO}: the checkpoint must have weights in 4 bits, as the configuration says, got none")
     if stored and config.block_size is None:  # bitsandbytes' configuration does not say
         config.block_size = next(iter(stored.values())).block_size
     for key, weight in stored.items():
-        _check_options(key, weight, headers, config)
+        _check_options(key, weight, files, config)
     aliases = {name: names for names in names_of_modules(model).values() for name in names}
-    targets = _expect_weights(model, headers, stored, aliases)
-    return Expected(targets, _expect_experts(model, headers, config, experts, aliases))
+    targets = _expect_weights(model, files, stored, aliases)
+    return Expected(targets, _expect_experts(model, files, config, experts, aliases))
 
 
-def _stored_weights(headers: Headers) -> dict[str, StoredWeight]:
+def _stored_weights(files: TensorFiles) -> dict[str, StoredWeight]:
     """key -> what is stored there; ValueError where a part of it is missing or of another size."""
-    names = headers.names
+    names = files.names
     metadata: dict[str, list[str]] = {}
     for name in names:
         for key in stored_weights([name]):
@@ -112,19 +74,19 @@ def _stored_weights(headers: Headers) -> dict[str, StoredWeight]:
         key, _, part = name.rpartition(".")
         if part in PARTS and key in names and key not in metadata:
             raise ValueError(f"{WHO}: the checkpoint must have {key}{STATE}* beside {name}, got none")
-    stored = {key: stored_weight(states, headers.read, key, WHO) for key, states in metadata.items()}
+    stored = {key: stored_weight(states, files.read, key, WHO) for key, states in metadata.items()}
     for key, weight in stored.items():
         for name, size in weight.sizes(key).items():
             if name not in names:
                 raise ValueError(f"{WHO}: the checkpoint must have {name}, got none")
-            came = headers.on_meta(name)
+            came = files.on_meta(name)
             count = came.nbytes if name == key else came.numel()
             if count != size:
                 raise ValueError(f"{WHO}: {name} must have {size} elements, got {count}")
     return stored
 
 
-def _check_options(key: str, weight: StoredWeight, headers: Headers, config: Nf4Config) -> None:
+def _check_options(key: str, weight: StoredWeight, files: TensorFiles, config: Nf4Config) -> None:
     """ValueError where a stored weight is not as the configuration says."""
     for what, expected, came in (
         ("codebook", config.codebook_name, weight.codebook),
@@ -134,12 +96,12 @@ def _check_options(key: str, weight: StoredWeight, headers: Headers, config: Nf4
         if expected != came:
             expected = f"must have {what} {expected} as the configuration says"
             raise ValueError(f"{WHO}: the checkpoint {expected}, got {came} in {key}")
-    if weight.codebook == "custom" and headers.read(f"{key}.quant_map").tolist() != config.codebook:
+    if weight.codebook == "custom" and files.read(f"{key}.quant_map").tolist() != config.codebook:
         raise ValueError(f"{WHO}: the checkpoint must have the configuration's codebook, got another in {key}")
 
 
 def _expect_weights(
-    model: Any, headers: Headers, stored: dict[str, StoredWeight], aliases: dict[str, list[str]]
+    model: Any, files: TensorFiles, stored: dict[str, StoredWeight], aliases: dict[str, list[str]]
 ) -> dict[str, Target]:
     targets: dict[str, Target] = {}
     state = model.state_dict(keep_vars=True)
@@ -158,12 +120,12 @@ def _expect_weights(
             expected = list(target.weight_shape)
             raise ValueError(f"{WHO}: {key} must have shape {expected} as in the model, got {list(stored[key].shape)}")
         targets.update(dict.fromkeys(target.keys, target))
-        module.weight = nn.Parameter(headers.on_meta(key), requires_grad=False)
+        module.weight = nn.Parameter(files.on_meta(key), requires_grad=False)
     return targets
 
 
 def _expect_experts(
-    model: Any, headers: Headers, config: Nf4Config, keys: list[str], aliases: dict[str, list[str]]
+    model: Any, files: TensorFiles, config: Nf4Config, keys: list[str], aliases: dict[str, list[str]]
 ) -> dict[str, Tensor]:
     """Put QuantExperts on the meta device where the checkpoint has such; name of a part -> its stored checksum."""
     checksums: dict[str, Tensor] = {}
@@ -190,8 +152,8 @@ def _expect_experts(
         experts = place_experts(model, first, on_meta, config.compute_dtype)
         for leaf, key in found.items():
             part: GroupedQuantLinear = getattr(experts, leaf)
-            own = [name for name in headers.names if name.startswith(f"{key}.")]
-            tensors = {name: headers.read(name) if _is_small(name) else headers.on_meta(name) for name in own}
+            own = [name for name in files.names if name.startswith(f"{key}.")]
+            tensors = {name: files.read(name) if _is_small(name) else files.on_meta(name) for name in own}
             for message in part.state_errors(tensors, f"{key}."):
                 raise ValueError(f"{WHO}: {message}")
             source = WEIGHT_DTYPES[int(tensors[f"{key}.source_dtype"])]
