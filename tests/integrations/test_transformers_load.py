@@ -47,6 +47,30 @@ def test_options_reach_the_layers(tmp_path, options):
     assert torch.equal(logits(model), logits(expected))
 
 
+def test_experts_under_a_conversion_of_their_own(tmp_path):
+    """transformers transposes these where a file has them so, by the shape of the dense tensor that is to come."""
+    text = tiny.SIZES | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 16}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "out_hidden_size": 64}
+    vision = {"depth": 1, "patch_size": 4, "num_position_embeddings": 16, "deepstack_visual_indexes": [0], **sizes}
+    model_class = transformers.Qwen3VLMoeForConditionalGeneration
+    config = transformers.Qwen3VLMoeConfig(text_config=text, vision_config=vision)
+    model_class(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    expected = model_class.from_pretrained(tmp_path)
+    nf4.quantize_model(expected, progress=False)
+    model = model_class.from_pretrained(tmp_path, quantization_config=Nf4Config())
+    assert isinstance(model.model.language_model.layers[0].mlp.experts, nf4.QuantExperts)
+    assert same_state(model, expected)
+    model.save_pretrained(tmp_path / "saved")
+    if hasattr(HfQuantizer, "update_weight_conversions"):
+        assert same_state(model_class.from_pretrained(tmp_path / "saved"), model)
+    else:
+        with pytest.raises(
+            ValueError, match="transformers must be one that can leave out the conversion of mlp.expert"
+        ):
+            model_class.from_pretrained(tmp_path / "saved")
+
+
 def test_conv1d_is_transposed_once(tmp_path):
     directory = dense_directory(tmp_path, "GPT-2")
     dense, model = load(directory), load(directory, quantization_config=Nf4Config())
