@@ -70,7 +70,7 @@ def outputs():
     generator = torch.Generator().manual_seed(0)
     weight, x = (torch.randn(n, 4304, generator=generator) for n in (16, 4))
     packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-    y = bnb.matmul_4bit(x.requires_grad_(), packed, state)
+    y = bnb.matmul_4bit(x.requires_grad_(), packed.t(), state)
     y.sum().backward()
     return [
         packed,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ... import ops  # noqa: F401 (defines what the next lines hold)
 from ...autograd import Linear, composed_linear, is_transformed
+from ...codebook import SCALE_CODEBOOKS
 from ...quantized_weight import BLOCK_SIZES, SUPERBLOCK, WEIGHT_DTYPES
 from .quant_state import is_repacked, matrix_shape, restored, weight_args
 
@@ -44,7 +45,7 @@ def quantize_4bit(
     if state.absmax.numel() and not state.absmax.amax().isfinite():
         index = (~A.isfinite()).nonzero()[0].tolist()
         raise ValueError(f"bitsandbytes.quantize_4bit (nf4kernels): A must be finite, got {A[tuple(index)]} at {index}")
-    dynamic = functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map()).to(A.device, copy=True)
+    dynamic = SCALE_CODEBOOKS["dynamic8"].to(A.device, copy=True)  # bitsandbytes 0.49 writes into its own
     scales, scale_absmax, offset = _ops.quantize_absmax(state.absmax, dynamic, False)
     state.absmax = scales if absmax is None else absmax.copy_(scales)
     state.offset, state.nested = offset, True
@@ -75,9 +76,9 @@ def matmul_4bit(A: Tensor, B: Tensor, quant_state, out=None, bias=None) -> Tenso
     """A @ Ŵ.T + bias, by one op and differentiable in A and bias."""
     if quant_state is None or A.device.type not in DEVICES or len(quant_state.shape) != 2:
         return _matmul_4bit(A, B, quant_state, out, bias)
-    if is_repacked(quant_state):
-        B, quant_state = restored(B, quant_state)
     is_transposed = ORIENTED and B.shape[0] != 1
+    if is_repacked(quant_state):
+        (B, quant_state), is_transposed = restored(B, quant_state), False
     if A.shape[-1] != quant_state.shape[1] or is_transposed:  # a weight of [K, N], or an error
         return _matmul_4bit(A, B, quant_state, out, bias)
     with _without_torch_function():
@@ -110,11 +111,10 @@ def matmul_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     if need_A:
         B, state = ctx.tensors[1], ctx.state
         N, K = state.shape
+        is_transposed = B.shape[0] != 1 if ORIENTED else grad_output.shape[-1] != N  # a weight of [K, N]
         with _without_torch_function():
-            if grad_output.shape[-1] == N:
-                dA = _linear_dgrad(grad_output, *weight_args(B, state, N, K))
-            else:  # a weight of [K, N]
-                dA = _linear(grad_output, *weight_args(B, state, N, K), None)
+            weight = weight_args(B, state, N, K)
+            dA = _linear(grad_output, *weight, None) if is_transposed else _linear_dgrad(grad_output, *weight)
     return dA, None, None, dbias, None
 
 
