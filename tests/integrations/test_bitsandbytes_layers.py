@@ -234,6 +234,14 @@ def test_bitsandbytes_own_dtype_wins_under_autocast():
     assert x.grad.dtype == torch.float32
 
 
+def test_a_layer_quantized_in_inference_mode_can_be_trained():
+    with torch.inference_mode():
+        packed, state = functional.quantize_4bit(torch.randn(64, 128), quant_type="nf4", compress_statistics=True)
+    x = torch.randn(3, 128, requires_grad=True)
+    bnb.matmul_4bit(x, packed.t(), state).sum().backward()
+    torch.testing.assert_close(x.grad, torch.ones(3, 64) @ functional.dequantize_4bit(packed, state))
+
+
 def test_embeddings_and_parametrized_parameters():
     ids = torch.tensor([[0, 3], [9, 3]])
     for dim in (64, 96, 33):

@@ -14,7 +14,7 @@ from bitsandbytes.nn import modules
 from torch import Tensor
 
 from ... import ops  # noqa: F401 (defines what the next lines hold)
-from ...autograd import Linear, composed_linear, is_transformed
+from ...autograd import Linear, composed_linear, is_transformed, outside_inference_mode
 from ...codebook import SCALE_CODEBOOKS
 from ...quantized_weight import BLOCK_SIZES, SUPERBLOCK, WEIGHT_DTYPES
 from .quant_state import is_repacked, matrix_shape, restored, weight_args
@@ -34,6 +34,7 @@ _dequantize_4bit = functional.dequantize_4bit
 _forward = modules.Linear4bit.forward
 
 
+@outside_inference_mode
 def quantize_4bit(
     A: Tensor, absmax=None, out=None, blocksize=None, compress_statistics=False, quant_type="fp4",
     quant_storage=torch.uint8,
@@ -122,21 +123,27 @@ def linear4bit_forward(self: Any, x: Tensor) -> Tensor:
     """`Linear4bit.forward`, which leaves weight and bias as they are."""
     if x.device.type not in DEVICES:
         return _forward(self, x)
-    modules.fix_4bit_weight_quant_state_from_module(self)
-    weight = self.weight
-    state = weight.quant_state
+    parameters = self._parameters  # each look-up by nn.Module costs 0.6 us
+    weight = parameters.get("weight")
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        modules.fix_4bit_weight_quant_state_from_module(self)
+        weight = self.weight
+        state = weight.quant_state
     if is_repacked(state):
         state = restore_weight(self)
     if not self.compute_type_is_set:
         self.set_compute_type(x)
         self.compute_type_is_set = True
-    in_dtype = x.dtype
-    if self.compute_dtype is not None:
-        x = x.to(self.compute_dtype)
+    in_dtype, compute_dtype = x.dtype, self.compute_dtype
+    if compute_dtype is not None and compute_dtype != in_dtype:
+        x = x.to(compute_dtype)
     if x.shape[-1] != state.shape[1]:
         raise ValueError(f"Linear4bit (nf4kernels): x must have K={state.shape[1]} columns, got {list(x.shape)}")
+    bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401 (get would look both up)
     with _without_torch_function():
-        return _product(x, weight, state, self.bias).to(in_dtype)
+        y = _product(x, weight, state, bias)
+    return y if y.dtype == in_dtype else y.to(in_dtype)
 
 
 def restore_weight(module: Any) -> functional.QuantState:

@@ -20,7 +20,7 @@ class PatchingFinder:
         finders = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
         spec = next(filter(None, (finder.find_spec(name, path, target) for finder in finders)), None)
         if spec is not None and spec.loader is not None:
-            spec.loader.exec_module = _patched_after(spec.loader)
+            spec.loader.exec_module = _patched_after(spec.loader)  # type: ignore[method-assign]
         return spec
 
 
