@@ -35,7 +35,7 @@ def test_the_installed_file_runs_startup(tmp_path):
     shutil.copy(PTH, tmp_path)
     prelude = f"import site; site.addsitedir({str(tmp_path)!r}); site.addsitedir({str(tmp_path)!r})"
     environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent), VARIABLE: "1"}
-    command = [sys.executable, "-c", f"{prelude}\n{PROGRAM}"]
+    command = [sys.executable, "-W", "error::ResourceWarning", "-c", f"{prelude}\n{PROGRAM}"]
     process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert process.stdout.splitlines() == ["[] nf4kernels.integrations.bitsandbytes.replacements", "True"], (
         process.stderr
