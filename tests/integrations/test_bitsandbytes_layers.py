@@ -12,7 +12,7 @@ from support.numerics import assert_product_within_bound, assert_same_bits
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nf4kernels as nf4
-from nf4kernels.integrations.bitsandbytes import from_bnb, patch, unpatch
+from nf4kernels.integrations.bitsandbytes import from_bnb, patch, to_bnb, unpatch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((64, 128), (50, 96), (5, 34), (3, 65), (7, 4304))  # N, K
@@ -232,6 +232,19 @@ def test_bitsandbytes_own_dtype_wins_under_autocast():
     assert torch.equal(y, linear(x))
     y.sum().backward()
     assert x.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("scale_codebook", ["e4m3", "dynamic8"])
+def test_a_layer_of_ours_has_the_same_bits_there(scale_codebook):
+    ours = nf4.QuantLinear(96, 50, scale_codebook=scale_codebook)
+    theirs = to_bnb(ours)
+    x = torch.randn(5, 96, dtype=torch.bfloat16)
+    assert torch.equal(theirs(x), ours(x))
+    values = functional.dequantize_4bit(theirs.weight.data, theirs.weight.quant_state)
+    assert torch.equal(values, ours.dequantize())
+    again = bnb.nn.Linear4bit(96, 50)
+    again.load_state_dict(theirs.state_dict())
+    assert torch.equal(again.bfloat16()(x), ours(x))
 
 
 def test_a_layer_quantized_in_inference_mode_can_be_trained():
