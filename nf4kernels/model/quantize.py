@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ..autograd import outside_inference_mode
 from ..functional import dequantize
-from ..nn.lora import LoraConfig
+from ..nn.lora import FROM_WEIGHT, LoraConfig
 from ..nn.quant_experts import WEIGHTS, QuantExperts
 from ..nn.quant_linear import QuantLinear
 from ..quantized_weight import WEIGHT_DTYPES, QuantizedExperts, QuantizedWeight
@@ -143,7 +143,8 @@ def _quantize_layer(model, names: list[str], lora, quant_options, who: str) -> l
         else:
             layer = QuantExperts.from_experts(dense, **quant_options)
         for part, (name, weight) in zip(parts(layer), _weights(dense, names[0])):
-            errors = (math.nan, math.nan) if weight.is_meta else squared_error(part.qweight, weight.detach())
+            start = _start(part)
+            errors = (math.nan, math.nan) if weight.is_meta else squared_error(part.qweight, weight.detach(), start)
             after = part.weight.nbytes + sum(buffer.nbytes for buffer in part.buffers())
             layers.append(QuantizedLayer(name, tuple(weight.shape), weight.nbytes, after, *errors))
     except Exception as error:
@@ -152,8 +153,21 @@ def _quantize_layer(model, names: list[str], lora, quant_options, who: str) -> l
     return layers
 
 
-def squared_error(qweight: QuantizedWeight | QuantizedExperts, weight: Tensor) -> tuple[float, float]:
-    """(|Ŵ - W|², |W|²), the differences in fp32, summed in fp64, a slice of rows at a time."""
+def _start(layer: Any) -> tuple[Tensor, Tensor, float] | None:
+    """(A, B, scaling) of an adapter that holds a part of the weight from its start on."""
+    config: LoraConfig | None = getattr(layer, "lora", None)
+    if config is None or config.init not in FROM_WEIGHT:
+        return None
+    return layer.lora_A.start, layer.lora_B.start, config.scaling
+
+
+def squared_error(
+    qweight: QuantizedWeight | QuantizedExperts, weight: Tensor, start: tuple[Tensor, Tensor, float] | None = None
+) -> tuple[float, float]:
+    """(|Ŵ - W|², |W|²), the differences in fp32, summed in fp64, a slice of rows at a time.
+
+    With `start` = (A, B, scaling), Ŵ + scaling * B @ A takes the place of Ŵ.
+    """
     if isinstance(qweight, QuantizedExperts):
         errors, totals = zip(*map(squared_error, qweight, weight))
         return sum(errors), sum(totals)
@@ -163,6 +177,9 @@ def squared_error(qweight: QuantizedWeight | QuantizedExperts, weight: Tensor) -
     for begin in range(0, N, rows):
         part = weight[begin : begin + rows]
         decoded = dequantize(qweight, torch.float32, rows=(begin, begin + part.shape[0]))
+        if start is not None:
+            A, B, scaling = start
+            decoded.addmm_(B[begin : begin + rows].float(), A.float(), alpha=scaling)
         total += torch.linalg.vector_norm(part, dtype=torch.float64).item() ** 2
         error += torch.linalg.vector_norm(decoded.sub_(part), dtype=torch.float64).item() ** 2
     return error, total

@@ -10,7 +10,17 @@ from ..autograd import autocast_is_on, outside_inference_mode
 from ..functional import dequantize, linear_from_args, lora_linear_from_args, quantize
 from ..quantized_weight import WEIGHT_DTYPES, QuantizedWeight
 from .casts import cast, check_cast
-from .lora import LoraConfig, WaitingAdapter, called_term, check_adapter_name, init_adapter, plain_weight
+from .lora import (
+    FROM_WEIGHT,
+    LoraConfig,
+    WaitingAdapter,
+    called_term,
+    check_adapter_name,
+    init_adapter,
+    over_original_weight,
+    plain_weight,
+    quantize_with_start,
+)  # fmt: skip
 from .quant_module import QuantModule, checked_compute_dtype
 
 LoraTerm = tuple[Tensor, Tensor, float, float]  # A, B, scaling, dropout_p
@@ -60,8 +70,11 @@ class QuantLinear(QuantModule, nn.Linear):
     ) -> None:
         nn.Module.__init__(self)
         dense = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
-        qweight = quantize(dense.weight, codebook, block_size, double_quant, scale_codebook)
-        self._install(qweight, dense.bias, compute_dtype, lora)
+        options = {
+            "codebook": codebook, "block_size": block_size, "double_quant": double_quant,
+            "scale_codebook": scale_codebook,
+        }  # fmt: skip
+        self._install_dense(dense, compute_dtype, lora, options)
 
     @classmethod
     def from_linear(
@@ -75,7 +88,9 @@ class QuantLinear(QuantModule, nn.Linear):
 
         Raises as `nf4kernels.quantize` does, for linear's weight and `quant_options`.
         """
-        layer = cls.from_quantized(quantize(linear.weight, **quant_options), linear.bias, compute_dtype, lora)
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._install_dense(linear, compute_dtype, lora, quant_options)
         return layer.train(linear.training)
 
     @classmethod
@@ -101,6 +116,24 @@ class QuantLinear(QuantModule, nn.Linear):
         self.lora_B: nn.Linear | None = None
         if lora is not None:
             self.add_lora(lora, dtype=qweight.dtype if bias is None else bias.dtype)
+
+    def _install_dense(self, dense: nn.Linear, compute_dtype, lora: LoraConfig | None, quant_options) -> None:
+        """`_install` of a dense layer's weight, the only place where an adapter may start from it."""
+        if lora is None or lora.init not in FROM_WEIGHT:
+            self._install(quantize(dense.weight, **quant_options), dense.bias, compute_dtype, lora)
+            return
+        dtype = dense.weight.dtype if dense.bias is None else dense.bias.dtype
+        qweight, A, B = quantize_with_start(dense.weight, lora, dtype, **quant_options)
+        self._install(qweight, dense.bias, compute_dtype, None)
+        self.attach_lora(lora, dtype)
+        self._set_start(A, B)
+
+    def _set_start(self, A: Tensor, B: Tensor) -> None:
+        factors: Any = (self.lora_A, self.lora_B)
+        for factor, values in zip(factors, (A, B)):
+            if not factor.weight.is_meta:
+                factor.weight.data.copy_(values)
+                factor.start.copy_(values)
 
     def forward(self, x: Tensor, term: LoraTerm | None = None) -> Tensor:
         """The output `[..., out_features]`; with `term` that LoRA term in place of the layer's own adapter's."""
@@ -149,6 +182,16 @@ class QuantLinear(QuantModule, nn.Linear):
             dtype: of lora_A and lora_B; None takes the dtype of bias, or the one the weight was quantized from.
             name: a part of the names of parameters, so without dots.
         """
+        if config.init in FROM_WEIGHT:
+            raise ValueError(
+                "nf4kernels.QuantLinear.add_lora: init must be 'default' or 'gaussian' on a layer in 4 bits, whose"
+                f" dense weight is gone (from_linear and quantize_model have it), got {config.init!r}"
+            )
+        self.attach_lora(config, dtype, name)
+
+    @outside_inference_mode
+    def attach_lora(self, config: LoraConfig, dtype: torch.dtype | None = None, name: str = "default") -> None:
+        """`add_lora` also for a start from the weight, whose values the caller has."""
         who = "nf4kernels.QuantLinear.add_lora"
         check_adapter_name(name, who)
         if name in self.adapter_names:
@@ -160,6 +203,9 @@ class QuantLinear(QuantModule, nn.Linear):
         options: dict[str, Any] = {"bias": False, "device": self.weight.device, "dtype": dtype}
         lora_A = nn.Linear(self.in_features, config.r, **options)
         lora_B = nn.Linear(config.r, self.out_features, **options)
+        if config.init in FROM_WEIGHT:  # kept for what an adapter over the original weight is: the change since then
+            for factor in (lora_A, lora_B):
+                factor.register_buffer("start", torch.zeros_like(factor.weight))
         if not self.weight.is_meta:
             init_adapter(lora_A, lora_B, config)
         if self.lora is None:
@@ -235,13 +281,19 @@ class QuantLinear(QuantModule, nn.Linear):
         with torch.no_grad():
             return self.lora.scaling * (self.lora_B.weight.float() @ self.lora_A.weight.float())
 
+    @torch.no_grad()
+    def _delta_over_original(self) -> Tensor:
+        config, A, B = over_original_weight(*self.get_adapter())  # type: ignore[misc]  # there is an active one
+        return config.scaling * (B.float() @ A.float())
+
     @outside_inference_mode
     def to_linear(
         self, dtype: torch.dtype | None = None, merge_lora: bool = True, base_weight: Tensor | None = None
     ) -> nn.Linear:
         """A dense nn.Linear with Ŵ, plus the adapter's product if `merge_lora`, summed in fp32 and rounded once.
 
-        `base_weight`, `[out_features, in_features]`, takes Ŵ's place. This layer is left as it is. Copies everything.
+        `base_weight`, `[out_features, in_features]`, takes the place of Ŵ, as the weight from before quantization: of
+        an adapter that started from it, the change since then is added. This layer is left as it is. Copies everything.
         Without `dtype` it is the bias's, or `dense_dtype` where there is none. ValueError where a finite value does not
         fit dtype.
         """
@@ -252,7 +304,7 @@ class QuantLinear(QuantModule, nn.Linear):
         else:
             weight = base_weight.to(self.weight.device, torch.float32, copy=True)
         if merge_lora and self.lora is not None:
-            weight += self.lora_delta()
+            weight += self.lora_delta() if base_weight is None else self._delta_over_original()
         dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         dense.weight = nn.Parameter(cast(weight, dtype, f"{self.WHO}.to_linear: weight"))
         if self.bias is not None:
@@ -267,12 +319,18 @@ class QuantLinear(QuantModule, nn.Linear):
         dense = nn.Linear(
             self.in_features, self.out_features, self.bias is not None, device=self.weight.device, dtype=source
         )
-        self.set_qweight(quantize(dense.weight, **self.quant_options))
-        if self.bias is not None:
-            self.bias.data.copy_(dense.bias)
         for name in self.adapter_names:
             config, lora_A, lora_B = self.get_adapter(name)  # type: ignore[misc]  # it is there
             init_adapter(lora_A, lora_B, config)
+        if self.lora is not None and self.lora.init in FROM_WEIGHT:
+            dtype = lora_A.weight.dtype
+            qweight, A, B = quantize_with_start(dense.weight, self.lora, dtype, **self.quant_options)
+            self._set_start(A, B)
+        else:
+            qweight = quantize(dense.weight, **self.quant_options)
+        self.set_qweight(qweight)
+        if self.bias is not None:
+            self.bias.data.copy_(dense.bias)
 
     def extra_repr(self) -> str:
         text = (

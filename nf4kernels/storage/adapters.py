@@ -13,7 +13,7 @@ from ..autograd import outside_inference_mode
 from ..model.plan import unwrapped
 from ..model.walk import named_modules
 from ..nn.casts import check_cast
-from ..nn.lora import check_adapter_name
+from ..nn.lora import FROM_WEIGHT, check_adapter_name, over_original_weight
 from ..nn.quant_linear import QuantLinear
 from ..nn.quant_module import QuantModule
 from .atomic import replacing
@@ -27,6 +27,8 @@ def save_adapters(model: nn.Module, directory: str | Path, name: str | None = No
     Layers may differ in rank and alpha; PEFT has one dropout and one rsLoRA setting for all. Tensors keep their dtype.
     Whatever else requires a gradient is saved with them: modules without children as PEFT's `modules_to_save`, biases
     of layers in 4 bits as its `bias`, any other parameter by its name. `prepare_for_training` freezes all of that.
+    An adapter that started from the weight (`init` "pissa" or "loftq") is written as its change since then, a plain
+    LoRA of twice the rank over the original weight, in 16 bits or quantized without the adapter.
     Both files are complete or absent, each written under another name, flushed to disk and renamed.
 
     Args:
@@ -53,9 +55,11 @@ def save_adapters(model: nn.Module, directory: str | Path, name: str | None = No
         raise ValueError(f"{who}: model must contain its layers, got a QuantLinear itself")
     tensors, configs = {}, {}
     for path, layer in sorted(layers.items()):
-        configs[path], *factors = layer.get_adapter(name)  # type: ignore[misc]  # it has one
-        for leaf, factor in zip(("lora_A", "lora_B"), factors):
-            tensors[f"{path}.{leaf}.weight"] = _values(factor, "weight", f"{path}.{leaf}", who)
+        config, *factors = layer.get_adapter(name)  # type: ignore[misc]  # it has one
+        factors = [_on_cpu(factor, f"{path}.{leaf}", who) for leaf, factor in zip(("lora_A", "lora_B"), factors)]
+        configs[path], *matrices = over_original_weight(config, *factors)
+        for leaf, matrix in zip(("lora_A", "lora_B"), matrices):
+            tensors[f"{path}.{leaf}.weight"] = matrix.detach().contiguous().clone()
     beside, saved, bias = _trained_beside(model, layers, who)
     others = set(_dense_modules(model)) - {""} - set(layers)
     config = peft_config(model, configs, others, saved, bias, who)
@@ -84,7 +88,8 @@ def load_adapters(model: nn.Module, directory: str | Path, name: str = "default"
         name: of the adapter in the model.
 
     Raises:
-        TypeError, ValueError: model is not a module; a file is damaged; the adapter uses a feature that is not
+        TypeError, ValueError: model is not a module, or has an adapter that started from the weight; a file is damaged;
+            the adapter uses a feature that is not
             supported (DoRA, token indices, ...); a layer is missing, unknown or of another shape. The message names it,
             and the model is unchanged.
         OSError: a file is missing.
@@ -103,6 +108,7 @@ def load_adapters(model: nn.Module, directory: str | Path, name: str = "default"
     fit = fit_of_part({*adapters, *beside}, {*_dense_modules(model), *state})
     adapters = {fit(path) or path: adapter for path, adapter in adapters.items()}
     beside = {fit(path) or path: stored for path, stored in beside.items()}
+    _check_base(layers, who)
     _check_fit(layers, adapters, name, who)
     _check_beside(state, beside, weights, who)
 
@@ -175,6 +181,15 @@ def _values(module: nn.Module, leaf: str, path: str, who: str) -> Tensor:
     return tensor.detach().cpu().contiguous().clone()
 
 
+def _on_cpu(factor: nn.Linear, path: str, who: str) -> nn.Linear:
+    """A copy of a factor, and of the values it started from where it has them."""
+    copied = nn.Linear(factor.in_features, factor.out_features, bias=False, device="meta")
+    copied.weight = nn.Parameter(_values(factor, "weight", path, who), requires_grad=False)
+    if "start" in factor._buffers:
+        copied.register_buffer("start", _values(factor, "start", path, who))
+    return copied
+
+
 def _trained_beside(
     model: nn.Module, adapted: dict[str, QuantLinear], who: str
 ) -> tuple[dict[str, Tensor], list[str], str]:
@@ -207,6 +222,18 @@ def _trained_beside(
         for leaf in trained:
             tensors[f"{name}.{leaf}" if name else leaf] = _values(module, leaf, name, who)
     return tensors, saved, min(biases, default="none")
+
+
+def _check_base(layers: dict[str, QuantLinear], who: str) -> None:
+    """ValueError where a layer holds what one of its adapters left of the weight."""
+    for path, layer in layers.items():
+        for each in layer.adapter_names:
+            init = layer.get_adapter(each)[0].init  # type: ignore[index]  # it has one of that name
+            if init in FROM_WEIGHT:
+                raise ValueError(
+                    f"{who}: the layers must have been quantized without an adapter that started from their weight, got"
+                    f" {path} with {each!r} (init={init!r}); load into a model that was not"
+                )
 
 
 def _check_fit(layers: dict[str, QuantLinear], adapters: dict[str, StoredLora], adapter_name: str, who: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..nn.lora import LoraConfig
+from ..nn.lora import FROM_WEIGHT, LoraConfig
 from ..nn.quant_linear import QuantLinear
 
 ACTIVE = "nf4kernels.lora"  # layer -> settings of its active adapter
@@ -23,11 +23,12 @@ class StoredAdapter:
     config: LoraConfig
     active: bool
 
-    def keys(self, layer: str) -> tuple[str, str]:
-        """Of lora_A and lora_B."""
+    def keys(self, layer: str) -> tuple[str, ...]:
+        """Of lora_A and lora_B, and of what these started from where that was the weight."""
         inside = "" if self.active else f"{QuantLinear.WAITING}.{self.name}."
         start = f"{layer}.{inside}" if layer else inside
-        return f"{start}lora_A.weight", f"{start}lora_B.weight"
+        leaves = ("weight", "start") if self.config.init in FROM_WEIGHT else ("weight",)
+        return tuple(f"{start}{factor}.{leaf}" for leaf in leaves for factor in ("lora_A", "lora_B"))
 
 
 def adapter_metadata(layers: Mapping[str, QuantLinear]) -> dict[str, str]:
@@ -91,6 +92,6 @@ def attach(
 ) -> None:  # fmt: skip
     has_active = layer.lora is not None or any(each.active for each in adapters)
     for each in adapters:
-        layer.add_lora(each.config, dtypes[each.keys(path)[0]], each.name)
+        layer.attach_lora(each.config, dtypes[each.keys(path)[0]], each.name)
     if not has_active:
         layer.set_adapter(None)

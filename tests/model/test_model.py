@@ -296,10 +296,10 @@ def test_failure_half_way_names_the_layer_and_can_be_continued(monkeypatch):
     model = Net()
     original = model_module.squared_error
 
-    def fails_once(qweight, weight):
+    def fails_once(qweight, weight, start):
         if tuple(weight.shape) == (64, 96):
             raise MemoryError("out of memory")
-        return original(qweight, weight)
+        return original(qweight, weight, start)
 
     monkeypatch.setattr(model_module, "squared_error", fails_once)
     with pytest.raises(RuntimeError, match="layer down failed, those before it are replaced: out of memory"):
