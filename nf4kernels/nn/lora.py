@@ -85,13 +85,13 @@ def quantize_with_start(
         return qweight, weight.new_empty(config.r, weight.shape[1]), weight.new_empty(weight.shape[0], config.r)
     W = weight.detach().float()
     if config.init == "pissa":
-        A, B = _principal_factors(W, config, dtype)
+        A, B = principal_factors(W, config, dtype)
         return quantize(_left(W, A, B, config).to(weight.dtype), **quant_options), A, B
     qweight = quantize(weight, **quant_options)
-    A, B = _principal_factors(W - dequantize(qweight, torch.float32), config, dtype)
+    A, B = principal_factors(W - dequantize(qweight, torch.float32), config, dtype)
     for _ in range(LOFTQ_ITERATIONS - 1):
         qweight = quantize(_left(W, A, B, config).to(weight.dtype), **quant_options)
-        A, B = _principal_factors(W - dequantize(qweight, torch.float32), config, dtype)
+        A, B = principal_factors(W - dequantize(qweight, torch.float32), config, dtype)
     return qweight, A, B
 
 
@@ -99,7 +99,7 @@ def _left(W: Tensor, A: Tensor, B: Tensor, config: LoraConfig) -> Tensor:
     return torch.addmm(W, B.float(), A.float(), alpha=-config.scaling)
 
 
-def _principal_factors(W: Tensor, config: LoraConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def principal_factors(W: Tensor, config: LoraConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(A, B) with scaling * B @ A the best approximation of W of rank r, each with the root of the singular values.
 
     Where W has fewer singular values than r the other rows of A are drawn, and those columns of B are zero.

@@ -7,9 +7,10 @@ whether or not a configuration is at hand, `PeftModel.from_pretrained(model, dir
 from . import installed  # noqa: F401  (refuses a PEFT that is missing or too old, before the next lines import it)
 from .dispatch import install
 from .experts import QuantExpertsWrapper
+from .loftq import replace_lora_weights_loftq
 from .lora import LoraQuantLinear
 from .merge import merge_into
 
-__all__ = ["LoraQuantLinear", "QuantExpertsWrapper", "merge_into"]
+__all__ = ["LoraQuantLinear", "QuantExpertsWrapper", "merge_into", "replace_lora_weights_loftq"]
 
 install()

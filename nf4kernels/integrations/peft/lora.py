@@ -44,6 +44,8 @@ class LoraQuantLinear(lora.Linear):
 
     _packed: tuple[QuantLinear, ...] = ()  # the one layer, while merged; in a tuple it is no module of this one
 
+    _changed_base_for: tuple[str, ...] = ()  # adapters whose start took a part of the base weight
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or self._disable_adapters:
             return super().forward(x, *args, **kwargs)
@@ -113,6 +115,7 @@ class LoraQuantLinear(lora.Linear):
         self._cast_adapter(adapter_name, base)
         if not torch.equal(dense.weight, start_weight):
             left = casts.cast(dense.weight.data, base.dense_dtype, f"{WHO}: the weight without the adapter's start")
+            self._changed_base_for = (*self._changed_base_for, adapter_name)
             qweight = quantize(left, **base.quant_options)
             base.set_qweight(qweight)
             if base.weight.is_meta:  # inside accelerate's init_empty_weights, which is meant for the adapter
@@ -180,6 +183,11 @@ class LoraQuantLinear(lora.Linear):
     def merged_layer(self, packed: QuantLinear, names: list[str], safe: bool = False) -> nn.Linear:
         """The layer that `merge` puts into the place of `packed`, `names` merged after what is merged already."""
         found = base_weights(self)
+        if found is not None and self._changed_base_for:
+            raise ValueError(
+                f"{WHO}.merge_into: an adapter that took its start from the base weight"
+                f" ({', '.join(self._changed_base_for)}) must be merged into 'dequantized': what it began as is in it"
+            )
         weight = packed.dequantize(torch.float32) if found is None else found[0].to(packed.weight.device, torch.float32)
         if packed.lora is not None and not packed.adapters_off:  # an adapter of our own below PEFT's
             weight = weight + packed.lora_delta()
