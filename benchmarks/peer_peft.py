@@ -1,0 +1,53 @@
+"""A pytest plugin that runs PEFT's own tests of LoRA with QuantLinear in the place of nn.Linear.
+
+    cd DIR  # a checkout of PEFT, its tests' requirements installed
+    PYTHONPATH=$REPOSITORY python -m pytest -o addopts= -p benchmarks.peer_peft --layers ours tests/test_custom_models.py
+    PYTHONPATH=$REPOSITORY python -m pytest -o addopts= -p benchmarks.peer_peft --layers theirs tests/test_custom_models.py
+
+Nothing of PEFT's is in this repository. Of the parametrized tests those are kept whose configuration is a LoraConfig,
+on either side, and with `--layers ours` the nn.Linear in every model class of a test's module is quantized when the
+model is made.
+"""
+
+import torch
+from torch import nn
+
+import nf4kernels as nf4
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--layers", choices=("ours", "theirs"), default="theirs")
+
+
+def pytest_collection_modifyitems(config, items):
+    items[:] = [item for item in items if _is_of_lora(item)]
+    if config.getoption("--layers") == "ours":
+        import nf4kernels.integrations.peft  # noqa: F401  (what is tried)
+
+        for module in {item.module for item in items}:
+            _quantize_models_of(module)
+
+
+def _is_of_lora(item) -> bool:
+    values = getattr(getattr(item, "callspec", None), "params", {}).values()
+    kinds = {value.__name__ if isinstance(value, type) else type(value).__name__ for value in values}
+    return {kind for kind in kinds if kind.endswith("Config")} <= {"LoraConfig"}
+
+
+def _quantize_models_of(module) -> None:
+    for kind in list(vars(module).values()):
+        is_model = isinstance(kind, type) and issubclass(kind, nn.Module) and kind.__module__ == module.__name__
+        if is_model and "__init__" in vars(kind):
+            kind.__init__ = _quantizing(kind.__init__)
+
+
+def _quantizing(init):
+    def init_quantized(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        for name, child in self.named_children():
+            if type(child) is nn.Linear and child.weight.dtype in DTYPES:
+                setattr(self, name, nf4.QuantLinear.from_linear(child))
+
+    return init_quantized
