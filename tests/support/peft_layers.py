@@ -13,6 +13,8 @@ from peft.tuners import lora
 import nf4kernels.integrations.peft
 
 K, N = 192, 160
+# Whether PEFT lets several adapters target parameters.
+SEVERAL_ON_PARAMETERS = hasattr(lora.ParamWrapper, "get_delta_factors")
 
 
 class One(nn.Module):

@@ -10,7 +10,7 @@ from accelerate import init_empty_weights
 from peft.tuners import lora
 from peft.tuners.lora import model as lora_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from ...model.merge import merge_model
@@ -38,6 +38,7 @@ def install() -> None:
     _wrap(lora.LoraModel, "_unload_and_optionally_merge", _unload)
     _wrap(lora.LoraModel, "merge_adapter", _merge_adapter)
     _wrap(ModulesToSaveWrapper, "update", _update_module_to_save)
+    _wrap(ModulesToSaveWrapper, "enable_adapters", _enable_module_to_save)
     _wrap(lora.Linear, "__setattr__", _set_attribute)
     for method in ("forward", "merge", "unmerge", "get_param"):
         _wrap(lora.ParamWrapper, method, partial(_adopting_experts, method))
@@ -145,13 +146,25 @@ def _update_module_to_save(
     update: Callable[..., None], wrapper: Any, adapter_name: str, *args: Any, **kwargs: Any
 ) -> None:
     """The copy that is trained whole is dense, of Ŵ: bytes have no gradient."""
-    original = wrapper.original_module
-    is_quantized = any(isinstance(module, QUANTIZED) for module in original.modules())
-    if is_quantized and adapter_name not in wrapper.modules_to_save and not (args or kwargs.get("tied_module")):
-        holder = nn.ModuleList([copy.deepcopy(original)])
+    is_new = adapter_name not in wrapper.modules_to_save and not (args or kwargs.get("tied_module"))
+    if is_new and _holds_quantized(wrapper.original_module):
+        holder = nn.ModuleList([copy.deepcopy(wrapper.original_module)])
         merge_model(holder)
         wrapper.modules_to_save[adapter_name] = holder[0].requires_grad_(False)  # PEFT unfreezes the active one
     update(wrapper, adapter_name, *args, **kwargs)
+
+
+def _enable_module_to_save(enable: Callable[..., None], wrapper: Any, enabled: bool) -> None:
+    """Without asking for gradients of the module as it was, as PEFT 0.18 does: bytes have none."""
+    if enabled or not _holds_quantized(wrapper.original_module):
+        enable(wrapper, enabled)
+        return
+    AuxiliaryTrainingWrapper.enable_adapters(wrapper, enabled)
+    wrapper.modules_to_save.requires_grad_(False)
+
+
+def _holds_quantized(model: nn.Module) -> bool:
+    return any(isinstance(module, QUANTIZED) for module in model.modules())
 
 
 def _set_attribute(set_attribute: Callable[..., None], layer: Any, name: str, value: Any) -> None:
@@ -217,5 +230,5 @@ def _forget_quantization(model: Any) -> None:
     """A model without a layer in 4 bits is none that transformers need know as quantized."""
     quantizer: Any = getattr(model, "hf_quantizer", None)
     method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", None)
-    if method == "nf4kernels" and not any(isinstance(module, QUANTIZED) for module in model.modules()):
+    if method == "nf4kernels" and not _holds_quantized(model):
         quantizer.remove_quantization_config(model)
