@@ -282,7 +282,8 @@ class QuantLinear(QuantModule, nn.Linear):
             return self.lora.scaling * (self.lora_B.weight.float() @ self.lora_A.weight.float())
 
     @torch.no_grad()
-    def _delta_over_original(self) -> Tensor:
+    def delta_over_original(self) -> Tensor:
+        """As `lora_delta`, over the weight from before quantization, of which the adapter may have taken its start."""
         config, A, B = over_original_weight(*self.get_adapter())  # type: ignore[misc]  # there is an active one
         return config.scaling * (B.float() @ A.float())
 
@@ -304,7 +305,7 @@ class QuantLinear(QuantModule, nn.Linear):
         else:
             weight = base_weight.to(self.weight.device, torch.float32, copy=True)
         if merge_lora and self.lora is not None:
-            weight += self.lora_delta() if base_weight is None else self._delta_over_original()
+            weight += self.lora_delta() if base_weight is None else self.delta_over_original()
         dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         dense.weight = nn.Parameter(cast(weight, dtype, f"{self.WHO}.to_linear: weight"))
         if self.bias is not None:

@@ -82,6 +82,12 @@ def test_experts_quantized_after_peft_wrapped_them():
     torch.testing.assert_close(logits(model.merge_and_unload()), before, rtol=1e-4, atol=1e-4)
 
 
+def test_parameters_are_counted_as_in_the_dense_model():
+    ours = peft.get_peft_model(tiny.quantized_llama(), config())
+    theirs = peft.get_peft_model(tiny.llama(), config())
+    assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
+
+
 def test_a_user_s_own_class_comes_first():
     class Own(peft.tuners.lora.Linear):
         pass

@@ -225,6 +225,27 @@ def test_a_base_that_does_not_fit_is_refused(base, message):
     assert isinstance(layer.base_layer, nf4.QuantLinear)
 
 
+def test_a_dispatched_layer_merges_and_an_offloaded_one_refuses():
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, layer = adapted(quantized())
+    before = model(X)
+    hooks.add_hook_to_module(layer.base_layer, hooks.AlignDevicesHook("cpu", io_same_device=True))
+    assert torch.equal(model(X), before)
+    model.merge_adapter()
+    assert hasattr(layer.base_layer, "_hf_hook")
+    torch.testing.assert_close(model(X), before, rtol=1e-4, atol=1e-4)
+    model.unmerge_adapter()
+    assert torch.equal(model(X), before)
+    hooks.remove_hook_from_module(layer.base_layer)
+    weights = {name: tensor.clone() for name, tensor in layer.base_layer.state_dict().items()}
+    hook = hooks.AlignDevicesHook("cpu", offload=True, weights_map=weights, offload_buffers=True)
+    hooks.add_hook_to_module(layer.base_layer, hook)
+    assert torch.equal(model(X), before)
+    with pytest.raises(ValueError, match="got one that accelerate has offloaded"):
+        model.merge_adapter()
+    assert not layer.merged
+
+
 class Quantizer:
     """What transformers keeps of a model that was loaded in 4 bits."""
 

@@ -1,12 +1,14 @@
 """How PEFT comes to choose our layers, and what its walks over a model do for them besides."""
 
 import copy
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial, wraps
 from typing import Any
 
 from accelerate import init_empty_weights
+from peft import PeftModel
 from peft.tuners import lora
 from peft.tuners.lora import model as lora_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -17,6 +19,7 @@ from ...model.merge import merge_model
 from ...model.plan import QUANTIZED
 from ...nn.quant_experts import GroupedQuantLinear, QuantExperts
 from ...nn.quant_linear import QuantLinear
+from ...nn.quant_module import QuantModule
 from .experts import QuantExpertsWrapper
 from .lora import LoraQuantLinear, ParamWrapper
 from .merge import Packed, finding_base_weights
@@ -37,6 +40,7 @@ def install() -> None:
     _wrap(lora.LoraModel, "_replace_module", _replace_module)
     _wrap(lora.LoraModel, "_unload_and_optionally_merge", _unload)
     _wrap(lora.LoraModel, "merge_adapter", _merge_adapter)
+    _wrap(PeftModel, "get_nb_trainable_parameters", _count_parameters)
     _wrap(ModulesToSaveWrapper, "update", _update_module_to_save)
     _wrap(ModulesToSaveWrapper, "enable_adapters", _enable_module_to_save)
     _wrap(lora.Linear, "__setattr__", _set_attribute)
@@ -224,6 +228,13 @@ def _check_before(model: nn.Module, safe: bool, adapter_names: list[str] | None)
             layer.merged_layer(packed, names, safe)
         else:
             layer.merged_weight(packed, [*layer.merged_adapters, *names], safe)
+
+
+def _count_parameters(count: Callable[..., tuple[int, int]], model: nn.Module) -> tuple[int, int]:
+    """(trained, all), a weight in 4 bits by its elements and not by its bytes."""
+    trained, total = count(model)
+    packed = [module for module in model.modules() if isinstance(module, QuantModule)]
+    return trained, total + sum(math.prod(each.weight_shape) - each.weight.numel() for each in packed)
 
 
 def _forget_quantization(model: Any) -> None:

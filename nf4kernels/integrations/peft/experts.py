@@ -12,7 +12,7 @@ from ...autograd import outside_inference_mode
 from ...functional import dequantize, quantize_experts
 from ...nn import casts
 from ...nn.quant_experts import WEIGHTS, ExpertsTerm, GroupedQuantLinear, QuantExperts
-from .merge import base_weights, into_4_bits, merge_dtype
+from .merge import base_weights, check_not_offloaded, into_4_bits, merge_dtype
 
 
 class QuantExpertsWrapper(ParamWrapper):
@@ -67,6 +67,8 @@ class QuantExpertsWrapper(ParamWrapper):
         if not names:
             return
         packed: QuantExperts = holder._packed[0] if holder._packed else holder.base_layer
+        for part in packed.modules():
+            check_not_offloaded(part)
         merged = self.merged_weight(packed, [*self.merged_adapters, *names], safe_merge)
         if not holder._packed:
             holder.base_layer, holder._packed = _unpacked(packed, self), (packed,)

@@ -17,7 +17,7 @@ from ...nn import casts
 from ...nn.lora import plain_weight
 from ...nn.quant_linear import LoraTerm, QuantLinear
 from .dora import QuantDoraLayer, QuantDoraVariant, row_norms
-from .merge import base_weights, into_4_bits, merge_dtype
+from .merge import base_weights, check_not_offloaded, into_4_bits, merge_dtype, with_hook_of
 
 WHO = "nf4kernels.integrations.peft"
 # The starts that neither read nor change the base weight.
@@ -43,7 +43,6 @@ class LoraQuantLinear(lora.Linear):
     """
 
     _packed: tuple[QuantLinear, ...] = ()  # the one layer, while merged; in a tuple it is no module of this one
-
     _changed_base_for: tuple[str, ...] = ()  # adapters whose start took a part of the base weight
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -162,6 +161,7 @@ class LoraQuantLinear(lora.Linear):
             super().merge(safe_merge, adapter_names)  # it was dense when the adapter came
         elif names:
             packed = self._packed or (holder.base_layer,)
+            check_not_offloaded(packed[0])
             holder.base_layer = self.merged_layer(packed[0], names, safe_merge)
             self._packed = packed
             self.merged_adapters.extend(names)
@@ -190,7 +190,7 @@ class LoraQuantLinear(lora.Linear):
             )
         weight = packed.dequantize(torch.float32) if found is None else found[0].to(packed.weight.device, torch.float32)
         if packed.lora is not None and not packed.adapters_off:  # an adapter of our own below PEFT's
-            weight = weight + packed.lora_delta()
+            weight = weight + (packed.lora_delta() if found is None else packed.delta_over_original())
         bias: Any = None if packed.bias is None else packed.bias.detach()
         start = weight
         for name in (*self.merged_adapters, *names):
@@ -214,7 +214,7 @@ class LoraQuantLinear(lora.Linear):
                 casts.cast(bias, dtype, f"{WHO}: the merged bias"), requires_grad=packed.bias.requires_grad
             )
             merged.bias = packed.bias if is_same else new
-        return merged.train(packed.training)
+        return with_hook_of(packed, merged.train(packed.training))
 
     def _with_adapter(self, weight: Tensor, start: Tensor, name: str) -> Tensor:
         """`weight` and an adapter, as the forward adds it up; `start` is the weight without any."""

@@ -4,9 +4,10 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from accelerate.hooks import add_hook_to_module
 from torch import Tensor, nn
 
 from ...model.merge import base_weights_of
@@ -22,6 +23,7 @@ class Packed(NamedTuple):
     packed: Any
 
 
+T = TypeVar("T", bound=nn.Module)
 WORDS = ("dequantized", "4bit")
 _target: ContextVar[str | nn.Module] = ContextVar("nf4kernels_merge_target", default="dequantized")
 _dtype: ContextVar[torch.dtype | None] = ContextVar("nf4kernels_merge_dtype", default=None)
@@ -66,6 +68,24 @@ def merge_into(target: str | nn.Module, dtype: torch.dtype | None = None) -> Ite
     finally:
         _target.reset(tokens[0])
         _dtype.reset(tokens[1])
+
+
+def check_not_offloaded(packed: nn.Module) -> None:
+    """ValueError where accelerate keeps the layer's weights elsewhere: it would put the packed ones back."""
+    hook = getattr(packed, "_hf_hook", None)
+    if any(getattr(each, "offload", False) for each in getattr(hook, "hooks", [hook])):
+        raise ValueError(
+            "nf4kernels.integrations.peft: a layer must be on its device to be merged, got one that accelerate has"
+            " offloaded; load the model without offloading"
+        )
+
+
+def with_hook_of(packed: nn.Module, merged: T) -> T:
+    """`merged` with accelerate's hook of `packed`, which moves inputs to the layer's device."""
+    hook: Any = getattr(packed, "_hf_hook", None)
+    if hook is not None:
+        add_hook_to_module(merged, hook)
+    return merged
 
 
 def into_4_bits() -> bool:
