@@ -65,9 +65,7 @@ def test_experts_under_a_conversion_of_their_own(tmp_path):
     if hasattr(HfQuantizer, "update_weight_conversions"):
         assert same_state(model_class.from_pretrained(tmp_path / "saved"), model)
     else:
-        with pytest.raises(
-            ValueError, match="must be one that can leave out the conversion of mlp"
-        ):
+        with pytest.raises(ValueError, match="must be one that can leave out the conversion of mlp"):
             model_class.from_pretrained(tmp_path / "saved")
 
 
@@ -179,11 +177,11 @@ for directory in sys.argv[1:]:
 
 
 def test_one_dense_tensor_at_a_time(tmp_path):
-    """Beside the 4-bit model there is at most the largest dense matrix, of experts one, while the model is 10 to 15.
+    """Beside the 4-bit model there is at most the largest dense matrix, of experts one, of models that are many times larger.
 
     The checkpoint is in fp32 and loaded as bf16, so that each dense tensor is a copy in memory, not pages of the file.
     """
-    sizes = {"vocab_size": 32, "num_hidden_layers": 4, "dtype": torch.float32}
+    sizes = {"vocab_size": 32, "num_hidden_layers": 3, "dtype": torch.float32}
     dense_directory(tmp_path / "Llama", hidden_size=1024, intermediate_size=2048, **sizes)
     experts = {"hidden_size": 512, "intermediate_size": 512, "num_local_experts": 8}
     dense_directory(tmp_path / "Mixtral", "Mixtral", **experts, **sizes)
