@@ -177,7 +177,7 @@ for directory in sys.argv[1:]:
 
 
 def test_one_dense_tensor_at_a_time(tmp_path):
-    """Beside the 4-bit model there is at most the largest dense matrix, of experts one, of models that are many times larger.
+    """Beside the 4-bit model there is at most the largest dense matrix, of experts one; the models are far larger.
 
     The checkpoint is in fp32 and loaded as bf16, so that each dense tensor is a copy in memory, not pages of the file.
     """
