@@ -11,8 +11,9 @@ from ...model.merge import base_weights_of
 from ...model.plan import unwrapped
 from ...nn.lora import LoraConfig, principal_factors
 from ...nn.quant_linear import QuantLinear
+from ...storage.checkpoint import checkpoint_files
 from ...storage.names import fit_of_part
-from ...storage.stored_tensors import StoredTensors
+from ...storage.tensor_files import TensorFiles
 from .dora import QuantDoraVariant
 from .lora import LoraQuantLinear
 
@@ -82,16 +83,16 @@ def _weights(base: nn.Module | str | Path, layers: dict[str, LoraQuantLinear]) -
         return lambda name: base_weights_of(dense, name, layers[name].get_base_layer(), WHO)[0]  # type: ignore[arg-type]
     if not isinstance(base, str | Path):
         raise TypeError(f"{WHO}: base must be a module or a directory, got {type(base).__name__}")
-    stored = StoredTensors(base, WHO)
+    stored = TensorFiles(checkpoint_files(Path(base), WHO), WHO)
     keys = {name: f"{name}.weight" for name in layers}
-    fit = fit_of_part(keys.values(), set(stored))
+    fit = fit_of_part(keys.values(), set(stored.names))
     keys = {name: fit(key) or key for name, key in keys.items()}
     for name, key in keys.items():
-        if key not in stored:
+        if key not in stored.names:
             raise ValueError(f"{WHO}: base must have {key}, got {base} without it")
         packed: Any = layers[name].get_base_layer()
-        weight, expected = stored[key], packed.weight_shape
+        weight, expected = stored.on_meta(key), packed.weight_shape
         if tuple(weight.shape) != expected or not weight.is_floating_point():
             came = f"{list(weight.shape)} in {weight.dtype}"
             raise ValueError(f"{WHO}: base must have {key} in shape {list(expected)} and floating point, got {came}")
-    return lambda name: stored[keys[name]]
+    return lambda name: stored.read(keys[name])
