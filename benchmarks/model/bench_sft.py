@@ -33,12 +33,14 @@ from ..report.tables import write_csv
 PATCHED = f"{BNB_DQ}, patched"
 SIDES = (OURS, BNB_DQ, PATCHED, DENSE)
 OP = "sft step"
-BATCH, LENGTH = 4, 128
+BATCH, LENGTH = 4, 64
 RANK, ALPHA, RATE = 16, 32, 3e-4
 HELD_OUT_ROWS = 16
 LAST = 10  # steps whose training losses are averaged for the report
 WARM_UP = 2  # steps that are trained but not timed: what is set up at the first call
-# Between the held-out losses of the 4-bit sides after training: same codes, scales in another 8 bits, other roundings.
+# Of the held-out losses of the 4-bit sides after training: same codes, scales in another 8 bits, other roundings. Ours
+# may be lower by more: it adds the LoRA term before it rounds. PEFT adds it to outputs in bf16, whose half ulp is more
+# than most of the term in the first steps.
 LOSS_BOUND = 0.1
 
 
@@ -237,10 +239,9 @@ def measure(steps: int) -> Row:
 
 
 def check_losses(losses: dict[str, float]) -> None:
-    """Of the 4-bit sides, held out, after the same training."""
-    found = [loss for side, loss in losses.items() if side != DENSE]
-    apart = max(found) - min(found)
-    assert apart <= LOSS_BOUND, f"held-out losses {losses}: the 4-bit sides are {apart:.3f} apart, allowed {LOSS_BOUND}"
+    """Held out, after the same training: nothing is lost by our kernels, under PEFT's layers or bitsandbytes'."""
+    assert losses[OURS] <= losses[BNB_DQ] + LOSS_BOUND, f"held-out losses {losses}: allowed {LOSS_BOUND} apart"
+    assert abs(losses[PATCHED] - losses[BNB_DQ]) <= LOSS_BOUND, f"held-out losses {losses}: allowed {LOSS_BOUND} apart"
 
 
 def main() -> None:
