@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 import nf4kernels
-from nf4kernels.integrations.bitsandbytes import versions
 from nf4kernels.integrations.bitsandbytes.startup import VARIABLE, PatchingFinder
 
 PACKAGE = Path(nf4kernels.__file__).parent
@@ -62,24 +61,6 @@ def test_a_wrong_value_is_an_error_of_the_import(monkeypatch):
     monkeypatch.setattr(type(spec.loader), "exec_module", lambda self, module: None)
     with pytest.raises(ValueError, match=f"{VARIABLE} must be 1, 0 or unset, got yes"):
         spec.loader.exec_module(None)
-
-
-def test_versions():
-    for version in ("0.49.0", "0.49.2", "0.50.2", "0.50.3.dev0"):
-        versions.check_version(version)
-    for version in ("0.48.2", "0.51.0", "1.0"):
-        with pytest.raises(ImportError, match=rf"must be 0.49 or 0.50, got {version}: pip install"):
-            versions.check_version(version)
-
-
-def test_without_bitsandbytes():
-    code = "import sys; sys.modules['bitsandbytes'] = None; import nf4kernels.integrations.bitsandbytes"
-    environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
-    process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    message = (
-        f"nf4kernels.integrations.bitsandbytes: bitsandbytes must be installed: pip install '{versions.SUPPORTED}'"
-    )
-    assert process.stderr.strip().endswith(message)
 
 
 @pytest.mark.slow

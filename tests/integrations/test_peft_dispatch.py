@@ -1,7 +1,5 @@
 """That PEFT chooses our layers: with and without a configuration, before and after quantizing, in both directions."""
 
-import importlib.metadata
-
 import pytest
 import torch
 from support import tiny
@@ -9,7 +7,7 @@ from support.peft_layers import SEVERAL_ON_PARAMETERS, One, adapted, dense, fill
 from torch import nn
 
 import nf4kernels as nf4
-from nf4kernels.integrations.peft import LoraQuantLinear, QuantExpertsWrapper, dispatch, installed
+from nf4kernels.integrations.peft import LoraQuantLinear, QuantExpertsWrapper, dispatch
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -146,25 +144,3 @@ def test_modules_to_save_are_dense_and_train(tmp_path):
         assert torch.equal(model(x), expected)
     over_dense = peft.PeftModel.from_pretrained(Two(), tmp_path)
     assert torch.equal(over_dense.base_model.model.head.modules_to_save["default"][0].weight, head.weight)
-
-
-@pytest.mark.parametrize(
-    ("found", "is_enough"),
-    [("0.17.1", False), ("0.18.0", False), ("0.18.1", True), ("0.21.2.dev0", True)],
-)
-def test_an_old_release_is_refused(monkeypatch, found, is_enough):
-    monkeypatch.setattr(installed, "version", lambda name: found)
-    if is_enough:
-        installed.check_installed()
-    else:
-        with pytest.raises(ImportError, match=rf"PEFT must be 0\.18\.1 or newer .*got {found}"):
-            installed.check_installed()
-
-
-def test_a_missing_peft_is_said(monkeypatch):
-    def missing(name):
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(installed, "version", missing)
-    with pytest.raises(ImportError, match=r"PEFT must be .*pip install .*got none"):
-        installed.check_installed()

@@ -1,17 +1,13 @@
-"""Nf4Config as a value: its fields, their checks, JSON; and the version of transformers that it needs."""
+"""Nf4Config as a value: its fields, their checks and JSON."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from support.directories import transformers
-from support.paths import python_path
 
 import nf4kernels as nf4
 from nf4kernels.integrations.transformers import Nf4Config
-from nf4kernels.integrations.transformers.requirement import OLDEST, check_version
 
 LEVELS = [-1.0, -0.8, -0.6, -0.5, -0.4, -0.3, -0.2, 0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0]
 
@@ -64,36 +60,3 @@ def test_custom_levels_are_those_of_fp32():
 def test_refused(options, error, message):
     with pytest.raises(error, match=r"nf4kernels\.Nf4Config: .*" + message):
         Nf4Config(**options)
-
-
-def test_the_version_that_is_needed():
-    check_version(OLDEST)
-    check_version("5.24.0")
-    check_version("10.0.0.dev0")
-    for version in ("4.57.1", "5.4.9", "5"):
-        with pytest.raises(ImportError, match=rf"transformers must be {OLDEST} or newer, got {version}; pip install"):
-            check_version(version)
-
-
-IMPORTS = """
-import sys, types
-for stand_in in (None, types.ModuleType("transformers")):  # hidden; an older one
-    if stand_in is not None:
-        stand_in.__version__ = "4.57.1"
-    sys.modules["transformers"] = stand_in
-    try:
-        import nf4kernels.integrations.transformers
-    except ImportError as error:
-        print(error)
-"""
-
-
-def test_an_import_without_it_is_one_sentence():
-    result = subprocess.run(
-        [sys.executable, "-c", IMPORTS], env=python_path(), capture_output=True, text=True, check=True
-    )
-    expected = f"nf4kernels.integrations.transformers: transformers must be {OLDEST} or newer,"
-    install = f"pip install 'transformers>={OLDEST}'"
-    assert result.stdout.splitlines() == [
-        f"{expected} none is installed; {install}", f"{expected} got 4.57.1; {install}"
-    ]  # fmt: skip

@@ -1,6 +1,9 @@
 """bitsandbytes on our kernels, and its layers, quant states and checkpoints as ours, bit for bit, both ways."""
 
-from . import versions  # noqa: F401 (first: it says what to install)
+from ..requirement import require
+
+require("bitsandbytes")  # before the next lines import what an older one lacks
+
 from .convert import from_bnb, to_bnb
 from .patching import is_patched, patch, unpatch
 

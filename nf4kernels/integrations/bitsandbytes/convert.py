@@ -14,9 +14,8 @@ from ...nn.quant_linear import QuantLinear
 from ...nn.quant_module import QuantModule
 from ...quantized_weight import BLOCK_SIZES, WEIGHT_DTYPES, QuantizedWeight
 from ...storage.bitsandbytes_format import names_of_weight, stored_weights, weight_from_tensors, weight_to_tensors
-from .quant_state import is_repacked, restored
+from .quant_state import WHO, is_repacked, restored
 from .state_dicts import as_stored, install, quant_state_of
-from .versions import WHO
 
 OWN = ("absmax", "scale_absmax", "scale_offset", "code", "scale_code", "source_dtype", "checksum")  # beside `weight`
 

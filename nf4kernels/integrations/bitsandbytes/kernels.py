@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from ...quantized_weight import SUPERBLOCK
-from .quant_state import as_bytes, code_of, matrix_shape
-from .versions import WHO
+from .quant_state import WHO, as_bytes, code_of, matrix_shape
 
 _ops: Any = torch.ops.nf4kernels
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ...codebook import CODEBOOKS
 from ...quantized_weight import SUPERBLOCK, WeightArgs
-from .versions import WHO
 
+WHO = "nf4kernels.integrations.bitsandbytes"
 QUANT_TYPES = ("nf4", "fp4")
 _unpack = functional._convert_weight_packed_for_cpu_inverse  # bitsandbytes' own, also while ours stands there
 _CODES: dict[tuple[str, torch.device], Tensor] = {}

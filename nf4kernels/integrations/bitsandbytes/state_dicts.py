@@ -8,7 +8,7 @@ from bitsandbytes.nn import modules
 
 from ...quantized_weight import SUPERBLOCK, QuantizedWeight
 from ...storage.bitsandbytes_format import names_of_weight, stored_weights, weight_from_tensors
-from .versions import WHO
+from .quant_state import WHO
 
 _load = modules.Linear4bit._load_from_state_dict
 

@@ -4,7 +4,10 @@ Nothing needs to be called: models that PEFT wraps from then on get our layers, 
 whether or not a configuration is at hand, `PeftModel.from_pretrained(model, directory)` included.
 """
 
-from . import installed  # noqa: F401  (refuses a PEFT that is missing or too old, before the next lines import it)
+from ..requirement import require
+
+require("peft")  # before the next lines import what an older one lacks
+
 from .dispatch import install
 from .experts import QuantExpertsWrapper
 from .loftq import replace_lora_weights_loftq

@@ -6,12 +6,15 @@ installed it knows our layers then, too.
 
 from importlib.util import find_spec
 
-from .requirement import OLDEST  # isort: skip  # first, since the others import what an older transformers lacks
+from ..requirement import require
+
+require("transformers")  # before the next lines import what an older one lacks
+
 from . import hooks
 from .config import Nf4Config
 from .quantizer import Nf4Quantizer
 
-__all__ = ["OLDEST", "Nf4Config", "Nf4Quantizer"]
+__all__ = ["Nf4Config", "Nf4Quantizer"]
 
 hooks.install()
 if find_spec("peft") is not None:
