@@ -83,6 +83,8 @@ def _weights(base: nn.Module | str | Path, layers: dict[str, LoraQuantLinear]) -
         return lambda name: base_weights_of(dense, name, layers[name].get_base_layer(), WHO)[0]  # type: ignore[arg-type]
     if not isinstance(base, str | Path):
         raise TypeError(f"{WHO}: base must be a module or a directory, got {type(base).__name__}")
+    if not Path(base).exists():
+        raise FileNotFoundError(f"{WHO}: base must be a module or a directory that exists, got {base}")
     stored = TensorFiles(checkpoint_files(Path(base), WHO), WHO)
     keys = {name: f"{name}.weight" for name in layers}
     fit = fit_of_part(keys.values(), set(stored.names))
