@@ -27,8 +27,19 @@ def pytest_collection_modifyitems(config, items):
     if config.getoption("--layers") == "ours":
         import nf4kernels.integrations.peft  # noqa: F401  (what is tried)
 
-        for module in {item.module for item in items}:
-            _quantize_models_of(module)
+        modules = {item.module for item in items}
+        for module in modules:
+            for kind in list(vars(module).values()):
+                if isinstance(kind, type) and issubclass(kind, nn.Module) and kind.__module__ == module.__name__:
+                    _quantize_when_made(kind)
+        names = {module.__name__ for module in modules}
+
+        def init_subclass(cls, **kwargs):  # classes that a test or a fixture defines
+            super(nn.Module, cls).__init_subclass__(**kwargs)
+            if cls.__module__ in names:
+                _quantize_when_made(cls)
+
+        nn.Module.__init_subclass__ = classmethod(init_subclass)
 
 
 def _is_of_lora(item) -> bool:
@@ -37,11 +48,9 @@ def _is_of_lora(item) -> bool:
     return {kind for kind in kinds if kind.endswith("Config")} <= {"LoraConfig"}
 
 
-def _quantize_models_of(module) -> None:
-    for kind in list(vars(module).values()):
-        is_model = isinstance(kind, type) and issubclass(kind, nn.Module) and kind.__module__ == module.__name__
-        if is_model and "__init__" in vars(kind):
-            kind.__init__ = _quantizing(kind.__init__)
+def _quantize_when_made(kind) -> None:
+    if "__init__" in vars(kind):
+        kind.__init__ = _quantizing(kind.__init__)
 
 
 def _quantizing(init):
