@@ -1,13 +1,9 @@
 """A pytest plugin that runs PEFT's own tests of LoRA with QuantLinear in the place of nn.Linear.
 
-    cd DIR  # a checkout of PEFT, with what its tests require installed
-    export PYTHONPATH=$REPOSITORY
-    python -m pytest -o addopts= -p benchmarks.peer_peft --layers ours tests/test_custom_models.py
-    python -m pytest -o addopts= -p benchmarks.peer_peft --layers theirs tests/test_custom_models.py
+`python -m benchmarks.peer_tests peft DIR` runs it, with what those tests require installed.
 
-Nothing of PEFT's is in this repository. Of the parametrized tests those are kept whose configuration is a LoraConfig,
-on either side, and with `--layers ours` the nn.Linear in every model class of a test's module is quantized when the
-model is made.
+Of the parametrized tests those are kept whose configuration is a LoraConfig, on either side, and with `--layers ours` the
+nn.Linear in every model class of a test's module is quantized when the model is made.
 """
 
 import torch

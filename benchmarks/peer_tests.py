@@ -2,6 +2,7 @@
 
     python -m benchmarks.peer_tests bitsandbytes DIR          # DIR holds the tests/ of its release
     python -m benchmarks.peer_tests bitsandbytes DIR -k 'test_ops'
+    python -m benchmarks.peer_tests peft DIR                  # its tests of LoRA on custom models
 
 DIR is a checkout of the other project, of which nothing is in this repository. Each way runs in a process of its own,
 at low priority. It ends with 1 where a test that passed without us does not pass with us.
@@ -23,11 +24,18 @@ Outcomes = dict[str, str]  # test -> one of OUTCOMES
 
 @dataclass(frozen=True)
 class Peer:
-    """Whose tests: `files` under DIR, those that `keyword` chooses, and what runs before them to bring in our code."""
+    """Whose tests: `files` under DIR, those that `keyword` chooses.
+
+    Attributes:
+        prelude, ours: Python that runs first, and options of pytest, which bring in our code.
+        options: of pytest, on both sides.
+    """
 
     files: tuple[str, ...]
     keyword: str
-    prelude: str
+    prelude: str = ""
+    ours: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -37,7 +45,13 @@ PEERS = {
         keyword="(4bit or nf4 or fp4 or test_parametrize) and not bench",
         prelude="from nf4kernels.integrations.bitsandbytes import patch; patch()",
         environment={"BNB_TEST_DEVICE": "cpu"},
-    )
+    ),
+    "peft": Peer(
+        files=("tests/test_custom_models.py",),
+        keyword="test_",
+        options=("-o", "addopts=", "-p", "benchmarks.peer_peft"),
+        ours=("--layers", "ours"),
+    ),
 }
 
 
@@ -47,7 +61,8 @@ def run(peer: Peer, directory: Path, with_ours: bool, keyword: str | None) -> Ou
     with tempfile.TemporaryDirectory() as temporary:
         report = Path(temporary) / "report.xml"
         options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--junitxml={report}", "-k", chosen]
-        prelude = f"{peer.prelude}; " if with_ours else ""
+        options += [*peer.options, *(peer.ours if with_ours else ())]
+        prelude = f"{peer.prelude}; " if with_ours and peer.prelude else ""
         code = f"import os, sys; os.nice(10); {prelude}import pytest; sys.exit(pytest.main(sys.argv[1:]))"
         root = str(Path(__file__).parent.parent)
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
