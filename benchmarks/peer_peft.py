@@ -2,7 +2,7 @@
 
 `python -m benchmarks.peer_tests peft DIR` runs it, with what those tests require installed.
 
-Of the parametrized tests those are kept whose configuration is a LoraConfig, on either side, and with `--layers ours` the
+Of the parametrized tests those are kept whose configuration is a LoraConfig, on either side. With `--layers ours` the
 nn.Linear in every model class of a test's module is quantized when the model is made.
 """
 
