@@ -155,6 +155,16 @@ def test_a_part_of_another_size(saved, tmp_path):
         load(copy_with(saved, tmp_path / "copy", cut))
 
 
+def test_a_part_in_another_dtype_is_named_though_weights_come_after_it(saved, tmp_path):
+    first = "model.layers.0.mlp.down_proj.weight"
+
+    def cast(state):
+        state[f"{first}.nested_absmax"] = state[f"{first}.nested_absmax"].half()
+
+    with pytest.raises(TypeError, match=rf"{first}: .* scale_absmax must be torch.float32, got torch.float16"):
+        load(copy_with(saved, tmp_path / "copy", cast))
+
+
 def test_a_weight_of_another_shape(dense, tmp_path):
     def other(state):
         state[UP] = torch.zeros(64, 64, dtype=torch.bfloat16)

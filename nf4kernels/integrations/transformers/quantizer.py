@@ -142,12 +142,12 @@ class Nf4Quantizer(HfQuantizer):
         target, compute_dtype = self.targets[name], self.quantization_config.compute_dtype
         if missing_keys is not None:
             missing_keys.difference_update(target.keys)
-        if self.error is not None:
-            return {}
-        try:
-            qweight = make()
-        except (TypeError, ValueError) as error:
-            self.error = type(error)(f"nf4kernels.Nf4Config: {name}: {error}")
+        if self.error is None:
+            try:
+                qweight = make()
+            except (TypeError, ValueError) as error:
+                self.error = type(error)(f"nf4kernels.Nf4Config: {name}: {error}")
+        if self.error is not None:  # the loader would draw it, which raises where it has the dtype of stored bytes
             needs_no_init(get_submodule(model, target.names[0]))
             return {}
         if target.leaf == WEIGHT:
