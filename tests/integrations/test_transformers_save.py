@@ -130,6 +130,20 @@ def test_adapters_of_our_own_are_not_left_behind(tmp_path):
         model.save_pretrained(tmp_path / "saved")
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_the_model_inside_of_a_peft_model_is_not_saved_by_names_that_nothing_loads(tmp_path, merged):
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    model = load(dense_directory(tmp_path / "dense"), quantization_config=Nf4Config())
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["up_proj"]))
+    if merged:
+        adapted.merge_adapter()
+    with pytest.raises(ValueError, match=r"no PEFT layers in it .*up_proj.base_layer$"):
+        model.save_pretrained(tmp_path / "saved")
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "saved")
+    assert same_state(load(tmp_path / "saved"), model)
+
+
 def test_another_dtype_than_the_saved_one(tmp_path):
     model = load(dense_directory(tmp_path / "dense", "Qwen3-MoE"), quantization_config=Nf4Config())
     model.save_pretrained(tmp_path / "saved")

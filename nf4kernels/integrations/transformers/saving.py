@@ -22,8 +22,13 @@ def has_4_bit_layer(model: nn.Module) -> bool:
 
 
 def check_no_adapters(model: nn.Module) -> None:
-    """ValueError for adapters of this package's own, which `from_pretrained` would not find again."""
+    """ValueError for adapters of this package's own or PEFT's, which `from_pretrained` would not find again."""
     for name, module in named_modules(model):
+        if name.rpartition(".")[2] == "base_layer":
+            raise ValueError(
+                "save_pretrained: the model must have no PEFT layers in it (the PeftModel's save_pretrained saves the"
+                f" adapters; its unload() or merge_and_unload() gives a model without them), got {name}"
+            )
         if isinstance(module, QuantLinear) and module.adapter_names:
             raise ValueError(
                 f"save_pretrained: the model must have no adapters on its 4-bit layers (nf4kernels.save_adapters saves"
