@@ -11,7 +11,7 @@ from accelerate import init_empty_weights
 from peft import PeftModel
 from peft.tuners import lora
 from peft.tuners.lora import model as lora_model
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
@@ -23,6 +23,7 @@ from ...nn.quant_module import QuantModule
 from .experts import QuantExpertsWrapper
 from .lora import LoraQuantLinear, ParamWrapper
 from .merge import Packed, finding_base_weights
+from .others import checked_inject, checked_merge
 
 OURS = (LoraQuantLinear, QuantExpertsWrapper)
 MARK = "_nf4kernels"  # on a function of ours that stands in the place of one of PEFT's
@@ -34,6 +35,9 @@ def install() -> None:
     PEFT asks its dispatchers in turn, a configuration's own custom modules first and `dispatch_default`, which takes a
     QuantLinear for a dense nn.Linear, last.
     """
+    _wrap(BaseTuner, "inject_adapter", checked_inject)
+    _wrap(BaseTuner, "merge_and_unload", checked_merge)
+    _wrap(BaseTuner, "merge_adapter", checked_merge)
     _wrap(lora_model, "dispatch_default", _dispatch)
     _wrap(lora.LoraModel, "_create_and_replace", _create_and_replace)
     _wrap(lora.LoraModel, "_inject_parameters", _inject_parameters)
@@ -50,9 +54,9 @@ def install() -> None:
 
 def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
     """Let `wrapper(what was there, *its arguments)` take the place of owner's attribute, once."""
-    there = getattr(owner, name)
-    if hasattr(there, MARK):
+    if hasattr(vars(owner).get(name), MARK):  # not one that is inherited, which may be wrapped for all tuners
         return
+    there = getattr(owner, name)
 
     @wraps(there)
     def wrapped(*args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,66 @@
+"""PEFT's other tuners than LoRA on a 4-bit layer: forward as on the dense Ŵ; what would write to its bytes, refused."""
+
+import pytest
+import torch
+from support.peft_layers import One, peft, quantized
+from torch import nn
+
+CONFIGS = {
+    "ia3": lambda: peft.IA3Config(target_modules=["layer"], feedforward_modules=[], init_ia3_weights=False),
+    "road": lambda: peft.RoadConfig(target_modules=["layer"], group_size=32, init_weights=False),
+    "vera": lambda: peft.VeraConfig(target_modules=["layer"], r=4, init_weights=False),
+    "adalora": lambda: peft.AdaLoraConfig(target_modules=["layer"], total_step=10, init_lora_weights=False),
+}
+
+
+def twin(layer) -> nn.Linear:
+    """The dense layer of Ŵ."""
+    linear = nn.Linear(layer.in_features, layer.out_features)
+    linear.weight, linear.bias = nn.Parameter(layer.dequantize(torch.float32)), layer.bias
+    return linear
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_forward_is_that_of_the_dense_layer_and_merging_is_refused(kind):
+    layer = quantized()
+    x = torch.randn(5, layer.in_features)
+    outputs = []
+    for base in (twin(layer), layer):
+        torch.manual_seed(1)
+        model = peft.get_peft_model(One(base), CONFIGS[kind]()).eval()
+        outputs.append(model(x))
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(outputs[1], layer(x), atol=1e-3)
+    packed = layer.weight.clone()
+    for merge in (model.merge_adapter, model.merge_and_unload, lambda: model.merge_adapter(safe_merge=True)):
+        with pytest.raises(ValueError, match=rf"the layers to merge must be dense or .* got {kind} on .* layer$"):
+            merge()
+    assert torch.equal(layer.weight, packed)
+    assert torch.equal(model(x), outputs[1])
+    assert model.unload().layer is layer
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_dense_layer_merges_as_ever(kind):
+    base = twin(quantized())
+    model = peft.get_peft_model(One(base), CONFIGS[kind]()).eval()
+    x = torch.randn(5, base.in_features)
+    expected = model(x)
+    torch.testing.assert_close(model.merge_and_unload()(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["LoHaConfig", "LoKrConfig", "HRAConfig", "UniLoraConfig"])
+def test_what_computes_with_the_weight_is_refused(name):
+    if not hasattr(peft, name):
+        pytest.skip(f"this PEFT has no {name}")
+    config = getattr(peft, name)(target_modules=["layer"])
+    with pytest.raises(ValueError, match=r"must leave its weight alone, .* got \w+ on layer$"):
+        peft.get_peft_model(One(quantized()), config)
+    peft.get_peft_model(One(twin(quantized())), config)
+
+
+def test_mixed_adapters():
+    lora = peft.LoraConfig(target_modules=["layer"], init_lora_weights=False)
+    model = peft.get_peft_model(One(quantized()), lora, mixed=True)
+    with pytest.raises(ValueError, match=r"must leave its weight alone, .* got loha on .*layer$"):
+        model.add_adapter("other", peft.LoHaConfig(target_modules=["layer"]))
