@@ -197,6 +197,6 @@ def test_one_dense_tensor_at_a_time(tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
     for largest, line in zip(beside.values(), result.stdout.splitlines(), strict=True):
         extra, grown, model, dense = map(float, line.split())
-        assert dense - model > 2 * largest
+        assert dense - model > 1.5 * largest
         assert grown > 0.8 * model  # what is measured is the model's memory
         assert extra < largest + 3  # Python and torch allocate something meanwhile
