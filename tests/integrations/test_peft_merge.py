@@ -252,6 +252,9 @@ class Quantizer:
     class quantization_config:  # noqa: N801
         quant_method = "nf4kernels"
 
+    def forget(self, model):
+        pass
+
     def remove_quantization_config(self, model):
         del model.hf_quantizer
         model.is_quantized = False

@@ -144,6 +144,19 @@ def test_the_model_inside_of_a_peft_model_is_not_saved_by_names_that_nothing_loa
     assert same_state(load(tmp_path / "saved"), model)
 
 
+def test_a_conv1d_is_one_again_after_peft_merged_the_whole_model(tmp_path):
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    model = load(dense_directory(tmp_path / "dense", "GPT-2"), quantization_config=Nf4Config())
+    targets = ["c_attn", "c_fc", "c_proj"]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    expected = logits(adapted.eval())
+    merged = adapted.merge_and_unload()
+    merged.save_pretrained(tmp_path / "saved")
+    again = load(tmp_path / "saved")
+    assert torch.equal(logits(again), logits(merged))
+    torch.testing.assert_close(logits(again), expected, rtol=0.05, atol=0.05)
+
+
 def test_another_dtype_than_the_saved_one(tmp_path):
     model = load(dense_directory(tmp_path / "dense", "Qwen3-MoE"), quantization_config=Nf4Config())
     model.save_pretrained(tmp_path / "saved")

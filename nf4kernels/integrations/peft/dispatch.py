@@ -242,8 +242,9 @@ def _count_parameters(count: Callable[..., tuple[int, int]], model: nn.Module) -
 
 
 def _forget_quantization(model: Any) -> None:
-    """A model without a layer in 4 bits is none that transformers need know as quantized."""
+    """A model without a layer in 4 bits is none that transformers need know as quantized, GPT-2's Conv1D back in it."""
     quantizer: Any = getattr(model, "hf_quantizer", None)
     method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", None)
     if method == "nf4kernels" and not _holds_quantized(model):
+        quantizer.forget(model)
         quantizer.remove_quantization_config(model)

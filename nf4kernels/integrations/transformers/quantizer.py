@@ -191,7 +191,7 @@ class Nf4Quantizer(HfQuantizer):
         check_no_adapters(model)
         restore_conv1d(model, self._transposed)
         if not has_4_bit_layer(model):
-            self._forget(model)
+            self.forget(model)
             self.remove_quantization_config(model)
             return None, {}
         keep_4_bit_names(model)
@@ -210,10 +210,10 @@ class Nf4Quantizer(HfQuantizer):
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         merge_model(model, dtype=dtype)
-        self._forget(model)
+        self.forget(model)
         return model
 
-    def _forget(self, model: Any) -> None:
+    def forget(self, model: Any) -> None:
         """Leave a model that is dense again as transformers would have loaded it."""
         restore_conv1d(model, self._transposed)
         model.__dict__.pop("_weight_conversions", None)
