@@ -33,7 +33,7 @@ def superblocks(N: int, K: int, block_size: int) -> int:
 
 
 def check_block_size(block_size: int, caller: str) -> None:
-    if block_size not in BLOCK_SIZES:
+    if isinstance(block_size, float) or block_size not in BLOCK_SIZES:  # 64.0 is in it
         raise ValueError(f"{caller}: block_size must be one of {list(BLOCK_SIZES)}, got {block_size!r}")
 
 

@@ -46,6 +46,7 @@ def test_custom_levels_are_those_of_fp32():
         ({"codebook": [0.0, 1.0]}, ValueError, r"codebook must have 16 levels, got shape \[2\]"),
         ({"codebook": 4}, TypeError, r"codebook must be a name or 16 levels, got 4"),
         ({"block_size": 48}, ValueError, r"block_size must be one of \[32, .*\], got 48"),
+        ({"block_size": 64.0}, ValueError, r"block_size must be one of \[32, .*\], got 64.0"),
         ({"scale_codebook": "e5m2"}, ValueError, r"scale_codebook must be .*got 'e5m2'"),
         (
             {"compute_dtype": torch.int8},
