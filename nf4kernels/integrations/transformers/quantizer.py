@@ -93,7 +93,8 @@ class Nf4Quantizer(HfQuantizer):
         if not self.param_needs_quantization(model, param_name):
             return param.element_size()
         config = self.quantization_config
-        return 0.5 + (1 + 4 / SUPERBLOCK if config.double_quant else 4) / config.block_size
+        fp32 = torch.float32.itemsize
+        return 0.5 + (1 + fp32 / SUPERBLOCK if config.double_quant else fp32) / config.block_size
 
     def get_quantize_ops(self) -> QuantizeOnLoad:
         return QuantizeOnLoad(self)
