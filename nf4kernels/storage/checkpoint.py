@@ -320,7 +320,8 @@ def _check_dense(expected, tensors, layers, missing_lora, fit: Fit, who: str) ->
         if name not in layers:
             raise ValueError(f"{who}: model must have a 4-bit layer {name} for its adapter, got none")
         for adapter in adapters:
-            factors = (adapter.config.r, layers[name].in_features), (layers[name].out_features, adapter.config.r)
+            N, K = linear_shape(layers[name])
+            factors = (adapter.config.r, K), (N, adapter.config.r)
             shapes.update(zip(adapter.keys(name), factors * 2))
     missing = [name for name in shapes if name not in tensors]
     left: list[str] = []
