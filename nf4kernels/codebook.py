@@ -3,6 +3,8 @@
 A codebook is data: every kernel takes it as a run-time argument, and no kernel knows which one it is.
 """
 
+from collections.abc import Mapping
+
 import torch
 from scipy.special import ndtri  # what scipy.stats.norm.ppf evaluates, without scipy.stats' import time
 from torch import Tensor
@@ -105,3 +107,9 @@ def resolve_scale(scale_codebook: str, caller: str) -> Tensor:
     if scale_codebook not in SCALE_CODEBOOKS:
         raise ValueError(f"{caller}: scale_codebook must be one of {sorted(SCALE_CODEBOOKS)}, got {scale_codebook!r}")
     return SCALE_CODEBOOKS[scale_codebook].clone()
+
+
+def name_of(levels: Tensor, known: Mapping[str, Tensor]) -> str:
+    """The name among CODEBOOKS or SCALE_CODEBOOKS of stored levels, on any device; "custom" where they have none."""
+    host = levels.cpu()
+    return next((name for name, each in known.items() if torch.equal(each, host)), "custom")

@@ -1,5 +1,6 @@
 """QuantModule: how a module holds a 4-bit weight, casts it, saves it and loads it, and notices a write into it."""
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -268,3 +269,9 @@ def _has_bytes(tensor: Tensor) -> bool:
 def _normal(tensor: Tensor) -> Tensor:
     """Autograd takes no tensor that inference mode made."""
     return tensor.clone() if tensor.is_inference() else tensor
+
+
+def elements_beyond_bytes(model: nn.Module) -> int:
+    """How many weights the packed parameters of `model` hold beyond their own count, which is that of bytes."""
+    packed = [module for module in model.modules() if isinstance(module, QuantModule)]
+    return sum(math.prod(each.weight_shape) - each.weight.numel() for each in packed)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..codebook import CODEBOOKS, SCALE_CODEBOOKS
+from ..codebook import CODEBOOKS, SCALE_CODEBOOKS, name_of
 from ..quantized_weight import SUPERBLOCK, WEIGHT_DTYPES, QuantizedWeight, absmax_shape, check_block_size, packed_shape
 
 BITSANDBYTES_CODEBOOKS = ("nf4", "fp4")
@@ -113,9 +113,7 @@ def weight_from_tensors(tensors: dict[str, Tensor], key: str = "weight") -> Quan
         scale_absmax = tensors[f"{key}.nested_absmax"].reshape(-1)
         scale_offset = torch.tensor(metadata["nested_offset"], dtype=torch.float32, device=packed.device)
         scale_code = tensors[f"{key}.nested_quant_map"].reshape(-1)
-        host = scale_code.cpu()
-        equal = (name for name, levels in SCALE_CODEBOOKS.items() if torch.equal(levels, host))
-        scale_codebook = next(equal, "custom")
+        scale_codebook = name_of(scale_code, SCALE_CODEBOOKS)
     try:
         return QuantizedWeight(
             packed, absmax, scale_absmax, scale_offset, code, scale_code, (N, K), metadata["dtype"], block_size,

@@ -3,10 +3,9 @@
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..codebook import CODEBOOKS, SCALE_CODEBOOKS
+from ..codebook import CODEBOOKS, SCALE_CODEBOOKS, name_of
 from ..model.walk import named_modules, state_dict
 from ..nn.quant_experts import WEIGHTS, GroupedQuantLinear, QuantExperts, layout_problem
 from ..nn.quant_module import SCALES
@@ -42,16 +41,9 @@ def experts_from_tensors(tensors: dict[str, Tensor], key: str, shape: tuple[int,
     scales: dict[str, Any] = {name: own.get(name) for name in SCALES}
     return QuantizedExperts(
         own["weight"], own["absmax"], **scales, shape=shape, dtype=WEIGHT_DTYPES[source],
-        block_size=shape[2] // blocks, codebook=_name(scales["code"], CODEBOOKS) or "custom",
-        scale_codebook=_name(scales["scale_code"], SCALE_CODEBOOKS),
+        block_size=shape[2] // blocks, codebook=name_of(scales["code"], CODEBOOKS),
+        scale_codebook=None if scales["scale_code"] is None else name_of(scales["scale_code"], SCALE_CODEBOOKS),
     )  # fmt: skip
-
-
-def _name(levels: Tensor | None, known: dict[str, Tensor]) -> str | None:
-    if levels is None:
-        return None
-    host = levels.cpu()
-    return next((name for name, each in known.items() if torch.equal(each, host)), "custom")
 
 
 def name_experts(model: nn.Module, tensors: dict[str, Tensor]) -> None:

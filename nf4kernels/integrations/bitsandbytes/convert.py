@@ -8,7 +8,7 @@ from bitsandbytes import functional
 from bitsandbytes.nn import modules
 from torch import Tensor, nn
 
-from ...codebook import CODEBOOKS, SCALE_CODEBOOKS
+from ...codebook import CODEBOOKS, SCALE_CODEBOOKS, name_of
 from ...model.walk import named_modules, set_submodule
 from ...nn.quant_linear import QuantLinear
 from ...nn.quant_module import QuantModule
@@ -174,10 +174,6 @@ def _qweight_of_state(own: Mapping[str, Any], key: str, who: str) -> QuantizedWe
         )
     return QuantizedWeight(
         packed, absmax, own["scale_absmax"], own["scale_offset"], own["code"], own["scale_code"], (N, K),
-        WEIGHT_DTYPES[int(own["source_dtype"])], sizes[0], _name_of(own["code"], CODEBOOKS),
-        own["scale_code"] if own["scale_code"] is None else _name_of(own["scale_code"], SCALE_CODEBOOKS),
+        WEIGHT_DTYPES[int(own["source_dtype"])], sizes[0], name_of(own["code"], CODEBOOKS),
+        own["scale_code"] if own["scale_code"] is None else name_of(own["scale_code"], SCALE_CODEBOOKS),
     )  # fmt: skip
-
-
-def _name_of(levels: Tensor, known: Mapping[str, Tensor]) -> str:
-    return next((name for name, own in known.items() if torch.equal(own, levels.cpu())), "custom")

@@ -1,7 +1,6 @@
 """How PEFT comes to choose our layers, and what its walks over a model do for them besides."""
 
 import copy
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial, wraps
@@ -19,7 +18,7 @@ from ...model.merge import merge_model
 from ...model.plan import QUANTIZED
 from ...nn.quant_experts import GroupedQuantLinear, QuantExperts
 from ...nn.quant_linear import QuantLinear
-from ...nn.quant_module import QuantModule
+from ...nn.quant_module import elements_beyond_bytes
 from .experts import QuantExpertsWrapper
 from .lora import LoraQuantLinear, ParamWrapper
 from .merge import Packed, finding_base_weights
@@ -237,8 +236,7 @@ def _check_before(model: nn.Module, safe: bool, adapter_names: list[str] | None)
 def _count_parameters(count: Callable[..., tuple[int, int]], model: nn.Module) -> tuple[int, int]:
     """(trained, all), a weight in 4 bits by its elements and not by its bytes."""
     trained, total = count(model)
-    packed = [module for module in model.modules() if isinstance(module, QuantModule)]
-    return trained, total + sum(math.prod(each.weight_shape) - each.weight.numel() for each in packed)
+    return trained, total + elements_beyond_bytes(model)
 
 
 def _forget_quantization(model: Any) -> None:

@@ -4,14 +4,13 @@ Both call what was there before, and change nothing for a model or a configurati
 """
 
 import functools
-import math
 from typing import Any
 
 from transformers.modeling_utils import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import is_bitsandbytes_available
 
-from ...nn.quant_module import QuantModule
+from ...nn.quant_module import elements_beyond_bytes
 from .config import METHOD, Nf4Config
 
 WHO = "nf4kernels.Nf4Config"
@@ -42,10 +41,7 @@ def _count_parameters() -> None:
     @functools.wraps(original)
     def num_parameters(self: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         count: int = original(self, only_trainable, exclude_embeddings)
-        if only_trainable:
-            return count
-        layers = [module for module in self.modules() if isinstance(module, QuantModule)]
-        return count + sum(math.prod(layer.weight_shape) - layer.weight.numel() for layer in layers)
+        return count if only_trainable else count + elements_beyond_bytes(self)
 
     PreTrainedModel.num_parameters = num_parameters
 
