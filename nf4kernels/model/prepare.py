@@ -43,10 +43,10 @@ def prepare_for_training(model: nn.Module, checkpointing: bool = True) -> nn.Mod
         raise ValueError(
             f"{who}: model must have a layer in 4 bits or an adapter to train, got none (quantize_model gives both)"
         )
-    for parameter in model.parameters():
-        # torch cannot freeze what is not there yet, and PEFT has frozen what it does not train
-        if not is_lazy(parameter) and not has_peft:
-            parameter.requires_grad_(False)
+    if not has_peft:  # which has frozen what it does not train
+        for parameter in model.parameters():
+            if not is_lazy(parameter):  # torch cannot freeze what is not there yet
+                parameter.requires_grad_(False)
     for layer in layers:
         if isinstance(layer, QuantLinear) and layer.lora is not None:
             layer.set_adapter(layer.adapter_name)

@@ -12,8 +12,8 @@ from ..quantized_weight import QuantizedWeight
 FROM_WEIGHT = ("pissa", "loftq")  # the starts that need the dense weight, and change what is quantized
 INITS = ("default", "gaussian", *FROM_WEIGHT)
 LOFTQ_ITERATIONS = 5
-# Of the randomised SVD. On matrices of 512 and 1024 it leaves at most 0.06 % more than the best approximation, in a
-# thirtieth of the time of a full SVD; with half the iterations it is 0.2 %.
+# Of the randomised SVD. On matrices of 512 and 1024 it leaves at most 0.06 % more than the best approximation, and with
+# half the iterations 0.2 %. At rank 16 a full SVD takes 14 times as long on a matrix of 1024, 28 times on one of 2048.
 OVERSAMPLING, POWER_ITERATIONS, SEED = 16, 8, 0
 
 
