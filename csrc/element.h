@@ -21,16 +21,8 @@ static inline float float_of(uint32_t u) {
 }
 
 static inline float to_float(float a) { return a; }
-static inline float to_float(BFloat16 a) { return float_of(uint32_t(a.bits) << 16); }
-static inline float to_float(Float16 a) {
-  const uint32_t sign = uint32_t(a.bits & 0x8000) << 16, exponent = a.bits >> 10 & 31, fraction = a.bits & 1023;
-  if (exponent == 0) {  // subnormal: exact in fp32
-    const float magnitude = float(fraction) * 0x1p-24f;
-    return float_of(sign | bits_of(magnitude));
-  }
-  if (exponent == 31) return float_of(sign | 0x7f800000u | fraction << 13);
-  return float_of(sign | (exponent + 112) << 23 | fraction << 13);
-}
+static inline float to_float(BFloat16 a) { return bf16_value(a.bits); }
+static inline float to_float(Float16 a) { return fp16_value(a.bits); }
 
 template <class T>
 static inline T from_float(float a);

@@ -4,6 +4,7 @@ A codebook is data: every kernel takes it as a run-time argument, and no kernel 
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from scipy.special import ndtri  # what scipy.stats.norm.ppf evaluates, without scipy.stats' import time
@@ -52,10 +53,20 @@ def _int4() -> Tensor:
     return torch.cat([-steps.flip(0), steps]) / 7 + 0.0
 
 
-def _e4m3() -> Tensor:
-    """Entry b is the FP8 E4M3 number with bit pattern b, over 448; the two NaN patterns, never written, read as 0."""
-    values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float() / 448
-    return values.nan_to_num(nan=0.0)
+def _e2m1() -> Tensor:
+    """E2M1 as the OCP and NVIDIA formats have it: sign in bit 3, and a zero of either sign."""
+    magnitudes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    return torch.cat([magnitudes, -magnitudes])
+
+
+def e4m3_numbers() -> Tensor:
+    """fp32 `[256]`: entry b is the FP8 E4M3 number with bit pattern b; the two NaN patterns read as 0."""
+    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().nan_to_num(nan=0.0)
+
+
+def _e8m0() -> Tensor:
+    """Entry b is 2^(b - 127), of which b = 255 is NaN."""
+    return torch.cat([torch.ldexp(torch.ones(255), torch.arange(-127, 128)), torch.tensor([torch.nan])])
 
 
 def _dynamic8() -> Tensor:
@@ -76,8 +87,43 @@ AF4 = torch.tensor(
     [-1.0, -0.69441008, -0.51243739, -0.3736951, -0.25607552, -0.14982478, -0.04934812, 0.0,
      0.04273164, 0.12934483, 0.21961274, 0.31675666, 0.42563882, 0.55496234, 0.72424863, 1.0]
 )  # fmt: skip
-CODEBOOKS = {"nf4": NF4, "fp4": FP4, "int4": INT4, "af4": AF4}
-SCALE_CODEBOOKS = {"e4m3": _e4m3(), "dynamic8": _dynamic8()}
+# The levels of ggml's IQ4_NL, times 127 or so: integers, beside a scale in fp16.
+IQ4_NL = torch.tensor([-127.0, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113])
+E2M1 = _e2m1()
+INTEGERS = torch.arange(-8.0, 8.0)
+
+
+@dataclass(frozen=True)
+class Format:
+    """What a published 4-bit format fixes besides its levels.
+
+    Attributes:
+        scales: the kinds of scales that it may have, as `QuantizedWeight.scales` names them; what `quantize` writes
+            first.
+        block_size: its own, None where a file says it.
+        scale_codebook: the name of the codebook of 8-bit scales, None where scales are numbers.
+    """
+
+    scales: tuple[str, ...]
+    block_size: int | None
+    scale_codebook: str | None = None
+
+
+# name -> Format of the codebooks that bring more than their levels: OCP MX 1.0; NVIDIA's NVFP4; symmetric integers as
+# GPTQ, AutoRound and compressed-tensors store them; ggml's Q4_0 and IQ4_NL.
+FORMATS = {
+    "mxfp4": Format(("codes",), 32, "e8m0"),
+    "nvfp4": Format(("codes",), 16, "e4m3_global"),
+    "int4_symmetric": Format(("bfloat16", "float16", "float32"), None),
+    "q4_0": Format(("float16",), 32),
+    "iq4_nl": Format(("float16",), 32),
+}
+CODEBOOKS = {"nf4": NF4, "fp4": FP4, "int4": INT4, "af4": AF4} | {
+    "mxfp4": E2M1, "nvfp4": E2M1, "int4_symmetric": INTEGERS, "q4_0": INTEGERS, "iq4_nl": IQ4_NL,
+}  # fmt: skip
+# "e4m3_global", E4M3 numbers times one fp32 a tensor, is a codebook of its own for each tensor.
+SCALE_CODEBOOKS = {"e4m3": e4m3_numbers() / 448, "dynamic8": _dynamic8(), "e8m0": _e8m0()}
+DOUBLE_QUANT_CODEBOOKS = ("e4m3", "dynamic8")  # of scales that superblocks scale once more
 
 
 def resolve(codebook: str | Tensor, caller: str) -> tuple[str, Tensor]:
@@ -104,12 +150,19 @@ def resolve(codebook: str | Tensor, caller: str) -> tuple[str, Tensor]:
 
 def resolve_scale(scale_codebook: str, caller: str) -> Tensor:
     """fp32 `[256]` of a scale codebook's name; ValueError for an unknown one."""
-    if scale_codebook not in SCALE_CODEBOOKS:
-        raise ValueError(f"{caller}: scale_codebook must be one of {sorted(SCALE_CODEBOOKS)}, got {scale_codebook!r}")
+    if scale_codebook not in DOUBLE_QUANT_CODEBOOKS:
+        known = sorted(DOUBLE_QUANT_CODEBOOKS)
+        raise ValueError(f"{caller}: scale_codebook must be one of {known}, got {scale_codebook!r}")
     return SCALE_CODEBOOKS[scale_codebook].clone()
 
 
 def name_of(levels: Tensor, known: Mapping[str, Tensor]) -> str:
     """The name among CODEBOOKS or SCALE_CODEBOOKS of stored levels, on any device; "custom" where they have none."""
     host = levels.cpu()
-    return next((name for name, each in known.items() if torch.equal(each, host)), "custom")
+    return next((name for name, each in known.items() if torch.equal(each.nan_to_num(), host.nan_to_num())), "custom")
+
+
+def default_block_size(codebook: str | Tensor) -> int:
+    """What `quantize` takes where no block size is given."""
+    own = FORMATS.get(codebook) if isinstance(codebook, str) else None
+    return own.block_size if own is not None and own.block_size is not None else 64

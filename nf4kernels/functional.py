@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from .autograd import (
     lora_forward,
     outside_inference_mode,
 )
+from .published_formats import WRITERS, quantize_as
 from .quantized_weight import (
     WEIGHT_DTYPES,
     QuantizedExperts,
@@ -43,7 +44,7 @@ _grouped_linear: Callable[..., Tensor] = _ops.grouped_linear.default
 def quantize(
     weight: Tensor,
     codebook: str | Tensor = "nf4",
-    block_size: int = 64,
+    block_size: int | None = None,
     double_quant: bool = True,
     scale_codebook: str = "e4m3",
     nonfinite: str = "raise",
@@ -52,8 +53,11 @@ def quantize(
 
     Args:
         weight: `[N, K]`, float32, bfloat16 or float16, any strides. A non-contiguous weight is copied.
-        codebook: "nf4", "fp4", "int4", "af4", or 16 ascending levels in [-1, 1].
-        block_size: consecutive weights that share a scale, a power of two from 32 to 4096.
+        codebook: "nf4", "fp4", "int4", "af4", or 16 ascending levels in [-1, 1]; or "mxfp4", "nvfp4" or
+            "int4_symmetric", which round as their formats say and have scales of their own: the next arguments but
+            block_size do not concern them.
+        block_size: consecutive weights that share a scale, a power of two from 16 to 4096. None is the codebook's own:
+            32 for mxfp4 and 16 for nvfp4, which take no other, and else 64.
         double_quant: store the scales in 8 bits (4.127 bits a weight at block size 64, instead of 4.5).
         scale_codebook: "e4m3" or "dynamic8" (bitsandbytes' map); used with `double_quant`.
         nonfinite: "raise", or "propagate": a block that holds NaN or inf decodes to NaN (needs `double_quant=False`).
@@ -77,16 +81,18 @@ def quantize(
         raise ValueError(f"{who}: nonfinite must be 'raise' or 'propagate', got {nonfinite!r}")
     if nonfinite == "propagate" and double_quant:
         raise ValueError(f"{who}: nonfinite='propagate' must go with double_quant=False, got double_quant=True")
+    block_size = codebooks.default_block_size(codebook) if block_size is None else block_size
     check_block_size(block_size, who)
     name, code = codebooks.resolve(codebook, who)
+    if name in codebooks.FORMATS:
+        return _quantize_as(name, weight, block_size, nonfinite, who)
     scale_code = codebooks.resolve_scale(scale_codebook, who).to(weight.device) if double_quant else None
 
     code = code.to(weight.device)
     packed, absmax = _ops.quantize(weight.detach(), code, block_size)
     # A scale is finite or NaN, and the maximum keeps a NaN: isfinite().all() takes 30 times as long.
     if nonfinite == "raise" and not weight.is_meta and absmax.numel() and not absmax.amax().isfinite():
-        row, col = (~weight.isfinite()).nonzero()[0].tolist()
-        raise ValueError(f"{who}: weight must be finite, got {weight[row, col].item()} at row {row}, column {col}")
+        _refuse_nonfinite(weight, who)
     scale_absmax = scale_offset = None
     if double_quant:
         absmax, scale_absmax, scale_offset = _ops.quantize_absmax(absmax, scale_code, scale_codebook == "e4m3")
@@ -96,11 +102,31 @@ def quantize(
     )  # fmt: skip
 
 
+def _quantize_as(name: str, weight: Tensor, block_size: int, nonfinite: str, who: str) -> QuantizedWeight:
+    """In a format that has a rule of its own."""
+    own = codebooks.FORMATS[name].block_size
+    if name not in WRITERS:
+        raise ValueError(f"{who}: codebook must be one that is written, got {name!r}, which is read from files alone")
+    if own is not None and block_size != own:
+        raise ValueError(f"{who}: block_size must be {own} with codebook={name!r}, got {block_size}")
+    if nonfinite != "raise":
+        raise ValueError(f"{who}: nonfinite must be 'raise' with codebook={name!r}, got {nonfinite!r}")
+    weight = weight.detach()
+    if not weight.is_meta and weight.numel() and not all(bound.isfinite() for bound in weight.aminmax()):
+        _refuse_nonfinite(weight, who)
+    return quantize_as(name, weight, block_size)
+
+
+def _refuse_nonfinite(weight: Tensor, who: str) -> NoReturn:
+    row, col = (~weight.isfinite()).nonzero()[0].tolist()
+    raise ValueError(f"{who}: weight must be finite, got {weight[row, col].item()} at row {row}, column {col}")
+
+
 @outside_inference_mode
 def quantize_experts(
     weight: Tensor,
     codebook: str | Tensor = "nf4",
-    block_size: int = 64,
+    block_size: int | None = None,
     double_quant: bool = True,
     scale_codebook: str = "e4m3",
     nonfinite: str = "raise",
@@ -123,6 +149,7 @@ def quantize_experts(
         raise TypeError(f"{who}: weight must be a tensor, got {type(weight).__name__}")
     if weight.dim() != 3:
         raise ValueError(f"{who}: weight must be 3-D [E, N, K], got shape {list(weight.shape)}")
+    block_size = codebooks.default_block_size(codebook) if block_size is None else block_size
     check_block_size(block_size, who)
     check_expert_columns(weight.shape[2], block_size, who)
     options = (codebook, block_size, double_quant, scale_codebook, nonfinite)
@@ -130,18 +157,20 @@ def quantize_experts(
     E, N, K = weight.shape
     tensors: dict[str, Any] = {
         name: None if dtype is None else weight.new_empty(shape, dtype=dtype)
-        for name, (dtype, shape) in expert_specs(E, N, K, block_size, double_quant).items()
+        for name, (dtype, shape) in expert_specs(E, N, K, block_size, like.scales).items()
     }
     for expert, matrix in enumerate(weight.detach()):
         try:
             qweight = quantize(matrix, *options)
         except ValueError as error:
             raise ValueError(f"{who}: expert {expert}: {error}") from None
-        for name in ("packed", "absmax", "scale_absmax", "scale_offset"):
+        own = ("scale_code",) if like.scales == "codes" else ("scale_absmax", "scale_offset")
+        for name in ("packed", "absmax", *own):
             if tensors[name] is not None:
                 tensors[name][expert] = getattr(qweight, name)
+    shared = {"code": like.code} if like.scales == "codes" else {"code": like.code, "scale_code": like.scale_code}
     return QuantizedExperts(
-        **tensors | {"code": like.code, "scale_code": like.scale_code}, shape=tuple(weight.shape), dtype=weight.dtype,
+        **tensors | shared, shape=tuple(weight.shape), dtype=weight.dtype,
         block_size=block_size, codebook=like.codebook, scale_codebook=like.scale_codebook,
     )  # fmt: skip
 

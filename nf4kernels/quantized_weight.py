@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 SUPERBLOCK = 256  # blocks that share one scale_absmax
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+BLOCK_SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# What the blocks' scales are: numbers in absmax, 8-bit codes of scale_code, or such codes that superblocks scale again.
+SCALES = ("float32", "bfloat16", "float16", "codes", "double")
 # A weight's part of every op's argument list, in the order of `ops.WEIGHT`: packed, absmax, scale_absmax, scale_offset,
 # code, scale_code, N, K, block_size. A plain tuple: making a named one costs each call of a layer 0.7 us of 9.6.
 WeightArgs: TypeAlias = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None, int, int, int]
@@ -37,25 +39,34 @@ def check_block_size(block_size: int, caller: str) -> None:
         raise ValueError(f"{caller}: block_size must be one of {list(BLOCK_SIZES)}, got {block_size!r}")
 
 
-def tensor_specs(N: int, K: int, block_size: int, double_quant: bool) -> Specs:
+def scales_of(absmax: Tensor, scale_absmax: Tensor | None, scale_code: Tensor | None) -> str:
+    """The kind among SCALES, by the tensors that a weight has; the name of absmax' dtype where it is none of them."""
+    if scale_code is None:
+        return str(absmax.dtype).removeprefix("torch.")
+    return "codes" if scale_absmax is None else "double"
+
+
+def tensor_specs(N: int, K: int, block_size: int, scales: str) -> Specs:
     """name -> (dtype, shape) of the six tensors of a weight; dtype None for those it lacks."""
     none = (None, ())
+    double = scales == "double"
+    absmax_dtype = torch.uint8 if scales in ("codes", "double") else getattr(torch, scales)
     return {
         "packed": (torch.uint8, packed_shape(N, K)),
-        "absmax": (torch.uint8 if double_quant else torch.float32, absmax_shape(N, K, block_size)),
-        "scale_absmax": (torch.float32, (superblocks(N, K, block_size),)) if double_quant else none,
-        "scale_offset": (torch.float32, ()) if double_quant else none,
+        "absmax": (absmax_dtype, absmax_shape(N, K, block_size)),
+        "scale_absmax": (torch.float32, (superblocks(N, K, block_size),)) if double else none,
+        "scale_offset": (torch.float32, ()) if double else none,
         "code": (torch.float32, (16,)),
-        "scale_code": (torch.float32, (256,)) if double_quant else none,
+        "scale_code": (torch.float32, (256,)) if absmax_dtype == torch.uint8 else none,
     }
 
 
-def expert_specs(E: int, N: int, K: int, block_size: int, double_quant: bool) -> Specs:
-    """The same of E weights: each tensor of one, stacked; the codebooks are shared."""
-    specs = tensor_specs(N, K, block_size, double_quant)
+def expert_specs(E: int, N: int, K: int, block_size: int, scales: str) -> Specs:
+    """The same of E weights: each tensor of one, stacked; the codebooks are shared, but scale_code alone is each's."""
+    shared = ("code",) if scales == "codes" else ("code", "scale_code")
     return {
-        name: (dtype, shape if dtype is None or name in ("code", "scale_code") else (E, *shape))
-        for name, (dtype, shape) in specs.items()
+        name: (dtype, shape if dtype is None or name in shared else (E, *shape))
+        for name, (dtype, shape) in tensor_specs(N, K, block_size, scales).items()
     }
 
 
@@ -97,7 +108,9 @@ class _Quantized:
         if self.dtype not in WEIGHT_DTYPES:
             raise TypeError(f"{who}: dtype must be float32, bfloat16 or float16, got {self.dtype}")
         check_block_size(self.block_size, who)
-        for name, (dtype, shape) in self.specs(*self.shape, self.block_size, self.double_quant).items():
+        if self.scales not in SCALES:
+            raise TypeError(f"{who}: absmax must be float32, bfloat16, float16, or uint8 codes, got {self.absmax.dtype}")
+        for name, (dtype, shape) in self.specs(*self.shape, self.block_size, self.scales).items():
             tensor = getattr(self, name)
             if dtype is None:
                 if tensor is not None:
@@ -115,8 +128,13 @@ class _Quantized:
                 raise ValueError(f"{who}: {name} must be on {self.packed.device} as packed is, got {tensor.device}")
 
     @property
+    def scales(self) -> str:
+        """What the blocks' scales are: one of SCALES."""
+        return scales_of(self.absmax, self.scale_absmax, self.scale_code)
+
+    @property
     def double_quant(self) -> bool:
-        return self.scale_code is not None
+        return self.scales == "double"
 
     @property
     def device(self) -> torch.device:
@@ -146,19 +164,19 @@ class _Quantized:
 class QuantizedWeight(_Quantized):
     """A frozen `[N, K]` weight: Ŵ[i] = code[nibble i] * scale(block i), blocks over the row-major flattened weight.
 
-    Without double quantization `scale = absmax` (fp32); with it
-    `scale = scale_code[absmax] * scale_absmax[block // 256] + scale_offset`, each operation rounded to fp32.
+    `scales` says what scale is: absmax itself ("float32", "bfloat16", "float16"); `scale_code[absmax]` ("codes"); or,
+    double-quantized, `scale_code[absmax] * scale_absmax[block // 256] + scale_offset`, each operation rounded to fp32.
 
     Attributes:
         packed: uint8 `[N, K/2]` (flat `[ceil(N*K/2)]` for odd K), the even element in the high nibble.
-        absmax: `[N, K/block_size]` (flat when K % block_size != 0), fp32, or uint8 with double quantization.
-        scale_absmax: fp32 `[ceil(blocks/256)]`, or None.
-        scale_offset: fp32 scalar, or None.
+        absmax: `[N, K/block_size]` (flat when K % block_size != 0), fp32, bf16, fp16, or uint8 codes.
+        scale_absmax: fp32 `[ceil(blocks/256)]`, or None without double quantization.
+        scale_offset: fp32 scalar, or None without double quantization.
         code: fp32 `[16]`.
-        scale_code: fp32 `[256]`, or None.
+        scale_code: fp32 `[256]`, or None where absmax holds numbers.
         shape: (N, K).
         dtype: the dtype that was quantized, and the default of `dequantize`.
-        block_size: a power of two from 32 to 4096.
+        block_size: a power of two from 16 to 4096.
         codebook: the name of `code`, or "custom".
         scale_codebook: the name of `scale_code`, "custom" for one read from a checkpoint, or None.
 
@@ -178,10 +196,11 @@ class QuantizedExperts(_Quantized):
 
     Attributes:
         packed: uint8 `[E, N, K/2]`, the even element in the high nibble.
-        absmax: `[E, N, K/block_size]`, fp32, or uint8 with double quantization.
+        absmax: `[E, N, K/block_size]`, fp32, bf16, fp16, or uint8 codes.
         scale_absmax: fp32 `[E, ceil(N*K/block_size/256)]`, or None.
         scale_offset: fp32 `[E]`, or None.
-        code, scale_code, dtype, block_size, codebook, scale_codebook: as in `QuantizedWeight`, of all experts.
+        code, dtype, block_size, codebook, scale_codebook: as in `QuantizedWeight`, of all experts.
+        scale_code: the same for all with double quantization; `[E, 256]` where it alone scales.
         shape: (E, N, K), K a multiple of 64 and of block_size.
 
     Raises:
@@ -203,8 +222,9 @@ class QuantizedExperts(_Quantized):
         if not -len(self) <= expert < len(self):
             raise IndexError(f"nf4kernels.QuantizedExperts: expert must be one of {len(self)}, got {expert}")
         scale_absmax, scale_offset = (t if t is None else t[expert] for t in (self.scale_absmax, self.scale_offset))
+        scale_code = self.scale_code[expert] if self.scales == "codes" else self.scale_code
         return QuantizedWeight(
-            self.packed[expert], self.absmax[expert], scale_absmax, scale_offset, self.code, self.scale_code,
+            self.packed[expert], self.absmax[expert], scale_absmax, scale_offset, self.code, scale_code,
             self.shape[1:], self.dtype, self.block_size, self.codebook, self.scale_codebook,
         )  # fmt: skip
 

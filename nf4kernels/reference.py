@@ -55,10 +55,10 @@ def dequantize(
     scale_code: Tensor | None, N: int, K: int, block_size: int, row_begin: int, row_end: int, col_begin: int,
     col_end: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    scale = absmax.reshape(-1)
-    if scale_code is not None:
+    scale = absmax.reshape(-1).float() if scale_code is None else scale_code[absmax.reshape(-1).long()]
+    if scale_absmax is not None:
         superblock = torch.arange(scale.numel(), device=scale.device) // SUPERBLOCK
-        scale = scale_code[scale.long()] * scale_absmax[superblock] + scale_offset
+        scale = scale * scale_absmax[superblock] + scale_offset
     flat = packed.reshape(-1)
     codes = torch.stack([flat >> 4, flat & 15], 1).view(-1)[: N * K]
     values = code[codes.long()] * scale.repeat_interleave(block_size)[: N * K]
@@ -109,8 +109,8 @@ def grouped_linear(
 ) -> Tensor:  # fmt: skip
     y = x.new_zeros(x.shape[0], N)
     for expert, rows in _experts_rows(expert_offsets, x.shape[0], "grouped_linear"):
-        scales = (t if t is None else t[expert] for t in (scale_absmax, scale_offset))
-        y[rows] = linear(x[rows], packed[expert], absmax[expert], *scales, code, scale_code, N, K, block_size, None)
+        weight = _expert(expert, packed, absmax, scale_absmax, scale_offset, code, scale_code)
+        y[rows] = linear(x[rows], *weight, N, K, block_size, None)
     return y
 
 
@@ -120,8 +120,8 @@ def grouped_linear_dgrad(
 ) -> Tensor:  # fmt: skip
     dx = dy.new_zeros(dy.shape[0], K)
     for expert, rows in _experts_rows(expert_offsets, dy.shape[0], "grouped_linear_dgrad"):
-        scales = (t if t is None else t[expert] for t in (scale_absmax, scale_offset))
-        dx[rows] = linear_dgrad(dy[rows], packed[expert], absmax[expert], *scales, code, scale_code, N, K, block_size)
+        weight = _expert(expert, packed, absmax, scale_absmax, scale_offset, code, scale_code)
+        dx[rows] = linear_dgrad(dy[rows], *weight, N, K, block_size)
     return dx
 
 
@@ -130,6 +130,15 @@ def lora_grad(small: Tensor, wide: Tensor, scaling: float, dtype: torch.dtype, t
     grad = scaling * _matmul(rows.T, wide.reshape(rows.shape[0], wide.shape[-1]).float())
     grad = grad.T if transposed else grad
     return torch.empty(grad.shape, dtype=dtype, device=grad.device).copy_(grad)
+
+
+def _expert(expert, packed, absmax, scale_absmax, scale_offset, code, scale_code) -> tuple[Tensor | None, ...]:
+    """One expert's tensors; scale_code is each expert's own where it alone scales."""
+    if scale_absmax is not None:
+        scale_absmax, scale_offset = scale_absmax[expert], scale_offset[expert]
+    elif scale_code is not None:
+        scale_code = scale_code[expert]
+    return packed[expert], absmax[expert], scale_absmax, scale_offset, code, scale_code
 
 
 def _experts_rows(expert_offsets: Tensor, T: int, op: str) -> Iterator[tuple[int, slice]]:

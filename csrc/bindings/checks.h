@@ -122,9 +122,16 @@ inline const float* checked_floats(const Tensor& tensor, int64_t count, const Op
 }
 
 inline int block_shift_of(int64_t block_size, const Op& op) {
-  for (int shift = 5; shift <= 12; ++shift)
+  for (int shift = 4; shift <= 12; ++shift)
     if (block_size == int64_t(1) << shift) return shift;
-  CHECK(false, op, ": block_size must be a power of two from 32 to 4096, got ", block_size);
+  CHECK(false, op, ": block_size must be a power of two from 16 to 4096, got ", block_size);
+}
+
+// By the tensors that a weight has; another type of absmax is refused as no fp32.
+inline Scales scales_of(ScalarType absmax, bool has_scale_code, bool double_quant) {
+  if (has_scale_code) return double_quant ? Scales::kDouble : Scales::kCodes;
+  if (absmax == ScalarType::BFloat16) return Scales::kBFloat16;
+  return absmax == ScalarType::Half ? Scales::kFloat16 : Scales::kFloat32;
 }
 
 inline Experts checked_weights(const Op& op, int64_t E, const Tensor& packed, const Tensor& absmax,
@@ -143,18 +150,22 @@ inline Experts checked_weights(const Op& op, int64_t E, const Tensor& packed, co
   const int64_t blocks = experts.blocks = ceil_div(N * K, block_size);
   w.packed = static_cast<const uint8_t*>(checked_data(packed, ScalarType::Byte, E * ceil_div(N * K, 2), op, "packed"));
   w.code = checked_floats(code, kLevels, op, "code");
-  const bool double_quant = scale_code.has_value();
-  CHECK(scale_absmax.has_value() == double_quant && scale_offset.has_value() == double_quant, op,
-        ": scale_absmax, scale_offset and scale_code must be given together");
-  if (!double_quant) {
-    w.absmax = checked_floats(absmax, E * blocks, op, "absmax");
-    return experts;
-  }
-  w.absmax_u8 = static_cast<const uint8_t*>(checked_data(absmax, ScalarType::Byte, E * blocks, op, "absmax"));
+  const bool double_quant = scale_absmax.has_value();
+  CHECK(scale_offset.has_value() == double_quant && (scale_code.has_value() || !double_quant), op,
+        ": scale_absmax and scale_offset must be given together, and with scale_code");
+  w.scales = scales_of(absmax.scalar_type(), scale_code.has_value(), double_quant);
+  const ScalarType type = w.scales == Scales::kBFloat16  ? ScalarType::BFloat16
+                          : w.scales == Scales::kFloat16 ? ScalarType::Half
+                          : w.scales == Scales::kFloat32 ? ScalarType::Float
+                                                         : ScalarType::Byte;
+  w.absmax = checked_data(absmax, type, E * blocks, op, "absmax");
+  if (!has_codes(w)) return experts;
+  const bool is_of_each = w.scales == Scales::kCodes;  // expert
+  w.scale_code = checked_floats(*scale_code, is_of_each ? E * kScaleCodes : kScaleCodes, op, "scale_code");
+  if (!double_quant) return experts;
   experts.superblocks = ceil_div(blocks, int64_t(1) << kSuperblockShift);
   w.scale_absmax = checked_floats(*scale_absmax, E * experts.superblocks, op, "scale_absmax");
   w.scale_offset = checked_floats(*scale_offset, E, op, "scale_offset");
-  w.scale_code = checked_floats(*scale_code, 256, op, "scale_code");
   return experts;
 }
 

@@ -34,7 +34,7 @@ static inline __m512bh code_values(Isa::I table, Isa::I words) {
 // scale_absmax of blocks block(0), ... block(15), which ascend; past `count` the last one again.
 template <class Block>
 static inline Isa::F gather_superblocks(const Weight& w, int count, Block block) {
-  if (w.absmax_u8 == nullptr) return Isa::zero();
+  if (w.scales != Scales::kDouble) return Isa::zero();
   const auto superblock = [&](int i) { return block(i < count ? i : count - 1) >> kSuperblockShift; };
   if (superblock(0) == superblock(Isa::L - 1)) return Isa::set1(w.scale_absmax[superblock(0)]);
   alignas(64) float values[Isa::L];
@@ -48,12 +48,13 @@ template <class Block>
 static inline Isa::F gather_scales(const Weight& w, int count, Block block, Isa::F superblocks) {
   alignas(64) float values[Isa::L];
   const auto block_of = [&](int i) { return block(i < count ? i : count - 1); };
-  if (w.absmax_u8 == nullptr) {
-    for (int i = 0; i < Isa::L; ++i) values[i] = w.absmax[block_of(i)];
+  if (w.scales != Scales::kDouble) {
+    for (int i = 0; i < Isa::L; ++i) values[i] = block_scale(w, block_of(i));
     return Isa::load(values);
   }
+  const auto* absmax = w.absmax_as<uint8_t>();
 #pragma GCC unroll 16
-  for (int i = 0; i < Isa::L; ++i) std::memcpy(values + i, w.scale_code + w.absmax_u8[block_of(i)], sizeof(float));
+  for (int i = 0; i < Isa::L; ++i) std::memcpy(values + i, w.scale_code + absmax[block_of(i)], sizeof(float));
   return Isa::add(Isa::mul(Isa::load(values), superblocks), Isa::set1(*w.scale_offset));
 }
 
@@ -64,8 +65,12 @@ static inline Isa::F broadcast_halves(const float* low, const float* high) {
 
 // The scale of block `low` in lanes 0..7, of `high` in lanes 8..15.
 static inline Isa::F half_scales(const Weight& w, int64_t low, int64_t high) {
-  if (w.absmax_u8 == nullptr) return broadcast_halves(w.absmax + low, w.absmax + high);
-  const Isa::F values = broadcast_halves(w.scale_code + w.absmax_u8[low], w.scale_code + w.absmax_u8[high]);
+  if (w.scales != Scales::kDouble) {
+    const float scales[2] = {block_scale(w, low), block_scale(w, high)};
+    return broadcast_halves(scales, scales + 1);
+  }
+  const auto* absmax = w.absmax_as<uint8_t>();
+  const Isa::F values = broadcast_halves(w.scale_code + absmax[low], w.scale_code + absmax[high]);
   const Isa::F groups =
       broadcast_halves(w.scale_absmax + (low >> kSuperblockShift), w.scale_absmax + (high >> kSuperblockShift));
   return Isa::add(Isa::mul(values, groups), Isa::set1(*w.scale_offset));

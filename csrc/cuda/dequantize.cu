@@ -10,7 +10,7 @@
 //   an H200's 4.3 TB/s of copy. Its SMs can issue 17.3 instructions a weight in that time; this takes 11.0.
 // Needs: rows of out that do not overlap. Where rows are not whole, aligned groups, an item is one element, at 63
 //   instructions a weight.
-#include "kernels.h"
+#include "product.cuh"
 
 namespace nf4::cuda {
 namespace {
@@ -37,10 +37,10 @@ template <class T>
 constexpr int group_width = int(16 / sizeof(T));  // weights in 16 bytes of out
 
 NF4_DEVICE float scale_of(const Weight& w, const Tables& tables, float offset, int64_t block) {
-  if (w.absmax_u8 == nullptr) return load_cached(w.absmax + block);
-  const float product =
-      tables.scale_code[load_cached(w.absmax_u8 + block)] * load_cached(w.scale_absmax + (block >> kSuperblockShift));
-  return product + offset;
+  const uint32_t stored = stored_scale(w, block);
+  if (!has_codes(w)) return number_scale(w, stored);
+  const float value = tables.scale_code[stored];
+  return w.scales == Scales::kCodes ? value : value * load_cached(w.scale_absmax + (block >> kSuperblockShift)) + offset;
 }
 
 template <class T>
@@ -115,7 +115,7 @@ NF4_DEVICE void decode_part(const Weight& w, const Part& part, T* out) {
   Tables& tables = *shared_memory<Tables>();
   if (threadIdx.x < kLevels) tables.code[threadIdx.x] = load_cached(w.code + threadIdx.x);
   if (w.scale_code != nullptr) tables.scale_code[threadIdx.x] = load_cached(w.scale_code + threadIdx.x);
-  const float offset = w.scale_offset != nullptr ? load_cached(w.scale_offset) : 0.f;
+  const float offset = offset_of(w);
   sync_block();
   constexpr int kWidth = kGroups ? group_width<T> : 1;
   const int lanes = 1 << part.lanes_shift, lane = int(threadIdx.x) & (lanes - 1);

@@ -49,18 +49,27 @@ NF4_DEVICE Work<int64_t> own_work(const ProductArgs& args, int tile_m, int64_t s
 
 // A block's scale in two steps: stored_scale loads its stored form a step ahead, scale_of decodes it when it is needed.
 NF4_DEVICE uint32_t stored_scale(const Weight& w, int64_t block) {
-  return w.absmax_u8 == nullptr ? bits_of(load_cached(w.absmax + block)) : load_cached(w.absmax_u8 + block);
+  if (has_codes(w)) return load_cached(w.absmax_as<uint8_t>() + block);
+  if (w.scales == Scales::kFloat32) return bits_of(load_cached(w.absmax_as<float>() + block));
+  return load_cached(w.absmax_as<uint16_t>() + block);
+}
+// The scale that is stored as a number, not as a code.
+NF4_DEVICE float number_scale(const Weight& w, uint32_t stored) {
+  if (w.scales == Scales::kFloat32) return float_of(stored);
+  return w.scales == Scales::kBFloat16 ? to_float(BFloat16{uint16_t(stored)}) : to_float(Float16{uint16_t(stored)});
 }
 // The block_scale of format.h, with the weight's scale_offset already loaded.
 NF4_DEVICE float scale_of(const Weight& w, int64_t block, uint32_t stored, float offset) {
-  if (w.absmax_u8 == nullptr) return float_of(stored);
-  const float product = load_cached(w.scale_code + stored) * load_cached(w.scale_absmax + (block >> kSuperblockShift));
+  if (!has_codes(w)) return number_scale(w, stored);
+  const float value = load_cached(w.scale_code + stored);
+  if (w.scales == Scales::kCodes) return value;
+  const float product = value * load_cached(w.scale_absmax + (block >> kSuperblockShift));
   return product + offset;
 }
+NF4_DEVICE float offset_of(const Weight& w) { return w.scales == Scales::kDouble ? load_cached(w.scale_offset) : 0.f; }
 NF4_DEVICE float scale_of(const Weight& w, int64_t block, uint32_t stored) {
-  return w.absmax_u8 == nullptr ? float_of(stored) : scale_of(w, block, stored, load_cached(w.scale_offset));
+  return scale_of(w, block, stored, offset_of(w));
 }
-NF4_DEVICE float offset_of(const Weight& w) { return w.absmax_u8 == nullptr ? 0.f : load_cached(w.scale_offset); }
 
 // The elements of a pair.
 template <class T>

@@ -11,7 +11,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from ..quantized_weight import BLOCK_SIZES, SUPERBLOCK, WEIGHT_DTYPES, WeightArgs, expert_columns
+from ..quantized_weight import BLOCK_SIZES, SUPERBLOCK, WEIGHT_DTYPES, WeightArgs, expert_columns, scales_of
 
 
 def refuse(op: str, message: str) -> NoReturn:
@@ -41,7 +41,7 @@ def check_data(op: str, device: torch.device, name: str, tensor: Tensor, dtype: 
 
 def check_block_size(op: str, block_size: int) -> None:
     if block_size not in BLOCK_SIZES:
-        refuse(op, f"block_size must be a power of two from 32 to 4096, got {block_size}")
+        refuse(op, f"block_size must be a power of two from 16 to 4096, got {block_size}")
 
 
 def check_weight(
@@ -56,14 +56,16 @@ def check_weight(
     blocks = -(-N * K // block_size)
     check_data(op, device, "packed", packed, torch.uint8, -(-N * K // 2) * experts)
     check_data(op, device, "code", code, torch.float32, 16)
-    double_quant = scale_code is not None
-    if (scale_absmax is not None) != double_quant or (scale_offset is not None) != double_quant:
-        refuse(op, "scale_absmax, scale_offset and scale_code must be given together")
-    check_data(op, device, "absmax", absmax, torch.uint8 if double_quant else torch.float32, blocks * experts)
-    if double_quant:
+    scales = scales_of(absmax, scale_absmax, scale_code)
+    if (scale_absmax is None) != (scale_offset is None) or (scale_absmax is not None and scale_code is None):
+        refuse(op, "scale_absmax and scale_offset must be given together, and with scale_code")
+    numbers = absmax.dtype if scales in ("bfloat16", "float16") else torch.float32
+    check_data(op, device, "absmax", absmax, numbers if scale_code is None else torch.uint8, blocks * experts)
+    if scale_code is not None:
+        check_data(op, device, "scale_code", scale_code, torch.float32, 256 * (experts if scales == "codes" else 1))
+    if scale_absmax is not None:
         check_data(op, device, "scale_absmax", scale_absmax, torch.float32, -(-blocks // SUPERBLOCK) * experts)
         check_data(op, device, "scale_offset", scale_offset, torch.float32, experts)
-        check_data(op, device, "scale_code", scale_code, torch.float32, 256)
 
 
 def check_experts(

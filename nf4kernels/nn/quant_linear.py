@@ -60,7 +60,7 @@ class QuantLinear(QuantModule, nn.Linear):
         out_features: int,
         bias: bool = True,
         codebook: str | Tensor = "nf4",
-        block_size: int = 64,
+        block_size: int | None = None,
         double_quant: bool = True,
         scale_codebook: str = "e4m3",
         compute_dtype: torch.dtype | None = None,

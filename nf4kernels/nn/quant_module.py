@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ..autograd import outside_inference_mode
-from ..codebook import CODEBOOKS, SCALE_CODEBOOKS
-from ..quantized_weight import WEIGHT_DTYPES, QuantizedExperts, QuantizedWeight, WeightArgs
+from ..codebook import CODEBOOKS, DOUBLE_QUANT_CODEBOOKS, SCALE_CODEBOOKS, name_of
+from ..quantized_weight import WEIGHT_DTYPES, QuantizedExperts, QuantizedWeight, WeightArgs, scales_of
 from . import checksum as checksums
 
 SCALES = ("scale_absmax", "scale_offset", "code", "scale_code")
@@ -44,6 +44,7 @@ class QuantModule(nn.Module):
     scale_code: Tensor | None
     source_dtype: Tensor
     checksum: Tensor
+    absmax_dtype: torch.dtype
     _seen: int  # versions of weight and absmax, summed, at which they were right
     cast_to: torch.dtype | None = None  # the last cast of the module to a floating dtype; a dense weight would follow
 
@@ -58,6 +59,7 @@ class QuantModule(nn.Module):
         for name in BUFFERS:
             tensor = getattr(qweight, name)
             self.register_buffer(name, None if tensor is None else _normal(tensor))
+        self.absmax_dtype = qweight.absmax.dtype
         source = torch.tensor(WEIGHT_DTYPES.index(qweight.dtype), dtype=torch.uint8, device=qweight.device)
         self.register_buffer("source_dtype", source)
         self.register_buffer("checksum", None)
@@ -86,6 +88,8 @@ class QuantModule(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        if "absmax_dtype" not in state:  # of an earlier version
+            self.absmax_dtype = torch.float32 if self.scale_codebook is None else torch.uint8
         self._seen = UNSEEN  # copied tensors count their versions anew
         if "checksum" not in self._buffers:
             self.register_buffer("checksum", None)
@@ -117,12 +121,18 @@ class QuantModule(nn.Module):
         return {
             "codebook": self.code if self.codebook == "custom" else self.codebook, "block_size": self.block_size,
             "double_quant": self.double_quant,
-            "scale_codebook": self.scale_codebook if self.scale_codebook in SCALE_CODEBOOKS else "e4m3",
+            "scale_codebook": self.scale_codebook if self.scale_codebook in DOUBLE_QUANT_CODEBOOKS else "e4m3",
         }  # fmt: skip
 
     @property
+    def scales(self) -> str:
+        """What the blocks' scales are, as `QuantizedWeight.scales`."""
+        buffers: Any = self._buffers
+        return scales_of(buffers["absmax"], buffers["scale_absmax"], buffers["scale_code"])
+
+    @property
     def double_quant(self) -> bool:
-        return self.scale_codebook is not None
+        return self.scales == "double"
 
     def _parameter(self, name: str) -> Any:
         """By nn.Module's dictionary (its attribute look-up takes 0.6 us), unless sharding made it a plain attribute."""
@@ -139,9 +149,8 @@ class QuantModule(nn.Module):
                     f"{self.WHO}: {next(n for n in SCALES if buffers[n] is scale)} must stay float32,"
                     f" got {scale.dtype} (something other than Module.to cast this layer's buffers)"
                 )
-        expected = torch.float32 if self.scale_codebook is None else torch.uint8
-        if absmax.dtype != expected:
-            raise TypeError(f"{self.WHO}: absmax must stay {expected}, got {absmax.dtype}")
+        if absmax.dtype != self.absmax_dtype:
+            raise TypeError(f"{self.WHO}: absmax must stay {self.absmax_dtype}, got {absmax.dtype}")
         return self.checked_weight(), absmax, *scales, self.out_features, self.in_features, self.block_size
 
     def checked_weight(self) -> Tensor:
@@ -203,7 +212,7 @@ class QuantModule(nn.Module):
 
     def state_errors(self, state_dict: dict[str, Tensor], prefix: str) -> list[str]:
         """What in a state would not fit, by its key: another dtype, shape, block size or codebook."""
-        specs = self.QUANTIZED.specs(*self.weight_shape, self.block_size, self.double_quant)
+        specs = self.QUANTIZED.specs(*self.weight_shape, self.block_size, self.scales)
         specs["weight"] = specs.pop("packed")
         specs["source_dtype"] = (torch.uint8, ())
         specs["checksum"] = (torch.uint8, (checksums.LENGTH,))
@@ -214,7 +223,7 @@ class QuantModule(nn.Module):
                 continue
             value = state_dict[key]
             if dtype is None:
-                errors.append(f"{key}: this layer has no double quantization, its scales are float32")
+                errors.append(f"{key}: this layer has no double quantization, its scales are {self.scales}")
             elif value.dtype != dtype or tuple(value.shape) != shape:
                 errors.append(f"{key} must be {dtype} {list(shape)}, got {value.dtype} {list(value.shape)}")
         source = state_dict.get(prefix + "source_dtype")
@@ -227,7 +236,7 @@ class QuantModule(nn.Module):
             levels = state_dict.get(prefix + name)
             if errors or levels is None or levels.is_meta or codebook not in known:
                 continue
-            if not torch.equal(levels.cpu(), known[codebook]):
+            if name_of(levels, {codebook: known[codebook]}) != codebook:
                 errors.append(f"{prefix}{name} must be the {codebook} codebook, got {levels[:4].tolist()}...")
         if not errors and not self._fits_checksum(state_dict, prefix):
             errors.append(
