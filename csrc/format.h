@@ -105,14 +105,10 @@ struct Experts {
 // Callers compile with -ffp-contract=off, or -fmad=false: an FMA here would change the last bit.
 NF4_HOST_DEVICE static inline float block_scale(const Weight& w, int64_t block) {
   switch (w.scales) {
-    case Scales::kFloat32:
-      return w.absmax_as<float>()[block];
-    case Scales::kBFloat16:
-      return bf16_value(w.absmax_as<uint16_t>()[block]);
-    case Scales::kFloat16:
-      return fp16_value(w.absmax_as<uint16_t>()[block]);
-    default:
-      break;
+    case Scales::kFloat32: return w.absmax_as<float>()[block];
+    case Scales::kBFloat16: return bf16_value(w.absmax_as<uint16_t>()[block]);
+    case Scales::kFloat16: return fp16_value(w.absmax_as<uint16_t>()[block]);
+    default: break;
   }
   const float value = w.scale_code[w.absmax_as<uint8_t>()[block]];
   if (w.scales == Scales::kCodes) return value;

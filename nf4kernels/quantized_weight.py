@@ -108,13 +108,16 @@ class _Quantized:
         if self.dtype not in WEIGHT_DTYPES:
             raise TypeError(f"{who}: dtype must be float32, bfloat16 or float16, got {self.dtype}")
         check_block_size(self.block_size, who)
+        if not isinstance(self.absmax, Tensor):
+            raise TypeError(f"{who}: absmax must be a tensor, got {type(self.absmax).__name__}")
         if self.scales not in SCALES:
-            raise TypeError(f"{who}: absmax must be float32, bfloat16, float16, or uint8 codes, got {self.absmax.dtype}")
+            expected = "float32, bfloat16 or float16 without a scale_code"
+            raise TypeError(f"{who}: absmax must be {expected}, got {self.absmax.dtype}")
         for name, (dtype, shape) in self.specs(*self.shape, self.block_size, self.scales).items():
             tensor = getattr(self, name)
             if dtype is None:
                 if tensor is not None:
-                    raise ValueError(f"{who}: {name} must be None without double quantization, got a tensor")
+                    raise ValueError(f"{who}: {name} must be None with {self.scales} scales, got a tensor")
                 continue
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{who}: {name} must be a tensor, got {type(tensor).__name__}")
@@ -222,7 +225,9 @@ class QuantizedExperts(_Quantized):
         if not -len(self) <= expert < len(self):
             raise IndexError(f"nf4kernels.QuantizedExperts: expert must be one of {len(self)}, got {expert}")
         scale_absmax, scale_offset = (t if t is None else t[expert] for t in (self.scale_absmax, self.scale_offset))
-        scale_code = self.scale_code[expert] if self.scales == "codes" else self.scale_code
+        scale_code = self.scale_code
+        if scale_code is not None and self.scales == "codes":
+            scale_code = scale_code[expert]
         return QuantizedWeight(
             self.packed[expert], self.absmax[expert], scale_absmax, scale_offset, self.code, scale_code,
             self.shape[1:], self.dtype, self.block_size, self.codebook, self.scale_codebook,

@@ -132,9 +132,12 @@ def lora_grad(small: Tensor, wide: Tensor, scaling: float, dtype: torch.dtype, t
     return torch.empty(grad.shape, dtype=dtype, device=grad.device).copy_(grad)
 
 
-def _expert(expert, packed, absmax, scale_absmax, scale_offset, code, scale_code) -> tuple[Tensor | None, ...]:
+def _expert(
+    expert: int, packed: Tensor, absmax: Tensor, scale_absmax: Tensor | None, scale_offset: Tensor | None, code: Tensor,
+    scale_code: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
     """One expert's tensors; scale_code is each expert's own where it alone scales."""
-    if scale_absmax is not None:
+    if scale_absmax is not None and scale_offset is not None:
         scale_absmax, scale_offset = scale_absmax[expert], scale_offset[expert]
     elif scale_code is not None:
         scale_code = scale_code[expert]

@@ -70,8 +70,10 @@ def test_af4_is_ascending_with_an_exact_zero():
     assert codebook.AF4[15] == 1
 
 
-def test_no_codebook_holds_a_negative_zero():
-    for name, levels in (codebook.CODEBOOKS | {"dynamic8": codebook.SCALE_CODEBOOKS["dynamic8"]}).items():
+def test_no_codebook_holds_a_negative_zero_but_e2m1():
+    codebooks = {name: levels for name, levels in codebook.CODEBOOKS.items() if name not in ("mxfp4", "nvfp4")}
+    assert torch.signbit(codebook.E2M1[8])
+    for name, levels in (codebooks | {"dynamic8": codebook.SCALE_CODEBOOKS["dynamic8"]}).items():
         zeros = levels[levels == 0]
         assert not torch.signbit(zeros).any(), name
 
@@ -98,8 +100,8 @@ def test_dynamic8_is_sorted_signed_and_has_both_ends():
 def test_resolve_by_name_gives_a_copy(name):
     resolved, levels = codebook.resolve(name, "test")
     assert resolved == name
-    levels.fill_(5)
-    assert codebook.CODEBOOKS[name].max() == 1
+    levels.fill_(500)
+    assert codebook.CODEBOOKS[name].max() < 500
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -17,6 +17,7 @@ MODULES = {".".join(f.relative_to(PACKAGE.parent).with_suffix("").parts).removes
 LEVELS = {
     "nf4kernels.codebook": 0,
     "nf4kernels.quantized_weight": 0,
+    "nf4kernels.published_formats": 0,
     "nf4kernels.reference": 0,
     "nf4kernels.ops": 1,
     "nf4kernels.backends": 2,

@@ -40,7 +40,8 @@ NF4_DEVICE float scale_of(const Weight& w, const Tables& tables, float offset, i
   const uint32_t stored = stored_scale(w, block);
   if (!has_codes(w)) return number_scale(w, stored);
   const float value = tables.scale_code[stored];
-  return w.scales == Scales::kCodes ? value : value * load_cached(w.scale_absmax + (block >> kSuperblockShift)) + offset;
+  return w.scales == Scales::kCodes ? value
+                                    : value * load_cached(w.scale_absmax + (block >> kSuperblockShift)) + offset;
 }
 
 template <class T>

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..codebook import CODEBOOKS, SCALE_CODEBOOKS, name_of
+from ..codebook import CODEBOOKS, FORMATS, SCALE_CODEBOOKS, name_of
 from ..quantized_weight import SUPERBLOCK, WEIGHT_DTYPES, QuantizedWeight, absmax_shape, check_block_size, packed_shape
 
 BITSANDBYTES_CODEBOOKS = ("nf4", "fp4")
@@ -29,13 +29,16 @@ class StoredWeight:
     block_size: int
     codebook: str
     double_quant: bool
+    scale_codebook: str | None = None  # of 8-bit scales that are not double-quantized
 
     def sizes(self, key: str) -> dict[str, int]:
         """name -> elements of each tensor that stands for it on disk; bytes of the packed one, whatever its dtype."""
         blocks = math.prod(absmax_shape(*self.shape, self.block_size))
         sizes = {key: math.prod(packed_shape(*self.shape)), f"{key}.absmax": blocks, f"{key}.quant_map": 16}
         if self.double_quant:
-            sizes |= {f"{key}.nested_absmax": -(-blocks // SUPERBLOCK), f"{key}.nested_quant_map": 256}
+            sizes[f"{key}.nested_absmax"] = -(-blocks // SUPERBLOCK)
+        if self.double_quant or self.scale_codebook is not None:
+            sizes[f"{key}.nested_quant_map"] = 256
         return sizes
 
 
@@ -43,7 +46,8 @@ def weight_to_tensors(qweight: QuantizedWeight, key: str = "weight", bitsandbyte
     """The tensors that stand for a weight on disk, by bitsandbytes' names: `key`, `key.absmax`, `key.quant_map`, ...
 
     nf4 and fp4 are bitsandbytes' own format, whichever the scale codebook; other codebooks have the same tensors, with
-    the metadata under `key.quant_state.nf4kernels__<name>`. Reads back exactly. Shares memory with `qweight`.
+    the metadata under `key.quant_state.nf4kernels__<name>`. Scales in 16 bits stay so; 8-bit ones that are not
+    double-quantized have a `key.nested_quant_map` alone. Reads back exactly. Shares memory with `qweight`.
 
     Args:
         qweight: the weight.
@@ -70,10 +74,13 @@ def weight_to_tensors(qweight: QuantizedWeight, key: str = "weight", bitsandbyte
         f"{key}.absmax": qweight.absmax.reshape(-1),
         f"{key}.quant_map": qweight.code,
     }
-    scale_absmax, scale_offset, scale_code = qweight.scale_absmax, qweight.scale_offset, qweight.scale_code
-    if scale_absmax is not None and scale_offset is not None and scale_code is not None:
+    scale_absmax, scale_offset = qweight.scale_absmax, qweight.scale_offset
+    if qweight.scale_code is not None:
+        tensors[f"{key}.nested_quant_map"] = qweight.scale_code
+    if qweight.scales == "codes":
+        metadata["scale_codebook"] = qweight.scale_codebook
+    if scale_absmax is not None and scale_offset is not None:
         tensors[f"{key}.nested_absmax"] = scale_absmax
-        tensors[f"{key}.nested_quant_map"] = scale_code
         metadata["nested_blocksize"] = SUPERBLOCK
         metadata["nested_dtype"] = "float32"
         metadata["nested_offset"] = scale_offset.item()
@@ -114,6 +121,10 @@ def weight_from_tensors(tensors: dict[str, Tensor], key: str = "weight") -> Quan
         scale_offset = torch.tensor(metadata["nested_offset"], dtype=torch.float32, device=packed.device)
         scale_code = tensors[f"{key}.nested_quant_map"].reshape(-1)
         scale_codebook = name_of(scale_code, SCALE_CODEBOOKS)
+    elif "scale_codebook" in metadata:
+        if f"{key}.nested_quant_map" not in tensors:
+            raise ValueError(f"{who}: tensors must have {key}.nested_quant_map, got none")
+        scale_code, scale_codebook = tensors[f"{key}.nested_quant_map"].reshape(-1), metadata["scale_codebook"]
     try:
         return QuantizedWeight(
             packed, absmax, scale_absmax, scale_offset, code, scale_code, (N, K), metadata["dtype"], block_size,
@@ -137,7 +148,7 @@ def stored_weight(names: Iterable[str], read: Callable[[str], Tensor], key: str,
     metadata = _read_metadata(read(state), state, who)
     return StoredWeight(
         tuple(metadata["shape"]), metadata["dtype"], metadata["blocksize"], state.rpartition("__")[2],
-        "nested_offset" in metadata,
+        "nested_offset" in metadata, metadata.get("scale_codebook"),
     )  # fmt: skip
 
 
@@ -187,6 +198,11 @@ def _read_metadata(tensor: Tensor, name: str, who: str) -> dict:
                 f"{who}: nested_blocksize and nested_dtype in {name} must be {SUPERBLOCK} and float32,"
                 f" got {group!r} and {metadata.get('nested_dtype')!r}"
             )
+    elif "scale_codebook" in metadata:
+        own = FORMATS[codebook].scale_codebook if codebook in FORMATS else None
+        if own is None or metadata["scale_codebook"] != own:
+            came = metadata["scale_codebook"]
+            raise ValueError(f"{who}: scale_codebook in {name} must be {own} of {codebook}, got {came!r}")
     return {**metadata, "dtype": dtype}
 
 

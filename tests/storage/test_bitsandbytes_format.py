@@ -14,7 +14,8 @@ from support.unchanged import assert_unchanged, snapshot
 from torch import nn
 
 import nf4kernels as nf4
-from nf4kernels.codebook import CODEBOOKS
+from nf4kernels.codebook import CODEBOOKS, default_block_size
+from nf4kernels.published_formats import WRITERS
 
 SCALES = ("e4m3", "dynamic8", None)
 
@@ -31,12 +32,14 @@ def bnb():
 
 
 @hypothesis.given(
-    st.integers(0, 40), st.integers(0, 200), st.sampled_from([*CODEBOOKS, "custom"]), st.sampled_from(SCALES),
+    st.integers(0, 40), st.integers(0, 200), st.sampled_from(["nf4", "fp4", "int4", "af4", "custom", *WRITERS]),
+    st.sampled_from(SCALES),
     st.sampled_from(cases.BLOCK_SIZES[:4]), st.sampled_from(cases.DTYPES),
 )  # fmt: skip
 @hypothesis.settings(max_examples=60)
 def test_every_weight_reads_back(N, K, codebook, scale, block_size, dtype):
     weight = torch.randn(N, K).to(dtype)
+    block_size = default_block_size(codebook) if codebook in WRITERS else block_size
     qweight = quantized(weight, cases.CUSTOM_CODE if codebook == "custom" else codebook, scale, block_size)
     tensors = nf4.weight_to_tensors(qweight, "a.weight")
     assert_same_weight(nf4.weight_from_tensors(tensors, "a.weight"), qweight)

@@ -17,6 +17,6 @@ def assert_same_weight(got, expected):
         if a is not None:
             assert a.dtype == b.dtype, name
             assert a.shape == b.shape, name
-            assert torch.equal(a, b), name
+            assert torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)), name  # NaN in e8m0
     for name in ("shape", "dtype", "block_size", "codebook", "scale_codebook"):
         assert getattr(got, name) == getattr(expected, name), name
