@@ -137,7 +137,7 @@ def test_refuses():
     for bad in (torch.nan, torch.inf, -torch.inf):
         weight[2, 3] = bad
         for name in WRITERS:
-            with pytest.raises(ValueError, match="finite, got .* at row 2, column 3"):
+            with pytest.raises(ValueError, match=r"finite, got .* at row 2, column 3"):
                 nf4.quantize(weight, codebook=name)
 
 
