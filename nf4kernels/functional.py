@@ -208,7 +208,10 @@ def dequantize(
         if not 0 <= begin <= end <= size:
             raise ValueError(f"{who}: {name} must be a range within 0..{size}, got {span}")
         bounds += [begin, end]
+    order = qweight.column_order
     if out is None:
+        if order is not None:
+            return _in_order(_ops.dequantize(*qweight.op_args(), *bounds[:2], 0, qweight.shape[1], dtype), order, bounds)
         values: Tensor = _ops.dequantize(*qweight.op_args(), *bounds, dtype)
         return values
     shape = (bounds[1] - bounds[0], bounds[3] - bounds[2])
@@ -222,9 +225,24 @@ def dequantize(
         raise ValueError(f"{who}: out must have rows that do not overlap, got strides {list(out.stride())}")
     if torch.is_grad_enabled() and out.requires_grad:
         raise ValueError(f"{who}: out must not require a gradient, got one that does")
+    if order is not None:
+        out.copy_(_in_order(_ops.dequantize(*qweight.op_args(), *bounds[:2], 0, qweight.shape[1], dtype), order, bounds))
+        return out
     _ops.dequantize_out(*qweight.op_args(), *bounds, out)
     increment_version(out)  # so that autograd refuses a backward through what out held before
     return out
+
+
+def _in_order(values: Tensor, order: Tensor, bounds: list[int]) -> Tensor:
+    """Whole rows in the bytes' order of columns as those of Ŵ, cut to the range of columns."""
+    ordered = torch.empty_like(values)
+    ordered[:, order.long()] = values
+    return ordered[:, bounds[2] : bounds[3]].contiguous()
+
+
+def take_columns(x: Tensor, order: Tensor | None, K: int) -> Tensor:
+    """`[..., K]` with its columns as the bytes have Ŵ's; x of another width as it is, for the op to refuse."""
+    return x if order is None or x.shape[-1:] != (K,) else x.index_select(-1, order)
 
 
 def dequantize_rows_from_args(weight_args: WeightArgs, rows: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -252,6 +270,7 @@ def linear(x: Tensor, qweight: QuantizedWeight, bias: Tensor | None = None) -> T
         ValueError: a shape does not fit, or the tensors are on different devices.
     """
     _check_weight(qweight, "nf4kernels.linear")
+    x = take_columns(x, qweight.column_order, qweight.shape[1])
     return linear_from_args(x, qweight.op_args(), bias, "nf4kernels.linear")
 
 
@@ -287,6 +306,8 @@ def lora_linear(
     Source: LoRA (arXiv 2106.09685), section 4.1; QLoRA (arXiv 2305.14314), equation 5.
     """
     _check_weight(qweight, "nf4kernels.lora_linear")
+    K, order = qweight.shape[1], qweight.column_order
+    x, lora_A = take_columns(x, order, K), take_columns(lora_A, order, K)
     return lora_linear_from_args(x, qweight.op_args(), lora_A, lora_B, scaling, bias, dropout_p)
 
 

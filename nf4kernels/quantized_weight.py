@@ -182,13 +182,29 @@ class QuantizedWeight(_Quantized):
         block_size: a power of two from 16 to 4096.
         codebook: the name of `code`, or "custom".
         scale_codebook: the name of `scale_code`, "custom" for one read from a checkpoint, or None.
+        column_order: int32 `[K]`, a permutation, or None: the bytes' column j is Ŵ's column column_order[j], as GPTQ's
+            act-order leaves them. The ops below `op_args` know nothing of it; `dequantize` and `linear` do.
 
     Raises:
         TypeError, ValueError: a tensor has the wrong dtype, shape or device; the message names it.
     """
 
+    column_order: Tensor | None = None
+
     SHAPE = "(N, K)"
     specs = staticmethod(tensor_specs)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        order = self.column_order
+        if order is None:
+            return
+        K, who = self.shape[1], f"nf4kernels.{type(self).__name__}"
+        if order.dtype != torch.int32 or tuple(order.shape) != (K,):
+            expected = f"column_order must be int32 [{K}]"
+            raise ValueError(f"{who}: {expected}, got {order.dtype} {list(order.shape)}")
+        if order.device != self.packed.device:
+            raise ValueError(f"{who}: column_order must be on {self.packed.device} as packed is, got {order.device}")
 
 
 @dataclass(frozen=True, eq=False)

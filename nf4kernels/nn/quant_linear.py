@@ -1,5 +1,6 @@
 """QuantLinear: nn.Linear with a 4-bit weight and, if wanted, a LoRA adapter."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..autograd import autocast_is_on, outside_inference_mode
-from ..functional import dequantize, linear_from_args, lora_linear_from_args, quantize
+from ..functional import dequantize, linear_from_args, lora_linear_from_args, quantize, take_columns
 from ..quantized_weight import WEIGHT_DTYPES, QuantizedWeight
 from .casts import cast, check_cast
 from .lora import (
@@ -21,8 +22,10 @@ from .lora import (
     plain_weight,
     quantize_with_start,
 )  # fmt: skip
-from .quant_module import QuantModule, checked_compute_dtype
+from .quant_module import BUFFERS, OTHER_BUFFERS, QuantModule, checked_compute_dtype
 
+COLUMN_ORDER = "column_order"  # the buffer that a weight with act-order has, as `QuantizedWeight.column_order`
+OF_WEIGHT = ("weight", *BUFFERS, *OTHER_BUFFERS, COLUMN_ORDER)  # what of a layer's state is of its weight
 LoraTerm = tuple[Tensor, Tensor, float, float]  # A, B, scaling, dropout_p
 
 
@@ -49,7 +52,7 @@ class QuantLinear(QuantModule, nn.Linear):
 
     WHO = "nf4kernels.QuantLinear"
     WAITING = "adapters"  # the child that holds the adapters which wait, there where there are any
-    qweight: QuantizedWeight
+    column_order: Tensor | None
     adapter_name: str = "default"  # of the active adapter
     adapters_off: bool = False  # inside disable_adapters
 
@@ -107,6 +110,14 @@ class QuantLinear(QuantModule, nn.Linear):
         layer._install(qweight, bias, compute_dtype, lora)
         return layer
 
+    def _apply(self, fn, recurse: bool = True):
+        """As of any such module; `Module.type` would cast the order, too."""
+        order = self._buffers.get(COLUMN_ORDER)
+        super()._apply(fn, recurse)
+        if order is not None:
+            self._buffers[COLUMN_ORDER] = order.to(self.weight.device)
+        return self
+
     def _install(self, qweight, bias, compute_dtype, lora) -> None:
         self.compute_dtype = checked_compute_dtype(compute_dtype, self.WHO)
         self.set_qweight(qweight)
@@ -144,18 +155,35 @@ class QuantLinear(QuantModule, nn.Linear):
 
     def _product(self, x: Tensor, term: LoraTerm | None) -> Tensor:
         bias, lora = self._parameter("bias"), self.lora
+        order, K = self._buffers.get(COLUMN_ORDER), self.in_features
+        taken = x if order is None else take_columns(x, order, K)
         if term is not None:
-            return lora_linear_from_args(x, self._weight_args(), *term[:3], bias, term[3])
+            A = term[0] if order is None else take_columns(term[0], order, K)
+            return lora_linear_from_args(taken, self._weight_args(), A, term[1], term[2], bias, term[3])
         if lora is None or self.adapters_off:
-            return linear_from_args(x, self._weight_args(), bias, self.WHO)
+            return linear_from_args(taken, self._weight_args(), bias, self.WHO)
         lora_A: Any = self._modules["lora_A"]
         lora_B: Any = self._modules["lora_B"]
         dropout_p = lora.dropout if self.training else 0.0
         A, B = plain_weight(lora_A), plain_weight(lora_B)
         if A is None or B is None or _has_any_global_hook():
-            y = linear_from_args(x, self._weight_args(), bias, self.WHO)
+            y = linear_from_args(taken, self._weight_args(), bias, self.WHO)
             return y + called_term(x, lora_A, lora_B, lora.scaling, dropout_p).to(y.dtype)
-        return lora_linear_from_args(x, self._weight_args(), A, B, lora.scaling, bias, dropout_p)
+        A = A if order is None else take_columns(A, order, K)
+        return lora_linear_from_args(taken, self._weight_args(), A, B, lora.scaling, bias, dropout_p)
+
+    @outside_inference_mode
+    def set_qweight(self, qweight: QuantizedWeight) -> None:  # type: ignore[override]  # never experts
+        """As of any such module, and the order of the columns."""
+        super().set_qweight(qweight)
+        self.register_buffer(COLUMN_ORDER, qweight.column_order)
+
+    @property
+    def qweight(self) -> QuantizedWeight:
+        """The weight as a value that shares this module's tensors."""
+        qweight: Any = super().qweight
+        order = self._buffers.get(COLUMN_ORDER)
+        return qweight if order is None else replace(qweight, column_order=order)
 
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """Ŵ `[out_features, in_features]`, without the adapter."""

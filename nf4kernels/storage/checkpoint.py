@@ -1,6 +1,5 @@
 """A whole model's tensors on disk, in plain safetensors files."""
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -17,8 +16,8 @@ from ..model.memory import address, oddity
 from ..model.plan import is_conv1d, linear_shape, replace_module, unwrapped
 from ..model.walk import get_submodule, named_modules, state_dict
 from ..nn.casts import check_cast
-from ..nn.quant_linear import QuantLinear
-from ..nn.quant_module import BUFFERS, OTHER_BUFFERS, QuantModule
+from ..nn.quant_linear import OF_WEIGHT, QuantLinear
+from ..nn.quant_module import QuantModule
 from ..quantized_weight import QuantizedWeight
 from .atomic import replacing
 from .bitsandbytes_format import names_of_weight, stored_weights, weight_from_tensors, weight_to_tensors
@@ -26,8 +25,8 @@ from .checkpoint_adapters import adapter_metadata, attach, check_active, missing
 from .experts_format import name_experts, stored_experts, take_experts
 from .key_conversion import group_tensors
 from .names import Fit, fit_of_whole, left_behind, listed, never_stored, renamed_head
-
-INDEX = "model.safetensors.index.json"
+from .published.opening import open_published
+from .tensor_files import checkpoint_files
 
 
 def save_checkpoint(model: nn.Module, path: str | Path) -> None:
@@ -103,7 +102,11 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
 
 @outside_inference_mode
 def load_checkpoint(model: nn.Module, path: str | Path) -> None:
-    """Fill `model` with a checkpoint written by `save_checkpoint`, `nf4kernels quantize`, or bitsandbytes.
+    """Fill `model` with a checkpoint written by `save_checkpoint`, `nf4kernels quantize`, or bitsandbytes; or published.
+
+    A published one is a directory in MXFP4, NVFP4 or symmetric INT4 (`quant_method` mxfp4, modelopt,
+    compressed-tensors, gptq or auto-round in its config.json), or a GGUF file with Q4_0 and IQ4_NL. Its codes and
+    scales are taken as they are, whatever their layout, and nothing is rounded.
 
     Where the file has a 4-bit weight, an nn.Linear of that shape (or GPT-2's Conv1D) becomes a QuantLinear, and a
     QuantLinear takes over the file's codebook, block size and scales; fused experts become QuantExperts likewise.
@@ -118,21 +121,17 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
 
     Args:
         model: a module with the checkpoint's names, or one that transformers has rules for; dense or quantized.
-        path: a safetensors file, or a directory with `model.safetensors` or `model.safetensors.index.json`.
+        path: a safetensors file, a directory with `model.safetensors` or `model.safetensors.index.json`, or a GGUF file.
 
     Raises:
         TypeError: model is not a module.
-        ValueError: a file is damaged; names are missing or unknown; a tensor does not fit. The message names the file
+        ValueError: a file is damaged, or in a published layout that is not read; names are missing or unknown; a tensor does not fit. The message names the file
             or the key, and the model is unchanged.
         OSError: path cannot be read.
     """
     who = "nf4kernels.load_checkpoint"
     model = unwrapped(model, "model", who)
-    tensors, metadata = {}, {}
-    for file in checkpoint_files(Path(path), who):
-        found, words = _read_file(file, who)
-        tensors.update(found)
-        metadata.update(stored_adapters(words, file, who))
+    tensors, metadata = _read(Path(path), model, who)
     qweights = {}
     for weight_key in stored_weights(tensors):
         names = names_of_weight(tensors, weight_key)
@@ -230,23 +229,18 @@ def _converted(
     return dense, found
 
 
-def checkpoint_files(path: Path, who: str) -> list[Path]:
-    """The safetensors files of a checkpoint: the file itself, or those of a Hugging Face directory."""
-    if not path.is_dir():
-        return [path]
-    index = path / INDEX
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()), key=str)
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{who}: {index} must hold a weight_map in JSON, got {error!r}") from None
-        missing = [name for name in names if not isinstance(name, str) or not (path / name).is_file()]
-        if missing:
-            raise ValueError(f"{who}: {index} must name files that exist, got {missing[0]}")
-        return [path / name for name in names]
-    if not (path / "model.safetensors").exists():
-        raise ValueError(f"{who}: path must have model.safetensors or its index, got {path}")
-    return [path / "model.safetensors"]
+def _read(path: Path, model: nn.Module, who: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Every tensor, what others publish in 4 bits by our names, and the adapters stored beside them, by layer."""
+    with open_published(path, model, who) as published:
+        if published is not None:
+            return {name: published.read(name) for name in published.names}, {}
+    tensors: dict[str, Tensor] = {}
+    adapters: dict[str, Any] = {}
+    for file in checkpoint_files(path, who):
+        found, words = _read_file(file, who)
+        tensors.update(found)
+        adapters.update(stored_adapters(words, file, who))
+    return tensors, adapters
 
 
 def _read_file(file: Path, who: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -272,7 +266,7 @@ def _dense_state(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str,
     """The model's state without the weights of `layers`, nor what a file need not hold."""
     state = state_dict(model)
     for name in layers:
-        for key in ("weight", *OTHER_BUFFERS, *BUFFERS):
+        for key in OF_WEIGHT:
             state.pop(_join(name, key), None)
     for name, module in named_modules(model):
         if isinstance(module, QuantModule):

@@ -3,13 +3,15 @@
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..codebook import CODEBOOKS, SCALE_CODEBOOKS, name_of
+from ..codebook import CODEBOOKS, FORMATS, name_of
 from ..model.walk import named_modules, state_dict
 from ..nn.quant_experts import WEIGHTS, GroupedQuantLinear, QuantExperts, layout_problem
 from ..nn.quant_module import SCALES
-from ..quantized_weight import WEIGHT_DTYPES, QuantizedExperts
+from ..quantized_weight import WEIGHT_DTYPES, QuantizedExperts, scales_of
+from .bitsandbytes_format import name_of_scale_code
 from .key_conversion import group_tensors
 
 
@@ -41,9 +43,26 @@ def experts_from_tensors(tensors: dict[str, Tensor], key: str, shape: tuple[int,
     scales: dict[str, Any] = {name: own.get(name) for name in SCALES}
     return QuantizedExperts(
         own["weight"], own["absmax"], **scales, shape=shape, dtype=WEIGHT_DTYPES[source],
-        block_size=shape[2] // blocks, codebook=name_of(scales["code"], CODEBOOKS),
-        scale_codebook=None if scales["scale_code"] is None else name_of(scales["scale_code"], SCALE_CODEBOOKS),
+        block_size=shape[2] // blocks, **_names(own, shape[2] // blocks),
     )  # fmt: skip
+
+
+def _names(own: dict[str, Tensor], block_size: int) -> dict[str, Any]:
+    """The codebooks' names, which such files do not say: by their levels, and of two formats with the same by the
+    kind of scales and the block size."""
+    scale_code = own.get("scale_code")
+    kind = scales_of(own["absmax"], own.get("scale_absmax"), scale_code)
+    levels = name_of(own["code"], CODEBOOKS)
+    fitting = [
+        name for name, own_format in FORMATS.items()
+        if levels != "custom" and torch.equal(CODEBOOKS[name], CODEBOOKS[levels]) and kind in own_format.scales
+        and own_format.block_size in (None, block_size)
+    ]  # fmt: skip
+    codebook = fitting[-1] if fitting else levels
+    if scale_code is None:
+        return {"codebook": codebook, "scale_codebook": None}
+    row = scale_code[0] if scale_code.dim() == 2 else scale_code
+    return {"codebook": codebook, "scale_codebook": name_of_scale_code(row, codebook)}
 
 
 def name_experts(model: nn.Module, tensors: dict[str, Tensor]) -> None:

@@ -1,5 +1,6 @@
-"""Tensors in safetensors files, by name, read one at a time."""
+"""Tensors in safetensors files, by name, read one at a time, and which files a checkpoint is."""
 
+import json
 from collections.abc import Collection, Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -8,6 +9,27 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+INDEX = "model.safetensors.index.json"
+
+
+def checkpoint_files(path: Path, who: str) -> list[Path]:
+    """The safetensors files of a checkpoint: the file itself, or those of a Hugging Face directory."""
+    if not path.is_dir():
+        return [path]
+    index = path / INDEX
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()), key=str)
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{who}: {index} must hold a weight_map in JSON, got {error!r}") from None
+        missing = [name for name in names if not isinstance(name, str) or not (path / name).is_file()]
+        if missing:
+            raise ValueError(f"{who}: {index} must name files that exist, got {missing[0]}")
+        return [path / name for name in names]
+    if not (path / "model.safetensors").exists():
+        raise ValueError(f"{who}: path must have model.safetensors or its index, got {path}")
+    return [path / "model.safetensors"]
 
 
 class TensorFiles:
@@ -42,6 +64,10 @@ class TensorFiles:
 
     def read(self, name: str) -> Tensor:
         return self._file_of[name].get_tensor(name)
+
+    def peek(self, name: str) -> Tensor:
+        """As `read`: `PublishedFiles` would have to read more for it."""
+        return self.read(name)
 
     def on_meta(self, name: str) -> Tensor:
         """Its shape and dtype."""

@@ -7,7 +7,7 @@ from peft.tuners.lora import dora
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
-from ...functional import dequantize_rows_from_args
+from ...functional import dequantize_rows_from_args, take_columns
 from ...nn.quant_linear import QuantLinear
 
 ELEMENTS = 1 << 20  # of the weight that are dense at a time, in fp32
@@ -74,6 +74,8 @@ def row_norms(base_layer: Any, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     step = max(1, ELEMENTS // max(K, 1))
     weight_args = base_layer._weight_args() if isinstance(base_layer, QuantLinear) else None
     A = A.float()
+    if weight_args is not None:  # a norm is the same in any order of the columns
+        A = take_columns(A, base_layer.column_order, K)
     for begin in range(0, N, step):
         rows = slice(begin, min(begin + step, N))
         if weight_args is None:

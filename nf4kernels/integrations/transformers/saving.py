@@ -10,8 +10,8 @@ from transformers.pytorch_utils import Conv1D
 from ...model.plan import is_conv1d, replace_module
 from ...model.walk import named_modules, state_dict
 from ...nn.quant_experts import WEIGHTS
-from ...nn.quant_linear import QuantLinear
-from ...nn.quant_module import BUFFERS, OTHER_BUFFERS, QuantModule
+from ...nn.quant_linear import COLUMN_ORDER, OF_WEIGHT, QuantLinear
+from ...nn.quant_module import BUFFERS, QuantModule
 from ...quantized_weight import WEIGHT_DTYPES, QuantizedWeight
 from ...storage.bitsandbytes_format import weight_to_tensors
 from .operations import converts, is_converter
@@ -57,7 +57,7 @@ def state_for_saving(model: nn.Module) -> dict[str, Tensor]:
             if isinstance(module, QuantModule) and not module.weight.is_meta:
                 module.checked_weight()  # a QuantLinear's is checked with its qweight
             continue
-        for leaf in ("weight", *BUFFERS, *OTHER_BUFFERS):
+        for leaf in OF_WEIGHT:
             state.pop(f"{name}.{leaf}", None)
         if module not in written:
             written.add(module)
@@ -73,7 +73,7 @@ def _stored_tensors(model: Any, name: str, layer: QuantLinear) -> dict[str, Tens
         return weight_to_tensors(layer.qweight, key)
     values: dict[str, Any] = {
         leaf: load_offloaded_parameter(model, f"{name}.{leaf}") if leaf in offloaded else getattr(layer, leaf)
-        for leaf in ("weight", "source_dtype", *BUFFERS)
+        for leaf in ("weight", "source_dtype", *BUFFERS, COLUMN_ORDER)
     }
     packed, dtype = values.pop("weight").data, WEIGHT_DTYPES[int(values.pop("source_dtype"))]
     qweight = QuantizedWeight(

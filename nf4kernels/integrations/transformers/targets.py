@@ -14,7 +14,7 @@ from ...model.plan import is_conv1d, plan_layers, replace_module, unmatched
 from ...model.report import SkippedLayer
 from ...model.walk import get_submodule, named_modules
 from ...nn.quant_experts import WEIGHTS, QuantExperts
-from ...nn.quant_linear import QuantLinear
+from ...nn.quant_linear import COLUMN_ORDER, QuantLinear
 from ...nn.quant_module import BUFFERS
 from ...quantized_weight import WEIGHT_DTYPES, QuantizedExperts, QuantizedWeight
 from .config import Nf4Config
@@ -135,7 +135,7 @@ def place_weight(
     """
     dense: Any = get_submodule(model, target.names[0])
     layer = QuantLinear.from_quantized(qweight.to("meta"), dense.bias, compute_dtype).train(dense.training)
-    for buffer in BUFFERS:
+    for buffer in (*BUFFERS, COLUMN_ORDER):
         setattr(layer, buffer, getattr(qweight, buffer))
     layer.source_dtype = torch.tensor(WEIGHT_DTYPES.index(qweight.dtype), dtype=torch.uint8, device=qweight.device)
     layer.cast_to = None if target.dtype == qweight.dtype else target.dtype

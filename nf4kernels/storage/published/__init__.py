@@ -1,0 +1,1 @@
+"""4-bit checkpoints as others publish them: read into this package's weights, without decoding one."""
