@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..autograd import outside_inference_mode
-from ..nn.quant_experts import WEIGHTS, QuantExperts
+from ..nn.quant_experts import QuantExperts
 from ..nn.quant_linear import QuantLinear
 from ..quantized_weight import WEIGHT_DTYPES
 from .plan import QUANTIZED, check_container, names_of_modules, parts, replace_module, unwrapped
@@ -85,17 +85,16 @@ def base_weights_of(base: nn.Module, name: str, layer: QuantLinear | QuantExpert
     except AttributeError:
         raise ValueError(f"{who}: base must have a layer {name}, got none") from None
     is_linear = isinstance(layer, QuantLinear)
-    leaves, what = (("weight",), "an nn.Linear") if is_linear else (WEIGHTS, "experts")
+    leaves, what = (("weight",), "an nn.Linear") if isinstance(layer, QuantLinear) else (layer.weights, "experts")
     weights: list[Any] = [getattr(module, leaf, None) for leaf in leaves]
     is_dense = isinstance(module, nn.Linear) == is_linear and not isinstance(module, QUANTIZED)
     if not is_dense or not all(isinstance(weight, Tensor) and weight.is_floating_point() for weight in weights):
         raise ValueError(f"{who}: base must have {what} in floating point as {name}, got {module}")
-    for part, leaf, weight in zip(parts(layer), leaves, weights):
-        key = name if is_linear else f"{name}.{leaf}"
-        if tuple(weight.shape) != part.weight_shape:
-            raise ValueError(
-                f"{who}: base must have {key} in shape {list(part.weight_shape)}, got {list(weight.shape)}"
-            )
+    for leaf, weight in zip(leaves, weights):
+        key = name if isinstance(layer, QuantLinear) else f"{name}.{leaf}"
+        shape = layer.weight_shape if isinstance(layer, QuantLinear) else layer.dense_shape(leaf)
+        if tuple(weight.shape) != shape:
+            raise ValueError(f"{who}: base must have {key} in shape {list(shape)}, got {list(weight.shape)}")
         if weight.is_meta:
             raise ValueError(f"{who}: base must be loaded, got {key} on the meta device")
     return [weight.detach() for weight in weights]

@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ..nn.quant_experts import WEIGHTS, QuantExperts, layout_problem
+from ..nn.experts_layout import layout_problem, weight_names
+from ..nn.quant_experts import QuantExperts
 from ..nn.quant_linear import QuantLinear
 from ..nn.quant_module import QuantModule
 from .heads import trained_whole
@@ -57,7 +58,7 @@ def plan_layers(
         if reason is None:
             targets.append(aliases)
         elif isinstance(module, QUANTIZED):
-            for part, leaf in zip(parts(module), [""] if isinstance(module, QuantLinear) else WEIGHTS):
+            for part, leaf in zip(parts(module), [""] if isinstance(module, QuantLinear) else weight_names(module)):
                 name = f"{aliases[0]}.{leaf}".strip(".")
                 skipped.append(SkippedLayer(name, part.weight_shape, part.weight.nbytes, reason))
         else:
@@ -94,9 +95,9 @@ def _reason(module: nn.Module, aliases: list[str], patterns: Iterable[str], surr
         if reason is not None:
             return reason
     is_linear = isinstance(module, nn.Linear) or is_conv1d(module)
-    leaves = ("weight",) if is_linear else WEIGHTS
+    leaves = ("weight",) if is_linear else weight_names(module)
     for name in aliases:
-        known_as = [name] if is_linear else [name, *(f"{name}.{leaf}" for leaf in WEIGHTS)]
+        known_as = [name] if is_linear else [name, *(f"{name}.{leaf}" for leaf in leaves)]
         for pattern in patterns:
             if any(skips(pattern, each) for each in known_as):
                 return f"skip={pattern!r}"
@@ -160,7 +161,7 @@ def names_of_modules(model: nn.Module) -> dict[nn.Module, list[str]]:
 
 
 def parts(layer: QuantLinear | QuantExperts) -> list[QuantModule]:
-    return [layer] if isinstance(layer, QuantLinear) else [getattr(layer, name) for name in WEIGHTS]
+    return [layer] if isinstance(layer, QuantLinear) else [getattr(layer, name) for name in layer.weights]
 
 
 def unwrapped(model: nn.Module, argument: str, who: str) -> nn.Module:

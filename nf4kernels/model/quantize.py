@@ -11,8 +11,9 @@ from tqdm import tqdm
 
 from ..autograd import outside_inference_mode
 from ..functional import dequantize
+from ..nn.experts_layout import dense_weights
 from ..nn.lora import FROM_WEIGHT, LoraConfig
-from ..nn.quant_experts import WEIGHTS, QuantExperts
+from ..nn.quant_experts import QuantExperts
 from ..nn.quant_linear import QuantLinear
 from ..quantized_weight import WEIGHT_DTYPES, QuantizedExperts, QuantizedWeight
 from .dispatched import check_not_dispatched
@@ -115,10 +116,13 @@ def _reasons(skipped: list[SkippedLayer]) -> str:
 
 
 def _weights(module: nn.Module, name: str) -> list[tuple[str, Tensor]]:
-    """(name, dense weight) of an nn.Linear or of experts, each with the name that messages and reports use."""
+    """(name, dense weight) of an nn.Linear or of experts, each with the name that messages and reports use.
+
+    [N, K] or [E, N, K], also where the module has its transpose.
+    """
     if isinstance(module, nn.Linear):
         return [(name, module.weight)]
-    return [(f"{name}.{leaf}", getattr(module, leaf)) for leaf in WEIGHTS]
+    return [(f"{name}.{leaf}", weight) for leaf, weight in dense_weights(module).items()]
 
 
 def _check_dtype(name: str, weight: Tensor, who: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..nn.quant_experts import WEIGHTS
+from ..nn.experts_layout import WEIGHTS
 from .walk import inside
 
 LEAVES = {"weight", *WEIGHTS}

@@ -1,7 +1,6 @@
 """QuantExperts: the fused experts of a mixture-of-experts layer, in 4 bits."""
 
 import copy
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,58 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from ..autograd import autocast_is_on, is_transformed, outside_inference_mode
+from ..codebook import default_block_size
 from ..functional import dequantize, grouped_linear_from_args, quantize_experts
-from ..quantized_weight import WEIGHT_DTYPES, QuantizedExperts, expert_columns
+from ..quantized_weight import WEIGHT_DTYPES, QuantizedExperts
 from .casts import check_cast
+from .experts_layout import GATED, NORM, UNGATED, bias_name, dense_weights, layout_problem, own_gate, weight_names
 from .quant_module import QuantModule, checked_compute_dtype
 
-WEIGHTS = ("gate_up_proj", "down_proj")
 # down [E, r, K], up [E, N, r], scaling, of one adapter on one of the two weights.
 ExpertsTerm = tuple[Tensor, Tensor, float]
-FORWARD = ["hidden_states", "top_k_index", "top_k_weights"]
-# What transformers says of a module with fused experts: attribute, what it must be, and what another value means. Older
-# versions say only the first two.
-LAYOUT = (
-    ("is_transposed", False, "transposed weights"),
-    ("has_bias", False, "biases"),
-    ("has_gate", True, "no gate"),
-    ("is_concatenated", True, "gate and up interleaved"),
-    ("has_post_expert_norm", False, "a norm of their own"),
-    ("_is_expert_parallel", False, "a share on each process"),
-)
-
-
-def layout_problem(module: nn.Module, block_size: int = 64) -> str | None:
-    """Why QuantExperts cannot stand for `module`, None where it can; by its attributes, without knowing its class.
-
-    It can where the module computes, for each token and each of its top k experts,
-    `w * (act_fn(gate) * up) @ down_proj[e].T` with `gate, up = (x @ gate_up_proj[e].T).chunk(2)`.
-    """
-    kind = type(module).__name__
-    gate_up, down = (module._parameters.get(name) for name in WEIGHTS)
-    if gate_up is None or down is None or gate_up.dim() != 3 or down.dim() != 3:
-        return f"a 3-D parameter of {kind}"
-    if not all(hasattr(module, name) for name, *_ in LAYOUT[:2]):
-        return f"{kind}, which does not say how its experts are laid out (is_transposed, has_bias)"
-    found = [meaning for name, value, meaning in LAYOUT if getattr(module, name, value) != value]
-    if found:
-        return f"{kind}, experts with {', '.join(found)}"
-    gate = getattr(type(module), "_apply_gate", None)
-    if gate is not None and gate.__name__ != "_default_apply_gate":
-        return f"{kind}, experts with a gate of their own"
-    held = {*module._parameters, *module._buffers, *module._modules} - {*WEIGHTS, "act_fn"}
-    if held:
-        return f"{kind}, which also holds {', '.join(sorted(held))}"
-    if not callable(getattr(module, "act_fn", None)):
-        return f"{kind}, which has no act_fn"
-    if list(inspect.signature(module.forward).parameters) != FORWARD:
-        return f"{kind}, whose forward does not take {', '.join(FORWARD)}"
-    E, twice_I, H = gate_up.shape
-    if twice_I % 2 or tuple(down.shape) != (E, H, twice_I // 2):
-        return f"{kind}, whose down_proj {list(down.shape)} does not fit its gate_up_proj {list(gate_up.shape)}"
-    step = expert_columns(block_size)
-    uneven = [name for name, weight in zip(WEIGHTS, (gate_up, down)) if weight.shape[2] % step]
-    return f"{kind}, where {' and '.join(uneven)} have rows that are no multiple of {step}" if uneven else None
 
 
 class GroupedQuantLinear(QuantModule):
@@ -80,15 +36,20 @@ class GroupedQuantLinear(QuantModule):
         """Of Ŵ."""
         return self.num_experts, self.out_features, self.in_features
 
-    def forward(self, x: Tensor, expert_offsets: Tensor) -> Tensor:
-        return grouped_linear_from_args(x, expert_offsets, self._weight_args(), self.WHO)
+    def forward(self, x: Tensor, expert_offsets: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`bias` `[E, N]`, cast to x's dtype: each expert's own row of it is added to its rows."""
+        y = grouped_linear_from_args(x, expert_offsets, self._weight_args(), self.WHO)
+        return y if bias is None else y + _rows_of_bias(bias.to(y.dtype), expert_offsets, y.shape[0])
 
-    def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        """Ŵ `[num_experts, out_features, in_features]`."""
-        qweights = self.qweight
-        out = torch.empty(self.weight_shape, dtype=dtype, device=self.weight.device)
-        for expert, qweight in enumerate(qweights):
-            dequantize(qweight, out=out[expert])
+    def dequantize(self, dtype: torch.dtype = torch.bfloat16, transposed: bool = False) -> Tensor:
+        """Ŵ `[num_experts, out_features, in_features]`, or each expert's transpose; contiguous."""
+        E, N, K = self.weight_shape
+        out = torch.empty((E, K, N) if transposed else (E, N, K), dtype=dtype, device=self.weight.device)
+        for expert, qweight in enumerate(self.qweight):
+            if transposed:
+                out[expert] = dequantize(qweight, dtype).T
+            else:
+                dequantize(qweight, out=out[expert])
         return out
 
     def extra_repr(self) -> str:
@@ -99,21 +60,27 @@ class GroupedQuantLinear(QuantModule):
 
 
 class QuantExperts(nn.Module):
-    """y = sum over a token's experts e of w_e * (act_fn(gate) * up) @ down[e].T, with gate, up = x @ gate_up[e].T.
+    """y = sum over a token's experts e of w_e * (gate(x @ gate_up[e].T + b[e]) @ down[e].T + c[e]).
 
-    Stands for the modules of transformers 5 that hold all experts of a layer in two 3-D parameters, and is called as
-    they are. The weights are frozen; gradients reach the tokens and the routing weights, so that a router trains
-    through it. They hold no adapters, but `forward` takes some along. `.to(dtype)` moves neither the weights nor their
-    scales.
+    Where it is made of two weights, gate(h) is act_fn(first half of h) * second half, or act_fn(h) with
+    `has_gate=False`. It stands for the modules of transformers 5 that hold all experts of a layer in two 3-D parameters
+    (`from_experts`), and is called as they are: then gate is what that module has, its weights may be transposed and
+    its norm follows down. The weights are frozen, biases and the norm are the module's own parameters; gradients reach
+    them, the tokens and the routing weights, so that a router trains through it. They hold no adapters, but `forward`
+    takes some along. `.to(dtype)` moves neither the weights nor their scales.
 
     Args:
-        gate_up: `[E, 2 * I, H]`, each expert's gate rows first.
+        gate_up: `[E, 2 * I, H]`, each expert's gate rows first; `[E, I, H]` without a gate.
         down: `[E, H, I]`.
         act_fn: the activation, elementwise.
         compute_dtype: as in `QuantLinear`.
+        has_gate: whether the first weight has rows of a gate.
+        biases: name of a weight -> `[E, N]`, its bias, or no entry.
 
     Attributes:
-        gate_up_proj, down_proj: modules with `weight` and the buffers of QuantLinear, an expert dimension in front.
+        gate_up_proj (up_proj without a gate), down_proj: modules with `weight` and the buffers of QuantLinear, an
+            expert dimension in front; rows are in the order that the gate takes them.
+        gate_up_proj_bias, down_proj_bias: parameters, where there are biases.
 
     Raises:
         TypeError, ValueError: the weights are no QuantizedExperts or do not fit each other.
@@ -128,34 +95,51 @@ class QuantExperts(nn.Module):
         down: QuantizedExperts,
         act_fn: Callable[[Tensor], Tensor],
         compute_dtype: torch.dtype | None = None,
+        has_gate: bool = True,
+        biases: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         for name, weight in (("gate_up", gate_up), ("down", down)):
             if not isinstance(weight, QuantizedExperts):
                 raise TypeError(f"{self.WHO}: {name} must be a QuantizedExperts, got {type(weight).__name__}")
-        E, twice_I, H = gate_up.shape
-        if twice_I % 2 or down.shape != (E, H, twice_I // 2):
-            expected = f"[{E}, {H}, {twice_I // 2}] beside gate_up [E, 2 * I, H] = {list(gate_up.shape)}"
+        (E, N, H), halves = gate_up.shape, 2 if has_gate else 1
+        if N % halves or down.shape != (E, H, N // halves):
+            given = f"gate_up [E, {'2 * I' if has_gate else 'I'}, H] = {list(gate_up.shape)}"
+            expected = f"[{E}, {H}, {N // halves}] beside {given}"
             raise ValueError(f"{self.WHO}: down must have shape {expected}, got {list(down.shape)}")
-        self.num_experts, self.intermediate_dim, self.hidden_dim = E, twice_I // 2, H
+        self.num_experts, self.intermediate_dim, self.hidden_dim = E, N // halves, H
         self.compute_dtype = checked_compute_dtype(compute_dtype, self.WHO)
-        self.gate_up_proj, self.down_proj = GroupedQuantLinear(gate_up), GroupedQuantLinear(down)
+        self.weights = GATED if has_gate else UNGATED
+        for name, weight in zip(self.weights, (gate_up, down)):
+            setattr(self, name, GroupedQuantLinear(weight))
+            self._set_bias(bias_name(name), (biases or {}).get(bias_name(name)), weight)
         self.act_fn = act_fn
         self._emptied: tuple[nn.Module, ...] = ()
+        self._has_own_gate = False
+
+    def _set_bias(self, name: str, bias: Tensor | None, weight: QuantizedExperts) -> None:
+        if bias is not None and bias.shape != weight.shape[:2]:
+            expected = list(weight.shape[:2])
+            raise ValueError(f"{self.WHO}: {name} must have shape {expected}, got {list(bias.shape)}")
+        is_kept = bias is None or isinstance(bias, nn.Parameter)
+        self.register_parameter(name, bias if is_kept else nn.Parameter(bias, requires_grad=False))
 
     @classmethod
     def from_experts(
         cls, module: nn.Module, compute_dtype: torch.dtype | None = None, **quant_options
     ) -> "QuantExperts":
-        """The module that stands for `module`; act_fn is shared with it, training mode kept.
+        """The module that stands for `module`; act_fn, biases and norm are shared with it, training mode kept.
 
-        Raises as `nf4kernels.quantize_experts` does, and ValueError where `module` is of another layout: transposed
-        weights, biases, interleaved gates, a gate function of its own, and whatever does not say what it is.
+        Raises as `nf4kernels.quantize_experts` does, and ValueError where `module` is of a layout that it cannot stand
+        for (`experts_layout.layout_problem` says why).
         """
-        problem = layout_problem(module, quant_options.get("block_size", 64))
+        block_size = quant_options.get("block_size") or default_block_size(quant_options.get("codebook", "nf4"))
+        problem = layout_problem(module, block_size)
         if problem is not None:
-            raise ValueError(f"{cls.WHO}.from_experts: module must have the layout of Mixtral's experts, got {problem}")
-        gate_up, down = (quantize_experts(getattr(module, name), **quant_options) for name in WEIGHTS)
+            raise ValueError(
+                f"{cls.WHO}.from_experts: module must have a layout of transformers' experts, got {problem}"
+            )
+        gate_up, down = (quantize_experts(weight, **quant_options) for weight in dense_weights(module).values())
         return cls.from_quantized(module, gate_up, down, compute_dtype)
 
     @classmethod
@@ -165,11 +149,26 @@ class QuantExperts(nn.Module):
         gate_up: QuantizedExperts,
         down: QuantizedExperts,
         compute_dtype: torch.dtype | None = None,
+        biases: Mapping[str, Tensor] | None = None,
     ) -> "QuantExperts":
-        """As `from_experts`, of weights that are in 4 bits already; `module`, of that layout, may be on meta."""
-        act_fn: Any = module.act_fn
-        experts = cls(gate_up, down, act_fn, compute_dtype)
+        """As `from_experts`, of weights that are in 4 bits already; `module`, of such a layout, may be on meta.
+
+        Args:
+            gate_up: `[E, 2 * I, H]`, whatever way round `module` has it; its rows in the order of module's columns or
+                rows, interleaved where they are so there. `[E, I, H]` of a module without a gate.
+            down: `[E, H, I]`.
+            biases: "gate_up_proj_bias" and "down_proj_bias" -> `[E, N]`, in the place of module's own. These are taken
+                over as they are, on meta too, for a loader to find them by the names that `module` has for them.
+        """
+        parameters: Any = module._parameters
+        names = [bias_name(name) for name in weight_names(module)]
+        biases = {name: parameters.get(name) for name in names} | dict(biases or {})
+        act_fn: Any = getattr(module, "act_fn", None)
+        experts = cls(gate_up, down, act_fn, compute_dtype, weight_names(module) == GATED, biases)
+        if getattr(module, "has_post_expert_norm", False):
+            experts.add_module(NORM, module._modules[NORM])
         experts._emptied = (_without_weights(module),)  # in a tuple: its state is no part of this module's
+        experts._has_own_gate = own_gate(module) and getattr(module, "has_gate", True)
         return experts.train(module.training)
 
     def forward(
@@ -207,13 +206,28 @@ class QuantExperts(nn.Module):
 
         x = hidden_states.to(self._dtype(hidden_states))
         x = _take_rows(x, order // top_k, place, top_k)
-        gate, up = self._product("gate_up_proj", x, expert_offsets, terms).chunk(2, -1)
-        y = self._product("down_proj", self.act_fn(gate) * up, expert_offsets, terms)
+        first, second = self.weights
+        x = self._gate(self._product(first, x, expert_offsets, terms))
+        y = self._product(second, x, expert_offsets, terms)
+        norm = self._modules.get(NORM)
+        y = y if norm is None else norm(y)
         y = _take_rows(y, place, order, 1).view(tokens, top_k, self.hidden_dim)
         return (y * top_k_weights[..., None]).sum(1).to(hidden_states.dtype)
 
+    def _gate(self, x: Tensor) -> Tensor:
+        """What stands between the two products, by the function of the module that this one was made from."""
+        if self._has_own_gate:
+            made_from: Any = self._emptied[0]
+            y: Tensor = made_from._apply_gate(x)
+            return y
+        if self.weights == UNGATED:
+            return self.act_fn(x)
+        gate, up = x.chunk(2, -1)
+        return self.act_fn(gate) * up
+
     def _product(self, name: str, x: Tensor, expert_offsets: Tensor, terms: Any) -> Tensor:
-        y: Tensor = self._modules[name](x, expert_offsets)  # type: ignore[misc]  # there is one
+        bias = self._parameters.get(bias_name(name))
+        y: Tensor = self._modules[name](x, expert_offsets, bias)  # type: ignore[misc]  # there is one
         for term in (terms or {}).get(name, ()):
             y = y + experts_term(x, expert_offsets, *term).to(y.dtype)
         return y
@@ -243,20 +257,32 @@ class QuantExperts(nn.Module):
     @property
     def weight_names(self) -> list[str]:
         """Of the two weights, in the order of the parameters of what this module was made from."""
-        made_from = self._emptied[0]._parameters if self._emptied else WEIGHTS
-        return [name for name in made_from if name in WEIGHTS]
+        made_from = self._emptied[0]._parameters if self._emptied else self.weights
+        return [name for name in made_from if name in self.weights]
 
     @property
     def can_be_dense(self) -> bool:
         """Whether `to_experts` knows what to make: not of a QuantExperts that was not made by `from_experts`."""
         return bool(self._emptied)
 
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the module that this one was made from has its weights as `[E, K, N]`."""
+        return self.can_be_dense and bool(getattr(self._emptied[0], "is_transposed", False))
+
+    def dense_shape(self, name: str) -> tuple[int, ...]:
+        """Of a weight, as the module that this one was made from has it."""
+        part: Any = self._modules[name]
+        E, N, K = part.weight_shape
+        return (E, K, N) if self.is_transposed else (E, N, K)
+
     @outside_inference_mode
     def to_experts(self, dtype: torch.dtype | None = None, base_weights: Sequence[Tensor] | None = None) -> nn.Module:
-        """A module of the class that this one was made from, with Ŵ rounded once, trainable.
+        """A module of the class and layout that this one was made from, with Ŵ rounded once, trainable.
 
-        `base_weights`, gate_up_proj and down_proj, take Ŵ's place. This module is left as it is. Copies the weights;
-        act_fn and configuration are shared. Without `dtype` each weight has its `dense_dtype`.
+        `base_weights`, two in its layout, take Ŵ's place. This module is left as it is. Copies the weights and biases;
+        act_fn, the norm and configuration are shared. Without `dtype` each weight has its `dense_dtype`, a bias its
+        own.
 
         Raises:
             ValueError: this module was not made by `from_experts`, or is on the meta device.
@@ -264,23 +290,33 @@ class QuantExperts(nn.Module):
         if not self.can_be_dense:
             raise ValueError(f"{self.WHO}.to_experts: the module must be from from_experts, got one that is not")
         dense: Any = _without_weights(self._emptied[0])
-        parts = [self.gate_up_proj, self.down_proj]
-        if base_weights is None:
-            weights = [part.dequantize(dtype or part.dense_dtype) for part in parts]
-            for name, part, weight in zip(WEIGHTS, parts, weights):  # Ŵ is finite in fp32, which is not made here
+        for index, name in enumerate(self.weights):
+            part: Any = self._modules[name]
+            who, target = f"{self.WHO}.to_experts: {name}", dtype or part.dense_dtype
+            if base_weights is None:
+                weight = part.dequantize(target, self.is_transposed)
                 if weight.numel() and not all(bound.isfinite() for bound in weight.aminmax()):
-                    check_cast(part.dequantize(torch.float32), weight.dtype, f"{self.WHO}.to_experts: {name}")
-        else:
-            device = self.gate_up_proj.weight.device
-            weights = []
-            for name, part, weight in zip(WEIGHTS, parts, base_weights):
-                target = dtype or part.dense_dtype
-                check_cast(weight, target, f"{self.WHO}.to_experts: {name}")
-                weights.append(weight.detach().to(device, target, copy=True))
-        for name, weight in zip(WEIGHTS, weights):
+                    check_cast(part.dequantize(torch.float32), target, who)  # Ŵ is finite in fp32
+            else:
+                check_cast(base_weights[index], target, who)
+                weight = base_weights[index].detach().to(part.weight.device, target, copy=True)
             setattr(dense, name, nn.Parameter(weight))
-        dense.act_fn = self.act_fn
+            bias = self._parameters.get(bias_name(name))
+            if bias is not None:
+                check_cast(bias, dtype or bias.dtype, f"{self.WHO}.to_experts: {bias_name(name)}")
+                copied = bias.detach().to(dtype or bias.dtype, copy=True)
+                setattr(dense, bias_name(name), nn.Parameter(copied, bias.requires_grad))
+        for name in ("act_fn", NORM):
+            if name in self._modules or hasattr(dense, name):
+                setattr(dense, name, getattr(self, name))
         return dense.train(self.training)
+
+
+def _rows_of_bias(bias: Tensor, expert_offsets: Tensor, T: int) -> Tensor:
+    """`[T, N]`: each row its expert's bias, zeros past the last offset."""
+    rows = torch.arange(T, device=bias.device, dtype=torch.int32)
+    own = torch.searchsorted(expert_offsets, rows, right=True)
+    return torch.cat([bias, bias.new_zeros(1, bias.shape[1])])[own]
 
 
 def experts_term(x: Tensor, expert_offsets: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:

@@ -16,8 +16,9 @@ from ..model.memory import address, oddity
 from ..model.plan import is_conv1d, linear_shape, replace_module, unwrapped
 from ..model.walk import get_submodule, named_modules, state_dict
 from ..nn.casts import check_cast
-from ..nn.quant_linear import OF_WEIGHT, QuantLinear
-from ..nn.quant_module import QuantModule
+from ..nn.experts_layout import weight_names
+from ..nn.quant_linear import QuantLinear
+from ..nn.quant_module import BUFFERS, OTHER_BUFFERS, QuantModule
 from ..quantized_weight import QuantizedWeight
 from .atomic import replacing
 from .bitsandbytes_format import names_of_weight, stored_weights, weight_from_tensors, weight_to_tensors
@@ -155,7 +156,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     expected = _dense_state(model, layers)
     for name, module in named_modules(model):
         if module in experts:
-            for leaf in module._parameters:
+            for leaf in weight_names(module):
                 del expected[_join(name, leaf)]
     left = _check_dense(expected, tensors, layers, missing, fit, who)
     for name, module in named_modules(model):

@@ -19,6 +19,7 @@ from ..model.plan import skips
 from ..model.quantize import squared_error
 from ..model.report import QuantizedLayer, QuantizeReport, SkippedLayer
 from ..nn.casts import cast
+from ..nn.experts_layout import as_rows
 from ..quantized_weight import WEIGHT_DTYPES
 from .atomic import TargetError, copy_file, replacing_directory, write_json
 from .bitsandbytes_format import weight_to_tensors
@@ -159,7 +160,7 @@ def convert_directory(
             _copy_rest(in_dir, staging)
     except TargetError as error:
         raise ConversionError(f"{words.who}: {words.out_dir} {error}") from None
-    uneven = [name for name, matrix in quantized.items() if matrix.shape[-1] % block_size]
+    uneven = [name for name, matrix in quantized.items() if not matrix.is_experts and matrix.shape[-1] % block_size]
     return Conversion(report, choice, uneven, [name for name, matrix in quantized.items() if matrix.is_experts])
 
 
@@ -336,7 +337,11 @@ def _quantize_unit(
     for name in list(made):
         key = unit.headers[0].name if unit.group.converter is None else name
         if name in layers:
-            parts, line = _quantize_tensor(made.pop(name), layers[name], key, options, who)
+            weight = made.pop(name)
+            if weight.dim() == 3 and model is not None:
+                weight = as_rows(model.get_submodule(name.rpartition(".")[0]), weight)
+            parts, line = _quantize_tensor(weight, layers[name], key, options, who)
+            del weight
             out.update(parts)
             yield line
         else:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from ..codebook import CODEBOOKS, FORMATS, name_of
 from ..model.walk import named_modules, state_dict
-from ..nn.quant_experts import WEIGHTS, GroupedQuantLinear, QuantExperts, layout_problem
+from ..nn.experts_layout import WEIGHTS, dense_weights, layout_problem, weight_names
+from ..nn.quant_experts import GroupedQuantLinear, QuantExperts
 from ..nn.quant_module import SCALES
 from ..quantized_weight import WEIGHT_DTYPES, QuantizedExperts, scales_of
 from .bitsandbytes_format import name_of_scale_code
@@ -88,14 +89,15 @@ def take_experts(model: nn.Module, tensors: dict[str, Tensor], who: str) -> dict
         module: Any = modules.get(path)
         if isinstance(module, QuantExperts):
             continue
-        keys = [f"{path}.{leaf}" for leaf in WEIGHTS]
         problem = "no such module" if module is None else layout_problem(module, 32)
+        keys = [] if module is None else [f"{path}.{leaf}" for leaf in weight_names(module)]
         if problem is None and not set(keys) <= set(stored):
             problem = "one of their two weights alone"
         if problem is not None:
             raise ValueError(f"{who}: model must have experts that QuantExperts can stand for as {path}, got {problem}")
-        dense = [module._parameters[leaf] for leaf in WEIGHTS]
-        device = "cpu" if dense[0].is_meta else dense[0].device
+        dense = dense_weights(module).values()
+        first = next(iter(dense))
+        device = "cpu" if first.is_meta else first.device
         try:
             parts = [experts_from_tensors(tensors, key, tuple(each.shape)).to(device) for key, each in zip(keys, dense)]
         except (TypeError, ValueError) as error:

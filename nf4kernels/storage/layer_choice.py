@@ -9,7 +9,7 @@ from torch import nn
 
 from ..model.heads import left_dense_by_loader
 from ..model.plan import plan_layers, skips
-from ..nn.quant_experts import WEIGHTS
+from ..nn.experts_layout import weight_names
 
 # Only where there is no model to ask: matrices that are not linear layers by these names.
 NOT_LINEAR = ("*embed*", "*wte", "*wpe", "*shared", "*norm*", "*relative_attention_bias*", "*conv*")
@@ -55,10 +55,11 @@ def _choose_by_model(
     targets, skipped = plan_layers(model, skip, block_size)
     wanted, experts = set(), set()
     for name in (name for names in targets for name in names):
-        if isinstance(model.get_submodule(name), nn.Linear):
+        module = model.get_submodule(name)
+        if isinstance(module, nn.Linear):
             wanted.add(name)
         else:
-            experts |= {f"{name}.{leaf}" for leaf in WEIGHTS}
+            experts |= {f"{name}.{leaf}" for leaf in weight_names(module)}
     wanted |= experts
     linear = [name for name, module in model.named_modules()
               if type(module) is nn.Linear or type(module).__name__ == "Conv1D"]  # fmt: skip

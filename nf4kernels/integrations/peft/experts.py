@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ...autograd import outside_inference_mode
 from ...functional import dequantize, quantize_experts
 from ...nn import casts
-from ...nn.quant_experts import WEIGHTS, ExpertsTerm, GroupedQuantLinear, QuantExperts
+from ...nn.experts_layout import as_rows
+from ...nn.quant_experts import ExpertsTerm, GroupedQuantLinear, QuantExperts
 from .merge import base_weights, check_not_offloaded, into_4_bits, merge_dtype
 
 
@@ -31,7 +32,8 @@ class QuantExpertsWrapper(ParamWrapper):
         if not isinstance(part, GroupedQuantLinear):
             return part  # type: ignore[no-any-return]
         dtype = torch.float32 if part.weight.is_meta else part.dense_dtype
-        return part.weight.new_empty(1, dtype=dtype).expand(part.weight_shape)
+        shape = self.get_base_layer().dense_shape(self.parameter_name)
+        return part.weight.new_empty(1, dtype=dtype).expand(shape)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         is_packed = isinstance(self.get_base_layer(), QuantExperts)
@@ -49,8 +51,9 @@ class QuantExpertsWrapper(ParamWrapper):
         A: Any = self.lora_A[name].weight
         B: Any = self.lora_B[name].weight
         A, B = A.view(E, -1, A.shape[-1]), B.view(B.shape[0], -1, E)
-        # PEFT 0.18 takes the two dimensions of a weight for (in, out), whatever they are.
-        down, up = (A, B.permute(2, 0, 1)) if self._has_out_first else (B.permute(2, 1, 0), A.transpose(1, 2))
+        # PEFT 0.18 takes the two dimensions of a weight for (in, out), as they are where it is transposed.
+        is_ours = self._has_out_first or self.get_base_layer().is_transposed
+        down, up = (A, B.permute(2, 0, 1)) if is_ours else (B.permute(2, 1, 0), A.transpose(1, 2))
         return down, up, self.scaling[name]
 
     @property
@@ -104,14 +107,15 @@ class QuantExpertsWrapper(ParamWrapper):
     @outside_inference_mode
     @torch.no_grad()
     def merged_weight(self, packed: QuantExperts, names: list[str], safe: bool = False) -> Tensor:
-        """This weight `[E, N, K]` with these adapters; expert by expert in fp32, each rounded once."""
+        """This weight, as the dense module has it, with these adapters; by expert in fp32, each rounded once."""
         part = getattr(packed, self.parameter_name)
         who = f"nf4kernels.integrations.peft: the merged {self.parameter_name}"
         dtype = merge_dtype() or part.dense_dtype
         found = base_weights(self)
-        given = None if found is None else found[WEIGHTS.index(self.parameter_name)]
+        given = None if found is None else found[packed.weights.index(self.parameter_name)]
         terms = [self._term(name) for name in names]
-        out = torch.empty(part.weight_shape, dtype=dtype, device=part.weight.device)
+        out = torch.empty(packed.dense_shape(self.parameter_name), dtype=dtype, device=part.weight.device)
+        rows, given = as_rows(packed, out), given if given is None else as_rows(packed, given)
         for expert, qweight in enumerate(part.qweight):
             weight = (
                 dequantize(qweight, torch.float32) if given is None else given[expert].to(out.device, torch.float32)
@@ -120,13 +124,13 @@ class QuantExpertsWrapper(ParamWrapper):
                 weight = torch.addmm(weight, up[expert].float(), down[expert].float(), alpha=scaling)
                 if safe and not weight.isfinite().all():
                     raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-            out[expert] = casts.cast(weight, dtype, who)
+            rows[expert] = casts.cast(weight, dtype, who)
         return out
 
     def _set_weight(self, base: Any, packed: QuantExperts, weight: Tensor) -> None:
         if isinstance(base, QuantExperts):
             options = getattr(packed, self.parameter_name).quant_options
-            setattr(base, self.parameter_name, GroupedQuantLinear(quantize_experts(weight, **options)))
+            setattr(base, self.parameter_name, GroupedQuantLinear(quantize_experts(as_rows(packed, weight), **options)))
         else:
             setattr(base, self.parameter_name, nn.Parameter(weight, requires_grad=False))
 

@@ -14,7 +14,7 @@ from ...codebook import SCALE_CODEBOOKS
 from ...model.merge import merge_model
 from ...model.report import SkippedLayer
 from ...model.walk import get_submodule
-from ...nn.quant_experts import WEIGHTS
+from ...nn.experts_layout import weight_names
 from ...nn.quant_module import QuantModule
 from ...quantized_weight import SUPERBLOCK, QuantizedExperts
 from ...storage.bitsandbytes_format import weight_from_tensors
@@ -155,7 +155,7 @@ class Nf4Quantizer(HfQuantizer):
             return place_weight(model, target, qweight, compute_dtype)
         waiting = self.waiting.setdefault(target.names, {})
         waiting[target.leaf] = qweight
-        if len(waiting) == len(WEIGHTS):
+        if len(waiting) == 2:
             place_experts(model, target, self.waiting.pop(target.names), compute_dtype)
         return {}
 
@@ -163,7 +163,8 @@ class Nf4Quantizer(HfQuantizer):
         if self.error is not None:
             raise self.error
         for names, found in self.waiting.items():
-            expected = f"the checkpoint must have {' and '.join(WEIGHTS)} of {names[0]}"
+            both = weight_names(get_submodule(model, names[0]))
+            expected = f"the checkpoint must have {' and '.join(both)} of {names[0]}"
             raise ValueError(f"nf4kernels.Nf4Config: {expected}, got {', '.join(found)} alone")
         if self.pre_quantized:
             check_experts(model, self.checksums)

@@ -9,9 +9,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ...model.plan import is_conv1d, replace_module
 from ...model.walk import named_modules, state_dict
-from ...nn.quant_experts import WEIGHTS
-from ...nn.quant_linear import COLUMN_ORDER, OF_WEIGHT, QuantLinear
-from ...nn.quant_module import BUFFERS, QuantModule
+from ...nn.experts_layout import WEIGHTS
+from ...nn.quant_linear import QuantLinear
+from ...nn.quant_module import BUFFERS, OTHER_BUFFERS, QuantModule
 from ...quantized_weight import WEIGHT_DTYPES, QuantizedWeight
 from ...storage.bitsandbytes_format import weight_to_tensors
 from .operations import converts, is_converter

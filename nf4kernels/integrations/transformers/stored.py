@@ -12,7 +12,8 @@ from transformers.quantizers.base import HfQuantizer
 from ...functional import quantize_experts
 from ...model.plan import is_conv1d, names_of_modules
 from ...model.walk import get_submodule
-from ...nn.quant_experts import WEIGHTS, GroupedQuantLinear, layout_problem
+from ...nn.experts_layout import dense_weights, layout_problem
+from ...nn.quant_experts import GroupedQuantLinear
 from ...nn.quant_module import OTHER_BUFFERS
 from ...quantized_weight import WEIGHT_DTYPES
 from ...storage.bitsandbytes_format import PARTS, STATE, StoredWeight, stored_weight, stored_weights
@@ -141,13 +142,13 @@ def _expect_experts(
     for owner, found in in_file.items():
         module: Any = get_submodule(model, owner)
         problem = layout_problem(module, config.block_size)
-        if problem is None and len(found) != len(WEIGHTS):
+        if problem is None and len(found) != 2:
             problem = f"{', '.join(found)} alone"
         if problem is not None:
             raise ValueError(f"{WHO}: the model must have experts that QuantExperts can stand for as {owner}, "
                              f"got {problem}")  # fmt: skip
         first = targets_of(model, aliases[owner])[0]
-        empty = {leaf: torch.empty_like(module._parameters[leaf], device="meta") for leaf in WEIGHTS}
+        empty = {leaf: torch.empty_like(weight, device="meta") for leaf, weight in dense_weights(module).items()}
         on_meta = {leaf: quantize_experts(weight, **config.quant_options) for leaf, weight in empty.items()}
         experts = place_experts(model, first, on_meta, config.compute_dtype)
         for leaf, key in found.items():

@@ -13,8 +13,9 @@ from ...model.heads import SKIP
 from ...model.plan import is_conv1d, plan_layers, replace_module, unmatched
 from ...model.report import SkippedLayer
 from ...model.walk import get_submodule, named_modules
-from ...nn.quant_experts import WEIGHTS, QuantExperts
-from ...nn.quant_linear import COLUMN_ORDER, QuantLinear
+from ...nn.experts_layout import weight_names
+from ...nn.quant_experts import QuantExperts
+from ...nn.quant_linear import QuantLinear
 from ...nn.quant_module import BUFFERS
 from ...quantized_weight import WEIGHT_DTYPES, QuantizedExperts, QuantizedWeight
 from .config import Nf4Config
@@ -29,7 +30,7 @@ class Target:
         leaf: its name in the module: "weight", or one of the experts' two.
         shape: as the module has it.
         dtype: what it would be in a dense model.
-        transposed: whether that is [in, out], as in GPT-2's Conv1D.
+        transposed: whether that is [in, out], as in GPT-2's Conv1D and gpt-oss's experts.
     """
 
     names: tuple[str, ...]
@@ -46,17 +47,20 @@ class Target:
     @property
     def weight_shape(self) -> tuple[int, ...]:
         """[out, in], or [experts, out, in]."""
-        return self.shape[::-1] if self.transposed else self.shape
+        *experts, first, second = self.shape
+        return (*experts, second, first) if self.transposed else self.shape
 
 
 def targets_of(model: nn.Module, names: Iterable[str]) -> list[Target]:
     """One for each weight of the module that is registered under all these names."""
     names = tuple(names)
     module = get_submodule(model, names[0])
-    leaves = WEIGHTS if not isinstance(module, nn.Linear) and not is_conv1d(module) else ("weight",)
+    is_linear = isinstance(module, nn.Linear) or is_conv1d(module)
+    leaves = ("weight",) if is_linear else weight_names(module)
+    transposed = is_conv1d(module) or (not is_linear and bool(getattr(module, "is_transposed", False)))
     weights = [(leaf, module._parameters[leaf]) for leaf in leaves]
     return [
-        Target(names, leaf, tuple(weight.shape), weight.dtype, is_conv1d(module))
+        Target(names, leaf, tuple(weight.shape), weight.dtype, transposed)
         for leaf, weight in weights
         if weight is not None
     ]
@@ -101,20 +105,19 @@ def quantized(target: Target, tensor: Tensor, config: Nf4Config) -> QuantizedWei
     """The tensor that a checkpoint has for the target, in 4 bits; TypeError or ValueError as `nf4kernels.quantize`."""
     if tuple(tensor.shape) != target.shape:
         raise ValueError(f"the checkpoint must have it in shape {list(target.shape)}, got {list(tensor.shape)}")
-    if tensor.dim() == 3:
-        return quantize_experts(tensor, **config.quant_options)
-    return quantize(tensor.t().contiguous() if target.transposed else tensor, **config.quant_options)
+    weight = tensor.mT if target.transposed else tensor
+    return (quantize if tensor.dim() == 2 else quantize_experts)(weight, **config.quant_options)
 
 
 def quantized_experts(target: Target, experts: Iterable[Tensor], config: Nf4Config) -> QuantizedExperts:
-    """The same of one dense expert `[1, N, K]` after the other."""
-    E, N, K = target.shape
+    """The same of one dense expert after the other, each with a dimension of 1 in front."""
+    E, *shape = target.shape
     parts = []
     for index, dense in enumerate(experts):
-        if dense.shape != (1, N, K) or index >= E:
-            raise ValueError(f"the checkpoint must have {E} experts of shape {[N, K]}, got {list(dense.shape[1:])}")
+        if dense.shape != (1, *shape) or index >= E:
+            raise ValueError(f"the checkpoint must have {E} experts of shape {shape}, got {list(dense.shape[1:])}")
         try:
-            parts.append(quantize_experts(dense, **config.quant_options))
+            parts.append(quantize_experts(dense.mT if target.transposed else dense, **config.quant_options))
         except ValueError as error:
             raise ValueError(f"expert {index}: {error}") from None
     if len(parts) != E:
@@ -123,7 +126,7 @@ def quantized_experts(target: Target, experts: Iterable[Tensor], config: Nf4Conf
         name for name in ("packed", "absmax", "scale_absmax", "scale_offset") if getattr(parts[0], name) is not None
     ]
     stacked: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
-    return replace(parts[0], **stacked, shape=target.shape)
+    return replace(parts[0], **stacked, shape=target.weight_shape)
 
 
 def place_weight(
@@ -149,7 +152,7 @@ def place_experts(
 ) -> QuantExperts:
     """Make QuantExperts of the target's module, of both its weights."""
     dense = get_submodule(model, target.names[0])
-    gate_up, down = (qweights[leaf] for leaf in WEIGHTS)
+    gate_up, down = (qweights[leaf] for leaf in weight_names(dense))
     experts = QuantExperts.from_quantized(dense, gate_up, down, compute_dtype)
     needs_no_init(experts)
     replace_module(model, target.names, dense, experts)
