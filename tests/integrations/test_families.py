@@ -62,8 +62,9 @@ def put_dequantized(twin, quantized) -> None:
                 weight = layer.dequantize(torch.float32)
                 place.weight.copy_(weight.T if is_conv1d(place) else weight)
             elif isinstance(layer, nf4.QuantExperts):
-                for leaf in WEIGHTS:
-                    twin.get_parameter(f"{name}.{leaf}").copy_(getattr(layer, leaf).dequantize(torch.float32))
+                for leaf in layer.weights:
+                    weight = getattr(layer, leaf).dequantize(torch.float32, layer.is_transposed)
+                    twin.get_parameter(f"{name}.{leaf}").copy_(weight)
 
 
 def as_linear(conv) -> nn.Linear:

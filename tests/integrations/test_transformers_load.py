@@ -109,11 +109,12 @@ def test_the_first_use_needs_nothing_recorded_anew(tmp_path):
 
 
 def test_dense_experts_are_reported(tmp_path, caplog):
-    load(dense_directory(tmp_path, "gpt-oss"), quantization_config=Nf4Config())
+    load(dense_directory(tmp_path, "gpt-oss"), quantization_config=Nf4Config(block_size=128))
     (record,) = [r for r in caplog.records if r.name.startswith("nf4kernels") and r.levelname == "WARNING"]
     assert "experts stay dense" in record.message
     assert "model.layers.0.mlp.experts.gate_up_proj" in record.message
-    assert "experts with transposed weights, biases" in record.message
+    assert "GptOssExperts, where gate_up_proj" in record.message
+    assert "have rows that are no multiple of 128" in record.message
 
 
 def test_a_layer_that_the_checkpoint_lacks_stays_dense(tmp_path):

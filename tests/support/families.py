@@ -133,8 +133,7 @@ FAMILIES = {
         targets=("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")),
     "gpt_oss": Family("GptOssForCausalLM", {
         **DECODER, "intermediate_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4,
-        "num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]},
-        dense=("experts", "lm_head")),  # transposed, interleaved, with biases
+        "num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}, targets=ATTENTION),
     "t5": Family("T5ForConditionalGeneration", {
         **TOKENS, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 4,
         "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0}, encoder_decoder,
