@@ -32,7 +32,8 @@ def stored_experts(names: Iterable[str]) -> list[str]:
 def experts_from_tensors(tensors: dict[str, Tensor], key: str, shape: tuple[int, ...]) -> QuantizedExperts:
     """The experts' weight that was stored as `key`; ValueError or TypeError where it does not fit `shape`.
 
-    Its tensors are copies, not views of the file.
+    Its tensors are copies, not views of the file. Where the packed bytes are on meta, all of them are, and `code` and
+    `source_dtype` alone must have values.
     """
     absmax, source = tensors[f"{key}.absmax"], int(tensors[f"{key}.source_dtype"])
     blocks = absmax.shape[-1] if absmax.dim() == 3 else 0
@@ -41,10 +42,13 @@ def experts_from_tensors(tensors: dict[str, Tensor], key: str, shape: tuple[int,
     own = {
         name.removeprefix(f"{key}."): tensor.clone() for name, tensor in tensors.items() if name.startswith(f"{key}.")
     }
+    names = _names(own, shape[2] // blocks)
+    if own["weight"].is_meta:
+        own = {name: tensor.to("meta") for name, tensor in own.items()}
     scales: dict[str, Any] = {name: own.get(name) for name in SCALES}
     return QuantizedExperts(
         own["weight"], own["absmax"], **scales, shape=shape, dtype=WEIGHT_DTYPES[source],
-        block_size=shape[2] // blocks, **_names(own, shape[2] // blocks),
+        block_size=shape[2] // blocks, **names,
     )  # fmt: skip
 
 
@@ -53,17 +57,22 @@ def _names(own: dict[str, Tensor], block_size: int) -> dict[str, Any]:
     kind of scales and the block size."""
     scale_code = own.get("scale_code")
     kind = scales_of(own["absmax"], own.get("scale_absmax"), scale_code)
-    levels = name_of(own["code"], CODEBOOKS)
-    fitting = [
-        name for name, own_format in FORMATS.items()
-        if levels != "custom" and torch.equal(CODEBOOKS[name], CODEBOOKS[levels]) and kind in own_format.scales
-        and own_format.block_size in (None, block_size)
-    ]  # fmt: skip
-    codebook = fitting[-1] if fitting else levels
+    codebook = format_of(own["code"], kind, block_size)
     if scale_code is None:
         return {"codebook": codebook, "scale_codebook": None}
     row = scale_code[0] if scale_code.dim() == 2 else scale_code
     return {"codebook": codebook, "scale_codebook": name_of_scale_code(row, codebook)}
+
+
+def format_of(code: Tensor, scales: str, block_size: int) -> str:
+    """The name of stored levels; of the formats that share them, the one that has such scales and blocks."""
+    levels = name_of(code, CODEBOOKS)
+    fitting = [
+        name for name, its in FORMATS.items()
+        if levels != "custom" and torch.equal(CODEBOOKS[name], CODEBOOKS[levels])
+        and scales in its.scales and its.block_size in (None, block_size)
+    ]  # fmt: skip
+    return fitting[0] if fitting else levels
 
 
 def name_experts(model: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -102,8 +111,8 @@ def take_experts(model: nn.Module, tensors: dict[str, Tensor], who: str) -> dict
             parts = [experts_from_tensors(tensors, key, tuple(each.shape)).to(device) for key, each in zip(keys, dense)]
         except (TypeError, ValueError) as error:
             raise ValueError(f"{who}: {path}: {error}") from None
-        if len({(part.block_size, part.codebook, part.scale_codebook) for part in parts}) > 1:
-            raise ValueError(f"{who}: {path} must have one block size and codebook, got two")
+        if len({part.codebook for part in parts}) > 1:
+            raise ValueError(f"{who}: {path} must have one codebook, got two")
         taken[module] = QuantExperts.from_quantized(module, parts[0], parts[1])
     prefixes = tuple(f"{key}." for key in stored if modules[key.rpartition(".")[0]] in taken)
     for name in [name for name in tensors if prefixes and name.startswith(prefixes)]:

@@ -8,9 +8,12 @@ from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ...codebook import FORMATS, default_block_size
 from ...nn.quant_linear import QuantLinear
+from ...published_formats import WRITERS
 
 METHOD = "nf4kernels"
+EACH_ITS_OWN = [name for name, own in FORMATS.items() if own.block_size is None]  # formats with blocks of any size
 
 
 @register_quantization_config(METHOD)
@@ -18,7 +21,8 @@ class Nf4Config(QuantizationConfigMixin):
     """How `from_pretrained` quantizes a dense model, and what a saved 4-bit model is.
 
     Args:
-        codebook: "nf4", "fp4", "int4", "af4", or 16 ascending levels in [-1, 1], as in `nf4kernels.quantize`.
+        codebook: "nf4", "fp4", "int4", "af4", "mxfp4", "nvfp4", "int4_symmetric", or 16 ascending levels in [-1, 1], as
+            in `nf4kernels.quantize`. Left alone where the checkpoint is one that others publish in 4 bits.
         block_size, double_quant, scale_codebook: as in `nf4kernels.quantize`.
         compute_dtype: as in `QuantLinear`: a dtype, its name, or None for the dtype of the layer's input.
         skip: further layers to leave dense, as in `nf4kernels.quantize_model`.
@@ -34,7 +38,7 @@ class Nf4Config(QuantizationConfigMixin):
     def __init__(
         self,
         codebook: str | Iterable[float] | Tensor = "nf4",
-        block_size: int = 64,
+        block_size: int | None = None,
         double_quant: bool = True,
         scale_codebook: str = "e4m3",
         compute_dtype: torch.dtype | str | None = None,
@@ -49,12 +53,16 @@ class Nf4Config(QuantizationConfigMixin):
             raise TypeError(f"{who}: fields must be among {known}, got {', '.join(sorted(unknown))}")
         self.quant_method = METHOD
         self.codebook = codebook if isinstance(codebook, str) else _levels(codebook, who)
-        self.block_size: Any = block_size  # None for a while, where bitsandbytes' configuration does not say it
+        self.block_size: Any = block_size  # None: of each stored weight its own
         self.double_quant = double_quant
         self.scale_codebook = scale_codebook
         self.compute_dtype = _dtype(compute_dtype, who)
         self.skip = _names("skip", skip, who)
         self.modules_to_not_convert = _names("modules_to_not_convert", modules_to_not_convert or (), who)
+        if block_size is None and codebook not in EACH_ITS_OWN:
+            self.block_size = default_block_size(self.codebook_name)
+        if codebook in FORMATS and codebook not in WRITERS:  # as a model that was read from a file says
+            return
         try:  # on meta every option is checked and nothing is computed
             QuantLinear.from_linear(
                 nn.Linear(1, 1, device="meta"), compute_dtype=self.compute_dtype, **self.quant_options

@@ -1,4 +1,4 @@
-"""The two places where transformers is made to know 4-bit models beyond what it lets one register.
+"""The three places where transformers is made to know 4-bit models beyond what it lets one register.
 
 Both call what was there before, and change nothing for a model or a configuration that is not ours.
 """
@@ -6,12 +6,16 @@ Both call what was there before, and change nothing for a model or a configurati
 import functools
 from typing import Any
 
+from transformers import modeling_utils
 from transformers.modeling_utils import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import is_bitsandbytes_available
 
+from ...codebook import FORMATS
 from ...nn.quant_module import elements_beyond_bytes
+from ...storage.published.layouts import layout_of
 from .config import METHOD, Nf4Config
+from .published import slices
 
 WHO = "nf4kernels.Nf4Config"
 
@@ -20,6 +24,7 @@ def install() -> None:
     """Once, when the package is imported."""
     _choose_config()
     _count_parameters()
+    _load_by_our_names()
 
 
 def _choose_config() -> None:
@@ -46,6 +51,21 @@ def _count_parameters() -> None:
     PreTrainedModel.num_parameters = num_parameters
 
 
+def _load_by_our_names() -> None:
+    """Give the loader what others publish in 4 bits by our names; it opens a checkpoint's files by itself."""
+    original = modeling_utils.convert_and_load_state_dict_in_model
+
+    @functools.wraps(original)
+    def convert_and_load_state_dict_in_model(*args: Any, **kwargs: Any) -> Any:
+        quantizer = getattr(kwargs.get("load_config"), "hf_quantizer", None)
+        published = getattr(quantizer, "published", None)
+        if published is not None:
+            kwargs["state_dict"] = slices(published)
+        return original(*args, **kwargs)
+
+    modeling_utils.convert_and_load_state_dict_in_model = convert_and_load_state_dict_in_model
+
+
 def our_config(stored: Any, asked: Any) -> Nf4Config | None:
     """What a 4-bit directory is loaded with; None where that is for transformers to say.
 
@@ -70,8 +90,14 @@ def our_config(stored: Any, asked: Any) -> Nf4Config | None:
                 return None
             raise ValueError(f"{WHO}: the checkpoint must be dense or in 4 bits, got bitsandbytes' 8 bits")
         config = from_bitsandbytes(fields)
-    else:
+    elif ours is None:
         return None
+    else:  # published in 4 bits by others, who have classes of their own for those that ask for them
+        try:
+            layout_of(fields)
+        except ValueError as error:
+            raise ValueError(f"{WHO}: {error}") from None
+        return ours
     if ours is not None:
         _check_asked(config, ours)
     return config
@@ -99,7 +125,8 @@ def _check_asked(config: Nf4Config, asked: Nf4Config) -> None:
         config.block_size = asked.block_size  # compared with the weights when they are read
     for field in ("codebook", "block_size", "double_quant", "scale_codebook"):
         wanted, has = getattr(asked, field), getattr(config, field)
-        is_unsaid = field in ("double_quant", "scale_codebook") and wanted == getattr(usual, field)
+        can_be_unsaid = field in ("double_quant", "scale_codebook") or config.codebook in FORMATS
+        is_unsaid = can_be_unsaid and wanted == getattr(usual, field)
         if wanted != has and not is_unsaid:
             raise ValueError(f"{WHO}: {field} must be {has!r} as the checkpoint has it, got {wanted!r}")
     if not set(asked.skip) <= {*config.skip, *config.modules_to_not_convert}:

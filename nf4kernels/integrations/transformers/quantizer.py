@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from ...codebook import SCALE_CODEBOOKS
+from ...codebook import DOUBLE_QUANT_CODEBOOKS
 from ...model.merge import merge_model
 from ...model.report import SkippedLayer
 from ...model.walk import get_submodule
@@ -19,9 +19,11 @@ from ...nn.quant_module import QuantModule
 from ...quantized_weight import SUPERBLOCK, QuantizedExperts
 from ...storage.bitsandbytes_format import weight_from_tensors
 from ...storage.names import listed
+from ...storage.published.files import PublishedFiles
 from ...storage.tensor_files import TensorFiles
 from .config import METHOD, Nf4Config
 from .operations import WEIGHT, OneExpertAtATime, QuantizeOnLoad, converts, is_stored_conversion, stored_conversions
+from .published import check_not_on_disk, open_published, take_bytes_as_they_are
 from .saving import (
     check_no_adapters,
     dense_modules,
@@ -55,6 +57,7 @@ class Nf4Quantizer(HfQuantizer):
     Attributes:
         targets: name of a tensor of the dense model -> what it becomes.
         waiting: names of experts -> the one of their two weights that came, until the other comes.
+        published: the files of a checkpoint that others have published in 4 bits, until it is loaded.
         error: the first that a tensor raised. The loader would only log it, so it is raised when the loader has ended.
     """
 
@@ -66,6 +69,7 @@ class Nf4Quantizer(HfQuantizer):
         self.checksums: dict[str, Tensor] = {}
         self.waiting: dict[tuple[str, ...], dict[str, QuantizedExperts]] = {}
         self.error: Exception | None = None
+        self.published: PublishedFiles | None = None
 
     # Loading
 
@@ -78,7 +82,11 @@ class Nf4Quantizer(HfQuantizer):
             )
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files=None, **kwargs: Any) -> None:
-        with TensorFiles(checkpoint_files or (), "nf4kernels.Nf4Config") as files:
+        published = open_published(checkpoint_files, self.quantization_config, model)
+        if published is not None:
+            check_not_on_disk(kwargs.get("device_map"))
+            self.pre_quantized, self.published = True, published
+        with published or TensorFiles(checkpoint_files or (), "nf4kernels.Nf4Config") as files:
             if self.pre_quantized:
                 expected = expect_stored(model, files, self.quantization_config)
                 self.targets, self.checksums = expected.targets, expected.checksums
@@ -94,7 +102,7 @@ class Nf4Quantizer(HfQuantizer):
             return param.element_size()
         config = self.quantization_config
         fp32 = torch.float32.itemsize
-        return 0.5 + (1 + fp32 / SUPERBLOCK if config.double_quant else fp32) / config.block_size
+        return 0.5 + (1 + fp32 / SUPERBLOCK if config.double_quant else fp32) / (config.block_size or 64)
 
     def get_quantize_ops(self) -> QuantizeOnLoad:
         return QuantizeOnLoad(self)
@@ -166,6 +174,10 @@ class Nf4Quantizer(HfQuantizer):
             both = weight_names(get_submodule(model, names[0]))
             expected = f"the checkpoint must have {' and '.join(both)} of {names[0]}"
             raise ValueError(f"nf4kernels.Nf4Config: {expected}, got {', '.join(found)} alone")
+        if self.published is not None:
+            take_bytes_as_they_are(model)
+            self.published.close()
+            self.published = None
         if self.pre_quantized:
             check_experts(model, self.checksums)
             self._read_scale_codebook(model)
@@ -177,7 +189,7 @@ class Nf4Quantizer(HfQuantizer):
     def _read_scale_codebook(self, model: nn.Module) -> None:
         """A stored weight brings its scales' codebook, which bitsandbytes' configuration does not name."""
         for module in model.modules():
-            if isinstance(module, QuantModule) and module.scale_codebook in SCALE_CODEBOOKS:
+            if isinstance(module, QuantModule) and module.scale_codebook in DOUBLE_QUANT_CODEBOOKS:
                 self.quantization_config.scale_codebook = module.scale_codebook
                 return
 

@@ -17,14 +17,17 @@ from ...nn.quant_experts import GroupedQuantLinear
 from ...nn.quant_module import OTHER_BUFFERS
 from ...quantized_weight import WEIGHT_DTYPES
 from ...storage.bitsandbytes_format import PARTS, STATE, StoredWeight, stored_weight, stored_weights
-from ...storage.experts_format import stored_experts
+from ...codebook import FORMATS
+from ...storage.experts_format import experts_from_tensors, format_of, stored_experts
 from ...storage.key_conversion import group_tensors
+from ...storage.published.files import PublishedFiles
 from ...storage.tensor_files import TensorFiles
 from .config import Nf4Config
 from .operations import converts
 from .targets import Target, place_experts, targets_of
 
 WHO = "nf4kernels.Nf4Config"
+AnyFiles = TensorFiles | PublishedFiles
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Expected:
     checksums: dict[str, Tensor]
 
 
-def expect_stored(model: Any, files: TensorFiles, config: Nf4Config) -> Expected:
+def expect_stored(model: Any, files: AnyFiles, config: Nf4Config) -> Expected:
     """What the headers announce, checked; the model on the meta device is made ready for it.
 
     A weight that is stored in 4 bits takes the stored shape and dtype, so that the loader casts nothing, and experts
@@ -55,7 +58,9 @@ def expect_stored(model: Any, files: TensorFiles, config: Nf4Config) -> Expected
     experts = stored_experts(files.names)
     if not stored and not experts:
         raise ValueError(f"{WHO}: the checkpoint must have weights in 4 bits, as the configuration says, got none")
-    if stored and config.block_size is None:  # bitsandbytes' configuration does not say
+    if isinstance(files, PublishedFiles):
+        _describe(config, files, stored, experts)
+    if stored and config.block_size is None and config.codebook_name not in FORMATS:  # bitsandbytes' does not say
         config.block_size = next(iter(stored.values())).block_size
     for key, weight in stored.items():
         _check_options(key, weight, files, config)
@@ -64,7 +69,22 @@ def expect_stored(model: Any, files: TensorFiles, config: Nf4Config) -> Expected
     return Expected(targets, _expect_experts(model, files, config, experts, aliases))
 
 
-def _stored_weights(files: TensorFiles) -> dict[str, StoredWeight]:
+def _describe(config: Nf4Config, files: PublishedFiles, stored: dict[str, StoredWeight], experts: list[str]) -> None:
+    """Make the configuration say what a published checkpoint holds, for config.json when the model is saved."""
+    found = [(weight.codebook, weight.block_size) for weight in stored.values()]
+    for key in experts:
+        code, absmax, weight = (files.peek(f"{key}.{leaf}") for leaf in ("code", "absmax", "weight"))
+        block_size = 2 * weight.shape[-1] // absmax.shape[-1]
+        kind = "codes" if absmax.dtype == torch.uint8 else str(absmax.dtype).removeprefix("torch.")
+        found.append((format_of(code, kind, block_size), block_size))
+    codebooks, block_sizes = ({each[i] for each in found} for i in (0, 1))
+    if len(codebooks) > 1:
+        raise ValueError(f"{WHO}: the checkpoint must have its weights in one format, got {sorted(codebooks)}")
+    config.codebook, config.double_quant = codebooks.pop(), False
+    config.block_size = block_sizes.pop() if len(block_sizes) == 1 else None
+
+
+def _stored_weights(files: AnyFiles) -> dict[str, StoredWeight]:
     """key -> what is stored there; ValueError where a part of it is missing or of another size."""
     names = files.names
     metadata: dict[str, list[str]] = {}
@@ -87,11 +107,11 @@ def _stored_weights(files: TensorFiles) -> dict[str, StoredWeight]:
     return stored
 
 
-def _check_options(key: str, weight: StoredWeight, files: TensorFiles, config: Nf4Config) -> None:
+def _check_options(key: str, weight: StoredWeight, files: AnyFiles, config: Nf4Config) -> None:
     """ValueError where a stored weight is not as the configuration says."""
     for what, expected, came in (
         ("codebook", config.codebook_name, weight.codebook),
-        ("block size", config.block_size, weight.block_size),
+        ("block size", config.block_size or weight.block_size, weight.block_size),
         ("double_quant", config.double_quant, weight.double_quant),
     ):
         if expected != came:
@@ -102,7 +122,7 @@ def _check_options(key: str, weight: StoredWeight, files: TensorFiles, config: N
 
 
 def _expect_weights(
-    model: Any, files: TensorFiles, stored: dict[str, StoredWeight], aliases: dict[str, list[str]]
+    model: Any, files: AnyFiles, stored: dict[str, StoredWeight], aliases: dict[str, list[str]]
 ) -> dict[str, Target]:
     targets: dict[str, Target] = {}
     state = model.state_dict(keep_vars=True)
@@ -126,7 +146,7 @@ def _expect_weights(
 
 
 def _expect_experts(
-    model: Any, files: TensorFiles, config: Nf4Config, keys: list[str], aliases: dict[str, list[str]]
+    model: Any, files: AnyFiles, config: Nf4Config, keys: list[str], aliases: dict[str, list[str]]
 ) -> dict[str, Tensor]:
     """Put QuantExperts on the meta device where the checkpoint has such; name of a part -> its stored checksum."""
     checksums: dict[str, Tensor] = {}
@@ -141,20 +161,27 @@ def _expect_experts(
                 raise ValueError(f"{WHO}: transformers {expected}, got {transformers.__version__}")
     for owner, found in in_file.items():
         module: Any = get_submodule(model, owner)
-        problem = layout_problem(module, config.block_size)
+        problem = layout_problem(module, config.block_size or 64)
         if problem is None and len(found) != 2:
             problem = f"{', '.join(found)} alone"
         if problem is not None:
             raise ValueError(f"{WHO}: the model must have experts that QuantExperts can stand for as {owner}, "
                              f"got {problem}")  # fmt: skip
         first = targets_of(model, aliases[owner])[0]
+        tensors_of = {leaf: _headers(files, key) for leaf, key in found.items()}
         empty = {leaf: torch.empty_like(weight, device="meta") for leaf, weight in dense_weights(module).items()}
-        on_meta = {leaf: quantize_experts(weight, **config.quant_options) for leaf, weight in empty.items()}
+        try:
+            on_meta = {
+                leaf: experts_from_tensors(tensors_of[leaf], found[leaf], tuple(weight.shape))
+                if config.codebook_name in FORMATS else quantize_experts(weight, **config.quant_options)
+                for leaf, weight in empty.items()
+            }  # fmt: skip
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{WHO}: {owner}: {error}") from None
         experts = place_experts(model, first, on_meta, config.compute_dtype)
         for leaf, key in found.items():
             part: GroupedQuantLinear = getattr(experts, leaf)
-            own = [name for name in files.names if name.startswith(f"{key}.")]
-            tensors = {name: files.read(name) if _is_small(name) else files.on_meta(name) for name in own}
+            tensors = tensors_of[leaf]
             for message in part.state_errors(tensors, f"{key}."):
                 raise ValueError(f"{WHO}: {message}")
             source = WEIGHT_DTYPES[int(tensors[f"{key}.source_dtype"])]
@@ -162,6 +189,12 @@ def _expect_experts(
             if f"{key}.checksum" in tensors:
                 checksums[f"{owner}.{leaf}"] = tensors[f"{key}.checksum"]
     return checksums
+
+
+def _headers(files: AnyFiles, key: str) -> dict[str, Tensor]:
+    """What is stored for experts, on meta but for what is small."""
+    own = [name for name in files.names if name.startswith(f"{key}.")]
+    return {name: files.peek(name) if _is_small(name) else files.on_meta(name) for name in own}
 
 
 def _is_small(name: str) -> bool:

@@ -54,7 +54,8 @@ class PublishedFiles:
     def __init__(self, files: Files, layout: Layout, model: nn.Module | None, dtype: torch.dtype) -> None:
         self._files = files
         self._weights: dict[str, _Weight] = {}  # our name of a tensor -> the weight it is of
-        taken = self._find(layout, model, dtype)
+        with torch.device("cpu"):  # a loader may have made meta the device of what is new
+            taken = self._find(layout, model, dtype)
         others = [name for name in files.names if name not in taken]
         self.ignored = [name for name in others if is_of_activations(name)]
         self._others = [name for name in others if not is_of_activations(name)]
@@ -86,7 +87,12 @@ class PublishedFiles:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        pass  # the files are closed by who opened them
+        """Nothing: a loader reads on after the headers have been seen; see `close`."""
+
+    def close(self) -> None:
+        close: Any = getattr(self._files, "__exit__", None)
+        if close is not None:
+            close(None, None, None)
 
     @property
     def names(self) -> Collection[str]:
