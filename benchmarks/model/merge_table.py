@@ -9,6 +9,7 @@ import argparse
 import copy
 import time
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -23,6 +24,14 @@ from nf4kernels.integrations.peft import merge_into
 from nf4kernels.model.training import training_dtype
 
 MAX_LENGTH, HELD_OUT = 64, 128
+
+
+def encoded(tokenizer: Any, steps: int) -> tuple[list[data.Batch], list[data.Batch]]:
+    """(batches for `steps` of training, held-out batches) of the demo's word definitions."""
+    examples, held_out = data.read_examples(data.WORDNET, 0)
+    rows = [data.encode(example, tokenizer, MAX_LENGTH) for example in examples]
+    batches = data.training_batches(rows, Settings.batch, steps, Settings.seed)
+    return batches, data.evaluation_batches([data.encode(x, tokenizer, MAX_LENGTH) for x in held_out[:HELD_OUT]])
 
 
 def fine_tuned(base: nn.Module, batches: list[data.Batch], rank: int, learning_rate: float) -> nn.Module:
@@ -60,10 +69,7 @@ def main() -> None:
     torch.manual_seed(0)
     base, tokenizer = load(smollm2.fetch(arguments.cache))
     cast_parameters(base, training_dtype("cpu"))  # 16-bit arithmetic is slow on some CPUs; what it holds stays the same
-    examples, held_out = data.read_examples(data.WORDNET, 0)
-    rows = [data.encode(example, tokenizer, MAX_LENGTH) for example in examples]
-    batches = data.training_batches(rows, Settings.batch, arguments.steps, Settings.seed)
-    tests = data.evaluation_batches([data.encode(x, tokenizer, MAX_LENGTH) for x in held_out[:HELD_OUT]])
+    batches, tests = encoded(tokenizer, arguments.steps)
     begin = time.perf_counter()
     losses = merge_losses(base, batches, tests)
     print(f"\n| SmolLM2-135M, {arguments.steps} steps | held-out loss |\n| --- | --- |")
