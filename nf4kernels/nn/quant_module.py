@@ -236,8 +236,9 @@ class QuantModule(nn.Module):
             levels = state_dict.get(prefix + name)
             if errors or levels is None or levels.is_meta or codebook not in known:
                 continue
-            if name_of(levels, {codebook: known[codebook]}) != codebook:
-                errors.append(f"{prefix}{name} must be the {codebook} codebook, got {levels[:4].tolist()}...")
+            rows = levels.reshape(-1, levels.shape[-1])  # of scale_code each expert may have its own
+            if any(name_of(row, {codebook: known[codebook]}) != codebook for row in rows):
+                errors.append(f"{prefix}{name} must be the {codebook} codebook, got {rows[0, :4].tolist()}...")
         if not errors and not self._fits_checksum(state_dict, prefix):
             errors.append(
                 f"{prefix}weight must hold the bytes that {prefix}checksum is of, got others (an average of states?"

@@ -7,13 +7,16 @@ shares nothing with the package's). Weights of `is_linear` names are in 4 bits.
 import json
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
 
-def is_linear(name: str, tensor) -> bool:
-    return tensor.dim() == 2 and not any(part in name for part in ("embed", "lm_head", "mlp.gate.weight", "router"))
+def is_packed(layout, name, tensor) -> bool:
+    if layout == "gpt_oss":
+        return tensor.dim() == 3
+    return tensor.dim() == 2 and name.endswith(".weight") and not any(part in name for part in ("embed", "lm_head", "mlp.gate.weight"))
 
 
 def low_first(codes):
@@ -92,7 +95,19 @@ def gptq(name, weight, group=32, act_order=False, version=1):
     }, decoded.T.contiguous().to(weight.dtype)  # fmt: skip
 
 
+def gpt_oss(name, weight):
+    """Of a dense [E, K, N]: blocks and scales of its transpose."""
+    E, K, N = weight.shape
+    codes = torch.randint(0, 16, (E, N, K))
+    scales = torch.randint(118, 122, (E, N, K // 32), dtype=torch.uint8)
+    decoded = E2M1[codes] * (2.0 ** (scales.float() - 127)).repeat_interleave(32, 2)
+    return {
+        f"{name}_blocks": low_first(codes).view(E, N, K // 32, 16), f"{name}_scales": scales
+    }, decoded.mT.contiguous().to(weight.dtype)  # fmt: skip
+
+
 CONFIGS = {
+    "gpt_oss": {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]},
     "modelopt": {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]},
     "compressed_nvfp4": {
         "quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "ignore": ["lm_head"],
@@ -118,6 +133,7 @@ CONFIGS = {
     },
 }  # fmt: skip
 WRITERS = {
+    "gpt_oss": gpt_oss,
     "modelopt": modelopt,
     "compressed_nvfp4": compressed_nvfp4,
     "compressed_mxfp4": compressed_mxfp4,
@@ -129,22 +145,20 @@ WRITERS = {
 }
 
 
-def publish(directory, dense, layout, file_names=None):
-    """Write `dense`, a model of transformers, into `directory` in that layout; the dense state of the same numbers.
-
-    file_names: the model's state by the names of a checkpoint, where those are others.
-    """
-    state = dict(dense.state_dict()) if file_names is None else file_names
+def publish(directory, dense, layout):
+    """Write `dense`, a model of transformers, into `directory` in that layout; a dense one of the same numbers."""
+    dense.save_pretrained(directory / "names")  # a checkpoint has a matrix for each expert where the model has not
+    with safe_open(directory / "names" / "model.safetensors", "pt") as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     tensors, decoded = {}, {}
     for name, tensor in state.items():
-        if is_linear(name, tensor):
+        if is_packed(layout, name, tensor):
             parts, decoded[name] = WRITERS[layout](name, tensor)
             tensors |= parts
         else:
             tensors[name] = decoded[name] = tensor
-    directory.mkdir(exist_ok=True)
-    save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, directory / "model.safetensors", {"format": "pt"})
-    config = dense.config.to_dict() | {"quantization_config": CONFIGS[layout], "architectures": [type(dense).__name__]}
-    config["dtype"] = str(dense.dtype).removeprefix("torch.")
-    (directory / "config.json").write_text(json.dumps(config))
-    return decoded
+    for where, content in ((directory / "model.safetensors", tensors), (directory / "names" / "model.safetensors", decoded)):
+        save_file({name: tensor.contiguous().clone() for name, tensor in content.items()}, where, {"format": "pt"})
+    config = json.loads((directory / "names" / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"quantization_config": CONFIGS[layout]}))
+    return type(dense).from_pretrained(directory / "names", dtype=dense.dtype).eval()
