@@ -9,10 +9,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import demo, info, quantize
+from . import convert, demo, info, quantize
 from .errors import CommandError
 
-VERBS = (info, demo, quantize)
+VERBS = (info, demo, quantize, convert)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,6 +1,7 @@
 """A Hugging Face directory's model without its weights, where transformers is installed and knows it."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -8,7 +9,7 @@ from torch import nn
 from .errors import CommandError
 
 
-def meta_model(in_dir: Path, config: dict) -> tuple[nn.Module | None, str]:
+def meta_model(in_dir: Path, config: dict, verb: str = "quantize") -> tuple[nn.Module | None, str]:
     """(the model on the meta device, its class), or (None, why not)."""
     architecture = (config.get("architectures") or [""])[0]
     try:
@@ -21,8 +22,36 @@ def meta_model(in_dir: Path, config: dict) -> tuple[nn.Module | None, str]:
         return None, f"their names ({known})"
     try:
         with torch.device("meta"):
-            model = model_class(model_class.config_class.from_pretrained(in_dir))
+            if in_dir.is_dir():
+                model = model_class(model_class.config_class.from_pretrained(in_dir))
+            else:
+                model = model_class(model_class.config_class.from_dict(config))
     except Exception as error:  # what a model's class raises about its configuration has no common type
-        raise CommandError(f"quantize: {in_dir}/config.json must describe a {architecture}, got {error!r}") from None
+        raise CommandError(f"{verb}: {in_dir}/config.json must describe a {architecture}, got {error!r}") from None
     model.tie_weights()
     return model, architecture
+
+
+def gguf_config(file: Path) -> dict[str, Any]:
+    """The configuration of the model in a GGUF file, as transformers tells it from the file's metadata."""
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM
+    except ImportError:
+        raise CommandError("convert: transformers must be installed to tell the model of a GGUF file") from None
+    try:
+        config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    except Exception as error:  # what transformers raises about a file has no common type
+        raise CommandError(f"convert: SRC must be a GGUF file that transformers knows, got {error}") from None
+    model_class = AutoModelForCausalLM._model_mapping[type(config)]
+    told = config.to_dict()
+    return {**told, "architectures": [model_class.__name__], "dtype": told.get("dtype") or "bfloat16"}
+
+
+def save_gguf_tokenizer(file: Path, out_dir: Path) -> None:
+    """The tokenizer of a GGUF file, where it has one."""
+    from transformers import AutoTokenizer
+
+    try:
+        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(out_dir)
+    except Exception as error:  # what transformers raises about a file has no common type
+        print(f"note: the tokenizer was not converted: {error}")

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -151,13 +151,13 @@ def convert_directory(
         raise ConversionError(f"{words.who}: {expected}, got none ({choice.source})")
     others = [name for name in choice.layers if name not in quantized and not matrices[name].is_experts]
     new_config = _new_config(config, options, quantized, [*choice.dense, *others])
-    _check_target(out_dir, overwrite, words)
+    check_target(out_dir, overwrite, words)
 
     try:
         with replacing_directory(out_dir) as staging:
             report = _write_shards(in_dir, staging, shards, units, quantized, model, options, progress, words.who)
             write_json(staging / "config.json", new_config)
-            _copy_rest(in_dir, staging)
+            copy_rest(in_dir, staging)
     except TargetError as error:
         raise ConversionError(f"{words.who}: {words.out_dir} {error}") from None
     uneven = [name for name, matrix in quantized.items() if not matrix.is_experts and matrix.shape[-1] % block_size]
@@ -236,7 +236,7 @@ def _read_headers(in_dir: Path, who: str) -> dict[str, list[Header]]:
     return shards
 
 
-def _check_target(target: Path, overwrite: bool, words: Words) -> None:
+def check_target(target: Path, overwrite: bool, words: Words) -> None:
     if not target.exists():
         return
     if not overwrite:
@@ -375,13 +375,13 @@ def _cast(tensor: Tensor, name: str, options: _Options, who: str) -> Tensor:
         raise ConversionError(f"{who}: {error}") from None
 
 
-def _copy_rest(in_dir: Path, staging: Path) -> None:
-    """Tokenizer, generation settings and the like; no weights in other formats, nothing hidden."""
+def copy_rest(in_dir: Path, staging: Path, left: Collection[str] = ()) -> None:
+    """Tokenizer, generation settings and the like; no weights in other formats, nothing hidden, no file of `left`."""
     for source in sorted(in_dir.rglob("*")):
         inside = source.relative_to(in_dir)
         target = staging / inside
         hidden = any(part.startswith(".") for part in inside.parts)
-        if hidden or not source.is_file() or source.name.endswith(OTHER_WEIGHTS) or target.exists():
+        if hidden or source.name in left or not source.is_file() or source.name.endswith(OTHER_WEIGHTS) or target.exists():
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         copy_file(source, target)

@@ -13,10 +13,13 @@ from safetensors.torch import save_file
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
 
+def is_linear(name, tensor) -> bool:
+    dense = ("embed", "lm_head", "mlp.gate.weight")
+    return tensor.dim() == 2 and name.endswith(".weight") and not any(part in name for part in dense)
+
+
 def is_packed(layout, name, tensor) -> bool:
-    if layout == "gpt_oss":
-        return tensor.dim() == 3
-    return tensor.dim() == 2 and name.endswith(".weight") and not any(part in name for part in ("embed", "lm_head", "mlp.gate.weight"))
+    return tensor.dim() == 3 if layout == "gpt_oss" else is_linear(name, tensor)
 
 
 def low_first(codes):

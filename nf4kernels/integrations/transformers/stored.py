@@ -18,7 +18,7 @@ from ...nn.quant_module import OTHER_BUFFERS
 from ...quantized_weight import WEIGHT_DTYPES
 from ...storage.bitsandbytes_format import PARTS, STATE, StoredWeight, stored_weight, stored_weights
 from ...codebook import FORMATS
-from ...storage.experts_format import experts_from_tensors, format_of, stored_experts
+from ...storage.experts_format import experts_from_tensors, stored_experts
 from ...storage.key_conversion import group_tensors
 from ...storage.published.files import PublishedFiles
 from ...storage.tensor_files import TensorFiles
@@ -72,11 +72,7 @@ def expect_stored(model: Any, files: AnyFiles, config: Nf4Config) -> Expected:
 def _describe(config: Nf4Config, files: PublishedFiles, stored: dict[str, StoredWeight], experts: list[str]) -> None:
     """Make the configuration say what a published checkpoint holds, for config.json when the model is saved."""
     found = [(weight.codebook, weight.block_size) for weight in stored.values()]
-    for key in experts:
-        code, absmax, weight = (files.peek(f"{key}.{leaf}") for leaf in ("code", "absmax", "weight"))
-        block_size = 2 * weight.shape[-1] // absmax.shape[-1]
-        kind = "codes" if absmax.dtype == torch.uint8 else str(absmax.dtype).removeprefix("torch.")
-        found.append((format_of(code, kind, block_size), block_size))
+    found += [files.format_of_experts(key) for key in experts]
     codebooks, block_sizes = ({each[i] for each in found} for i in (0, 1))
     if len(codebooks) > 1:
         raise ValueError(f"{WHO}: the checkpoint must have its weights in one format, got {sorted(codebooks)}")

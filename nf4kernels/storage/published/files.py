@@ -13,7 +13,7 @@ from ...codebook import CODEBOOKS
 from ...nn.checksum import LENGTH
 from ...quantized_weight import WEIGHT_DTYPES, QuantizedExperts, QuantizedWeight
 from ..bitsandbytes_format import weight_to_tensors
-from ..experts_format import experts_to_tensors, stored_experts
+from ..experts_format import experts_to_tensors, format_of, stored_experts
 from ..key_conversion import Group, group_tensors
 from .fused import fused
 from .layouts import OURS, Layout, is_of_activations, left_over
@@ -112,6 +112,13 @@ class PublishedFiles:
     def experts(self) -> list[str]:
         """The names of the experts' weights."""
         return stored_experts(self._weights)
+
+    def format_of_experts(self, key: str) -> tuple[str, int]:
+        """(codebook, block size) of such a weight."""
+        code, absmax, packed = (self.peek(f"{key}.{leaf}") for leaf in ("code", "absmax", "weight"))
+        block_size = 2 * packed.shape[-1] // absmax.shape[-1]
+        kind = "codes" if absmax.dtype == torch.uint8 else str(absmax.dtype).removeprefix("torch.")
+        return format_of(code, kind, block_size), block_size
 
 
 class _Matrix:

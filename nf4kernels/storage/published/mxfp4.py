@@ -50,6 +50,11 @@ def weight_from_packed(packed: Tensor, scales: Tensor, dtype: torch.dtype) -> Qu
     )  # fmt: skip
 
 
+def packed_from_weight(qweight: QuantizedWeight) -> tuple[Tensor, Tensor]:
+    """(weight_packed, weight_scale) that `weight_from_packed` reads: of what it has read the same bytes."""
+    return swapped(qweight.packed), qweight.absmax
+
+
 def _check_scales(scales: Tensor, shape: tuple[int, ...], name: str) -> None:
     if scales.dtype != torch.uint8 or tuple(scales.shape) != tuple(shape):
         raise ValueError(f"{name} must be uint8 {list(shape)}, got {scales.dtype} {list(scales.shape)}")

@@ -1,0 +1,81 @@
+"""GGUF files of tiny models, written by the `gguf` package as llama.cpp's converter would, and what they decode to."""
+
+import numpy as np
+import torch
+from support.published import is_linear
+
+gguf = __import__("pytest").importorskip("gguf", reason="gguf is not installed")
+LEVELS = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=np.float32)
+NAMES = {
+    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "mlp.gate": "ffn_gate_inp",
+}  # fmt: skip
+
+
+def iq4_nl(weight):
+    """Rows of bytes in IQ4_NL, which the package decodes and does not write: the nearest level of each weight."""
+    blocks = weight.reshape(-1, 32)
+    scale = (np.abs(blocks).max(1, keepdims=True) / 127).astype(np.float16)
+    wide = np.where(scale == 0, 1, scale).astype(np.float32)
+    codes = np.abs(blocks[..., None] / wide[..., None] - LEVELS).argmin(-1).astype(np.uint8)
+    packed = codes[:, :16] | codes[:, 16:] << 4
+    return np.concatenate([scale.view(np.uint8), packed], 1).reshape(weight.shape[0], -1)
+
+
+def rows_of(weight, kind):
+    return iq4_nl(weight) if kind == "IQ4_NL" else gguf.quants.quantize(weight, gguf.GGMLQuantizationType[kind])
+
+
+def decoded(rows, kind):
+    return torch.from_numpy(gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[kind]))
+
+
+def paired(weight, heads):
+    """q's or k's rows as llama.cpp writes them: the two halves of each head interleaved."""
+    return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def write(path, model, architecture, kind="Q4_0", others="F32", linear=is_linear):
+    """The model's tensors, those of `linear` names in `kind`, other matrices in `others`; the state it decodes to."""
+    config, state = model.config, {name: tensor.float().numpy() for name, tensor in model.state_dict().items()}
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    numbers = {}
+    for name, weight in state.items():
+        base, _, leaf = name.rpartition(".")
+        parts = base.split(".")
+        block, stem = (f"blk.{parts[2]}.", ".".join(parts[3:])) if parts[:2] == ["model", "layers"] else ("", base)
+        heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}
+        is_paired = architecture == "llama" and stem in heads
+        ours = f"{block}{NAMES[stem]}.{leaf}"
+        of_file = paired(weight, heads[stem]) if is_paired else weight
+        numbers[name] = torch.from_numpy(weight)
+        its = kind if linear(name, weight_as_tensor(weight)) else others if weight.ndim == 2 else "F32"
+        if its == "F32":
+            writer.add_tensor(ours, np.ascontiguousarray(of_file))
+            continue
+        rows = rows_of(np.ascontiguousarray(of_file), its)
+        writer.add_tensor(ours, rows, raw_dtype=gguf.GGMLQuantizationType[its])
+        numbers[name] = decoded(rows_of(weight, its), its)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return numbers
+
+
+def weight_as_tensor(weight):
+    return torch.from_numpy(weight)
