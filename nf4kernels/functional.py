@@ -208,10 +208,9 @@ def dequantize(
         if not 0 <= begin <= end <= size:
             raise ValueError(f"{who}: {name} must be a range within 0..{size}, got {span}")
         bounds += [begin, end]
-    order = qweight.column_order
     if out is None:
-        if order is not None:
-            return _in_order(_ops.dequantize(*qweight.op_args(), *bounds[:2], 0, qweight.shape[1], dtype), order, bounds)
+        if qweight.column_order is not None:
+            return _in_order(qweight, bounds, dtype)
         values: Tensor = _ops.dequantize(*qweight.op_args(), *bounds, dtype)
         return values
     shape = (bounds[1] - bounds[0], bounds[3] - bounds[2])
@@ -225,18 +224,19 @@ def dequantize(
         raise ValueError(f"{who}: out must have rows that do not overlap, got strides {list(out.stride())}")
     if torch.is_grad_enabled() and out.requires_grad:
         raise ValueError(f"{who}: out must not require a gradient, got one that does")
-    if order is not None:
-        out.copy_(_in_order(_ops.dequantize(*qweight.op_args(), *bounds[:2], 0, qweight.shape[1], dtype), order, bounds))
-        return out
+    if qweight.column_order is not None:
+        return out.copy_(_in_order(qweight, bounds, dtype))
     _ops.dequantize_out(*qweight.op_args(), *bounds, out)
     increment_version(out)  # so that autograd refuses a backward through what out held before
     return out
 
 
-def _in_order(values: Tensor, order: Tensor, bounds: list[int]) -> Tensor:
-    """Whole rows in the bytes' order of columns as those of Ŵ, cut to the range of columns."""
+def _in_order(qweight: QuantizedWeight, bounds: list[int], dtype: torch.dtype) -> Tensor:
+    """That range of Ŵ whose columns the bytes have in another order: whole rows are decoded."""
+    order, K = qweight.column_order, qweight.shape[1]
+    values: Tensor = _ops.dequantize(*qweight.op_args(), *bounds[:2], 0, K, dtype)
     ordered = torch.empty_like(values)
-    ordered[:, order.long()] = values
+    ordered[:, order] = values
     return ordered[:, bounds[2] : bounds[3]].contiguous()
 
 

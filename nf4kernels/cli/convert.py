@@ -16,11 +16,12 @@ def add_parser(subparsers) -> None:
     parser = subparsers.add_parser(
         "convert",
         help="a model published in 4 bits (MXFP4, NVFP4, INT4, GGUF) to this package's files, losslessly",
-        description="Write the model in SRC, a Hugging Face directory that is published in 4 bits (gpt-oss's MXFP4; NVFP4"
-        " of modelopt or compressed-tensors; symmetric INT4 of compressed-tensors, GPTQ or AutoRound) or a GGUF file "
-        "(Q4_0, IQ4_NL), to DST with its codes and scales unchanged. nf4kernels.load_checkpoint loads the result, and so "
-        "does transformers with nf4kernels.integrations.transformers. One weight is in memory at a time, or one layer's "
-        "experts, beside the output file being filled. DST appears when it is complete, or not at all.",
+        description="Write the model in SRC to DST with its codes and scales unchanged. SRC is a Hugging Face model "
+        "that is published in 4 bits (gpt-oss's MXFP4; NVFP4 of modelopt or compressed-tensors; symmetric INT4 of "
+        "compressed-tensors, GPTQ or AutoRound) or a GGUF file (Q4_0, IQ4_NL). nf4kernels.load_checkpoint loads the "
+        "result, and so does transformers with nf4kernels.integrations.transformers. One weight is in memory at a "
+        "time, or one layer's experts, beside the output file being filled. DST appears when it is complete, or not "
+        "at all.",
     )
     parser.add_argument("source", metavar="SRC", type=Path)
     parser.add_argument("out_dir", metavar="DST", type=Path)

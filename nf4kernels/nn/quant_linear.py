@@ -155,11 +155,11 @@ class QuantLinear(QuantModule, nn.Linear):
 
     def _product(self, x: Tensor, term: LoraTerm | None) -> Tensor:
         bias, lora = self._parameter("bias"), self.lora
-        order, K = self._buffers.get(COLUMN_ORDER), self.in_features
-        taken = x if order is None else take_columns(x, order, K)
+        order = self._buffers.get(COLUMN_ORDER)
+        taken = x if order is None else self._taken(x)
         if term is not None:
-            A = term[0] if order is None else take_columns(term[0], order, K)
-            return lora_linear_from_args(taken, self._weight_args(), A, term[1], term[2], bias, term[3])
+            given = term[0] if order is None else self._taken(term[0])
+            return lora_linear_from_args(taken, self._weight_args(), given, term[1], term[2], bias, term[3])
         if lora is None or self.adapters_off:
             return linear_from_args(taken, self._weight_args(), bias, self.WHO)
         lora_A: Any = self._modules["lora_A"]
@@ -169,8 +169,12 @@ class QuantLinear(QuantModule, nn.Linear):
         if A is None or B is None or _has_any_global_hook():
             y = linear_from_args(taken, self._weight_args(), bias, self.WHO)
             return y + called_term(x, lora_A, lora_B, lora.scaling, dropout_p).to(y.dtype)
-        A = A if order is None else take_columns(A, order, K)
+        A = A if order is None else self._taken(A)
         return lora_linear_from_args(taken, self._weight_args(), A, B, lora.scaling, bias, dropout_p)
+
+    def _taken(self, x: Tensor) -> Tensor:
+        """x or A with its columns in the order in which the bytes have Ŵ's."""
+        return take_columns(x, self.column_order, self.in_features)
 
     @outside_inference_mode
     def set_qweight(self, qweight: QuantizedWeight) -> None:  # type: ignore[override]  # never experts

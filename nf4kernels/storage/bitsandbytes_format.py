@@ -170,7 +170,7 @@ def _nested_parts(scales: str, has_column_order: bool) -> list[str]:
 
 
 def name_of_scale_code(scale_code: Tensor, codebook: str) -> str:
-    """Of stored 8-bit scales: the format's own, which each tensor may have in numbers of its own, or by their levels."""
+    """Of stored 8-bit scales: the format's own, of which each tensor may have its own numbers, or by their levels."""
     own = FORMATS[codebook].scale_codebook if codebook in FORMATS else None
     is_own = own is not None and (own not in SCALE_CODEBOOKS or scale_code.is_meta)
     return own if own is not None and is_own else name_of(scale_code, SCALE_CODEBOOKS)

@@ -17,9 +17,9 @@ from ..model.plan import is_conv1d, linear_shape, replace_module, unwrapped
 from ..model.walk import get_submodule, named_modules, state_dict
 from ..nn.casts import check_cast
 from ..nn.experts_layout import weight_names
-from ..nn.quant_linear import QuantLinear
-from ..nn.quant_module import BUFFERS, OTHER_BUFFERS, QuantModule
-from ..quantized_weight import QuantizedWeight
+from ..nn.quant_linear import OF_WEIGHT, QuantLinear
+from ..nn.quant_module import QuantModule
+from ..quantized_weight import WEIGHT_DTYPES, QuantizedWeight
 from .atomic import replacing
 from .bitsandbytes_format import names_of_weight, stored_weights, weight_from_tensors, weight_to_tensors
 from .checkpoint_adapters import adapter_metadata, attach, check_active, missing_adapters, stored_adapters
@@ -103,7 +103,7 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
 
 @outside_inference_mode
 def load_checkpoint(model: nn.Module, path: str | Path) -> None:
-    """Fill `model` with a checkpoint written by `save_checkpoint`, `nf4kernels quantize`, or bitsandbytes; or published.
+    """Fill `model` with a checkpoint of `save_checkpoint`, `nf4kernels quantize` or bitsandbytes, or a published one.
 
     A published one is a directory in MXFP4, NVFP4 or symmetric INT4 (`quant_method` mxfp4, modelopt,
     compressed-tensors, gptq or auto-round in its config.json), or a GGUF file with Q4_0 and IQ4_NL. Its codes and
@@ -122,12 +122,12 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
 
     Args:
         model: a module with the checkpoint's names, or one that transformers has rules for; dense or quantized.
-        path: a safetensors file, a directory with `model.safetensors` or `model.safetensors.index.json`, or a GGUF file.
+        path: a safetensors file, a directory with `model.safetensors` or `model.safetensors.index.json`, a GGUF file.
 
     Raises:
         TypeError: model is not a module.
-        ValueError: a file is damaged, or in a published layout that is not read; names are missing or unknown; a tensor does not fit. The message names the file
-            or the key, and the model is unchanged.
+        ValueError: a file is damaged, or in a published layout that is not read; names are missing or unknown; a tensor
+            does not fit. The message names the file or the key, and the model is unchanged.
         OSError: path cannot be read.
     """
     who = "nf4kernels.load_checkpoint"
@@ -232,8 +232,12 @@ def _converted(
 
 def _read(path: Path, model: nn.Module, who: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Every tensor, what others publish in 4 bits by our names, and the adapters stored beside them, by layer."""
-    with open_published(path, model, who) as published:
+    dtype = next((each.dtype for each in model.parameters() if each.dtype in WEIGHT_DTYPES), None)
+    with open_published(path, model, who, dtype) as published:
         if published is not None:
+            if published.ignored:
+                names = listed(published.ignored)
+                warnings.warn(f"{who}: scales of activations are left out: {names}", stacklevel=4)
             return {name: published.read(name) for name in published.names}, {}
     tensors: dict[str, Tensor] = {}
     adapters: dict[str, Any] = {}

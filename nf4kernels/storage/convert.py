@@ -50,6 +50,9 @@ class Words:
     overwrite: str = "overwrite=True"
 
 
+CALLED = Words()
+
+
 @dataclass(frozen=True)
 class Conversion:
     """What `convert_directory` did.
@@ -93,7 +96,7 @@ def convert_directory(
     overwrite: bool = False,
     model_of: Callable[[Path, dict], tuple[nn.Module | None, str]] | None = None,
     progress: bool = True,
-    words: Words = Words(),
+    words: Words = CALLED,
 ) -> Conversion:
     """Write the model in `in_dir` to `out_dir` with its linear layers in 4 bits, in bitsandbytes' format.
 
@@ -381,7 +384,8 @@ def copy_rest(in_dir: Path, staging: Path, left: Collection[str] = ()) -> None:
         inside = source.relative_to(in_dir)
         target = staging / inside
         hidden = any(part.startswith(".") for part in inside.parts)
-        if hidden or source.name in left or not source.is_file() or source.name.endswith(OTHER_WEIGHTS) or target.exists():
+        left_out = source.name in left or source.name.endswith(OTHER_WEIGHTS)
+        if hidden or left_out or not source.is_file() or target.exists():
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         copy_file(source, target)

@@ -15,10 +15,10 @@ from ..model.plan import is_conv1d
 from .atomic import TargetError, replacing_directory, write_json
 from .bitsandbytes_format import names_of_weight, stored_weight, stored_weights, weight_from_tensors
 from .checkpoint import write_tensors
-from .convert import ConversionError, Words, check_target, copy_rest
+from .convert import CALLED, ConversionError, Words, check_target, copy_rest
 from .experts_format import experts_from_tensors, stored_experts
 from .published import mxfp4
-from .published.files import PublishedFiles
+from .published.files import PublishedFiles, dtype_in
 from .published.opening import GGUF, open_published
 from .tensor_files import INDEX, TensorFiles, checkpoint_files
 
@@ -52,7 +52,7 @@ def convert_published(
     config: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     progress: bool = True,
-    words: Words = Words(),
+    words: Words = CALLED,
 ) -> Published:
     """Write what is published at `source` to `out_dir` as `save_checkpoint` stores it, its codes and scales unchanged.
 
@@ -80,19 +80,17 @@ def convert_published(
     model, _ = model_of(source, dict(config))
     check_target(out_dir, overwrite, words)
     try:
-        with open_published(source, model, words.who) as files:
+        with open_published(source, model, words.who, dtype_in(config)) as files:
             if files is None:
                 raise ValueError(f"{words.who}: {words.in_dir} must be published in 4 bits by others, got {source}")
             codebook, block_size = _one_format(files, words)
-            new_config = config | {
-                "quantization_config": {
-                    "quant_method": "nf4kernels", "codebook": codebook, "block_size": block_size,
-                    "double_quant": False, "modules_to_not_convert": _dense_layers(model, files),
-                }  # fmt: skip
-            }
+            quantization = {
+                "quant_method": "nf4kernels", "codebook": codebook, "block_size": block_size, "double_quant": False,
+                "modules_to_not_convert": _dense_layers(model, files),
+            }  # fmt: skip
             with replacing_directory(out_dir) as staging:
                 nbytes = _write(((name, files.on_meta(name), files.read) for name in files.names), staging, progress)
-                write_json(staging / "config.json", new_config)
+                write_json(staging / "config.json", config | {"quantization_config": quantization})
                 if source.is_dir():
                     copy_rest(source, staging, NOT_COPIED)
             return Published(len(_keys(files)), codebook, nbytes, files.ignored)
@@ -103,9 +101,9 @@ def convert_published(
 
 
 def convert_to_mxfp4(
-    source: str | Path, out_dir: str | Path, overwrite: bool = False, progress: bool = True, words: Words = Words()
+    source: str | Path, out_dir: str | Path, overwrite: bool = False, progress: bool = True, words: Words = CALLED
 ) -> Published:
-    """Write a directory of ours in MXFP4 as it is published: experts as gpt-oss's, linear layers as compressed-tensors'.
+    """Write a directory of ours in MXFP4 as others do: experts as gpt-oss's, linear layers as compressed-tensors'.
 
     What came in so comes out byte for byte. Arguments and errors are those of `convert_published`, and ConversionError
     also for weights in another format, and for experts beside linear layers, of which no layout has both.
@@ -119,7 +117,9 @@ def convert_to_mxfp4(
             experts, linear = stored_experts(files.names), stored_weights(files.names)
             if bool(experts) == bool(linear):
                 came = "both" if experts else "neither"
-                raise ValueError(f"{words.who}: {words.in_dir} must have experts or linear layers in 4 bits, got {came}")
+                raise ValueError(
+                    f"{words.who}: {words.in_dir} must have experts or linear layers in 4 bits, got {came}"
+                )
             for key in linear:
                 found = stored_weight(files.names, files.read, key, words.who)
                 if found.codebook != "mxfp4" or found.has_column_order:
@@ -174,7 +174,9 @@ def _on_meta(*shape: int) -> Tensor:
 
 def _mxfp4_config(has_experts: bool, files: TensorFiles, dense: Iterable[str]) -> dict[str, Any]:
     """What transformers (gpt-oss) or compressed-tensors need to know of it."""
-    layers = [name.removesuffix(".weight") for name in dense if name.endswith(".weight") and files.on_meta(name).dim() == 2]
+    layers = [
+        name.removesuffix(".weight") for name in dense if name.endswith(".weight") and files.on_meta(name).dim() == 2
+    ]
     if has_experts:
         patterns = sorted({LAYER.sub(".*.", name) for name in layers})
         return {"quant_method": "mxfp4", "modules_to_not_convert": patterns}
@@ -203,7 +205,7 @@ def _write(tensors: Iterable[Source], staging: Path, progress: bool) -> int:
             file = "model.safetensors"
             if len(shards) > 1:
                 file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-            write_tensors({name: tensor for name, tensor in _read_all(shard, bar)}, staging / file)
+            write_tensors(dict(_read_all(shard, bar)), staging / file)
             weight_map.update({name: file for name, *_ in shard})
     if len(shards) > 1:
         write_json(staging / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
@@ -224,7 +226,9 @@ def check_outside(source: Path, out_dir: Path, words: Words) -> None:
 
 def _read_json(file: Path, words: Words) -> dict[str, Any]:
     if file.parent.suffix == GGUF:
-        raise ConversionError(f"{words.who}: {words.in_dir} must bring the model's configuration, got a GGUF file alone")
+        raise ConversionError(
+            f"{words.who}: {words.in_dir} must bring the model's configuration, got a GGUF file alone"
+        )
     try:
         content = json.loads(file.read_text())
     except (OSError, ValueError) as error:

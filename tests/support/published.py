@@ -30,7 +30,15 @@ def low_first(codes):
 def words(codes):
     """int32 [N, K/8]: eight codes a word, from the low bits on."""
     shifts = torch.arange(0, 32, 4)
-    return (codes.long().unflatten(-1, (-1, 8)) << shifts).sum(-1).to(torch.int64).add(2**31).remainder(2**32).sub(2**31).int()
+    return (
+        (codes.long().unflatten(-1, (-1, 8)) << shifts)
+        .sum(-1)
+        .to(torch.int64)
+        .add(2**31)
+        .remainder(2**32)
+        .sub(2**31)
+        .int()
+    )
 
 
 def modelopt(name, weight):
@@ -78,7 +86,8 @@ def compressed_int4(name, weight, group=32):
     base = name.removesuffix(".weight")
     decoded = (codes - 8).to(weight.dtype) * scales.repeat_interleave(group, 1)
     return {
-        f"{base}.weight_packed": words(codes), f"{base}.weight_scale": scales, f"{base}.weight_shape": torch.tensor([N, K])
+        f"{base}.weight_packed": words(codes), f"{base}.weight_scale": scales,
+        f"{base}.weight_shape": torch.tensor([N, K]),
     }, decoded  # fmt: skip
 
 
@@ -160,7 +169,10 @@ def publish(directory, dense, layout):
             tensors |= parts
         else:
             tensors[name] = decoded[name] = tensor
-    for where, content in ((directory / "model.safetensors", tensors), (directory / "names" / "model.safetensors", decoded)):
+    for where, content in (
+        (directory / "model.safetensors", tensors),
+        (directory / "names" / "model.safetensors", decoded),
+    ):
         save_file({name: tensor.contiguous().clone() for name, tensor in content.items()}, where, {"format": "pt"})
     config = json.loads((directory / "names" / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | {"quantization_config": CONFIGS[layout]}))

@@ -11,9 +11,8 @@ from ...model.merge import base_weights_of
 from ...model.plan import unwrapped
 from ...nn.lora import LoraConfig, principal_factors
 from ...nn.quant_linear import QuantLinear
-from ...storage.tensor_files import checkpoint_files
 from ...storage.names import fit_of_part
-from ...storage.tensor_files import TensorFiles
+from ...storage.tensor_files import TensorFiles, checkpoint_files
 from .dora import QuantDoraVariant
 from .lora import LoraQuantLinear
 

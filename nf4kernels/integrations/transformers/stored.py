@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.quantizers.base import HfQuantizer
 
+from ...codebook import FORMATS
 from ...functional import quantize_experts
 from ...model.plan import is_conv1d, names_of_modules
 from ...model.walk import get_submodule
@@ -17,7 +18,6 @@ from ...nn.quant_experts import GroupedQuantLinear
 from ...nn.quant_module import OTHER_BUFFERS
 from ...quantized_weight import WEIGHT_DTYPES
 from ...storage.bitsandbytes_format import PARTS, STATE, StoredWeight, stored_weight, stored_weights
-from ...codebook import FORMATS
 from ...storage.experts_format import experts_from_tensors, stored_experts
 from ...storage.key_conversion import group_tensors
 from ...storage.published.files import PublishedFiles
@@ -73,10 +73,8 @@ def _describe(config: Nf4Config, files: PublishedFiles, stored: dict[str, Stored
     """Make the configuration say what a published checkpoint holds, for config.json when the model is saved."""
     found = [(weight.codebook, weight.block_size) for weight in stored.values()]
     found += [files.format_of_experts(key) for key in experts]
-    codebooks, block_sizes = ({each[i] for each in found} for i in (0, 1))
-    if len(codebooks) > 1:
-        raise ValueError(f"{WHO}: the checkpoint must have its weights in one format, got {sorted(codebooks)}")
-    config.codebook, config.double_quant = codebooks.pop(), False
+    block_sizes = {block_size for _, block_size in found}
+    config.codebook, config.double_quant = min(codebook for codebook, _ in found), False
     config.block_size = block_sizes.pop() if len(block_sizes) == 1 else None
 
 
@@ -104,7 +102,9 @@ def _stored_weights(files: AnyFiles) -> dict[str, StoredWeight]:
 
 
 def _check_options(key: str, weight: StoredWeight, files: AnyFiles, config: Nf4Config) -> None:
-    """ValueError where a stored weight is not as the configuration says."""
+    """ValueError where a stored weight is not as the configuration says; of a published format each says its own."""
+    if config.codebook_name in FORMATS and weight.codebook in FORMATS:
+        return
     for what, expected, came in (
         ("codebook", config.codebook_name, weight.codebook),
         ("block size", config.block_size or weight.block_size, weight.block_size),

@@ -63,7 +63,9 @@ class PublishedFiles:
         if stray is not None:
             raise ValueError(f"{stray} must be a part of a 4-bit weight, got one without the others")
         if not self._weights:
-            raise ValueError(f"the checkpoint must have tensors *{layout.markers[0]}, as its configuration says, got none")
+            raise ValueError(
+                f"the checkpoint must have tensors *{layout.markers[0]}, as its configuration says, got none"
+            )
 
     def _find(self, layout: Layout, model: nn.Module | None, dtype: torch.dtype) -> set[str]:
         """Add every weight; the names in the file of what they are made of."""
@@ -225,9 +227,13 @@ def quantization_of(directory: Path) -> dict[str, Any] | None:
 def dtype_of(directory: Path) -> torch.dtype:
     """What config.json says that dense weights are; bfloat16 where it does not."""
     try:
-        config = json.loads((directory / CONFIGS[0]).read_text())
+        return dtype_in(json.loads((directory / CONFIGS[0]).read_text()))
     except (OSError, ValueError):
-        config = {}
+        return torch.bfloat16
+
+
+def dtype_in(config: Mapping[str, Any]) -> torch.dtype:
+    """The same of a configuration."""
     word = _anywhere(config, "dtype") or _anywhere(config, "torch_dtype")
     found = getattr(torch, str(word).removeprefix("torch."), None)
     return found if found in WEIGHT_DTYPES else torch.bfloat16

@@ -11,7 +11,9 @@ from ...quantized_weight import QuantizedExperts, QuantizedWeight
 UPPER = 128  # an E4M3 scale is not negative: bit 7 of its byte says in which half of the table it is
 
 
-def fused(load: Callable[[int], QuantizedWeight], begins: list[int], rows: Tensor) -> QuantizedWeight | QuantizedExperts:
+def fused(
+    load: Callable[[int], QuantizedWeight], begins: list[int], rows: Tensor
+) -> QuantizedWeight | QuantizedExperts:
     """The weight whose row r is row `rows[r]` of all matrices one below the other; `[E, N]` rows make E experts.
 
     Args:

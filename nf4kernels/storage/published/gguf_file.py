@@ -90,7 +90,9 @@ class GgufFile:
             return  # not read, or refused by whoever wants it
         weights = SIZES[tensor.kind][0]
         if tensor.shape[-1] % weights:
-            raise ValueError(f"{self.path}: {tensor.name} must have rows of whole blocks of {weights}, got {tensor.shape}")
+            raise ValueError(
+                f"{self.path}: {tensor.name} must have rows of whole blocks of {weights}, got {tensor.shape}"
+            )
         end = tensor.offset + math.prod(tensor.shape[:-1]) * tensor.row_bytes
         if end > size:
             raise ValueError(f"{self.path} must be a whole GGUF file, got one that ends inside of {tensor.name}")

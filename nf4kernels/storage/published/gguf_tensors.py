@@ -20,8 +20,16 @@ IN_LAYER = {
     "ffn_gate_exps": "mlp.experts.{}.gate_proj", "ffn_up_exps": "mlp.experts.{}.up_proj",
     "ffn_down_exps": "mlp.experts.{}.down_proj",
 }  # fmt: skip
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3moe")  # whose layers have these names and no others
+OF_GEMMA = {
+    "ffn_norm": "pre_feedforward_layernorm", "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}  # fmt: skip
+# Architecture -> what its layers name otherwise; whose layers have these names and no others.
+ARCHITECTURES: dict[str, dict[str, str]] = {
+    "llama": {}, "qwen2": {}, "qwen3": {}, "qwen3moe": {}, "gemma2": OF_GEMMA, "gemma3": OF_GEMMA
+}  # fmt: skip
 PAIRED = ("llama",)  # whose q and k rows llama.cpp writes with the halves of a head interleaved
+NORMS_FROM_ONE = ("gemma2", "gemma3")  # whose norms it writes with the 1 added that the model adds
 LEFT_OUT = ("rope_freqs",)  # computed from the configuration
 
 
@@ -36,7 +44,7 @@ class GgufTensors:
 
     def __init__(self, file: GgufFile, dtype: torch.dtype) -> None:
         self._file, self._dtype = file, dtype
-        self._architecture = file.metadata.get("general.architecture")
+        self._architecture = str(file.metadata.get("general.architecture"))
         if self._architecture not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
             raise ValueError(f"general.architecture must be one of {known}, got {self._architecture!r}: {INSTEAD}")
@@ -50,7 +58,7 @@ class GgufTensors:
         stem = block[2] if block else base
         if stem in LEFT_OUT:
             return
-        theirs = IN_LAYER.get(stem) if block else TOP.get(stem)
+        theirs = ({**IN_LAYER, **ARCHITECTURES[self._architecture]} if block else TOP).get(stem)
         if theirs is None or leaf not in ("weight", "bias"):
             raise ValueError(f"tensors must be those of a {self._architecture} model, got {name}: {INSTEAD}")
         kind = self._file.tensors[name].kind
@@ -86,6 +94,8 @@ class GgufTensors:
             return rows
         kind = self._file.tensors[source].kind
         numbers = numbers_from_rows(rows, kind)
+        if self._architecture in NORMS_FROM_ONE and source.endswith("norm.weight"):
+            numbers = (numbers.float() - 1).to(numbers.dtype)
         return numbers.clone() if kind in NUMBERS else numbers.to(self._dtype)
 
     def _unpaired(self, source: str, rows: Tensor) -> Tensor:

@@ -36,8 +36,8 @@ def weight_from_gptq(
         raise ValueError(f"qzeros must be {expected}, got {qzeros.dtype} {list(qzeros.shape)}")
     if not qzeros.is_meta and (qzeros != EIGHT[version]).any():
         raise ValueError(
-            "qzeros must be 8 everywhere, which makes the codes symmetric, got others: a level times a scale cannot hold"
-            " a zero point; quantize the 16-bit model to NF4 instead (nf4kernels quantize)"
+            "qzeros must be 8 everywhere (symmetric), got others, which a level times a scale cannot hold: quantize the"
+            " 16-bit model to NF4 instead (nf4kernels quantize)"
         )
     packed = bytes_of_words(qweight.t())
     return symmetric_weight(packed, scales.t(), group_size, g_idx, dtype)

@@ -44,7 +44,7 @@ def layout_of(fields: Mapping[str, Any]) -> Layout:
     """The layout that a quantization_config tells; ValueError, without who raised it, for one that is not read here."""
     method = fields.get("quant_method")
     if method == "awq":
-        raise ValueError(f"quant_method awq stores a zero point for each group (asymmetric), {NO_ZERO_POINT}: {INSTEAD}")
+        raise ValueError(f"quant_method awq stores zero points (asymmetric), {NO_ZERO_POINT}: {INSTEAD}")
     if method not in METHODS:
         raise ValueError(f"quant_method must be one of {', '.join((*METHODS, *OURS))}, got {method!r}")
     return {
@@ -172,5 +172,3 @@ def left_over(names: Iterable[str], layout: Layout) -> str | None:
     """One of the names that looks like a part of a 4-bit weight; None where there is none."""
     endings = tuple(each for each in layout.parts if each != ".weight")
     return next((name for name in names if name.endswith(endings)), None)
-
-
