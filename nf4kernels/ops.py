@@ -33,17 +33,27 @@ SCHEMAS = (
     f"linear(Tensor x, {WEIGHT}, Tensor? bias, Tensor? lora_P=None, Tensor? lora_B=None, float scaling=1.0) -> Tensor",
     # dx[..., K] = dy[..., N] @ Ŵ + scaling * lora_Q[M, r] @ lora_A[r, K], in dy's dtype; summed in fp32.
     f"linear_dgrad(Tensor dy, {WEIGHT}, Tensor? lora_Q=None, Tensor? lora_A=None, float scaling=1.0) -> Tensor",
-    # y[T, N]: rows of x [T, K] times their expert's Ŵ.T, in x's dtype; summed in fp32. The weight of E experts, as
-    # `QuantizedExperts.op_args` lists it: scale_offset [E], and the other tensors but the codebooks have E in front.
-    # expert_offsets int32 [E], contiguous: the row past each expert's last one, as in torch's grouped_mm; an expert may
-    # have none. Rows past the last offset become zeros. Offsets that fall or exceed T are an error on the CPU. A device
-    # must not make the host wait: there each offset counts as min(offset, T), or as the one before it where that is
-    # larger (0 before the first).
-    f"grouped_linear(Tensor x, Tensor expert_offsets, {WEIGHT}) -> Tensor",
-    # dx[T, K]: rows of dy [T, N] times their expert's Ŵ, in dy's dtype.
-    f"grouped_linear_dgrad(Tensor dy, Tensor expert_offsets, {WEIGHT}) -> Tensor",
+    # y[T, N]: rows of x [T, K] times their expert's Ŵ.T + scaling * lora_P[T, r] @ lora_B[e].T + bias[e], in x's dtype;
+    # summed in fp32. bias [E, N], lora_B [E, N, r]; these and lora_P are contiguous and in x's dtype. The weight of E
+    # experts, as `QuantizedExperts.op_args` lists it: scale_offset [E], and the other tensors but the codebooks have E
+    # in front. expert_offsets int32 [E], contiguous: the row past each expert's last one, as in torch's grouped_mm; an
+    # expert may have none. Rows past the last offset become zeros, without a term. Offsets that fall or exceed T are an
+    # error on the CPU. A device must not make the host wait: there each offset counts as min(offset, T), or as the one
+    # before it where that is larger (0 before the first).
+    f"grouped_linear(Tensor x, Tensor expert_offsets, {WEIGHT}, Tensor? bias=None, Tensor? lora_P=None, "
+    "Tensor? lora_B=None, float scaling=1.0) -> Tensor",
+    # dx[T, K]: rows of dy [T, N] times their expert's Ŵ + scaling * lora_Q [T, r] @ lora_A[e] [r, K], in dy's dtype.
+    f"grouped_linear_dgrad(Tensor dy, Tensor expert_offsets, {WEIGHT}, Tensor? lora_Q=None, Tensor? lora_A=None, "
+    "float scaling=1.0) -> Tensor",
     # scaling * small[M, r].T @ wide[..., C] as a new [r, C] (transposed: [C, r]) of dtype; fp32 sums, rounded once.
     "lora_grad(Tensor small, Tensor wide, float scaling, ScalarType dtype, bool transposed=False) -> Tensor",
+    # P[T, r]: rows of x [T, D], in any strides, times their expert's lora_factor[e] [r, D].T (transposed: [D, r]), in
+    # x's dtype, which is lora_factor's; summed in fp32. lora_factor contiguous; the offsets as in grouped_linear.
+    "grouped_lora_inner(Tensor x, Tensor expert_offsets, Tensor lora_factor, bool transposed=False) -> Tensor",
+    # scaling * small[rows of e].T @ wide[rows of e] as a new [E, r, C] (transposed: [E, C, r]) of dtype; zeros for an
+    # expert without rows; fp32 sums, rounded once. small [T, r] contiguous and in wide's dtype, wide [T, C].
+    "grouped_lora_grad(Tensor small, Tensor wide, Tensor expert_offsets, float scaling, ScalarType dtype, "
+    "bool transposed=False) -> Tensor",
 )
 OPS = tuple(schema.partition("(")[0] for schema in SCHEMAS)
 for _schema in SCHEMAS:
@@ -130,8 +140,12 @@ def _(dy, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, bl
 
 
 @torch.library.register_fake("nf4kernels::grouped_linear", lib=LIBRARY)
-def _(x, expert_offsets, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size):
-    _check_devices("grouped_linear", x, expert_offsets, packed, absmax, scale_absmax, scale_offset, code, scale_code)
+def _(x, expert_offsets, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size,
+      bias=None, lora_P=None, lora_B=None, scaling=1.0):  # fmt: skip
+    _check_devices(
+        "grouped_linear", x, expert_offsets, packed, absmax, scale_absmax, scale_offset, code, scale_code, bias,
+        lora_P, lora_B,
+    )  # fmt: skip
     torch._check(
         x.dim() == 2 and x.shape[1] == K,
         lambda: f"nf4kernels.grouped_linear: x must have shape [T, K={K}], got {list(x.shape)}",
@@ -140,9 +154,11 @@ def _(x, expert_offsets, packed, absmax, scale_absmax, scale_offset, code, scale
 
 
 @torch.library.register_fake("nf4kernels::grouped_linear_dgrad", lib=LIBRARY)
-def _(dy, expert_offsets, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size):
+def _(dy, expert_offsets, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size,
+      lora_Q=None, lora_A=None, scaling=1.0):  # fmt: skip
     _check_devices(
-        "grouped_linear_dgrad", dy, expert_offsets, packed, absmax, scale_absmax, scale_offset, code, scale_code
+        "grouped_linear_dgrad", dy, expert_offsets, packed, absmax, scale_absmax, scale_offset, code, scale_code,
+        lora_Q, lora_A,
     )  # fmt: skip
     torch._check(
         dy.dim() == 2 and dy.shape[1] == N,
@@ -160,3 +176,32 @@ def _(small, wide, scaling, dtype, transposed=False):
     )
     shape = (small.shape[-1], wide.shape[-1])
     return wide.new_empty(shape[::-1] if transposed else shape, dtype=dtype)
+
+
+@torch.library.register_fake("nf4kernels::grouped_lora_inner", lib=LIBRARY)
+def _(x, expert_offsets, lora_factor, transposed=False):
+    _check_devices("grouped_lora_inner", x, expert_offsets, lora_factor)
+    torch._check(
+        lora_factor.dim() == 3,
+        lambda: f"nf4kernels.grouped_lora_inner: lora_factor must be 3-D, got shape {list(lora_factor.shape)}",
+    )
+    D, r = lora_factor.shape[1:] if transposed else lora_factor.shape[:0:-1]
+    torch._check(
+        x.dim() == 2 and x.shape[1] == D,
+        lambda: f"nf4kernels.grouped_lora_inner: x must have shape [T, {D}], got {list(x.shape)}",
+    )
+    return x.new_empty((x.shape[0], r))
+
+
+@torch.library.register_fake("nf4kernels::grouped_lora_grad", lib=LIBRARY)
+def _(small, wide, expert_offsets, scaling, dtype, transposed=False):
+    _check_devices("grouped_lora_grad", small, wide, expert_offsets)
+    torch._check(
+        small.dim() == 2 and wide.dim() == 2 and expert_offsets.dim() == 1,
+        lambda: (
+            "nf4kernels.grouped_lora_grad: small, wide and expert_offsets must have shapes [T, r], [T, C] and [E], got"
+            f" {list(small.shape)}, {list(wide.shape)} and {list(expert_offsets.shape)}"
+        ),
+    )
+    shape = (small.shape[1], wide.shape[1])
+    return wide.new_empty((expert_offsets.shape[0], *(shape[::-1] if transposed else shape)), dtype=dtype)

@@ -106,22 +106,28 @@ def linear_dgrad(
 def grouped_linear(
     x: Tensor, expert_offsets: Tensor, packed: Tensor, absmax: Tensor, scale_absmax: Tensor | None,
     scale_offset: Tensor | None, code: Tensor, scale_code: Tensor | None, N: int, K: int, block_size: int,
+    bias: Tensor | None = None, lora_P: Tensor | None = None, lora_B: Tensor | None = None, scaling: float = 1.0,
 ) -> Tensor:  # fmt: skip
     y = x.new_zeros(x.shape[0], N)
     for expert, rows in _experts_rows(expert_offsets, x.shape[0], "grouped_linear"):
-        weight = _expert(expert, packed, absmax, scale_absmax, scale_offset, code, scale_code)
-        y[rows] = linear(x[rows], *weight, N, K, block_size, None)
+        scales = (t if t is None else t[expert] for t in (scale_absmax, scale_offset))
+        terms = (t if t is None else t[i] for t, i in ((bias, expert), (lora_P, rows), (lora_B, expert)))
+        y[rows] = linear(x[rows], packed[expert], absmax[expert], *scales, code, scale_code, N, K, block_size,
+                         *terms, scaling)  # fmt: skip
     return y
 
 
 def grouped_linear_dgrad(
     dy: Tensor, expert_offsets: Tensor, packed: Tensor, absmax: Tensor, scale_absmax: Tensor | None,
     scale_offset: Tensor | None, code: Tensor, scale_code: Tensor | None, N: int, K: int, block_size: int,
+    lora_Q: Tensor | None = None, lora_A: Tensor | None = None, scaling: float = 1.0,
 ) -> Tensor:  # fmt: skip
     dx = dy.new_zeros(dy.shape[0], K)
     for expert, rows in _experts_rows(expert_offsets, dy.shape[0], "grouped_linear_dgrad"):
-        weight = _expert(expert, packed, absmax, scale_absmax, scale_offset, code, scale_code)
-        dx[rows] = linear_dgrad(dy[rows], *weight, N, K, block_size)
+        scales = (t if t is None else t[expert] for t in (scale_absmax, scale_offset))
+        term = (t if t is None else t[i] for t, i in ((lora_Q, rows), (lora_A, expert)))
+        dx[rows] = linear_dgrad(dy[rows], packed[expert], absmax[expert], *scales, code, scale_code, N, K, block_size,
+                                *term, scaling)  # fmt: skip
     return dx
 
 
@@ -132,16 +138,22 @@ def lora_grad(small: Tensor, wide: Tensor, scaling: float, dtype: torch.dtype, t
     return torch.empty(grad.shape, dtype=dtype, device=grad.device).copy_(grad)
 
 
-def _expert(
-    expert: int, packed: Tensor, absmax: Tensor, scale_absmax: Tensor | None, scale_offset: Tensor | None, code: Tensor,
-    scale_code: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
-    """One expert's tensors; scale_code is each expert's own where it alone scales."""
-    if scale_absmax is not None and scale_offset is not None:
-        scale_absmax, scale_offset = scale_absmax[expert], scale_offset[expert]
-    elif scale_code is not None:
-        scale_code = scale_code[expert]
-    return packed[expert], absmax[expert], scale_absmax, scale_offset, code, scale_code
+def grouped_lora_inner(x: Tensor, expert_offsets: Tensor, lora_factor: Tensor, transposed: bool = False) -> Tensor:
+    factors = lora_factor if transposed else lora_factor.mT  # [E, D, r]
+    P = x.new_zeros(x.shape[0], factors.shape[2])
+    for expert, rows in _experts_rows(expert_offsets, x.shape[0], "grouped_lora_inner"):
+        P[rows] = _matmul(x[rows], factors[expert].float()).to(x.dtype)
+    return P
+
+
+def grouped_lora_grad(
+    small: Tensor, wide: Tensor, expert_offsets: Tensor, scaling: float, dtype: torch.dtype, transposed: bool = False
+) -> Tensor:
+    shape = (small.shape[1], wide.shape[1])
+    grad = wide.new_zeros(expert_offsets.shape[0], *(shape[::-1] if transposed else shape), dtype=dtype)
+    for expert, rows in _experts_rows(expert_offsets, wide.shape[0], "grouped_lora_grad"):
+        grad[expert] = lora_grad(small[rows], wide[rows], scaling, dtype, transposed)
+    return grad
 
 
 def _experts_rows(expert_offsets: Tensor, T: int, op: str) -> Iterator[tuple[int, slice]]:

@@ -226,7 +226,8 @@ inline Dtype checked_input(const Tensor& in, const Op& op, const char* name, con
 }
 
 // The LoRA term of a product out[M, columns]: scaling * inner[M, rank] @ factor^T for linear (lora_P and lora_B[N, rank]),
-// scaling * inner @ factor for linear_dgrad (lora_Q and lora_A[rank, K]).
+// scaling * inner @ factor for linear_dgrad (lora_Q and lora_A[rank, K]). In a grouped op factor has one matrix for each
+// expert, stacked.
 struct LoraTerm {
   const OptionalTensor& inner;
   const OptionalTensor& factor;
@@ -242,18 +243,24 @@ struct LoraTermData {
   const void* factor;
 };
 
-inline LoraTermData checked_lora_term(const LoraTerm& term, ScalarType type, int64_t M, int64_t columns, const Op& op) {
+inline LoraTermData checked_lora_term(const LoraTerm& term, ScalarType type, int64_t M, int64_t columns, const Op& op,
+                                      std::optional<int64_t> experts = std::nullopt) {
   CHECK(term.inner.has_value() == term.factor.has_value(), op, ": ", term.inner_name, " and ", term.factor_name,
         " must be given together");
   if (!term.factor.has_value()) return {};
   const Tensor &inner = *term.inner, &factor = *term.factor;
-  CHECK(factor.dim() == 2 && factor.size(1 - term.rank_dim) == columns, op, ": ", term.factor_name, " must have ",
-        columns, term.rank_dim == 1 ? " rows" : " columns", ", got shape ", Shape{factor});
-  const int64_t rank = factor.size(term.rank_dim);
+  const int64_t leading = experts.has_value() ? 1 : 0, E = experts.value_or(1);
+  const bool fits = factor.dim() == leading + 2 && factor.size(leading + 1 - term.rank_dim) == columns &&
+                    (leading == 0 || factor.size(0) == E);
+  CHECK(fits || leading == 1, op, ": ", term.factor_name, " must have ", columns,
+        term.rank_dim == 1 ? " rows" : " columns", ", got shape ", Shape{factor});
+  CHECK(fits, op, ": ", term.factor_name, " must have ", columns, term.rank_dim == 1 ? " rows" : " columns",
+        " for each of ", E, " experts, got shape ", Shape{factor});
+  const int64_t rank = factor.size(leading + term.rank_dim);
   CHECK(inner.dim() > 0 && inner.size(inner.dim() - 1) == rank, op, ": ", term.inner_name, " must have r=", rank,
         " columns as ", term.factor_name, " has, got shape ", Shape{inner});
   return {rank, checked_data(inner, type, M * rank, op, term.inner_name),
-          checked_data(factor, type, columns * rank, op, term.factor_name)};
+          checked_data(factor, type, E * columns * rank, op, term.factor_name)};
 }
 
 }  // namespace nf4::binding

@@ -139,11 +139,14 @@ struct ProductOp {
 };
 
 // The inner product of the LoRA term in fp32, scaled; fills in the rest of what args need of the term.
-std::vector<float> scaled_lora_inner(const LoraTerm& term, const LoraTermData& data, cpu::GemmArgs& args) {
+template <class Args>
+std::vector<float> scaled_lora_inner(const LoraTerm& term, const LoraTermData& data, Dtype dtype, int64_t M,
+                                     Args& args) {
   args.rank = data.rank;
   args.lora_factor = data.factor;
-  std::vector<float> scaled(static_cast<size_t>(args.M * data.rank));
-  cpu::scale_lora_inner(data.inner, args.dtype, args.M * data.rank, term.scaling, scaled.data());
+  std::vector<float> scaled(static_cast<size_t>(M * data.rank));
+  cpu::scale_lora_inner(data.inner, dtype, M * data.rank, term.scaling, scaled.data());
+  args.lora_inner = scaled.data();
   return scaled;
 }
 
@@ -160,8 +163,7 @@ Tensor multiply(const ProductOp& call, const Tensor& in, const nf4::Weight& w, c
   Tensor out = new_empty(in, shape, in.scalar_type());
   args.bias = bias.has_value() ? checked_data(*bias, in.scalar_type(), w.N, op, "bias") : nullptr;
   const LoraTermData term_data = checked_lora_term(lora_term, in.scalar_type(), args.M, product.C, op);
-  const std::vector<float> lora_inner = scaled_lora_inner(lora_term, term_data, args);
-  args.lora_inner = lora_inner.data();
+  const std::vector<float> lora_inner = scaled_lora_inner(lora_term, term_data, args.dtype, args.M, args);
   if (args.M == 0 || product.C == 0) return out;
   args.out = out.mutable_data_ptr();
   Runtime runtime(in);
@@ -169,20 +171,25 @@ Tensor multiply(const ProductOp& call, const Tensor& in, const nf4::Weight& w, c
   return out;
 }
 
-Tensor multiply_grouped(const ProductOp& call, const Tensor& in, const Tensor& expert_offsets, const Experts& experts) {
+Tensor multiply_grouped(const ProductOp& call, const Tensor& in, const Tensor& expert_offsets, const Experts& experts,
+                        const OptionalTensor& bias, const LoraTerm& lora_term) {
   const auto& [op, input_name, depth_name, product] = call;
   const Dtype dtype = checked_input(in, op, input_name, depth_name, product.D);
   CHECK(in.dim() == 2, op, ": ", input_name, " must be 2-D [T, ", depth_name, "], got shape ", Shape{in});
   const Tensor contiguous = in.is_contiguous() ? in : torch::stable::contiguous(in);
   const int64_t T = in.size(0);
   Tensor out = new_empty(in, {T, product.C}, in.scalar_type());
+  cpu::GroupedTerms terms{};
+  if (bias.has_value()) terms.bias = checked_data(*bias, in.scalar_type(), experts.count * product.C, op, "bias");
+  const LoraTermData term_data = checked_lora_term(lora_term, in.scalar_type(), T, product.C, op, experts.count);
+  const std::vector<float> lora_inner = scaled_lora_inner(lora_term, term_data, dtype, T, terms);
   const auto* offsets = static_cast<const int32_t*>(expert_offsets.const_data_ptr());
   for (int64_t e = 0, begin = 0; e < experts.count; begin = offsets[e], ++e)
     CHECK(begin <= offsets[e] && offsets[e] <= T, op, ": expert_offsets must not fall and not exceed T=", T, ", got ",
           offsets[e], " after ", begin);
   if (product.C == 0) return out;
   Runtime runtime(in);
-  cpu::multiply_grouped(runtime, product, experts, offsets, dtype, T, contiguous.const_data_ptr(),
+  cpu::multiply_grouped(runtime, product, experts, terms, offsets, dtype, T, contiguous.const_data_ptr(),
                         out.mutable_data_ptr());
   return out;
 }
@@ -209,20 +216,25 @@ Tensor linear_dgrad(const Tensor& dy, const Tensor& packed, const Tensor& absmax
 
 Tensor grouped_linear(const Tensor& x, const Tensor& expert_offsets, const Tensor& packed, const Tensor& absmax,
                       const OptionalTensor& scale_absmax, const OptionalTensor& scale_offset, const Tensor& code,
-                      const OptionalTensor& scale_code, int64_t N, int64_t K, int64_t block_size) {
+                      const OptionalTensor& scale_code, int64_t N, int64_t K, int64_t block_size,
+                      const OptionalTensor& bias, const OptionalTensor& lora_P, const OptionalTensor& lora_B,
+                      double scaling) {
   const Op op = cpu_op("grouped_linear");
   const auto experts = checked_experts(op, expert_offsets, packed, absmax, scale_absmax, scale_offset, code, scale_code,
                                        N, K, block_size);
-  return multiply_grouped({op, "x", "K", {/*is_dgrad=*/false, N, K}}, x, expert_offsets, experts);
+  return multiply_grouped({op, "x", "K", {/*is_dgrad=*/false, N, K}}, x, expert_offsets, experts, bias,
+                          {lora_P, lora_B, float(scaling), "lora_P", "lora_B", 1});
 }
 
 Tensor grouped_linear_dgrad(const Tensor& dy, const Tensor& expert_offsets, const Tensor& packed, const Tensor& absmax,
                             const OptionalTensor& scale_absmax, const OptionalTensor& scale_offset, const Tensor& code,
-                            const OptionalTensor& scale_code, int64_t N, int64_t K, int64_t block_size) {
+                            const OptionalTensor& scale_code, int64_t N, int64_t K, int64_t block_size,
+                            const OptionalTensor& lora_Q, const OptionalTensor& lora_A, double scaling) {
   const Op op = cpu_op("grouped_linear_dgrad");
   const auto experts = checked_experts(op, expert_offsets, packed, absmax, scale_absmax, scale_offset, code, scale_code,
                                        N, K, block_size);
-  return multiply_grouped({op, "dy", "N", {/*is_dgrad=*/true, K, N}}, dy, expert_offsets, experts);
+  return multiply_grouped({op, "dy", "N", {/*is_dgrad=*/true, K, N}}, dy, expert_offsets, experts, std::nullopt,
+                          {lora_Q, lora_A, float(scaling), "lora_Q", "lora_A", 0});
 }
 
 Tensor lora_grad(const Tensor& small, const Tensor& wide, double scaling, ScalarType type, bool transposed) {

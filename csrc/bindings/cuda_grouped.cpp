@@ -42,7 +42,8 @@ void multiply_fused(const GroupedProduct& product, const nf4::cuda::Choice& choi
   }
 }
 
-Tensor multiply(const Op& op, bool dgrad, const Tensor& in, const Tensor& expert_offsets, const Experts& experts) {
+Tensor multiply(const Op& op, bool dgrad, const Tensor& in, const Tensor& expert_offsets, const Experts& experts,
+                const OptionalTensor& bias, const LoraTerm& lora_term) {
   const nf4::Weight& w = experts.first;
   const int64_t depth = dgrad ? w.N : w.K, columns = dgrad ? w.K : w.N;
   GroupedArgs grouped{};
@@ -51,6 +52,9 @@ Tensor multiply(const Op& op, bool dgrad, const Tensor& in, const Tensor& expert
   args.dtype = checked_input(in, op, dgrad ? "dy" : "x", dgrad ? "N" : "K", depth);
   CHECK(in.dim() == 2, op, ": ", dgrad ? "dy must be 2-D [T, N]" : "x must be 2-D [T, K]", ", got shape ", Shape{in});
   args.M = in.size(0);
+  if (bias.has_value()) checked_data(*bias, in.scalar_type(), experts.count * w.N, op, "bias");
+  const LoraTermData term = checked_lora_term(lora_term, in.scalar_type(), args.M, columns, op, experts.count);
+  CHECK(!bias.has_value() && term.rank == 0, op, ": a bias and a LoRA term are not in the CUDA kernels yet");
   grouped.experts = experts;
   grouped.offsets = static_cast<const int32_t*>(expert_offsets.const_data_ptr());
 
@@ -78,20 +82,34 @@ Tensor multiply(const Op& op, bool dgrad, const Tensor& in, const Tensor& expert
 
 Tensor grouped_linear(const Tensor& x, const Tensor& expert_offsets, const Tensor& packed, const Tensor& absmax,
                       const OptionalTensor& scale_absmax, const OptionalTensor& scale_offset, const Tensor& code,
-                      const OptionalTensor& scale_code, int64_t N, int64_t K, int64_t block_size) {
+                      const OptionalTensor& scale_code, int64_t N, int64_t K, int64_t block_size,
+                      const OptionalTensor& bias, const OptionalTensor& lora_P, const OptionalTensor& lora_B,
+                      double scaling) {
   const Op op = op_at("grouped_linear", x, "x");
   const auto experts = checked_experts(op, expert_offsets, packed, absmax, scale_absmax, scale_offset, code, scale_code,
                                        N, K, block_size);
-  return multiply(op, false, x, expert_offsets, experts);
+  return multiply(op, false, x, expert_offsets, experts, bias, {lora_P, lora_B, float(scaling), "lora_P", "lora_B", 1});
 }
 
 Tensor grouped_linear_dgrad(const Tensor& dy, const Tensor& expert_offsets, const Tensor& packed, const Tensor& absmax,
                             const OptionalTensor& scale_absmax, const OptionalTensor& scale_offset, const Tensor& code,
-                            const OptionalTensor& scale_code, int64_t N, int64_t K, int64_t block_size) {
+                            const OptionalTensor& scale_code, int64_t N, int64_t K, int64_t block_size,
+                            const OptionalTensor& lora_Q, const OptionalTensor& lora_A, double scaling) {
   const Op op = op_at("grouped_linear_dgrad", dy, "dy");
   const auto experts = checked_experts(op, expert_offsets, packed, absmax, scale_absmax, scale_offset, code, scale_code,
                                        N, K, block_size);
-  return multiply(op, true, dy, expert_offsets, experts);
+  return multiply(op, true, dy, expert_offsets, experts, std::nullopt,
+                  {lora_Q, lora_A, float(scaling), "lora_Q", "lora_A", 0});
+}
+
+Tensor grouped_lora_inner(const Tensor& x, const Tensor&, const Tensor&, bool) {
+  const Op op = op_at("grouped_lora_inner", x, "x");
+  CHECK(false, op, ": not in the CUDA kernels yet");
+}
+
+Tensor grouped_lora_grad(const Tensor&, const Tensor& wide, const Tensor&, double, ScalarType, bool) {
+  const Op op = op_at("grouped_lora_grad", wide, "wide");
+  CHECK(false, op, ": not in the CUDA kernels yet");
 }
 
 }  // namespace
@@ -99,4 +117,6 @@ Tensor grouped_linear_dgrad(const Tensor& dy, const Tensor& expert_offsets, cons
 void nf4::binding::register_grouped_ops(torch::stable::detail::StableLibrary& library) {
   library.impl("grouped_linear", TORCH_BOX(&grouped_linear));
   library.impl("grouped_linear_dgrad", TORCH_BOX(&grouped_linear_dgrad));
+  library.impl("grouped_lora_inner", TORCH_BOX(&grouped_lora_inner));
+  library.impl("grouped_lora_grad", TORCH_BOX(&grouped_lora_grad));
 }

@@ -69,12 +69,23 @@ void multiply(Runtime& runtime, const Product& product, GemmArgs& args, const vo
     multiply_gemm(runtime, product, *plan.gemm, args, x);
 }
 
+// What experts add to their products, as GemmArgs has it of one weight.
+struct GroupedTerms {
+  const void* bias;         // [E, C] of dtype, or null
+  int64_t rank;             // 0: none
+  const float* lora_inner;  // [T, rank], times the scaling
+  const void* lora_factor;  // of each expert one, stacked
+};
+
 // Rows [offsets[e-1], offsets[e]) of x[T, D] times expert e; rows that belong to none become zero. Expert by expert,
 // each with all threads, in the bits of a product of its rows alone.
 template <class Runtime>
-void multiply_grouped(Runtime& runtime, const Product& product, const Experts& experts, const int32_t* offsets,
-                      Dtype dtype, int64_t T, const void* x, void* out) {
+void multiply_grouped(Runtime& runtime, const Product& product, const Experts& experts, const GroupedTerms& terms,
+                      const int32_t* offsets, Dtype dtype, int64_t T, const void* x, void* out) {
   const int64_t x_row = product.D * element_bytes(dtype), out_row = product.C * element_bytes(dtype);
+  const auto of_expert = [&](const void* stacked, int64_t e) -> const void* {  // bias or factor, by out's columns
+    return stacked == nullptr ? nullptr : static_cast<const char*>(stacked) + e * out_row;
+  };
   int64_t begin = 0;
   for (int64_t e = 0; e < experts.count; begin = offsets[e], ++e) {
     GemmArgs args{};
@@ -82,6 +93,10 @@ void multiply_grouped(Runtime& runtime, const Product& product, const Experts& e
     args.dtype = dtype;
     args.M = offsets[e] - begin;
     args.out = static_cast<char*>(out) + begin * out_row;
+    args.bias = of_expert(terms.bias, e);
+    args.rank = terms.rank;
+    args.lora_inner = terms.lora_inner + begin * terms.rank;
+    args.lora_factor = of_expert(terms.lora_factor, e * terms.rank);
     if (args.M > 0) multiply(runtime, product, args, static_cast<const char*>(x) + begin * x_row);
   }
   std::memset(static_cast<char*>(out) + begin * out_row, 0, size_t((T - begin) * out_row));

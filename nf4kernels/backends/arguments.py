@@ -68,18 +68,29 @@ def check_weight(
         check_data(op, device, "scale_offset", scale_offset, torch.float32, experts)
 
 
+def check_offsets(op: str, device: torch.device, expert_offsets: Tensor) -> int:
+    """Returns E."""
+    if expert_offsets.dim() != 1:
+        refuse(op, f"expert_offsets must have shape [E], got {list(expert_offsets.shape)}")
+    experts = expert_offsets.shape[0]
+    check_data(op, device, "expert_offsets", expert_offsets, torch.int32, experts)
+    return experts
+
+
+def check_rows(op: str, name: str, inputs: Tensor, depth_name: str, depth: int) -> None:
+    """What rows of experts are multiplied: [T, depth] in any strides."""
+    check_dtype(op, name, inputs.dtype)
+    if inputs.dim() != 2 or inputs.shape[1] != depth:
+        refuse(op, f"{name} must have shape [T, {depth_name}={depth}], got {list(inputs.shape)}")
+
+
 def check_experts(
     op: str, inputs_name: str, inputs: Tensor, expert_offsets: Tensor, weight: WeightArgs, depth_name: str, depth: int
 ) -> None:
     """x of grouped_linear or dy of its gradient, [T, depth] in any strides, and the weight of E experts."""
     device = inputs.device
-    check_dtype(op, inputs_name, inputs.dtype)
-    if inputs.dim() != 2 or inputs.shape[1] != depth:
-        refuse(op, f"{inputs_name} must have shape [T, {depth_name}={depth}], got {list(inputs.shape)}")
-    if expert_offsets.dim() != 1:
-        refuse(op, f"expert_offsets must have shape [E], got {list(expert_offsets.shape)}")
-    experts = expert_offsets.shape[0]
-    check_data(op, device, "expert_offsets", expert_offsets, torch.int32, experts)
+    check_rows(op, inputs_name, inputs, depth_name, depth)
+    experts = check_offsets(op, device, expert_offsets)
     check_weight(op, device, *weight, experts)
     K, block_size = weight[7], weight[8]
     if K % expert_columns(block_size):
@@ -115,23 +126,28 @@ def check_input(op: str, device: torch.device, name: str, tensor: Tensor, depth_
 
 def check_lora_term(
     op: str, device: torch.device, names: tuple[str, str], lora_inner: Tensor | None, lora_factor: Tensor | None,
-    rank_dim: int, dtype: torch.dtype, M: int, size: int,
+    rank_dim: int, dtype: torch.dtype, M: int, size: int, experts: int | None = None,
 ) -> None:  # fmt: skip
-    """lora_inner is [M, rank]; dimension rank_dim of lora_factor is the rank, and the other one has `size` elements."""
+    """lora_inner is [M, rank]; dimension rank_dim of lora_factor is the rank, and the other one has `size` elements.
+
+    In a grouped op lora_factor has one matrix for each of the experts, stacked.
+    """
     inner_name, factor_name = names
     if (lora_inner is None) != (lora_factor is None):
         refuse(op, f"{inner_name} and {factor_name} must be given together")
     if lora_inner is None or lora_factor is None:
         return
-    if lora_factor.dim() != 2 or lora_factor.shape[1 - rank_dim] != size:
-        other = "rows" if rank_dim == 1 else "columns"
-        refuse(op, f"{factor_name} must have {size} {other}, got shape {list(lora_factor.shape)}")
-    rank = lora_factor.shape[rank_dim]
+    leading, matrix = list(lora_factor.shape[:-2]), lora_factor.shape[-2:]
+    if leading != ([] if experts is None else [experts]) or len(matrix) != 2 or matrix[1 - rank_dim] != size:
+        wanted = f"{size} {'rows' if rank_dim == 1 else 'columns'}"
+        wanted = wanted if experts is None else f"{wanted} for each of {experts} experts"
+        refuse(op, f"{factor_name} must have {wanted}, got shape {list(lora_factor.shape)}")
+    rank = matrix[rank_dim]
     if lora_inner.dim() == 0 or lora_inner.shape[-1] != rank:
         came = list(lora_inner.shape)
         refuse(op, f"{inner_name} must have r={rank} columns as {factor_name} has, got shape {came}")
     check_data(op, device, inner_name, lora_inner, dtype, M * rank)
-    check_data(op, device, factor_name, lora_factor, dtype, size * rank)
+    check_data(op, device, factor_name, lora_factor, dtype, size * rank * (1 if experts is None else experts))
 
 
 def check_quantize(weight: Tensor, code: Tensor, block_size: int) -> None:
@@ -190,17 +206,28 @@ def check_linear_dgrad(
 
 
 def check_grouped_linear(
-    x, expert_offsets, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size
-) -> None:
-    weight = (packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size)
+    x, expert_offsets, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size, bias=None,
+    lora_P=None, lora_B=None, scaling=1.0,
+) -> None:  # fmt: skip
+    weight, device = (packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size), x.device
     check_experts("grouped_linear", "x", x, expert_offsets, weight, "K", K)
+    E = expert_offsets.shape[0]
+    if bias is not None:
+        check_data("grouped_linear", device, "bias", bias, x.dtype, E * N)
+    check_lora_term("grouped_linear", device, ("lora_P", "lora_B"), lora_P, lora_B, 1, x.dtype, x.shape[0], N, E)
 
 
 def check_grouped_linear_dgrad(
-    dy, expert_offsets, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size
-) -> None:
-    weight = (packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size)
+    dy, expert_offsets, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size, lora_Q=None,
+    lora_A=None, scaling=1.0,
+) -> None:  # fmt: skip
+    weight, names = (
+        (packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size),
+        ("lora_Q", "lora_A"),
+    )
     check_experts("grouped_linear_dgrad", "dy", dy, expert_offsets, weight, "N", N)
+    T, E = dy.shape[0], expert_offsets.shape[0]
+    check_lora_term("grouped_linear_dgrad", dy.device, names, lora_Q, lora_A, 0, dy.dtype, T, K, E)
 
 
 def check_lora_grad(small: Tensor, wide: Tensor, scaling: float, dtype: torch.dtype, transposed: bool = False) -> None:
@@ -210,6 +237,27 @@ def check_lora_grad(small: Tensor, wide: Tensor, scaling: float, dtype: torch.dt
     check_dtype("lora_grad", "dtype", dtype)
     M = wide.shape[:-1].numel()
     check_data("lora_grad", wide.device, "small", small, wide.dtype, M * small.shape[-1])
+
+
+def check_grouped_lora_inner(x: Tensor, expert_offsets: Tensor, lora_factor: Tensor, transposed: bool = False) -> None:
+    op = "grouped_lora_inner"
+    experts = check_offsets(op, x.device, expert_offsets)
+    if lora_factor.dim() != 3 or lora_factor.shape[0] != experts:
+        refuse(op, f"lora_factor must have a matrix for each of {experts} experts, got shape {list(lora_factor.shape)}")
+    check_rows(op, "x", x, "D", lora_factor.shape[1 if transposed else 2])
+    check_data(op, x.device, "lora_factor", lora_factor, x.dtype, lora_factor.numel())
+
+
+def check_grouped_lora_grad(
+    small: Tensor, wide: Tensor, expert_offsets: Tensor, scaling: float, dtype: torch.dtype, transposed: bool = False
+) -> None:
+    op = "grouped_lora_grad"
+    if small.dim() != 2 or wide.dim() != 2:
+        refuse(op, f"small and wide must be 2-D, got shapes {list(small.shape)} and {list(wide.shape)}")
+    check_dtype(op, "wide", wide.dtype)
+    check_dtype(op, "dtype", dtype)
+    check_offsets(op, wide.device, expert_offsets)
+    check_data(op, wide.device, "small", small, wide.dtype, wide.shape[0] * small.shape[1])
 
 
 CHECKS: dict[str, Callable[..., None]] = {
@@ -222,6 +270,8 @@ CHECKS: dict[str, Callable[..., None]] = {
     "grouped_linear": check_grouped_linear,
     "grouped_linear_dgrad": check_grouped_linear_dgrad,
     "lora_grad": check_lora_grad,
+    "grouped_lora_inner": check_grouped_lora_inner,
+    "grouped_lora_grad": check_grouped_lora_grad,
 }
 
 

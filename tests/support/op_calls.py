@@ -29,8 +29,15 @@ def samples(op, N=37, K=100, layout=DEFAULT, dtype=torch.bfloat16):
         return torch.randn(2, 3, 4).to(dtype), torch.randn(2, 3, N).to(dtype), 0.75, torch.float32, True
     if op.startswith("grouped_linear"):
         qweights = cases.quantized_experts(3, N, -(-K // 64) * 64, layout)
-        x = torch.randn(7, N if op == "grouped_linear_dgrad" else qweights.shape[2]).to(dtype)
-        return x, offsets(4, 4, 6), *qweights.op_args()
+        inner, ends, K = torch.randn(7, 4).to(dtype), offsets(4, 4, 6), qweights.shape[2]
+        if op == "grouped_linear_dgrad":
+            return torch.randn(7, N).to(dtype), ends, *qweights.op_args(), inner, torch.randn(3, 4, K).to(dtype), 0.75
+        bias, factor = torch.randn(3, N).to(dtype), torch.randn(3, N, 4).to(dtype)
+        return torch.randn(7, K).to(dtype), ends, *qweights.op_args(), bias, inner, factor, 0.75
+    if op == "grouped_lora_inner":
+        return torch.randn(7, N).to(dtype), offsets(4, 4, 6), torch.randn(3, N, 4).to(dtype), True
+    if op == "grouped_lora_grad":
+        return torch.randn(7, 4).to(dtype), torch.randn(7, N).to(dtype), offsets(4, 4, 6), 0.75, torch.float32, True
     assert op == "linear_dgrad"
     return torch.randn(2, 3, N).to(dtype), *weight, torch.randn(2, 3, 4).to(dtype), torch.randn(4, K).to(dtype), 0.75
 
@@ -140,6 +147,32 @@ WRONG = [
         "K must be a multiple of 64 at block_size=64, got 32",
         False,
     ),
+    ("grouped_linear", {"bias": torch.randn(37).bfloat16()}, "bias must have 111 elements", False),
+    ("grouped_linear", {"bias": torch.randn(3, 37)}, "bias must be BFloat16, got Float", False),
+    ("grouped_linear", {"lora_P": None}, "lora_P and lora_B must be given together", False),
+    ("grouped_linear", {"lora_P": torch.randn(6, 4).bfloat16()}, "lora_P must have 28 elements", False),
+    ("grouped_linear", {"lora_P": torch.randn(7, 5).bfloat16()}, "lora_P must have r=4 columns", False),
+    ("grouped_linear", {"lora_B": torch.randn(37, 4).bfloat16()}, "lora_B must have 37 rows for each of 3", False),
+    ("grouped_linear", {"lora_B": torch.randn(2, 37, 4).bfloat16()}, "lora_B must have 37 rows for each of 3", False),
+    ("grouped_linear", {"lora_B": torch.randn(3, 4, 37).bfloat16().mT}, "lora_B must be contiguous", False),
+    ("grouped_linear_dgrad", {"lora_A": None}, "lora_Q and lora_A must be given together", False),
+    ("grouped_linear_dgrad", {"lora_Q": torch.randn(7, 4)}, "lora_Q must be BFloat16, got Float", False),
+    ("grouped_linear_dgrad", {"lora_A": torch.randn(3, 4, 64).bfloat16()}, "lora_A must have 128 columns", False),
+    ("grouped_lora_inner", {"x": torch.randn(7, 36).bfloat16()}, "x must have shape [T, ", True),
+    ("grouped_lora_inner", {"x": torch.randn(2, 7, 37).bfloat16()}, "x must have shape [T, ", True),
+    ("grouped_lora_inner", {"x": torch.randn(7, 37).double()}, "x must be float32, bfloat16 or float16", False),
+    ("grouped_lora_inner", {"lora_factor": torch.randn(37, 4).bfloat16()}, "lora_factor must have a matrix", True),
+    ("grouped_lora_inner", {"lora_factor": torch.randn(2, 37, 4).bfloat16()}, "for each of 3 experts", False),
+    ("grouped_lora_inner", {"lora_factor": torch.randn(3, 37, 4)}, "lora_factor must be BFloat16, got Float", False),
+    ("grouped_lora_inner", {"lora_factor": torch.randn(3, 4, 37).bfloat16().mT}, "must be contiguous", False),
+    ("grouped_lora_inner", {"expert_offsets": torch.tensor([4, 4, 6])}, "expert_offsets must be Int, got", False),
+    ("grouped_lora_inner", {"expert_offsets": offsets(4, 3, 6)}, "must not fall and not exceed T=7, got 3", False),
+    ("grouped_lora_grad", {"small": torch.randn(6, 4).bfloat16()}, "small must have 28 elements", False),
+    ("grouped_lora_grad", {"small": torch.randn(7, 1, 4).bfloat16()}, "small and wide must be 2-D", True),
+    ("grouped_lora_grad", {"small": torch.randn(7, 4)}, "small must be BFloat16, got Float", False),
+    ("grouped_lora_grad", {"wide": torch.randn(7, 37).double()}, "wide must be float32, bfloat16 or float16", False),
+    ("grouped_lora_grad", {"dtype": torch.float64}, "dtype must be float32, bfloat16 or float16", False),
+    ("grouped_lora_grad", {"expert_offsets": offsets(4, 4, 8)}, "must not fall and not exceed T=7, got 8", False),
     ("lora_grad", {"small": torch.randn(2, 2, 4).bfloat16()}, "small must have 24 elements", False),
     ("lora_grad", {"small": torch.randn(2, 3, 4)}, "small must be BFloat16, got Float", False),
     ("lora_grad", {"small": torch.randn(3, 2, 4).bfloat16().transpose(0, 1)}, "small must be contiguous", False),

@@ -4,6 +4,8 @@ from .choose import kernel_lines
 from .dequantize import dequantize, dequantize_out
 from .grouped_linear import grouped_linear
 from .grouped_linear_dgrad import grouped_linear_dgrad
+from .grouped_lora_grad import grouped_lora_grad
+from .grouped_lora_inner import grouped_lora_inner
 from .linear import linear
 from .linear_dgrad import linear_dgrad
 from .lora_grad import lora_grad
@@ -11,7 +13,7 @@ from .quantize import quantize, quantize_absmax
 
 _FUNCTIONS = (
     quantize, quantize_absmax, dequantize, dequantize_out, linear, linear_dgrad, grouped_linear, grouped_linear_dgrad,
-    lora_grad,
+    lora_grad, grouped_lora_inner, grouped_lora_grad,
 )  # fmt: skip
 OPS = {function.__name__: function for function in _FUNCTIONS}
 __all__ = ["OPS", "kernel_lines"]

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...quantized_weight import SUPERBLOCK
-from ..arguments import check_grouped_linear
+from ..arguments import check_grouped_linear, refuse
 from .choose import LONGEST_DEPTH, LONGEST_FP32, choose_for_experts
 from .decode import LAUNCH, ceil_div, on_device_of
 from .linear import add_runs
@@ -100,9 +100,12 @@ def superblocks_of(N: int, K: int, block_size: int) -> int:
 def grouped_linear(
     x: Tensor, expert_offsets: Tensor, packed: Tensor, absmax: Tensor, scale_absmax: Tensor | None,
     scale_offset: Tensor | None, code: Tensor, scale_code: Tensor | None, N: int, K: int, block_size: int,
+    bias: Tensor | None = None, lora_P: Tensor | None = None, lora_B: Tensor | None = None, scaling: float = 1.0,
 ) -> Tensor:  # fmt: skip
     tensors = (packed, absmax, scale_absmax, scale_offset, code, scale_code)
-    check_grouped_linear(x, expert_offsets, *tensors, N, K, block_size)
+    check_grouped_linear(x, expert_offsets, *tensors, N, K, block_size, bias, lora_P, lora_B, scaling)
+    if bias is not None or lora_P is not None:
+        refuse("grouped_linear", "a bias and a LoRA term are not in the Triton kernels yet")
     T, E = x.shape[0], expert_offsets.shape[0]
     out = x.new_empty((T, N))
     if out.numel() == 0:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..arguments import check_grouped_linear_dgrad
+from ..arguments import check_grouped_linear_dgrad, refuse
 from .choose import choose_for_experts
 from .decode import LAUNCH, on_device_of
 from .grouped_linear import find_group, most_tiles, run_of, superblocks_of, weight_of
@@ -49,9 +49,12 @@ def grouped_linear_dgrad_kernel(
 def grouped_linear_dgrad(
     dy: Tensor, expert_offsets: Tensor, packed: Tensor, absmax: Tensor, scale_absmax: Tensor | None,
     scale_offset: Tensor | None, code: Tensor, scale_code: Tensor | None, N: int, K: int, block_size: int,
+    lora_Q: Tensor | None = None, lora_A: Tensor | None = None, scaling: float = 1.0,
 ) -> Tensor:  # fmt: skip
     tensors = (packed, absmax, scale_absmax, scale_offset, code, scale_code)
-    check_grouped_linear_dgrad(dy, expert_offsets, *tensors, N, K, block_size)
+    check_grouped_linear_dgrad(dy, expert_offsets, *tensors, N, K, block_size, lora_Q, lora_A, scaling)
+    if lora_Q is not None:
+        refuse("grouped_linear_dgrad", "a LoRA term is not in the Triton kernels yet")
     T, E = dy.shape[0], expert_offsets.shape[0]
     out = dy.new_empty((T, K))
     if out.numel() == 0:
