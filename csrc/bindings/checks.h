@@ -175,14 +175,19 @@ inline Weight checked_weight(const Op& op, const Tensor& packed, const Tensor& a
   return checked_weights(op, 1, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size).first;
 }
 
+// E of expert_offsets [E], which are not read here.
+inline int64_t checked_expert_count(const Tensor& expert_offsets, const Op& op) {
+  CHECK(expert_offsets.dim() == 1, op, ": expert_offsets must have shape [E], got ", Shape{expert_offsets});
+  checked_data(expert_offsets, ScalarType::Int, expert_offsets.size(0), op, "expert_offsets");
+  return expert_offsets.size(0);
+}
+
 // The grouped ops' weights, one for each of expert_offsets. The offsets themselves are not read.
 inline Experts checked_experts(const Op& op, const Tensor& expert_offsets, const Tensor& packed, const Tensor& absmax,
                                const OptionalTensor& scale_absmax, const OptionalTensor& scale_offset,
                                const Tensor& code, const OptionalTensor& scale_code, int64_t N, int64_t K,
                                int64_t block_size) {
-  CHECK(expert_offsets.dim() == 1, op, ": expert_offsets must have shape [E], got ", Shape{expert_offsets});
-  const int64_t E = expert_offsets.size(0);
-  checked_data(expert_offsets, ScalarType::Int, E, op, "expert_offsets");
+  const int64_t E = checked_expert_count(expert_offsets, op);
   const Experts experts =
       checked_weights(op, E, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size);
   const int64_t step = std::max<int64_t>(64, block_size);

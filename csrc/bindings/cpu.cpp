@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../cpu/dequantize.h"
+#include "../cpu/grouped_lora.h"
 #include "../cpu/product.h"
 #include "checks.h"
 
@@ -130,6 +131,16 @@ void dequantize_out(const Tensor& packed, const Tensor& absmax, const OptionalTe
   dequantize_into(w, range, dtype, out.mutable_data_ptr(), stride);
 }
 
+// The offsets of T rows, read: each expert's end is not before its begin, and within T.
+const int32_t* checked_offsets(const Tensor& expert_offsets, int64_t T, const Op& op) {
+  const int64_t E = checked_expert_count(expert_offsets, op);
+  const auto* offsets = static_cast<const int32_t*>(expert_offsets.const_data_ptr());
+  for (int64_t e = 0, begin = 0; e < E; begin = offsets[e], ++e)
+    CHECK(begin <= offsets[e] && offsets[e] <= T, op, ": expert_offsets must not fall and not exceed T=", T, ", got ",
+          offsets[e], " after ", begin);
+  return offsets;
+}
+
 // One op of a product: what its messages call the input and D, and its sizes.
 struct ProductOp {
   Op op;
@@ -183,10 +194,7 @@ Tensor multiply_grouped(const ProductOp& call, const Tensor& in, const Tensor& e
   if (bias.has_value()) terms.bias = checked_data(*bias, in.scalar_type(), experts.count * product.C, op, "bias");
   const LoraTermData term_data = checked_lora_term(lora_term, in.scalar_type(), T, product.C, op, experts.count);
   const std::vector<float> lora_inner = scaled_lora_inner(lora_term, term_data, dtype, T, terms);
-  const auto* offsets = static_cast<const int32_t*>(expert_offsets.const_data_ptr());
-  for (int64_t e = 0, begin = 0; e < experts.count; begin = offsets[e], ++e)
-    CHECK(begin <= offsets[e] && offsets[e] <= T, op, ": expert_offsets must not fall and not exceed T=", T, ", got ",
-          offsets[e], " after ", begin);
+  const int32_t* offsets = checked_offsets(expert_offsets, T, op);
   if (product.C == 0) return out;
   Runtime runtime(in);
   cpu::multiply_grouped(runtime, product, experts, terms, offsets, dtype, T, contiguous.const_data_ptr(),
@@ -257,7 +265,7 @@ Tensor lora_grad(const Tensor& small, const Tensor& wide, double scaling, Scalar
   Tensor out = new_empty(wide, {shape, 2}, type);
   if (args.rank == 0 || args.C == 0) return out;
   args.out = out.mutable_data_ptr();
-  const cpu::LoraGradKernel& kernel = *cpu::active_kernels()[cpu::choose_lora_grad(args.dtype)].lora_grad;
+  const cpu::LoraGradKernel& kernel = *cpu::active_kernels()[cpu::choose_lora(args.dtype)].lora_grad;
   args.lora_inner_stride = ceil_div(args.M, 2) * 2;
   std::vector<char> inner(size_t(args.rank * args.lora_inner_stride) * element_bytes(kernel.inner_dtype));
   cpu::transpose_lora_inner(lora_inner, args.dtype, args.M, args.rank, args.lora_inner_stride, kernel.inner_dtype,
@@ -266,6 +274,56 @@ Tensor lora_grad(const Tensor& small, const Tensor& wide, double scaling, Scalar
   torch::stable::parallel_for(0, ceil_div(args.C, kernel.tile_c),
                               cpu::lora_grad_grain(args.M, args.rank, kernel.tile_c),
                               [&](int64_t begin, int64_t end) { kernel.run(args, begin, end); });
+  return out;
+}
+
+Tensor grouped_lora_inner(const Tensor& x, const Tensor& expert_offsets, const Tensor& lora_factor, bool transposed) {
+  const Op op = cpu_op("grouped_lora_inner");
+  const int64_t E = checked_expert_count(expert_offsets, op);
+  CHECK(lora_factor.dim() == 3 && lora_factor.size(0) == E, op, ": lora_factor must have a matrix for each of ", E,
+        " experts, got shape ", Shape{lora_factor});
+  cpu::LoraInnerArgs args{};
+  args.D = lora_factor.size(transposed ? 1 : 2);
+  args.rank = lora_factor.size(transposed ? 2 : 1);
+  args.dtype = dtype_of(x.scalar_type(), op, "x");
+  check_place(x, op, "x");
+  CHECK(x.dim() == 2 && x.size(1) == args.D, op, ": x must have shape [T, D=", args.D, "], got ", Shape{x});
+  args.M = x.size(0);
+  args.factor = checked_data(lora_factor, x.scalar_type(), lora_factor.numel(), op, "lora_factor");
+  const int32_t* offsets = checked_offsets(expert_offsets, args.M, op);
+  const Tensor contiguous = x.is_contiguous() ? x : torch::stable::contiguous(x);
+  args.x = contiguous.const_data_ptr();
+  Tensor out = new_empty(x, {args.M, args.rank}, x.scalar_type());
+  if (args.M == 0 || args.rank == 0) return out;
+  args.out = out.mutable_data_ptr();
+  cpu::multiply_lora_inner(Threads(), args, offsets, E, transposed);
+  return out;
+}
+
+Tensor grouped_lora_grad(const Tensor& small, const Tensor& wide, const Tensor& expert_offsets, double scaling,
+                         ScalarType type, bool transposed) {
+  const Op op = cpu_op("grouped_lora_grad");
+  cpu::LoraGradArgs args{};
+  CHECK(small.dim() == 2 && wide.dim() == 2, op, ": small and wide must be 2-D, got shapes ", Shape{small}, " and ",
+        Shape{wide});
+  args.dtype = dtype_of(wide.scalar_type(), op, "wide");
+  args.out_dtype = dtype_of(type, op, "dtype");
+  check_place(wide, op, "wide");
+  args.M = wide.size(0);
+  args.C = wide.size(1);
+  args.rank = small.size(1);
+  const void* lora_inner = checked_data(small, wide.scalar_type(), args.M * args.rank, op, "small");
+  const int32_t* offsets = checked_offsets(expert_offsets, args.M, op);
+  const Tensor contiguous = wide.is_contiguous() ? wide : torch::stable::contiguous(wide);
+  args.wide = contiguous.const_data_ptr();
+  args.transposed = transposed;
+  args.scaling = float(scaling);
+  const int64_t E = expert_offsets.size(0);
+  Tensor out =
+      transposed ? new_empty(wide, {E, args.C, args.rank}, type) : new_empty(wide, {E, args.rank, args.C}, type);
+  if (out.numel() == 0) return out;
+  args.out = out.mutable_data_ptr();
+  cpu::sum_lora_grads(Threads(), args, lora_inner, offsets, E);
   return out;
 }
 
@@ -281,4 +339,6 @@ STABLE_TORCH_LIBRARY_IMPL(nf4kernels, CPU, library) {
   library.impl("grouped_linear", TORCH_BOX(&grouped_linear));
   library.impl("grouped_linear_dgrad", TORCH_BOX(&grouped_linear_dgrad));
   library.impl("lora_grad", TORCH_BOX(&lora_grad));
+  library.impl("grouped_lora_inner", TORCH_BOX(&grouped_lora_inner));
+  library.impl("grouped_lora_grad", TORCH_BOX(&grouped_lora_grad));
 }

@@ -32,8 +32,9 @@ static inline Choice choose(const Problem& p) {
   if (p.is_dgrad && p.M > kDgradCodesMaxM) return {Products::kBf16, is_gemv, "dgrad of M > 128: W is scaled, not dY"};
   return {Products::kBf16Codes, is_gemv, "64 weights share a scale: products of codes, scaled later"};
 }
-static inline Products choose_lora_grad(Dtype wide) {
-  return wide == Dtype::kBFloat16 ? Products::kBf16 : Products::kFp32;
+// Of lora_inner and lora_grad.
+static inline Products choose_lora(Dtype inputs) {
+  return inputs == Dtype::kBFloat16 ? Products::kBf16 : Products::kFp32;
 }
 
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -46,6 +47,9 @@ static inline int64_t gemv_grain(int64_t K) { return ceil_div(65536, at_least_1(
 static inline int64_t pack_grain(int64_t D, int64_t tile_m) { return ceil_div(32768, (D + 1) * tile_m); }  // M tiles
 static inline int64_t lora_grad_grain(int64_t M, int64_t rank, int64_t tile_c) {                           // C tiles
   return ceil_div(1 << 19, at_least_1(M * rank * tile_c));
+}
+static inline int64_t lora_inner_grain(int64_t rows, int64_t rank, int64_t D) {  // parts of `rows`
+  return ceil_div(1 << 19, at_least_1(rows * rank * D));
 }
 
 }  // namespace nf4::cpu

@@ -43,13 +43,16 @@ bool has_avx512() { return features().avx512; }
 bool has_avx512_bf16() { return features().avx512_bf16; }
 #endif
 
-constexpr ProductKernels kScalar{&kGemv_scalar, &kLinear_scalar, &kLinearDgrad_scalar, &kLoraGrad_scalar};
+constexpr ProductKernels kScalar{&kGemv_scalar, &kLinear_scalar, &kLinearDgrad_scalar, &kLoraGrad_scalar,
+                                 lora_inner_scalar};
 #if defined(__x86_64__)
-constexpr ProductKernels kAvx2{&kGemv_avx2, &kLinear_avx2, &kLinearDgrad_avx2, &kLoraGrad_avx2};
-constexpr ProductKernels kAvx512{&kGemv_avx512, &kLinear_avx512, &kLinearDgrad_avx512, &kLoraGrad_avx512};
-constexpr ProductKernels kBf16{&kGemv_avx512, &kLinear_avx512_bf16, &kLinearDgrad_avx512_bf16, &kLoraGrad_avx512_bf16};
+constexpr ProductKernels kAvx2{&kGemv_avx2, &kLinear_avx2, &kLinearDgrad_avx2, &kLoraGrad_avx2, lora_inner_avx2};
+constexpr ProductKernels kAvx512{&kGemv_avx512, &kLinear_avx512, &kLinearDgrad_avx512, &kLoraGrad_avx512,
+                                 lora_inner_avx512};
+constexpr ProductKernels kBf16{&kGemv_avx512, &kLinear_avx512_bf16, &kLinearDgrad_avx512_bf16, &kLoraGrad_avx512_bf16,
+                               lora_inner_avx512_bf16};
 constexpr ProductKernels kBf16Codes{&kGemvCodes_avx512_bf16, &kLinearCodes_avx512_bf16, &kLinearDgradCodes_avx512_bf16,
-                                    &kLoraGrad_avx512_bf16, /*needs_bf16_code=*/true};
+                                    &kLoraGrad_avx512_bf16,  lora_inner_avx512_bf16,    /*needs_bf16_code=*/true};
 #endif
 
 // Best first.

@@ -63,6 +63,16 @@ struct LoraGradArgs {
   bool transposed;
 };
 
+// LoRA's inner product of one expert's rows, see lora_inner.h.
+struct LoraInnerArgs {
+  const void* x;  // [M, D] of dtype
+  Dtype dtype;
+  int64_t M, D;
+  const void* factor;  // [rank, D] of dtype
+  int64_t rank;
+  void* out;  // [M, rank] of dtype
+};
+
 using QuantizeFn = void (*)(const QuantizeArgs&, int64_t block_begin, int64_t block_end);
 // Flat elements [begin, begin + count) of the weight into out, of dtype.
 using DequantizeFn = void (*)(const Weight&, int64_t begin, int64_t count, Dtype dtype, void* out);
@@ -77,6 +87,9 @@ using GemmPackFn = void (*)(const void* x, Dtype dtype, int64_t M, int64_t D, in
 using GemmFn = void (*)(const GemmArgs&, int64_t tile_begin, int64_t tile_end, void* workspace);
 // C tiles of out, each of LoraGradKernel::tile_c columns.
 using LoraGradFn = void (*)(const LoraGradArgs&, int64_t tile_begin, int64_t tile_end);
+
+// Rows [m_begin, m_end) of out.
+using LoraInnerFn = void (*)(const LoraInnerArgs&, int64_t m_begin, int64_t m_end);
 
 struct LoraGradKernel {
   LoraGradFn run;
@@ -108,6 +121,7 @@ struct ProductKernels {
   const GemmKernel* linear;
   const GemmKernel* linear_dgrad;
   const LoraGradKernel* lora_grad;
+  LoraInnerFn lora_inner;
   bool needs_bf16_code = false;
 };
 
@@ -138,13 +152,16 @@ void scale_lora_inner(const void* lora_inner, Dtype dtype, int64_t count, float 
 // [rank, stride] of out_dtype (fp32, or dtype itself) from lora_inner [M, rank], for LoraGradArgs::lora_inner.
 void transpose_lora_inner(const void* lora_inner, Dtype dtype, int64_t M, int64_t rank, int64_t stride, Dtype out_dtype,
                           void* out);
+// [rank, D] from lora_factor [D, rank], for LoraInnerArgs::factor.
+void transpose_lora_factor(const void* lora_factor, Dtype dtype, int64_t D, int64_t rank, void* out);
 
 #define NF4_DECLARE_ISA(isa)                                                                  \
   void quantize_##isa(const QuantizeArgs&, int64_t block_begin, int64_t block_end);           \
   void dequantize_##isa(const Weight&, int64_t begin, int64_t count, Dtype dtype, void* out); \
   extern const GemvKernel kGemv_##isa;                                                        \
   extern const GemmKernel kLinear_##isa, kLinearDgrad_##isa;                                  \
-  extern const LoraGradKernel kLoraGrad_##isa;
+  extern const LoraGradKernel kLoraGrad_##isa;                                                \
+  void lora_inner_##isa(const LoraInnerArgs&, int64_t m_begin, int64_t m_end);
 
 NF4_DECLARE_ISA(scalar)
 NF4_DECLARE_ISA(avx2)
@@ -152,7 +169,8 @@ NF4_DECLARE_ISA(avx512)
 extern const GemvKernel kGemvCodes_avx512_bf16;
 extern const GemmKernel kLinear_avx512_bf16, kLinearDgrad_avx512_bf16;
 extern const GemmKernel kLinearCodes_avx512_bf16, kLinearDgradCodes_avx512_bf16;
-extern const LoraGradKernel kLoraGrad_avx512_bf16;  // bf16 wide and lora_inner
+extern const LoraGradKernel kLoraGrad_avx512_bf16;                                  // bf16 wide and lora_inner
+void lora_inner_avx512_bf16(const LoraInnerArgs&, int64_t m_begin, int64_t m_end);  // bf16
 
 // dispatch.cpp
 const CpuKernels& active_kernels();

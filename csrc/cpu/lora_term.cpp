@@ -26,4 +26,17 @@ void transpose_lora_inner(const void* lora_inner, Dtype dtype, int64_t M, int64_
   });
 }
 
+void transpose_lora_factor(const void* lora_factor, Dtype dtype, int64_t D, int64_t rank, void* out) {
+  with_type(dtype, [&](auto t) {
+    const auto* factor = static_cast<const decltype(t)*>(lora_factor);
+    auto* transposed = static_cast<decltype(t)*>(out);
+    constexpr int64_t kBlockD = 64;  // whose rows stay in L1 for all ranks
+    for (int64_t begin = 0; begin < D; begin += kBlockD) {
+      const int64_t end = D - begin < kBlockD ? D : begin + kBlockD;
+      for (int64_t j = 0; j < rank; ++j)
+        for (int64_t d = begin; d < end; ++d) transposed[j * D + d] = factor[d * rank + j];
+    }
+  });
+}
+
 }  // namespace nf4::cpu
