@@ -5,7 +5,8 @@ from .entry import command_line_ends_in_one_line
 
 with command_line_ends_in_one_line():  # a wrong environment variable is an error of the import
     from .backends.select import backend_info
-from .functional import dequantize, grouped_linear, linear, lora_linear, quantize, quantize_experts
+from .functional import dequantize, linear, lora_linear, quantize, quantize_experts
+from .grouped import grouped_linear, grouped_lora_linear
 from .model.adapters import disable_adapters, remove_adapter, set_adapter
 from .model.merge import merge_model
 from .model.prepare import prepare_for_training
@@ -32,6 +33,7 @@ __all__ = [
     "dequantize",
     "disable_adapters",
     "grouped_linear",
+    "grouped_lora_linear",
     "linear",
     "load_adapters",
     "load_checkpoint",

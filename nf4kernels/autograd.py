@@ -23,6 +23,8 @@ _linear_dgrad: Callable[..., Tensor] = _ops.linear_dgrad.default
 _grouped_linear: Callable[..., Tensor] = _ops.grouped_linear.default
 _grouped_linear_dgrad: Callable[..., Tensor] = _ops.grouped_linear_dgrad.default
 _lora_grad: Callable[..., Tensor] = _ops.lora_grad.default
+_grouped_lora_inner: Callable[..., Tensor] = _ops.grouped_lora_inner.default
+_grouped_lora_grad: Callable[..., Tensor] = _ops.grouped_lora_grad.default
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _transforms_are_active = torch._C._are_functorch_transforms_active
 Gradients = tuple[Tensor | None, ...]  # one for each argument of forward
@@ -158,20 +160,64 @@ class Linear(torch.autograd.Function):
 
 
 class GroupedLinear(torch.autograd.Function):
-    """dx = each expert's rows of dy @ its Ŵ."""
+    """dx = each expert's rows of dy @ its Ŵ, dbias [E, N] = each expert's sum of its rows of dy."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, expert_offsets: Tensor, weight_args: WeightArgs) -> Tensor:
+    def forward(ctx: Any, x: Tensor, expert_offsets: Tensor, bias: Tensor | None, weight_args: WeightArgs) -> Tensor:
         ctx.save_for_backward(expert_offsets, *weight_args[:6])
         ctx.sizes = _sizes(x, weight_args)
-        return _grouped_linear(x, expert_offsets, *weight_args)
+        return _grouped_linear(x, expert_offsets, *weight_args, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Gradients:
-        if _is_differentiated_again():
-            expert_offsets, *weight = ctx.saved_tensors
-            return Product.apply(dy, expert_offsets, (*weight, *ctx.sizes), True), None, None
-        return _grouped_linear_dgrad(dy, *ctx.saved_tensors, *ctx.sizes), None, None
+        expert_offsets, *weight = ctx.saved_tensors
+        again, dx, dbias = _is_differentiated_again(), None, None
+        if ctx.needs_input_grad[0] and again:
+            dx = Product.apply(dy, expert_offsets, (*weight, *ctx.sizes), True)
+        elif ctx.needs_input_grad[0]:
+            dx = _grouped_linear_dgrad(dy, expert_offsets, *weight, *ctx.sizes)
+        if ctx.needs_input_grad[2]:
+            dbias = _sums_of_rows(dy, expert_offsets, again)
+        return dx, None, dbias, None
+
+
+def _sums_of_rows(dy: Tensor, expert_offsets: Tensor, differentiably: bool) -> Tensor:
+    """[E, N], the sum of each expert's rows of dy [T, N] in its dtype."""
+    if differentiably:
+        return _membership(expert_offsets, dy.shape[0]).to(dy.dtype).mT @ dy
+    ones = dy.new_ones(dy.shape[0], 1)
+    return _grouped_lora_grad(ones, dy, expert_offsets, 1.0, dy.dtype)[:, 0]
+
+
+def _membership(expert_offsets: Tensor, T: int) -> Tensor:
+    """bool [T, E]: whether the row is the expert's, by sound offsets or as a device takes others."""
+    ends = expert_offsets.clamp(0, T).cummax(0).values
+    begins = torch.cat([torch.zeros_like(ends[:1]), ends[:-1]])
+    rows = torch.arange(T, dtype=torch.int32, device=ends.device)[:, None]
+    return (begins <= rows) & (rows < ends)
+
+
+def _inner_of_all(x: Tensor, factors: Tensor, membership: Tensor) -> Tensor:
+    """[T, E * r]: x @ factors[e].T of the row's own expert, zeros at the others; factors [E, r, D].
+
+    All experts' are taken and those of other experts zeroed: E times the arithmetic, and plain autograd in return.
+    """
+    inner = (x @ factors.flatten(0, 1).mT).unflatten(-1, factors.shape[:2])
+    return torch.where(membership[:, :, None], inner, 0).flatten(1)
+
+
+def composed_grouped_lora_linear(
+    x: Tensor, expert_offsets: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, bias: Tensor | None,
+    scaling: float, dropout_p: float, weight_args: WeightArgs,
+) -> Tensor:  # fmt: skip
+    """`GroupedLoraLinear` and `GroupedLinear` for every transform and derivative; each term is rounded to x's dtype."""
+    y: Tensor = Product.apply(x, expert_offsets, weight_args, False)
+    membership = _membership(expert_offsets, x.shape[0])
+    if lora_A is not None and lora_B is not None:
+        dropped = torch.nn.functional.dropout(x, dropout_p) if dropout_p > 0 else x
+        P = _inner_of_all(dropped, lora_A.to(x.dtype), membership)
+        y = y + scaling * (P @ lora_B.to(x.dtype).mT.flatten(0, 1))
+    return y if bias is None else y + membership.to(x.dtype) @ bias
 
 
 def lora_forward(
@@ -213,6 +259,83 @@ class LoraLinear(torch.autograd.Function):
             return gradients(ctx, dy)
         with torch.autocast(dy.device.type, enabled=False):  # the forward's dtype holds, whatever is on around backward
             return gradients(ctx, dy)
+
+
+def grouped_lora_forward(
+    x: Tensor, expert_offsets: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float,
+    dropout_p: float, weight_args: WeightArgs,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """(y, P, mask) as `lora_forward` gives them."""
+    dropped, mask = x, None
+    if dropout_p > 0:
+        dropped, mask = torch.native_dropout(x, dropout_p, True)
+    P = _grouped_lora_inner(dropped, expert_offsets, _lora_factor(lora_A, x.dtype))  # [T, r]
+    y = _grouped_linear(x, expert_offsets, *weight_args, bias, P, _lora_factor(lora_B, x.dtype), scaling)
+    return y, P, mask
+
+
+class GroupedLoraLinear(torch.autograd.Function):
+    """What `LoraLinear` is for one weight, of each expert's rows, factors and bias."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, expert_offsets: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None,
+        scaling: float, dropout_p: float, weight_args: WeightArgs,
+    ) -> Tensor:  # fmt: skip
+        y, P, mask = grouped_lora_forward(x, expert_offsets, lora_A, lora_B, bias, scaling, dropout_p, weight_args)
+        ctx.save_for_backward(x, expert_offsets, mask, P, lora_A, lora_B, *weight_args[:6])
+        ctx.sizes, ctx.scaling, ctx.dropout_scale = _sizes(x, weight_args), scaling, 1 / (1 - dropout_p)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Gradients:
+        if not _is_differentiated_again():  # by ops alone, which autocast does not touch
+            return _grouped_lora_gradients(ctx, dy)
+        with torch.autocast(dy.device.type, enabled=False):
+            return _composed_grouped_lora_gradients(ctx, dy)
+
+
+def _grouped_lora_gradients(ctx: Any, dy: Tensor) -> Gradients:
+    x, offsets, mask, P, lora_A, lora_B, *weight = ctx.saved_tensors
+    need_x, _, need_A, need_B, need_bias = ctx.needs_input_grad[:5]
+    scaling: float = ctx.scaling
+    dx = dA = dB = dbias = None
+    if need_x or need_A:
+        Q = _grouped_lora_inner(dy, offsets, _lora_factor(lora_B, dy.dtype), True)  # [T, r]
+    if need_x:
+        A = _lora_factor(lora_A, dy.dtype)
+        if mask is None:
+            dx = _grouped_linear_dgrad(dy, offsets, *weight, *ctx.sizes, Q, A, scaling)
+        else:  # the mask is on Q @ A alone
+            dx = _grouped_linear_dgrad(dy, offsets, *weight, *ctx.sizes)
+            term = _grouped_lora_inner(Q, offsets, A, True)
+            dx += torch.ops.aten.native_dropout_backward(term, mask, scaling * ctx.dropout_scale)
+    if need_A:
+        dropped = x if mask is None else torch.ops.aten.native_dropout_backward(x, mask, ctx.dropout_scale)
+        dA = _grouped_lora_grad(Q, dropped, offsets, scaling, _gradient_dtype(lora_A)).to(lora_A.dtype)
+    if need_B:
+        dB = _grouped_lora_grad(P, dy, offsets, scaling, _gradient_dtype(lora_B), True).to(lora_B.dtype)
+    if need_bias:
+        dbias = _sums_of_rows(dy, offsets, False)
+    return dx, None, dA, dB, dbias, None, None, None
+
+
+def _composed_grouped_lora_gradients(ctx: Any, dy: Tensor) -> Gradients:
+    """The same by differentiable operations, P computed again."""
+    x, offsets, mask, _, lora_A, lora_B, *weight = ctx.saved_tensors
+    A, B = lora_A.to(dy.dtype), lora_B.to(dy.dtype)
+    membership = _membership(offsets, dy.shape[0])
+    kept = None if mask is None else mask.to(dy.dtype) * ctx.dropout_scale
+    dropped = x if kept is None else kept * x
+    P, Q = _inner_of_all(dropped, A, membership), _inner_of_all(dy, B.mT, membership)
+    term = ctx.scaling * (Q @ A.flatten(0, 1))
+    dx = Product.apply(dy, offsets, (*weight, *ctx.sizes), True)
+    dx = dx + (term if kept is None else kept * term)
+    dA = _outer(Q, dropped, ctx.scaling, lora_A).unflatten(0, A.shape[:2])
+    dB = _outer(P, dy, ctx.scaling, lora_B).unflatten(0, A.shape[:2]).mT
+    gradients = (dx, None, dA, dB, _sums_of_rows(dy, offsets, True))
+    needed = (gradient if need else None for gradient, need in zip(gradients, ctx.needs_input_grad))
+    return *needed, None, None, None
 
 
 def _lora_gradients(ctx: Any, dy: Tensor) -> Gradients:

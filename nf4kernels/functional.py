@@ -1,4 +1,4 @@
-"""quantize, dequantize, linear, lora_linear, and the same for experts: the ops with checks, defaults and gradients."""
+"""quantize, dequantize, linear, lora_linear: the ops with checks, defaults and gradients. Of experts: grouped.py."""
 
 import sys
 from collections.abc import Callable
@@ -12,10 +12,8 @@ from torch.autograd.graph import increment_version
 from . import codebook as codebooks
 from . import ops  # noqa: F401 (defines what the next lines hold)
 from .autograd import (
-    GroupedLinear,
     Linear,
     LoraLinear,
-    Product,
     autocast_is_on,
     composed_linear,
     composed_lora_linear,
@@ -37,7 +35,6 @@ from .quantized_weight import (
 _ops = torch.ops.nf4kernels
 # Each lookup would cost every call 0.1 us.
 _linear: Callable[..., Tensor] = _ops.linear.default
-_grouped_linear: Callable[..., Tensor] = _ops.grouped_linear.default
 
 
 @outside_inference_mode
@@ -311,36 +308,9 @@ def lora_linear(
     return lora_linear_from_args(x, qweight.op_args(), lora_A, lora_B, scaling, bias, dropout_p)
 
 
-def grouped_linear(x: Tensor, expert_offsets: Tensor, qweights: QuantizedExperts) -> Tensor:
-    """x[rows of e] @ Ŵ[e].T for every expert e, without writing Ŵ to memory; differentiable in x.
-
-    On the CPU each expert's rows get the bits that `linear` gives them alone. Nothing waits for a device.
-
-    Args:
-        x: `[T, K]`, rows sorted by expert, float32, bfloat16 or float16, any strides. A non-contiguous x is copied.
-            Under autocast x is first cast to autocast's dtype.
-        expert_offsets: int32 `[E]` on x's device: the row past each expert's last one, which is the
-            cumulative sum of the experts' row counts, as `offs` of torch's grouped_mm. An expert may have no rows.
-        qweights: the `[E, N, K]` weight.
-
-    Returns:
-        `[T, N]` in x's dtype; products are summed in fp32. Rows past the last offset are zeros, in the gradient too.
-
-    Raises:
-        TypeError: x or expert_offsets is of another dtype, or qweights is no QuantizedExperts.
-        ValueError: a shape does not fit, or the tensors are on different devices.
-        RuntimeError: on the CPU, offsets that fall or exceed T. A device takes each as min(offset, T), or as the one
-            before it where that is larger.
-    """
-    who = "nf4kernels.grouped_linear"
-    if not isinstance(qweights, QuantizedExperts):
-        raise TypeError(f"{who}: qweights must be a QuantizedExperts, got {type(qweights).__name__}")
-    return grouped_linear_from_args(x, expert_offsets, qweights.op_args(), who)
-
-
 def linear_from_args(x: Tensor, weight_args: WeightArgs, bias: Tensor | None, who: str) -> Tensor:
     """`linear` on the weight's op arguments, for callers that hold the tensors themselves."""
-    x, bias = _check_input(x, weight_args, bias, who)
+    x, bias = check_input(x, weight_args, bias, who)
     if is_transformed(x, bias):
         return composed_linear(x, bias, weight_args)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
@@ -360,7 +330,7 @@ def lora_linear_from_args(
 ) -> Tensor:
     """`lora_linear` on the weight's op arguments."""
     who = "nf4kernels.lora_linear"
-    x, bias = _check_input(x, weight_args, bias, who)
+    x, bias = check_input(x, weight_args, bias, who)
     N, K, device = weight_args[6], weight_args[7], x.device
     A_shape, B_shape = lora_A.shape, lora_B.shape
     if len(A_shape) != 2 or A_shape[1] != K:
@@ -382,36 +352,15 @@ def lora_linear_from_args(
     return lora_forward(x, lora_A, lora_B, bias, scaling, dropout_p, weight_args)[0]
 
 
-def grouped_linear_from_args(x: Tensor, expert_offsets: Tensor, weight_args: WeightArgs, who: str) -> Tensor:
-    """`grouped_linear` on the weight's op arguments."""
-    x, _ = _check_input(x, weight_args, None, who)
-    E = weight_args[0].shape[0]
-    if x.dim() != 2:
-        raise ValueError(f"{who}: x must be 2-D [T, K], got shape {list(x.shape)}")
-    if not isinstance(expert_offsets, Tensor) or expert_offsets.dtype != torch.int32:
-        came = expert_offsets.dtype if isinstance(expert_offsets, Tensor) else type(expert_offsets).__name__
-        raise TypeError(f"{who}: expert_offsets must be an int32 tensor, got {came}")
-    if expert_offsets.shape != (E,):
-        raise ValueError(f"{who}: expert_offsets must have shape [{E}], got {list(expert_offsets.shape)}")
-    if expert_offsets.device != x.device:
-        raise ValueError(f"{who}: expert_offsets must be on {x.device} as x is, got {expert_offsets.device}")
-    expert_offsets = expert_offsets.contiguous()
-    if is_transformed(x, expert_offsets):
-        composed: Tensor = Product.apply(x, expert_offsets, weight_args, False)
-        return composed
-    if torch.is_grad_enabled() and x.requires_grad:
-        y: Tensor = GroupedLinear.apply(x, expert_offsets, weight_args)
-        return y
-    return _grouped_linear(x, expert_offsets, *weight_args)
-
-
 def _check_weight(qweight: QuantizedWeight, who: str) -> None:
     if not isinstance(qweight, QuantizedWeight):
         raise TypeError(f"{who}: qweight must be a QuantizedWeight, got {type(qweight).__name__}")
 
 
-def _check_input(x: Tensor, weight_args: WeightArgs, bias: Tensor | None, who: str) -> tuple[Tensor, Tensor | None]:
-    """x and bias in the compute dtype: autocast's where it is on, else x's own."""
+def check_input(
+    x: Tensor, weight_args: WeightArgs, bias: Tensor | None, who: str, bias_shape: tuple[int, ...] = ()
+) -> tuple[Tensor, Tensor | None]:
+    """x and bias in the compute dtype: autocast's where it is on, else x's own. bias is [N] or of another shape."""
     packed, N, K = weight_args[0], weight_args[6], weight_args[7]
     if not isinstance(x, Tensor):
         raise TypeError(f"{who}: x must be a tensor, got {type(x).__name__}")
@@ -426,8 +375,8 @@ def _check_input(x: Tensor, weight_args: WeightArgs, bias: Tensor | None, who: s
     if autocast_is_on(device):
         x = x.to(torch.get_autocast_dtype(device.type))
     if bias is not None:
-        if bias.shape != (N,):
-            raise ValueError(f"{who}: bias must have shape [{N}], got {list(bias.shape)}")
+        if bias.shape != (bias_shape or (N,)):
+            raise ValueError(f"{who}: bias must have shape {list(bias_shape or (N,))}, got {list(bias.shape)}")
         if bias.device != device:
             raise ValueError(f"{who}: bias must be on {device} as x is, got {bias.device}")
         bias = bias.to(x.dtype).contiguous()

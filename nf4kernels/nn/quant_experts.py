@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..autograd import autocast_is_on, is_transformed, outside_inference_mode
-from ..codebook import default_block_size
-from ..functional import dequantize, grouped_linear_from_args, quantize_experts
-from ..quantized_weight import WEIGHT_DTYPES, QuantizedExperts
+from ..functional import dequantize, quantize_experts
+from ..grouped import grouped_linear_from_args
+from ..quantized_weight import WEIGHT_DTYPES, QuantizedExperts, expert_columns
 from .casts import check_cast
 from .experts_layout import GATED, NORM, UNGATED, bias_name, dense_weights, layout_problem, own_gate, weight_names
 from .quant_module import QuantModule, checked_compute_dtype
@@ -36,10 +36,8 @@ class GroupedQuantLinear(QuantModule):
         """Of Ŵ."""
         return self.num_experts, self.out_features, self.in_features
 
-    def forward(self, x: Tensor, expert_offsets: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`bias` `[E, N]`, cast to x's dtype: each expert's own row of it is added to its rows."""
-        y = grouped_linear_from_args(x, expert_offsets, self._weight_args(), self.WHO)
-        return y if bias is None else y + _rows_of_bias(bias.to(y.dtype), expert_offsets, y.shape[0])
+    def forward(self, x: Tensor, expert_offsets: Tensor) -> Tensor:
+        return grouped_linear_from_args(x, expert_offsets, self._weight_args(), None, self.WHO)
 
     def dequantize(self, dtype: torch.dtype = torch.bfloat16, transposed: bool = False) -> Tensor:
         """Ŵ `[num_experts, out_features, in_features]`, or each expert's transpose; contiguous."""
