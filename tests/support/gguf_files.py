@@ -1,10 +1,11 @@
 """GGUF files of tiny models, written by the `gguf` package as llama.cpp's converter would, and what they decode to."""
 
 import numpy as np
+import pytest
 import torch
 from support.published import is_linear
 
-gguf = __import__("pytest").importorskip("gguf", reason="gguf is not installed")
+gguf = pytest.importorskip("gguf", reason="gguf is not installed")
 LEVELS = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=np.float32)
 NAMES = {
     "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
@@ -33,6 +34,12 @@ def decoded(rows, kind):
     return torch.from_numpy(gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[kind]))
 
 
+OF_GEMMA = {
+    "pre_feedforward_layernorm": "ffn_norm", "post_attention_layernorm": "post_attention_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}  # fmt: skip
+
+
 def paired(weight, heads):
     """q's or k's rows as llama.cpp writes them: the two halves of each head interleaved."""
     return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
@@ -41,6 +48,8 @@ def paired(weight, heads):
 def write(path, model, architecture, kind="Q4_0", others="F32", linear=is_linear):
     """The model's tensors, those of `linear` names in `kind`, other matrices in `others`; the state it decodes to."""
     config, state = model.config, {name: tensor.float().numpy() for name, tensor in model.state_dict().items()}
+    rope = config.rope_parameters
+    theta = rope["rope_theta"] if "rope_theta" in rope else rope["full_attention"]["rope_theta"]
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -49,8 +58,11 @@ def write(path, model, architecture, kind="Q4_0", others="F32", linear=is_linear
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_freq_base(theta)
     writer.add_vocab_size(config.vocab_size)
+    if getattr(config, "head_dim", None):
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     numbers = {}
@@ -60,10 +72,13 @@ def write(path, model, architecture, kind="Q4_0", others="F32", linear=is_linear
         block, stem = (f"blk.{parts[2]}.", ".".join(parts[3:])) if parts[:2] == ["model", "layers"] else ("", base)
         heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}
         is_paired = architecture == "llama" and stem in heads
-        ours = f"{block}{NAMES[stem]}.{leaf}"
+        names = NAMES | OF_GEMMA if architecture.startswith("gemma") else NAMES
+        ours = f"{block}{names[stem]}.{leaf}"
         of_file = paired(weight, heads[stem]) if is_paired else weight
+        if architecture.startswith("gemma") and name.endswith("norm.weight"):
+            of_file = weight + 1
         numbers[name] = torch.from_numpy(weight)
-        its = kind if linear(name, weight_as_tensor(weight)) else others if weight.ndim == 2 else "F32"
+        its = kind if linear(name, numbers[name]) else others if weight.ndim == 2 else "F32"
         if its == "F32":
             writer.add_tensor(ours, np.ascontiguousarray(of_file))
             continue
@@ -75,7 +90,3 @@ def write(path, model, architecture, kind="Q4_0", others="F32", linear=is_linear
     writer.write_tensors_to_file()
     writer.close()
     return numbers
-
-
-def weight_as_tensor(weight):
-    return torch.from_numpy(weight)

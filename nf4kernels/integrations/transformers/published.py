@@ -59,7 +59,10 @@ class LazyTensor:
         self._files, self._name = files, name
 
     def __getitem__(self, index: Any) -> Tensor:
-        return self._files.read(self._name)[index]
+        try:
+            return self._files.read(self._name)[index]
+        except ValueError as error:
+            raise ValueError(f"{WHO}: {error}") from None
 
     def get_shape(self) -> list[int]:
         return list(self._files.on_meta(self._name).shape)
