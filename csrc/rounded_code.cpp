@@ -10,6 +10,7 @@
 //                        against the weight, which scales the output
 // How                    tries 64 factors, each with up to four levels rounded the other way
 // What comes out         NF4 in bf16 has mean 1.9e-5 of absmax and slope 9e-5; INT4 and FP4 become exact
+// What is not searched   levels that T holds exactly, as E2M1 and whole numbers are: they stay, with a scale of 1
 //
 // CUDA's linear_dgrad in fp16 rounds level * scale to T once more. That adds no mean error, except for a level whose
 // significand is all ones: level * scale is half to one ulp short of scale times a power of two, and always rounds up
@@ -148,12 +149,22 @@ template <class T>
 RoundedCode<T> search(const float code[kLevels]) {
   RoundedCode<T> result;
   result.scale = 1;
-  for (int i = 0; i < kLevels; ++i) result.levels[i] = from_float<T>(code[i]);
-  if (!std::all_of(code, code + kLevels, [](float level) { return std::isfinite(level); })) return result;
-  const Search<T> found(code);
-  result.scale = float(found.best_scale);
+  bool is_exact = true;
   for (int i = 0; i < kLevels; ++i) {
-    const auto at = std::lower_bound(found.levels.begin(), found.levels.end(), double(code[i])) - found.levels.begin();
+    result.levels[i] = from_float<T>(code[i]);
+    is_exact = is_exact && to_float(result.levels[i]) == code[i];
+  }
+  if (is_exact || !std::all_of(code, code + kLevels, [](float level) { return std::isfinite(level); })) return result;
+  // Levels beyond [-1, 1] are divided by a power of two, and the scale multiplied by it.
+  float largest = 1, within[kLevels];
+  for (int i = 0; i < kLevels; ++i) largest = std::max(largest, std::fabs(code[i]));
+  int exponent = 0;
+  if (largest > 1) std::frexp(largest, &exponent);
+  for (int i = 0; i < kLevels; ++i) within[i] = std::ldexp(code[i], -exponent);
+  const Search<T> found(within);
+  result.scale = float(std::ldexp(found.best_scale, exponent));
+  for (int i = 0; i < kLevels; ++i) {
+    const auto at = std::lower_bound(found.levels.begin(), found.levels.end(), double(within[i])) - found.levels.begin();
     result.levels[i] = from_float<T>(found.best[size_t(at)]);
   }
   return result;

@@ -9,11 +9,18 @@ namespace nf4::cpu {
 enum class Products : int32_t { kFp32, kBf16, kBf16Codes };
 constexpr const char* kProductsNames[] = {"fp32", "bf16", "bf16_codes"};
 
+// How many consecutive weights of a row, on multiples of it, certainly share a scale: 64, 32 or 16; 0 where K is no
+// multiple of 64. What the products of unscaled codes need.
+static inline int code_run(const Weight& w) {
+  if (w.K == 0 || w.K % 64 != 0) return 0;
+  return w.block_shift < 6 ? 1 << w.block_shift : 64;
+}
+
 struct Problem {
   bool is_dgrad;
   Dtype dtype;  // of the activations
   int64_t M;
-  bool has_whole_codes;  // every 64 consecutive weights of a row share a scale
+  int code_run;  // see below
 };
 
 struct Choice {
@@ -28,7 +35,7 @@ constexpr int kDgradCodesMaxM = 128;  // above, scaling dY anew for each 64 k co
 static inline Choice choose(const Problem& p) {
   const bool is_gemv = !p.is_dgrad && p.M <= kGemvMaxM;
   if (p.dtype != Dtype::kBFloat16) return {Products::kFp32, is_gemv, "fp32 and fp16 activations: fp32 products"};
-  if (!p.has_whole_codes) return {Products::kBf16, is_gemv, "64 weights of a row do not share a scale: W is scaled"};
+  if (p.code_run == 0) return {Products::kBf16, is_gemv, "rows of W are not whole runs of 64 codes: W is scaled"};
   if (p.is_dgrad && p.M > kDgradCodesMaxM) return {Products::kBf16, is_gemv, "dgrad of M > 128: W is scaled, not dY"};
   return {Products::kBf16Codes, is_gemv, "64 weights share a scale: products of codes, scaled later"};
 }

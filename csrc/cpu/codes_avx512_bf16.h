@@ -18,8 +18,6 @@
 namespace nf4::cpu {
 namespace {
 
-constexpr int kScaled = 64;  // consecutive k that certainly share a scale
-
 static inline Isa::I load_code_table(const RoundedCode<BFloat16>& code) {
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(code.levels));
   return _mm512_inserti64x4(_mm512_castsi256_si512(half), half, 1);
@@ -31,31 +29,52 @@ static inline __m512bh code_values(Isa::I table, Isa::I words) {
   return (__m512bh)_mm512_permutexvar_epi16(NIBBLE == 0 ? words : _mm512_srli_epi16(words, 4 * NIBBLE), table);
 }
 
+// fn(CodeRun<RUN>{}) with the weight's code_run.
+template <int RUN>
+struct CodeRun {
+  static constexpr int value = RUN;
+};
+template <class Fn>
+static inline void with_code_run(const Weight& w, Fn&& fn) {
+  switch (code_run(w)) {
+    case 16: return fn(CodeRun<16>{});
+    case 32: return fn(CodeRun<32>{});
+    default: return fn(CodeRun<64>{});
+  }
+}
+
+// from[index(0)], ... from[index(15)]. Copies of integers stay off the vector ports, which the products need.
+template <class T, class Index>
+static inline Isa::F gather(const T* from, Index index) {
+  alignas(64) T values[Isa::L];
+#pragma GCC unroll 16
+  for (int i = 0; i < Isa::L; ++i) std::memcpy(values + i, from + index(i), sizeof(T));
+  return Isa::load(values);
+}
+
 // scale_absmax of blocks block(0), ... block(15), which ascend; past `count` the last one again.
 template <class Block>
 static inline Isa::F gather_superblocks(const Weight& w, int count, Block block) {
   if (w.scales != Scales::kDouble) return Isa::zero();
   const auto superblock = [&](int i) { return block(i < count ? i : count - 1) >> kSuperblockShift; };
   if (superblock(0) == superblock(Isa::L - 1)) return Isa::set1(w.scale_absmax[superblock(0)]);
-  alignas(64) float values[Isa::L];
-#pragma GCC unroll 16
-  for (int i = 0; i < Isa::L; ++i) std::memcpy(values + i, w.scale_absmax + superblock(i), sizeof(float));
-  return Isa::load(values);
+  return gather(w.scale_absmax, superblock);
 }
 
-// The scales of those blocks. It takes half the time of 16 calls of block_scale: the lookups stay off the vector ports.
+// The scales of those blocks. It takes half the time of 16 calls of block_scale.
 template <class Block>
 static inline Isa::F gather_scales(const Weight& w, int count, Block block, Isa::F superblocks) {
-  alignas(64) float values[Isa::L];
   const auto block_of = [&](int i) { return block(i < count ? i : count - 1); };
-  if (w.scales != Scales::kDouble) {
-    for (int i = 0; i < Isa::L; ++i) values[i] = block_scale(w, block_of(i));
-    return Isa::load(values);
+  switch (w.scales) {
+    case Scales::kFloat32: return gather(w.absmax_as<float>(), block_of);
+    case Scales::kBFloat16: return gather(w.absmax_as<BFloat16>(), block_of);
+    case Scales::kFloat16: return gather(w.absmax_as<Float16>(), block_of);
+    default: break;
   }
   const auto* absmax = w.absmax_as<uint8_t>();
-#pragma GCC unroll 16
-  for (int i = 0; i < Isa::L; ++i) std::memcpy(values + i, w.scale_code + absmax[block_of(i)], sizeof(float));
-  return Isa::add(Isa::mul(Isa::load(values), superblocks), Isa::set1(*w.scale_offset));
+  const Isa::F values = gather(w.scale_code, [&](int i) { return absmax[block_of(i)]; });
+  if (w.scales == Scales::kCodes) return values;
+  return Isa::add(Isa::mul(values, superblocks), Isa::set1(*w.scale_offset));
 }
 
 // *low in lanes 0..7, *high in lanes 8..15.
@@ -63,17 +82,31 @@ static inline Isa::F broadcast_halves(const float* low, const float* high) {
   return _mm512_mask_broadcastss_ps(Isa::set1(*low), 0xff00, _mm_load_ss(high));
 }
 
-// The scale of block `low` in lanes 0..7, of `high` in lanes 8..15.
-static inline Isa::F half_scales(const Weight& w, int64_t low, int64_t high) {
-  if (w.scales != Scales::kDouble) {
-    const float scales[2] = {block_scale(w, low), block_scale(w, high)};
-    return broadcast_halves(scales, scales + 1);
+// The scales of blocks block, ... block + count - 1 in the first lanes; count <= BLOCKS, which are 4 or 8.
+template <int BLOCKS>
+static inline Isa::F load_scales(const Weight& w, int64_t block, int count) {
+  const auto there = __mmask8((1 << count) - 1);
+  switch (w.scales) {
+    case Scales::kFloat32: return _mm512_maskz_loadu_ps(there, w.absmax_as<float>() + block);
+    case Scales::kBFloat16: {
+      const __m256i wide = _mm256_cvtepu16_epi32(_mm_maskz_loadu_epi16(there, w.absmax_as<uint16_t>() + block));
+      return _mm512_castps256_ps512(_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16)));
+    }
+    case Scales::kFloat16:
+      return _mm512_castps256_ps512(_mm256_cvtph_ps(_mm_maskz_loadu_epi16(there, w.absmax_as<uint16_t>() + block)));
+    default: break;
   }
-  const auto* absmax = w.absmax_as<uint8_t>();
-  const Isa::F values = broadcast_halves(w.scale_code + absmax[low], w.scale_code + absmax[high]);
-  const Isa::F groups =
-      broadcast_halves(w.scale_absmax + (low >> kSuperblockShift), w.scale_absmax + (high >> kSuperblockShift));
-  return Isa::add(Isa::mul(values, groups), Isa::set1(*w.scale_offset));
+  const __m128i codes = _mm_maskz_loadu_epi8(there, w.absmax_as<uint8_t>() + block);
+  const __m256 values = BLOCKS == 4
+                            ? _mm256_castps128_ps256(_mm_i32gather_ps(w.scale_code, _mm_cvtepu8_epi32(codes), 4))
+                            : _mm256_i32gather_ps(w.scale_code, _mm256_cvtepu8_epi32(codes), 4);
+  if (w.scales == Scales::kCodes) return _mm512_castps256_ps512(values);
+  const int64_t first = block >> kSuperblockShift, last = (block + count - 1) >> kSuperblockShift;
+  const auto in_first = first == last ? 0xff : (1 << ((last << kSuperblockShift) - block)) - 1;
+  const __m256 superblocks = _mm256_mask_broadcastss_ps(_mm256_set1_ps(w.scale_absmax[last]), __mmask8(in_first),
+                                                        _mm_load_ss(w.scale_absmax + first));
+  return _mm512_castps256_ps512(
+      _mm256_add_ps(_mm256_mul_ps(values, superblocks), _mm256_set1_ps(*w.scale_offset)));
 }
 
 }  // namespace

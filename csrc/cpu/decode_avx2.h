@@ -24,6 +24,7 @@ struct Isa {
   };
 
   static F set1(float a) { return _mm256_set1_ps(a); }
+  static F set_halves(float low, float high) { return _mm256_set_m128(_mm_set1_ps(high), _mm_set1_ps(low)); }
   static F zero() { return _mm256_setzero_ps(); }
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static F load(const BFloat16* p) {

@@ -22,6 +22,7 @@ struct Isa {
   using Table = F;
 
   static F set1(float a) { return _mm512_set1_ps(a); }
+  static F set_halves(float low, float high) { return _mm512_mask_broadcastss_ps(set1(low), 0xff00, _mm_set_ss(high)); }
   static F zero() { return _mm512_setzero_ps(); }
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static F load(const BFloat16* p) {

@@ -32,6 +32,12 @@ struct Isa {
     for (int i = 0; i < L; ++i) r.v[i] = a;
     return r;
   }
+  // low in the first half of the lanes, high in the second
+  static F set_halves(float low, float high) {
+    F r;
+    for (int i = 0; i < L; ++i) r.v[i] = i < L / 2 ? low : high;
+    return r;
+  }
   static F zero() { return set1(0.f); }
   template <class T>
   static F load(const T* p) {
@@ -77,7 +83,7 @@ struct Isa {
     return a.v[0];
   }
 
-  // max |p[i]|, compared as integers: NaN if there is one, else inf if there is one. `count` is a multiple of 32.
+  // max |p[i]|, compared as integers: NaN if there is one, else inf if there is one. `count` is a multiple of 2L.
   template <class T>
   static float max_abs(const T* p, int count) {
     return max_magnitude(p, count);

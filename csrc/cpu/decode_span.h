@@ -1,4 +1,7 @@
 // Decodes any run of consecutive weights: the one routine that knows odd starts, block boundaries and tails.
+//
+//   2L weights of two blocks of 16, L = 16      decode_pairs: even, odd        scales_of_pairs
+//     | k 0 .. 15 | k 16 .. 31 |                 lane i: k 2i, k 2i + 1         lanes 0-7: of k 0, 8-15: of k 16
 #pragma once
 
 #include "kernels.h"
@@ -6,8 +9,37 @@
 namespace nf4::cpu {
 namespace {
 
+static inline bool has_blocks_below_pairs(const Weight& w) { return 1 << w.block_shift < 2 * Isa::L; }
+
+// The scales of 2L weights from element `at` on, a multiple of 2L, in the order of decode_pairs.
+static inline Isa::F scales_of_pairs(const Weight& w, int64_t at) {
+  static_assert(Isa::L <= kMinBlockSize, "2L weights have at most two scales");
+  const int64_t block = at >> w.block_shift;
+  if (has_blocks_below_pairs(w)) return Isa::set_halves(block_scale(w, block), block_scale(w, block + 1));
+  return Isa::set1(block_scale(w, block));
+}
+
+// decode_span where 2L weights have two scales.
+template <class T>
+void decode_short_blocks(const Weight& w, int64_t begin, int64_t count, T* out) {
+  const Isa::Table table = Isa::load_table(w.code);
+  const auto decode_one = [&](int64_t i) {
+    out[i] = from_float<T>(w.code[nibble(w.packed, begin + i)] * block_scale(w, (begin + i) >> w.block_shift));
+  };
+  int64_t i = 0;
+  for (; i < count && (begin + i) % (2 * Isa::L) != 0; ++i) decode_one(i);
+  for (; i + 2 * Isa::L <= count; i += 2 * Isa::L) {
+    Isa::F even, odd;
+    Isa::decode_pairs(w.packed + (begin + i) / 2, table, even, odd);
+    const Isa::F scales = scales_of_pairs(w, begin + i);
+    Isa::store_pairs(out + i, Isa::mul(even, scales), Isa::mul(odd, scales));
+  }
+  for (; i < count; ++i) decode_one(i);
+}
+
 template <class T>
 void decode_span(const Weight& w, int64_t begin, int64_t count, T* out) {
+  if (has_blocks_below_pairs(w)) return decode_short_blocks(w, begin, count, out);
   const Isa::Table table = Isa::load_table(w.code);
   while (count > 0) {
     const int64_t block = begin >> w.block_shift, left = ((block + 1) << w.block_shift) - begin;

@@ -69,11 +69,13 @@ void decode_tile(const Weight& w, int64_t n, int64_t n_count, int64_t k, int64_t
     }
     Isa::F scale = scales_of_rows(w, first, here, k);
     for (int64_t i = 0; i < k_count; i += 32) {
-      if (i > 0 && (scale_changes_inside || ((k + i) & block_mask) == 0)) scale = scales_of_rows(w, first, here, k + i);
       Isa::I words[4];
       Isa::load_transposed(rows, (k + i) / 2, words);
       typename Core::Element* out = slice + i * kTileN + v * Isa::L * Core::kStep;
       for (int j = 0; j < 4; ++j, out += 8 * kTileN) {
+        const int64_t at = i + 8 * j;
+        if (at > 0 && j % 2 == 0 && (((k + at) & block_mask) == 0 || (scale_changes_inside && j == 0)))
+          scale = scales_of_rows(w, first, here, k + at);
         Isa::F even, odd;
         decode_byte<0>(table, words[j], scale, even, odd);
         Core::store_k_pair(out, even, odd);

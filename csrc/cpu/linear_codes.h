@@ -35,12 +35,13 @@ namespace {
 
 constexpr int kCodesOfWord = 8;  // in a lane's u32
 
-// Panels are [M tile][slice of K][m][kSliceD], 8 k in the order above.
+// Panels are [M tile][slice of K][m][kSliceD], 8 k in the order above. RUN consecutive k share a scale.
+template <int RUN>
 struct LinearCodes {
   using Element = BFloat16;
   using Factor = LoraB;
-  static constexpr int kStep = kScaled, kPanelStep = kSliceD, kTileM = 12, kTileC = kVectors * Isa::L, kGroup = 1;
-  static constexpr int kBlocks = kSliceD / kScaled;
+  static constexpr int kStep = 64, kPanelStep = kSliceD, kTileM = 12, kTileC = kVectors * Isa::L, kGroup = 1;
+  static constexpr int kBlocks = kSliceD / RUN;
   struct Slice {
     Isa::I codes[kVectors][kSliceD / kCodesOfWord];
     Isa::F scales[kVectors][kBlocks];
@@ -62,7 +63,7 @@ struct LinearCodes {
 #pragma GCC unroll 2
         for (int v = 0; v < kVectors; ++v) body(r, v);
     };
-    const int64_t blocks = k_count / kScaled;
+    const int64_t blocks = k_count / RUN;
     each_sum([&](int r, int v) { acc[r][v] = Isa::zero(); });
     for (int64_t b = 0; b < blocks; ++b) {
       if (b > 0 && slice.is_steady) {
@@ -74,7 +75,7 @@ struct LinearCodes {
           acc[r][v] = Isa::zero();
         });
       }
-      for (int64_t word = b * kScaled / kCodesOfWord; word < (b + 1) * kScaled / kCodesOfWord; ++word) {
+      for (int64_t word = b * RUN / kCodesOfWord; word < (b + 1) * RUN / kCodesOfWord; ++word) {
         const Element* xw = x + word * kCodesOfWord;
         for (int line = 0; line < TILE_M; line += 4)  // of this tile's next slice
           __builtin_prefetch(x + TILE_M * kSliceD + (word * TILE_M / 4 + line / 4) * 32);
@@ -104,8 +105,9 @@ struct LinearCodes {
   }
 };
 
+// GemmPackFn, of any RUN.
 void linear_codes_pack(const void* x, Dtype, int64_t M, int64_t K, int64_t tile_begin, int64_t tile_end, void* panel) {
-  const int64_t tiles = m_tiles(M, LinearCodes::kTileM), padded = round_up(K, kSliceD);
+  const int64_t tiles = m_tiles(M, LinearCodes<64>::kTileM), padded = round_up(K, kSliceD);
   // By bytes: k 1, 5, 0, 4 | 3, 7, 2, 6 of each 8.
   const Isa::I order = _mm512_set4_epi32(0x0d0c0504, 0x0f0e0706, 0x09080100, 0x0b0a0302);
   const auto* in = static_cast<const BFloat16*>(x);
@@ -120,15 +122,17 @@ void linear_codes_pack(const void* x, Dtype, int64_t M, int64_t K, int64_t tile_
   }
 }
 
-void linear_codes(const GemmArgs& args, int64_t tile_begin, int64_t tile_end, void* workspace) {
+template <int RUN>
+void linear_code_runs(const GemmArgs& args, int64_t tile_begin, int64_t tile_end, void* workspace) {
+  using Core = LinearCodes<RUN>;
   const Weight& w = args.weight;
   const Isa::F code_scale = Isa::set1(args.bf16_code.scale);
   const bool is_in_one_superblock = w.K % kSliceD == 0;  // a row's part of a slice
-  const auto decode = [&](int64_t n, int64_t n_count, int64_t k, int64_t k_count, LinearCodes::Slice* slices) {
-    LinearCodes::Slice& slice = *slices;
+  const auto decode = [&](int64_t n, int64_t n_count, int64_t k, int64_t k_count, typename Core::Slice* slices) {
+    typename Core::Slice& slice = *slices;
     slice.is_steady = true;
     slice.row_bytes = w.K / 2;
-    slice.ahead = w.packed + (k + k_count < w.K ? n * w.K + k + k_count : (n + LinearCodes::kTileC) * w.K) / 2;
+    slice.ahead = w.packed + (k + k_count < w.K ? n * w.K + k + k_count : (n + Core::kTileC) * w.K) / 2;
     for (int v = 0; v < kVectors; ++v) {
       const int64_t first = n + v * Isa::L < n + n_count ? n + v * Isa::L : n + n_count - 1;
       const int64_t here = n + n_count - first < Isa::L ? n + n_count - first : Isa::L;
@@ -137,14 +141,14 @@ void linear_codes(const GemmArgs& args, int64_t tile_begin, int64_t tile_end, vo
       for (int64_t i = 0; i < k_count; i += 32)
         Isa::load_transposed(rows, (k + i) / 2, slice.codes[v] + i / kCodesOfWord);
       Isa::F superblocks = Isa::zero();
-      for (int64_t i = 0; i < k_count; i += kScaled) {
+      for (int64_t i = 0; i < k_count; i += RUN) {
         const auto block = [&](int r) { return ((first + r) * w.K + k + i) >> w.block_shift; };
         if (i == 0 || !is_in_one_superblock) superblocks = gather_superblocks(w, int(here), block);
-        slice.scales[v][i / kScaled] = Isa::mul(gather_scales(w, int(here), block, superblocks), code_scale);
+        slice.scales[v][i / RUN] = Isa::mul(gather_scales(w, int(here), block, superblocks), code_scale);
       }
       const auto size = [&](int64_t b) { return _mm512_abs_ps(slice.scales[v][b]); };
       Isa::F least = size(0), most = size(0);
-      for (int64_t b = 1; b < k_count / kScaled; ++b) {
+      for (int64_t b = 1; b < k_count / RUN; ++b) {
         slice.ratios[v][b] = _mm512_div_ps(slice.scales[v][b - 1], slice.scales[v][b]);
         least = _mm512_min_ps(least, size(b));
         most = _mm512_max_ps(most, size(b));
@@ -156,7 +160,12 @@ void linear_codes(const GemmArgs& args, int64_t tile_begin, int64_t tile_end, vo
   const auto store = [&](int64_t m, int64_t n, int64_t n_count, const float* sums) {
     store_y(args, m, n, n_count, sums);
   };
-  gemm<LinearCodes>(args, /*D=*/w.K, /*C=*/w.N, tile_begin, tile_end, workspace, decode, store);
+  gemm<Core>(args, /*D=*/w.K, /*C=*/w.N, tile_begin, tile_end, workspace, decode, store);
+}
+
+// GemmFn.
+void linear_codes(const GemmArgs& args, int64_t tile_begin, int64_t tile_end, void* workspace) {
+  with_code_run(args.weight, [&](auto run) { linear_code_runs<run.value>(args, tile_begin, tile_end, workspace); });
 }
 
 }  // namespace

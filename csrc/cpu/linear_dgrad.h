@@ -29,7 +29,7 @@ static inline void decode_even_odd(const Weight& w, const Isa::Table& table, int
                                    Isa::F& even, Isa::F& odd) {
   const int64_t flat = n * w.K + k;
   if (w.K % (2 * Isa::L) == 0) {
-    const Isa::F scale = Isa::set1(block_scale(w, flat >> w.block_shift));
+    const Isa::F scale = scales_of_pairs(w, flat);
     Isa::decode_pairs(w.packed + flat / 2, table, even, odd);
     even = Isa::mul(even, scale);
     odd = Isa::mul(odd, scale);

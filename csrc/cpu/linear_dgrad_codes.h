@@ -31,15 +31,73 @@ struct NibbleByNibble {  // the order of k above
   static constexpr int first_k(int vector) { return vector ^ 1; }
 };
 
-// Panels are [M tile][slice of N][m][kSliceD], padded with zeros.
+// Lane l of a register of `parts` parts belongs to part l % parts: then a load that repeats a few dY fills it.
+template <int PARTS>
+struct PartOrder {
+  static constexpr int kWords = Isa::L / PARTS;  // of 4 k, in a part
+  static constexpr int word_of_lane(int lane) { return lane % PARTS * kWords + lane / PARTS; }
+  static constexpr int lane_of_word(int word) { return word % kWords * PARTS + word / kWords; }
+  // Words 0..15 of two rows of 32 in the order of the lanes, the second row's in the high half of a lane.
+  static Isa::I two_rows() {
+    alignas(64) uint16_t index[2 * Isa::L];
+    for (int lane = 0; lane < Isa::L; ++lane) {
+      index[2 * lane] = uint16_t(word_of_lane(lane));
+      index[2 * lane + 1] = uint16_t(2 * Isa::L + word_of_lane(lane));
+    }
+    return _mm512_load_si512(index);
+  }
+  // Lane j: word j.
+  static Isa::F natural(Isa::F lanes) {
+    if constexpr (PARTS == 1) return lanes;
+    alignas(64) int32_t index[Isa::L];
+    for (int word = 0; word < Isa::L; ++word) index[word] = lane_of_word(word);
+    return _mm512_permutexvar_ps(_mm512_load_si512(index), lanes);
+  }
+};
+
+// The pair of each part at p, in that order of lanes.
+template <int PARTS>
+static inline Isa::I broadcast_parts(const BFloat16* p) {
+  if constexpr (PARTS == 1) return Isa::broadcast_pair(p);
+  if constexpr (PARTS == 4) return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  int64_t pairs;
+  std::memcpy(&pairs, p, sizeof pairs);
+  return _mm512_set1_epi64(pairs);
+}
+
+// Lane 0 of each part, then lane 1 of each, and so on.
+static inline void store_interleaved(const Isa::I (&parts)[1], BFloat16* out) { _mm512_storeu_si512(out, parts[0]); }
+static inline void store_interleaved(const Isa::I (&parts)[2], BFloat16* out) {
+  const Isa::I low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  _mm512_storeu_si512(out, _mm512_permutex2var_epi32(parts[0], low, parts[1]));
+  const Isa::I high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  _mm512_storeu_si512(out + 2 * Isa::L, _mm512_permutex2var_epi32(parts[0], high, parts[1]));
+}
+static inline void store_interleaved(const Isa::I (&parts)[4], BFloat16* out) {
+  const Isa::I halves[2][2] = {{parts[0], parts[1]}, {parts[2], parts[3]}};
+  alignas(64) BFloat16 twos[2][4 * Isa::L];
+  store_interleaved(halves[0], twos[0]);
+  store_interleaved(halves[1], twos[1]);
+  const Isa::I low = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), high = _mm512_add_epi64(low, _mm512_set1_epi64(4));
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const Isa::I a = _mm512_load_si512(twos[0] + 2 * Isa::L * i), b = _mm512_load_si512(twos[1] + 2 * Isa::L * i);
+    _mm512_storeu_si512(out + 4 * Isa::L * i, _mm512_permutex2var_epi64(a, low, b));
+    _mm512_storeu_si512(out + 4 * Isa::L * i + 2 * Isa::L, _mm512_permutex2var_epi64(a, high, b));
+  }
+}
+
+// Panels are [M tile][slice of N][m][kSliceD], padded with zeros. RUN consecutive k share a scale.
+template <int RUN>
 struct DgradCodes {
   using Element = BFloat16;
   using Factor = LoraA<NibbleByNibble>;
   static constexpr int kNibbles = 4;  // of a word: as many weight vectors
   static constexpr int kStep = 2, kPanelStep = kSliceD, kTileM = 6, kTileC = kNibbles * Isa::L, kGroup = 2;
+  static constexpr int kParts = kTileC / RUN;  // of the tile, each with its scale
   struct Slice {
     Isa::I codes[kSliceD / 2];
-    alignas(64) float scales[kSliceD];
+    alignas(64) float scales[kParts][kSliceD];
     const uint8_t* ahead;  // the slice after this one, in its first row of W
     int64_t row_bytes;     // to its next row
   };
@@ -47,13 +105,19 @@ struct DgradCodes {
   template <int TILE_M>
   static void multiply(const GemmArgs& args, const Element* dy, const Slice& slice, int64_t n_count, bool is_first,
                        float* tile) {
-    alignas(64) Element scaled[TILE_M][kSliceD];
+    alignas(64) Element scaled[TILE_M][kSliceD * kParts];  // [n / 2][part][2]
     for (int r = 0; r < TILE_M; ++r)
       for (int64_t n = 0; n < n_count; n += 2 * Isa::L) {
-        const Element* from = dy + r * kSliceD + n;
-        const Isa::F low = Isa::mul(Isa::load(from), Isa::load(slice.scales + n));
-        const Isa::F high = Isa::mul(Isa::load(from + Isa::L), Isa::load(slice.scales + n + Isa::L));
-        _mm512_store_si512(scaled[r] + n, (Isa::I)_mm512_cvtne2ps_pbh(high, low));
+        const Isa::F low = Isa::load(dy + r * kSliceD + n), high = Isa::load(dy + r * kSliceD + n + Isa::L);
+        Isa::I pairs[kParts];
+#pragma GCC unroll 4
+        for (int p = 0; p < kParts; ++p) {
+          const float* scales = slice.scales[p] + n;
+          const Isa::F scaled_low = Isa::mul(low, Isa::load(scales));
+          const Isa::F scaled_high = Isa::mul(high, Isa::load(scales + Isa::L));
+          pairs[p] = (Isa::I)_mm512_cvtne2ps_pbh(scaled_high, scaled_low);
+        }
+        store_interleaved(pairs, scaled[r] + n * kParts);
       }
 
     const Isa::I table = load_code_table(args.bf16_code);
@@ -70,21 +134,24 @@ struct DgradCodes {
                                          code_values<2>(table, codes), code_values<3>(table, codes)};
 #pragma GCC unroll 6
       for (int r = 0; r < TILE_M; ++r) {
-        const auto dy_pair = (__m512bh)Isa::broadcast_pair(scaled[r] + 2 * pair);
+        const auto dy_pair = (__m512bh)broadcast_parts<kParts>(scaled[r] + 2 * kParts * pair);
 #pragma GCC unroll 4
         for (int v = 0; v < kNibbles; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], values[v], dy_pair);
       }
     }
+    const PartOrder<kParts> order;
     for (int r = 0; r < TILE_M; ++r)
       for (int v = 0; v < kNibbles; ++v) {
         float* out = tile + r * kTileC + v * Isa::L;
-        Isa::store(out, is_first ? acc[r][v] : Isa::add(acc[r][v], Isa::load(out)));
+        const Isa::F sums = order.natural(acc[r][v]);
+        Isa::store(out, is_first ? sums : Isa::add(sums, Isa::load(out)));
       }
   }
 };
 
+// GemmPackFn, of any RUN.
 void dgrad_codes_pack(const void* dy, Dtype, int64_t M, int64_t N, int64_t tile_begin, int64_t tile_end, void* panel) {
-  const int64_t tiles = m_tiles(M, DgradCodes::kTileM), padded = round_up(N, kSliceD);
+  const int64_t tiles = m_tiles(M, DgradCodes<64>::kTileM), padded = round_up(N, kSliceD);
   const auto* in = static_cast<const BFloat16*>(dy);
   for (int64_t t = tile_begin; t < tile_end; ++t) {
     const int64_t first = first_m(t, tiles, M), end = first_m(t + 1, tiles, M);
@@ -130,16 +197,17 @@ static inline void decode_scales(const GemmArgs& args, int64_t n, int64_t n_coun
   }
 }
 
-void linear_dgrad_codes(const GemmArgs& args, int64_t tile_begin, int64_t tile_end, void* workspace) {
+template <int RUN>
+void linear_dgrad_code_runs(const GemmArgs& args, int64_t tile_begin, int64_t tile_end, void* workspace) {
+  using Core = DgradCodes<RUN>;
   const Weight& w = args.weight;
-  const Isa::I words = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
-                                        5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const Isa::I words = PartOrder<Core::kParts>::two_rows();
   const Isa::I next_words = _mm512_add_epi16(words, _mm512_set1_epi16(16));
-  constexpr int kTileBytes = DgradCodes::kTileC / 2;
+  constexpr int kTileBytes = Core::kTileC / 2;
   // One load takes a row's codes of two tiles: the rows lie K/2 bytes apart, and where that is a power of two they all
   // contend for two sets of L1 (8 cycles a load at K = 4096).
-  const auto decode = [&](int64_t k, int64_t k_count, int64_t n, int64_t n_count, DgradCodes::Slice* slices) {
-    const int tiles = int(k_count / DgradCodes::kTileC);
+  const auto decode = [&](int64_t k, int64_t k_count, int64_t n, int64_t n_count, typename Core::Slice* slices) {
+    const int tiles = int(k_count / Core::kTileC);
     const int64_t there = w.N - n < n_count ? w.N - n : n_count, row_bytes = w.K / 2;
     const uint8_t* row = w.packed + n * row_bytes + k / 2;
     for (int64_t i = 0; i < n_count; i += 2, row += 2 * row_bytes) {
@@ -153,18 +221,24 @@ void linear_dgrad_codes(const GemmArgs& args, int64_t tile_begin, int64_t tile_e
       }
     }
     for (int g = 0; g < tiles; ++g) {
-      decode_scales(args, n, there, k + g * DgradCodes::kTileC, slices[g].scales);
+      for (int p = 0; p < Core::kParts; ++p)
+        decode_scales(args, n, there, k + g * Core::kTileC + p * RUN, slices[g].scales[p]);
       slices[g].row_bytes = row_bytes;
       slices[g].ahead = w.packed + (n + n_count < w.N ? (n + n_count) * row_bytes + k / 2 : (k + k_count) / 2);
     }
   };
   const auto store = [&](int64_t m, int64_t k, int64_t k_count, const float* sums) {
     auto* dx = static_cast<BFloat16*>(args.out) + m * w.K + k;
-    float natural[DgradCodes::kTileC];
+    float natural[Core::kTileC];
     put_in_order(sums, natural);
     for (int64_t c = 0; c < k_count; c += Isa::L) Isa::store(dx + c, Isa::load(natural + c));
   };
-  gemm<DgradCodes>(args, /*D=*/w.N, /*C=*/w.K, tile_begin, tile_end, workspace, decode, store);
+  gemm<Core>(args, /*D=*/w.N, /*C=*/w.K, tile_begin, tile_end, workspace, decode, store);
+}
+
+// GemmFn.
+void linear_dgrad_codes(const GemmArgs& args, int64_t tile_begin, int64_t tile_end, void* workspace) {
+  with_code_run(args.weight, [&](auto run) { linear_dgrad_code_runs<run.value>(args, tile_begin, tile_end, workspace); });
 }
 
 }  // namespace

@@ -46,7 +46,8 @@ template <int M, int TILE_N>
 void dot_pairs(const GemmArgs& args, const Isa::Table& table, int64_t n, float (*sums)[kGemvMaxM]) {
   const Weight& w = args.weight;
   const float* x = static_cast<const float*>(args.panel);
-  const int64_t row = n * w.K, block_mask = (int64_t(1) << w.block_shift) - 1;
+  const int64_t row = n * w.K, block_size = int64_t(1) << w.block_shift;
+  const int64_t block_mask = (block_size < 2 * Isa::L ? 2 * Isa::L : block_size) - 1;  // two short ones as one
   for (int64_t slice = 0; slice < w.K; slice += kGemvSliceK) {
     const int64_t slice_end = w.K - slice < kGemvSliceK ? w.K : slice + kGemvSliceK;
     Isa::F total[TILE_N][M];
@@ -72,7 +73,7 @@ void dot_pairs(const GemmArgs& args, const Isa::Table& table, int64_t n, float (
         }
       }
       for (int r = 0; r < TILE_N; ++r) {
-        const Isa::F scale = Isa::set1(block_scale(w, (row + r * w.K + begin) >> w.block_shift));
+        const Isa::F scale = scales_of_pairs(w, row + r * w.K + begin);
         for (int m = 0; m < M; ++m) total[r][m] = Isa::fma(partial[r][m], scale, total[r][m]);
       }
     }

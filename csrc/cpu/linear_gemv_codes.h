@@ -48,8 +48,31 @@ void gemv_codes_pack(const void* x, Dtype, int64_t M, int64_t K, void* panel) {
     }
 }
 
+// The scales of 16 groups of 8 codes from element `at` on, lane by lane; of the first 8 groups alone, unless is_whole.
+template <int RUN>
+static inline Isa::F scales_of_groups(const Weight& w, int64_t at, bool is_whole) {
+  constexpr int kBlocks = kGemvGroupK / RUN;
+  const int64_t block = at >> w.block_shift;
+  if constexpr (RUN == 64) {
+    const int64_t next = (at + (is_whole ? RUN : 0)) >> w.block_shift;
+    if (w.scales != Scales::kDouble) {
+      const float scales[2] = {block_scale(w, block), block_scale(w, next)};
+      return broadcast_halves(scales, scales + 1);
+    }
+    const auto* absmax = w.absmax_as<uint8_t>();
+    const Isa::F values = broadcast_halves(w.scale_code + absmax[block], w.scale_code + absmax[next]);
+    const Isa::F groups =
+        broadcast_halves(w.scale_absmax + (block >> kSuperblockShift), w.scale_absmax + (next >> kSuperblockShift));
+    return Isa::add(Isa::mul(values, groups), Isa::set1(*w.scale_offset));
+  } else {
+    const Isa::I spread = _mm512_srli_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                            RUN == 32 ? 2 : 1);
+    return _mm512_permutexvar_ps(spread, load_scales<kBlocks>(w, block, is_whole ? kBlocks : kBlocks / 2));
+  }
+}
+
 // sums[r][m] = x[m, :] . W[n + r, :], r < TILE_N
-template <int M, int TILE_N>
+template <int RUN, int M, int TILE_N>
 void dot_codes(const GemmArgs& args, Isa::I table, int64_t n, float sums[][kGemvMaxM]) {
   const Weight& w = args.weight;
   const auto* x = static_cast<const BFloat16*>(args.panel);
@@ -62,7 +85,8 @@ void dot_codes(const GemmArgs& args, Isa::I table, int64_t n, float sums[][kGemv
     Isa::F part[TILE_N][M];
     for (int r = 0; r < TILE_N; ++r)
       for (int m = 0; m < M; ++m) part[r][m] = Isa::zero();
-    const auto add_group = [&](int64_t i, __mmask8 there, int last) {  // of the 8 quadwords of codes
+    const auto add_group = [&](int64_t i, bool is_whole) {
+      const __mmask8 there = is_whole ? 0xff : 0x0f;  // of 8 quadwords
       Isa::I codes[TILE_N];
       Isa::F acc[TILE_N][M];
       for (int r = 0; r < TILE_N; ++r) {
@@ -83,14 +107,13 @@ void dot_codes(const GemmArgs& args, Isa::I table, int64_t n, float sums[][kGemv
       add_products(2, [&](Isa::I c) { return code_values<2>(table, c); });
       add_products(3, [&](Isa::I c) { return code_values<3>(table, c); });
       for (int r = 0; r < TILE_N; ++r) {
-        const int64_t flat = (n + r) * w.K + chunk + i;
-        const Isa::F scales = half_scales(w, flat >> w.block_shift, (flat + last) >> w.block_shift);
+        const Isa::F scales = scales_of_groups<RUN>(w, (n + r) * w.K + chunk + i, is_whole);
         for (int m = 0; m < M; ++m) part[r][m] = Isa::fma(acc[r][m], scales, part[r][m]);
       }
     };
     int64_t i = 0;
-    for (; i + kGemvGroupK <= count; i += kGemvGroupK) add_group(i, 0xff, kScaled);
-    if (i < count) add_group(i, 0x0f, 0);
+    for (; i + kGemvGroupK <= count; i += kGemvGroupK) add_group(i, true);
+    if (i < count) add_group(i, false);
     for (int r = 0; r < TILE_N; ++r)
       for (int m = 0; m < M; ++m) total[r][m] = Isa::add(total[r][m], part[r][m]);
   }
@@ -98,28 +121,33 @@ void dot_codes(const GemmArgs& args, Isa::I table, int64_t n, float sums[][kGemv
     for (int m = 0; m < M; ++m) sums[r][m] = Isa::reduce_add(total[r][m]) * args.bf16_code.scale;
 }
 
-template <int TILE_N>
+template <int RUN, int TILE_N>
 void dot_codes_of_any_m(const GemmArgs& args, Isa::I table, int64_t n, float sums[][kGemvMaxM]) {
   switch (args.M) {
-    case 1: return dot_codes</*M=*/1, TILE_N>(args, table, n, sums);
-    case 2: return dot_codes</*M=*/2, TILE_N>(args, table, n, sums);
-    case 3: return dot_codes</*M=*/3, TILE_N>(args, table, n, sums);
-    default: return dot_codes</*M=*/4, TILE_N>(args, table, n, sums);
+    case 1: return dot_codes<RUN, /*M=*/1, TILE_N>(args, table, n, sums);
+    case 2: return dot_codes<RUN, /*M=*/2, TILE_N>(args, table, n, sums);
+    case 3: return dot_codes<RUN, /*M=*/3, TILE_N>(args, table, n, sums);
+    default: return dot_codes<RUN, /*M=*/4, TILE_N>(args, table, n, sums);
   }
 }
 
-// GemvFn.
-void gemv_codes(const GemmArgs& args, int64_t n_begin, int64_t n_end) {
+template <int RUN>
+void gemv_code_runs(const GemmArgs& args, int64_t n_begin, int64_t n_end) {
   const Isa::I table = load_code_table(args.bf16_code);
   for (int64_t n = n_begin; n < n_end;) {
     const int n_count = n + kGemvTileN <= n_end ? kGemvTileN : 1;
     float sums[kGemvTileN][kGemvMaxM];
     if (n_count == 1)
-      dot_codes_of_any_m</*TILE_N=*/1>(args, table, n, sums);
+      dot_codes_of_any_m<RUN, /*TILE_N=*/1>(args, table, n, sums);
     else
-      dot_codes_of_any_m<kGemvTileN>(args, table, n, sums);
+      dot_codes_of_any_m<RUN, kGemvTileN>(args, table, n, sums);
     for (int r = 0; r < n_count; ++r, ++n) store_column<BFloat16>(args, n, sums[r]);
   }
+}
+
+// GemvFn.
+void gemv_codes(const GemmArgs& args, int64_t n_begin, int64_t n_end) {
+  with_code_run(args.weight, [&](auto run) { gemv_code_runs<run.value>(args, n_begin, n_end); });
 }
 
 }  // namespace

@@ -6,7 +6,7 @@
 namespace nf4::cpu {
 
 Plan plan_product(const Product& product, GemmArgs& args) {
-  const Choice choice = choose({product.is_dgrad, args.dtype, args.M, has_whole_codes(args.weight)});
+  const Choice choice = choose({product.is_dgrad, args.dtype, args.M, code_run(args.weight)});
   const ProductKernels& kernels = active_kernels()[choice.products];
   if (kernels.needs_bf16_code) args.bf16_code = rounded_code<BFloat16>(args.weight.code);
   return {choice.is_gemv ? kernels.gemv : nullptr, product.is_dgrad ? kernels.linear_dgrad : kernels.linear};

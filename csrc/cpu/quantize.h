@@ -69,11 +69,26 @@ void encode_block(const T* w, int count, float absmax, const Levels& levels, Ran
   }
 }
 
-// max |w| of `count` weights, a multiple of 32; NaN if one of them is not finite.
+// max |w| of `count` weights, a multiple of 2L; NaN if one of them is not finite.
 template <class T>
 float block_absmax(const T* w, int count) {
   const float absmax = Isa::max_abs(w, count);
   return absmax < float_of(0x7f800000u) ? absmax : float_of(0x7fc00000u);
+}
+
+// Whole blocks shorter than 2L, each padded with zeros.
+template <class T, class Ranker>
+void quantize_short_blocks(const QuantizeArgs& args, const Levels& levels, Ranker ranker, int64_t block_begin,
+                           int64_t block_end) {
+  const T* weight = static_cast<const T*>(args.weight);
+  T padded[2 * Isa::L] = {};
+  uint8_t bytes[Isa::L];
+  for (int64_t b = block_begin; b < block_end; ++b) {
+    std::memcpy(static_cast<void*>(padded), weight + b * args.block_size, size_t(args.block_size) * sizeof(T));
+    args.absmax[b] = block_absmax(padded, 2 * Isa::L);
+    encode_block(padded, 2 * Isa::L, args.absmax[b], levels, ranker, bytes);
+    std::memcpy(args.packed + b * args.block_size / 2, bytes, size_t(args.block_size / 2));
+  }
 }
 
 // Whole blocks. `ranker` by value: its tables stay in registers, where a reference could alias what is stored.
@@ -82,6 +97,7 @@ void quantize_blocks(const QuantizeArgs& args, const Levels& levels, Ranker rank
                      int64_t block_end) {
   const T* weight = static_cast<const T*>(args.weight);
   const int size = args.block_size;
+  if (size < 2 * Isa::L) return quantize_short_blocks<T>(args, levels, ranker, block_begin, block_end);
   const int64_t group = size < kGroup ? kGroup / size : 1;
   for (int64_t begin = block_begin; begin < block_end; begin += group) {
     const int64_t end = begin + group < block_end ? begin + group : block_end;

@@ -15,12 +15,12 @@ GEMV_MOST_M, DGRAD_CODES_MOST_M = 4, 128
 def choose():
     function = ctypes.CDLL(str(native.CPU_LIBRARY)).nf4kernels_cpu_choose
     function.restype = ctypes.c_char_p
-    function.argtypes = [ctypes.c_bool, ctypes.c_int32, ctypes.c_int64, ctypes.c_bool]
+    function.argtypes = [ctypes.c_bool, ctypes.c_int32, ctypes.c_int64, ctypes.c_int32]
     function.argtypes += [ctypes.POINTER(ctypes.c_bool), ctypes.POINTER(ctypes.c_char_p)]
 
-    def call(is_dgrad, dtype, M, has_whole_codes=True):
+    def call(is_dgrad, dtype, M, code_run=64):
         is_gemv, reason = ctypes.c_bool(), ctypes.c_char_p()
-        products = function(is_dgrad, dtype, M, has_whole_codes, is_gemv, reason)
+        products = function(is_dgrad, dtype, M, code_run, is_gemv, reason)
         return products.decode(), is_gemv.value, reason.value.decode()
 
     return call
@@ -28,21 +28,21 @@ def choose():
 
 def test_every_product_has_kernels_and_a_reason(choose):
     rows = (1, 4, 5, 128, 129, 512, 1 << 24)
-    for is_dgrad, dtype, M, whole in itertools.product((False, True), (FP32, BF16, FP16), rows, (True, False)):
-        products, is_gemv, reason = choose(is_dgrad, dtype, M, whole)
+    for is_dgrad, dtype, M, run in itertools.product((False, True), (FP32, BF16, FP16), rows, (64, 32, 16, 0)):
+        products, is_gemv, reason = choose(is_dgrad, dtype, M, run)
         assert reason
         assert is_gemv == (not is_dgrad and M <= GEMV_MOST_M)
         if dtype != BF16:
             assert products == "fp32"
-        elif not whole or (is_dgrad and M > DGRAD_CODES_MOST_M):
+        elif run == 0 or (is_dgrad and M > DGRAD_CODES_MOST_M):
             assert products == "bf16"
         else:
             assert products == "bf16_codes"
 
 
-def test_no_kernel_of_codes_runs_where_a_block_ends_inside_64_weights(choose):
+def test_no_kernel_of_codes_runs_where_rows_are_not_whole_runs(choose):
     for is_dgrad, M in itertools.product((False, True), (1, 16, 500)):
-        assert choose(is_dgrad, BF16, M, has_whole_codes=False)[0] == "bf16"
+        assert choose(is_dgrad, BF16, M, code_run=0)[0] == "bf16"
 
 
 def test_dgrad_has_no_gemv(choose):

@@ -9,14 +9,16 @@ from torch import Tensor
 
 from nf4kernels import QuantizedExperts, QuantizedWeight, codebook, reference
 from nf4kernels.backends.select import CPU_LIBRARY as LIBRARY
-from nf4kernels.quantized_weight import tensor_specs
+from nf4kernels.quantized_weight import absmax_shape, packed_shape, tensor_specs
 
 ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
 # What the ops run here, each in turn. `test_backends.py` holds a skip for each instruction set that is missing.
 IMPLEMENTATIONS = ("reference",) if LIBRARY is None else tuple(LIBRARY.isas)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+HALVES = DTYPES[1:]
+NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+BLOCK_SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 # Rows of x: none, one, and around the register and cache tiles of a GEMM.
 ROWS = (0, 1, 2, 3, 4, 5, 7, 12, 13, 16, 17, 64, 129)
@@ -65,10 +67,18 @@ class Layout:
 
     block_size: int = 64
     codebook: str = "nf4"
-    scale_codebook: str | None = "e4m3"  # None: no double quantization
+    scale_codebook: str | None = "e4m3"  # None: absmax holds numbers
+    numbers: str = "float32"  # of which type
 
     def __str__(self) -> str:
-        return f"bs{self.block_size}-{self.codebook}-{self.scale_codebook or 'fp32'}"
+        return f"bs{self.block_size}-{self.codebook}-{self.scale_codebook or NAMES[self.numbers]}"
+
+    @property
+    def scales(self) -> str:
+        """As `QuantizedWeight.scales`."""
+        if self.scale_codebook is None:
+            return self.numbers
+        return "double" if self.scale_codebook in codebook.DOUBLE_QUANT_CODEBOOKS else "codes"
 
     @property
     def code(self) -> Tensor:
@@ -88,12 +98,25 @@ LAYOUTS = (
     DEFAULT,
     Layout(scale_codebook=None),
     Layout(scale_codebook="dynamic8"),
-    *(Layout(block_size=b) for b in BLOCK_SIZES if b != 64),
+    *(Layout(block_size=b) for b in BLOCK_SIZES[1:] if b != 64),
     Layout(32, scale_codebook=None),
     Layout(4096, scale_codebook=None),
     *(Layout(codebook=c) for c in ("fp4", "int4", "af4", "custom")),
     Layout(128, "custom", None),
     Layout(256, "fp4", "dynamic8"),
+    Layout(16, scale_codebook=None),
+)
+# The published formats, and what else their levels, scales and short blocks can meet in a kernel.
+FORMATS = (
+    Layout(32, "mxfp4", "e8m0"),
+    Layout(16, "nvfp4", "e4m3_global"),
+    Layout(128, "int4_symmetric", None, "bfloat16"),
+    Layout(32, "q4_0", None, "float16"),
+    Layout(32, "iq4_nl", None, "float16"),
+    Layout(16, "int4_symmetric", None, "bfloat16"),
+    Layout(16, "iq4_nl", None),
+    Layout(64, "nvfp4", "e4m3_global"),
+    Layout(16, "nf4", "e4m3"),
 )
 
 
@@ -124,7 +147,42 @@ def quantized(N: int, K: int, layout: Layout = DEFAULT, dtype: torch.dtype = tor
 
 
 def quantized_from(w: Tensor, layout: Layout = DEFAULT, dtype: torch.dtype = torch.bfloat16) -> QuantizedWeight:
+    if layout.codebook in codebook.FORMATS:
+        return in_format(w, layout, dtype)
     return from_parts(*reference.quantize(w, layout.code, layout.block_size), tuple(w.shape), layout, dtype)
+
+
+def scale_code_of(layout: Layout, size: float = 1.0) -> Tensor | None:
+    """fp32 `[256]`, or None. "e4m3_global" has two tensors' tables, told apart by bit 7: `size` over 448 and another."""
+    if layout.scale_codebook is None:
+        return None
+    if layout.scale_codebook != "e4m3_global":
+        return codebook.SCALE_CODEBOOKS[layout.scale_codebook].clone()
+    numbers = codebook.e4m3_numbers()[:128]
+    return torch.cat([numbers * (size / 448), numbers * (size * 1.37 / 448)])
+
+
+def in_format(w: Tensor, layout: Layout, dtype: torch.dtype = torch.bfloat16) -> QuantizedWeight:
+    """w by the nearest level under a nearby scale, of whatever kind; of a table of two halves, by the second half."""
+    N, K = w.shape
+    blocks = torch.nn.functional.pad(w.float().reshape(-1), (0, -w.numel() % layout.block_size))
+    blocks = blocks.view(-1, layout.block_size)
+    wanted, scale_code = blocks.abs().amax(1) / layout.code.abs().max(), scale_code_of(layout, w.abs().max().item())
+    if scale_code is None:
+        absmax = wanted.to(getattr(torch, layout.numbers))
+        scales = absmax.float()
+    else:
+        distance = (scale_code[None, 128 if layout.scale_codebook == "e4m3_global" else 0 :] - wanted[:, None]).abs()
+        absmax = (distance.nan_to_num(torch.inf).argmin(1) + 256 - distance.shape[1]).to(torch.uint8)
+        absmax[::3] &= 127  # of the first half now and then
+        scales = scale_code[absmax.long()]
+    codes = (blocks[..., None] - layout.code * scales[:, None, None]).abs().argmin(-1).view(-1)[: N * K]
+    codes = torch.nn.functional.pad(codes, (0, N * K % 2)).to(torch.uint8)
+    return QuantizedWeight(
+        (codes[::2] << 4 | codes[1::2]).view(packed_shape(N, K)), absmax.view(absmax_shape(N, K, layout.block_size)),
+        None, None, layout.code.clone(), scale_code, (N, K), dtype, layout.block_size, layout.codebook,
+        layout.scale_codebook,
+    )  # fmt: skip
 
 
 def expert_weights(E: int, N: int, K: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -140,8 +198,10 @@ def stacked(qweights: list[QuantizedWeight]) -> QuantizedExperts:
         name: None if getattr(first, name) is None else torch.stack([getattr(q, name) for q in qweights])
         for name in ("packed", "absmax", "scale_absmax", "scale_offset")
     }
+    each = first.scales == "codes" and first.scale_code is not None
+    scale_code = torch.stack([q.scale_code for q in qweights]) if each else first.scale_code
     return QuantizedExperts(
-        **tensors, code=first.code, scale_code=first.scale_code, shape=(len(qweights), *first.shape), dtype=first.dtype,
+        **tensors, code=first.code, scale_code=scale_code, shape=(len(qweights), *first.shape), dtype=first.dtype,
         block_size=first.block_size, codebook=first.codebook, scale_codebook=first.scale_codebook,
     )  # fmt: skip
 
@@ -150,9 +210,7 @@ def quantized_experts(
     E: int, N: int, K: int, layout: Layout = DEFAULT, dtype: torch.dtype = torch.bfloat16
 ) -> QuantizedExperts:
     """`quantized` of each of `expert_weights`."""
-    weights = expert_weights(E, N, K)
-    parts = [reference.quantize(w, layout.code, layout.block_size) for w in weights]
-    return stacked([from_parts(*part, (N, K), layout, dtype) for part in parts])
+    return stacked([quantized_from(w, layout, dtype) for w in expert_weights(E, N, K)])
 
 
 def with_tensors(qweight: QuantizedWeight, **tensors: Tensor) -> QuantizedWeight:
@@ -163,18 +221,18 @@ def random_bytes(N: int, K: int, layout: Layout = DEFAULT) -> QuantizedWeight:
     """A weight of random bytes: every nibble in every position and every scale index, whatever an encoder would do."""
     generator = torch.Generator().manual_seed(7 + 1000 * N + K)
     tensors = {}
-    for name, (dtype, shape) in tensor_specs(
-        N, K, layout.block_size, "double" if layout.scale_codebook else "float32"
-    ).items():
+    for name, (dtype, shape) in tensor_specs(N, K, layout.block_size, layout.scales).items():
         if dtype == torch.uint8:
             tensors[name] = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        elif dtype in HALVES:  # every finite number, subnormal ones too
+            most = torch.tensor(torch.finfo(dtype).max, dtype=dtype).view(torch.int16).item()
+            tensors[name] = torch.randint(0, most + 1, shape, generator=generator, dtype=torch.int16).view(dtype)
         elif dtype is not None:
             tensors[name] = torch.rand(shape, generator=generator) + 0.01
         else:
             tensors[name] = None
     tensors["code"] = layout.code.clone()
-    if layout.scale_codebook:
-        tensors["scale_code"] = codebook.SCALE_CODEBOOKS[layout.scale_codebook].clone()
+    tensors["scale_code"] = scale_code_of(layout, 0.7)
     return QuantizedWeight(
         **tensors, shape=(N, K), dtype=torch.bfloat16, block_size=layout.block_size, codebook=layout.codebook,
         scale_codebook=layout.scale_codebook,
