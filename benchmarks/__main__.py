@@ -14,7 +14,15 @@ import torch
 from .harness import Plan, Row, is_disturbed, machine
 from .limits import Limits
 from .model import bench_model
-from .ops import bench_dequantize, bench_grouped_linear, bench_linear, bench_linear_dgrad, bench_lora, bench_quantize
+from .ops import (
+    bench_dequantize,
+    bench_formats,
+    bench_grouped_linear,
+    bench_linear,
+    bench_linear_dgrad,
+    bench_lora,
+    bench_quantize,
+)
 from .peers import Layers
 from .report import plots
 from .report import tables as report
@@ -28,7 +36,7 @@ OPS = {
     "linear_dgrad": bench_linear_dgrad,
     "lora": bench_lora,
 }
-NAMES = (*OPS, "grouped", "model")
+NAMES = (*OPS, "formats", "grouped", "model")
 ALL_M = {"linear": (1, 4, 16, 64, 512), "linear_dgrad": (16, 64, 512), "lora": (16, 64, 512)}
 FEWER_M = {"linear": (1, 64), "linear_dgrad": (64,)}  # of the shapes that are not in focus; no other op is measured
 
@@ -96,6 +104,12 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
         layers = Layers(*weight)
         for op, plan in plans.items():
             yield from OPS[op].rows(layers, limits, plan)
+    if "formats" in args.ops:
+        for weight in args.shapes or FOCUS[:1]:
+            print(f"nf4 at block size 64 beside other formats, {weight[0]}x{weight[1]}")
+            caches = (args.cache,) if args.cache else ("out",)
+            rows, threads = args.rows or bench_formats.FORWARD_M, args.threads_given or args.threads[:1]
+            yield from bench_formats.rows(Layers(*weight), Plan(rows, threads, caches, args.seconds))
     if "grouped" in args.ops or not (args.ops or args.shapes or args.cache == "in"):
         for model, experts in EXPERTS.items():
             print(f"{experts.experts} experts of {experts.N}x{experts.K}, {experts.top_k} a token: {model}")

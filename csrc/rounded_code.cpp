@@ -164,7 +164,8 @@ RoundedCode<T> search(const float code[kLevels]) {
   const Search<T> found(within);
   result.scale = float(std::ldexp(found.best_scale, exponent));
   for (int i = 0; i < kLevels; ++i) {
-    const auto at = std::lower_bound(found.levels.begin(), found.levels.end(), double(within[i])) - found.levels.begin();
+    const auto at =
+        std::lower_bound(found.levels.begin(), found.levels.end(), double(within[i])) - found.levels.begin();
     result.levels[i] = from_float<T>(found.best[size_t(at)]);
   }
   return result;

@@ -20,7 +20,7 @@ struct Problem {
   bool is_dgrad;
   Dtype dtype;  // of the activations
   int64_t M;
-  int code_run;  // see below
+  int code_run;
 };
 
 struct Choice {
@@ -30,14 +30,18 @@ struct Choice {
 };
 
 constexpr int kGemvMaxM = 4;
-constexpr int kDgradCodesMaxM = 128;  // above, scaling dY anew for each 64 k costs more than decoding W once
+// Above, scaling dY anew for each run of k costs more than decoding W once. 128 was measured on a Zen 4 EPYC; for the
+// shorter runs it is less by what they cost more: 4 and 10 % of the products at M = 64 (2048x2048, one Xeon core).
+constexpr int dgrad_codes_max_m(int run) { return run == 64 ? 128 : run == 32 ? 96 : 64; }
 
 static inline Choice choose(const Problem& p) {
   const bool is_gemv = !p.is_dgrad && p.M <= kGemvMaxM;
   if (p.dtype != Dtype::kBFloat16) return {Products::kFp32, is_gemv, "fp32 and fp16 activations: fp32 products"};
   if (p.code_run == 0) return {Products::kBf16, is_gemv, "rows of W are not whole runs of 64 codes: W is scaled"};
-  if (p.is_dgrad && p.M > kDgradCodesMaxM) return {Products::kBf16, is_gemv, "dgrad of M > 128: W is scaled, not dY"};
-  return {Products::kBf16Codes, is_gemv, "64 weights share a scale: products of codes, scaled later"};
+  if (p.is_dgrad && p.M > dgrad_codes_max_m(p.code_run))
+    return {Products::kBf16, is_gemv,
+            "dgrad of M > 128, 96 or 64 at 64, 32 or 16 weights a scale: W is scaled, not dY"};
+  return {Products::kBf16Codes, is_gemv, "16 to 64 weights share a scale: products of codes, scaled later"};
 }
 // Of lora_inner and lora_grad.
 static inline Products choose_lora(Dtype inputs) {

@@ -9,17 +9,15 @@
 namespace nf4::cpu {
 namespace {
 
-static inline bool has_blocks_below_pairs(const Weight& w) { return 1 << w.block_shift < 2 * Isa::L; }
-
 // The scales of 2L weights from element `at` on, a multiple of 2L, in the order of decode_pairs.
 static inline Isa::F scales_of_pairs(const Weight& w, int64_t at) {
   static_assert(Isa::L <= kMinBlockSize, "2L weights have at most two scales");
   const int64_t block = at >> w.block_shift;
-  if (has_blocks_below_pairs(w)) return Isa::set_halves(block_scale(w, block), block_scale(w, block + 1));
+  if (1 << w.block_shift < 2 * Isa::L) return Isa::set_halves(block_scale(w, block), block_scale(w, block + 1));
   return Isa::set1(block_scale(w, block));
 }
 
-// decode_span where 2L weights have two scales.
+// decode_span of blocks of at most 2L weights: vector by vector, where a loop over each block would have one turn.
 template <class T>
 void decode_short_blocks(const Weight& w, int64_t begin, int64_t count, T* out) {
   const Isa::Table table = Isa::load_table(w.code);
@@ -39,7 +37,7 @@ void decode_short_blocks(const Weight& w, int64_t begin, int64_t count, T* out) 
 
 template <class T>
 void decode_span(const Weight& w, int64_t begin, int64_t count, T* out) {
-  if (has_blocks_below_pairs(w)) return decode_short_blocks(w, begin, count, out);
+  if (1 << w.block_shift <= 2 * Isa::L) return decode_short_blocks(w, begin, count, out);
   const Isa::Table table = Isa::load_table(w.code);
   while (count > 0) {
     const int64_t block = begin >> w.block_shift, left = ((block + 1) << w.block_shift) - begin;

@@ -113,8 +113,8 @@ NF4_EXPORT const char* nf4kernels_force_cpu_isa(const char* name) {
 }
 
 // What choose.h says of a product: the name of its Products, whether a gemv runs, and why.
-NF4_EXPORT const char* nf4kernels_cpu_choose(bool is_dgrad, int32_t dtype, int64_t M, int32_t code_run,
-                                             bool* is_gemv, const char** reason) {
+NF4_EXPORT const char* nf4kernels_cpu_choose(bool is_dgrad, int32_t dtype, int64_t M, int32_t code_run, bool* is_gemv,
+                                             const char** reason) {
   const nf4::cpu::Choice choice = nf4::cpu::choose({is_dgrad, nf4::Dtype(dtype), M, code_run});
   *is_gemv = choice.is_gemv;
   *reason = choice.reason;

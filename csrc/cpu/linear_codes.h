@@ -4,18 +4,20 @@
 // Read first   gemm.h, then codes_avx512_bf16.h.
 // Work split   N tiles of 32 rows of W. The caller splits them over threads.
 // Inner loop   Lane n of a register holds 8 codes of row n of W: 4 x (shift, vpermw) give the pairs (k, k + 4), each
-//              multiplied with up to 12 rows of x, broadcast. The sums of 64 k meet the scales of 16 rows of W at once.
+//              multiplied with up to 12 rows of x, broadcast. The sums of a run of 64, 32 or 16 k meet the scales of 16
+//              rows of W at once.
 // The trick    A code is looked up unscaled, as bf16, straight into vdpbf16ps: 7 instructions give 128 weights, on
 //              ports that the products leave idle. So each M tile looks them up anew, and nothing is stored.
 // Rejected     Decoding to scaled bf16 in L1 (linear.h): 42 instructions and 4 stores for 128 weights, as long as the
 //              products of 11 rows (4096x4096, M = 16: 4.1 against 3.0 ms; M = 512: the same 81; one Zen 4 EPYC core).
 // Scales       A running sum is kept in units of the scale of its present block: one multiplication by the ratio of two
 //              scales, and nothing leaves the registers. This is 8 % faster than scaling each block's sum into a second
-//              set of sums, which is done where ratios are extreme or a scale is zero or NaN.
+//              set of sums, which is done where ratios are extreme or a scale is zero or NaN. Runs of 32 and 16 k cost
+//              2 and 4 times as many ratios: 0 to 2 and 3 to 8 % more time (2048x2048, M = 16, one Xeon core).
 // Prefetch     The lines of the next slice one by one between the products: in a burst they fill the miss buffers that
 //              x needs (3.4 against 3.0 ms).
 // Flops        2*M*N*K at one vdpbf16ps of 64 a cycle.
-// Needs        has_whole_codes. 2^10 times |x| summed over a block stays in fp32's range: the scale comes after it.
+// Needs        a code_run. 2^10 times |x * code| summed over a block stays in fp32's range: the scale comes after it.
 //
 //   lane n of slice.codes[v][k / 8], 32 bits: 8 codes of one row of W, as they lie in memory
 //
@@ -141,11 +143,12 @@ void linear_code_runs(const GemmArgs& args, int64_t tile_begin, int64_t tile_end
       for (int64_t i = 0; i < k_count; i += 32)
         Isa::load_transposed(rows, (k + i) / 2, slice.codes[v] + i / kCodesOfWord);
       Isa::F superblocks = Isa::zero();
-      for (int64_t i = 0; i < k_count; i += RUN) {
+      for (int64_t i = 0; i < k_count; i += 64) {
         const auto block = [&](int r) { return ((first + r) * w.K + k + i) >> w.block_shift; };
         if (i == 0 || !is_in_one_superblock) superblocks = gather_superblocks(w, int(here), block);
-        slice.scales[v][i / RUN] = Isa::mul(gather_scales(w, int(here), block, superblocks), code_scale);
+        gather_scales<RUN>(w, int(here), block, superblocks, slice.scales[v] + i / RUN);
       }
+      for (int64_t b = 0; b < k_count / RUN; ++b) slice.scales[v][b] = Isa::mul(slice.scales[v][b], code_scale);
       const auto size = [&](int64_t b) { return _mm512_abs_ps(slice.scales[v][b]); };
       Isa::F least = size(0), most = size(0);
       for (int64_t b = 1; b < k_count / RUN; ++b) {

@@ -26,6 +26,7 @@ struct DgradBf16 : Bf16Core {
 }  // namespace
 
 const GemmKernel kLinearDgrad_avx512_bf16 = describe_gemm<DgradBf16>(pack_bf16, linear_dgrad_tiles<DgradBf16>);
-const GemmKernel kLinearDgradCodes_avx512_bf16 = describe_gemm<DgradCodes<kMinBlockSize>>(dgrad_codes_pack, linear_dgrad_codes);
+const GemmKernel kLinearDgradCodes_avx512_bf16 =
+    describe_gemm<DgradCodes<kMinBlockSize>>(dgrad_codes_pack, linear_dgrad_codes);
 
 }  // namespace nf4::cpu

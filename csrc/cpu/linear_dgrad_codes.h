@@ -1,15 +1,18 @@
-// linear_dgrad in bf16, codes decoded in registers: dX[m, k] = sum_n (dY[m, n] * scale[n, k / 64]) * code[n, k]
+// linear_dgrad in bf16, codes decoded in registers: dX[m, k] = sum_n (dY[m, n] * scale[n, b of k]) * code[n, k]
 //
 // Read first   gemm.h, then codes_avx512_bf16.h.
-// Work split   K tiles of 64 k, which share a scale in each row of W. The caller splits them over threads.
+// Work split   K tiles of 64 k, which have 1, 2 or 4 scales in each row of W: so many parts. The caller splits the
+//              tiles over threads.
 // Inner loop   A register holds 64 k of rows n and n+1 of W: 4 x (shift, vpermw) give the pairs (n, n+1) of 16 k each,
 //              each x up to 6 rows of dY, broadcast.
-// The trick    A scale belongs to one n, which is summed over, so it goes into dY: once per 64 k, rounded to bf16 as a
+// The trick    A scale belongs to one n, which is summed over, so it goes into dY: once per part, rounded to bf16 as a
 //              weight would be. Codes are looked up unscaled, straight into vdpbf16ps, as linear_codes.h does.
 // Rejected     Decoding to scaled bf16 in L1 (linear_dgrad.h): as long as the products of 16 rows of dY (4096x4096,
 //              M = 16: 4.5 against 3.2 ms, M = 128: both 22, M = 256: 41 against 44; one core of a Zen 4 EPYC).
 // Flops        2*M*N*K at one vdpbf16ps of 64 a cycle, and 4 instructions in 64 for the scaling of dY.
-// Needs        has_whole_codes; |dY * scale| in fp32's range.
+//              That scaling grows with the parts: at M = 16, 0 to 4 % for two and 8 to 12 % for four (2048x2048, one
+//              Xeon core).
+// Needs        a code_run; |dY * scale| in fp32's range.
 //
 //   lane j of slice.codes[n / 2], 32 bits         codes k = 4j .. 4j+3 of two rows of W
 //
@@ -19,6 +22,13 @@
 //
 //   nibble v of each word: vector v of the tile, acc[m][v]   v = 0   1    2     3
 //   lane j holds dX at k = 4j + (v ^ 1)                        4j+1  4j  4j+3  4j+2
+//
+//   With P parts the lanes of a part lie P apart, so that a load which repeats P pairs of dY fills a register; the sums
+//   are put in order once a slice.
+//
+//     scaled dY, P = 2     | n, n+1 by scale 0 | n, n+1 by scale 1 | n+2, n+3 by scale 0 | ..
+//     a register of it     | pair of scale 0 | pair of scale 1 | pair of scale 0 | .. 8 times
+//     codes, lane          | word 0: k 0..3  | word 8: k 32..35 | word 1: k 4..7 | ..
 #pragma once
 
 #include "codes_avx512_bf16.h"
@@ -31,7 +41,7 @@ struct NibbleByNibble {  // the order of k above
   static constexpr int first_k(int vector) { return vector ^ 1; }
 };
 
-// Lane l of a register of `parts` parts belongs to part l % parts: then a load that repeats a few dY fills it.
+// Which of 16 words is in which lane: lane l belongs to part l % PARTS.
 template <int PARTS>
 struct PartOrder {
   static constexpr int kWords = Isa::L / PARTS;  // of 4 k, in a part
@@ -181,19 +191,20 @@ static inline void put_in_order(const float* row, float* natural) {
   }
 }
 
-// The scales at k of rows [n, n + kSliceD) of W; past n_count, where dY is zero, of the last row or zero.
-static inline void decode_scales(const GemmArgs& args, int64_t n, int64_t n_count, int64_t k, float* scales) {
+// The scales from k on of rows [n, n + kSliceD) of W; past n_count, where dY is zero, of the last row or zero.
+template <int RUN>
+static inline void decode_scales(const GemmArgs& args, int64_t n, int64_t n_count, int64_t k,
+                                 float (&scales)[64 / RUN][kSliceD]) {
   const Weight& w = args.weight;
   const Isa::F code_scale = Isa::set1(args.bf16_code.scale);
   for (int64_t i = 0; i < kSliceD; i += Isa::L) {
-    if (i >= n_count) {
-      Isa::store(scales + i, Isa::zero());
-      continue;
+    Isa::F parts[64 / RUN] = {};
+    if (i < n_count) {
+      const int here = n_count - i < Isa::L ? int(n_count - i) : Isa::L;
+      const auto block = [&](int r) { return ((n + i + r) * w.K + k) >> w.block_shift; };
+      gather_scales<RUN>(w, here, block, gather_superblocks(w, here, block), parts);
     }
-    const int here = n_count - i < Isa::L ? int(n_count - i) : Isa::L;
-    const auto block = [&](int r) { return ((n + i + r) * w.K + k) >> w.block_shift; };
-    const Isa::F values = Isa::mul(gather_scales(w, here, block, gather_superblocks(w, here, block)), code_scale);
-    Isa::store(scales + i, values);
+    for (int p = 0; p < 64 / RUN; ++p) Isa::store(scales[p] + i, Isa::mul(parts[p], code_scale));
   }
 }
 
@@ -221,8 +232,7 @@ void linear_dgrad_code_runs(const GemmArgs& args, int64_t tile_begin, int64_t ti
       }
     }
     for (int g = 0; g < tiles; ++g) {
-      for (int p = 0; p < Core::kParts; ++p)
-        decode_scales(args, n, there, k + g * Core::kTileC + p * RUN, slices[g].scales[p]);
+      decode_scales<RUN>(args, n, there, k + g * Core::kTileC, slices[g].scales);
       slices[g].row_bytes = row_bytes;
       slices[g].ahead = w.packed + (n + n_count < w.N ? (n + n_count) * row_bytes + k / 2 : (k + k_count) / 2);
     }
@@ -238,7 +248,8 @@ void linear_dgrad_code_runs(const GemmArgs& args, int64_t tile_begin, int64_t ti
 
 // GemmFn.
 void linear_dgrad_codes(const GemmArgs& args, int64_t tile_begin, int64_t tile_end, void* workspace) {
-  with_code_run(args.weight, [&](auto run) { linear_dgrad_code_runs<run.value>(args, tile_begin, tile_end, workspace); });
+  with_code_run(args.weight,
+                [&](auto run) { linear_dgrad_code_runs<run.value>(args, tile_begin, tile_end, workspace); });
 }
 
 }  // namespace

@@ -4,7 +4,8 @@
 // Read first   codes_avx512_bf16.h.
 // Work split   Columns [n_begin, n_end) of y, two rows of W at a time. The caller splits them over threads.
 // Inner loop   128 codes of a row of W are one load; 4 x (shift, vpermw) give 32 of them each, which meet 32 elements
-//              of x in the same order; then one FMA by the scales of the two blocks. Two rows of W share a load of x.
+//              of x in the same order; then one FMA by the scales of the 2, 4 or 8 blocks. Two rows of W share a load
+//              of x.
 // The trick    As in linear_codes.h: codes unscaled, as bf16, straight into vdpbf16ps.
 // Rejected     fp32 (linear_gemv.h): 4096x4096, M = 1: 0.87 against 0.47 ms, M = 4: 1.97 against 0.92 (one core of a
 //              Zen 4 EPYC). Scales 16 at a time through memory: stores of 4 bytes stall the load of 64, 0.56 ms.
@@ -12,7 +13,10 @@
 //              cores out of cache, which is the read limit; each row's own lines ahead, 0.47; one row at a time, 0.36
 //              (M = 1).
 // Bytes        Reads 0.52 B a weight (double-quantized): the floor is that over the memory or L3 bandwidth.
-// Needs        has_whole_codes. |x| summed over a block stays in fp32's range: the scale comes after that sum.
+// Needs        a code_run. |x * code| summed over a block stays in fp32's range: the scale comes after that sum.
+//
+//   lane l of the products of 128 k             8 k from 8l on
+//   its scale, of blocks of 64, 32, 16          block l / 8, l / 4, l / 2
 //
 //   panel, bf16: [K / 128][M][nibble][32], padded with zeros; 128 k of a row of x
 //
@@ -65,8 +69,8 @@ static inline Isa::F scales_of_groups(const Weight& w, int64_t at, bool is_whole
         broadcast_halves(w.scale_absmax + (block >> kSuperblockShift), w.scale_absmax + (next >> kSuperblockShift));
     return Isa::add(Isa::mul(values, groups), Isa::set1(*w.scale_offset));
   } else {
-    const Isa::I spread = _mm512_srli_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-                                            RUN == 32 ? 2 : 1);
+    const Isa::I spread =
+        _mm512_srli_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), RUN == 32 ? 2 : 1);
     return _mm512_permutexvar_ps(spread, load_scales<kBlocks>(w, block, is_whole ? kBlocks : kBlocks / 2));
   }
 }

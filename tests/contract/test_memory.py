@@ -41,10 +41,11 @@ def report(result: subprocess.CompletedProcess) -> str:
 
 GUARDED = """
 at_end = {at_end}
+FORMATS = tuple(((5, 192), layout) for layout in cases.FORMATS[:4])
 def g(t, **options):
     return None if t is None else guarded(t, at_end, **options)
 
-for shape, layout in cases.paired(cases.SHAPES + ((7, 16), (3, 8), (2, 24), (65, 160)), cases.LAYOUTS):
+for shape, layout in cases.paired(cases.SHAPES + ((7, 16), (3, 8), (2, 24), (65, 160)), cases.LAYOUTS) + FORMATS:
     qweight = cases.random_bytes(*shape, layout)
     qweight = cases.with_tensors(qweight, **{{
         name: g(getattr(qweight, name))
@@ -93,8 +94,9 @@ def test_the_guard_bites():
 
 
 POISONED_MALLOC = """
+FORMATS = (((33, 192), cases.FORMATS[1]),)
 from support.numerics import assert_product_within_bound, assert_same_bits
-for shape, layout in cases.paired(cases.SHAPES, cases.LAYOUTS):
+for shape, layout in cases.paired(cases.SHAPES, cases.LAYOUTS) + FORMATS:
     N, K = shape
     qweight = cases.quantized(N, K, layout)
     w = cases.dense(qweight)

@@ -8,7 +8,7 @@ import pytest
 from nf4kernels.backends import native
 
 FP32, BF16, FP16 = range(3)
-GEMV_MOST_M, DGRAD_CODES_MOST_M = 4, 128
+GEMV_MOST_M, DGRAD_CODES_MOST_M = 4, {64: 128, 32: 96, 16: 64}
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +27,14 @@ def choose():
 
 
 def test_every_product_has_kernels_and_a_reason(choose):
-    rows = (1, 4, 5, 128, 129, 512, 1 << 24)
+    rows = (1, 4, 5, 64, 65, 96, 97, 128, 129, 512, 1 << 24)
     for is_dgrad, dtype, M, run in itertools.product((False, True), (FP32, BF16, FP16), rows, (64, 32, 16, 0)):
         products, is_gemv, reason = choose(is_dgrad, dtype, M, run)
         assert reason
         assert is_gemv == (not is_dgrad and M <= GEMV_MOST_M)
         if dtype != BF16:
             assert products == "fp32"
-        elif run == 0 or (is_dgrad and M > DGRAD_CODES_MOST_M):
+        elif run == 0 or (is_dgrad and M not in range(DGRAD_CODES_MOST_M[run] + 1)):
             assert products == "bf16"
         else:
             assert products == "bf16_codes"
@@ -50,4 +50,5 @@ def test_dgrad_has_no_gemv(choose):
 
 
 def test_the_numbers_of_the_reasons_are_the_code_s(choose):
-    assert f"M > {DGRAD_CODES_MOST_M}" in choose(True, BF16, DGRAD_CODES_MOST_M + 1)[2]
+    most = "M > {}, {} or {} at {}, {} or {} weights".format(*DGRAD_CODES_MOST_M.values(), *DGRAD_CODES_MOST_M)
+    assert most in choose(True, BF16, 129)[2]

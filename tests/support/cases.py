@@ -153,7 +153,7 @@ def quantized_from(w: Tensor, layout: Layout = DEFAULT, dtype: torch.dtype = tor
 
 
 def scale_code_of(layout: Layout, size: float = 1.0) -> Tensor | None:
-    """fp32 `[256]`, or None. "e4m3_global" has two tensors' tables, told apart by bit 7: `size` over 448 and another."""
+    """fp32 `[256]`, or None; of "e4m3_global" the tables of two tensors of about `size`, told apart by bit 7."""
     if layout.scale_codebook is None:
         return None
     if layout.scale_codebook != "e4m3_global":
