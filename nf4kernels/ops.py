@@ -54,6 +54,22 @@ SCHEMAS = (
     # expert without rows; fp32 sums, rounded once. small [T, r] contiguous and in wide's dtype, wide [T, C].
     "grouped_lora_grad(Tensor small, Tensor wide, Tensor expert_offsets, float scaling, ScalarType dtype, "
     "bool transposed=False) -> Tensor",
+    # rows [T * k, H]: each row t of x [T, H] once for each of its choices top_k_index[t], int64 [T, k], sorted by
+    # expert, rows of one expert in the order of (t, j). expert_offsets int32 [num_experts] as grouped_linear takes
+    # them. positions int32 [T, k]: the row of each choice. num_experts stands for no expert: such rows are zeros after
+    # all others, and their position is ~row. Another index is an error; on a device when it gets there.
+    "sort_by_expert(Tensor x, Tensor top_k_index, int num_experts)"
+    " -> (Tensor rows, Tensor expert_offsets, Tensor positions)",
+    # out[t] = sum over j of weights[t, j] * rows[positions[t, j]] where that is not negative, a new [T, H] of dtype; in
+    # fp32 in the order of j, each product and sum rounded, then once to dtype. rows [T * k, H], positions as
+    # sort_by_expert gives them, weights [T, k] (None: 1), all in any strides. A position that is no row is an error on
+    # the CPU; on a device it counts as none, here and in the next two.
+    "combine_experts(Tensor rows, Tensor positions, Tensor? weights, ScalarType dtype) -> Tensor",
+    # drows[positions[t, j]] = weights[t, j] * dout[t], zeros at ~ of a negative position, as a new [T * k, H] of dtype.
+    "combine_experts_dgrad(Tensor dout, Tensor positions, Tensor? weights, ScalarType dtype) -> Tensor",
+    # dweights[t, j] = the inner product of dout[t] and rows[positions[t, j]], 0 where that is negative, a new [T, k] of
+    # dtype; summed in fp32, rounded once.
+    "combine_experts_wgrad(Tensor dout, Tensor rows, Tensor positions, ScalarType dtype) -> Tensor",
 )
 OPS = tuple(schema.partition("(")[0] for schema in SCHEMAS)
 for _schema in SCHEMAS:
@@ -205,3 +221,51 @@ def _(small, wide, expert_offsets, scaling, dtype, transposed=False):
     )
     shape = (small.shape[1], wide.shape[1])
     return wide.new_empty((expert_offsets.shape[0], *(shape[::-1] if transposed else shape)), dtype=dtype)
+
+
+@torch.library.register_fake("nf4kernels::sort_by_expert", lib=LIBRARY)
+def _(x, top_k_index, num_experts):
+    _check_devices("sort_by_expert", x, top_k_index)
+    torch._check(
+        x.dim() == 2 and top_k_index.dim() == 2 and top_k_index.shape[0] == x.shape[0] and num_experts >= 0,
+        lambda: (
+            "nf4kernels.sort_by_expert: x and top_k_index must have shapes [T, H] and [T, k], got"
+            f" {list(x.shape)} and {list(top_k_index.shape)}"
+        ),
+    )
+    rows = x.new_empty((top_k_index.shape[0] * top_k_index.shape[1], x.shape[1]))
+    integers = {"dtype": torch.int32}
+    return rows, x.new_empty((num_experts,), **integers), x.new_empty(top_k_index.shape, **integers)
+
+
+def _check_positions(op: str, name: str, tensor: Tensor, positions: Tensor, is_rows: bool) -> None:
+    torch._check(
+        tensor.dim() == 2
+        and positions.dim() == 2
+        and tensor.shape[0] == (positions.shape[0] * positions.shape[1] if is_rows else positions.shape[0]),
+        lambda: (
+            f"nf4kernels.{op}: {name} and positions must have shapes [{'T * k' if is_rows else 'T'}, H] and [T, k], got"
+            f" {list(tensor.shape)} and {list(positions.shape)}"
+        ),
+    )
+
+
+@torch.library.register_fake("nf4kernels::combine_experts", lib=LIBRARY)
+def _(rows, positions, weights, dtype):
+    _check_devices("combine_experts", rows, positions, weights)
+    _check_positions("combine_experts", "rows", rows, positions, True)
+    return rows.new_empty((positions.shape[0], rows.shape[1]), dtype=dtype)
+
+
+@torch.library.register_fake("nf4kernels::combine_experts_dgrad", lib=LIBRARY)
+def _(dout, positions, weights, dtype):
+    _check_devices("combine_experts_dgrad", dout, positions, weights)
+    _check_positions("combine_experts_dgrad", "dout", dout, positions, False)
+    return dout.new_empty((positions.shape[0] * positions.shape[1], dout.shape[1]), dtype=dtype)
+
+
+@torch.library.register_fake("nf4kernels::combine_experts_wgrad", lib=LIBRARY)
+def _(dout, rows, positions, dtype):
+    _check_devices("combine_experts_wgrad", dout, rows, positions)
+    _check_positions("combine_experts_wgrad", "dout", dout, positions, False)
+    return dout.new_empty(positions.shape, dtype=dtype)

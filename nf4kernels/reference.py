@@ -156,6 +156,65 @@ def grouped_lora_grad(
     return grad
 
 
+def sort_by_expert(x: Tensor, top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    expert_offsets, positions = expert_positions(top_k_index, num_experts)
+    return combine_experts_dgrad(x, positions, None, x.dtype), expert_offsets, positions
+
+
+def expert_positions(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """(expert_offsets, positions) of sort_by_expert; nothing waits for a device."""
+    experts_of = top_k_index.reshape(-1)
+    in_range = ((experts_of >= 0) & (experts_of <= num_experts)).all()
+    torch._assert_async(in_range, f"nf4kernels.sort_by_expert: top_k_index must be in 0..{num_experts}")
+    in_order, choices = experts_of.sort(stable=True)
+    row = choices.argsort().int()
+    positions = torch.where(experts_of < num_experts, row, ~row).view(top_k_index.shape)
+    experts = torch.arange(num_experts, device=top_k_index.device)
+    return torch.searchsorted(in_order, experts, right=True, out_int32=True), positions
+
+
+def combine_experts(rows: Tensor, positions: Tensor, weights: Tensor | None, dtype: torch.dtype) -> Tensor:
+    total = rows.new_zeros(positions.shape[0], rows.shape[1], dtype=torch.float32)
+    for choice, position in enumerate(positions.unbind(1)):
+        term = _taken(rows, position)
+        if weights is not None:
+            term = torch.where(position < 0, 0, weights[:, choice].float())[:, None] * term
+        total = total + term
+    return total.to(dtype)
+
+
+def combine_experts_dgrad(dout: Tensor, positions: Tensor, weights: Tensor | None, dtype: torch.dtype) -> Tensor:
+    flat = positions.reshape(-1)
+    choices = torch.where(flat < 0, ~flat, flat).argsort()  # of each row
+    drows = dout[choices // max(positions.shape[1], 1)].float()
+    if weights is not None:
+        drows = weights.reshape(-1)[choices, None].float() * drows
+    return torch.where(flat[choices, None] < 0, 0, drows).to(dtype)
+
+
+def combine_experts_wgrad(dout: Tensor, rows: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
+    taken = _taken(rows, positions.reshape(-1)).view(*positions.shape, rows.shape[1])
+    return (dout.float()[:, None] * taken).sum(-1).to(dtype)
+
+
+def _taken(rows: Tensor, position: Tensor) -> Tensor:
+    """The rows at these positions in fp32, zeros where a position is that of no expert."""
+    none = position < 0
+    return torch.where(none[:, None], 0, rows[torch.where(none, ~position, position).long()].float())
+
+
+def _expert(
+    expert: int, packed: Tensor, absmax: Tensor, scale_absmax: Tensor | None, scale_offset: Tensor | None, code: Tensor,
+    scale_code: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
+    """One expert's tensors; scale_code is each expert's own where it alone scales."""
+    if scale_absmax is not None and scale_offset is not None:
+        scale_absmax, scale_offset = scale_absmax[expert], scale_offset[expert]
+    elif scale_code is not None:
+        scale_code = scale_code[expert]
+    return packed[expert], absmax[expert], scale_absmax, scale_offset, code, scale_code
+
+
 def _experts_rows(expert_offsets: Tensor, T: int, op: str) -> Iterator[tuple[int, slice]]:
     """(expert, its rows) for each that has some. Reads the offsets: without them, every expert would take all rows."""
     begin = 0

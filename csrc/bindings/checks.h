@@ -195,6 +195,55 @@ inline Experts checked_experts(const Op& op, const Tensor& expert_offsets, const
   return experts;
 }
 
+// Tokens [T, H], each with top_k choices of an expert, and their rows [count, H].
+struct Routing {
+  int64_t T, top_k, H;
+
+  int64_t count() const { return T * top_k; }
+};
+
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+// x [T, H] of sort_by_expert and top_k_index [T, k]; the indices themselves are not read.
+inline Routing checked_choices(const Tensor& x, const Tensor& top_k_index, int64_t experts, const Op& op) {
+  dtype_of(x.scalar_type(), op, "x");
+  check_place(x, op, "x");
+  check_place(top_k_index, op, "top_k_index");
+  CHECK(x.dim() == 2 && top_k_index.dim() == 2 && top_k_index.size(0) == x.size(0), op,
+        ": x and top_k_index must have shapes [T, H] and [T, k], got ", Shape{x}, " and ", Shape{top_k_index});
+  CHECK(top_k_index.scalar_type() == ScalarType::Long, op, ": top_k_index must be ",
+        torch::headeronly::toString(ScalarType::Long), ", got ",
+        torch::headeronly::toString(top_k_index.scalar_type()));
+  CHECK(experts >= 0, op, ": num_experts must not be negative, got ", experts);
+  const Routing routing{x.size(0), top_k_index.size(1), x.size(1)};
+  CHECK(routing.count() <= std::numeric_limits<int32_t>::max(), op,
+        ": top_k_index must have fewer than 2^31 elements, got ", routing.count());
+  return routing;
+}
+
+// rows [T * k, H] or tokens [T, H] in any strides, beside positions [T, k] and weights of their shape.
+inline Routing checked_routing(const Tensor& in, const char* name, bool is_rows, const Tensor& positions,
+                               const OptionalTensor& weights, const Op& op) {
+  dtype_of(in.scalar_type(), op, name);
+  check_place(in, op, name);
+  check_place(positions, op, "positions");
+  CHECK(in.dim() == 2 && positions.dim() == 2 &&
+            in.size(0) == (is_rows ? positions.size(0) * positions.size(1) : positions.size(0)),
+        op, ": ", name, " and positions must have shapes [", is_rows ? "T * k" : "T", ", H] and [T, k], got ",
+        Shape{in}, " and ", Shape{positions});
+  CHECK(positions.scalar_type() == ScalarType::Int, op, ": positions must be ",
+        torch::headeronly::toString(ScalarType::Int), ", got ", torch::headeronly::toString(positions.scalar_type()));
+  if (weights.has_value()) {
+    dtype_of(weights->scalar_type(), op, "weights");
+    check_place(*weights, op, "weights");
+    CHECK(weights->dim() == 2 && weights->size(0) == positions.size(0) && weights->size(1) == positions.size(1), op,
+          ": weights must have shape ", Shape{positions}, " as positions, got ", Shape{*weights});
+  }
+  return {positions.size(0), positions.size(1), in.size(1)};
+}
+
 struct Range {
   int64_t row_begin, row_end, col_begin, col_end;
 

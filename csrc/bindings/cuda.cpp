@@ -224,6 +224,7 @@ void register_ops(torch::stable::detail::StableLibrary& library) {
   library.impl("linear_dgrad", TORCH_BOX(&linear_dgrad));
   library.impl("lora_grad", TORCH_BOX(&lora_grad));
   register_grouped_ops(library);
+  register_routing_ops(library);
 }
 
 #define NF4_EXPORT extern "C" __attribute__((visibility("default")))

@@ -115,6 +115,7 @@ inline void add_splits(const cuda::ProductArgs& args, int64_t columns, const Lau
 }
 
 // cuda_grouped.cpp
-void register_grouped_ops(torch::stable::detail::StableLibrary& library);
+void register_grouped_ops(torch::stable::detail::StableLibrary& library);  // cuda_grouped.cpp
+void register_routing_ops(torch::stable::detail::StableLibrary& library);  // cuda_routing.cpp
 
 }  // namespace nf4::binding

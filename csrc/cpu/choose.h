@@ -63,4 +63,8 @@ static inline int64_t lora_inner_grain(int64_t rows, int64_t rank, int64_t D) { 
   return ceil_div(1 << 19, at_least_1(rows * rank * D));
 }
 
+static inline int64_t combine_grain(int64_t top_k, int64_t H) {  // tokens
+  return ceil_div(1 << 15, at_least_1(top_k * H));
+}
+
 }  // namespace nf4::cpu

@@ -56,17 +56,20 @@ constexpr ProductKernels kBf16Codes{&kGemvCodes_avx512_bf16, &kLinearCodes_avx51
 #endif
 
 // Best first.
-// clang-format off
 const CpuKernels kTable[] = {
-  // name         is_supported     quantize         dequantize         products: fp32,    bf16,    bf16_codes
+// name, is_supported, quantize, dequantize, combine_experts, products of fp32, of bf16, of bf16's codes
 #if defined(__x86_64__)
-  {"avx512_bf16", has_avx512_bf16, quantize_avx512, dequantize_avx512, {kAvx512,  kBf16,   kBf16Codes}},
-  {"avx512",      has_avx512,      quantize_avx512, dequantize_avx512, {kAvx512,  kAvx512, kAvx512}},
-  {"avx2",        has_avx2,        quantize_avx2,   dequantize_avx2,   {kAvx2,    kAvx2,   kAvx2}},
+    {"avx512_bf16",
+     has_avx512_bf16,
+     quantize_avx512,
+     dequantize_avx512,
+     &kCombineExperts_avx512,
+     {kAvx512, kBf16, kBf16Codes}},
+    {"avx512", has_avx512, quantize_avx512, dequantize_avx512, &kCombineExperts_avx512, {kAvx512, kAvx512, kAvx512}},
+    {"avx2", has_avx2, quantize_avx2, dequantize_avx2, &kCombineExperts_avx2, {kAvx2, kAvx2, kAvx2}},
 #endif
-  {"scalar",      always,          quantize_scalar, dequantize_scalar, {kScalar,  kScalar, kScalar}},
+    {"scalar", always, quantize_scalar, dequantize_scalar, &kCombineExperts_scalar, {kScalar, kScalar, kScalar}},
 };
-// clang-format on
 
 const CpuKernels* best() {
   for (const CpuKernels& row : kTable)

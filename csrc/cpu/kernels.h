@@ -73,6 +73,19 @@ struct LoraInnerArgs {
   void* out;  // [M, rank] of dtype
 };
 
+// The rows of experts [T * top_k, H] and the tokens [T, H] that they are of, see combine_experts.h.
+struct CombineArgs {
+  int64_t top_k, H;
+  const int32_t* positions;  // [T, top_k], each p or ~p with p below T * top_k
+  const float* weights;      // [T, top_k]
+  const void* rows;          // combine, wgrad: read
+  Dtype rows_dtype;
+  const void* tokens;  // dgrad, wgrad: dout
+  Dtype tokens_dtype;
+  void* out;  // combine: tokens; dgrad: rows; wgrad: dweights [T, top_k]
+  Dtype out_dtype;
+};
+
 using QuantizeFn = void (*)(const QuantizeArgs&, int64_t block_begin, int64_t block_end);
 // Flat elements [begin, begin + count) of the weight into out, of dtype.
 using DequantizeFn = void (*)(const Weight&, int64_t begin, int64_t count, Dtype dtype, void* out);
@@ -90,6 +103,13 @@ using LoraGradFn = void (*)(const LoraGradArgs&, int64_t tile_begin, int64_t til
 
 // Rows [m_begin, m_end) of out.
 using LoraInnerFn = void (*)(const LoraInnerArgs&, int64_t m_begin, int64_t m_end);
+
+// Tokens [t_begin, t_end).
+using CombineFn = void (*)(const CombineArgs&, int64_t t_begin, int64_t t_end);
+
+struct CombineKernels {
+  CombineFn combine, dgrad, wgrad;
+};
 
 struct LoraGradKernel {
   LoraGradFn run;
@@ -130,6 +150,7 @@ struct CpuKernels {
   bool (*is_supported)();  // by this CPU and its operating system
   QuantizeFn quantize;
   DequantizeFn dequantize;
+  const CombineKernels* combine_experts;
   ProductKernels products[3];  // by choose.h's Products
 
   const ProductKernels& operator[](Products which) const { return products[int(which)]; }
@@ -155,11 +176,16 @@ void transpose_lora_inner(const void* lora_inner, Dtype dtype, int64_t M, int64_
 // [rank, D] from lora_factor [D, rank], for LoraInnerArgs::factor.
 void transpose_lora_factor(const void* lora_factor, Dtype dtype, int64_t D, int64_t rank, void* out);
 
+// sort_by_expert.cpp: positions [count] and offsets [experts] as ops.py says them of the expert of each choice. Returns
+// the first choice whose expert is outside 0..experts, or -1; the outputs are then not written.
+int64_t sort_by_expert(const int64_t* experts_of, int64_t count, int64_t experts, int32_t* offsets, int32_t* positions);
+
 #define NF4_DECLARE_ISA(isa)                                                                  \
   void quantize_##isa(const QuantizeArgs&, int64_t block_begin, int64_t block_end);           \
   void dequantize_##isa(const Weight&, int64_t begin, int64_t count, Dtype dtype, void* out); \
   extern const GemvKernel kGemv_##isa;                                                        \
   extern const GemmKernel kLinear_##isa, kLinearDgrad_##isa;                                  \
+  extern const CombineKernels kCombineExperts_##isa;                                          \
   extern const LoraGradKernel kLoraGrad_##isa;                                                \
   void lora_inner_##isa(const LoraInnerArgs&, int64_t m_begin, int64_t m_end);
 

@@ -18,6 +18,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <cassert>
+
 #define NF4_DEVICE __device__ __forceinline__
 
 namespace nf4::cuda {
@@ -47,6 +49,11 @@ NF4_DEVICE T shuffle_four(T value, int i) {
 template <class T>
 NF4_DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
+// Ends the launch with `message` on stderr where not ok; the host sees an error when it next waits.
+NF4_DEVICE void device_assert(bool ok, const char* message) {
+  if (!ok) __assert_fail(message, __FILE__, __LINE__, "nf4kernels");
 }
 
 // Launches `grid` blocks. More than 48 KB of dynamic shared memory must be asked for first.

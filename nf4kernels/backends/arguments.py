@@ -260,6 +260,64 @@ def check_grouped_lora_grad(
     check_data(op, wide.device, "small", small, wide.dtype, wide.shape[0] * small.shape[1])
 
 
+def check_sort_by_expert(x: Tensor, top_k_index: Tensor, num_experts: int) -> None:
+    op = "sort_by_expert"
+    check_dtype(op, "x", x.dtype)
+    check_device(op, "top_k_index", top_k_index, x.device)
+    if x.dim() != 2 or top_k_index.dim() != 2 or top_k_index.shape[0] != x.shape[0]:
+        came = f"{list(x.shape)} and {list(top_k_index.shape)}"
+        refuse(op, f"x and top_k_index must have shapes [T, H] and [T, k], got {came}")
+    if top_k_index.dtype != torch.int64:
+        refuse(op, f"top_k_index must be {torch.int64}, got {top_k_index.dtype}")
+    if num_experts < 0:
+        refuse(op, f"num_experts must not be negative, got {num_experts}")
+
+
+def check_positions(op: str, name: str, tensor: Tensor, positions: Tensor, is_rows: bool) -> None:
+    """rows [T * k, H] or tokens [T, H] in any strides, beside positions [T, k]."""
+    check_dtype(op, name, tensor.dtype)
+    check_device(op, "positions", positions, tensor.device)
+    T = positions.shape.numel() if is_rows else positions.shape[0] if positions.dim() else 0
+    if tensor.dim() != 2 or positions.dim() != 2 or tensor.shape[0] != T:
+        expected = f"[{'T * k' if is_rows else 'T'}, H] and [T, k]"
+        came = f"{list(tensor.shape)} and {list(positions.shape)}"
+        refuse(op, f"{name} and positions must have shapes {expected}, got {came}")
+    if positions.dtype != torch.int32:
+        refuse(op, f"positions must be {torch.int32}, got {positions.dtype}")
+
+
+def check_routing_weights(op: str, weights: Tensor | None, positions: Tensor) -> None:
+    if weights is None:
+        return
+    check_dtype(op, "weights", weights.dtype)
+    check_device(op, "weights", weights, positions.device)
+    if weights.shape != positions.shape:
+        refuse(op, f"weights must have shape {list(positions.shape)} as positions, got {list(weights.shape)}")
+
+
+def check_combine_experts(rows: Tensor, positions: Tensor, weights: Tensor | None, dtype: torch.dtype) -> None:
+    op = "combine_experts"
+    check_positions(op, "rows", rows, positions, True)
+    check_routing_weights(op, weights, positions)
+    check_dtype(op, "dtype", dtype)
+
+
+def check_combine_experts_dgrad(dout: Tensor, positions: Tensor, weights: Tensor | None, dtype: torch.dtype) -> None:
+    op = "combine_experts_dgrad"
+    check_positions(op, "dout", dout, positions, False)
+    check_routing_weights(op, weights, positions)
+    check_dtype(op, "dtype", dtype)
+
+
+def check_combine_experts_wgrad(dout: Tensor, rows: Tensor, positions: Tensor, dtype: torch.dtype) -> None:
+    op = "combine_experts_wgrad"
+    check_positions(op, "dout", dout, positions, False)
+    check_positions(op, "rows", rows, positions, True)
+    if dout.shape[1] != rows.shape[1]:
+        refuse(op, f"rows must have H={dout.shape[1]} columns as dout, got shape {list(rows.shape)}")
+    check_dtype(op, "dtype", dtype)
+
+
 CHECKS: dict[str, Callable[..., None]] = {
     "quantize": check_quantize,
     "quantize_absmax": check_quantize_absmax,
@@ -272,6 +330,10 @@ CHECKS: dict[str, Callable[..., None]] = {
     "lora_grad": check_lora_grad,
     "grouped_lora_inner": check_grouped_lora_inner,
     "grouped_lora_grad": check_grouped_lora_grad,
+    "sort_by_expert": check_sort_by_expert,
+    "combine_experts": check_combine_experts,
+    "combine_experts_dgrad": check_combine_experts_dgrad,
+    "combine_experts_wgrad": check_combine_experts_wgrad,
 }
 
 

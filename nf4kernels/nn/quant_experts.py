@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..autograd import autocast_is_on, is_transformed, outside_inference_mode
-from ..functional import dequantize, quantize_experts
-from ..grouped import grouped_linear_from_args
-from ..quantized_weight import WEIGHT_DTYPES, QuantizedExperts, expert_columns
+from ..autograd import autocast_is_on, outside_inference_mode
+from ..codebook import default_block_size
+from ..functional import dequantize, grouped_linear_from_args, quantize_experts
+from ..quantized_weight import WEIGHT_DTYPES, QuantizedExperts
+from ..routing import combine_experts, sort_by_expert
 from .casts import check_cast
 from .experts_layout import GATED, NORM, UNGATED, bias_name, dense_weights, layout_problem, own_gate, weight_names
 from .quant_module import QuantModule, checked_compute_dtype
@@ -186,31 +187,21 @@ class QuantExperts(nn.Module):
             terms: name of a weight -> adapters whose `scaling * x @ down[e].T @ up[e].T` is added to its product.
 
         Returns:
-            `[tokens, H]` in hidden_states' dtype; the k products are weighted in the wider of the compute dtype and
-            top_k_weights', and summed in fp32.
+            `[tokens, H]` in hidden_states' dtype; the k products are weighted and summed in fp32, and rounded once.
 
         Raises:
             TypeError, ValueError: an argument's dtype or shape. RuntimeError: an index outside 0..num_experts; on a
             device when it gets there.
         """
-        tokens, top_k = self._check(hidden_states, top_k_index, top_k_weights)
-        expert_ids = top_k_index.reshape(-1).long()
-        in_range = ((expert_ids >= 0) & (expert_ids <= self.num_experts)).all()
-        torch._assert_async(in_range, f"{self.WHO}: top_k_index must be in 0..{self.num_experts}")
-        sorted_ids, order = expert_ids.sort(stable=True)
-        place = order.argsort()  # where each (token, k) is among the sorted rows
-        experts = torch.arange(self.num_experts, device=expert_ids.device)
-        expert_offsets = torch.searchsorted(sorted_ids, experts, right=True, out_int32=True)
-
+        self._check(hidden_states, top_k_index, top_k_weights)
         x = hidden_states.to(self._dtype(hidden_states))
-        x = _take_rows(x, order // top_k, place, top_k)
+        x, expert_offsets, positions = sort_by_expert(x, top_k_index, self.num_experts)
         first, second = self.weights
         x = self._gate(self._product(first, x, expert_offsets, terms))
         y = self._product(second, x, expert_offsets, terms)
         norm = self._modules.get(NORM)
         y = y if norm is None else norm(y)
-        y = _take_rows(y, place, order, 1).view(tokens, top_k, self.hidden_dim)
-        return (y * top_k_weights[..., None]).sum(1).to(hidden_states.dtype)
+        return combine_experts(y, positions, top_k_weights, hidden_states.dtype)
 
     def _gate(self, x: Tensor) -> Tensor:
         """What stands between the two products, by the function of the module that this one was made from."""
@@ -230,7 +221,7 @@ class QuantExperts(nn.Module):
             y = y + experts_term(x, expert_offsets, *term).to(y.dtype)
         return y
 
-    def _check(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> tuple[int, int]:
+    def _check(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None:
         if hidden_states.dtype not in WEIGHT_DTYPES:
             raise TypeError(
                 f"{self.WHO}: hidden_states must be float32, bfloat16 or float16, got {hidden_states.dtype}"
@@ -245,7 +236,6 @@ class QuantExperts(nn.Module):
             if tensor.dim() != 2 or tensor.shape[0] != tokens or tensor.shape[1] != top_k_index.shape[1]:
                 expected = f"[{tokens}, k], the same for both"
                 raise ValueError(f"{self.WHO}: {name} must have shape {expected}, got {list(tensor.shape)}")
-        return tokens, top_k_index.shape[1]
 
     def _dtype(self, x: Tensor) -> torch.dtype:
         if autocast_is_on(x.device):
@@ -337,27 +327,3 @@ def _without_weights(module: nn.Module) -> nn.Module:
     emptied._parameters = dict.fromkeys(module._parameters)
     emptied._modules = dict(module._modules)
     return emptied
-
-
-def _take_rows(x: Tensor, rows: Tensor, places: Tensor, times: int) -> Tensor:
-    """As `_TakeRows`, which torch.func cannot transform."""
-    y: Tensor = x[rows] if is_transformed(x, rows) else _TakeRows.apply(x, rows, places, times)
-    return y
-
-
-class _TakeRows(torch.autograd.Function):
-    """y = x[rows], where each row of x is taken `times` times: row i by y[places[i * times + t]], t < times.
-
-    The gradient gathers, too: a scatter would add in an order that a device does not fix.
-    """
-
-    @staticmethod
-    def forward(ctx, x, rows, places, times):
-        ctx.save_for_backward(places)
-        ctx.sizes = x.shape[0], times
-        return x[rows]
-
-    @staticmethod
-    def backward(ctx, dy):
-        (places,) = ctx.saved_tensors
-        return dy[places].unflatten(0, ctx.sizes).sum(1), None, None, None

@@ -174,6 +174,10 @@ NF4_DEVICE T shuffle_xor(T value, int mask, executor::Site site = executor::Site
   return executor::exchange("shuffle_xor", value, (threadIdx.x ^ mask) & 31, site);
 }
 
+NF4_DEVICE void device_assert(bool ok, const char* message, executor::Site site = executor::Site::here()) {
+  if (!ok) executor::fail(site, "%s", message);
+}
+
 template <class... Params, class... Args>
 cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, size_t shared_bytes, cudaStream_t,
                    const Args&... args) {

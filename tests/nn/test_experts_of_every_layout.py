@@ -116,6 +116,25 @@ def test_merges_into_the_weights_of_a_base():
         assert torch.equal(getattr(model.experts, name), parameter), name
 
 
+def test_a_norm_is_not_asked_about_the_rows_of_no_expert():
+    """A norm with a bias would make something of their zeros."""
+    dense = experts_of("muse_spark")
+    dense.post_expert_norm = torch.nn.LayerNorm(H)
+    torch.nn.init.normal_(dense.post_expert_norm.bias)
+    experts = QuantExperts.from_experts(dense)
+    x, index, weights = routed()
+    index[3], index[5, 0] = E, E
+    weights.requires_grad_()
+    y = experts(x, index, weights)
+    assert (y[3] == 0).all()
+    alone = experts(x[5:6], index[5:6, 1:], weights[5:6, 1:])
+    torch.testing.assert_close(y[5:6], alone)
+    (gradient,) = torch.autograd.grad(y.sum(), weights)
+    assert (gradient[3] == 0).all()
+    assert gradient[5, 0] == 0
+    assert gradient[5, 1] != 0
+
+
 def test_from_quantized_takes_a_module_on_meta():
     """As an importer has it: rows of gpt-oss's gate and up interleaved, biases beside or later."""
     dense = experts_of("gpt_oss")

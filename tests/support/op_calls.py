@@ -10,6 +10,10 @@ ops = torch.ops.nf4kernels
 SHAPES = ((37, 100), (33, 65), (16, 64), (0, 64), (5, 0))
 
 
+# Each token's two of 4 experts; 4 is none.
+CHOICES = torch.tensor([[3, 1], [0, 4], [1, 1], [3, 0], [4, 4], [1, 3], [0, 1]])
+
+
 def samples(op, N=37, K=100, layout=DEFAULT, dtype=torch.bfloat16):
     """The arguments of one sound call."""
     weight = cases.quantized(N, K, layout).op_args()
@@ -36,6 +40,14 @@ def samples(op, N=37, K=100, layout=DEFAULT, dtype=torch.bfloat16):
         return torch.randn(7, K).to(dtype), ends, *qweights.op_args(), bias, inner, factor, 0.75
     if op == "grouped_lora_inner":
         return torch.randn(7, N).to(dtype), offsets(4, 4, 6), torch.randn(3, N, 4).to(dtype), True
+    if op == "sort_by_expert":
+        return torch.randn(7, K).to(dtype), CHOICES.clone(), 4
+    if op.startswith("combine_experts"):
+        tokens, rows = torch.randn(7, K).to(dtype), torch.randn(14, K).to(dtype)
+        _, _, positions = ops.sort_by_expert(tokens, CHOICES, 4)
+        if op.endswith("wgrad"):
+            return tokens, rows, positions, torch.float32
+        return tokens if op.endswith("dgrad") else rows, positions, torch.rand(7, 2), torch.bfloat16
     if op == "grouped_lora_grad":
         return torch.randn(7, 4).to(dtype), torch.randn(7, N).to(dtype), offsets(4, 4, 6), 0.75, torch.float32, True
     assert op == "linear_dgrad"
@@ -173,6 +185,30 @@ WRONG = [
     ("grouped_lora_grad", {"wide": torch.randn(7, 37).double()}, "wide must be float32, bfloat16 or float16", False),
     ("grouped_lora_grad", {"dtype": torch.float64}, "dtype must be float32, bfloat16 or float16", False),
     ("grouped_lora_grad", {"expert_offsets": offsets(4, 4, 8)}, "must not fall and not exceed T=7, got 8", False),
+    ("sort_by_expert", {"x": torch.randn(6, 100)}, r"x and top_k_index must have shapes [T, H] and [T, k]", True),
+    ("sort_by_expert", {"x": torch.randn(7, 1, 100)}, r"x and top_k_index must have shapes [T, H] and [T, k]", True),
+    ("sort_by_expert", {"x": torch.randn(7, 100).double()}, "x must be float32, bfloat16 or float16", False),
+    ("sort_by_expert", {"top_k_index": CHOICES.int()}, "top_k_index must be Long, got Int", False),
+    ("sort_by_expert", {"top_k_index": CHOICES[:, 0]}, r"x and top_k_index must have shapes [T, H] and [T, k]", True),
+    ("sort_by_expert", {"top_k_index": CHOICES + 1}, "top_k_index must be in 0..", False),
+    ("sort_by_expert", {"top_k_index": CHOICES - 1}, "top_k_index must be in 0..", False),
+    ("combine_experts", {"rows": torch.randn(13, 100)}, "rows and positions must have shapes [T * k, H] and", True),
+    ("combine_experts", {"rows": torch.randn(14, 100).int()}, "rows must be float32, bfloat16 or float16", False),
+    ("combine_experts", {"positions": CHOICES}, "positions must be Int, got Long", False),
+    (
+        "combine_experts",
+        {"weights": torch.rand(7, 3)},
+        "weights must have shape [7, 2] as positions, got [7, 3]",
+        False,
+    ),
+    ("combine_experts", {"weights": CHOICES}, "weights must be float32, bfloat16 or float16", False),
+    ("combine_experts", {"dtype": torch.float64}, "dtype must be float32, bfloat16 or float16", False),
+    ("combine_experts_dgrad", {"dout": torch.randn(14, 100)}, "dout and positions must have shapes [T, H] and", True),
+    ("combine_experts_dgrad", {"positions": CHOICES}, "positions must be Int, got Long", False),
+    ("combine_experts_dgrad", {"weights": torch.rand(2, 7)}, "weights must have shape [7, 2] as positions", False),
+    ("combine_experts_wgrad", {"rows": torch.randn(14, 99)}, "rows must have H=100 columns as dout", False),
+    ("combine_experts_wgrad", {"rows": torch.randn(7, 100)}, "rows and positions must have shapes [T * k, H]", False),
+    ("combine_experts_wgrad", {"dtype": torch.int8}, "dtype must be float32, bfloat16 or float16", False),
     ("lora_grad", {"small": torch.randn(2, 2, 4).bfloat16()}, "small must have 24 elements", False),
     ("lora_grad", {"small": torch.randn(2, 3, 4)}, "small must be BFloat16, got Float", False),
     ("lora_grad", {"small": torch.randn(3, 2, 4).bfloat16().transpose(0, 1)}, "small must be contiguous", False),

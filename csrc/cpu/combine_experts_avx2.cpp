@@ -1,0 +1,9 @@
+#include "decode_avx2.h"
+
+#include "combine_experts.h"
+
+namespace nf4::cpu {
+
+const CombineKernels kCombineExperts_avx2{combine_tokens, combine_dgrad_tokens, combine_wgrad_tokens};
+
+}  // namespace nf4::cpu
