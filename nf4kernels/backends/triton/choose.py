@@ -135,10 +135,10 @@ def kernel_lines(device: torch.device) -> Iterator[str]:
         yield f"{op} bf16, fp16, more rows: dequantize_gemm ({table.origin})"
 
 
-def whole_block(K: int, block_size: int) -> int:
-    """How many consecutive weights of every row share a scale and whole bytes, 64 or 32; 0: fewer."""
-    size = min(block_size, 64)
-    return size if K % size == 0 else 32 if K % 32 == 0 else 0
+def whole_step(K: int, block_size: int) -> tuple[int, int]:
+    """(weights, their scales) of a step along a row, that is of whole blocks or within one: 64 or 32; (0, 0): fewer."""
+    step = 64 if K % 64 == 0 else 32 if K % 32 == 0 else 0
+    return (step, max(step // block_size, 1)) if step else (0, 0)
 
 
 _forced: dict = {"path": None, "config": None}
@@ -165,20 +165,20 @@ class Choice:
     path: str
     config: Config
     BLOCK_K: int
-    is_whole: bool  # a step of BLOCK_K in a row shares a scale and whole bytes; else weights are decoded one by one
+    scales: int  # of a step of BLOCK_K in a row; 0: rows are not whole steps, and weights are decoded one by one
 
 
 def choose(op: str, M: int, K: int, block_size: int, dtype: torch.dtype, device: torch.device) -> Choice:
-    block = whole_block(K, block_size)
-    BLOCK_K, is_whole = block or ELEMENTS_BLOCK_K, block > 0
+    step, scales = whole_step(K, block_size)
+    BLOCK_K = step or ELEMENTS_BLOCK_K
     if dtype == torch.float32:
         if _forced["path"] == "dequantize_gemm":
             raise RuntimeError(f"nf4kernels.{op}: fp32 is multiplied in true fp32, not by dequantize_gemm")
-        return Choice("fused", _forced["config"] or FP32, BLOCK_K, is_whole)
+        return Choice("fused", _forced["config"] or FP32, BLOCK_K, scales)
     table = table_for(architecture_of(device))
-    least = table.dequantize_gemm_from[op] if is_whole else ELEMENTS_M + 1
+    least = table.dequantize_gemm_from[op] if scales else ELEMENTS_M + 1
     path = _forced["path"] or ("dequantize_gemm" if least <= M else "fused")
-    return Choice(path, _forced["config"] or (table.config(op, M) if is_whole else ELEMENTS), BLOCK_K, is_whole)
+    return Choice(path, _forced["config"] or (table.config(op, M) if scales else ELEMENTS), BLOCK_K, scales)
 
 
 def choose_for_experts(

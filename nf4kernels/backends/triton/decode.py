@@ -34,13 +34,32 @@ def lookup(table, index, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def block_scales(absmax, scale_absmax, scale_offset, scale_code, block, mask):
-    """The fp32 scales of these blocks; without double quantization scale_code is None."""
+    """The fp32 scales of these blocks: absmax, or its entry of scale_code, or that of a double-quantized one."""
     stored = tl.load(absmax + block, mask=mask, other=0)
     if scale_code is None:
-        scale = stored
+        scale = stored.to(tl.float32)
+    elif scale_absmax is None:
+        scale = tl.load(scale_code + stored.to(tl.int32))
     else:
         of_superblock = tl.load(scale_absmax + (block >> 8), mask=mask, other=0.0)
         scale = tl.load(scale_code + stored.to(tl.int32)) * of_superblock + tl.load(scale_offset)
+    return scale
+
+
+@triton.jit
+def scales_of_bytes(
+    absmax, scale_absmax, scale_offset, scale_code, block, mask, SCALES: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The scales of COLUMNS bytes a row, as [ROWS, COLUMNS], or [ROWS, 1] where a row has one: SCALES blocks from each
+    row's `block` on."""
+    if SCALES == 1:
+        scale = block_scales(absmax, scale_absmax, scale_offset, scale_code, block, mask)[:, None]
+    else:
+        blocks = block[:, None] + tl.arange(0, SCALES)[None, :]
+        scale = block_scales(absmax, scale_absmax, scale_offset, scale_code, blocks, mask[:, None])
+        scale = tl.broadcast_to(scale[:, :, None], [ROWS, SCALES, COLUMNS // SCALES])
+        scale = tl.reshape(scale, [ROWS, COLUMNS])
     return scale
 
 

@@ -20,15 +20,15 @@ from torch import Tensor
 from ..arguments import check_dequantize, check_dequantize_out
 from .decode import LAUNCH, block_scales, ceil_div, lookup, on_device_of
 
-CHUNK = tl.constexpr(32)
-MOST_CHUNKS = 128  # a program
-WARP_CHUNKS = 32  # a warp: 32 weights a thread take 14 instructions a weight, 8 weights a thread 23
+CHUNK = 32  # at most: a block of 16 is one of its own
+MOST_WEIGHTS = 4096  # a program
+WARP_WEIGHTS = 1024  # a warp: 32 weights a thread take 14 instructions a weight, 8 weights a thread 23
 
 
 @triton.jit
 def dequantize_kernel(
     packed, absmax, scale_absmax, scale_offset, code, scale_code, out, first, pitch, stride, length, block_shift, tiles,
-    numel, TILE: tl.constexpr,
+    numel, TILE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Decodes `length` weights of each row. The first row begins at flat index `first`; rows are `pitch` apart in the
     weight and `stride` apart in out."""
@@ -50,9 +50,9 @@ def dequantize_kernel(
     tl.store(out + row * stride + column, values, mask=(column >= 0) & (column < length))
 
 
-def tile_of(length: int) -> int:
-    """Chunks of a program: a run's, plus one because the run can begin inside a chunk, up to MOST_CHUNKS."""
-    return min(triton.next_power_of_2(ceil_div(length, CHUNK.value) + 1), MOST_CHUNKS)
+def tile_of(length: int, chunk: int) -> int:
+    """Chunks of a program: a run's, plus one because the run can begin inside a chunk, up to MOST_WEIGHTS."""
+    return min(triton.next_power_of_2(ceil_div(length, chunk) + 1), MOST_WEIGHTS // chunk)
 
 
 def dequantize(
@@ -86,12 +86,13 @@ def launch(weight: tuple, row_begin: int, col_begin: int, out: Tensor) -> None:
         return
     if rows == 1 or (length == K and stride == K):
         rows, length = 1, rows * length
-    tile = tile_of(length)
+    chunk = min(CHUNK, block_size)
+    tile = tile_of(length, chunk)
     # A run that begins inside a chunk reaches into one chunk more.
-    tiles = ceil_div(ceil_div(length, CHUNK.value) + 1, tile)
+    tiles = ceil_div(ceil_div(length, chunk) + 1, tile)
     first = row_begin * K + col_begin
     with on_device_of(out):
         dequantize_kernel[(rows * tiles,)](
             *tensors, out, first, K, stride, length, block_size.bit_length() - 1, tiles, N * K, TILE=tile,
-            num_warps=max(tile // WARP_CHUNKS, 1), **LAUNCH,
+            CHUNK=chunk, num_warps=max(tile * chunk // WARP_WEIGHTS, 1), **LAUNCH,
         )  # fmt: skip

@@ -61,7 +61,7 @@ def weight_of(packed, absmax, scale_absmax, scale_offset, expert, N, K, block_sh
 def grouped_linear_kernel(
     x, offsets, packed, absmax, scale_absmax, scale_offset, code, scale_code, out, T, E, N, K, block_shift, superblocks,
     tiles_n, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    RUN: tl.constexpr,
+    SCALES: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     expert, m_begin, m_end = find_group(offsets, tl.program_id(0) // tiles_n, T, E, EXPERTS, BLOCK_M)
     if m_begin >= m_end:
@@ -75,7 +75,7 @@ def grouped_linear_kernel(
     n, m = n.to(tl.int64), m.to(tl.int64)
     acc = add_runs(
         tl.zeros([BLOCK_N, BLOCK_M], tl.float32), x, m, in_m, packed, absmax, scale_absmax, scale_offset, code,
-        scale_code, n, in_n, K, block_shift, 0, tl.where(expert < E, K, 0), BLOCK_M, BLOCK_N, BLOCK_K, True, RUN,
+        scale_code, n, in_n, K, block_shift, 0, tl.where(expert < E, K, 0), BLOCK_M, BLOCK_N, BLOCK_K, SCALES, RUN,
     )  # fmt: skip
     at = m[None, :] * N + n[:, None]
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=in_n[:, None] & in_m[None, :])
@@ -116,6 +116,6 @@ def grouped_linear(
         grouped_linear_kernel[(tiles_n * most_tiles(T, E, config.BLOCK_M),)](
             x.contiguous(), expert_offsets, *tensors, out, T, E, N, K, block_size.bit_length() - 1,
             superblocks_of(N, K, block_size), tiles_n, EXPERTS=triton.next_power_of_2(E + 1), BLOCK_M=config.BLOCK_M,
-            BLOCK_N=config.BLOCK_N, BLOCK_K=choice.BLOCK_K, RUN=run_of(K, x.dtype), **config.launch, **LAUNCH,
+            BLOCK_N=config.BLOCK_N, BLOCK_K=choice.BLOCK_K, SCALES=choice.scales, RUN=run_of(K, x.dtype), **config.launch, **LAUNCH,
         )  # fmt: skip
     return out

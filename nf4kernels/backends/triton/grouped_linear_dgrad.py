@@ -24,7 +24,7 @@ from .linear_dgrad import add_runs
 def grouped_linear_dgrad_kernel(
     dy, offsets, packed, absmax, scale_absmax, scale_offset, code, scale_code, out, T, E, N, K, block_shift,
     superblocks, tiles_k, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, RUN: tl.constexpr,
+    BLOCK_K: tl.constexpr, SCALES: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     expert, m_begin, m_end = find_group(offsets, tl.program_id(0) // tiles_k, T, E, EXPERTS, BLOCK_M)
     if m_begin >= m_end:
@@ -39,7 +39,7 @@ def grouped_linear_dgrad_kernel(
     zero = tl.zeros([BLOCK_M, BLOCK_K // 2], tl.float32)
     even, odd = add_runs(
         zero, zero, dy, m, in_m, packed, absmax, scale_absmax, scale_offset, code, scale_code, k_begin, block_shift, N,
-        K, 0, tl.where(expert < E, N, 0), BLOCK_M, BLOCK_N, BLOCK_K, RUN,
+        K, 0, tl.where(expert < E, N, 0), BLOCK_M, BLOCK_N, BLOCK_K, SCALES, RUN,
     )  # fmt: skip
     sums = tl.reshape(tl.join(even, odd), [BLOCK_M, BLOCK_K])
     at = m[:, None] * K + (k_begin + tl.arange(0, BLOCK_K))[None, :]
@@ -65,6 +65,6 @@ def grouped_linear_dgrad(
         grouped_linear_dgrad_kernel[(tiles_k * most_tiles(T, E, config.BLOCK_M),)](
             dy.contiguous(), expert_offsets, *tensors, out, T, E, N, K, block_size.bit_length() - 1,
             superblocks_of(N, K, block_size), tiles_k, EXPERTS=triton.next_power_of_2(E + 1), BLOCK_M=config.BLOCK_M,
-            BLOCK_N=config.BLOCK_N, BLOCK_K=choice.BLOCK_K, RUN=run_of(N, dy.dtype), **config.launch, **LAUNCH,
+            BLOCK_N=config.BLOCK_N, BLOCK_K=choice.BLOCK_K, SCALES=choice.scales, RUN=run_of(N, dy.dtype), **config.launch, **LAUNCH,
         )  # fmt: skip
     return out

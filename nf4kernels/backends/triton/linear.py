@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..arguments import check_linear
 from .choose import LONGEST_FP32, Choice, choose
-from .decode import LAUNCH, block_scales, ceil_div, decode_elements, lookup, on_device_of
+from .decode import LAUNCH, ceil_div, decode_elements, lookup, on_device_of, scales_of_bytes
 from .dequantize_gemm import multiply_by_slices
 from .reduce import reduce_splits
 
@@ -41,20 +41,22 @@ def add_lora_term(acc, scaling, lora_factor, lora_inner, rank, n, in_n, m, in_m,
 @triton.jit
 def add_product(
     acc, x, m, in_m, packed, absmax, scale_absmax, scale_offset, code, scale_code, n, in_n, K, block_shift, begin, end,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SCALES: tl.constexpr,
 ):  # fmt: skip
     """acc[BLOCK_N, BLOCK_M] + W[n, begin:end] @ x[m, begin:end]^T."""
     dtype: tl.constexpr = x.dtype.element_ty
     first = n * K
     x_rows = x + m[:, None] * K
-    if WHOLE:
+    if SCALES > 0:
         table = tl.load(code + tl.arange(0, 16))
         packed_rows = packed + (first >> 1)[:, None]
         for k in range(begin, end, BLOCK_K):
             byte = k // 2 + tl.arange(0, BLOCK_K // 2)
             codes = tl.load(packed_rows + byte[None, :], mask=in_n[:, None], other=0).to(tl.int32)
             block = (first + k) >> block_shift
-            scale = block_scales(absmax, scale_absmax, scale_offset, scale_code, block, in_n)[:, None]
+            scale = scales_of_bytes(
+                absmax, scale_absmax, scale_offset, scale_code, block, in_n, SCALES, BLOCK_N, BLOCK_K // 2
+            )
             even = (lookup(table, codes >> 4, BLOCK_N, BLOCK_K // 2) * scale).to(dtype)
             odd = (lookup(table, codes & 15, BLOCK_N, BLOCK_K // 2) * scale).to(dtype)
             part = tl.load(x_rows + (k + tl.arange(0, BLOCK_K))[None, :], mask=in_m[:, None], other=0.0)
@@ -77,19 +79,19 @@ def add_product(
 @triton.jit
 def add_runs(
     acc, x, m, in_m, packed, absmax, scale_absmax, scale_offset, code, scale_code, n, in_n, K, block_shift, begin, end,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr, RUN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SCALES: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """add_product in sums of RUN terms each; RUN = 0: in one sum."""
     if RUN == 0:
         acc = add_product(
             acc, x, m, in_m, packed, absmax, scale_absmax, scale_offset, code, scale_code, n, in_n, K, block_shift,
-            begin, end, BLOCK_M, BLOCK_N, BLOCK_K, WHOLE,
+            begin, end, BLOCK_M, BLOCK_N, BLOCK_K, SCALES,
         )  # fmt: skip
     else:
         for run in range(begin, end, RUN):
             acc += add_product(
                 tl.zeros([BLOCK_N, BLOCK_M], tl.float32), x, m, in_m, packed, absmax, scale_absmax, scale_offset, code,
-                scale_code, n, in_n, K, block_shift, run, tl.minimum(run + RUN, end), BLOCK_M, BLOCK_N, BLOCK_K, WHOLE,
+                scale_code, n, in_n, K, block_shift, run, tl.minimum(run + RUN, end), BLOCK_M, BLOCK_N, BLOCK_K, SCALES,
             )  # fmt: skip
     return acc
 
@@ -98,7 +100,7 @@ def add_runs(
 def linear_kernel(
     x, packed, absmax, scale_absmax, scale_offset, code, scale_code, out, bias, lora_inner, lora_factor, scaling, M, N,
     K, rank, block_shift, depth, tiles_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, RUN: tl.constexpr,
+    SCALES: tl.constexpr, BLOCK_R: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """out is [splits, M, N]."""
     split = tl.program_id(1)
@@ -115,7 +117,7 @@ def linear_kernel(
     end = tl.minimum(begin + depth, K)
     acc = add_runs(
         acc, x, m, in_m, packed, absmax, scale_absmax, scale_offset, code, scale_code, n, in_n, K, block_shift, begin,
-        end, BLOCK_M, BLOCK_N, BLOCK_K, WHOLE, RUN,
+        end, BLOCK_M, BLOCK_N, BLOCK_K, SCALES, RUN,
     )  # fmt: skip
     if bias is not None:
         acc += tl.load(bias + n, mask=in_n, other=0.0).to(tl.float32)[:, None]
@@ -149,7 +151,7 @@ def multiply_fused(
             x, *tensors, target, bias if splits == 1 else None, lora_inner, lora_factor, scaling, M, N, K,
             0 if BLOCK_R == 0 else lora_factor.shape[1], block_size.bit_length() - 1,
             config.depth if splits > 1 else max(K, 1), tiles_n, BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N,
-            BLOCK_K=choice.BLOCK_K, WHOLE=choice.is_whole, BLOCK_R=BLOCK_R,
+            BLOCK_K=choice.BLOCK_K, SCALES=choice.scales, BLOCK_R=BLOCK_R,
             RUN=LONGEST_FP32 if x.dtype == torch.float32 else 0, **config.launch, **LAUNCH,
         )  # fmt: skip
     if splits > 1:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..arguments import check_linear_dgrad
 from .choose import LONGEST_FP32, Choice, choose
-from .decode import LAUNCH, block_scales, ceil_div, decode_elements, lookup, on_device_of
+from .decode import LAUNCH, ceil_div, decode_elements, lookup, on_device_of, scales_of_bytes
 from .dequantize_gemm import multiply_by_slices
 from .linear import matrix, rank_step
 from .reduce import reduce_splits
@@ -29,6 +29,7 @@ from .reduce import reduce_splits
 def add_product(
     even_sums, odd_sums, dy, m, in_m, packed, absmax, scale_absmax, scale_offset, code, scale_code, k_begin,
     block_shift, N, K, begin, end, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SCALES: tl.constexpr,
 ):  # fmt: skip
     """Both [BLOCK_M, BLOCK_K / 2]: + dY[m, begin:end] @ W[begin:end, k], the even and the odd k from k_begin on."""
     dtype: tl.constexpr = dy.dtype.element_ty
@@ -40,7 +41,10 @@ def add_product(
         first = n.to(tl.int64) * K + k_begin
         byte = (first >> 1)[:, None] + tl.arange(0, BLOCK_K // 2)[None, :]
         codes = tl.load(packed + byte, mask=in_n[:, None], other=0).to(tl.int32)
-        scale = block_scales(absmax, scale_absmax, scale_offset, scale_code, first >> block_shift, in_n)[:, None]
+        block = first >> block_shift
+        scale = scales_of_bytes(
+            absmax, scale_absmax, scale_offset, scale_code, block, in_n, SCALES, BLOCK_N, BLOCK_K // 2
+        )
         even = (lookup(table, codes >> 4, BLOCK_N, BLOCK_K // 2) * scale).to(dtype)
         odd = (lookup(table, codes & 15, BLOCK_N, BLOCK_K // 2) * scale).to(dtype)
         even_sums = tl.dot(part, even, even_sums, input_precision="ieee")
@@ -52,13 +56,13 @@ def add_product(
 def add_runs(
     even_sums, odd_sums, dy, m, in_m, packed, absmax, scale_absmax, scale_offset, code, scale_code, k_begin,
     block_shift, N, K, begin, end, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    RUN: tl.constexpr,
+    SCALES: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """add_product in sums of RUN terms each; RUN = 0: in one sum."""
     if RUN == 0:
         even_sums, odd_sums = add_product(
             even_sums, odd_sums, dy, m, in_m, packed, absmax, scale_absmax, scale_offset, code, scale_code,
-            k_begin, block_shift, N, K, begin, end, BLOCK_M, BLOCK_N, BLOCK_K,
+            k_begin, block_shift, N, K, begin, end, BLOCK_M, BLOCK_N, BLOCK_K, SCALES,
         )  # fmt: skip
     else:
         for run in range(begin, end, RUN):
@@ -66,6 +70,7 @@ def add_runs(
             run_even, run_odd = add_product(
                 zero, zero, dy, m, in_m, packed, absmax, scale_absmax, scale_offset, code, scale_code,
                 k_begin, block_shift, N, K, run, tl.minimum(run + RUN, end), BLOCK_M, BLOCK_N, BLOCK_K,
+                SCALES,
             )  # fmt: skip
             even_sums += run_even
             odd_sums += run_odd
@@ -112,7 +117,7 @@ def lora_term(
 def linear_dgrad_kernel(
     dy, packed, absmax, scale_absmax, scale_offset, code, scale_code, out, lora_inner, lora_factor, scaling, M, N, K,
     rank, block_shift, depth, tiles_k, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, RUN: tl.constexpr,
+    SCALES: tl.constexpr, BLOCK_R: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """out is [splits, M, K]."""
     split = tl.program_id(1)
@@ -124,7 +129,7 @@ def linear_dgrad_kernel(
     begin = split * depth
     end = tl.minimum(begin + depth, N)
     rank_here = tl.where(split == 0, rank, 0)
-    if WHOLE:
+    if SCALES > 0:
         HALF: tl.constexpr = BLOCK_K // 2
         even = tl.zeros([BLOCK_M, HALF], tl.float32)
         odd = tl.zeros([BLOCK_M, HALF], tl.float32)
@@ -134,7 +139,7 @@ def linear_dgrad_kernel(
             odd = lora_term(scaling, lora_inner, lora_factor, rank_here, m, in_m, even_k + 1, K, BLOCK_M, HALF, BLOCK_R)
         even, odd = add_runs(
             even, odd, dy, m, in_m, packed, absmax, scale_absmax, scale_offset, code, scale_code, k_begin, block_shift,
-            N, K, begin, end, BLOCK_M, BLOCK_N, BLOCK_K, RUN,
+            N, K, begin, end, BLOCK_M, BLOCK_N, BLOCK_K, SCALES, RUN,
         )  # fmt: skip
         sums = tl.reshape(tl.join(even, odd), [BLOCK_M, BLOCK_K])
     else:
@@ -166,7 +171,7 @@ def multiply_fused(
             dy, *tensors, target, lora_inner, lora_factor, scaling, M, N, K,
             0 if BLOCK_R == 0 else lora_factor.shape[0], block_size.bit_length() - 1,
             config.depth if splits > 1 else max(N, 1), tiles_k, BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N,
-            BLOCK_K=choice.BLOCK_K, WHOLE=choice.is_whole, BLOCK_R=BLOCK_R,
+            BLOCK_K=choice.BLOCK_K, SCALES=choice.scales, BLOCK_R=BLOCK_R,
             RUN=LONGEST_FP32 if dy.dtype == torch.float32 else 0, **config.launch, **LAUNCH,
         )  # fmt: skip
     if splits > 1:
