@@ -40,17 +40,18 @@ def test_choice_by_rows(choose, way):
             least = table.dequantize_gemm_from[op]
             assert choose.choose(op, least - 1, 128, 64, dtype, device).path == "fused"
             assert choose.choose(op, least, 128, 64, dtype, device).path == "dequantize_gemm"
-            assert choose.choose(op, 64, 65, 64, dtype, device) == choose.Choice("fused", choose.ELEMENTS, 32, False)
+            assert choose.choose(op, 64, 65, 64, dtype, device) == choose.Choice("fused", choose.ELEMENTS, 32, 0)
             assert choose.choose(op, 65, 65, 64, dtype, device).path == "dequantize_gemm"
-        assert choose.choose(op, 10**6, 128, 64, torch.float32, device) == choose.Choice("fused", choose.FP32, 64, True)
+        assert choose.choose(op, 10**6, 128, 64, torch.float32, device) == choose.Choice("fused", choose.FP32, 64, 1)
 
 
 @pytest.mark.parametrize(
-    ("K", "block_size", "block"),
-    [(128, 64, 64), (128, 4096, 64), (96, 64, 32), (96, 32, 32), (128, 32, 32), (65, 64, 0), (16, 32, 0), (0, 64, 64)],
-)
-def test_blocks_that_rows_are_made_of(choose, K, block_size, block):
-    assert choose.whole_block(K, block_size) == block
+    ("K", "block_size", "step"),
+    [(128, 64, (64, 1)), (128, 4096, (64, 1)), (128, 32, (64, 2)), (128, 16, (64, 4)), (96, 64, (32, 1)),
+     (96, 32, (32, 1)), (96, 16, (32, 2)), (65, 64, (0, 0)), (48, 16, (0, 0)), (16, 32, (0, 0)), (0, 64, (64, 1))],
+)  # fmt: skip
+def test_steps_that_rows_are_made_of(choose, K, block_size, step):
+    assert choose.whole_step(K, block_size) == step
 
 
 def test_refuses_what_is_no_table(choose):

@@ -46,15 +46,17 @@ def find_group(offsets, tile, T, E, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr
 
 
 @triton.jit
-def weight_of(packed, absmax, scale_absmax, scale_offset, expert, N, K, block_shift, superblocks):
-    """The pointers to the expert's part of each tensor."""
+def weight_of(packed, absmax, scale_absmax, scale_offset, scale_code, expert, N, K, block_shift, superblocks):
+    """The pointers to the expert's part of each tensor; scale_code is each expert's own where it alone scales."""
     expert = expert.to(tl.int64)
     packed += expert * N * (K >> 1)
     absmax += expert * N * (K >> block_shift)
     if scale_absmax is not None:
         scale_absmax += expert * superblocks
         scale_offset += expert
-    return packed, absmax, scale_absmax, scale_offset
+    elif scale_code is not None:
+        scale_code += expert * 256
+    return packed, absmax, scale_absmax, scale_offset, scale_code
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -66,8 +68,8 @@ def grouped_linear_kernel(
     expert, m_begin, m_end = find_group(offsets, tl.program_id(0) // tiles_n, T, E, EXPERTS, BLOCK_M)
     if m_begin >= m_end:
         return
-    packed, absmax, scale_absmax, scale_offset = weight_of(
-        packed, absmax, scale_absmax, scale_offset, expert, N, K, block_shift, superblocks
+    packed, absmax, scale_absmax, scale_offset, scale_code = weight_of(
+        packed, absmax, scale_absmax, scale_offset, scale_code, expert, N, K, block_shift, superblocks
     )
     n = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m = m_begin + tl.arange(0, BLOCK_M)

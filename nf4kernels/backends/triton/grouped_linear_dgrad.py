@@ -29,8 +29,8 @@ def grouped_linear_dgrad_kernel(
     expert, m_begin, m_end = find_group(offsets, tl.program_id(0) // tiles_k, T, E, EXPERTS, BLOCK_M)
     if m_begin >= m_end:
         return
-    packed, absmax, scale_absmax, scale_offset = weight_of(
-        packed, absmax, scale_absmax, scale_offset, expert, N, K, block_shift, superblocks
+    packed, absmax, scale_absmax, scale_offset, scale_code = weight_of(
+        packed, absmax, scale_absmax, scale_offset, scale_code, expert, N, K, block_shift, superblocks
     )
     k_begin = tl.program_id(0) % tiles_k * BLOCK_K
     m = m_begin + tl.arange(0, BLOCK_M)
