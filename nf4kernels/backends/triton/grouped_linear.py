@@ -1,4 +1,5 @@
-"""grouped_linear: y[T, N] = rows of x[T, K] @ their expert's W[N, K]^T, for E experts in one launch, from packed bytes.
+"""grouped_linear: y[T, N] = rows of x[T, K] @ their expert's W[N, K]^T + scaling * rows of P[T, r] @ B[e][N, r]^T
++ bias[e], for E experts in one launch, from packed bytes.
 
 Who       a program finds its expert and its tile of BLOCK_M rows, then sums all of K for BLOCK_N rows of W, as
           linear's does. The grid has the most tiles that can exist, as the host does not know the offsets: first every
@@ -20,10 +21,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ...quantized_weight import SUPERBLOCK
-from ..arguments import check_grouped_linear, refuse
+from ..arguments import check_grouped_linear
 from .choose import LONGEST_DEPTH, LONGEST_FP32, choose_for_experts
 from .decode import LAUNCH, ceil_div, on_device_of
-from .linear import add_runs
+from .linear import add_lora_term, add_runs, rank_step
 
 
 @triton.jit
@@ -61,9 +62,9 @@ def weight_of(packed, absmax, scale_absmax, scale_offset, scale_code, expert, N,
 
 @triton.jit(do_not_specialize=["T"])
 def grouped_linear_kernel(
-    x, offsets, packed, absmax, scale_absmax, scale_offset, code, scale_code, out, T, E, N, K, block_shift, superblocks,
-    tiles_n, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SCALES: tl.constexpr, RUN: tl.constexpr,
+    x, offsets, packed, absmax, scale_absmax, scale_offset, code, scale_code, out, bias, lora_inner, lora_factor,
+    scaling, T, E, N, K, rank, block_shift, superblocks, tiles_n, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SCALES: tl.constexpr, BLOCK_R: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     expert, m_begin, m_end = find_group(offsets, tl.program_id(0) // tiles_n, T, E, EXPERTS, BLOCK_M)
     if m_begin >= m_end:
@@ -75,10 +76,18 @@ def grouped_linear_kernel(
     m = m_begin + tl.arange(0, BLOCK_M)
     in_n, in_m = n < N, m < m_end
     n, m = n.to(tl.int64), m.to(tl.int64)
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    if BLOCK_R > 0:
+        lora_factor += expert.to(tl.int64) * N * rank
+        rank_here = tl.where(expert < E, rank, 0)
+        acc = add_lora_term(acc, scaling, lora_factor, lora_inner, rank_here, n, in_n, m, in_m, BLOCK_R)
     acc = add_runs(
-        tl.zeros([BLOCK_N, BLOCK_M], tl.float32), x, m, in_m, packed, absmax, scale_absmax, scale_offset, code,
-        scale_code, n, in_n, K, block_shift, 0, tl.where(expert < E, K, 0), BLOCK_M, BLOCK_N, BLOCK_K, SCALES, RUN,
+        acc, x, m, in_m, packed, absmax, scale_absmax, scale_offset, code, scale_code, n, in_n, K, block_shift, 0,
+        tl.where(expert < E, K, 0), BLOCK_M, BLOCK_N, BLOCK_K, SCALES, RUN,
     )  # fmt: skip
+    if bias is not None:
+        columns = tl.where(expert < E, N, 0)
+        acc += tl.load(bias + expert.to(tl.int64) * N + n, mask=n < columns, other=0.0).to(tl.float32)[:, None]
     at = m[None, :] * N + n[:, None]
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=in_n[:, None] & in_m[None, :])
 
@@ -106,18 +115,19 @@ def grouped_linear(
 ) -> Tensor:  # fmt: skip
     tensors = (packed, absmax, scale_absmax, scale_offset, code, scale_code)
     check_grouped_linear(x, expert_offsets, *tensors, N, K, block_size, bias, lora_P, lora_B, scaling)
-    if bias is not None or lora_P is not None:
-        refuse("grouped_linear", "a bias and a LoRA term are not in the Triton kernels yet")
     T, E = x.shape[0], expert_offsets.shape[0]
     out = x.new_empty((T, N))
     if out.numel() == 0:
         return out
     choice = choose_for_experts("grouped_linear", T, E, K, block_size, K, x.dtype, x.device)
     config, tiles_n = choice.config, ceil_div(N, choice.config.BLOCK_N)
+    rank = 0 if lora_B is None else lora_B.shape[2]
     with on_device_of(x):
         grouped_linear_kernel[(tiles_n * most_tiles(T, E, config.BLOCK_M),)](
-            x.contiguous(), expert_offsets, *tensors, out, T, E, N, K, block_size.bit_length() - 1,
-            superblocks_of(N, K, block_size), tiles_n, EXPERTS=triton.next_power_of_2(E + 1), BLOCK_M=config.BLOCK_M,
-            BLOCK_N=config.BLOCK_N, BLOCK_K=choice.BLOCK_K, SCALES=choice.scales, RUN=run_of(K, x.dtype), **config.launch, **LAUNCH,
+            x.contiguous(), expert_offsets, *tensors, out, bias, lora_P, lora_B, scaling, T, E, N, K, rank,
+            block_size.bit_length() - 1, superblocks_of(N, K, block_size), tiles_n,
+            EXPERTS=triton.next_power_of_2(E + 1), BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N,
+            BLOCK_K=choice.BLOCK_K, SCALES=choice.scales, BLOCK_R=rank_step(rank), RUN=run_of(K, x.dtype),
+            **config.launch, **LAUNCH,
         )  # fmt: skip
     return out

@@ -130,9 +130,8 @@ def matrix(x: Tensor) -> Tensor:
     return (x.flatten(0, -2) if x.dim() > 1 else x[None]).contiguous()
 
 
-def rank_step(lora_factor: Tensor | None, rank_dim: int) -> int:
+def rank_step(rank: int) -> int:
     """How much of the rank one dot takes, BLOCK_R: at least 16, a tensor core's step; 0: there is no LoRA term."""
-    rank = 0 if lora_factor is None else lora_factor.shape[rank_dim]
     return 0 if rank == 0 else 16 if rank <= 16 else 32
 
 
@@ -145,13 +144,13 @@ def multiply_fused(
     config, M = choice.config, x.shape[0]
     splits = max(ceil_div(K, config.depth), 1) if x.dtype != torch.float32 else 1
     target = out if splits == 1 else x.new_empty((splits, M, N), dtype=torch.float32)
-    BLOCK_R, tiles_n = rank_step(lora_factor, 1), ceil_div(N, config.BLOCK_N)
+    rank = 0 if lora_factor is None else lora_factor.shape[1]
+    tiles_n = ceil_div(N, config.BLOCK_N)
     with on_device_of(x):
         linear_kernel[(tiles_n * ceil_div(M, config.BLOCK_M), splits)](
             x, *tensors, target, bias if splits == 1 else None, lora_inner, lora_factor, scaling, M, N, K,
-            0 if BLOCK_R == 0 else lora_factor.shape[1], block_size.bit_length() - 1,
-            config.depth if splits > 1 else max(K, 1), tiles_n, BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N,
-            BLOCK_K=choice.BLOCK_K, SCALES=choice.scales, BLOCK_R=BLOCK_R,
+            rank, block_size.bit_length() - 1, config.depth if splits > 1 else max(K, 1), tiles_n, BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N,
+            BLOCK_K=choice.BLOCK_K, SCALES=choice.scales, BLOCK_R=rank_step(rank),
             RUN=LONGEST_FP32 if x.dtype == torch.float32 else 0, **config.launch, **LAUNCH,
         )  # fmt: skip
     if splits > 1:

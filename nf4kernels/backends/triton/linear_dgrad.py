@@ -165,13 +165,13 @@ def multiply_fused(
     config, M = choice.config, dy.shape[0]
     splits = max(ceil_div(N, config.depth), 1) if dy.dtype != torch.float32 else 1
     target = out if splits == 1 else dy.new_empty((splits, M, K), dtype=torch.float32)
-    BLOCK_R, tiles_k = rank_step(lora_factor, 0), ceil_div(K, choice.BLOCK_K)
+    rank = 0 if lora_factor is None else lora_factor.shape[0]
+    tiles_k = ceil_div(K, choice.BLOCK_K)
     with on_device_of(dy):
         linear_dgrad_kernel[(tiles_k * ceil_div(M, config.BLOCK_M), splits)](
             dy, *tensors, target, lora_inner, lora_factor, scaling, M, N, K,
-            0 if BLOCK_R == 0 else lora_factor.shape[0], block_size.bit_length() - 1,
-            config.depth if splits > 1 else max(N, 1), tiles_k, BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N,
-            BLOCK_K=choice.BLOCK_K, SCALES=choice.scales, BLOCK_R=BLOCK_R,
+            rank, block_size.bit_length() - 1, config.depth if splits > 1 else max(N, 1), tiles_k, BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N,
+            BLOCK_K=choice.BLOCK_K, SCALES=choice.scales, BLOCK_R=rank_step(rank),
             RUN=LONGEST_FP32 if dy.dtype == torch.float32 else 0, **config.launch, **LAUNCH,
         )  # fmt: skip
     if splits > 1:
