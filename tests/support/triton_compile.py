@@ -20,10 +20,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 import triton  # noqa: E402
-from support import cases  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from nf4kernels.backends.triton import OPS, choose  # noqa: E402
+from nf4kernels.quantized_weight import expert_specs, tensor_specs  # noqa: E402
 
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99, "gfx942": 64, "gfx1100": 64}  # KB a program
 CODE = torch.linspace(-1, 1, 16)
@@ -107,13 +107,18 @@ class Recorder:
         return rows
 
 
-def weight(N, K, block_size=64, double_quant=True):
-    layout = cases.Layout(block_size, scale_codebook="e4m3" if double_quant else None)
-    return cases.random_bytes(N, K, layout)
+def of_zeros(specs, *sizes) -> tuple:
+    return *(None if dtype is None else torch.zeros(shape, dtype=dtype) for dtype, shape in specs.values()), *sizes
 
 
-def weights(E, *arguments):
-    return cases.stacked([weight(*arguments)] * E)
+def weight(N, K, block_size=64, scales="double") -> tuple:
+    """As `QuantizedWeight.op_args` lists it."""
+    return of_zeros(tensor_specs(N, K, block_size, scales), N, K, block_size)
+
+
+def weights(E, N, K, block_size=64, scales="double") -> tuple:
+    """As `QuantizedExperts.op_args` lists it."""
+    return of_zeros(expert_specs(E, N, K, block_size, scales), N, K, block_size)
 
 
 def run_calls(recorder: Recorder, table: choose.Table) -> None:
@@ -127,11 +132,11 @@ def run_calls(recorder: Recorder, table: choose.Table) -> None:
     for is_e4m3 in (True, False):
         call(f"e4m3 {is_e4m3}", "quantize_absmax", torch.zeros(2048), torch.linspace(-1, 1, 256), is_e4m3)
     N, K = 256, 256
-    for double_quant in (True, False):
-        q = weight(N, K, 64, double_quant)
+    for block_size, scales in ((64, "double"), (64, "float32"), (32, "float16"), (16, "codes")):
         for dtype in (full, half):
-            call(f"{dtype} {double_quant}", "dequantize", *q.op_args(), 0, N, 0, K, dtype)
-    call("columns of odd K", "dequantize", *weight(33, 65).op_args(), 1, 30, 3, 60, half)
+            q = weight(N, K, block_size, scales)
+            call(f"{dtype} blocks of {block_size}, {scales}", "dequantize", *q, 0, N, 0, K, dtype)
+    call("columns of odd K", "dequantize", *weight(33, 65), 1, 30, 3, 60, half)
 
     # Every bucket of the table, whole and split, with every term; then fp32, odd shapes and other layouts.
     for op in choose.PRODUCTS:
@@ -139,42 +144,56 @@ def run_calls(recorder: Recorder, table: choose.Table) -> None:
             splits = 1 if most > 32 else 2  # a longer contraction has two
             n, k = (N, config.depth * splits) if op == "linear" else (config.depth * splits, K)
             product(call, op, f"bucket {most}", weight(n, k), min(most, 256), half, 16, config)
+            for block_size, rank in ((32, 0), (16, 16)):
+                name, q = f"blocks of {block_size}, bucket {most}", weight(N, K, block_size, "codes")
+                product(call, op, name, q, min(most, 256), half, rank, config)
         product(call, op, "fp16", weight(N, K), 40, torch.float16, 0)
-        product(call, op, "no double quantization", weight(N, K, 128, False), 40, half, 0)
-        product(call, op, "blocks of 32", weight(N, K, 32), 3, half, 40)
+        product(call, op, "no double quantization", weight(N, K, 128, "float32"), 40, half, 0)
+        product(call, op, "scales of 16 bits", weight(N, K, 32, "float16"), 3, half, 40)
         for dtype in (full, half):
             product(call, op, f"odd {dtype}", weight(33, 65), 3, dtype, 5)
         product(call, op, "fp32", weight(N, K), 40, full, 16)
         for most, _ in table.configs[op]:
             long = choose.LONGEST_DEPTH + 64
             n, k = (N, long) if op == "linear" else (long, K)
-            grouped_product(call, op, f"two runs of {most}", weights(2, n, k), min(most, 256), half)
+            grouped_product(call, op, f"two runs of {most}", 2, weights(2, n, k), min(most, 256), half)
+            q = weights(2, N, K, 32, "codes")
+            grouped_product(call, op, f"terms, blocks of 32, {most}", 2, q, min(most, 256), half, 16)
         for rows in (64, 256):
-            grouped_product(call, op, f"one run of {rows}", weights(2, N, K), rows, half)
-        grouped_product(call, op, "fp16", weights(300, N, K, 32), 4, torch.float16)
-        grouped_product(call, op, "fp32", weights(2, N, K, 128, False), 4, full)
-    call("dequantize_gemm", "linear", torch.zeros(2048, K, dtype=half), *weight(N, K).op_args(), None)
+            grouped_product(call, op, f"one run of {rows}", 2, weights(2, N, K), rows, half)
+        grouped_product(call, op, "fp16", 300, weights(300, N, K, 16, "float16"), 4, torch.float16, 40)
+        grouped_product(call, op, "fp32", 2, weights(2, N, K, 128, "float32"), 4, full, 16)
+    call("dequantize_gemm", "linear", torch.zeros(2048, K, dtype=half), *weight(N, K), None)
+    offsets = torch.tensor([200, 600], dtype=torch.int32)
     for dtype in (full, half):
-        call(f"{dtype}", "lora_grad", torch.zeros(600, 16, dtype=dtype), torch.zeros(600, 128, dtype=dtype), 1.0, half)
+        small, wide = torch.zeros(600, 16, dtype=dtype), torch.zeros(600, 128, dtype=dtype)
+        call(f"{dtype}", "lora_grad", small, wide, 1.0, half)
+        call(f"{dtype}", "grouped_lora_grad", small, wide, offsets, 1.0, half)
+        call(f"{dtype}", "grouped_lora_inner", wide, offsets, torch.zeros(2, 40, 128, dtype=dtype))
+        call(f"{dtype} transposed", "grouped_lora_inner", wide, offsets, torch.zeros(2, 128, 16, dtype=dtype), True)
 
 
-def product(call, op, name, qweight, M, dtype, rank, config=None):
+def product(call, op, name, weight_args, M, dtype, rank, config=None):
     """One product through the fused kernel, with LoRA's term of this rank and a bias."""
-    N, K = qweight.shape
+    N, K = weight_args[6:8]
     depth, columns = (K, N) if op == "linear" else (N, K)
     small = torch.zeros(M, rank, dtype=dtype) if rank else None
     factor = torch.zeros((columns, rank) if op == "linear" else (rank, columns), dtype=dtype) if rank else None
     bias = (torch.zeros(N, dtype=dtype),) if op == "linear" else ()
     with choose.forcing("fused", config):
-        call(name, op, torch.zeros(M, depth, dtype=dtype), *qweight.op_args(), *bias, small, factor, 2.0)
+        call(name, op, torch.zeros(M, depth, dtype=dtype), *weight_args, *bias, small, factor, 2.0)
 
 
-def grouped_product(call, op, name, qweights, rows, dtype):
-    """The product of `rows` rows for each of the experts, with the table's configuration for them."""
-    E, N, K = qweights.shape
+def grouped_product(call, op, name, E, weight_args, rows, dtype, rank=0):
+    """The product of `rows` rows for each of the experts, with the table's configuration for them; of a rank: with
+    LoRA's term and a bias."""
+    N, K = weight_args[6:8]
     offsets = torch.arange(1, E + 1, dtype=torch.int32) * rows
     x = torch.zeros(rows * E, K if op == "linear" else N, dtype=dtype)
-    call(f"{name} of {E}", f"grouped_{op}", x, offsets, *qweights.op_args())
+    small = torch.zeros(rows * E, rank, dtype=dtype) if rank else None
+    factor = torch.zeros((E, N, rank) if op == "linear" else (E, rank, K), dtype=dtype) if rank else None
+    bias = (torch.zeros(E, N, dtype=dtype) if rank else None,) if op == "linear" else ()
+    call(f"{name} of {E}", f"grouped_{op}", x, offsets, *weight_args, *bias, small, factor, 2.0)
 
 
 def run_calls_of_one(recorder: Recorder) -> None:
@@ -182,19 +201,21 @@ def run_calls_of_one(recorder: Recorder) -> None:
     half, full = torch.bfloat16, torch.float32
     for N, K in ((1, 1), (1, 64), (64, 1), (1, 3000)):
         recorder.call = f"{N}x{K}"
-        qweight = weight(N, K)
+        q = weight(N, K)
         OPS["quantize"](torch.zeros(N, K), CODE, 64)
-        OPS["dequantize"](*qweight.op_args(), 0, N, 0, K, half)
-        OPS["dequantize"](*qweight.op_args(), 0, 1, 0, 1, full)
+        OPS["dequantize"](*q, 0, N, 0, K, half)
+        OPS["dequantize"](*q, 0, 1, 0, 1, full)
         for dtype in (half, full):
             one = torch.zeros(1, 1, dtype=dtype)
             for op, depth, factor in (("linear", K, (N, 1)), ("linear_dgrad", N, (1, K))):
                 x, bias = torch.zeros(1, depth, dtype=dtype), () if op == "linear_dgrad" else (None,)
-                OPS[op](x, *qweight.op_args(), *bias, one, torch.zeros(factor, dtype=dtype), 1.0)
+                OPS[op](x, *q, *bias, one, torch.zeros(factor, dtype=dtype), 1.0)
             if K % 64 == 0:
                 experts, offsets = weights(1, N, K), torch.ones(1, dtype=torch.int32)
-                OPS["grouped_linear"](torch.zeros(1, K, dtype=dtype), offsets, *experts.op_args())
-                OPS["grouped_linear_dgrad"](torch.zeros(1, N, dtype=dtype), offsets, *experts.op_args())
+                OPS["grouped_linear"](torch.zeros(1, K, dtype=dtype), offsets, *experts)
+                OPS["grouped_linear_dgrad"](torch.zeros(1, N, dtype=dtype), offsets, *experts)
+                OPS["grouped_lora_inner"](torch.zeros(1, K, dtype=dtype), offsets, torch.zeros(1, 1, K, dtype=dtype))
+                OPS["grouped_lora_grad"](one, torch.zeros(1, K, dtype=dtype), offsets, 1.0, full, True)
             OPS["lora_grad"](one, torch.zeros(1, K, dtype=dtype), 1.0, full, True)
     OPS["quantize_absmax"](torch.zeros(1), torch.linspace(-1, 1, 256), True)
 
@@ -206,12 +227,12 @@ def compilations_by_rows(recorder: Recorder) -> list[int]:
         recorder.launched.clear()
         q = weight(64, 2048)
         for M in rows:
-            OPS["linear"](torch.zeros(M, 2048, dtype=torch.bfloat16), *q.op_args(), None)
+            OPS["linear"](torch.zeros(M, 2048, dtype=torch.bfloat16), *q, None)
         counts.append(len(set(recorder.launched)))
     recorder.launched.clear()
     experts, offsets = weights(8, 64, 2048), torch.zeros(8, dtype=torch.int32)
     for T in range(8 * 4 + 1, 8 * 16, 5):
-        OPS["grouped_linear"](torch.zeros(T, 2048, dtype=torch.bfloat16), offsets, *experts.op_args())
+        OPS["grouped_linear"](torch.zeros(T, 2048, dtype=torch.bfloat16), offsets, *experts)
     return [*counts, len(set(recorder.launched))]
 
 

@@ -1,12 +1,13 @@
 """dequantize: out[row, col] = code[nibble] * scale(block), rounded once to fp32, then once to the output dtype, for a
 range of rows and columns of a weight [N, K].
 
-Who       a program decodes TILE chunks of 32 consecutive weights, 16 bytes of codes each. Chunks begin at multiples of
-          32 of the flattened weight, so that a chunk has one scale and whole bytes for every K, range and block size.
+Who       a program decodes TILE chunks of 32 consecutive weights, or of a block of 16. Chunks begin at multiples of
+          their size in the flattened weight, so that a chunk has one scale and whole bytes for every K, range and block
+          size.
 Trick     whole rows into a contiguous out are one run of the flattened weight, so that one kernel is the fast path of
           every K, odd ones included; a range of columns is one run a row. Rejected: a program for a tile of rows and
           columns, which decodes a scale for each byte where blocks straddle rows.
-Bytes     reads 0.5 + 1/block_size, writes 2 (bf16) a weight: 2.52 at block size 64, 9.8 us for 4096 x 4096 at an
+Bytes     reads 0.5 and the scales, writes 2 (bf16) a weight: 2.52 at block size 64, 9.8 us for 4096 x 4096 at an
           H200's 4.3 TB/s of copy. Its SMs can issue 17.3 instructions a weight in that time; this takes 14 (SASS of
           sm_90). Not measured.
 Needs     rows of out that do not overlap.

@@ -22,8 +22,7 @@ from .decode import LAUNCH, ceil_div, on_device_of
 from .grouped_linear import find_group, most_tiles
 from .linear import rank_step
 
-BLOCK_M = 32
-BLOCK_D = 128  # of 16 bits; 32 of fp32, which has no tensor cores to feed
+BLOCK_M, BLOCK_D = 32, 64  # with a BLOCK_D of 128 it spills on sm_90
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -61,12 +60,12 @@ def grouped_lora_inner(x: Tensor, expert_offsets: Tensor, lora_factor: Tensor, t
     if out.numel() == 0:
         return out
     strides = (1, rank) if transposed else (D, 1)
-    BLOCK_R, is_fp32 = rank_step(rank), x.dtype == torch.float32
+    BLOCK_R = rank_step(rank)
     tiles_r = ceil_div(rank, BLOCK_R)
     with on_device_of(x):
         grouped_lora_inner_kernel[(tiles_r * most_tiles(T, E, BLOCK_M),)](
             x.contiguous(), expert_offsets, lora_factor, out, T, E, D, rank, *strides, tiles_r,
-            EXPERTS=triton.next_power_of_2(E + 1), BLOCK_M=BLOCK_M, BLOCK_R=BLOCK_R, BLOCK_D=32 if is_fp32 else BLOCK_D,
-            RUN=LONGEST_FP32 if is_fp32 else LONGEST_DEPTH, num_warps=4, num_stages=3, **LAUNCH,
+            EXPERTS=triton.next_power_of_2(E + 1), BLOCK_M=BLOCK_M, BLOCK_R=BLOCK_R, BLOCK_D=BLOCK_D,
+            RUN=LONGEST_FP32 if x.dtype == torch.float32 else LONGEST_DEPTH, num_warps=4, num_stages=3, **LAUNCH,
         )  # fmt: skip
     return out

@@ -4,14 +4,16 @@ Who       a program owns BLOCK_M x BLOCK_N of y and sums `depth` of K, BLOCK_K a
           adds the fp32 partial sums in order.
 Trick     W is the left operand of the dot, acc[N, M] = W @ x^T, so that it is decoded in registers. Of BLOCK_K weights
           the high nibbles are the even k and the low ones the odd k: two dots, with x split the same way, need no
-          interleaving. Ŵ is rounded to x's dtype once, as dense PyTorch on Ŵ would hold it. That costs one
+          interleaving. A step of 64 weights has one scale, two (blocks of 32) or four (of 16), loaded once a row and
+          spread over the bytes by a reshape: 9 to 10 instructions a weight for each of them, where a step of one block
+          of 32 took 12. Ŵ is rounded to x's dtype once, as dense PyTorch on Ŵ would hold it. That costs one
           multiplication a weight more than unscaled levels, whose common rounding errors do not average out (2.06 %
           against 0.26 % of the output for x with a mean of one sigma) unless the host looks at the codebook and waits
           for the device.
 Flops     2 M N K; reads 0.516 B a weight: 2.0 us for 4096 x 4096 at an H200's 4.3 TB/s. The loop has 10 instructions a
           weight for each BLOCK_M rows of x (SASS of sm_90, up to 64), 7 of them to decode it, where an H200 can issue
           3.2 at memory speed: 6.4 us. Not measured.
-Needs     nothing. Where rows of W are not whole blocks of 32 or 64, weights are decoded one by one: 52 instructions.
+Needs     nothing. Where K is not a multiple of 32, weights are decoded one by one: 52 instructions.
 """
 
 import torch
@@ -149,9 +151,9 @@ def multiply_fused(
     with on_device_of(x):
         linear_kernel[(tiles_n * ceil_div(M, config.BLOCK_M), splits)](
             x, *tensors, target, bias if splits == 1 else None, lora_inner, lora_factor, scaling, M, N, K,
-            rank, block_size.bit_length() - 1, config.depth if splits > 1 else max(K, 1), tiles_n, BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N,
-            BLOCK_K=choice.BLOCK_K, SCALES=choice.scales, BLOCK_R=rank_step(rank),
-            RUN=LONGEST_FP32 if x.dtype == torch.float32 else 0, **config.launch, **LAUNCH,
+            rank, block_size.bit_length() - 1, config.depth if splits > 1 else max(K, 1), tiles_n,
+            BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=choice.BLOCK_K, SCALES=choice.scales,
+            BLOCK_R=rank_step(rank), RUN=LONGEST_FP32 if x.dtype == torch.float32 else 0, **config.launch, **LAUNCH,
         )  # fmt: skip
     if splits > 1:
         reduce_splits(target, out, bias)

@@ -4,12 +4,12 @@ contraction runs across the rows of W.
 Who       a program owns BLOCK_M x BLOCK_K of dX and sums `depth` of N, BLOCK_N a step. A longer N is split, and
           reduce.py adds the fp32 partial sums in order.
 Trick     the two nibbles of a byte are neighbours along k, which are neighbours in dX: the even and the odd k have
-          accumulators of their own, joined once at the end, not once a step. BLOCK_K is one block of scales, so that a
-          row of W has one scale a program. The scale belongs to n, over which the product sums, so Ŵ is scaled and
-          rounded to dY's dtype as for linear.
+          accumulators of their own, joined once at the end, not once a step. A row of W has one scale in BLOCK_K, two
+          (blocks of 32) or four (of 16), as in linear; a BLOCK_K of one block of 32 took 24 instructions a weight. The
+          scale belongs to n, over which the product sums, so Ŵ is scaled and rounded to dY's dtype as for linear.
 Flops     2 M N K: 43 us for M = 512, 4096 x 4096 at 400 TFLOP/s. The loop has 13 instructions a weight for each BLOCK_M
           rows of dY (SASS of sm_90, up to 64), and dY is read K / 64 times, from the L2. Not measured.
-Needs     nothing. Where rows of W are not whole blocks of 32 or 64, weights are decoded one by one: 54 instructions.
+Needs     nothing. Where K is not a multiple of 32, weights are decoded one by one: 54 instructions.
 """
 
 import torch
@@ -170,9 +170,9 @@ def multiply_fused(
     with on_device_of(dy):
         linear_dgrad_kernel[(tiles_k * ceil_div(M, config.BLOCK_M), splits)](
             dy, *tensors, target, lora_inner, lora_factor, scaling, M, N, K,
-            rank, block_size.bit_length() - 1, config.depth if splits > 1 else max(N, 1), tiles_k, BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N,
-            BLOCK_K=choice.BLOCK_K, SCALES=choice.scales, BLOCK_R=rank_step(rank),
-            RUN=LONGEST_FP32 if dy.dtype == torch.float32 else 0, **config.launch, **LAUNCH,
+            rank, block_size.bit_length() - 1, config.depth if splits > 1 else max(N, 1), tiles_k,
+            BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=choice.BLOCK_K, SCALES=choice.scales,
+            BLOCK_R=rank_step(rank), RUN=LONGEST_FP32 if dy.dtype == torch.float32 else 0, **config.launch, **LAUNCH,
         )  # fmt: skip
     if splits > 1:
         reduce_splits(target, out)
