@@ -80,7 +80,8 @@ def arithmetic(kernel, target: GPUTarget) -> dict:
         "flushes": "amdhsa_float_denorm_mode_32 3" not in text,
         "exact": text.count("v_div_fixup_f32"),
         "inexact": 0,  # not to be told: v_rcp_f32 also divides integers
-        "fma": len(re.findall(r"v_(?:pk_|dual_)?(?:fma|fmac|mad|mac)", text)),
+        # Plus -0 it is a product alone: that is how RDNA multiplies by an fp16.
+        "fma": len(re.findall(r"v_(?:pk_|dual_)?(?:fma|fmac|mad|mac)(?!.*neg\(0\))", text)),
     }
 
 
