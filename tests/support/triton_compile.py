@@ -172,6 +172,11 @@ def run_calls(recorder: Recorder, table: choose.Table) -> None:
         call(f"{dtype}", "grouped_lora_grad", small, wide, offsets, 1.0, half)
         call(f"{dtype}", "grouped_lora_inner", wide, offsets, torch.zeros(2, 40, 128, dtype=dtype))
         call(f"{dtype} transposed", "grouped_lora_inner", wide, offsets, torch.zeros(2, 128, 16, dtype=dtype), True)
+    tokens, rows, positions = torch.zeros(8, 128), torch.zeros(16, 128), torch.zeros(8, 2, dtype=torch.int32)
+    for dtype, weights_of in ((full, torch.zeros(8, 2)), (half, None)):
+        call(f"{dtype}", "combine_experts", rows.to(dtype), positions, weights_of, dtype)
+        call(f"{dtype}", "combine_experts_dgrad", tokens.to(dtype), positions, weights_of, dtype)
+        call(f"{dtype}", "combine_experts_wgrad", tokens.to(dtype), rows.to(dtype), positions, dtype)
 
 
 def product(call, op, name, weight_args, M, dtype, rank, config=None):
@@ -219,6 +224,10 @@ def run_calls_of_one(recorder: Recorder) -> None:
                 OPS["grouped_lora_grad"](one, torch.zeros(1, K, dtype=dtype), offsets, 1.0, full, True)
             OPS["lora_grad"](one, torch.zeros(1, K, dtype=dtype), 1.0, full, True)
     OPS["quantize_absmax"](torch.zeros(1), torch.linspace(-1, 1, 256), True)
+    one, position = torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.int32)
+    OPS["combine_experts"](one, position, one, full)
+    OPS["combine_experts_dgrad"](one, position, one, full)
+    OPS["combine_experts_wgrad"](one, one, position, full)
 
 
 def compilations_by_rows(recorder: Recorder) -> list[int]:
