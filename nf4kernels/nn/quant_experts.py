@@ -281,7 +281,10 @@ class QuantExperts(nn.Module):
         for index, name in enumerate(self.weights):
             part: Any = self._modules[name]
             who, target = f"{self.WHO}.to_experts: {name}", dtype or part.dense_dtype
-            if base_weights is None:
+            base = None if base_weights is None else base_weights[index]
+            if merge_lora and part.lora is not None:
+                weight = part.merged_weight(part.active_term(base is not None), target, who, base, self.is_transposed)
+            elif base is None:
                 weight = part.dequantize(target, self.is_transposed)
                 if weight.numel() and not all(bound.isfinite() for bound in weight.aminmax()):
                     check_cast(part.dequantize(torch.float32), target, who)  # Ŵ is finite in fp32

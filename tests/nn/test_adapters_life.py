@@ -292,7 +292,7 @@ def test_an_unknown_name_is_an_error(model):
         with pytest.raises(ValueError, match=r"name must be one of the model's adapters \['default', 'other'\]"):
             function(model, "ohter")
     assert {layer.adapter_name for layer in tiny.layers(model).values()} == {"default"}
-    with pytest.raises(ValueError, match="model must have a QuantLinear with an adapter, got none called 'ohter'"):
+    with pytest.raises(ValueError, match="model must have a layer in 4 bits with an adapter, got none called 'ohter'"):
         nf4.save_adapters(model, "nowhere", name="ohter")
     not_a_module = pytest.raises(TypeError, match=r"disable_adapters: model must be an nn\.Module, got dict")
     with not_a_module, nf4.disable_adapters({}):

@@ -52,7 +52,10 @@ BAD = {
         config_with(modules_to_save=["lm_head"]),
         "modules_to_save in .* must be in the file, got 'lm_head'",
     ),
-    "target_parameters": (config_with(target_parameters=["x"]), "target_parameters in .* must be unset"),
+    "target_parameters": (
+        config_with(target_parameters=["x"]),
+        "target_parameters in .* must name weights of .*experts.*, got 'x'",
+    ),
     "replication": (config_with(layer_replication=[[0, 2]]), "layer_replication in .* must be unset"),
     "from the future": (config_with(use_new_thing={"a": 1}), "use_new_thing in .* must be unset"),
     "a switch from the future": (config_with(use_new_thing=True), "use_new_thing in .* must be unset"),
@@ -89,7 +92,7 @@ BAD = {
         tensors_with(
             lambda t: t.update({key("lm_head", "A"): torch.ones(4, 32), key("lm_head", "B"): torch.ones(10, 4)})
         ),
-        "model must have a QuantLinear as lm_head, got none",
+        "model must have a QuantLinear or experts in 4 bits as lm_head, got none",
     ),
     "wrong K": (tensors_with(lambda t: t.update({key(Q, "A"): torch.ones(4, 31)})), rf"{Q} must be for \[32, 32\]"),
     "wrong N": (tensors_with(lambda t: t.update({key(Q, "B"): torch.ones(31, 4)})), rf"{Q} must be for \[32, 32\]"),
@@ -147,7 +150,7 @@ def mixed(**second):
     ("make", "error", "message"),
     [
         (dict, TypeError, r"model must be an nn\.Module, got dict"),
-        (quantized, ValueError, "model must have a QuantLinear with an adapter, got none"),
+        (quantized, ValueError, "model must have a layer in 4 bits with an adapter, got none"),
         (lambda: nf4.QuantLinear(4, 4, lora=nf4.LoraConfig(r=2)), ValueError, "model must contain its layers"),
         (lambda: mixed(dropout=0.2), ValueError, r"dropout must be the same in every layer .* got \[0\.1, 0\.2\]"),
         (lambda: mixed(use_rslora=True), ValueError, "use_rslora must be the same in every layer"),

@@ -114,11 +114,11 @@ class QuantExpertsWrapper(ParamWrapper):
         found = base_weights(self)
         given = None if found is None else found[packed.weights.index(self.parameter_name)]
         terms = [self._term(name) for name in names]
-        out = torch.empty(packed.dense_shape(self.parameter_name), dtype=dtype, device=part.weight.device)
-        rows, given = as_rows(packed, out), given if given is None else as_rows(packed, given)
-        for expert, qweight in enumerate(part.qweight):
-            weight = (
-                dequantize(qweight, torch.float32) if given is None else given[expert].to(out.device, torch.float32)
+        out: Tensor = part.merged_weight(terms, dtype, who, given, packed.is_transposed)
+        if safe and not out.isfinite().all():
+            broken = [name for name, term in zip(names, terms) if not all(f.isfinite().all() for f in term[:2])]
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {[*broken, names[-1]][0]} seems to be broken"
             )
             for name, (down, up, scaling) in zip(names, terms):
                 weight = torch.addmm(weight, up[expert].float(), down[expert].float(), alpha=scaling)
