@@ -58,9 +58,9 @@ struct Weight {
     return static_cast<const T*>(absmax);
   }
 };
-NF4_HOST_DEVICE static inline bool has_codes(const Weight& w) { return w.scales >= Scales::kCodes; }
+NF4_HOST_DEVICE static inline bool has_codes(Scales scales) { return scales >= Scales::kCodes; }
 NF4_HOST_DEVICE static inline int64_t absmax_bytes(Scales scales) {
-  return scales >= Scales::kCodes ? 1 : scales == Scales::kFloat32 ? 4 : 2;
+  return has_codes(scales) ? 1 : scales == Scales::kFloat32 ? 4 : 2;
 }
 
 NF4_HOST_DEVICE static inline float float_of_bits(uint32_t u) {

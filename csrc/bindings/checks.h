@@ -159,7 +159,7 @@ inline Experts checked_weights(const Op& op, int64_t E, const Tensor& packed, co
                           : w.scales == Scales::kFloat32 ? ScalarType::Float
                                                          : ScalarType::Byte;
   w.absmax = checked_data(absmax, type, E * blocks, op, "absmax");
-  if (!has_codes(w)) return experts;
+  if (!has_codes(w.scales)) return experts;
   const bool is_of_each = w.scales == Scales::kCodes;  // expert
   w.scale_code = checked_floats(*scale_code, is_of_each ? E * kScaleCodes : kScaleCodes, op, "scale_code");
   if (!double_quant) return experts;

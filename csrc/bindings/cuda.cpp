@@ -260,10 +260,10 @@ NF4_EXPORT bool nf4kernels_cuda_know_codebook(const float* code) { return known_
 // The table's choice for a product (experts: 0, or how many share the M rows out): the kernel's name, the splits, and
 // why.
 NF4_EXPORT const char* nf4kernels_cuda_choose(bool dgrad, int32_t dtype, int64_t M, int64_t N, int64_t K,
-                                              int64_t experts, bool whole_codes, bool aligned, int arch,
+                                              int64_t experts, bool scales_sums, bool aligned, int arch,
                                               int multiprocessors, int* splits, const char** reason) {
   const nf4::cuda::Choice choice =
-      nf4::cuda::choose({dgrad, Dtype(dtype), M, N, K, experts, whole_codes, aligned, arch, multiprocessors});
+      nf4::cuda::choose({dgrad, Dtype(dtype), M, N, K, experts, scales_sums, aligned, arch, multiprocessors});
   *splits = choice.splits;
   *reason = choice.reason;
   return nf4::cuda::kPathNames[int(choice.path)];

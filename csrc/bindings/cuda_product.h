@@ -50,7 +50,7 @@ inline cuda::Problem problem_of(const Op& op, bool dgrad, const cuda::ProductArg
   problem.M = args.M;
   problem.N = args.weight.N;
   problem.K = args.weight.K;
-  problem.whole_codes = has_whole_codes(args.weight);
+  problem.scales_sums = cuda::scales_sums(args.weight);
   const void* read_16 = dgrad ? args.lora_factor : nullptr;  // linear reads its LoRA operands element by element
   problem.aligned = is_aligned({args.x, args.weight.packed, args.out, read_16});
   problem.arch = device.arch;

@@ -6,6 +6,12 @@
 
 namespace nf4::cuda {
 
+// Whether every 64 consecutive weights of a row share a scale of a form that the kernels which scale sums know. Else
+// the tensor-core kernels scale the levels (linear.cuh).
+inline bool scales_sums(const Weight& w) {
+  return w.block_shift >= 6 && (w.scales == Scales::kFloat32 || w.scales == Scales::kDouble);
+}
+
 // The ways to run a product, and the names by which a caller forces one. dequantize_gemm is no kernel but a loop:
 // dequantize a slice of the weight into a workspace, then call the vendor's GEMM (bindings/cuda_dequantize_gemm.cpp).
 enum class Path : int32_t { kAny, kSmall, kTiled, kDequantizeGemm };
@@ -16,7 +22,7 @@ struct Problem {
   Dtype dtype;
   int64_t M, N, K;
   int64_t experts;   // 0: one weight multiplies all M rows; else the experts' weights share the rows out
-  bool whole_codes;  // every 64 consecutive weights of a row share a scale
+  bool scales_sums;  // of the weight
   bool aligned;      // every pointer is a multiple of 16 bytes
   int arch;          // 10 * major + minor
   int multiprocessors;
@@ -66,14 +72,17 @@ inline const Fused& fused_of(int arch) {
 // one.
 struct Tile {
   int M, N, K;
-  int longest_sum;                // of the contraction without a split: 512 terms or mma's, see docs/design.md, 7
+  int warps;                      // that share the contraction, whose sums are added
   int blocks_per_multiprocessor;  // resident at once, at least
 };
-constexpr Tile kLinearSmallTile = {kSmallM, 32, 1024, 8 * 512 * 64, 2};
-constexpr Tile kLinearTiles[] = {
-    {32, 64, 128, 2 * 512 * 64, 1}, {64, 64, 128, 2 * 512 * 64, 1}, {128, 128, 64, 512 * 64, 1}};
-constexpr Tile kDgradTiles[] = {
-    {16, 128, 128, 4 * 512 * 16, 1}, {64, 64, 128, 2 * 512 * 16, 1}, {128, 32, 256, 512 * 16, 1}};
+constexpr Tile kLinearSmallTile = {kSmallM, 32, 1024, 8, 2};
+constexpr Tile kLinearTiles[] = {{32, 64, 128, 2, 1}, {64, 64, 128, 2, 1}, {128, 128, 64, 1, 1}};
+constexpr Tile kDgradTiles[] = {{16, 128, 128, 4, 1}, {64, 64, 128, 2, 1}, {128, 32, 256, 1, 1}};
+// The contraction of a tile without a split: 512 terms or mma's in a warp's sum, see docs/design.md, section 7. A term
+// is the sum of 64 k where sums are scaled, and else one mma's 16.
+inline int64_t longest_sum(const Problem& p, const Tile& tile) {
+  return int64_t{tile.warps} * 512 * (p.scales_sums && !p.dgrad ? 64 : 16);
+}
 // The first of a kernel's three tiles that holds all of M, else the last.
 inline int tile_index(const Tile (&tiles)[3], int64_t M) { return M <= tiles[0].M ? 0 : M <= tiles[1].M ? 1 : 2; }
 
@@ -107,9 +116,10 @@ inline const Fused* grouped_fused_of(int arch) {
 
 inline bool can_use_tensor_cores(const Problem& p) {
   constexpr int64_t kMost = 1 << 24;                 // a kernel addresses 128 rows of 2-byte elements by 32 bits
-  constexpr int64_t kMostBlocks = int64_t{1} << 32;  // linear numbers the blocks of 64 weights by 32 bits
-  const bool sizes = p.dgrad ? p.N % 8 == 0 && p.N < kMost : p.K < kMost && p.N * (p.K / 64) < kMostBlocks;
-  return p.dtype != Dtype::kFloat32 && p.whole_codes && p.aligned && sizes;
+  constexpr int64_t kMostBlocks = int64_t{1} << 32;  // RowScales numbers the blocks of 64 or 16 weights by 32 bits
+  const bool blocks = (p.dgrad && p.scales_sums) || p.N * (p.K / (p.scales_sums ? 64 : 16)) < kMostBlocks;
+  const bool sizes = p.dgrad ? p.N % 8 == 0 && p.N < kMost : p.K < kMost;
+  return p.dtype != Dtype::kFloat32 && p.K > 0 && p.K % 64 == 0 && p.aligned && blocks && sizes;
 }
 // Why `path` cannot run this problem; null if it can.
 inline const char* obstacle(const Problem& p, Path path) {
@@ -124,8 +134,7 @@ inline const char* obstacle(const Problem& p, Path path) {
                  "bytes";
   }
   if (!can_use_tensor_cores(p))
-    return "K must be a multiple of 64, block_size at least 64, pointers aligned to 16 bytes, for dgrad N a multiple "
-           "of 8";
+    return "K must be a multiple of 64, pointers aligned to 16 bytes, for dgrad N a multiple of 8";
   if (path == Path::kSmall && (p.dgrad || (p.M > kSmallM && p.experts == 0)))
     return "the small kernel is linear's, for at most 16 rows";
   return nullptr;
@@ -138,10 +147,10 @@ inline int splits_of(const Problem& p, Path path) {
                      : p.dgrad            ? kDgradTiles[tile_index(kDgradTiles, m_per_weight(p))]
                                           : kLinearTiles[tile_index(kLinearTiles, m_per_weight(p))];
   const int64_t contraction = p.dgrad ? p.N : p.K;
-  if (p.experts > 0) return 1 + int((contraction - 1) / tile.longest_sum);
+  if (p.experts > 0) return 1 + int((contraction - 1) / longest_sum(p, tile));
   const int64_t tiles_across = p.dgrad ? ceil_quotient(p.K, tile.K) : ceil_quotient(p.N, tile.N);
   return splits_for(tiles_across * ceil_quotient(p.M, tile.M), p.multiprocessors * tile.blocks_per_multiprocessor,
-                    contraction, p.dgrad ? tile.N : tile.K, tile.longest_sum, p.M);
+                    contraction, p.dgrad ? tile.N : tile.K, longest_sum(p, tile), p.M);
 }
 
 constexpr int64_t kAnyM = 64;  // one tile of product_any, which decodes the weight once more for each further tile
@@ -152,7 +161,7 @@ inline Choice choose_grouped(const Problem& p) {
   if (!can_use_tensor_cores(p)) {
     if (has_gemm && m_per_weight(p) > kAnyM)
       return {Path::kDequantizeGemm, 1, "no tensor-core kernel for the shape, and rows enough for torch's product"};
-    return {Path::kAny, 1, "a shape, block size or alignment without a tensor-core kernel"};
+    return {Path::kAny, 1, "a shape or alignment without a tensor-core kernel"};
   }
   if (!p.dgrad && m_per_weight(p) <= kSmallM)
     return {Path::kSmall, splits_of(p, Path::kSmall), "at most 16 rows an expert"};
@@ -167,7 +176,7 @@ inline Choice choose(const Problem& p) {
   if (p.experts > 0) return choose_grouped(p);
   if (p.dtype == Dtype::kFloat32) return {Path::kAny, 1, "fp32: true fp32, no tensor cores"};
   if (!can_use_tensor_cores(p)) {
-    if (p.M <= kAnyM) return {Path::kAny, 1, "a shape, block size or alignment without a tensor-core kernel"};
+    if (p.M <= kAnyM) return {Path::kAny, 1, "a shape or alignment without a tensor-core kernel"};
     return {Path::kDequantizeGemm, 1, "no tensor-core kernel for the shape, and rows enough for cuBLAS"};
   }
   if (!p.dgrad && p.M <= kSmallM) return {Path::kSmall, splits_of(p, Path::kSmall), "at most 16 rows"};

@@ -36,17 +36,19 @@ struct Part {
 template <class T>
 constexpr int group_width = int(16 / sizeof(T));  // weights in 16 bytes of out
 
-NF4_DEVICE float scale_of(const Weight& w, const Tables& tables, float offset, int64_t block) {
-  const uint32_t stored = stored_scale(w, block);
-  if (!has_codes(w)) return number_scale(w, stored);
-  const float value = tables.scale_code[stored];
-  return w.scales == Scales::kCodes ? value
-                                    : value * load_cached(w.scale_absmax + (block >> kSuperblockShift)) + offset;
+// The scales of blocks block(0), block(1), ...
+template <int kCount, class Block>
+NF4_DEVICE void load_and_decode(float (&scales)[kCount], const Weight& w, const Tables& tables, float offset,
+                                Block&& block) {
+  decode_scales(scales, w, w.scales, load_scales<kCount>(w, w.scales, block), offset, block,
+                [&](uint32_t i) { return tables.scale_code[i]; });
 }
 
 template <class T>
 NF4_DEVICE T decode_element(const Weight& w, const Tables& tables, float offset, int64_t i) {
-  return from_float<T>(tables.code[nibble(w.packed, i)] * scale_of(w, tables, offset, i >> w.block_shift));
+  float scale[1];
+  load_and_decode(scale, w, tables, offset, [&](int) { return i >> w.block_shift; });
+  return from_float<T>(tables.code[nibble(w.packed, i)] * scale[0]);
 }
 
 // 16 bytes of out; the first code is the high nibble of the low byte.
@@ -77,28 +79,32 @@ NF4_DEVICE void decode_items(const Weight& w, const Part& part, const Tables& ta
       if (u * step < count) out[u * step] = decode_element<T>(w, tables, offset, first + u * step);
   } else {
     constexpr int kWidth = group_width<T>;
-    uint32_t codes[kItems];
-    float scales[kItems];
     const auto load = [&](int u) {
       const int64_t i = first + u * step;
-      codes[u] = load_streamed(reinterpret_cast<const uint32_t*>(w.packed) + i / 8) >> 4 * (i % 8);
-      scales[u] = scale_of(w, tables, offset, i >> w.block_shift);
+      return load_streamed(reinterpret_cast<const uint32_t*>(w.packed) + i / 8) >> 4 * (i % 8);
     };
-    const auto store = [&](int u) {
-      store_streamed(reinterpret_cast<uint4*>(out + u * step), decode_group<T>(tables, codes[u], scales[u]));
+    const auto block_of = [&](int u) { return (first + u * step) >> w.block_shift; };
+    const auto store = [&](int u, uint32_t codes, float scale) {
+      store_streamed(reinterpret_cast<uint4*>(out + u * step), decode_group<T>(tables, codes, scale));
     };
     // A load takes a whole word of codes, of which 4 fp32 need half.
     const auto is_whole = [&](int u) { return u * step + kWidth <= count && ((first + u * step) | 7) < w.N * w.K; };
     if (is_whole(kItems - 1)) {
+      uint32_t codes[kItems];
+      float scales[kItems];
 #pragma unroll
-      for (int u = 0; u < kItems; ++u) load(u);
+      for (int u = 0; u < kItems; ++u) codes[u] = load(u);
+      load_and_decode(scales, w, tables, offset, block_of);
 #pragma unroll
-      for (int u = 0; u < kItems; ++u) store(u);
+      for (int u = 0; u < kItems; ++u) store(u, codes[u], scales[u]);
       return;
     }
 #pragma unroll
     for (int u = 0; u < kItems - 1; ++u) {
-      if (is_whole(u)) load(u), store(u);
+      if (!is_whole(u)) continue;
+      float scale[1];
+      load_and_decode(scale, w, tables, offset, [&](int) { return block_of(u); });
+      store(u, load(u), scale[0]);
     }
 #pragma unroll 1
     for (int u = 0; u < kItems; ++u) {

@@ -75,14 +75,15 @@ NF4_DEVICE Group find_group(const GroupedArgs& args, int tile) {
 
 // Calls multiply(work) for this block's tile, kTileM x kTileWidth of out[M, width]; stores zeros where no expert owns
 // the rows. The width is N in grouped_linear and K in grouped_linear_dgrad.
-template <class T, int kTileM, int kTileWidth, class F>
+template <class T, int kTileM, int kTileWidth, class Scaled, class F>
 NF4_DEVICE void multiply_group(const GroupedArgs& args, int64_t width, F&& multiply) {
   const unsigned across = unsigned(ceil_div(width, kTileWidth));
   const Group group = find_group<kTileM>(args, int(blockIdx.x / across));
   const int tile = int(blockIdx.x % across), split = int(blockIdx.y);
   if (group.m_begin >= group.m_end) return;
   if (group.expert < args.experts.count) {
-    const Weight weight = args.experts[group.expert];
+    Weight weight = args.experts[group.expert];
+    if (kScalesSums<Scaled>) weight.scale_code = args.experts.first.scale_code;  // in no register: all experts share it
     multiply(Work<int>{weight, tile, group.m_begin, group.m_end, split, 0});
     return;
   }

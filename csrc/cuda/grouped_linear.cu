@@ -17,22 +17,23 @@
 namespace nf4::cuda {
 namespace {
 
-template <class T, int kTilesM>
+template <class T, int kTilesM, class Scaled>
 __global__ void __launch_bounds__(small::kWarps* kWarp, 2) grouped_linear_small_kernel(const GroupedArgs args) {
-  multiply_group<T, 8 * kTilesM, small::kTileN>(
-      args, args.experts.first.N, [&](const auto& work) { small::linear_small_block<T, kTilesM>(args.product, work); });
+  multiply_group<T, 8 * kTilesM, small::kTileN, Scaled>(args, args.experts.first.N, [&](const auto& work) {
+    small::linear_small_block<T, kTilesM, Scaled>(args.product, work);
+  });
 }
 
-template <class T, class S>
+template <class T, class S, class Scaled>
 __global__ void __launch_bounds__(S::kThreads, 1) grouped_linear_tiled_kernel(const GroupedArgs args) {
-  multiply_group<T, S::kTileM, S::kTileN>(args, args.experts.first.N,
-                                          [&](const auto& work) { linear_tiled_block<T, S>(args.product, work); });
+  multiply_group<T, S::kTileM, S::kTileN, Scaled>(
+      args, args.experts.first.N, [&](const auto& work) { linear_tiled_block<T, S, Scaled>(args.product, work); });
 }
 
 // Two resident blocks: to fit a third, ptxas would spill.
 template <class T>
 __global__ void __launch_bounds__(any::kThreads, 2) grouped_linear_any_kernel(const GroupedArgs args) {
-  multiply_group<T, any::kTile, any::kTile>(
+  multiply_group<T, any::kTile, any::kTile, ScaledLevels>(
       args, args.experts.first.N, [&](const auto& work) { any::product_any_block<T, false>(args.product, work); });
 }
 
@@ -42,16 +43,22 @@ cudaError_t launch_small(const GroupedArgs& args, cudaStream_t stream) {
     return launch(kernel, grid, small::kWarps * kWarp, small::kSharedBytes, stream, args);
   };
   const int64_t N = args.experts.first.N;
-  if (args.m_per_expert <= 8)
-    return launch_tile(grouped_linear_small_kernel<T, 1>, grouped_grid<8, small::kTileN>(args, N));
-  return launch_tile(grouped_linear_small_kernel<T, 2>, grouped_grid<16, small::kTileN>(args, N));
+  return launch_scaled(args.experts.first, [&](auto scaled) {
+    using Scaled = decltype(scaled);
+    if (args.m_per_expert <= 8)
+      return launch_tile(grouped_linear_small_kernel<T, 1, Scaled>, grouped_grid<8, small::kTileN>(args, N));
+    return launch_tile(grouped_linear_small_kernel<T, 2, Scaled>, grouped_grid<16, small::kTileN>(args, N));
+  });
 }
 
 template <class T, class Warps>
 cudaError_t launch_shape(const GroupedArgs& args, cudaStream_t stream) {
   using S = LinearShape<Warps>;
-  return launch(grouped_linear_tiled_kernel<T, S>, grouped_grid<S::kTileM, S::kTileN>(args, args.experts.first.N),
-                S::kThreads, S::kSharedBytes, stream, args);
+  return launch_scaled(args.experts.first, [&](auto scaled) {
+    return launch(grouped_linear_tiled_kernel<T, S, decltype(scaled)>,
+                  grouped_grid<S::kTileM, S::kTileN>(args, args.experts.first.N), S::kThreads, S::kSharedBytes, stream,
+                  args);
+  });
 }
 
 template <class T>

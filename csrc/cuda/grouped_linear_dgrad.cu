@@ -13,24 +13,28 @@
 namespace nf4::cuda {
 namespace {
 
-template <class T, class S>
+template <class T, class S, class Scaled>
 __global__ void __launch_bounds__(S::kThreads, 1) grouped_linear_dgrad_tiled_kernel(const GroupedArgs args) {
-  multiply_group<T, S::kTileM, S::kTileK>(
-      args, args.experts.first.K, [&](const auto& work) { linear_dgrad_tiled_block<T, S>(args.product, work); });
+  multiply_group<T, S::kTileM, S::kTileK, Scaled>(args, args.experts.first.K, [&](const auto& work) {
+    linear_dgrad_tiled_block<T, S, Scaled>(args.product, work);
+  });
 }
 
 // Two resident blocks: to fit a third, ptxas would spill.
 template <class T>
 __global__ void __launch_bounds__(any::kThreads, 2) grouped_linear_dgrad_any_kernel(const GroupedArgs args) {
-  multiply_group<T, any::kTile, any::kTile>(
+  multiply_group<T, any::kTile, any::kTile, ScaledLevels>(
       args, args.experts.first.K, [&](const auto& work) { any::product_any_block<T, true>(args.product, work); });
 }
 
 template <class T, class Warps>
 cudaError_t launch_shape(const GroupedArgs& args, cudaStream_t stream) {
   using S = DgradShape<Warps>;
-  return launch(grouped_linear_dgrad_tiled_kernel<T, S>, grouped_grid<S::kTileM, S::kTileK>(args, args.experts.first.K),
-                S::kThreads, S::kSharedBytes, stream, args);
+  return launch_scaled(args.experts.first, [&](auto scaled) {
+    return launch(grouped_linear_dgrad_tiled_kernel<T, S, decltype(scaled)>,
+                  grouped_grid<S::kTileM, S::kTileK>(args, args.experts.first.K), S::kThreads, S::kSharedBytes, stream,
+                  args);
+  });
 }
 
 template <class T>

@@ -79,7 +79,7 @@ struct ProductArgs {
 // Any shape, dtype and alignment, without tensor cores and without splits.
 cudaError_t linear_any(const ProductArgs& args, cudaStream_t stream);
 cudaError_t linear_dgrad_any(const ProductArgs& args, cudaStream_t stream);
-// The tensor-core products: bf16 or fp16, has_whole_codes(weight), every pointer aligned to 16 bytes.
+// The tensor-core products: bf16 or fp16, K % 64 == 0, every pointer aligned to 16 bytes.
 cudaError_t linear_small(const ProductArgs& args, cudaStream_t stream);  // M <= kSmallM
 cudaError_t linear_tiled(const ProductArgs& args, cudaStream_t stream);
 cudaError_t linear_dgrad_tiled(const ProductArgs& args, cudaStream_t stream);  // N % 8 == 0

@@ -11,8 +11,11 @@
 //   byte         0    1  |  2    3        4    5   |   6     7   W:  a pair of elements a byte, by one table load
 //   mma's k     2t  2t+8 | 2t  2t+8      2t  2t+8  |  2t   2t+8
 //
-// So neither W nor x is ever rearranged. Levels are multiplied unscaled and the block scale multiplies the fp32 sum of
-// each 64 k: that is exact, where a scaled bf16 weight would be rounded three times.
+// So neither W nor x is ever rearranged. Where 64 k share a scale (ScaledSums), levels are multiplied unscaled and the
+// block scale multiplies the fp32 sum of each 64 k: that is exact. Else (ScaledLevels) the scale of the lane's 16 k
+// multiplies the levels of a slot, as two numbers in T and rounded once in all: as Ŵ in T is, where the levels are exact
+// in T, as E2M1 and integers are. Rejected there: sums of 16 k, which would need 2-byte loads of W, 4 shuffles and 8
+// multiply-adds a tile of 8 m for each 16 k: at 64 m 8.9 instructions a weight.
 #pragma once
 
 #include "pair_table.cuh"
@@ -41,12 +44,11 @@ NF4_DEVICE void add_scaled(Sums<kTilesM>& sums, const Sums<kTilesM>& part, float
   }
 }
 
-// sums += W[32 n, 64 k] @ x^T. `words` hold the lane's 16 k of each slot; load_x(m, half) returns the lane's first or
-// second 8 k of row 8m + g of x.
-template <class T, int kTilesM, class LoadX>
-NF4_DEVICE void multiply_block(Sums<kTilesM>& sums, const uint2 (&words)[kSlots], float scale, const PairTable& table,
-                               LoadX&& load_x) {
-  Sums<kTilesM> part = {};
+// sums += W[32 n, 64 k] @ x^T. `words` hold the lane's 16 k of each slot; scaled(pair, slot) are two of its levels as
+// they are multiplied; load_x(m, half) returns the lane's first or second 8 k of row 8m + g of x.
+template <class T, int kTilesM, class ScaledPair, class LoadX>
+NF4_DEVICE void multiply_block(Sums<kTilesM>& sums, const uint2 (&words)[kSlots], const PairTable& table,
+                               ScaledPair&& scaled, LoadX&& load_x) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {  // 8 k a lane: two k-steps
     uint32_t first[kTilesN][4], second[kTilesN][4];
@@ -54,21 +56,20 @@ NF4_DEVICE void multiply_block(Sums<kTilesM>& sums, const uint2 (&words)[kSlots]
     for (int slot = 0; slot < kSlots; ++slot) {
       const uint32_t word = half == 0 ? words[slot].x : words[slot].y;
       const int n = slot / 2, i = slot % 2;  // row g or g + 8 of the mma tile
-      first[n][i] = table.pair<0>(word);
-      first[n][i + 2] = table.pair<1>(word);
-      second[n][i] = table.pair<2>(word);
-      second[n][i + 2] = table.pair<3>(word);
+      first[n][i] = scaled(table.pair<0>(word), slot);
+      first[n][i + 2] = scaled(table.pair<1>(word), slot);
+      second[n][i] = scaled(table.pair<2>(word), slot);
+      second[n][i + 2] = scaled(table.pair<3>(word), slot);
     }
 #pragma unroll
     for (int m = 0; m < kTilesM; ++m) {
       const uint4 x = load_x(m, half);
 #pragma unroll
-      for (int n = 0; n < kTilesN; ++n) mma_16x8x16<T>(part[n][m], first[n], x.x, x.y);
+      for (int n = 0; n < kTilesN; ++n) mma_16x8x16<T>(sums[n][m], first[n], x.x, x.y);
 #pragma unroll
-      for (int n = 0; n < kTilesN; ++n) mma_16x8x16<T>(part[n][m], second[n], x.z, x.w);
+      for (int n = 0; n < kTilesN; ++n) mma_16x8x16<T>(sums[n][m], second[n], x.z, x.w);
     }
   }
-  add_scaled<kTilesM>(sums, part, scale);
 }
 
 // The LoRA term, sums += scaling * B[32 n, rank] @ P^T: B in place of W and P in place of x.
@@ -97,22 +98,70 @@ NF4_DEVICE void add_lora_term(Sums<kTilesM>& sums, const ProductArgs& args, int6
   add_scaled<kTilesM>(sums, part, args.scaling);
 }
 
-// The block scales of row n = g + 8t of the warp's 32, which lane 4g + t decodes for the warp. Rows past N repeat the
-// last one: their results are not stored, and no load needs a predicate.
-struct RowScale {
+// The scales of a warp's 32 rows, in two forms with the same members. Rows past N repeat the last one: their results are
+// not stored, and no load needs a predicate. Blocks are numbered by 32 bits, a register less than by 64.
+template <class Scaled>
+struct RowScales;
+
+// Lane 4g + t decodes the scale of row n = g + 8t for the warp.
+template <>
+struct RowScales<ScaledSums> {
+  using Stored = StoredScales<1>;
   const Weight& w;
-  uint32_t first;  // the row's first block of 64 k: 32 bits take a register less than the flat index of a weight
+  uint32_t first;  // the row's first block of 64 k
   float offset;
-  NF4_DEVICE RowScale(const Weight& w, int64_t n_begin, const Lane& lane)
+  NF4_DEVICE RowScales(const Weight& w, int64_t n_begin, const Lane& lane)
       : w(w),
         first(uint32_t(smaller(n_begin + lane.g + 8 * lane.t, w.N - 1) * (w.K / kBlockK))),
         offset(offset_of(w)) {}
 
   NF4_DEVICE uint32_t index(int block) const { return (first + uint32_t(block)) >> (w.block_shift - 6); }
-  NF4_DEVICE uint32_t stored(int block) const { return stored_scale(w, index(block)); }
-  // The scale times the pair table's factor.
-  NF4_DEVICE float decode(int block, uint32_t stored, float factor) const {
-    return scale_of(w, index(block), stored, offset) * factor;
+  NF4_DEVICE Stored stored(int block) const {
+    return load_scales<1>(w, scales_in<ScaledSums>(w), [&](int) { return index(block); });
+  }
+
+  // sums += W[32 n, 64 k] @ x^T, as multiply_block says. `factor` is the pair table's.
+  template <class T, int kTilesM, class LoadX>
+  NF4_DEVICE void multiply(Sums<kTilesM>& sums, int block, const Stored& stored, const uint2 (&words)[kSlots],
+                           const PairTable& table, float factor, LoadX&& load_x) const {
+    float scale[1];
+    decode_scales(scale, w, scales_in<ScaledSums>(w), stored, offset, [&](int) { return index(block); });
+    Sums<kTilesM> part = {};
+    multiply_block<T, kTilesM>(part, words, table, [](uint32_t pair, int) { return pair; }, load_x);
+    add_scaled<kTilesM>(sums, part, scale[0] * factor);
+  }
+};
+
+// Each lane decodes the scales of its own 16 k in its own kSlots rows.
+template <>
+struct RowScales<ScaledLevels> {
+  using Stored = StoredScales<kSlots>;
+  const Weight& w;
+  uint32_t first[kSlots];  // the row's block of 16 k, the lane's in the first 64
+  float offset;
+  NF4_DEVICE RowScales(const Weight& w, int64_t n_begin, const Lane& lane) : w(w), offset(offset_of(w)) {
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot)
+      first[slot] = uint32_t(smaller(n_begin + lane.g + 8 * slot, w.N - 1) * (w.K / 16)) + lane.t;
+  }
+
+  NF4_DEVICE uint32_t index(int slot, int block) const {
+    return (first[slot] + 4 * uint32_t(block)) >> (w.block_shift - 4);
+  }
+  NF4_DEVICE Stored stored(int block) const {
+    return load_scales<kSlots>(w, w.scales, [&](int slot) { return index(slot, block); });
+  }
+
+  template <class T, int kTilesM, class LoadX>
+  NF4_DEVICE void multiply(Sums<kTilesM>& sums, int block, const Stored& stored, const uint2 (&words)[kSlots],
+                           const PairTable& table, float factor, LoadX&& load_x) const {
+    float values[kSlots];
+    decode_scales(values, w, w.scales, stored, offset, [&](int slot) { return index(slot, block); });
+    ScalePair<T> scales[kSlots];
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) scales[slot] = ScalePair<T>(values[slot] * factor, values[slot] * factor);
+    multiply_block<T, kTilesM>(
+        sums, words, table, [&](uint32_t pair, int slot) { return scales[slot].times(pair); }, load_x);
   }
 };
 

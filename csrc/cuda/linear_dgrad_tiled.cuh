@@ -12,7 +12,7 @@
 // Limits: 32 n of 64 k by 64 m take a warp 64 mma's, 413 cycles of a quarter of an SM (sm_90), and 427 instructions:
 //   of a weight's 6.7, 0.5 are table loads, 1 forms their addresses, 0.5 transposes pairs, 1 is for the scales.
 // Time: 2 M N K flops; M = 512, 4096 x 4096 at 588 TFLOP/s (an H200's mma.sync): 29 us.
-// Needs: bf16 or fp16, has_whole_codes(weight), N % 8 == 0, all pointers aligned to 16 bytes.
+// Needs: bf16 or fp16, K % 64 == 0, N % 8 == 0, all pointers aligned to 16 bytes.
 //
 // Shared memory (kTileM = 128, kTileN = 32, kTileK = 256: 32 + 4 * 12.25 KB; the epilogue's sums overlay all of it):
 //
@@ -66,21 +66,95 @@ struct DgradShape : Warps {
   static_assert(kTileM * kTileK * 4 <= kSharedBytes || kWarpsN == 1, "the sums of the kWarpsN overlay all of it");
 };
 
-// In bf16 the scale multiplies dY, whose rounding error is then another one at every (m, n). In fp16 it multiplies the
-// levels, because dY times a scale could leave fp16's range where dY times W does not.
-template <class T>
-constexpr bool kScalesDy = std::is_same_v<T, BFloat16>;
+// In bf16 a scale of all 64 k multiplies dY, whose rounding error is then another one at every (m, n). In fp16 it
+// multiplies the levels, because dY times a scale could leave fp16's range where dY times W does not; and so do scales
+// of fewer k, because all k share dY.
+template <class T, class Scaled>
+constexpr bool kScalesDy = std::is_same_v<T, BFloat16> && kScalesSums<Scaled>;
 
-// Pairs of scales, each as the sum of two numbers in T: the nearest, and the rest.
+// The scales of a group's 32 n, each lane's as pairs along n: for its n = 16 step + 4t + 0..3, pairs 2 step and 2 step +
+// 1. They are times the table's factor, and zeros past N and K. Two forms with the same members.
 template <class T>
-struct PairScales {
-  uint32_t high[4], low[4];
-  NF4_DEVICE uint32_t times(uint32_t pair, int i) const {
-    return multiply_add_pairs<T>(pair, high[i], multiply_pairs<T>(pair, low[i]));
+using GroupScales = ScalePair<T>[4];
+template <class Scaled>
+struct DgradScales;
+
+// Each lane decodes the scale of one row, n + lane, over the warp's 64 k.
+template <>
+struct DgradScales<ScaledSums> {
+  using Stored = StoredScales<1>;
+  const Weight& w;
+  const Lane& lane;
+  int64_t k_begin;  // of the warp
+  int N;
+  NF4_DEVICE DgradScales(const Weight& w, const Lane& lane, int64_t k_begin)
+      : w(w), lane(lane), k_begin(k_begin), N(int(w.N)) {}
+
+  NF4_DEVICE bool is_inside(int n) const { return n + lane.index < N && k_begin < w.K; }
+  NF4_DEVICE int64_t index(int n) const { return ((n + lane.index) * w.K + k_begin) >> w.block_shift; }
+  NF4_DEVICE Stored stored(int n) const {
+    if (!is_inside(n)) return {};
+    return load_scales<1>(w, scales_in<ScaledSums>(w), [&](int) { return index(n); });
+  }
+
+  template <class T>
+  NF4_DEVICE void decode(GroupScales<T>& scales, int n, const Stored& stored, float factor) const {
+    float own[1] = {};
+    if (is_inside(n))
+      decode_scales(own, w, scales_in<ScaledSums>(w), stored, offset_of(w), [&](int) { return index(n); });
+    own[0] *= factor;
+    const ScalePair<T> pair(own[0], shuffle_xor(own[0], 1));  // only even lanes hold {s_n, s_n+1} in this order
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int from = 16 * (i / 2) + 4 * lane.t + 2 * (i % 2);
+      scales[i].high = shuffle(pair.high, from);
+      scales[i].low = shuffle(pair.low, from);
+    }
   }
 };
 
-template <class T, class S, class Work>
+// The lane's 8 k are in the block of 16 k g / 2, of which the lanes of two g need the same 8 rows. An even g decodes those
+// of the first step, an odd g those of the second.
+template <>
+struct DgradScales<ScaledLevels> {
+  static constexpr int kOwn = 4;
+  using Stored = StoredScales<kOwn>;
+  const Weight& w;
+  const Lane& lane;
+  uint32_t first;  // the lane's block of 16 k in row own_n of W
+  int own_n, N;
+  NF4_DEVICE DgradScales(const Weight& w, const Lane& lane, int64_t k_begin)
+      : w(w),
+        lane(lane),
+        own_n(16 * (lane.g % 2) + 4 * lane.t),
+        N(k_begin < w.K ? int(w.N) : 0) {
+    first = uint32_t(own_n * (w.K / 16) + k_begin / 16 + lane.g / 2);
+  }
+
+  NF4_DEVICE bool is_inside(int n) const { return n + own_n < N; }  // N is a multiple of 8, and so all four are
+  NF4_DEVICE uint32_t index(int n, int i) const {
+    return (first + uint32_t(n + i) * uint32_t(w.K / 16)) >> (w.block_shift - 4);
+  }
+  NF4_DEVICE Stored stored(int n) const {
+    if (!is_inside(n)) return {};
+    return load_scales<kOwn>(w, w.scales, [&](int i) { return index(n, i); });
+  }
+
+  template <class T>
+  NF4_DEVICE void decode(GroupScales<T>& scales, int n, const Stored& stored, float factor) const {
+    float own[kOwn] = {};
+    if (is_inside(n)) decode_scales(own, w, w.scales, stored, offset_of(w), [&](int i) { return index(n, i); });
+    const ScalePair<T> pairs[2] = {{own[0] * factor, own[1] * factor}, {own[2] * factor, own[3] * factor}};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int from = 4 * (lane.g / 2 * 2 + i / 2) + lane.t;
+      scales[i].high = shuffle(pairs[i % 2].high, from);
+      scales[i].low = shuffle(pairs[i % 2].low, from);
+    }
+  }
+};
+
+template <class T, class S, class Scaled, class Work>
 struct TiledDgrad {
   static constexpr int kGroupN = S::kGroupN;
   static constexpr int kDyVectors = S::kTileN * 2 / kVectorBytes;
@@ -132,29 +206,8 @@ struct TiledDgrad {
     }
   }
 
-  // Each lane decodes the scale of one row, n + lane, of its group of 32.
-  NF4_DEVICE int64_t scale_index(int n) const { return ((n + lane.index) * w.K + warp_k_begin()) >> w.block_shift; }
-  NF4_DEVICE bool has_scale(int n) const { return n + lane.index < N && warp_k_begin() < w.K; }
-  NF4_DEVICE uint32_t stored(int n) const { return has_scale(n) ? stored_scale(w, scale_index(n)) : 0; }
-
-  // The group's scales times the table's factor, as pairs along n: two pairs for each of its two k-steps; zeros past N.
-  NF4_DEVICE PairScales<T> pair_scales(int n, uint32_t stored, float factor) const {
-    const float own = has_scale(n) ? scale_of(w, scale_index(n), stored) * factor : 0.f;
-    const float next = shuffle_xor(own, 1);
-    const uint32_t high = pack<T>(own, next);  // only even lanes hold {s_n, s_n+1} in this order
-    const uint32_t low = pack<T>(own - first_of<T>(high), next - second_of<T>(high));
-    PairScales<T> pairs;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int from = 16 * (i / 2) + 4 * lane.t + 2 * (i % 2);
-      pairs.high[i] = shuffle(high, from);
-      pairs.low[i] = shuffle(low, from);
-    }
-    return pairs;
-  }
-
   // sums += W[32 n, 64 k]^T @ dY^T of the stage's group `group`.
-  NF4_DEVICE void multiply(TransposedSums<S::kTilesM>& sums, int stage, int group, const PairScales<T>& scales,
+  NF4_DEVICE void multiply(TransposedSums<S::kTilesM>& sums, int stage, int group, const GroupScales<T>& scales,
                            const PairTable& table) const {
 #pragma unroll
     for (int step = 0; step < 2; ++step) {  // 4 n a lane
@@ -172,9 +225,9 @@ struct TiledDgrad {
 #pragma unroll
       for (int tile = 0; tile < kColumnTiles; ++tile) {
         transpose(a[tile], pairs[tile]);
-        if constexpr (!kScalesDy<T>)
+        if constexpr (!kScalesDy<T, Scaled>)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) a[tile][i] = scales.times(a[tile][i], 2 * step + i / 2);
+          for (int i = 0; i < 4; ++i) a[tile][i] = scales[2 * step + i / 2].times(a[tile][i]);
       }
       const int vector = (group * kGroupN + 16 * step + 4 * lane.t) / 8;
       const unsigned char* dys = dy_tile(stage) + (m_in_tile(0) + lane.g) * S::kTileN * 2 +
@@ -183,7 +236,8 @@ struct TiledDgrad {
 #pragma unroll
       for (int m = 0; m < S::kTilesM; ++m) {
         uint2 dy = *reinterpret_cast<const uint2*>(dys + m * 8 * S::kTileN * 2);
-        if constexpr (kScalesDy<T>) dy = make_uint2(scales.times(dy.x, 2 * step), scales.times(dy.y, 2 * step + 1));
+        if constexpr (kScalesDy<T, Scaled>)
+          dy = make_uint2(scales[2 * step].times(dy.x), scales[2 * step + 1].times(dy.y));
 #pragma unroll
         for (int tile = 0; tile < kColumnTiles; ++tile) mma_16x8x16<T>(sums[tile][m], a[tile], dy.x, dy.y);
       }
@@ -243,10 +297,11 @@ struct TiledDgrad {
 };
 
 // The work of a thread block.
-template <class T, class S, class Work>
+template <class T, class S, class Scaled, class Work>
 NF4_DEVICE void linear_dgrad_tiled_block(const ProductArgs& args, const Work& work) {
   constexpr int kStages = S::kStages;
-  const TiledDgrad<T, S, Work> product(args, work);
+  const TiledDgrad<T, S, Scaled, Work> product(args, work);
+  const DgradScales<Scaled> row_scales(work.weight, product.lane, product.warp_k_begin());
   const SplitRange steps(ceil_div(work.weight.N, S::kTileN), work.split, args.splits);
   const int begin = int(steps.begin), end = int(steps.end);
 #pragma unroll
@@ -265,7 +320,7 @@ NF4_DEVICE void linear_dgrad_tiled_block(const ProductArgs& args, const Work& wo
   const auto group_begin = [&](int step, int i) {
     return step * S::kTileN + (i * S::kWarpsN + product.warp_n) * S::kGroupN;
   };
-  uint32_t stored = product.stored(group_begin(begin, 0));
+  auto stored = row_scales.stored(group_begin(begin, 0));
   int stage = 0, free = kStages - 1;
   for (int step = begin; step < end; ++step) {
     copy_async_wait<kStages - 2>();
@@ -274,8 +329,9 @@ NF4_DEVICE void linear_dgrad_tiled_block(const ProductArgs& args, const Work& wo
     copy_async_commit();
 #pragma unroll 1
     for (int i = 0; i < kGroups; ++i) {
-      const PairScales<T> scales = product.pair_scales(group_begin(step, i), stored, factor);
-      stored = i + 1 < kGroups ? product.stored(group_begin(step, i + 1)) : product.stored(group_begin(step + 1, 0));
+      GroupScales<T> scales;
+      row_scales.decode(scales, group_begin(step, i), stored, factor);
+      stored = row_scales.stored(i + 1 < kGroups ? group_begin(step, i + 1) : group_begin(step + 1, 0));
       product.multiply(sums, stage, i * S::kWarpsN + product.warp_n, scales, table);
     }
     free = stage;

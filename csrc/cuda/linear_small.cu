@@ -7,16 +7,19 @@ namespace {
 
 using namespace small;
 
-template <class T, int kTilesM>
+template <class T, int kTilesM, class Scaled>
 __global__ void __launch_bounds__(kWarps* kWarp, 2) linear_small_kernel(const ProductArgs args) {
-  linear_small_block<T, kTilesM>(args, Work<int64_t>{args.weight, blockIdx.x, 0, args.M, blockIdx.y, args.rank});
+  linear_small_block<T, kTilesM, Scaled>(args, Work<int64_t>{args.weight, blockIdx.x, 0, args.M, blockIdx.y, args.rank});
 }
 
 template <class T>
 cudaError_t launch_for(const ProductArgs& args, cudaStream_t stream) {
-  const auto kernel = args.M <= 8 ? linear_small_kernel<T, 1> : linear_small_kernel<T, 2>;
-  const dim3 grid(unsigned(ceil_div(args.weight.N, kTileN)), unsigned(args.splits));
-  return launch(kernel, grid, kWarps * kWarp, small::kSharedBytes, stream, args);
+  return launch_scaled(args.weight, [&](auto scaled) {
+    using Scaled = decltype(scaled);
+    const auto kernel = args.M <= 8 ? linear_small_kernel<T, 1, Scaled> : linear_small_kernel<T, 2, Scaled>;
+    const dim3 grid(unsigned(ceil_div(args.weight.N, kTileN)), unsigned(args.splits));
+    return launch(kernel, grid, kWarps * kWarp, small::kSharedBytes, stream, args);
+  });
 }
 
 }  // namespace

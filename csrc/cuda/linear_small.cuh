@@ -8,7 +8,7 @@
 //   tensor cores (an H200 has 3.2 issue slots a weight at memory speed; decode, convert and FMA take 5); 16 bytes of W
 //   a load, which would bring two blocks of one row, with two scales, into one mma.
 // Bytes: 0.516 N K, and x from the L2 for each thread block: an H200 (4.3 TB/s) does 4096 x 4096 in 2.0 us.
-// Needs: bf16 or fp16, has_whole_codes(weight), all pointers aligned to 16 bytes.
+// Needs: bf16 or fp16, K % 64 == 0, all pointers aligned to 16 bytes.
 #pragma once
 
 #include "choose.h"
@@ -20,17 +20,18 @@ constexpr int kWarps = 8;
 constexpr int kTileN = kWarpTileN;
 constexpr int kChunk = 2;  // blocks of 64 k a warp takes at a time
 
+template <class Scaled>
 struct Chunk {
   uint2 words[kChunk][kSlots];
-  uint32_t scales[kChunk];  // as stored
+  typename RowScales<Scaled>::Stored scales[kChunk];
 };
 
-// A lane's rows of W and x, and its scale. Rows past N and M repeat the last one: their results are not stored. Offsets
+// A lane's rows of W and x, and its scales. Rows past N and M repeat the last one: their results are not stored. Offsets
 // have 32 bits (K < 2^26) and take two registers less a row than pointers.
-template <class T, int kTilesM>
+template <class T, int kTilesM, class Scaled>
 struct Lines {
   Lane lane;
-  RowScale scale;
+  RowScales<Scaled> scales;
   int blocks;  // of 64 k in K
   const uint8_t* packed;
   const uint8_t* x;
@@ -38,7 +39,7 @@ struct Lines {
 
   template <class Work>
   NF4_DEVICE Lines(const ProductArgs& args, const Work& work, int64_t n_begin)
-      : scale(work.weight, n_begin, lane), blocks(int(work.weight.K / kBlockK)) {
+      : scales(work.weight, n_begin, lane), blocks(int(work.weight.K / kBlockK)) {
     const int K = int(work.weight.K), last_n = int(smaller(work.weight.N - n_begin, kTileN)) - 1;
     packed = work.weight.packed + n_begin * (K / 2);
     x = static_cast<const uint8_t*>(args.x) + int64_t(work.m_begin) * K * 2;
@@ -51,7 +52,7 @@ struct Lines {
   }
 
   // A chunk that reaches past last_block holds it twice; the second copy is not multiplied.
-  NF4_DEVICE void load(Chunk& chunk, int first_block, int last_block) const {
+  NF4_DEVICE void load(Chunk<Scaled>& chunk, int first_block, int last_block) const {
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
       const int block = min(first_block + i, last_block);
@@ -59,7 +60,7 @@ struct Lines {
       for (int slot = 0; slot < kSlots; ++slot)
         chunk.words[i][slot] =
             load_streamed(reinterpret_cast<const uint2*>(packed + (w_rows[slot] + uint32_t(block) * 32)));
-      chunk.scales[i] = scale.stored(block);
+      chunk.scales[i] = scales.stored(block);
     }
   }
 
@@ -97,17 +98,17 @@ NF4_DEVICE void finish(const Sums<kTilesM>& sums, const ProductArgs& args, const
 }
 
 // The work of a thread block.
-template <class T, int kTilesM, class Work>
+template <class T, int kTilesM, class Scaled, class Work>
 NF4_DEVICE void linear_small_block(const ProductArgs& args, const Work& work) {
   const int64_t n_begin = int64_t(work.tile) * kTileN;
   const int warp = int(threadIdx.x) / kWarp;
-  const Lines<T, kTilesM> lines(args, work, n_begin);
+  const Lines<T, kTilesM, Scaled> lines(args, work, n_begin);
   const Lane& lane = lines.lane;
   const SplitRange chunks(ceil_div(lines.blocks, kChunk), work.split, args.splits);
   constexpr int kStep = kWarps * kChunk;
   const int end = min(int(chunks.end) * kChunk, lines.blocks);
   int first = (int(chunks.begin) + warp) * kChunk;  // the chunk's first block of 64 k
-  Chunk next;
+  Chunk<Scaled> next;
   if (first < end) lines.load(next, first, end - 1);
 
   uint32_t* words = shared_memory<uint32_t>();
@@ -120,15 +121,14 @@ NF4_DEVICE void linear_small_block(const ProductArgs& args, const Work& work) {
   if (work.rank > 0 && work.split == 0 && warp == kWarps - 1)
     add_lora_term<T, kTilesM>(sums, args, n_begin, work.m_begin, lane);
   for (; first < end; first += kStep) {
-    const Chunk now = next;
+    const Chunk<Scaled> now = next;
     if (first + kStep < end) lines.load(next, first + kStep, end - 1);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
       const int block = first + i;
       if (block >= end) break;
-      const float scale = lines.scale.decode(block, now.scales[i], factor);
-      multiply_block<T, kTilesM>(sums, now.words[i], scale, table,
-                                 [&](int m, int half) { return lines.load_x(block, m, half); });
+      lines.scales.template multiply<T, kTilesM>(sums, block, now.scales[i], now.words[i], table, factor,
+                                                 [&](int m, int half) { return lines.load_x(block, m, half); });
     }
   }
   sync_block();  // all have read the table, which the sums overlay

@@ -4,9 +4,9 @@
 namespace nf4::cuda {
 namespace {
 
-template <class T, class S>
+template <class T, class S, class Scaled>
 __global__ void __launch_bounds__(S::kThreads, 1) linear_tiled_kernel(const ProductArgs args) {
-  linear_tiled_block<T, S>(args, own_work(args, S::kTileM, blockIdx.z));
+  linear_tiled_block<T, S, Scaled>(args, own_work(args, S::kTileM, blockIdx.z));
 }
 
 template <class T, class Warps>
@@ -14,7 +14,9 @@ cudaError_t launch_shape(const ProductArgs& args, cudaStream_t stream) {
   using S = LinearShape<Warps>;
   const dim3 grid(unsigned(ceil_div(args.weight.N, S::kTileN)), unsigned(ceil_div(args.M, S::kTileM)),
                   unsigned(args.splits));
-  return launch(linear_tiled_kernel<T, S>, grid, S::kThreads, S::kSharedBytes, stream, args);
+  return launch_scaled(args.weight, [&](auto scaled) {
+    return launch(linear_tiled_kernel<T, S, decltype(scaled)>, grid, S::kThreads, S::kSharedBytes, stream, args);
+  });
 }
 
 template <class T>

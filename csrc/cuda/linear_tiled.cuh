@@ -10,7 +10,7 @@
 //   SM), and 345 instructions. A weight takes 2 bytes of shared memory for the table, 0.5 packed and 4 of x: at those
 //   20 weights a cycle 129 of 128 bytes; sm_80: 16 weights, 104 bytes; sm_86, 89, 120: 8 weights.
 // Time: 2 M N K flops; M = 512, 4096 x 4096 at 569 TFLOP/s (an H200): 30 us.
-// Needs: bf16 or fp16, has_whole_codes(weight), all pointers aligned to 16 bytes.
+// Needs: bf16 or fp16, K % 64 == 0, all pointers aligned to 16 bytes.
 //
 // Shared memory (kTileM = kTileN = 128: 32 + 3 * 20 KB; the epilogue's tile of y overlays all of it):
 //
@@ -98,7 +98,9 @@ struct TiledLinear {
     }
   }
 
-  NF4_DEVICE void multiply(Sums<S::kTilesM>& sums, int stage, float scale, const PairTable& table) const {
+  template <class Scales>
+  NF4_DEVICE void multiply(Sums<S::kTilesM>& sums, int stage, const Scales& scales, int block,
+                           const typename Scales::Stored& stored, const PairTable& table, float factor) const {
     const unsigned char* packed = packed_tile(stage, warp_k) + (warp_n * kWarpTileN + lane.g) * 32 + 8 * lane.t;
     uint2 words[kSlots];
 #pragma unroll
@@ -106,7 +108,7 @@ struct TiledLinear {
     const unsigned char* x = x_tile(stage, warp_k) + (warp_m * S::kTilesM * 8 + lane.g) * kBlockK * 2;  // row g of 8 m
     const int vectors[2] = {swizzle<Swizzle::kXorRow, kXVectors>(2 * lane.t, lane.g),
                             swizzle<Swizzle::kXorRow, kXVectors>(2 * lane.t + 1, lane.g)};
-    multiply_block<T, S::kTilesM>(sums, words, scale, table, [&](int m, int half) {
+    scales.template multiply<T, S::kTilesM>(sums, block, stored, words, table, factor, [&](int m, int half) {
       return *reinterpret_cast<const uint4*>(x + m * 8 * kBlockK * 2 + kVectorBytes * vectors[half]);
     });
   }
@@ -140,23 +142,23 @@ struct TiledLinear {
 };
 
 // The work of a thread block.
-template <class T, class S, class Work>
+template <class T, class S, class Scaled, class Work>
 NF4_DEVICE void linear_tiled_block(const ProductArgs& args, const Work& work) {
   constexpr int kStages = S::kStages;
   const TiledLinear<T, S, Work> product(args, work);
   const int64_t warp_n_begin = product.n_begin + product.warp_n * kWarpTileN;
-  const RowScale row_scale(work.weight, warp_n_begin, product.lane);
+  const RowScales<Scaled> scales(work.weight, warp_n_begin, product.lane);
   const SplitRange steps(ceil_div(product.blocks, S::kWarpsK), work.split, args.splits);
   const int begin = int(steps.begin), end = int(steps.end), last = product.blocks - 1;
   const auto block_of = [&](int step) { return step * S::kWarpsK + product.warp_k; };
-  const auto stored_scale_of = [&](int step) { return row_scale.stored(min(block_of(step), last)); };
+  const auto stored_of = [&](int step) { return scales.stored(min(block_of(step), last)); };
 
 #pragma unroll
   for (int s = 0; s < kStages - 1; ++s) {
     if (begin + s < end) product.fetch(s, begin + s);
     copy_async_commit();
   }
-  uint32_t stored = stored_scale_of(begin);
+  auto stored = stored_of(begin);
   uint32_t* words = shared_memory<uint32_t>();
   const float factor = build_pair_table<T>(words, args);
   const PairTable table(words, product.lane.index);
@@ -171,9 +173,9 @@ NF4_DEVICE void linear_tiled_block(const ProductArgs& args, const Work& work) {
     sync_block();  // this stage has arrived for all threads, and all have read the stage before it
     if (step + kStages - 1 < end) product.fetch(free, step + kStages - 1);
     copy_async_commit();
-    const uint32_t now = stored;
-    stored = stored_scale_of(step + 1);
-    if (block_of(step) <= last) product.multiply(sums, stage, row_scale.decode(block_of(step), now, factor), table);
+    const auto now = stored;
+    stored = stored_of(step + 1);
+    if (block_of(step) <= last) product.multiply(sums, stage, scales, block_of(step), now, table, factor);
     free = stage;
     stage = stage + 1 == kStages ? 0 : stage + 1;
   }

@@ -1,12 +1,29 @@
 // What the products share: a lane's place in an mma fragment, a thread block's work, block scales in two steps, stores.
 #pragma once
 
+#include <type_traits>
+
+#include "choose.h"
 #include "kernels.h"
 
 namespace nf4::cuda {
 
 constexpr int kWarp = 32;
-constexpr int kBlockK = 64;  // has_whole_codes: at least so many consecutive k of a row share a scale
+constexpr int kBlockK = 64;  // consecutive k of a row that a warp of a tensor-core product multiplies at a time
+
+// What the scales of a tensor-core product multiply, chosen at launch by choose.h's scales_sums.
+//   ScaledSums     the fp32 sums of each kBlockK, which is exact: one scale for 64 weights, in fp32 or double-quantized
+//   ScaledLevels   the levels, rounded once more: one scale for 16 weights or more, in any form
+struct ScaledSums {};
+struct ScaledLevels {};
+template <class Scaled>
+constexpr bool kScalesSums = std::is_same_v<Scaled, ScaledSums>;
+
+// Calls launch(ScaledSums or ScaledLevels) for this weight.
+template <class F>
+cudaError_t launch_scaled(const Weight& w, F&& launch) {
+  return scales_sums(w) ? launch(ScaledSums()) : launch(ScaledLevels());
+}
 
 // The lane's place in an mma fragment, lane = 4g + t: drawn at mma_16x8x16 in device.cuh.
 struct Lane {
@@ -47,30 +64,6 @@ NF4_DEVICE Work<int64_t> own_work(const ProductArgs& args, int tile_m, int64_t s
   return {args.weight, blockIdx.x, int64_t(blockIdx.y) * tile_m, args.M, split, args.rank};
 }
 
-// A block's scale in two steps: stored_scale loads its stored form a step ahead, scale_of decodes it when it is needed.
-NF4_DEVICE uint32_t stored_scale(const Weight& w, int64_t block) {
-  if (has_codes(w)) return load_cached(w.absmax_as<uint8_t>() + block);
-  if (w.scales == Scales::kFloat32) return bits_of(load_cached(w.absmax_as<float>() + block));
-  return load_cached(w.absmax_as<uint16_t>() + block);
-}
-// The scale that is stored as a number, not as a code.
-NF4_DEVICE float number_scale(const Weight& w, uint32_t stored) {
-  if (w.scales == Scales::kFloat32) return float_of(stored);
-  return w.scales == Scales::kBFloat16 ? to_float(BFloat16{uint16_t(stored)}) : to_float(Float16{uint16_t(stored)});
-}
-// The block_scale of format.h, with the weight's scale_offset already loaded.
-NF4_DEVICE float scale_of(const Weight& w, int64_t block, uint32_t stored, float offset) {
-  if (!has_codes(w)) return number_scale(w, stored);
-  const float value = load_cached(w.scale_code + stored);
-  if (w.scales == Scales::kCodes) return value;
-  const float product = value * load_cached(w.scale_absmax + (block >> kSuperblockShift));
-  return product + offset;
-}
-NF4_DEVICE float offset_of(const Weight& w) { return w.scales == Scales::kDouble ? load_cached(w.scale_offset) : 0.f; }
-NF4_DEVICE float scale_of(const Weight& w, int64_t block, uint32_t stored) {
-  return scale_of(w, block, stored, offset_of(w));
-}
-
 // The elements of a pair.
 template <class T>
 NF4_DEVICE float first_of(uint32_t pair) {
@@ -80,6 +73,83 @@ template <class T>
 NF4_DEVICE float second_of(uint32_t pair) {
   return to_float(T{uint16_t(pair >> 16)});
 }
+
+// Scales in two steps: load_scales loads their stored form a step ahead, decode_scales decodes it when it is needed.
+// block(i) is the i-th scale's block. `scales` is what w.scales can be in the kernel that asks, so that what it cannot
+// be takes no instructions.
+template <class Scaled>
+NF4_DEVICE Scales scales_in(const Weight& w) {
+  if (kScalesSums<Scaled>) return w.scales == Scales::kDouble ? Scales::kDouble : Scales::kFloat32;
+  return w.scales;
+}
+NF4_DEVICE float offset_of(const Weight& w) { return w.scales == Scales::kDouble ? load_cached(w.scale_offset) : 0.f; }
+
+template <int kCount>
+struct StoredScales {
+  uint32_t of[kCount];
+};
+template <int kCount, class Block>
+NF4_DEVICE StoredScales<kCount> load_scales(const Weight& w, Scales scales, Block&& block) {
+  StoredScales<kCount> stored;
+  const auto load = [&](auto* absmax) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const auto number = load_cached(absmax + block(i));
+      if constexpr (std::is_same_v<decltype(number), const float>)
+        stored.of[i] = bits_of(number);
+      else
+        stored.of[i] = number;
+    }
+  };
+  if (has_codes(scales))
+    load(w.absmax_as<uint8_t>());
+  else if (scales == Scales::kFloat32)
+    load(w.absmax_as<float>());
+  else
+    load(w.absmax_as<uint16_t>());
+  return stored;
+}
+// The block_scale of format.h, with the weight's scale_offset already loaded, and scale_code read by scale_code(index).
+template <int kCount, class Block, class ScaleCode>
+NF4_DEVICE void decode_scales(float (&values)[kCount], const Weight& w, Scales scales,
+                              const StoredScales<kCount>& stored, float offset, Block&& block, ScaleCode&& scale_code) {
+  const auto for_each = [&](auto&& value_of) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] = value_of(i);
+  };
+  if (has_codes(scales)) {
+    for_each([&](int i) { return scale_code(stored.of[i]); });
+    if (scales == Scales::kCodes) return;
+    for_each([&](int i) {
+      const float product = values[i] * load_cached(w.scale_absmax + (block(i) >> kSuperblockShift));
+      return product + offset;
+    });
+  } else if (scales == Scales::kFloat32) {
+    for_each([&](int i) { return float_of(stored.of[i]); });
+  } else if (scales == Scales::kBFloat16) {
+    for_each([&](int i) { return to_float(BFloat16{uint16_t(stored.of[i])}); });
+  } else {
+    for_each([&](int i) { return to_float(Float16{uint16_t(stored.of[i])}); });
+  }
+}
+template <int kCount, class Block>
+NF4_DEVICE void decode_scales(float (&values)[kCount], const Weight& w, Scales scales,
+                              const StoredScales<kCount>& stored, float offset, Block&& block) {
+  decode_scales(values, w, scales, stored, offset, block, [&](uint32_t i) { return load_cached(w.scale_code + i); });
+}
+
+// Two scales as pairs of T: the nearest, and the rest. Their sum is exact to 16 bits or more, so that a level times it
+// is rounded once in all.
+template <class T>
+struct ScalePair {
+  uint32_t high, low;
+  ScalePair() = default;
+  NF4_DEVICE ScalePair(float first, float second)
+      : high(pack<T>(first, second)), low(pack<T>(first - first_of<T>(high), second - second_of<T>(high))) {}
+  NF4_DEVICE uint32_t times(uint32_t pair) const {
+    return multiply_add_pairs<T>(pair, high, multiply_pairs<T>(pair, low));
+  }
+};
 
 // Elements i and i + 1 of a row of `length` elements, zeros past its end.
 template <class T>
