@@ -6,12 +6,6 @@
 
 namespace nf4::cuda {
 
-// Whether every 64 consecutive weights of a row share a scale of a form that the kernels which scale sums know. Else
-// the tensor-core kernels scale the levels (linear.cuh).
-inline bool scales_sums(const Weight& w) {
-  return w.block_shift >= 6 && (w.scales == Scales::kFloat32 || w.scales == Scales::kDouble);
-}
-
 // The ways to run a product, and the names by which a caller forces one. dequantize_gemm is no kernel but a loop:
 // dequantize a slice of the weight into a workspace, then call the vendor's GEMM (bindings/cuda_dequantize_gemm.cpp).
 enum class Path : int32_t { kAny, kSmall, kTiled, kDequantizeGemm };

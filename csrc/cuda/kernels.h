@@ -76,6 +76,12 @@ struct ProductArgs {
   KnownCodes known;  // for the tensor-core products
 };
 
+// Whether every 64 consecutive weights of a row share a scale, in a form that the kernels which scale sums know. Else the
+// tensor-core kernels scale the levels (product.cuh).
+inline bool scales_sums(const Weight& w) {
+  return w.block_shift >= 6 && (w.scales == Scales::kFloat32 || w.scales == Scales::kDouble);
+}
+
 // Any shape, dtype and alignment, without tensor cores and without splits.
 cudaError_t linear_any(const ProductArgs& args, cudaStream_t stream);
 cudaError_t linear_dgrad_any(const ProductArgs& args, cudaStream_t stream);

@@ -3,7 +3,6 @@
 
 #include <type_traits>
 
-#include "choose.h"
 #include "kernels.h"
 
 namespace nf4::cuda {
@@ -11,7 +10,7 @@ namespace nf4::cuda {
 constexpr int kWarp = 32;
 constexpr int kBlockK = 64;  // consecutive k of a row that a warp of a tensor-core product multiplies at a time
 
-// What the scales of a tensor-core product multiply, chosen at launch by choose.h's scales_sums.
+// What the scales of a tensor-core product multiply, chosen at launch by scales_sums.
 //   ScaledSums     the fp32 sums of each kBlockK, which is exact: one scale for 64 weights, in fp32 or double-quantized
 //   ScaledLevels   the levels, rounded once more: one scale for 16 weights or more, in any form
 struct ScaledSums {};
