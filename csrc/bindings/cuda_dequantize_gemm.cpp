@@ -63,33 +63,40 @@ DequantizeArgs slice_of(const nf4::Weight& w, bool dgrad, int64_t begin, int64_t
   return {w, begin, begin + width, 0, w.K, dtype, out, stride};
 }
 
-void launch_scaled_copy(const nf4::cuda::ScaledCopyArgs& args, const Product& product, const Launch& launch) {
-  check_launch(nf4::cuda::scaled_copy(args, launch.stream), product.op);
+void launch_scaled_copy(const nf4::cuda::ScaledCopyArgs& args, const Op& op, const Launch& launch) {
+  check_launch(nf4::cuda::scaled_copy(args, launch.stream), op);
 }
 
 // The LoRA term as more of the contraction: [in | inner] times [Ŵ | s B] in linear, [Ŵ ; s A] in linear_dgrad, with
 // zeros up to a multiple of 8, which cuBLAS wants for its fast kernels. The scaling goes to the factor: a Q of scaled
-// losses has no room for it in fp16.
+// losses has no room for it in fp16. With `ones` a column of ones follows the inner product, for a bias.
 struct Extended {
   Tensor in;      // [M, depth]
   Tensor factor;  // s B or s A, as long as there is a term
-  int64_t rank, padding, depth;
+  int64_t rank, ones, depth;
 };
-Extended extend_by_lora_term(const Product& product, const Launch& launch) {
-  const auto& args = product.args;
-  const ScalarType type = product.in.scalar_type();
-  Tensor in = torch::stable::view(product.in, {args.M, product.depth});
-  if (args.rank == 0) return {in, in, 0, 0, product.depth};
-  const int64_t extra = ceil_div(args.rank, 8) * 8, depth = product.depth + extra;
+Extended extend(const Op& op, const Tensor& in, const nf4::cuda::ProductArgs& args, const OptionalTensor& factor,
+                bool ones, const Launch& launch) {
+  const int64_t rank = args.rank, own = in.size(1), columns = rank + (ones ? 1 : 0);
+  if (columns == 0) return {in, in, 0, 0, own};
+  const ScalarType type = in.scalar_type();
+  const int64_t extra = ceil_div(columns, 8) * 8, depth = own + extra;
   const Tensor extended = new_empty(in, {args.M, depth}, type);
-  copy(part(extended, 1, 0, product.depth), in);
-  void* beside = static_cast<char*>(extended.mutable_data_ptr()) + product.depth * int64_t(element_bytes(args.dtype));
-  launch_scaled_copy({args.lora_inner, args.dtype, args.M, args.rank, 1.f, beside, extra, depth}, product, launch);
-  const int64_t count = product.lora_term.factor->numel();
-  const Tensor factor = new_empty(in, product.lora_term.factor->sizes(), type);
-  launch_scaled_copy({args.lora_factor, args.dtype, 1, count, args.scaling, factor.mutable_data_ptr(), count, count},
-                     product, launch);
-  return {extended, factor, args.rank, extra - args.rank, depth};
+  copy(part(extended, 1, 0, own), in);
+  void* beside = static_cast<char*>(extended.mutable_data_ptr()) + own * int64_t(element_bytes(args.dtype));
+  launch_scaled_copy({args.lora_inner, args.dtype, args.M, rank, 1.f, beside, extra, depth}, op, launch);
+  if (ones) {
+    Tensor column = part(extended, 1, own + rank, 1);
+    torch::stable::fill_(column, 1);
+  }
+  Tensor scaled = in;
+  if (rank > 0) {
+    const int64_t count = factor->numel();
+    scaled = new_empty(in, factor->sizes(), type);
+    launch_scaled_copy({args.lora_factor, args.dtype, 1, count, args.scaling, scaled.mutable_data_ptr(), count, count},
+                       op, launch);
+  }
+  return {extended, scaled, rank, ones ? 1 : 0, depth};
 }
 
 }  // namespace
@@ -99,7 +106,8 @@ void nf4::binding::dequantize_gemm(const Product& product, const Launch& launch)
   const NoGrad no_grad;
   const auto& args = product.args;
   const int64_t columns = product.columns;
-  const Extended extended = extend_by_lora_term(product, launch);
+  const Tensor in = torch::stable::view(Tensor(product.in), {args.M, product.depth});
+  const Extended extended = extend(product.op, in, args, product.lora_term.factor, false, launch);
   const int64_t depth = extended.depth, along = product.dgrad ? 0 : 1;  // the slice's dimension along the contraction
   const int64_t slices = std::max<int64_t>(ceil_div(columns * depth * 2, kSliceBytes), 1);
   const int64_t width = ceil_div(ceil_div(columns, slices), 128) * 128;
@@ -113,10 +121,9 @@ void nf4::binding::dequantize_gemm(const Product& product, const Launch& launch)
     const DequantizeArgs dequantize =
         slice_of(args.weight, product.dgrad, begin, count, args.dtype, slice.mutable_data_ptr(), slice.size(1));
     check_launch(cuda::dequantize(dequantize, launch.stream), product.op);
-    if (extended.rank > 0) {
-      copy(part(slice, along, product.depth, extended.rank), part(extended.factor, 1 - along, begin, count));
-      zero(part(slice, along, product.depth + extended.rank, extended.padding));
-    }
+    const int64_t end = product.depth + extended.rank;
+    if (extended.rank > 0) copy(part(slice, along, product.depth, extended.rank), part(extended.factor, 1 - along, begin, count));
+    if (end < depth) zero(part(slice, along, end, depth - end));
     const Tensor to = part(out, 1, begin, count);
     if (product.dgrad) {
       torch_mm(extended.in, slice, to);
@@ -128,7 +135,8 @@ void nf4::binding::dequantize_gemm(const Product& product, const Launch& launch)
   }
 }
 
-// Here a slice is of all experts that own rows at once, [E, width or depth, depth or width].
+// Here a slice is of all experts that own rows at once, [E, width or depth, depth or width]. Each expert's bias is one
+// more row of the contraction, which meets a column of ones: torch's product takes none.
 void nf4::binding::dequantize_gemm(const GroupedProduct& product, const Launch& launch) {
 #ifdef NF4_EXECUTOR
   constexpr int64_t kSliceBytes = 1;  // so that a test has more than one slice
@@ -137,7 +145,10 @@ void nf4::binding::dequantize_gemm(const GroupedProduct& product, const Launch& 
 #endif
   const NoGrad no_grad;
   const Weight& w = product.args.experts.first;
-  const int64_t E = product.args.experts.count, depth = product.depth, columns = product.columns;
+  const int64_t E = product.args.experts.count, columns = product.columns;
+  const Extended extended = extend(product.op, product.in, product.args.product, product.lora_term.factor,
+                                   product.bias.has_value(), launch);
+  const int64_t depth = extended.depth, along = product.dgrad ? 1 : 2;  // the slice's dimension along the contraction
   const int64_t width = std::max<int64_t>(kSliceBytes / (E * depth * 2) / 128, 1) * 128;
   const Tensor workspace = new_empty(product.in, {E * depth * std::min(width, columns)}, ScalarType::BFloat16);
   const Tensor offsets = new_empty(product.expert_offsets, {E}, ScalarType::Int);
@@ -148,13 +159,23 @@ void nf4::binding::dequantize_gemm(const GroupedProduct& product, const Launch& 
   for (int64_t begin = 0; begin < columns; begin += width) {
     const int64_t count = std::min(width, columns - begin);
     const DequantizeArgs first = slice_of(w, product.dgrad, begin, count, Dtype::kBFloat16,
-                                          workspace.mutable_data_ptr(), product.dgrad ? count : w.K);
+                                          workspace.mutable_data_ptr(), product.dgrad ? count : depth);
     const cuda::DequantizeExpertsArgs dequantize{first, args.experts, sound, count * depth};
     check_launch(cuda::dequantize_experts(dequantize, launch.stream), product.op);
     Tensor used = part(workspace, 0, 0, E * count * depth);
-    const Tensor slice = product.dgrad ? torch::stable::view(used, {E, depth, count})
-                                       : torch::stable::transpose(torch::stable::view(used, {E, count, depth}), 1, 2);
-    copy(part(product.out, 1, begin, count), torch_grouped_mm(product.in, slice, offsets));
+    const Tensor slice =
+        product.dgrad ? torch::stable::view(used, {E, depth, count}) : torch::stable::view(used, {E, count, depth});
+    int64_t at = product.depth;
+    if (extended.rank > 0) copy(part(slice, along, at, extended.rank), part(extended.factor, 3 - along, begin, count));
+    at += extended.rank;
+    if (extended.ones > 0) {
+      Tensor bias = *product.bias;
+      copy(part(slice, 2, at, 1), part(torch::stable::view(bias, {E, columns, 1}), 1, begin, count));
+    }
+    at += extended.ones;
+    if (at < depth) zero(part(slice, along, at, depth - at));
+    const Tensor factors = product.dgrad ? slice : torch::stable::transpose(slice, 1, 2);
+    copy(part(product.out, 1, begin, count), torch_grouped_mm(extended.in, factors, offsets));
   }
   check_launch(cuda::zero_rows_of_none(args, columns, launch.stream), product.op);
 }

@@ -1,4 +1,4 @@
-// grouped_linear and grouped_linear_dgrad for CUDA tensors: checks, allocation, registration. The offsets stay on the
+// The grouped ops for CUDA tensors: checks, allocation, registration. The offsets stay on the
 // device; nothing here reads them, so no call waits for the device. Compiled with NF4_EXECUTOR as cuda.cpp is.
 #include "cuda_product.h"
 
@@ -37,6 +37,8 @@ void multiply_fused(const GroupedProduct& product, const nf4::cuda::Choice& choi
     args.M = std::min(rows - m, at_once);
     args.x = static_cast<const char*>(product.args.product.x) + m * product.depth * bytes;
     args.out = static_cast<char*>(product.args.product.out) + m * product.columns * bytes;
+    if (args.rank > 0)
+      args.lora_inner = static_cast<const char*>(product.args.product.lora_inner) + m * args.rank * bytes;
     check_launch(run(grouped, launch.stream), product.op);
     if (args.splits > 1) add_splits(args, product.columns, launch, product.op);
   }
@@ -52,16 +54,19 @@ Tensor multiply(const Op& op, bool dgrad, const Tensor& in, const Tensor& expert
   args.dtype = checked_input(in, op, dgrad ? "dy" : "x", dgrad ? "N" : "K", depth);
   CHECK(in.dim() == 2, op, ": ", dgrad ? "dy must be 2-D [T, N]" : "x must be 2-D [T, K]", ", got shape ", Shape{in});
   args.M = in.size(0);
-  if (bias.has_value()) checked_data(*bias, in.scalar_type(), experts.count * w.N, op, "bias");
+  args.bias = bias.has_value() ? checked_data(*bias, in.scalar_type(), experts.count * w.N, op, "bias") : nullptr;
   const LoraTermData term = checked_lora_term(lora_term, in.scalar_type(), args.M, columns, op, experts.count);
-  CHECK(!bias.has_value() && term.rank == 0, op, ": a bias and a LoRA term are not in the CUDA kernels yet");
+  args.rank = term.rank;
+  args.lora_inner = term.inner;
+  args.lora_factor = term.factor;
+  args.scaling = lora_term.scaling;
   grouped.experts = experts;
   grouped.offsets = static_cast<const int32_t*>(expert_offsets.const_data_ptr());
 
   const Launch launch(op);
   const Tensor out = new_empty(in, {args.M, columns}, in.scalar_type());
   if (args.M == 0 || columns == 0) return out;
-  if (experts.count == 0 || depth == 0) {
+  if (experts.count == 0) {
     Tensor zeros = out;
     torch::stable::zero_(zeros);
     return out;
@@ -71,7 +76,7 @@ Tensor multiply(const Op& op, bool dgrad, const Tensor& in, const Tensor& expert
   args.out = out.mutable_data_ptr();
   const auto problem = problem_of(op, dgrad, args, experts.count);
   grouped.m_per_expert = nf4::cuda::m_per_weight(problem);
-  const GroupedProduct product{op, dgrad, contiguous, out, expert_offsets, depth, columns, grouped};
+  const GroupedProduct product{op, dgrad, contiguous, out, expert_offsets, bias, lora_term, depth, columns, grouped};
   const nf4::cuda::Choice choice = choice_for(problem, op);
   if (choice.path == Path::kDequantizeGemm)
     dequantize_gemm(product, launch);
@@ -102,14 +107,62 @@ Tensor grouped_linear_dgrad(const Tensor& dy, const Tensor& expert_offsets, cons
                   {lora_Q, lora_A, float(scaling), "lora_Q", "lora_A", 0});
 }
 
-Tensor grouped_lora_inner(const Tensor& x, const Tensor&, const Tensor&, bool) {
+Tensor grouped_lora_inner(const Tensor& x, const Tensor& expert_offsets, const Tensor& lora_factor, bool transposed) {
   const Op op = op_at("grouped_lora_inner", x, "x");
-  CHECK(false, op, ": not in the CUDA kernels yet");
+  nf4::cuda::GroupedLoraInnerArgs args{};
+  args.experts = checked_expert_count(expert_offsets, op);
+  CHECK(lora_factor.dim() == 3 && lora_factor.size(0) == args.experts, op, ": lora_factor must have a matrix for each of ",
+        args.experts, " experts, got shape ", Shape{lora_factor});
+  args.depth = lora_factor.size(transposed ? 1 : 2);
+  args.rank = lora_factor.size(transposed ? 2 : 1);
+  args.dtype = dtype_of(x.scalar_type(), op, "x");
+  CHECK(x.dim() == 2 && x.size(1) == args.depth, op, ": x must have shape [T, D=", args.depth, "], got ", Shape{x});
+  args.M = x.size(0);
+  args.factor = checked_data(lora_factor, x.scalar_type(), lora_factor.numel(), op, "lora_factor");
+  args.transposed = transposed;
+  args.offsets = static_cast<const int32_t*>(expert_offsets.const_data_ptr());
+  const Launch launch(op);
+  const Tensor out = new_empty(x, {args.M, args.rank}, x.scalar_type());
+  if (out.numel() == 0) return out;
+  const Tensor contiguous = x.is_contiguous() ? x : torch::stable::contiguous(x);
+  args.x = contiguous.const_data_ptr();
+  args.out = out.mutable_data_ptr();
+  const bool tensor_cores = args.dtype != nf4::Dtype::kFloat32 && args.depth % 8 == 0 &&
+                            args.depth <= nf4::cuda::kLoraInnerDepth && is_aligned({args.x, args.factor});
+  const auto run = tensor_cores ? nf4::cuda::grouped_lora_inner : nf4::cuda::grouped_lora_inner_any;
+  check_launch(run(args, launch.stream), op);
+  return out;
 }
 
-Tensor grouped_lora_grad(const Tensor&, const Tensor& wide, const Tensor&, double, ScalarType, bool) {
+Tensor grouped_lora_grad(const Tensor& small, const Tensor& wide, const Tensor& expert_offsets, double scaling,
+                         ScalarType type, bool transposed) {
   const Op op = op_at("grouped_lora_grad", wide, "wide");
-  CHECK(false, op, ": not in the CUDA kernels yet");
+  nf4::cuda::GroupedLoraGradArgs args{};
+  nf4::cuda::LoraGradArgs& grad = args.grad;
+  CHECK(small.dim() == 2 && wide.dim() == 2, op, ": small and wide must be 2-D, got shapes ", Shape{small}, " and ",
+        Shape{wide});
+  grad.dtype = dtype_of(wide.scalar_type(), op, "wide");
+  grad.out_dtype = dtype_of(type, op, "dtype");
+  grad.M = wide.size(0);
+  grad.columns = wide.size(1);
+  grad.rank = small.size(1);
+  grad.small = checked_data(small, wide.scalar_type(), grad.M * grad.rank, op, "small");
+  grad.scaling = float(scaling);
+  grad.transposed = transposed;
+  const int64_t E = args.experts = checked_expert_count(expert_offsets, op);
+  args.offsets = static_cast<const int32_t*>(expert_offsets.const_data_ptr());
+  const Launch launch(op);
+  const Tensor out = transposed ? new_empty(wide, {E, grad.columns, grad.rank}, type)
+                                : new_empty(wide, {E, grad.rank, grad.columns}, type);
+  if (out.numel() == 0) return out;
+  const Tensor contiguous = wide.is_contiguous() ? wide : torch::stable::contiguous(wide);
+  grad.wide = contiguous.const_data_ptr();
+  grad.out = out.mutable_data_ptr();
+  const bool tensor_cores =
+      grad.dtype != nf4::Dtype::kFloat32 && grad.columns % 8 == 0 && is_aligned({grad.wide});
+  const auto run = tensor_cores ? nf4::cuda::grouped_lora_grad : nf4::cuda::grouped_lora_grad_any;
+  check_launch(run(args, launch.stream), op);
+  return out;
 }
 
 }  // namespace

@@ -30,6 +30,8 @@ struct GroupedProduct {
   Op op;
   bool dgrad;
   Tensor in, out, expert_offsets;
+  OptionalTensor bias;  // [E, N]
+  LoraTerm lora_term;
   int64_t depth, columns;
   cuda::GroupedArgs args;  // of all T rows
 };
@@ -110,7 +112,7 @@ inline CodeList known_codes;
 
 // Adds the splits' partial sums in args.partial up into args.out.
 inline void add_splits(const cuda::ProductArgs& args, int64_t columns, const Launch& launch, const Op& op) {
-  const cuda::ReduceArgs sums{args.partial, args.splits, args.M, columns, 1.f, args.bias, args.dtype, args.out, false};
+  const cuda::ReduceArgs sums{args.partial, args.splits, args.M, columns, 1.f, args.dtype, args.out, false};
   check_launch(cuda::reduce_splits(sums, launch.stream), op);
 }
 

@@ -28,19 +28,31 @@ NF4_DEVICE int inclusive_scan(int value, int lane, F&& combine) {
   return value;
 }
 
-// An expert's offset, relative to the launch's first row and clamped to the launch's rows.
-NF4_DEVICE int clamped_offset(const GroupedArgs& args, int expert) {
-  const int64_t row = load_cached(args.offsets + expert) - args.m_begin;
-  return int(row < 0 ? 0 : smaller(row, args.product.M));
-}
+// Where the experts' rows of a launch end.
+struct Offsets {
+  const int32_t* of;  // [count], as the caller gave them
+  int count;
+  int64_t begin, rows;  // of the launch
+
+  NF4_DEVICE Offsets(const int32_t* of, int64_t count, int64_t begin, int64_t rows)
+      : of(of), count(int(count)), begin(begin), rows(rows) {}
+  NF4_DEVICE explicit Offsets(const GroupedArgs& args)
+      : Offsets(args.offsets, args.experts.count, args.m_begin, args.product.M) {}
+
+  // Relative to the launch's first row and clamped to its rows.
+  NF4_DEVICE int operator[](int expert) const {
+    const int64_t row = load_cached(of + expert) - begin;
+    return int(row < 0 ? 0 : smaller(row, rows));
+  }
+};
 
 // Finds the expert and rows of tile `tile` along M. Offsets that decrease or exceed M count as the contract in ops.py
 // says.
 template <int kTileM>
-NF4_DEVICE Group find_group(const GroupedArgs& args, int tile) {
+NF4_DEVICE Group find_group(const Offsets& offsets, int tile) {
   const int lane = int(threadIdx.x) % kWarp;
-  const int count = int(args.experts.count), rows = int(args.product.M), each = (count + kWarp - 1) / kWarp;
-  const auto offset = [&](int expert) { return clamped_offset(args, expert); };
+  const int count = offsets.count, rows = int(offsets.rows), each = (count + kWarp - 1) / kWarp;
+  const auto offset = [&](int expert) { return offsets[expert]; };
   const auto tiles = [](int begin, int end) { return (end - begin + kTileM - 1) / kTileM; };
 
   const int first = min(lane * each, count), last = min(first + each, count);  // this lane's experts
@@ -73,21 +85,30 @@ NF4_DEVICE Group find_group(const GroupedArgs& args, int tile) {
   }
 }
 
+// The rows of one expert, for every warp by itself.
+NF4_DEVICE Group rows_of(const Offsets& offsets, int expert) {
+  int begin = 0;
+  for (int e = int(threadIdx.x) % kWarp; e < expert; e += kWarp) begin = max(begin, offsets[e]);
+#pragma unroll
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) begin = max(begin, shuffle_xor(begin, mask));
+  return {expert, begin, max(begin, offsets[expert])};
+}
+
 // Calls multiply(work) for this block's tile, kTileM x kTileWidth of out[M, width]; stores zeros where no expert owns
 // the rows. The width is N in grouped_linear and K in grouped_linear_dgrad.
 template <class T, int kTileM, int kTileWidth, class Scaled, class F>
 NF4_DEVICE void multiply_group(const GroupedArgs& args, int64_t width, F&& multiply) {
   const unsigned across = unsigned(ceil_div(width, kTileWidth));
-  const Group group = find_group<kTileM>(args, int(blockIdx.x / across));
+  const Group group = find_group<kTileM>(Offsets(args), int(blockIdx.x / across));
   const int tile = int(blockIdx.x % across), split = int(blockIdx.y);
   if (group.m_begin >= group.m_end) return;
   if (group.expert < args.experts.count) {
     Weight weight = args.experts[group.expert];
     if (kScalesSums<Scaled>) weight.scale_code = args.experts.first.scale_code;  // in no register: all experts share it
-    multiply(Work<int>{weight, tile, group.m_begin, group.m_end, split, 0});
+    multiply(Work<int>{weight, tile, group.m_begin, group.m_end, split, group.expert});
     return;
   }
-  const Store<T> store(args.product, width, split);
+  const Store<T> store(args.product, width, split, nullptr);
   for (int i = int(threadIdx.x); i < kTileM * kTileWidth; i += int(blockDim.x)) {
     const int64_t m = group.m_begin + i / kTileWidth, column = int64_t(tile) * kTileWidth + i % kTileWidth;
     if (m < group.m_end && column < width) store.one(m, column, 0);
@@ -95,10 +116,12 @@ NF4_DEVICE void multiply_group(const GroupedArgs& args, int64_t width, F&& multi
 }
 
 // The most tiles that can exist: each expert that owns rows, and the rows of none, may end in a tile that is not full.
+inline int64_t most_tiles(int64_t M, int64_t experts, int tile_m) {
+  return (M + smaller(experts + 1, M) * (tile_m - 1)) / tile_m;
+}
 template <int kTileM, int kTileWidth>
 dim3 grouped_grid(const GroupedArgs& args, int64_t width) {
-  const int64_t M = args.product.M, ends = smaller(args.experts.count + 1, M);
-  const int64_t tiles = (M + ends * (kTileM - 1)) / kTileM;
+  const int64_t tiles = most_tiles(args.product.M, args.experts.count, kTileM);
   return dim3(unsigned(tiles * ceil_div(width, kTileWidth)), unsigned(args.product.splits));
 }
 

@@ -10,11 +10,12 @@ namespace {
 constexpr int kThreads = 256;
 
 __global__ void __launch_bounds__(kWarp) sound_offsets_kernel(const GroupedArgs args, int32_t* sound) {
-  const int lane = int(threadIdx.x), count = int(args.experts.count);
+  const Offsets offsets(args);
+  const int lane = int(threadIdx.x), count = offsets.count;
   int reach = 0;
   for (int chunk = 0; chunk < count; chunk += kWarp) {
     const int expert = chunk + lane;
-    const int own = expert < count ? clamped_offset(args, expert) : 0;
+    const int own = expert < count ? offsets[expert] : 0;
     const int most = inclusive_scan(own, lane, [](int a, int b) { return max(a, b); });
     if (expert < count) sound[expert] = max(reach, most);
     reach = max(reach, shuffle(most, kWarp - 1));

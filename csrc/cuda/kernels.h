@@ -93,7 +93,8 @@ cudaError_t linear_dgrad_tiled(const ProductArgs& args, cudaStream_t stream);  /
 // A grouped product: each expert's weight multiplies its own rows of x. The device alone knows which rows these are, so
 // a launch has a thread block for every tile that can exist, and each block finds its tile (grouped.cuh).
 struct GroupedArgs {
-  ProductArgs product;     // weight: the first expert's; M: rows of x and out in this launch; no bias, no LoRA term
+  ProductArgs product;     // weight: the first expert's; M: rows of x and out in this launch; each expert has a bias,
+                           // [experts, N], and a lora_factor, [experts, N, rank] or [experts, rank, K], of its own
   int64_t m_begin;         // the launch's first row, as the offsets count rows
   Experts experts;         // the first is product.weight
   const int32_t* offsets;  // [experts]: where each expert's rows end; rows past the last offset become zeros
@@ -148,43 +149,38 @@ struct LoraGradArgs {
 cudaError_t lora_grad_any(const LoraGradArgs& args, cudaStream_t stream);
 cudaError_t lora_grad(const LoraGradArgs& args, cudaStream_t stream);  // bf16 or fp16, columns % 8 == 0, aligned to 16
 
-// The row of each of `count` choices of an expert, see sort_by_expert.cu.
-struct SortArgs {
-  const int64_t* experts_of;  // [count], in 0..experts
-  int64_t count;
-  int experts;
-  int32_t* offsets;    // [experts]
-  int32_t* positions;  // [count]
-  int32_t* counts;     // [sort_chunks(count), experts + 1], scratch
+// Each expert's rows of small and wide: out[experts, rank, columns], or transposed [experts, columns, rank].
+struct GroupedLoraGradArgs {
+  LoraGradArgs grad;  // M: rows of all experts; no splits
+  int64_t experts;
+  const int32_t* offsets;
 };
-int64_t sort_chunks(int64_t count);
-cudaError_t sort_by_expert(const SortArgs& args, cudaStream_t stream);
+cudaError_t grouped_lora_grad_any(const GroupedLoraGradArgs& args, cudaStream_t stream);
+cudaError_t grouped_lora_grad(const GroupedLoraGradArgs& args, cudaStream_t stream);  // as lora_grad
 
-// The rows of experts [T * top_k, H] and the tokens [T, H] that they are of, see combine_experts.cu.
-struct CombineArgs {
-  int64_t T, top_k, H;
-  const int32_t* positions;  // [T, top_k]
-  const void* weights;       // [T, top_k], or null: 1
-  Dtype weights_dtype;
-  const void* rows;  // combine, wgrad
-  Dtype rows_dtype;
-  const void* tokens;  // dgrad, wgrad: dout
-  Dtype tokens_dtype;
-  void* out;  // combine: tokens; dgrad: rows; wgrad: dweights [T, top_k]
-  Dtype out_dtype;
-  bool aligned;  // rows and tokens, to 16 bytes
+// LoRA's inner product of experts: out[M, rank], each row of x[M, depth] times its expert's factor[rank, depth]^T, or
+// factor[depth, rank].
+struct GroupedLoraInnerArgs {
+  const void* x;
+  Dtype dtype;  // of all three
+  int64_t M, depth, rank;
+  const void* factor;  // [experts, rank, depth], or transposed [experts, depth, rank]
+  bool transposed;
+  void* out;
+  int64_t experts;
+  const int32_t* offsets;
 };
-cudaError_t combine_experts(const CombineArgs& args, cudaStream_t stream);
-cudaError_t combine_experts_dgrad(const CombineArgs& args, cudaStream_t stream);
-cudaError_t combine_experts_wgrad(const CombineArgs& args, cudaStream_t stream);
+cudaError_t grouped_lora_inner_any(const GroupedLoraInnerArgs& args, cudaStream_t stream);
+// bf16 or fp16, depth % 8 == 0, depth <= kLoraInnerDepth, x and factor aligned to 16.
+constexpr int64_t kLoraInnerDepth = 8 * 512 * 16;
+cudaError_t grouped_lora_inner(const GroupedLoraInnerArgs& args, cudaStream_t stream);
 
-// out = scaling * (sum over s, in order, of partial[s, rows, columns]) + bias, rounded once.
+// out = scaling * (sum over s, in order, of partial[s, rows, columns]), rounded once.
 struct ReduceArgs {
   const float* partial;
   int splits;
   int64_t rows, columns;
   float scaling;
-  const void* bias;  // [columns] of dtype, or null
   Dtype dtype;
   void* out;
   bool transposed;  // out is [columns, rows]

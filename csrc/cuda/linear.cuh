@@ -73,11 +73,11 @@ NF4_DEVICE void multiply_block(Sums<kTilesM>& sums, const uint2 (&words)[kSlots]
 }
 
 // The LoRA term, sums += scaling * B[32 n, rank] @ P^T: B in place of W and P in place of x.
-template <class T, int kTilesM>
-NF4_DEVICE void add_lora_term(Sums<kTilesM>& sums, const ProductArgs& args, int64_t n_begin, int64_t m_begin,
-                              const Lane& lane) {
+template <class T, int kTilesM, class Work>
+NF4_DEVICE void add_lora_term(Sums<kTilesM>& sums, const ProductArgs& args, const Work& work, int64_t n_begin,
+                              int64_t m_begin, const Lane& lane) {
   Sums<kTilesM> part = {};
-  const T* B = static_cast<const T*>(args.lora_factor);
+  const T* B = work.template own<T>(args.lora_factor, args.weight.N * args.rank);
   const T* P = static_cast<const T*>(args.lora_inner);
   for (int64_t step = 0; step < args.rank; step += 16) {
     const int64_t r = step + 2 * lane.t;

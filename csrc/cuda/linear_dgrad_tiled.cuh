@@ -246,7 +246,7 @@ struct TiledDgrad {
 
   // The LoRA term, sums = scaling * A[rank, 64 k]^T @ Q^T: A in place of W, 4 ranks a lane and k-step.
   NF4_DEVICE void begin_with_lora_term(TransposedSums<S::kTilesM>& sums) const {
-    const T* A = static_cast<const T*>(args.lora_factor);
+    const T* A = work.template own<T>(args.lora_factor, args.rank * w.K);
     const T* Q = static_cast<const T*>(args.lora_inner);
     for (int64_t step = 0; step < args.rank; step += 16) {
       const int64_t r = step + 4 * lane.t;
@@ -283,7 +283,7 @@ struct TiledDgrad {
         for (int i = 0; i < kValues; ++i) sums[i / (S::kTilesM * 4)][i / 4 % S::kTilesM][i % 4] += others[i * kOwners];
     }
     if (warp_n != 0) return;
-    const Store<T> store(args, w.K, work.split);
+    const Store<T> store(args, w.K, work);
 #pragma unroll
     for (int tile_m = 0; tile_m < S::kTilesM; ++tile_m)
 #pragma unroll
@@ -314,7 +314,7 @@ NF4_DEVICE void linear_dgrad_tiled_block(const ProductArgs& args, const Work& wo
   const PairTable table(words, product.lane.index);
 
   TransposedSums<S::kTilesM> sums = {};
-  if (work.rank > 0 && work.split == 0 && product.warp_n == 0) product.begin_with_lora_term(sums);
+  if (args.rank > 0 && work.is_first_split() && product.warp_n == 0) product.begin_with_lora_term(sums);
   // This warp's groups of 32 n in a stage; their scales are loaded one group ahead.
   constexpr int kGroups = S::kTileN / (S::kGroupN * S::kWarpsN);
   const auto group_begin = [&](int step, int i) {

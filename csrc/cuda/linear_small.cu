@@ -9,7 +9,7 @@ using namespace small;
 
 template <class T, int kTilesM, class Scaled>
 __global__ void __launch_bounds__(kWarps* kWarp, 2) linear_small_kernel(const ProductArgs args) {
-  linear_small_block<T, kTilesM, Scaled>(args, Work<int64_t>{args.weight, blockIdx.x, 0, args.M, blockIdx.y, args.rank});
+  linear_small_block<T, kTilesM, Scaled>(args, Work<int64_t>{args.weight, blockIdx.x, 0, args.M, blockIdx.y, 0});
 }
 
 template <class T>

@@ -88,7 +88,7 @@ NF4_DEVICE void finish(const Sums<kTilesM>& sums, const ProductArgs& args, const
       for (int i = 0; i < 4; ++i)
         own[(8 * m + 2 * lane.t + i % 2) * kTileN + 16 * tile + lane.g + 8 * (i / 2)] = sums[tile][m][i];
   sync_block();
-  const Store<T> store(args, work.weight.N, work.split);
+  const Store<T> store(args, work.weight.N, work);
   for (int i = int(threadIdx.x); i < kTileM * kTileN; i += kWarps * kWarp) {
     const int64_t m = kept().m_begin + i / kTileN, n = kept().n_begin + i % kTileN;
     float total = 0;
@@ -118,8 +118,8 @@ NF4_DEVICE void linear_small_block(const ProductArgs& args, const Work& work) {
   const PairTable table(words, lane.index);
 
   Sums<kTilesM> sums = {};
-  if (work.rank > 0 && work.split == 0 && warp == kWarps - 1)
-    add_lora_term<T, kTilesM>(sums, args, n_begin, work.m_begin, lane);
+  if (args.rank > 0 && work.is_first_split() && warp == kWarps - 1)
+    add_lora_term<T, kTilesM>(sums, args, work, n_begin, work.m_begin, lane);
   for (; first < end; first += kStep) {
     const Chunk<Scaled> now = next;
     if (first + kStep < end) lines.load(next, first + kStep, end - 1);

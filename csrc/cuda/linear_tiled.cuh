@@ -131,7 +131,7 @@ struct TiledLinear {
           }
     }
     sync_block();
-    const Store<T> store(args, work.weight.N, work.split);
+    const Store<T> store(args, work.weight.N, work);
     for (int i = int(threadIdx.x); i < S::kTileM * S::kTileN / 4; i += S::kThreads) {
       const int m = i / (S::kTileN / 4), n = i % (S::kTileN / 4) * 4;
       const float* from = tile + m * S::kPitch + n;
@@ -164,8 +164,8 @@ NF4_DEVICE void linear_tiled_block(const ProductArgs& args, const Work& work) {
   const PairTable table(words, product.lane.index);
 
   Sums<S::kTilesM> sums = {};
-  if (work.rank > 0 && work.split == 0 && product.warp_k == 0)
-    add_lora_term<T, S::kTilesM>(sums, args, warp_n_begin, product.m_begin + product.warp_m * 8 * S::kTilesM,
+  if (args.rank > 0 && work.is_first_split() && product.warp_k == 0)
+    add_lora_term<T, S::kTilesM>(sums, args, work, warp_n_begin, product.m_begin + product.warp_m * 8 * S::kTilesM,
                                  product.lane);
   int stage = 0, free = kStages - 1;
   for (int step = begin; step < end; ++step) {

@@ -55,12 +55,20 @@ struct Work {
   Index tile;            // across out's width: along N in linear, along K in linear_dgrad
   Index m_begin, m_end;  // the tile's first row of x; the end of the rows that belong to the weight
   Index split;
-  int64_t rank;  // of the LoRA term
+  Index expert;  // 0 in a product with one weight
+
+  // The expert's part of an operand of `size` elements an expert.
+  template <class T>
+  NF4_DEVICE const T* own(const void* operand, int64_t size) const {
+    return static_cast<const T*>(operand) + (std::is_same_v<Index, int> ? expert * size : 0);
+  }
+  // Whether this block adds the LoRA term, and the bias, which only one split does.
+  NF4_DEVICE bool is_first_split() const { return split == 0; }
 };
 
 // The work of this block in a product with one weight.
 NF4_DEVICE Work<int64_t> own_work(const ProductArgs& args, int tile_m, int64_t split) {
-  return {args.weight, blockIdx.x, int64_t(blockIdx.y) * tile_m, args.M, split, args.rank};
+  return {args.weight, blockIdx.x, int64_t(blockIdx.y) * tile_m, args.M, split, 0};
 }
 
 // The elements of a pair.
@@ -159,47 +167,52 @@ NF4_DEVICE uint32_t load_pair(const T* row, int64_t i, int64_t length) {
 }
 
 // The epilogue's store to out[M, columns]: bias added and rounded; with splits, the fp32 partial sum, which
-// reduce_splits finishes.
+// reduce_splits finishes. The first split's has the bias in it.
 template <class T>
 struct Store {
   T* out;
   float* partial;  // null: not split
   const T* bias;   // null: none
   int64_t columns;
-  NF4_DEVICE Store(const ProductArgs& args, int64_t columns, int64_t split)
+  NF4_DEVICE Store(const ProductArgs& args, int64_t columns, int64_t split, const T* bias)
       : out(static_cast<T*>(args.out)),
         partial(args.splits > 1 ? args.partial + split * args.M * columns : nullptr),
-        bias(static_cast<const T*>(args.bias)),
+        bias(bias),
         columns(columns) {}
+  template <class Work>
+  NF4_DEVICE Store(const ProductArgs& args, int64_t columns, const Work& work)
+      : Store(args, columns, work.split,
+              args.bias != nullptr && work.is_first_split() ? work.template own<T>(args.bias, columns) : nullptr) {}
 
   NF4_DEVICE void one(int64_t row, int64_t column, float value) const {
     const int64_t i = row * columns + column;
+    if (bias != nullptr) value += to_float(bias[column]);
     if (partial != nullptr)
       partial[i] = value;
     else
-      out[i] = from_float<T>(bias == nullptr ? value : value + to_float(bias[column]));
+      out[i] = from_float<T>(value);
   }
 
   // Stores kCount (4 or 8) values from `column` on, a multiple of kCount; columns past the last are left out.
   template <int kCount>
-  NF4_DEVICE void run(int64_t row, int64_t column, const float (&values)[kCount]) const {
+  NF4_DEVICE void run(int64_t row, int64_t column, const float (&without_bias)[kCount]) const {
     const int64_t i = row * columns + column;
     if (columns % kCount != 0) {
       for (int j = 0; j < kCount; ++j)
-        if (column + j < columns) one(row, column + j, values[j]);
-    } else if (column >= columns) {
+        if (column + j < columns) one(row, column + j, without_bias[j]);
       return;
-    } else if (partial != nullptr) {
+    }
+    if (column >= columns) return;
+    float values[kCount];
+    for (int j = 0; j < kCount; ++j)
+      values[j] = without_bias[j] + (bias == nullptr ? 0.f : to_float(bias[column + j]));
+    if (partial != nullptr) {
       for (int j = 0; j < kCount; j += 4)
         *reinterpret_cast<uint4*>(partial + i + j) =
             make_uint4(bits_of(values[j]), bits_of(values[j + 1]), bits_of(values[j + 2]), bits_of(values[j + 3]));
     } else {
       uint32_t packed[kCount / 2];
-      for (int j = 0; j < kCount; j += 2) {
-        const float add0 = bias == nullptr ? 0.f : to_float(bias[column + j]);
-        const float add1 = bias == nullptr ? 0.f : to_float(bias[column + j + 1]);
-        packed[j / 2] = pack<T>(values[j] + add0, values[j + 1] + add1);
-      }
+      for (int j = 0; j < kCount; j += 2) packed[j / 2] = pack<T>(values[j], values[j + 1]);
       for (int j = 0; j < kCount / 2; j += 2)
         *reinterpret_cast<uint2*>(out + i + 2 * j) = make_uint2(packed[j], packed[j + 1]);
     }

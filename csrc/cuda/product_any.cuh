@@ -98,9 +98,9 @@ NF4_DEVICE void product_any_block(const ProductArgs& args, const Work& work) {
   const Weight& w = work.weight;
   const int64_t depth = kDgrad ? w.N : w.K, columns = kDgrad ? w.K : w.N;
   const Tile tile{work.m_begin, int64_t(work.tile) * kTile, work.m_end, columns};
-  const T* lora_factor = static_cast<const T*>(args.lora_factor);
+  const T* lora_factor = work.template own<T>(args.lora_factor, args.rank * columns);
   Sums sums = {};
-  if (work.rank > 0) {
+  if (args.rank > 0) {
     const Strided<T> inner{static_cast<const T*>(args.lora_inner), args.rank, 1};
     const Strided<T> factor{lora_factor, kDgrad ? columns : 1, kDgrad ? 1 : args.rank};
     add_product(sums, inner, factor, args.rank, tile, shared_memory<float>());
@@ -109,7 +109,7 @@ NF4_DEVICE void product_any_block(const ProductArgs& args, const Work& work) {
   }
   add_product(sums, Strided<T>{static_cast<const T*>(args.x), depth, 1}, Decoded<!kDgrad>{w}, depth, tile,
               shared_memory<float>());
-  const Store<T> store(args, columns, 0);
+  const Store<T> store(args, columns, work);
   for_each_own(sums, tile, [&](int64_t row, int64_t column, float sum) { store.one(row, column, sum); });
 }
 

@@ -1,4 +1,4 @@
-// reduce_splits: out[rows, columns] = scaling * sum over s of partial[s, rows, columns] + bias, or its transpose.
+// reduce_splits: out[rows, columns] = scaling * sum over s of partial[s, rows, columns], or its transpose.
 //
 // Who: a grid-stride loop, an element a thread.
 // Trick: the sum runs over s in order and gives the same bits every time. Rejected: atomics, which add in the order of
@@ -14,13 +14,11 @@ constexpr int kThreads = 256;
 template <class T>
 __global__ void __launch_bounds__(kThreads) reduce_splits_kernel(const ReduceArgs args) {
   const int64_t count = args.rows * args.columns;
-  const T* bias = static_cast<const T*>(args.bias);
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < count; i += int64_t(gridDim.x) * kThreads) {
     const int64_t row = i / args.columns, column = i % args.columns;
     float sum = 0;
     for (int s = 0; s < args.splits; ++s) sum += load_cached(args.partial + s * count + i);
     sum *= args.scaling;
-    if (bias != nullptr) sum += to_float(bias[column]);
     static_cast<T*>(args.out)[args.transposed ? column * args.rows + row : i] = from_float<T>(sum);
   }
 }
