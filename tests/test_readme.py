@@ -9,7 +9,8 @@ import re
 from pathlib import Path
 
 import pytest
-from support import words
+import torch
+from support import directories, published, tiny, words
 from support.paths import ROOT
 
 import nf4kernels as nf4
@@ -53,6 +54,9 @@ def test_python_blocks_run(document, tmp_path, monkeypatch):
     names: dict = {}
     if document.name == "README.md":
         words.directory(tmp_path / "SmolLM2-135M-Instruct")
+    if document.name == "published.md":
+        class_name, usual = directories.FAMILIES["gpt-oss"]
+        published.publish(tmp_path / "gpt-oss-20b", tiny.make(class_name, dtype=torch.bfloat16, **usual), "gpt_oss")
     try:
         for block in python_blocks(document):
             exec(block, names)

@@ -40,7 +40,7 @@ class Published:
 
 
 def published() -> dict[str, Published]:
-    """Name -> model, by config.json of openai/gpt-oss-20b and -120b, Qwen/Qwen3-30B-A3B, moonshotai/Kimi-K2-Thinking."""
+    """Name -> model, by the config.json of gpt-oss-20b and -120b, Qwen3-30B-A3B and Kimi-K2-Thinking."""
     gpt_oss = {
         "hidden_size": 2880, "intermediate_size": 2880, "num_attention_heads": 64, "num_key_value_heads": 8,
         "head_dim": 64, "vocab_size": 201088,
