@@ -17,6 +17,32 @@ static inline Isa::F scales_of_pairs(const Weight& w, int64_t at) {
   return Isa::set1(block_scale(w, block));
 }
 
+// The scales of blocks [first, first + count): their kind is asked for once, not in the loop.
+static inline void scales_of_blocks(const Weight& w, int64_t first, int64_t count, float* __restrict scales) {
+  const auto copy_numbers = [&](auto number) {
+    const auto* absmax = w.absmax_as<decltype(number)>() + first;
+    for (int64_t i = 0; i < count; ++i) scales[i] = to_float(absmax[i]);
+  };
+  switch (w.scales) {
+    case Scales::kFloat32: return copy_numbers(float{});
+    case Scales::kBFloat16: return copy_numbers(BFloat16{});
+    case Scales::kFloat16: return copy_numbers(Float16{});
+    default: break;
+  }
+  const auto* absmax = w.absmax_as<uint8_t>() + first;
+  const float* code = w.scale_code;
+  if (w.scales == Scales::kCodes) {
+    for (int64_t i = 0; i < count; ++i) scales[i] = code[absmax[i]];
+    return;
+  }
+  const float* superblocks = w.scale_absmax;
+  const float offset = *w.scale_offset;
+  for (int64_t i = 0; i < count; ++i) {
+    const float product = code[absmax[i]] * superblocks[(first + i) >> kSuperblockShift];
+    scales[i] = product + offset;
+  }
+}
+
 // decode_span of blocks of at most 2L weights: vector by vector, where a loop over each block would have one turn.
 template <class T>
 void decode_short_blocks(const Weight& w, int64_t begin, int64_t count, T* out) {

@@ -51,8 +51,13 @@ void dot_pairs(const GemmArgs& args, const Isa::Table& table, int64_t n, float (
   for (int64_t slice = 0; slice < w.K; slice += kGemvSliceK) {
     const int64_t slice_end = w.K - slice < kGemvSliceK ? w.K : slice + kGemvSliceK;
     Isa::F total[TILE_N][M];
-    for (int r = 0; r < TILE_N; ++r)
+    float scales[TILE_N][kGemvSliceK / kMinBlockSize + 1];  // a slice may begin inside a block
+    for (int r = 0; r < TILE_N; ++r) {
+      const int64_t first = (row + r * w.K + slice) >> w.block_shift;
+      scales_of_blocks(w, first, ((row + r * w.K + slice_end - 1) >> w.block_shift) - first + 1, scales[r]);
       for (int m = 0; m < M; ++m) total[r][m] = Isa::zero();
+    }
+    const int64_t first_block = (row + slice) >> w.block_shift;
     for (int64_t k = slice; k < slice_end;) {
       const int64_t begin = k, left = block_mask + 1 - ((row + k) & block_mask);
       const int64_t end = slice_end - k < left ? slice_end : k + left;
@@ -73,7 +78,8 @@ void dot_pairs(const GemmArgs& args, const Isa::Table& table, int64_t n, float (
         }
       }
       for (int r = 0; r < TILE_N; ++r) {
-        const Isa::F scale = scales_of_pairs(w, row + r * w.K + begin);
+        const float* own = scales[r] + (((row + begin) >> w.block_shift) - first_block);
+        const Isa::F scale = block_size < 2 * Isa::L ? Isa::set_halves(own[0], own[1]) : Isa::set1(own[0]);
         for (int m = 0; m < M; ++m) total[r][m] = Isa::fma(partial[r][m], scale, total[r][m]);
       }
     }
