@@ -78,10 +78,10 @@ def _report() -> tuple[Kernel, ...]:
 
 
 def kernels(name: str, arch: str) -> list[Kernel]:
-    """The bf16 instantiations of `name` whose main loop's weights are known."""
+    """The bf16 instantiations of `name` whose main loop's weights are known, for blocks of 64 and more."""
     return [
         k for k in _report()
-        if k.arch == arch and k.weights and re.match(rf"{name}_kernel<BFloat16\b", k.kernel)
+        if k.arch == arch and k.weights and re.match(rf"{name}_kernel<BFloat16\b(?!.*ScaledLevels)", k.kernel)
     ]  # fmt: skip
 
 

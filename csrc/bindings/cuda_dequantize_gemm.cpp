@@ -122,7 +122,8 @@ void nf4::binding::dequantize_gemm(const Product& product, const Launch& launch)
         slice_of(args.weight, product.dgrad, begin, count, args.dtype, slice.mutable_data_ptr(), slice.size(1));
     check_launch(cuda::dequantize(dequantize, launch.stream), product.op);
     const int64_t end = product.depth + extended.rank;
-    if (extended.rank > 0) copy(part(slice, along, product.depth, extended.rank), part(extended.factor, 1 - along, begin, count));
+    if (extended.rank > 0)
+      copy(part(slice, along, product.depth, extended.rank), part(extended.factor, 1 - along, begin, count));
     if (end < depth) zero(part(slice, along, end, depth - end));
     const Tensor to = part(out, 1, begin, count);
     if (product.dgrad) {
@@ -146,8 +147,8 @@ void nf4::binding::dequantize_gemm(const GroupedProduct& product, const Launch& 
   const NoGrad no_grad;
   const Weight& w = product.args.experts.first;
   const int64_t E = product.args.experts.count, columns = product.columns;
-  const Extended extended = extend(product.op, product.in, product.args.product, product.lora_term.factor,
-                                   product.bias.has_value(), launch);
+  const Extended extended =
+      extend(product.op, product.in, product.args.product, product.lora_term.factor, product.bias.has_value(), launch);
   const int64_t depth = extended.depth, along = product.dgrad ? 1 : 2;  // the slice's dimension along the contraction
   const int64_t width = std::max<int64_t>(kSliceBytes / (E * depth * 2) / 128, 1) * 128;
   const Tensor workspace = new_empty(product.in, {E * depth * std::min(width, columns)}, ScalarType::BFloat16);

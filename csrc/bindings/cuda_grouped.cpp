@@ -66,7 +66,7 @@ Tensor multiply(const Op& op, bool dgrad, const Tensor& in, const Tensor& expert
   const Launch launch(op);
   const Tensor out = new_empty(in, {args.M, columns}, in.scalar_type());
   if (args.M == 0 || columns == 0) return out;
-  if (experts.count == 0) {
+  if (experts.count == 0 || (depth == 0 && args.rank == 0 && args.bias == nullptr)) {
     Tensor zeros = out;
     torch::stable::zero_(zeros);
     return out;
@@ -111,8 +111,8 @@ Tensor grouped_lora_inner(const Tensor& x, const Tensor& expert_offsets, const T
   const Op op = op_at("grouped_lora_inner", x, "x");
   nf4::cuda::GroupedLoraInnerArgs args{};
   args.experts = checked_expert_count(expert_offsets, op);
-  CHECK(lora_factor.dim() == 3 && lora_factor.size(0) == args.experts, op, ": lora_factor must have a matrix for each of ",
-        args.experts, " experts, got shape ", Shape{lora_factor});
+  CHECK(lora_factor.dim() == 3 && lora_factor.size(0) == args.experts, op,
+        ": lora_factor must have a matrix for each of ", args.experts, " experts, got shape ", Shape{lora_factor});
   args.depth = lora_factor.size(transposed ? 1 : 2);
   args.rank = lora_factor.size(transposed ? 2 : 1);
   args.dtype = dtype_of(x.scalar_type(), op, "x");
@@ -158,8 +158,7 @@ Tensor grouped_lora_grad(const Tensor& small, const Tensor& wide, const Tensor& 
   const Tensor contiguous = wide.is_contiguous() ? wide : torch::stable::contiguous(wide);
   grad.wide = contiguous.const_data_ptr();
   grad.out = out.mutable_data_ptr();
-  const bool tensor_cores =
-      grad.dtype != nf4::Dtype::kFloat32 && grad.columns % 8 == 0 && is_aligned({grad.wide});
+  const bool tensor_cores = grad.dtype != nf4::Dtype::kFloat32 && grad.columns % 8 == 0 && is_aligned({grad.wide});
   const auto run = tensor_cores ? nf4::cuda::grouped_lora_grad : nf4::cuda::grouped_lora_grad_any;
   check_launch(run(args, launch.stream), op);
   return out;

@@ -201,6 +201,7 @@ static Part part_of(const DequantizeArgs& args) {
 
 cudaError_t dequantize_experts(const DequantizeExpertsArgs& args, cudaStream_t stream) {
   Part part = part_of(args.first);
+  if (part.rows == 0 || part.cols == 0) return cudaSuccess;
   dim3 grid = plan<BFloat16, true>(part);
   grid.z = unsigned(args.experts.count);
   return launch(dequantize_experts_kernel, grid, kThreads, sizeof(Tables), stream, args.experts, args.offsets, part,

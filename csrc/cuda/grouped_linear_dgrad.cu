@@ -14,7 +14,7 @@ namespace nf4::cuda {
 namespace {
 
 template <class T, class S, class Scaled>
-__global__ void __launch_bounds__(S::kThreads, 1) grouped_linear_dgrad_tiled_kernel(const GroupedArgs args) {
+__global__ void __launch_bounds__(S::kThreads, S::kBlocks) grouped_linear_dgrad_tiled_kernel(const GroupedArgs args) {
   multiply_group<T, S::kTileM, S::kTileK, Scaled>(args, args.experts.first.K, [&](const auto& work) {
     linear_dgrad_tiled_block<T, S, Scaled>(args.product, work);
   });

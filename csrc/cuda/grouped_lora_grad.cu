@@ -59,7 +59,8 @@ __global__ void __launch_bounds__(any::kThreads, 2) grouped_lora_grad_any_kernel
   const any::Strided<T> small{static_cast<const T*>(grad.small) + group.m_begin * grad.rank, 1, grad.rank};
   const any::Strided<T> wide{static_cast<const T*>(grad.wide) + group.m_begin * grad.columns, grad.columns, 1};
   any::add_product(sums, small, wide, group.m_end - group.m_begin, tile, shared_memory<float>());
-  any::for_each_own(sums, tile, [&](int64_t r, int64_t column, float sum) { store_grad(args, expert, r, column, sum); });
+  any::for_each_own(sums, tile,
+                    [&](int64_t r, int64_t column, float sum) { store_grad(args, expert, r, column, sum); });
 }
 
 template <class T, int kRankTiles>

@@ -10,7 +10,8 @@
 //   error adds up where many blocks have one scale (weights clamped at 2 sigma, dY of mean one sigma: 2.2 % of the
 //   output, dense 0.3 %); scaling dY in fp32, 2.5 instructions a weight at 64 m.
 // Limits: 32 n of 64 k by 64 m take a warp 64 mma's, 413 cycles of a quarter of an SM (sm_90), and 427 instructions:
-//   of a weight's 6.7, 0.5 are table loads, 1 forms their addresses, 0.5 transposes pairs, 1 is for the scales.
+//   of a weight's 6.7, 0.5 are table loads, 1 forms their addresses, 0.5 transposes pairs, 1 is for the scales. With
+//   scales of 16 or 32 k (ScaledLevels) it is a fifth more, as each lane decodes 4 scales instead of one.
 // Time: 2 M N K flops; M = 512, 4096 x 4096 at 588 TFLOP/s (an H200's mma.sync): 29 us.
 // Needs: bf16 or fp16, K % 64 == 0, N % 8 == 0, all pointers aligned to 16 bytes.
 //
@@ -39,20 +40,21 @@
 
 namespace nf4::cuda {
 
-// A block's shape: warps along K, M and N, mma tiles of 8 m a warp, and the n of a stage.
+// A block's shape: warps along K, M and N, mma tiles of 8 m a warp, the n of a stage, and the resident blocks for which
+// registers are shared out.
 struct DgradM16 {
-  static constexpr int kWarpsK = 2, kWarpsM = 1, kWarpsN = 4, kTilesM = 2, kTileN = 128;
+  static constexpr int kWarpsK = 2, kWarpsM = 1, kWarpsN = 4, kTilesM = 2, kTileN = 128, kBlocks = 2;
 };
 struct DgradM64 {
-  static constexpr int kWarpsK = 2, kWarpsM = 1, kWarpsN = 2, kTilesM = 8, kTileN = 64;
+  static constexpr int kWarpsK = 2, kWarpsM = 1, kWarpsN = 2, kTilesM = 8, kTileN = 64, kBlocks = 1;
 };
 struct DgradM128 {
-  static constexpr int kWarpsK = 4, kWarpsM = 2, kWarpsN = 1, kTilesM = 8, kTileN = 32;
+  static constexpr int kWarpsK = 4, kWarpsM = 2, kWarpsN = 1, kTilesM = 8, kTileN = 32, kBlocks = 1;
 };
 
 template <class Warps>
 struct DgradShape : Warps {
-  using Warps::kWarpsK, Warps::kWarpsM, Warps::kWarpsN, Warps::kTilesM, Warps::kTileN;
+  using Warps::kWarpsK, Warps::kWarpsM, Warps::kWarpsN, Warps::kTilesM, Warps::kTileN, Warps::kBlocks;
   static constexpr int kStages = 4;
   static constexpr int kGroupN = 32;  // n a warp multiplies at a time: two k-steps of mma
   static constexpr int kThreads = kWarpsK * kWarpsM * kWarpsN * kWarp;
@@ -124,10 +126,7 @@ struct DgradScales<ScaledLevels> {
   uint32_t first;  // the lane's block of 16 k in row own_n of W
   int own_n, N;
   NF4_DEVICE DgradScales(const Weight& w, const Lane& lane, int64_t k_begin)
-      : w(w),
-        lane(lane),
-        own_n(16 * (lane.g % 2) + 4 * lane.t),
-        N(k_begin < w.K ? int(w.N) : 0) {
+      : w(w), lane(lane), own_n(16 * (lane.g % 2) + 4 * lane.t), N(k_begin < w.K ? int(w.N) : 0) {
     first = uint32_t(own_n * (w.K / 16) + k_begin / 16 + lane.g / 2);
   }
 
@@ -283,7 +282,7 @@ struct TiledDgrad {
         for (int i = 0; i < kValues; ++i) sums[i / (S::kTilesM * 4)][i / 4 % S::kTilesM][i % 4] += others[i * kOwners];
     }
     if (warp_n != 0) return;
-    const Store<T> store(args, w.K, work);
+    const Store<T> store(args, w.K, work.split, nullptr);
 #pragma unroll
     for (int tile_m = 0; tile_m < S::kTilesM; ++tile_m)
 #pragma unroll

@@ -51,7 +51,8 @@ struct Grad {
         const int64_t r = r_begin + 8 * tile + lane.g;
         uint32_t ranks[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) ranks[i] = m + i < m_end && r < args.rank ? small[(m + i) * args.rank + r].bits : 0u;
+        for (int i = 0; i < 4; ++i)
+          ranks[i] = m + i < m_end && r < args.rank ? small[(m + i) * args.rank + r].bits : 0u;
 #pragma unroll
         for (int i = 0; i < kColumnTiles; ++i)
           mma_16x8x16<T>(sums[i][tile], a[i], ranks[0] | ranks[1] << 16, ranks[2] | ranks[3] << 16);

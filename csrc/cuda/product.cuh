@@ -204,8 +204,7 @@ struct Store {
     }
     if (column >= columns) return;
     float values[kCount];
-    for (int j = 0; j < kCount; ++j)
-      values[j] = without_bias[j] + (bias == nullptr ? 0.f : to_float(bias[column + j]));
+    for (int j = 0; j < kCount; ++j) values[j] = without_bias[j] + (bias == nullptr ? 0.f : to_float(bias[column + j]));
     if (partial != nullptr) {
       for (int j = 0; j < kCount; j += 4)
         *reinterpret_cast<uint4*>(partial + i + j) =

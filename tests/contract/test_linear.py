@@ -104,7 +104,7 @@ class TestLinear(ProductContract):
         [
             ("small", torch.randn(17, 64).bfloat16(), Layout(), "at most 16 rows"),
             ("tiled", torch.randn(3, 64), Layout(), "true fp32"),
-            ("tiled", torch.randn(3, 64).bfloat16(), Layout(32), "block_size at least 64"),
+            ("tiled", torch.randn(3, 96).bfloat16(), Layout(32), "K must be a multiple of 64"),
             ("small", torch.randn(3, 96).bfloat16(), Layout(), "K must be a multiple of 64"),
         ],
     )

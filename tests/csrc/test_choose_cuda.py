@@ -24,9 +24,9 @@ def choose(executor_ops):
     ]
     function.argtypes += [ctypes.POINTER(ctypes.c_int), ctypes.POINTER(ctypes.c_char_p)]
 
-    def call(dgrad, dtype, M, N, K, whole=True, aligned=True, arch=90, multiprocessors=132, experts=0):
+    def call(dgrad, dtype, M, N, K, sums=True, aligned=True, arch=90, multiprocessors=132, experts=0):
         splits, reason = ctypes.c_int(), ctypes.c_char_p()
-        path = function(dgrad, dtype, M, N, K, experts, whole, aligned, arch, multiprocessors, splits, reason)
+        path = function(dgrad, dtype, M, N, K, experts, sums, aligned, arch, multiprocessors, splits, reason)
         return path.decode(), splits.value, reason.value.decode()
 
     yield call
@@ -35,20 +35,28 @@ def choose(executor_ops):
 
 def test_every_problem_has_a_kernel_and_a_reason(choose):
     rows = (1, 16, 17, 64, 65, 500, 4096, 1 << 24)
-    sides = (64, 4096, 28672, 1 << 18)
+    sides = (64, 4096, 28672, 1 << 17)
     for dgrad, dtype, M, N, K in itertools.product((False, True), (FP32, BF16, FP16), rows, sides, sides):
-        for whole, aligned, arch in itertools.product((True, False), (True, False), ARCHITECTURES):
-            path, splits, reason = choose(dgrad, dtype, M, N, K, whole, aligned, arch)
+        for sums, aligned, arch in itertools.product((True, False), (True, False), ARCHITECTURES):
+            path, splits, reason = choose(dgrad, dtype, M, N, K, sums, aligned, arch)
             assert reason
             assert 1 <= splits <= 1024
             if dtype == FP32:
                 assert path == "any"
-            elif not (whole and aligned):
+            elif not aligned:
                 assert path == ("any" if M <= 64 else "dequantize_gemm")
             elif M <= 16 and not dgrad:
                 assert path == "small"
             else:
                 assert path in ("tiled", "dequantize_gemm")
+
+
+@pytest.mark.parametrize("sums", [True, False], ids=["sums", "levels"])
+def test_tensor_cores_need_k_in_64s_and_no_block_size(choose, sums):
+    for dgrad in (False, True):
+        assert choose(dgrad, BF16, 20, 4096, 4096, sums)[0] == "tiled"
+        assert choose(dgrad, BF16, 20, 4096, 4096 + 32, sums)[0] == "any"
+    assert choose(False, BF16, 5, 4096, 0, sums)[0] == "any"
 
 
 def test_dgrad_on_tensor_cores_needs_n_in_eights(choose):
@@ -83,16 +91,16 @@ def test_experts_get_a_kernel_by_the_mean_of_their_rows(choose):
     for dgrad, dtype, mean, experts in itertools.product(
         (False, True), (FP32, BF16, FP16), (1, 16, 17, 64, 65, 5000), (1, 8, 128)
     ):
-        for whole, aligned, arch in itertools.product((True, False), (True, False), ARCHITECTURES):
+        for sums, aligned, arch in itertools.product((True, False), (True, False), ARCHITECTURES):
             path, splits, reason = choose(
-                dgrad, dtype, mean * experts, 1536, 2048, whole, aligned, arch, experts=experts
+                dgrad, dtype, mean * experts, 1536, 2048, sums, aligned, arch, experts=experts
             )
             assert reason
             assert splits == 1, "experts are tiles enough"
             has_gemm = dtype == BF16 and aligned and arch in (90, 100, 103)
             if dtype == FP32:
                 assert path == "any"
-            elif not (whole and aligned):
+            elif not aligned:
                 assert path == ("dequantize_gemm" if has_gemm and mean > 64 else "any")
             elif mean <= 16 and not dgrad:
                 assert path == "small"
@@ -125,6 +133,9 @@ def test_numbers_of_32_bits_bound_the_sizes(choose):
         below = tuple(n - 64 if n > 64 else n for n in at_limit)
         assert choose(is_dgrad, BF16, 20, *below)[0] == "tiled"
         assert choose(is_dgrad, BF16, 20, *at_limit)[0] == "any"
+    for is_dgrad in (False, True):  # 2^32 blocks of 16
+        assert choose(is_dgrad, BF16, 20, (1 << 16) - 8, 1 << 20, sums=False)[0] == "tiled"
+        assert choose(is_dgrad, BF16, 20, 1 << 16, 1 << 20, sums=False)[0] == "any"
 
 
 def test_no_running_sum_is_longer_than_design_allows(choose):
@@ -137,6 +148,9 @@ def test_no_running_sum_is_longer_than_design_allows(choose):
         for K in (32768 * warps, 32768 * warps + 64, 32768 * warps * 3):
             path, splits, _ = choose(False, BF16, M, 1 << 20, K, arch=89, multiprocessors=1)
             assert (path, splits) == ("tiled", -(-K // (32768 * warps)))
+        for K in (8192 * warps, 8192 * warps + 64):  # where levels are scaled, a step of an mma is a term
+            path, splits, _ = choose(False, BF16, M, 1 << 17, K, sums=False, arch=89, multiprocessors=1)
+            assert (path, splits) == ("tiled", -(-K // (8192 * warps)))
 
 
 def test_splits_fill_the_machine_and_move_fewer_bytes_than_the_weight(choose):
