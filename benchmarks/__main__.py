@@ -16,8 +16,8 @@ from .limits import Limits
 from .model import bench_model
 from .ops import (
     bench_dequantize,
-    bench_formats,
     bench_grouped_linear,
+    bench_grouped_lora,
     bench_linear,
     bench_linear_dgrad,
     bench_lora,
@@ -117,6 +117,7 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
                 args.rows or bench_grouped_linear.TOKENS, args.threads_given or args.threads[:1], ("out",), args.seconds
             )
             yield from bench_grouped_linear.rows(experts, limits, plan)
+            yield from bench_grouped_lora.rows(experts, limits, plan)
     if "model" in args.ops or not (args.ops or args.shapes):
         yield from bench_model.rows(Plan(threads=args.threads, seconds=args.seconds))
 

@@ -14,7 +14,7 @@ pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: the b
 
 from benchmarks import checks, compare, compare_worker, harness, limits, shapes
 from benchmarks.harness import BNB, BNB_DQ, DENSE, OURS, Row
-from benchmarks.ops import bench_grouped_linear
+from benchmarks.ops import bench_grouped_linear, bench_grouped_lora
 from benchmarks.report import goals, plots
 from benchmarks.report import tables as report
 
@@ -255,6 +255,14 @@ def test_small_experts_are_checked_and_timed(monkeypatch):
     for row in found:
         assert set(row.ms) == {OURS, bench_grouped_linear.GROUPED_MM, DENSE}
         assert all(ms > 0 for ms in row.ms.values())
+
+
+def test_experts_with_lora_are_checked_and_timed(monkeypatch):
+    monkeypatch.setattr(limits.Limits, "product_ms", lambda *arguments, **options: 0.001)
+    plan = harness.Plan((9,), (1,), ("out",), seconds=0.01)
+    (row,) = bench_grouped_lora.rows(shapes.ExpertsShape(6, 2, 64, 128), limits.Limits(), plan)
+    assert (row.op, row.shape, row.M) == ("grouped lora step", "6x64x128", 9)
+    assert set(row.ms) == {OURS, bench_grouped_lora.COMPOSED, bench_grouped_lora.MERGED}
 
 
 def test_experts_get_every_row_that_was_routed():
