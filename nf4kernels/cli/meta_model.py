@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..storage.published.gguf_file import GgufFile
 from .errors import CommandError
 
 
@@ -43,7 +44,10 @@ def gguf_config(file: Path) -> dict[str, Any]:
     except Exception as error:  # what transformers raises about a file has no common type
         raise CommandError(f"convert: SRC must be a GGUF file that transformers knows, got {error}") from None
     model_class = AutoModelForCausalLM._model_mapping[type(config)]
-    told = config.to_dict()
+    told, metadata = config.to_dict(), GgufFile(file).metadata
+    width = metadata.get(f"{metadata.get('general.architecture')}.attention.key_length")
+    if width and "head_dim" in told:  # which transformers 5.24 leaves at the default of some models
+        told["head_dim"] = width
     return {**told, "architectures": [model_class.__name__], "dtype": told.get("dtype") or "bfloat16"}
 
 

@@ -111,8 +111,10 @@ def take_experts(model: nn.Module, tensors: dict[str, Tensor], who: str) -> dict
             parts = [experts_from_tensors(tensors, key, tuple(each.shape)).to(device) for key, each in zip(keys, dense)]
         except (TypeError, ValueError) as error:
             raise ValueError(f"{who}: {path}: {error}") from None
-        if len({part.codebook for part in parts}) > 1:
-            raise ValueError(f"{who}: {path} must have one codebook, got two")
+        # A row of symmetric integers may be a block, and the rows of the two have two lengths.
+        sizes = {0 if part.codebook in FORMATS else part.block_size for part in parts}
+        if len(sizes) > 1 or len({(part.codebook, part.scale_codebook) for part in parts}) > 1:
+            raise ValueError(f"{who}: {path} must have one block size and codebook, got two")
         taken[module] = QuantExperts.from_quantized(module, parts[0], parts[1])
     prefixes = tuple(f"{key}." for key in stored if modules[key.rpartition(".")[0]] in taken)
     for name in [name for name in tensors if prefixes and name.startswith(prefixes)]:

@@ -45,8 +45,8 @@ def test_custom_levels_are_those_of_fp32():
         ({"codebook": "nf5"}, ValueError, r"codebook must be one of .* or 16 levels, got 'nf5'"),
         ({"codebook": [0.0, 1.0]}, ValueError, r"codebook must have 16 levels, got shape \[2\]"),
         ({"codebook": 4}, TypeError, r"codebook must be a name or 16 levels, got 4"),
-        ({"block_size": 48}, ValueError, r"block_size must be one of \[32, .*\], got 48"),
-        ({"block_size": 64.0}, ValueError, r"block_size must be one of \[32, .*\], got 64.0"),
+        ({"block_size": 48}, ValueError, r"block_size must be one of \[16, .*\], got 48"),
+        ({"block_size": 64.0}, ValueError, r"block_size must be one of \[16, .*\], got 64.0"),
         ({"scale_codebook": "e5m2"}, ValueError, r"scale_codebook must be .*got 'e5m2'"),
         (
             {"compute_dtype": torch.int8},
