@@ -49,7 +49,7 @@ def write(path, model, architecture, kind="Q4_0", others="F32", linear=is_linear
     """The model's tensors, those of `linear` names in `kind`, other matrices in `others`; the state it decodes to."""
     config, state = model.config, {name: tensor.float().numpy() for name, tensor in model.state_dict().items()}
     rope = config.rope_parameters
-    theta = rope["rope_theta"] if "rope_theta" in rope else rope["full_attention"]["rope_theta"]
+    theta = rope.get("rope_theta") or rope["full_attention"].get("rope_theta", 1e6)
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)

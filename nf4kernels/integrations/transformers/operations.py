@@ -99,9 +99,10 @@ class LoadStored(ConversionOps):
 def stored_conversions(quantizer: Any) -> list[WeightConverter]:
     """The loader's rule that brings together all that is stored under the name of a weight."""
     states = [f"bitsandbytes__{name}" for name in BITSANDBYTES_CODEBOOKS]
-    states += [f"nf4kernels__{name}" for name in (*CODEBOOKS, "custom")]
-    # An older loader takes the first that matches, so the shortest comes last. It is anchored for the newer ones, where
-    # it would match the end of a layer's name before the weight: of block_inject_weight.weight.absmax.
+    states += sorted((f"nf4kernels__{name}" for name in (*CODEBOOKS, "custom")), key=len, reverse=True)
+    # An older loader takes the first that matches, so what another begins with comes after it. The shortest is anchored
+    # for the newer ones, where it would match the end of a layer's name before the weight: of
+    # block_inject_weight.weight.absmax.
     sources = [*(f"{WEIGHT}.{part}" for part in PARTS), *(f"{WEIGHT}{STATE}{state}" for state in states), ALONE]
     return [WeightConverter(source_patterns=sources, target_patterns=WEIGHT, operations=[LoadStored(quantizer)])]
 
