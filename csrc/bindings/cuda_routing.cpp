@@ -21,7 +21,7 @@ CombineArgs args_of(const Routing& routing, const Tensor& positions, const Optio
   return args;
 }
 
-OptionalTensor as_contiguous(const OptionalTensor& tensor) {
+OptionalTensor contiguous_weights(const OptionalTensor& tensor) {
   return tensor.has_value() ? OptionalTensor(as_contiguous(*tensor)) : std::nullopt;
 }
 
@@ -56,7 +56,7 @@ Tensor combine_experts(const Tensor& rows, const Tensor& positions, const Option
   const Routing routing = checked_routing(rows, "rows", /*is_rows=*/true, positions, weights, op);
   const Launch launch(op);
   const Tensor own = as_contiguous(rows), own_positions = as_contiguous(positions);
-  const OptionalTensor own_weights = as_contiguous(weights);
+  const OptionalTensor own_weights = contiguous_weights(weights);
   CombineArgs args = args_of(routing, own_positions, own_weights, op);
   args.rows = own.const_data_ptr();
   args.rows_dtype = dtype_of(rows.scalar_type(), op, "rows");
@@ -75,7 +75,7 @@ Tensor combine_experts_dgrad(const Tensor& dout, const Tensor& positions, const 
   const Routing routing = checked_routing(dout, "dout", /*is_rows=*/false, positions, weights, op);
   const Launch launch(op);
   const Tensor tokens = as_contiguous(dout), own_positions = as_contiguous(positions);
-  const OptionalTensor own_weights = as_contiguous(weights);
+  const OptionalTensor own_weights = contiguous_weights(weights);
   CombineArgs args = args_of(routing, own_positions, own_weights, op);
   args.tokens = tokens.const_data_ptr();
   args.tokens_dtype = dtype_of(dout.scalar_type(), op, "dout");

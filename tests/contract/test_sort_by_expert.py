@@ -7,6 +7,7 @@ from support.cases import DTYPES, dtype_id
 from support.guarded import guarded
 from support.numerics import assert_same_bits
 
+INTERPRETED = ((3, 2, 4), (0, 2, 4), (2, 0, 3))  # torch sorts there, and a program takes a millisecond
 # T, k, E: one token; none; chunks of 256 choices that are full, one short and one over; fewer experts than a chunk has
 # threads and more; experts without a choice.
 CASES = ((1, 2, 8), (1, 8, 128), (0, 2, 4), (3, 0, 4), (32, 8, 3), (51, 5, 7), (257, 1, 1), (90, 3, 300), (200, 4, 16))
@@ -29,22 +30,22 @@ def expected(index, E):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_is_a_stable_sort(way, case, dtype):
-    T, k, E = case
-    for H in (16, 13) if dtype == torch.bfloat16 else (9,):
-        x, index = cases.activations(T, H, dtype), choices(T, k, E)
-        rows, offsets, positions = way.run("sort_by_expert", x, index, E)
-        for actual, ours in zip((offsets, positions), expected(index, E)):
-            assert actual.dtype == torch.int32
-            assert torch.equal(actual, ours)
-        assert (rows.shape, rows.dtype) == ((T * k, H), dtype)
-        for t in range(T):
-            for position in positions[t].tolist():
-                wanted = x[t] if position >= 0 else torch.zeros_like(x[t])
-                assert_same_bits(rows[max(position, ~position)], wanted, f"{way} {case}")
-    if way.name == "executor" and T * k > 0:
-        assert {"count_kernel", "scan_kernel", "place_kernel"} <= {n.split("::")[-1] for n in way.kernel_names()}
+def test_is_a_stable_sort(way, dtype):
+    for case in INTERPRETED if way.name == "interpreter" else CASES:
+        T, k, E = case
+        for H in (16, 13) if dtype == torch.bfloat16 else (9,):
+            x, index = cases.activations(T, H, dtype), choices(T, k, E)
+            rows, offsets, positions = way.run("sort_by_expert", x, index, E)
+            for actual, ours in zip((offsets, positions), expected(index, E)):
+                assert actual.dtype == torch.int32
+                assert torch.equal(actual, ours)
+            assert (rows.shape, rows.dtype) == ((T * k, H), dtype)
+            for t in range(T):
+                for position in positions[t].tolist():
+                    wanted = x[t] if position >= 0 else torch.zeros_like(x[t])
+                    assert_same_bits(rows[max(position, ~position)], wanted, f"{way} {case}")
+        if way.name == "executor" and T * k > 0:
+            assert {"count_kernel", "scan_kernel", "place_kernel"} <= {n.split("::")[-1] for n in way.kernel_names()}
 
 
 def test_any_strides_and_addresses(way):
@@ -58,7 +59,8 @@ def test_any_strides_and_addresses(way):
 
 
 def test_no_schedule_changes_it(way):
-    x, index = cases.activations(300, 8, torch.bfloat16), choices(300, 2, 5)
+    T = way.pick((3000,), (30,))[0]
+    x, index = cases.activations(T, 8, torch.bfloat16), choices(T, 2, 5)
     first = way.run("sort_by_expert", x, index, 5)
     for schedule in way.schedules():
         for again, before in zip(way.run("sort_by_expert", x, index, 5), first):

@@ -31,9 +31,9 @@ def combine_kernel(rows, positions, weights, out, H, top_k, count, BLOCK: tl.con
     total = tl.zeros([BLOCK], tl.float32)
     for j in range(top_k):
         row = tl.load(positions + t * top_k + j).to(tl.int64)
-        is_row = (row >= 0) & (row < count)
-        value = tl.load(rows + row * H + h, mask=(h < H) & is_row, other=0.0).to(tl.float32)
-        total += tl.where(is_row, load_weight(weights, t * top_k + j) * value, 0.0)
+        end = tl.where((row >= 0) & (row < count), H, 0)
+        value = tl.load(rows + row * H + h, mask=h < end, other=0.0).to(tl.float32)
+        total += tl.where(h < end, load_weight(weights, t * top_k + j) * value, 0.0)
     tl.store(out + t * H + h, total.to(out.dtype.element_ty), mask=h < H)
 
 
@@ -46,7 +46,7 @@ def combine_dgrad_kernel(dout, positions, weights, drows, H, top_k, count, BLOCK
         position = tl.load(positions + t * top_k + j).to(tl.int64)
         row = tl.where(position < 0, -1 - position, position)
         value = tl.where(position < 0, 0.0, load_weight(weights, t * top_k + j) * token)
-        tl.store(drows + row * H + h, value.to(drows.dtype.element_ty), mask=(h < H) & (row < count))
+        tl.store(drows + row * H + h, value.to(drows.dtype.element_ty), mask=h < tl.where(row < count, H, 0))
 
 
 @triton.jit(do_not_specialize=["count", "top_k"])
@@ -54,12 +54,12 @@ def combine_wgrad_kernel(dout, rows, positions, dweights, H, top_k, count, BLOCK
     choice = tl.program_id(0).to(tl.int64)
     t = choice // top_k
     row = tl.load(positions + choice).to(tl.int64)
-    is_row = (row >= 0) & (row < count)
+    end = tl.where((row >= 0) & (row < count), H, 0)
     sums = tl.zeros([BLOCK], tl.float32)
     for begin in range(0, H, BLOCK):
         h = begin + tl.arange(0, BLOCK)
-        token = tl.load(dout + t * H + h, mask=(h < H) & is_row, other=0.0).to(tl.float32)
-        sums += token * tl.load(rows + row * H + h, mask=(h < H) & is_row, other=0.0).to(tl.float32)
+        token = tl.load(dout + t * H + h, mask=h < end, other=0.0).to(tl.float32)
+        sums += token * tl.load(rows + row * H + h, mask=h < end, other=0.0).to(tl.float32)
     tl.store(dweights + choice, tl.sum(sums, 0).to(dweights.dtype.element_ty))
 
 
