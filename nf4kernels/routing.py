@@ -119,8 +119,9 @@ class SortByExpert(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, drows: Tensor, *_: Any) -> Gradients:
+        (positions,) = ctx.saved_tensors
         combine = reference.combine_experts if _is_differentiated_again() else _combine
-        return combine(drows, *ctx.saved_tensors, None, ctx.dtype), None, None
+        return combine(drows, positions, None, ctx.dtype), None, None
 
 
 class CombineExperts(torch.autograd.Function):

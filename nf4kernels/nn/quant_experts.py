@@ -120,8 +120,9 @@ class QuantExperts(nn.Module):
         if bias is not None and bias.shape != weight.shape[:2]:
             expected = list(weight.shape[:2])
             raise ValueError(f"{self.WHO}: {name} must have shape {expected}, got {list(bias.shape)}")
-        is_kept = bias is None or isinstance(bias, nn.Parameter)
-        self.register_parameter(name, bias if is_kept else nn.Parameter(bias, requires_grad=False))
+        if bias is not None and not isinstance(bias, nn.Parameter):
+            bias = nn.Parameter(bias, requires_grad=False)
+        self.register_parameter(name, bias)
 
     @classmethod
     def from_experts(

@@ -32,7 +32,8 @@ class QuantExpertsWrapper(ParamWrapper):
         if not isinstance(part, GroupedQuantLinear):
             return part  # type: ignore[no-any-return]
         dtype = torch.float32 if part.weight.is_meta else part.dense_dtype
-        shape = self.get_base_layer().dense_shape(self.parameter_name)
+        experts: Any = self.get_base_layer()
+        shape = experts.dense_shape(self.parameter_name)
         return part.weight.new_empty(1, dtype=dtype).expand(shape)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
