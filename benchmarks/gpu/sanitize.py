@@ -41,6 +41,17 @@ def cases() -> Iterator[Case]:
                 yield f"{what} {bounds}", "dequantize", (*qw.op_args(), *bounds, dtype)
             for M in ROWS:
                 yield from products(f"{what} M={M}", qw.op_args(), N, K, M, dtype)
+            yield from routing(what, K, dtype)
+
+
+def routing(what: str, H: int, dtype: torch.dtype) -> Iterator[Case]:
+    tokens, rows, weights = torch.randn(90, H).to(dtype), torch.randn(270, H).to(dtype), torch.rand(90, 3)
+    index = torch.randint(0, 8, (90, 3))  # 7 is none
+    positions = reference.expert_positions(index, 7)[1]
+    yield what, "sort_by_expert", (tokens, index, 7)
+    yield what, "combine_experts", (rows, positions, weights, dtype)
+    yield what, "combine_experts_dgrad", (tokens, positions, weights, torch.float32)
+    yield what, "combine_experts_wgrad", (tokens, rows, positions, torch.float32)
 
 
 def products(what: str, weight: tuple, N: int, K: int, M: int, dtype: torch.dtype) -> Iterator[Case]:

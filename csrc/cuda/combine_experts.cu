@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const CombineArgs arg
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < count; i += int64_t(gridDim.x) * kThreads) {
     const int64_t t = i / vectors, column = i % vectors * kV;
     float sums[kV] = {};
-#pragma unroll 4
+#pragma unroll 2
     for (int64_t j = 0; j < args.top_k; ++j) {
       const int64_t row = load_cached(args.positions + t * args.top_k + j);
       if (!is_row(args, row)) continue;

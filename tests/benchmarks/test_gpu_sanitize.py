@@ -14,7 +14,10 @@ def test_the_sanitizers_script_calls_every_op_with_every_kernel(capsys, monkeypa
     assert sanitize.main("cpu", force) == 0
     assert force.seen == set(sides.KERNELS) - {"small"}
     ops = {op for _, op, _ in sanitize.cases()}
-    assert ops == {"quantize", "quantize_absmax", "dequantize", "linear", "linear_dgrad", "lora_grad"}
+    assert ops == {
+        "quantize", "quantize_absmax", "dequantize", "linear", "linear_dgrad", "lora_grad", "sort_by_expert",
+        "combine_experts", "combine_experts_dgrad", "combine_experts_wgrad",
+    }  # fmt: skip
     printed = capsys.readouterr().out
     assert printed.startswith(run.SANITIZED_BEGINS)
     assert re.search(r"\d+ calls, 0 wrong, 12 refused by a forced kernel", printed)  # 3 dtypes, 2 ops, with LoRA or not

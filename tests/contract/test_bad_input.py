@@ -275,8 +275,9 @@ def test_dequantize_refuses_a_weight_beyond_63_bits(way):
         way.ops.dequantize(*arguments)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [op for op in OPS if not op.startswith("combine_experts")])
 def test_a_failed_launch_is_an_error_of_its_op(executor_ops, op):
+    """Of the ops whose kernels ask for shared memory, more than the executor's device has here."""
     arguments = samples(op)
     expected = getattr(executor_ops.ops, op)(*arguments)
     before = [a.clone() for a in arguments if isinstance(a, torch.Tensor)]

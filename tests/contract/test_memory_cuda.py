@@ -10,7 +10,17 @@ from executor.build import asan_environment
 from support import cuda_backend
 from support.paths import ROOT
 
-STEMS = ("quantize", "dequantize", "linear", "linear_dgrad", "grouped_linear", "lora_grad", "ops")
+STEMS = (
+    "quantize",
+    "dequantize",
+    "linear",
+    "linear_dgrad",
+    "grouped_linear",
+    "lora_grad",
+    "sort_by_expert",
+    "combine_experts",
+    "ops",
+)
 
 
 @pytest.mark.slow

@@ -194,3 +194,33 @@ def test_compiles_as_one_graph():
     weights = torch.rand(6, 2)
     compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, index, weights), experts(x, index, weights), rtol=1e-5, atol=1e-5)
+
+
+def test_transposed_experts_with_biases(tmp_path):
+    """gpt-oss's: the adapter's file, its training and its merge are those of the dense experts."""
+    options = {**EXPERTS, "head_dim": 16}
+
+    def quantized():
+        model = tiny.make("GptOssForCausalLM", dtype=torch.float32, **options)
+        nf4.quantize_model(model, progress=False)
+        return model
+
+    dense = quantized()
+    nf4.merge_model(dense)
+    model = peft.get_peft_model(quantized(), config())
+    fill_adapters(model)
+    model.save_pretrained(tmp_path)
+    twin = peft.PeftModel.from_pretrained(dense, tmp_path, is_trainable=True)
+    torch.testing.assert_close(logits(model.eval()), logits(twin.eval()), rtol=1e-4, atol=1e-4)
+    for each in (model, twin):
+        each(input_ids=tiny.IDS).logits.square().mean().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    for name, parameter in twin.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-5)
+    expected = logits(model)
+    merged = model.merge_and_unload()
+    experts = merged.model.layers[0].mlp.experts
+    assert type(experts).__name__ == "GptOssExperts"
+    assert experts.gate_up_proj.shape == experts.down_proj.shape[:1] + (64, 2 * experts.down_proj.shape[1])
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)

@@ -44,6 +44,13 @@ def main() -> None:
                 own["linear", dtype] = ops.linear(x, *q, bias[0], P, B, 0.5)
                 own["linear_dgrad", dtype] = ops.linear_dgrad(dy, *q, P, A, 0.5)
                 own["lora_grad", dtype] = ops.lora_grad(x[:, :8].contiguous(), dy, 0.5, torch.float32)
+                choices = torch.tensor([[1, 0], [2, 3], [0, 0], [3, 1], [2, 1]])  # 3 is none
+                rows, _, positions = ops.sort_by_expert(x, choices, 3)
+                weights = torch.linspace(0.1, 1, 10).view(5, 2)
+                own["sort_by_expert", dtype] = rows
+                own["combine_experts", dtype] = ops.combine_experts(rows, positions, weights, dtype)
+                own["combine_experts_dgrad", dtype] = ops.combine_experts_dgrad(x, positions, weights, dtype)
+                own["combine_experts_wgrad", dtype] = ops.combine_experts_wgrad(x, rows, positions, torch.float32)
                 if K % 64 == 0 and K % layout.block_size == 0:
                     experts = [t if t is None or (t.dim() == 1 and t.numel() in (16, 256)) else t[None] for t in q[:6]]
                     ends = torch.tensor([4], dtype=torch.int32)

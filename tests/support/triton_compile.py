@@ -167,16 +167,13 @@ def run_calls(recorder: Recorder, table: choose.Table) -> None:
     call("dequantize_gemm", "linear", torch.zeros(2048, K, dtype=half), *weight(N, K), None)
     offsets = torch.tensor([200, 600], dtype=torch.int32)
     for dtype in (full, half):
-        small, wide = torch.zeros(600, 16, dtype=dtype), torch.zeros(600, 128, dtype=dtype)
-        call(f"{dtype}", "lora_grad", small, wide, 1.0, half)
-        call(f"{dtype}", "grouped_lora_grad", small, wide, offsets, 1.0, half)
-        call(f"{dtype}", "grouped_lora_inner", wide, offsets, torch.zeros(2, 40, 128, dtype=dtype))
-        call(f"{dtype} transposed", "grouped_lora_inner", wide, offsets, torch.zeros(2, 128, 16, dtype=dtype), True)
-    tokens, rows, positions = torch.zeros(8, 128), torch.zeros(16, 128), torch.zeros(8, 2, dtype=torch.int32)
-    for dtype, weights_of in ((full, torch.zeros(8, 2)), (half, None)):
-        call(f"{dtype}", "combine_experts", rows.to(dtype), positions, weights_of, dtype)
-        call(f"{dtype}", "combine_experts_dgrad", tokens.to(dtype), positions, weights_of, dtype)
-        call(f"{dtype}", "combine_experts_wgrad", tokens.to(dtype), rows.to(dtype), positions, dtype)
+        call(f"{dtype}", "lora_grad", torch.zeros(600, 16, dtype=dtype), torch.zeros(600, 128, dtype=dtype), 1.0, half)
+        positions, weights_of = torch.arange(20, dtype=torch.int32).view(10, 2), torch.zeros(10, 2)
+        tokens, rows = torch.zeros(10, 128, dtype=dtype), torch.zeros(20, 128, dtype=dtype)
+        for given in (weights_of, None):
+            call(f"{dtype}", "combine_experts", rows, positions, given, dtype)
+            call(f"{dtype}", "combine_experts_dgrad", tokens, positions, given, dtype)
+        call(f"{dtype}", "combine_experts_wgrad", tokens, rows, positions, full)
 
 
 def product(call, op, name, weight_args, M, dtype, rank, config=None):
@@ -223,6 +220,10 @@ def run_calls_of_one(recorder: Recorder) -> None:
                 OPS["grouped_lora_inner"](torch.zeros(1, K, dtype=dtype), offsets, torch.zeros(1, 1, K, dtype=dtype))
                 OPS["grouped_lora_grad"](one, torch.zeros(1, K, dtype=dtype), offsets, 1.0, full, True)
             OPS["lora_grad"](one, torch.zeros(1, K, dtype=dtype), 1.0, full, True)
+            row, position = torch.zeros(1, K, dtype=dtype), torch.zeros(1, 1, dtype=torch.int32)
+            OPS["combine_experts"](row, position, torch.ones(1, 1), half)
+            OPS["combine_experts_dgrad"](row, position, None, half)
+            OPS["combine_experts_wgrad"](row, row, position, full)
     OPS["quantize_absmax"](torch.zeros(1), torch.linspace(-1, 1, 256), True)
     one, position = torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.int32)
     OPS["combine_experts"](one, position, one, full)
