@@ -189,7 +189,11 @@ def choose_for_experts(
         raise RuntimeError(f"nf4kernels.{op}: experts' products have no dequantize_gemm")
     choice = choose(op.removeprefix("grouped_"), -(-T // max(E, 1)), K, block_size, dtype, device)
     config = choice.config
-    if _forced["config"] is None and dtype != torch.float32 and depth > LONGEST_DEPTH and config.BLOCK_M >= 64:
-        # The sum of runs needs registers as well: with 4 warps it spills on sm_86 and gfx1100.
+    if dtype == torch.float32:
+        is_large = op == "grouped_linear_dgrad"
+    else:
+        is_large = depth > LONGEST_DEPTH and config.BLOCK_M >= 64
+    if _forced["config"] is None and is_large:
+        # The sum of runs needs registers as well: with 4 warps it spills on sm_86 and gfx1100, in fp32 on sm_120.
         config = replace(config, warps=max(config.warps, 8))
     return replace(choice, path="fused", config=config)
