@@ -99,6 +99,17 @@ NF4_DEVICE void add_lora_term(Sums<kTilesM>& sums, const ProductArgs& args, cons
   add_scaled<kTilesM>(sums, part, args.scaling);
 }
 
+// Byte offsets of the lane's 8 packed bytes in each of its rows, n_begin + g + 8 slot, of the first 64 k, from row
+// tile_begin on.
+NF4_DEVICE void row_offsets(uint32_t (&rows)[kSlots], const Weight& w, int64_t tile_begin, int64_t n_begin,
+                            const Lane& lane) {
+  constexpr int kMostRows = 128;  // of a tile
+  const int K = int(w.K), begin = int(n_begin - tile_begin), last = int(smaller(w.N - tile_begin, kMostRows)) - 1;
+#pragma unroll
+  for (int slot = 0; slot < kSlots; ++slot)
+    rows[slot] = uint32_t(min(begin + lane.g + 8 * slot, last)) * (K / 2) + 8 * lane.t;
+}
+
 // The scales of a warp's 32 rows, in two forms with the same members. Rows past N repeat the last one: their results are
 // not stored, and no load needs a predicate. Blocks are numbered by 32 bits, a register less than by 64.
 template <class Scaled>
@@ -111,20 +122,20 @@ struct RowScales<ScaledSums> {
   const Weight& w;
   uint32_t first;  // the row's first block of 64 k
   float offset;
-  NF4_DEVICE RowScales(const Weight& w, int64_t n_begin, const Lane& lane)
+  NF4_DEVICE RowScales(const Weight& w, int64_t, int64_t n_begin, const Lane& lane)
       : w(w),
         first(uint32_t(smaller(n_begin + lane.g + 8 * lane.t, w.N - 1) * (w.K / kBlockK))),
         offset(offset_of(w)) {}
 
   NF4_DEVICE uint32_t index(int block) const { return (first + uint32_t(block)) >> (w.block_shift - 6); }
-  NF4_DEVICE Stored stored(int block) const {
+  NF4_DEVICE Stored stored(int block, const uint32_t (&)[kSlots]) const {
     return load_scales<1>(w, scales_in<ScaledSums>(w), [&](int) { return index(block); });
   }
 
   // sums += W[32 n, 64 k] @ x^T, as multiply_block says. `factor` is the pair table's.
   template <class T, int kTilesM, class LoadX>
-  NF4_DEVICE void multiply(Sums<kTilesM>& sums, int block, const Stored& stored, const uint2 (&words)[kSlots],
-                           const PairTable& table, float factor, LoadX&& load_x) const {
+  NF4_DEVICE void multiply(Sums<kTilesM>& sums, int block, const Stored& stored, const uint32_t (&)[kSlots],
+                           const uint2 (&words)[kSlots], const PairTable& table, float factor, LoadX&& load_x) const {
     float scale[1];
     decode_scales(scale, w, scales_in<ScaledSums>(w), stored, offset, [&](int) { return index(block); });
     Sums<kTilesM> part = {};
@@ -133,31 +144,29 @@ struct RowScales<ScaledSums> {
   }
 };
 
-// Each lane decodes the scales of its own 16 k in its own kSlots rows.
+// Each lane decodes the scales of its own 16 k in its own kSlots rows, whose places in a tile that begins at row
+// `tile_begin` it has in registers for the packed bytes already.
 template <>
 struct RowScales<ScaledLevels> {
   using Stored = StoredScales<kSlots>;
   const Weight& w;
-  uint32_t first[kSlots];  // the row's block of 16 k, the lane's in the first 64
+  uint32_t first;  // the tile's first block of 16 k
   float offset;
-  NF4_DEVICE RowScales(const Weight& w, int64_t n_begin, const Lane& lane) : w(w), offset(offset_of(w)) {
-#pragma unroll
-    for (int slot = 0; slot < kSlots; ++slot)
-      first[slot] = uint32_t(smaller(n_begin + lane.g + 8 * slot, w.N - 1) * (w.K / 16)) + lane.t;
-  }
+  NF4_DEVICE RowScales(const Weight& w, int64_t tile_begin, int64_t, const Lane&)
+      : w(w), first(uint32_t(tile_begin * (w.K / 16))), offset(offset_of(w)) {}
 
-  NF4_DEVICE uint32_t index(int slot, int block) const {
-    return (first[slot] + 4 * uint32_t(block)) >> (w.block_shift - 4);
+  NF4_DEVICE uint32_t index(uint32_t row, int block) const {
+    return (first + (row + 32 * uint32_t(block)) / 8) >> (w.block_shift - 4);
   }
-  NF4_DEVICE Stored stored(int block) const {
-    return load_scales<kSlots>(w, w.scales, [&](int slot) { return index(slot, block); });
+  NF4_DEVICE Stored stored(int block, const uint32_t (&rows)[kSlots]) const {
+    return load_scales<kSlots>(w, w.scales, [&](int slot) { return index(rows[slot], block); });
   }
 
   template <class T, int kTilesM, class LoadX>
-  NF4_DEVICE void multiply(Sums<kTilesM>& sums, int block, const Stored& stored, const uint2 (&words)[kSlots],
-                           const PairTable& table, float factor, LoadX&& load_x) const {
+  NF4_DEVICE void multiply(Sums<kTilesM>& sums, int block, const Stored& stored, const uint32_t (&rows)[kSlots],
+                           const uint2 (&words)[kSlots], const PairTable& table, float factor, LoadX&& load_x) const {
     float values[kSlots];
-    decode_scales(values, w, w.scales, stored, offset, [&](int slot) { return index(slot, block); });
+    decode_scales(values, w, w.scales, stored, offset, [&](int slot) { return index(rows[slot], block); });
     ScalePair<T> scales[kSlots];
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) scales[slot] = ScalePair<T>(values[slot] * factor, values[slot] * factor);

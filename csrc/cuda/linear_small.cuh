@@ -39,13 +39,11 @@ struct Lines {
 
   template <class Work>
   NF4_DEVICE Lines(const ProductArgs& args, const Work& work, int64_t n_begin)
-      : scales(work.weight, n_begin, lane), blocks(int(work.weight.K / kBlockK)) {
-    const int K = int(work.weight.K), last_n = int(smaller(work.weight.N - n_begin, kTileN)) - 1;
+      : scales(work.weight, n_begin, n_begin, lane), blocks(int(work.weight.K / kBlockK)) {
+    const int K = int(work.weight.K);
     packed = work.weight.packed + n_begin * (K / 2);
     x = static_cast<const uint8_t*>(args.x) + int64_t(work.m_begin) * K * 2;
-#pragma unroll
-    for (int slot = 0; slot < kSlots; ++slot)
-      w_rows[slot] = uint32_t(min(lane.g + 8 * slot, last_n)) * (K / 2) + 8 * lane.t;
+    row_offsets(w_rows, work.weight, n_begin, n_begin, lane);
 #pragma unroll
     for (int m = 0; m < kTilesM; ++m)
       x_rows[m] = (uint32_t(min(8 * m + lane.g, int(work.m_end - work.m_begin) - 1)) * K + 16 * lane.t) * 2;
@@ -60,7 +58,7 @@ struct Lines {
       for (int slot = 0; slot < kSlots; ++slot)
         chunk.words[i][slot] =
             load_streamed(reinterpret_cast<const uint2*>(packed + (w_rows[slot] + uint32_t(block) * 32)));
-      chunk.scales[i] = scales.stored(block);
+      chunk.scales[i] = scales.stored(block, w_rows);
     }
   }
 
@@ -127,7 +125,7 @@ NF4_DEVICE void linear_small_block(const ProductArgs& args, const Work& work) {
     for (int i = 0; i < kChunk; ++i) {
       const int block = first + i;
       if (block >= end) break;
-      lines.scales.template multiply<T, kTilesM>(sums, block, now.scales[i], now.words[i], table, factor,
+      lines.scales.template multiply<T, kTilesM>(sums, block, now.scales[i], lines.w_rows, now.words[i], table, factor,
                                                  [&](int m, int half) { return lines.load_x(block, m, half); });
     }
   }

@@ -100,7 +100,8 @@ struct TiledLinear {
 
   template <class Scales>
   NF4_DEVICE void multiply(Sums<S::kTilesM>& sums, int stage, const Scales& scales, int block,
-                           const typename Scales::Stored& stored, const PairTable& table, float factor) const {
+                           const typename Scales::Stored& stored, const uint32_t (&rows)[kSlots],
+                           const PairTable& table, float factor) const {
     const unsigned char* packed = packed_tile(stage, warp_k) + (warp_n * kWarpTileN + lane.g) * 32 + 8 * lane.t;
     uint2 words[kSlots];
 #pragma unroll
@@ -108,7 +109,7 @@ struct TiledLinear {
     const unsigned char* x = x_tile(stage, warp_k) + (warp_m * S::kTilesM * 8 + lane.g) * kBlockK * 2;  // row g of 8 m
     const int vectors[2] = {swizzle<Swizzle::kXorRow, kXVectors>(2 * lane.t, lane.g),
                             swizzle<Swizzle::kXorRow, kXVectors>(2 * lane.t + 1, lane.g)};
-    scales.template multiply<T, S::kTilesM>(sums, block, stored, words, table, factor, [&](int m, int half) {
+    scales.template multiply<T, S::kTilesM>(sums, block, stored, rows, words, table, factor, [&](int m, int half) {
       return *reinterpret_cast<const uint4*>(x + m * 8 * kBlockK * 2 + kVectorBytes * vectors[half]);
     });
   }
@@ -147,11 +148,13 @@ NF4_DEVICE void linear_tiled_block(const ProductArgs& args, const Work& work) {
   constexpr int kStages = S::kStages;
   const TiledLinear<T, S, Work> product(args, work);
   const int64_t warp_n_begin = product.n_begin + product.warp_n * kWarpTileN;
-  const RowScales<Scaled> scales(work.weight, warp_n_begin, product.lane);
+  uint32_t rows[kSlots];
+  row_offsets(rows, work.weight, product.n_begin, warp_n_begin, product.lane);
+  const RowScales<Scaled> scales(work.weight, product.n_begin, warp_n_begin, product.lane);
   const SplitRange steps(ceil_div(product.blocks, S::kWarpsK), work.split, args.splits);
   const int begin = int(steps.begin), end = int(steps.end), last = product.blocks - 1;
   const auto block_of = [&](int step) { return step * S::kWarpsK + product.warp_k; };
-  const auto stored_of = [&](int step) { return scales.stored(min(block_of(step), last)); };
+  const auto stored_of = [&](int step) { return scales.stored(min(block_of(step), last), rows); };
 
 #pragma unroll
   for (int s = 0; s < kStages - 1; ++s) {
@@ -175,7 +178,7 @@ NF4_DEVICE void linear_tiled_block(const ProductArgs& args, const Work& work) {
     copy_async_commit();
     const auto now = stored;
     stored = stored_of(step + 1);
-    if (block_of(step) <= last) product.multiply(sums, stage, scales, block_of(step), now, table, factor);
+    if (block_of(step) <= last) product.multiply(sums, stage, scales, block_of(step), now, rows, table, factor);
     free = stage;
     stage = stage + 1 == kStages ? 0 : stage + 1;
   }
