@@ -1,6 +1,7 @@
 """What is published and not read here: one sentence that says why, and the model as it was."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -151,6 +152,39 @@ def test_a_method_that_is_unknown_is_named(directories, tmp_path, capsys):
     config["quantization_config"] = {"quant_method": "quark"}
     (directory / "config.json").write_text(json.dumps(config))
     assert_refused(directory, "quant_method must be one of mxfp4, .*, got 'quark'", capsys)
+
+
+# what is in the way -> (the arguments beside SRC and DST, the line)
+LINES = {
+    "no source": ([], r"SRC must be a Hugging Face directory, got .*No such file"),
+    "no JSON": ([], r"SRC must be a Hugging Face directory, got Expecting value"),
+    "a list": ([], r".*config\.json must hold a JSON object, got list"),
+    "dense": ([], r"SRC must be published in 4 bits by others, got .*"),
+    "DST exists": ([], r"DST must not exist \(or say --overwrite\), got .*"),
+    "DST inside": ([], r"DST must be outside SRC, got .*"),
+    "dense to mxfp4": (["--to", "mxfp4"], r"SRC must have experts or linear layers in 4 bits, got neither"),
+    "no gguf": ([], r"SRC must be a GGUF file that transformers knows, got .*"),
+}
+
+
+@pytest.mark.parametrize("case", LINES)
+def test_the_command_line_ends_in_one_line(tmp_path, capsys, case):
+    options, sentence = LINES[case]
+    source, out = tmp_path / "in", tmp_path / ("in/out" if case == "DST inside" else "out")
+    if case != "no source":
+        tiny.llama(num_hidden_layers=1).save_pretrained(source)
+        capsys.readouterr()
+    if case == "no gguf":
+        source = tmp_path / "in.gguf"
+        source.write_bytes(b"GGUF")
+    elif case in ("no JSON", "a list"):
+        (source / "config.json").write_text("[]" if case == "a list" else "")
+    elif case == "DST exists":
+        out.mkdir()
+    assert main(["convert", str(source), str(out), *options]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nf4kernels: ")]
+    assert len(lines) == 1
+    assert re.match(f"nf4kernels: convert: {sentence}", lines[0])
 
 
 def test_from_pretrained_says_the_same(directories, tmp_path):

@@ -32,14 +32,14 @@ def fused(
     tables = []
     for expert, wanted in enumerate(experts):
         at, spans, found = 0, [], []
-        for number, own in _runs(wanted, begins):
+        for number, own, count in _runs(wanted, begins):
             matrix = first if number == 0 else load(number)
             _check_alike(first, matrix)
-            spans.append(slice(at, at + len(own)))
+            spans.append(slice(at, at + count))
             packed[expert, spans[-1]] = matrix.packed[own]
             absmax[expert, spans[-1]] = matrix.absmax[own]
             found.append(matrix.scale_code)
-            at += len(own)
+            at += count
         if first.scale_code is not None:
             tables.append(_share_table(absmax[expert], spans, found))
     options = (first.dtype, first.block_size, first.codebook, first.scale_codebook)
@@ -53,14 +53,16 @@ def fused(
     return QuantizedExperts(packed, absmax, None, None, first.code, scale_code, shape, *options)
 
 
-def _runs(rows: Tensor, begins: list[int]) -> Iterator[tuple[int, Tensor]]:
-    """(number of the matrix, its own rows) for each run of rows from one matrix."""
-    starts = torch.tensor(begins)
-    numbers = torch.searchsorted(starts, rows, right=True) - 1
+def _runs(rows: Tensor, begins: list[int]) -> Iterator[tuple[int, Any, int]]:
+    """(number of the matrix, its own rows, how many) for each run of rows from one; a slice where they follow."""
+    numbers = torch.searchsorted(torch.tensor(begins), rows, right=True) - 1
     values, counts = numbers.unique_consecutive(return_counts=True)
     at = 0
     for number, count in zip(values.tolist(), counts.tolist()):
-        yield number, rows[at : at + count] - begins[number]
+        own = rows[at : at + count] - begins[number]
+        first = int(own[0])
+        follow = torch.equal(own, torch.arange(first, first + count))
+        yield number, slice(first, first + count) if follow else own, count
         at += count
 
 
