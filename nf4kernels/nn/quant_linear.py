@@ -297,6 +297,11 @@ class QuantLinear(QuantModule, nn.Linear):
         """Without `adapters_off`: a copy made inside disable_adapters is not inside it."""
         return {name: value for name, value in self.__dict__.items() if name != "adapters_off"}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if COLUMN_ORDER not in self._buffers:  # of an earlier version
+            self.register_buffer(COLUMN_ORDER, None)
+
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         """Where the state has this layer's adapters, but another one active, that one is made active here as well."""
         stored = {key[len(prefix) :].split(".")[1] for key in state_dict if key.startswith(f"{prefix}{self.WAITING}.")}
