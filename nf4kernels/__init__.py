@@ -16,6 +16,7 @@ from .nn.lora import LoraConfig
 from .nn.quant_experts import QuantExperts
 from .nn.quant_linear import QuantLinear
 from .quantized_weight import QuantizedExperts, QuantizedWeight
+from .routing import combine_experts, sort_by_expert
 from .storage.adapters import load_adapters, save_adapters
 from .storage.bitsandbytes_format import weight_from_tensors, weight_to_tensors
 from .storage.checkpoint import load_checkpoint, save_checkpoint
@@ -30,6 +31,7 @@ __all__ = [
     "QuantizedWeight",
     "backend_info",
     "codebook",
+    "combine_experts",
     "dequantize",
     "disable_adapters",
     "grouped_linear",
@@ -47,6 +49,7 @@ __all__ = [
     "save_adapters",
     "save_checkpoint",
     "set_adapter",
+    "sort_by_expert",
     "weight_from_tensors",
     "weight_to_tensors",
 ]
