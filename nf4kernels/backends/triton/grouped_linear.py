@@ -3,7 +3,8 @@
 
 Who       a program finds its expert and its tile of BLOCK_M rows, then sums all of K for BLOCK_N rows of W, as
           linear's does. The grid has the most tiles that can exist, as the host does not know the offsets: first every
-          expert's in order, then those of the rows of no expert, whose sum has no terms, then tiles without work.
+          expert's in order, then those of the rows of no expert, which get zeros, then tiles without work. LoRA's term
+          and the bias are linear's, read at the expert's place in the stacked factors.
 Trick     each program finds its tile by itself, with two scans over the offsets and three sums: 78 instructions a
           thread for 8 experts, 142 for 127, 239 for 300 (SASS of sm_90); decoding its weights takes 20000 for K = 4096.
           Rejected: a kernel that writes the tiles down first (one launch more); tiles that begin at multiples of
