@@ -137,7 +137,7 @@ class QuantExperts(nn.Module):
         problem = layout_problem(module, block_size)
         if problem is not None:
             raise ValueError(
-                f"{cls.WHO}.from_experts: module must have a layout of transformers' experts, got {problem}"
+                f"{cls.WHO}.from_experts: module must have a layout of transformers' fused experts, got {problem}"
             )
         gate_up, down = (quantize_experts(weight, **quant_options) for weight in dense_weights(module).values())
         return cls.from_quantized(module, gate_up, down, compute_dtype)
