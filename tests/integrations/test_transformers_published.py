@@ -115,6 +115,7 @@ def test_a_gguf_file_is_loaded_and_converted(tmp_path, capsys, architecture):
     assert main(["convert", str(tmp_path / "model.gguf"), str(tmp_path / "ours")]) == 0
     assert f"14 weights in {kind.lower()}, none of them changed" in capsys.readouterr().out
     again = directories.load(tmp_path / "ours", dtype=torch.float32)
+    assert torch.equal(again.model.embed_tokens.weight, numbers["model.embed_tokens.weight"])
     for name, layer in tiny.layers(again).items():
         assert torch.equal(layer.dequantize(torch.float32), numbers[f"{name}.weight"])
 

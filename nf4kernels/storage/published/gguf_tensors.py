@@ -36,14 +36,14 @@ LEFT_OUT = ("rope_freqs",)  # computed from the configuration
 class GgufTensors:
     """The file's tensors, by name: `x.weight` or `x.bias` in numbers, or `x.q4_0` and `x.iq4_nl` in rows of bytes.
 
-    Embeddings are in numbers, whatever the file has them in, and 6- and 8-bit tensors too, in `dtype`.
+    Embeddings are in numbers, whatever the file has them in, and 6- and 8-bit tensors too: exact, in fp32.
 
     Raises:
         ValueError: the architecture is not one of ARCHITECTURES, or a tensor has a name or a type that is not read.
     """
 
-    def __init__(self, file: GgufFile, dtype: torch.dtype) -> None:
-        self._file, self._dtype = file, dtype
+    def __init__(self, file: GgufFile) -> None:
+        self._file = file
         self._architecture = str(file.metadata.get("general.architecture"))
         if self._architecture not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
@@ -83,7 +83,7 @@ class GgufTensors:
         tensor = self._file.tensors[source]
         shape = tensor.shape if expert is None else tensor.shape[1:]
         if name.endswith((".weight", ".bias")):
-            return torch.empty(shape, dtype=NUMBERS.get(tensor.kind, self._dtype), device="meta")
+            return torch.empty(shape, dtype=NUMBERS.get(tensor.kind, torch.float32), device="meta")
         return torch.empty((*shape[:-1], tensor.row_bytes), dtype=torch.uint8, device="meta")
 
     def read(self, name: str) -> Tensor:
@@ -96,7 +96,7 @@ class GgufTensors:
         numbers = numbers_from_rows(rows, kind)
         if self._architecture in NORMS_FROM_ONE and source.endswith("norm.weight"):
             numbers = (numbers.float() - 1).to(numbers.dtype)
-        return numbers.clone() if kind in NUMBERS else numbers.to(self._dtype)
+        return numbers.clone() if kind in NUMBERS else numbers
 
     def _unpaired(self, source: str, rows: Tensor) -> Tensor:
         """q's and k's rows as transformers' rotary embedding wants them: each head's first half, then its second."""

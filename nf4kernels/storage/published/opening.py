@@ -32,8 +32,8 @@ def open_published(
     try:
         with ExitStack() as stack:
             if fields is None:
-                dtype = dtype or dtype_of(path.parent)
-                published = PublishedFiles(GgufTensors(GgufFile(path), dtype), gguf_layout(), model, dtype)
+                tensors = GgufTensors(GgufFile(path))
+                published = PublishedFiles(tensors, gguf_layout(), model, dtype or dtype_of(path.parent))
             else:
                 layout = layout_of(fields)
                 files = stack.enter_context(TensorFiles(checkpoint_files(path, who), who))
