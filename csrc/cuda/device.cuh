@@ -33,6 +33,13 @@ NF4_DEVICE T* shared_memory() {
   return reinterpret_cast<T*>(nf4_shared);
 }
 
+// threadIdx.x, read anew: what is computed from it need not stay in registers since it was computed before.
+NF4_DEVICE unsigned thread_again() {
+  unsigned thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 NF4_DEVICE void sync_block() { __syncthreads(); }
 NF4_DEVICE void sync_warp() { __syncwarp(); }
 

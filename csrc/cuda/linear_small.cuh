@@ -71,22 +71,27 @@ struct Lines {
 // What only the epilogue needs waits in shared memory, behind the table, because registers are few.
 struct Kept {
   int64_t m_begin, m_end, n_begin;
+  int split, expert;
 };
 constexpr int kSharedBytes = kPairTableBytes + sizeof(Kept);
 NF4_DEVICE Kept& kept() { return *reinterpret_cast<Kept*>(shared_memory<unsigned char>() + kPairTableBytes); }
 
 // The epilogue: adds the warps' sums in order and stores y. `scratch` is [kWarps, 8 kTilesM, kTileN].
 template <class T, int kTilesM, class Work>
-NF4_DEVICE void finish(const Sums<kTilesM>& sums, const ProductArgs& args, const Work& work, const Lane& lane,
-                       float* scratch) {
+NF4_DEVICE void finish(const Sums<kTilesM>& sums, const ProductArgs& args, const Work& work, float* scratch) {
   constexpr int kTileM = 8 * kTilesM;
-  float* own = scratch + int(threadIdx.x) / kWarp * kTileM * kTileN;
+  const unsigned thread = thread_again();
+  const Lane lane(thread);
+  float* own = scratch + int(thread) / kWarp * kTileM * kTileN;
   for (int tile = 0; tile < kTilesN; ++tile)
     for (int m = 0; m < kTilesM; ++m)
       for (int i = 0; i < 4; ++i)
         own[(8 * m + 2 * lane.t + i % 2) * kTileN + 16 * tile + lane.g + 8 * (i / 2)] = sums[tile][m][i];
   sync_block();
-  const Store<T> store(args, work.weight.N, work);
+  Work own_part = work;
+  own_part.split = kept().split;
+  own_part.expert = kept().expert;
+  const Store<T> store(args, work.weight.N, own_part);
   for (int i = int(threadIdx.x); i < kTileM * kTileN; i += kWarps * kWarp) {
     const int64_t m = kept().m_begin + i / kTileN, n = kept().n_begin + i % kTileN;
     float total = 0;
@@ -111,7 +116,7 @@ NF4_DEVICE void linear_small_block(const ProductArgs& args, const Work& work) {
 
   uint32_t* words = shared_memory<uint32_t>();
   const float factor = build_pair_table<T>(words, args);
-  if (threadIdx.x == 0) kept() = {work.m_begin, work.m_end, n_begin};
+  if (threadIdx.x == 0) kept() = {work.m_begin, work.m_end, n_begin, int(work.split), int(work.expert)};
   sync_block();
   const PairTable table(words, lane.index);
 
@@ -130,7 +135,7 @@ NF4_DEVICE void linear_small_block(const ProductArgs& args, const Work& work) {
     }
   }
   sync_block();  // all have read the table, which the sums overlay
-  finish<T, kTilesM>(sums, args, work, lane, shared_memory<float>());
+  finish<T, kTilesM>(sums, args, work, shared_memory<float>());
 }
 
 static_assert(kLinearSmallTile.N == kTileN && kLinearSmallTile.K == kWarps * kChunk * kBlockK, "as chosen");

@@ -27,7 +27,7 @@ cudaError_t launch_scaled(const Weight& w, F&& launch) {
 // The lane's place in an mma fragment, lane = 4g + t: drawn at mma_16x8x16 in device.cuh.
 struct Lane {
   int index, g, t;
-  NF4_DEVICE Lane() : index(int(threadIdx.x) % kWarp), g(index / 4), t(index % 4) {}
+  NF4_DEVICE explicit Lane(unsigned thread = threadIdx.x) : index(int(thread) % kWarp), g(index / 4), t(index % 4) {}
 };
 
 NF4_HOST_DEVICE inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

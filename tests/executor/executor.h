@@ -155,6 +155,8 @@ NF4_DEVICE T* shared_memory() {
   return static_cast<T*>(executor::shared_arena());
 }
 
+NF4_DEVICE unsigned thread_again() { return threadIdx.x; }
+
 NF4_DEVICE void sync_block(executor::Site site = executor::Site::here()) { executor::meet_block("sync_block", site); }
 NF4_DEVICE void sync_warp(executor::Site site = executor::Site::here()) {
   executor::meet_warp("sync_warp", site, nullptr, [](void* const*) {});
