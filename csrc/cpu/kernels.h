@@ -173,8 +173,8 @@ void scale_lora_inner(const void* lora_inner, Dtype dtype, int64_t count, float 
 // [rank, stride] of out_dtype (fp32, or dtype itself) from lora_inner [M, rank], for LoraGradArgs::lora_inner.
 void transpose_lora_inner(const void* lora_inner, Dtype dtype, int64_t M, int64_t rank, int64_t stride, Dtype out_dtype,
                           void* out);
-// [rank, D] from lora_factor [D, rank], for LoraInnerArgs::factor.
-void transpose_lora_factor(const void* lora_factor, Dtype dtype, int64_t D, int64_t rank, void* out);
+// [rows, stride] of out_dtype (fp32, or dtype itself) from x [rows, D], for LoraGradArgs::lora_inner.
+void pad_lora_rows(const void* x, Dtype dtype, int64_t rows, int64_t D, int64_t stride, Dtype out_dtype, void* out);
 
 // sort_by_expert.cpp: positions [count] and offsets [experts] as ops.py says them of the expert of each choice. Returns
 // the first choice whose expert is outside 0..experts, or -1; the outputs are then not written.

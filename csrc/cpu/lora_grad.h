@@ -28,11 +28,13 @@ constexpr int kPassR = 64;
 template <class T>
 struct GradFp32 : Fp32Dot {
   static void load(const T* row, const T*, int64_t c_count, float* out) {
-    if (c_count == kGradTileC) {
-      Isa::store(out, Isa::load(row));
-      Isa::store(out + Isa::L, Isa::load(row + Isa::L));
-    } else {
-      for (int64_t c = 0; c < kGradTileC; ++c) out[c] = c < c_count ? to_float(row[c]) : 0.f;
+    for (int v = 0; v < kGradTileC; v += Isa::L) {
+      if (v + Isa::L <= c_count) {
+        Isa::store(out + v, Isa::load(row + v));
+      } else {
+        Isa::store(out + v, Isa::zero());
+        for (int64_t c = v; c < c_count; ++c) out[c] = to_float(row[c]);
+      }
     }
   }
 };

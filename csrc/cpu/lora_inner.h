@@ -1,12 +1,12 @@
 // lora_inner: out[m, j] = sum_d x[m, d] * factor[j, d], LoRA's inner product of one expert's rows
 //
-//   P = x A^T   factor is A [r, K], D = K        Q = dY B   factor is B^T [r, N], D = N; the caller transposes B
+//   P = x A^T   factor is A [r, K], D = K
 //
 // Work split   Rows of x; the caller splits them over threads. An element is summed in the order of d, whoever does it.
 // Inner loop   4 rows times kInnerTileR ranks in registers, lanes along d of both, which are contiguous there; the lanes
 //              are added up at the end of each kInnerRun of d, so that no running sum has more than 512 terms.
-// Rejected     torch's matmul, expert by expert: a call of it costs 4 us, more than a decoded token's 16 x 2048 products
-//              for each of its 8 experts.
+// Rejected     torch's matmul, expert by expert: 369 us for one row of each of 8 experts, against 12, and 973 against
+//              371 for 16 rows (bf16, r = 16, D = 2048, a shared core).
 // Flops        2*M*r*D, at the rate of bf16 products or of fp32; reads x once for every kInnerTileR ranks, from L1.
 // Needs        x and factor of one dtype, contiguous.
 #pragma once

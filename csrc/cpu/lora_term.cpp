@@ -26,16 +26,15 @@ void transpose_lora_inner(const void* lora_inner, Dtype dtype, int64_t M, int64_
   });
 }
 
-void transpose_lora_factor(const void* lora_factor, Dtype dtype, int64_t D, int64_t rank, void* out) {
+void pad_lora_rows(const void* x, Dtype dtype, int64_t rows, int64_t D, int64_t stride, Dtype out_dtype, void* out) {
   with_type(dtype, [&](auto t) {
-    const auto* factor = static_cast<const decltype(t)*>(lora_factor);
-    auto* transposed = static_cast<decltype(t)*>(out);
-    constexpr int64_t kBlockD = 64;  // whose rows stay in L1 for all ranks
-    for (int64_t begin = 0; begin < D; begin += kBlockD) {
-      const int64_t end = D - begin < kBlockD ? D : begin + kBlockD;
-      for (int64_t j = 0; j < rank; ++j)
-        for (int64_t d = begin; d < end; ++d) transposed[j * D + d] = factor[d * rank + j];
-    }
+    with_type(out_dtype, [&](auto o) {
+      using O = decltype(o);
+      const auto* value = static_cast<const decltype(t)*>(x);
+      auto* padded = static_cast<O*>(out);
+      for (int64_t m = 0; m < rows; ++m, padded += stride)
+        for (int64_t d = 0; d < stride; ++d) padded[d] = from_float<O>(d < D ? to_float(*value++) : 0.f);
+    });
   });
 }
 
