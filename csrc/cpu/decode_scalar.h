@@ -1,8 +1,8 @@
 // The vocabulary of the kernels in portable C++: 8 lanes as arrays, which a compiler may vectorise for any machine.
 //
 // Each decode_<isa>.h defines one `Isa` with the same functions; the algorithms (quantize.h, decode_span.h, gemm.h and
-// its cores, linear_gemv.h, lora_term.h, lora_grad.h, lora_inner.h) are written once against it. All of it lives in an unnamed
-// namespace, see format.h.
+// its cores, linear_gemv.h, lora_term.h, lora_grad.h, lora_inner.h) are written once against it. All of it lives in an
+// unnamed namespace, see format.h.
 #pragma once
 
 #include <cstdint>

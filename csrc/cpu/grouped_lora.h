@@ -1,11 +1,11 @@
 // The drivers of grouped_lora_inner and grouped_lora_grad: cut the experts' rows into parts for the threads.
 //
-//   inner   parts of at most kPartM rows of one expert. With a factor [r, D] by lora_inner's kernel, whose sums run along
-//           D of both; with its transpose [D, r] by lora_grad's, to which it is `wide` and the rows of x are ranks
+//   inner   parts of at most kPartM rows of one expert. With a factor [r, D] by lora_inner's kernel, whose sums run
+//           along D of both; with its transpose [D, r] by lora_grad's, to which it is `wide` and x's rows are ranks
 //   grad    the experts' C tiles, whose sums take all rows of the expert
 //
-// Rejected  A transposed copy of each factor: 708 us for one row of each of 8 experts against 181, though 7.9 ms for 256
-//           rows of each against 11.7 (bf16, r = 16, D = 2048, a shared core).
+// Rejected  A transposed copy of each factor: 708 us for one row of each of 8 experts against 181, though 7.9 ms for
+//           256 rows of each against 11.7 (bf16, r = 16, D = 2048, a shared core).
 // Threads is as in dequantize.h, offsets as in multiply_grouped of product.h.
 #pragma once
 
