@@ -116,7 +116,4 @@ NF4_HOST_DEVICE static inline float block_scale(const Weight& w, int64_t block) 
   return product + *w.scale_offset;
 }
 
-// Whether every 64 consecutive weights of a row share a scale: what the products of unscaled codes need.
-static inline bool has_whole_codes(const Weight& w) { return w.K > 0 && w.K % 64 == 0 && w.block_shift >= 6; }
-
 }  // namespace nf4
