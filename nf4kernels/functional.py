@@ -30,6 +30,7 @@ from .quantized_weight import (
     check_block_size,
     check_expert_columns,
     expert_specs,
+    shared_codebooks,
 )
 
 _ops = torch.ops.nf4kernels
@@ -152,22 +153,22 @@ def quantize_experts(
     options = (codebook, block_size, double_quant, scale_codebook, nonfinite)
     like = quantize(weight.new_empty((0, weight.shape[2])), *options)  # every check, and the codebooks
     E, N, K = weight.shape
-    tensors: dict[str, Any] = {
+    shared = {name: getattr(like, name) for name in shared_codebooks(like.scales)}
+    own: dict[str, Any] = {
         name: None if dtype is None else weight.new_empty(shape, dtype=dtype)
         for name, (dtype, shape) in expert_specs(E, N, K, block_size, like.scales).items()
+        if name not in shared
     }
     for expert, matrix in enumerate(weight.detach()):
         try:
             qweight = quantize(matrix, *options)
         except ValueError as error:
             raise ValueError(f"{who}: expert {expert}: {error}") from None
-        own = ("scale_code",) if like.scales == "codes" else ("scale_absmax", "scale_offset")
-        for name in ("packed", "absmax", *own):
-            if tensors[name] is not None:
-                tensors[name][expert] = getattr(qweight, name)
-    shared = {"code": like.code} if like.scales == "codes" else {"code": like.code, "scale_code": like.scale_code}
+        for name, tensor in own.items():
+            if tensor is not None:
+                tensor[expert] = getattr(qweight, name)
     return QuantizedExperts(
-        **tensors | shared, shape=tuple(weight.shape), dtype=weight.dtype,
+        **own, **shared, shape=tuple(weight.shape), dtype=weight.dtype,
         block_size=block_size, codebook=like.codebook, scale_codebook=like.scale_codebook,
     )  # fmt: skip
 

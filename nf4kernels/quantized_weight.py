@@ -61,9 +61,14 @@ def tensor_specs(N: int, K: int, block_size: int, scales: str) -> Specs:
     }
 
 
+def shared_codebooks(scales: str) -> tuple[str, ...]:
+    """The tensors that experts have in common; of all others, a scale_code that alone scales too, each has its own."""
+    return ("code",) if scales == "codes" else ("code", "scale_code")
+
+
 def expert_specs(E: int, N: int, K: int, block_size: int, scales: str) -> Specs:
-    """The same of E weights: each tensor of one, stacked; the codebooks are shared, but scale_code alone is each's."""
-    shared = ("code",) if scales == "codes" else ("code", "scale_code")
+    """The same of E weights: each tensor of one, stacked, but for what `shared_codebooks` says."""
+    shared = shared_codebooks(scales)
     return {
         name: (dtype, shape if dtype is None or name in shared else (E, *shape))
         for name, (dtype, shape) in tensor_specs(N, K, block_size, scales).items()
@@ -240,14 +245,23 @@ class QuantizedExperts(_Quantized):
         """One expert's weight; shares memory."""
         if not -len(self) <= expert < len(self):
             raise IndexError(f"nf4kernels.QuantizedExperts: expert must be one of {len(self)}, got {expert}")
-        scale_absmax, scale_offset = (t if t is None else t[expert] for t in (self.scale_absmax, self.scale_offset))
-        scale_code = self.scale_code
-        if scale_code is not None and self.scales == "codes":
-            scale_code = scale_code[expert]
-        return QuantizedWeight(
-            self.packed[expert], self.absmax[expert], scale_absmax, scale_offset, self.code, scale_code,
-            self.shape[1:], self.dtype, self.block_size, self.codebook, self.scale_codebook,
-        )  # fmt: skip
+        shared = shared_codebooks(self.scales)
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        own = {
+            name: value[expert] for name, value in values.items() if isinstance(value, Tensor) and name not in shared
+        }
+        return QuantizedWeight(**values | own | {"shape": self.shape[1:]})
 
     def __iter__(self) -> Iterator[QuantizedWeight]:
         return (self[expert] for expert in range(len(self)))
+
+
+def stack_experts(qweights: Sequence[QuantizedWeight]) -> QuantizedExperts:
+    """At least one weight, all of one shape and one kind of scales and codebooks, as experts; copies."""
+    first = qweights[0]
+    shared = shared_codebooks(first.scales)
+    values: dict[str, Any] = {field.name: getattr(first, field.name) for field in fields(QuantizedExperts)}
+    for name, value in values.items():
+        if isinstance(value, Tensor) and name not in shared:
+            values[name] = torch.stack([getattr(each, name) for each in qweights])
+    return QuantizedExperts(**values | {"shape": (len(qweights), *first.shape)})

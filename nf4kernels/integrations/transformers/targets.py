@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from ...nn.experts_layout import weight_names
 from ...nn.quant_experts import QuantExperts
 from ...nn.quant_linear import QuantLinear
 from ...nn.quant_module import BUFFERS
-from ...quantized_weight import WEIGHT_DTYPES, QuantizedExperts, QuantizedWeight
+from ...quantized_weight import WEIGHT_DTYPES, QuantizedExperts, QuantizedWeight, stack_experts
 from .config import Nf4Config
 
 
@@ -117,16 +117,12 @@ def quantized_experts(target: Target, experts: Iterable[Tensor], config: Nf4Conf
         if dense.shape != (1, *shape) or index >= E:
             raise ValueError(f"the checkpoint must have {E} experts of shape {shape}, got {list(dense.shape[1:])}")
         try:
-            parts.append(quantize_experts(dense.mT if target.transposed else dense, **config.quant_options))
+            parts.append(quantize_experts(dense.mT if target.transposed else dense, **config.quant_options)[0])
         except ValueError as error:
             raise ValueError(f"expert {index}: {error}") from None
     if len(parts) != E:
         raise ValueError(f"the checkpoint must have {E} experts, got {len(parts)}")
-    names = [
-        name for name in ("packed", "absmax", "scale_absmax", "scale_offset") if getattr(parts[0], name) is not None
-    ]
-    stacked: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
-    return replace(parts[0], **stacked, shape=target.weight_shape)
+    return stack_experts(parts)
 
 
 def place_weight(
