@@ -33,16 +33,16 @@ class _Surroundings:
     users: Mapping[int, set[str]]  # address of a parameter -> names of the parameters there
     readers: Mapping[nn.Module, str]
     trained_whole: Mapping[nn.Module, str]
-    block_size: int
+    block_size: int | None
     conv1d: bool
 
 
 def plan_layers(
-    model: nn.Module, patterns: Iterable[str], block_size: int = 64, conv1d: bool = False
+    model: nn.Module, patterns: Iterable[str], block_size: int | None = None, conv1d: bool = False
 ) -> tuple[list[list[str]], list[SkippedLayer]]:
     """(all names of each layer to replace, the matrices to leave alone); works on the meta device.
 
-    `conv1d`: whether the caller can replace GPT-2's Conv1D, too.
+    A block_size of None is the codebook's own. `conv1d`: whether the caller can replace GPT-2's Conv1D, too.
     """
     names = names_of_modules(model)
     users = defaultdict(set)

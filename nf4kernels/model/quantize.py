@@ -72,9 +72,9 @@ def quantize_model(
     model = inside(model)
     patterns = _check_arguments(model, skip, lora, quant_options, who)
     check_not_dispatched(model, who)
-    targets, skipped = plan_layers(model, (*SKIP, *patterns), quant_options.get("block_size", 64))
-    if lora is not None and not any(isinstance(get_submodule(model, names[0]), nn.Linear) for names in targets):
-        raise ValueError(f"{who}: lora must have an nn.Linear to go on, got {_reasons(skipped) or 'no layer'}")
+    targets, skipped = plan_layers(model, (*SKIP, *patterns), quant_options.get("block_size"))
+    if lora is not None and not targets:
+        raise ValueError(f"{who}: lora must have a layer to go on, got {_reasons(skipped) or 'no layer'}")
     for names in targets:
         for name, weight in _weights(get_submodule(model, names[0]), names[0]):
             _check_dtype(name, weight, who)

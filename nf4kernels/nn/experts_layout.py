@@ -44,12 +44,12 @@ def own_gate(module: nn.Module) -> bool:
     return callable(gate) and getattr(gate, "__name__", "") != "_default_apply_gate"
 
 
-def layout_problem(module: nn.Module, block_size: int = 64) -> str | None:
+def layout_problem(module: nn.Module, block_size: int | None = None) -> str | None:
     """Why QuantExperts cannot stand for `module`, None where it can; by its attributes, without knowing its class.
 
     It can where the module is one of transformers' fused experts, which computes for each token and each of its top k
     experts `w * norm(gate(x @ first[e].T + bias) @ down_proj[e].T + bias)`: its weights may be transposed, the gate a
-    function of its own or none, biases and the norm may be missing.
+    function of its own or none, biases and the norm may be missing. A block_size of None is the codebook's own.
     """
     kind = type(module).__name__
     names = weight_names(module)
@@ -85,7 +85,7 @@ def _computes_otherwise(module: Any, names: tuple[str, str]) -> str | None:
     return None
 
 
-def _shape_problem(module: nn.Module, block_size: int) -> str | None:
+def _shape_problem(module: nn.Module, block_size: int | None) -> str | None:
     kind, names = type(module).__name__, weight_names(module)
     weights = dense_weights(module)
     first, down = weights.values()
@@ -98,6 +98,6 @@ def _shape_problem(module: nn.Module, block_size: int) -> str | None:
         bias = parameters.get(bias_name(name))
         if bias is not None and tuple(bias.shape) != (E, weight.shape[1]):
             return f"{kind}, whose {bias_name(name)} {list(bias.shape)} does not fit its {name}"
-    step = expert_columns(block_size)
+    step = expert_columns(block_size or 64)  # no codebook's own is larger
     uneven = [name for name, weight in weights.items() if weight.shape[2] % step]
     return f"{kind}, where {' and '.join(uneven)} have rows that are no multiple of {step}" if uneven else None

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..autograd import autocast_is_on, outside_inference_mode
-from ..codebook import default_block_size
-from ..functional import dequantize, grouped_linear_from_args, quantize_experts
+from ..functional import quantize_experts
 from ..quantized_weight import WEIGHT_DTYPES, QuantizedExperts
 from ..routing import combine_experts, sort_by_expert
 from .casts import check_cast
@@ -133,8 +132,7 @@ class QuantExperts(nn.Module):
         Raises as `nf4kernels.quantize_experts` does, and ValueError where `module` is of a layout that it cannot stand
         for (`experts_layout.layout_problem` says why).
         """
-        block_size = quant_options.get("block_size") or default_block_size(quant_options.get("codebook", "nf4"))
-        problem = layout_problem(module, block_size)
+        problem = layout_problem(module, quant_options.get("block_size"))
         if problem is not None:
             raise ValueError(
                 f"{cls.WHO}.from_experts: module must have a layout of transformers' fused experts, got {problem}"

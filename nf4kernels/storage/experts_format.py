@@ -98,7 +98,7 @@ def take_experts(model: nn.Module, tensors: dict[str, Tensor], who: str) -> dict
         module: Any = modules.get(path)
         if isinstance(module, QuantExperts):
             continue
-        problem = "no such module" if module is None else layout_problem(module, 32)
+        problem = "no such module" if module is None else layout_problem(module)
         keys = [] if module is None else [f"{path}.{leaf}" for leaf in weight_names(module)]
         if problem is None and not set(keys) <= set(stored):
             problem = "one of their two weights alone"

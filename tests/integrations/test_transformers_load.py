@@ -27,6 +27,19 @@ def test_loads_what_quantize_model_makes(tmp_path, family, dtype):
     assert torch.equal(logits(model), logits(expected))
 
 
+@pytest.mark.parametrize("codebook", ["mxfp4", "int4_symmetric"])
+def test_experts_in_a_published_format(tmp_path, codebook):
+    """Of which int4_symmetric leaves the block size open, so that the configuration has none."""
+    directory = dense_directory(tmp_path / "dense", "Mixtral")
+    expected = load(directory)
+    nf4.quantize_model(expected, codebook=codebook, block_size=None, progress=False)
+    model = load(directory, quantization_config=Nf4Config(codebook=codebook))
+    assert any(isinstance(module, nf4.QuantExperts) for module in model.modules())
+    assert torch.equal(logits(model), logits(expected))
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(load(tmp_path / "saved")), logits(expected))
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -157,7 +157,7 @@ def _expect_experts(
                 raise ValueError(f"{WHO}: transformers {expected}, got {transformers.__version__}")
     for owner, found in in_file.items():
         module: Any = get_submodule(model, owner)
-        problem = layout_problem(module, config.block_size or 64)
+        problem = layout_problem(module, config.block_size)
         if problem is None and len(found) != 2:
             problem = f"{', '.join(found)} alone"
         if problem is not None:
