@@ -127,18 +127,14 @@ def convert_directory(
         TypeError, ValueError: a quantization option is out of its range.
         OSError: reading or writing failed.
     """
-    given_in, given_out = in_dir, out_dir
+    given_in = in_dir
     in_dir, out_dir = Path(in_dir).resolve(), Path(out_dir).resolve()
     options, skip = _Options(codebook, block_size, double_quant, scale_codebook, dtype), tuple(skip)
     weight_to_tensors(options.quantize(torch.empty(0, block_size)), bitsandbytes=True)  # every check of an option
     if dtype is not None and dtype not in WEIGHT_DTYPES:
         raise TypeError(f"{words.who}: dtype must be float32, bfloat16, float16 or None, got {dtype}")
     config = _read_config(in_dir, words)
-    if in_dir == out_dir or in_dir in out_dir.parents or out_dir in in_dir.parents:
-        raise ConversionError(
-            f"{words.who}: {words.out_dir} must be outside {words.in_dir}, and {words.in_dir} outside {words.out_dir},"
-            f" got {given_out}"
-        )
+    check_outside(in_dir, out_dir, words)
     shards = _read_headers(in_dir, words.who)
     model, source = (None, "their names") if model_of is None else model_of(in_dir, config)
     units = units_of(model, (header for shard in shards.values() for header in shard))
@@ -237,6 +233,12 @@ def _read_headers(in_dir: Path, who: str) -> dict[str, list[Header]]:
                 f"{who}: {INDEX} must list the tensors of its files, {name} is in one of the two only"
             )
     return shards
+
+
+def check_outside(source: Path, out_dir: Path, words: Words) -> None:
+    """ConversionError where one of the two is inside of the other."""
+    if source == out_dir or source in out_dir.parents or out_dir in source.parents:
+        raise ConversionError(f"{words.who}: {words.out_dir} must be outside {words.in_dir}, got {out_dir}")
 
 
 def check_target(target: Path, overwrite: bool, words: Words) -> None:

@@ -15,7 +15,7 @@ from ..model.plan import is_conv1d
 from .atomic import TargetError, replacing_directory, write_json
 from .bitsandbytes_format import names_of_weight, stored_weight, stored_weights, weight_from_tensors
 from .checkpoint import write_tensors
-from .convert import CALLED, ConversionError, Words, check_target, copy_rest
+from .convert import CALLED, ConversionError, Words, check_outside, check_target, copy_rest
 from .experts_format import experts_from_tensors, stored_experts
 from .published import mxfp4
 from .published.files import PublishedFiles, dtype_in
@@ -216,12 +216,6 @@ def _read_all(shard: Iterable[Source], bar: Any) -> Iterator[tuple[str, Tensor]]
     for name, _, read in shard:
         yield name, read(name)
         bar.update()
-
-
-def check_outside(source: Path, out_dir: Path, words: Words) -> None:
-    """ConversionError where one of the two is inside of the other."""
-    if source == out_dir or source in out_dir.parents or out_dir in source.parents:
-        raise ConversionError(f"{words.who}: {words.out_dir} must be outside {words.in_dir}, got {out_dir}")
 
 
 def _read_json(file: Path, words: Words) -> dict[str, Any]:
