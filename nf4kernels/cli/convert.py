@@ -5,11 +5,11 @@ from pathlib import Path
 
 from ..storage.convert import ConversionError, Words
 from ..storage.convert_published import Published, convert_published, convert_to_mxfp4
+from ..storage.published.opening import is_gguf
 from .errors import CommandError
 from .meta_model import gguf_config, meta_model, save_gguf_tokenizer
 
 WORDS = Words("convert", "SRC", "DST", "", "--overwrite")
-GGUF = ".gguf"
 
 
 def add_parser(subparsers) -> None:
@@ -38,12 +38,10 @@ def run(args: argparse.Namespace) -> None:
         if args.to == "mxfp4":
             done = convert_to_mxfp4(args.source, args.out_dir, args.overwrite, words=WORDS)
         else:
-            is_gguf = args.source.suffix == GGUF and args.source.is_file()
-            config = gguf_config(args.source) if is_gguf else None
-            done = convert_published(
-                args.source, args.out_dir, _model_of, config, args.overwrite, words=WORDS
-            )  # fmt: skip
-            if is_gguf:
+            from_gguf = is_gguf(args.source)
+            config = gguf_config(args.source) if from_gguf else None
+            done = convert_published(args.source, args.out_dir, _model_of, config, args.overwrite, words=WORDS)
+            if from_gguf:
                 save_gguf_tokenizer(args.source, args.out_dir)
     except ConversionError as error:
         raise CommandError(str(error)) from None

@@ -16,6 +16,10 @@ from .layouts import gguf_layout, layout_of
 GGUF = ".gguf"
 
 
+def is_gguf(path: Path) -> bool:
+    return path.suffix == GGUF and path.is_file()
+
+
 @contextmanager
 def open_published(
     path: Path, model: nn.Module | None, who: str, dtype: torch.dtype | None = None
@@ -26,7 +30,7 @@ def open_published(
     read or a file is damaged.
     """
     fields = quantization_of(path) if path.is_dir() else None
-    if fields is None and not (path.suffix == GGUF and path.is_file()):
+    if fields is None and not is_gguf(path):
         yield None
         return
     try:
