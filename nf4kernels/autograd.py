@@ -62,7 +62,7 @@ def is_transformed(*tensors: Tensor | None) -> bool:
     return _transforms_are_active() and any(_is_wrapped(tensor) for tensor in tensors if tensor is not None)
 
 
-def _is_differentiated_again() -> bool:
+def is_differentiated_again() -> bool:
     """Whether a backward that is running is itself recorded; never in what torch.compile traces."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
@@ -150,7 +150,7 @@ class Linear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Gradients:
         dx = dbias = None
         if ctx.needs_input_grad[0]:
-            if _is_differentiated_again():
+            if is_differentiated_again():
                 dx = Product.apply(dy, None, (*ctx.saved_tensors, *ctx.sizes), True)
             else:
                 dx = _linear_dgrad(dy, *ctx.saved_tensors, *ctx.sizes)
@@ -171,7 +171,7 @@ class GroupedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Gradients:
         expert_offsets, *weight = ctx.saved_tensors
-        again, dx, dbias = _is_differentiated_again(), None, None
+        again, dx, dbias = is_differentiated_again(), None, None
         if ctx.needs_input_grad[0] and again:
             dx = Product.apply(dy, expert_offsets, (*weight, *ctx.sizes), True)
         elif ctx.needs_input_grad[0]:
@@ -254,7 +254,7 @@ class LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Gradients:
-        gradients = _composed_lora_gradients if _is_differentiated_again() else _lora_gradients
+        gradients = _composed_lora_gradients if is_differentiated_again() else _lora_gradients
         if not autocast_is_on(dy.device):
             return gradients(ctx, dy)
         with torch.autocast(dy.device.type, enabled=False):  # the forward's dtype holds, whatever is on around backward
@@ -289,7 +289,7 @@ class GroupedLoraLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Gradients:
-        if not _is_differentiated_again():  # by ops alone, which autocast does not touch
+        if not is_differentiated_again():  # by ops alone, which autocast does not touch
             return _grouped_lora_gradients(ctx, dy)
         with torch.autocast(dy.device.type, enabled=False):
             return _composed_grouped_lora_gradients(ctx, dy)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference  # noqa: F401 (ops defines what the next lines hold)
-from .autograd import Gradients, _is_differentiated_again, is_transformed
+from .autograd import Gradients, is_differentiated_again, is_transformed
 from .quantized_weight import WEIGHT_DTYPES
 
 _ops = torch.ops.nf4kernels
@@ -120,7 +120,7 @@ class SortByExpert(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, drows: Tensor, *_: Any) -> Gradients:
         (positions,) = ctx.saved_tensors
-        combine = reference.combine_experts if _is_differentiated_again() else _combine
+        combine = reference.combine_experts if is_differentiated_again() else _combine
         return combine(drows, positions, None, ctx.dtype), None, None
 
 
@@ -138,7 +138,7 @@ class CombineExperts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> Gradients:
         rows, positions, weights = ctx.saved_tensors
-        again = _is_differentiated_again()
+        again = is_differentiated_again()
         drows = dweights = None
         if ctx.needs_input_grad[0]:
             dgrad = reference.combine_experts_dgrad if again else _combine_dgrad
