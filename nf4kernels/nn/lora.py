@@ -27,7 +27,7 @@ class LoraConfig:
         dropout: probability of zeroing an input element of the LoRA path while training, in [0, 1).
         use_rslora: scale by alpha / sqrt(r) (arXiv 2312.03732) instead of alpha / r.
         init: "default" (A Kaiming uniform, B zero) or "gaussian" (A normal with deviation 1/r, B zero), PEFT's two. Or,
-            where the dense weight W is at hand (`quantize_model`, `QuantLinear.from_linear`), "pissa": the product is
+            where the dense weight W is there (`quantize_model`, `from_linear`, `from_experts`), "pissa": the product is
             W's best approximation of rank r, and what is left of W is quantized (arXiv 2404.02948); or "loftq": it is
             that of the quantization error, in alternation (arXiv 2310.08659). The 4-bit weight is then another than
             without the adapter; `save_adapters` writes a plain LoRA of twice the rank for the original weight.
