@@ -61,10 +61,8 @@ class Nf4Config(QuantizationConfigMixin):
         self.modules_to_not_convert = _names("modules_to_not_convert", modules_to_not_convert or (), who)
         if block_size is None and self.codebook_name not in EACH_ITS_OWN:
             self.block_size = default_block_size(self.codebook_name)
-        if (
-            self.codebook_name in FORMATS and self.codebook_name not in WRITERS
-        ):  # as a model that was read from a file says
-            return
+        if self.codebook_name in FORMATS and self.codebook_name not in WRITERS:
+            return  # a model that was read from a file says so, and nothing is quantized with it
         try:  # on meta every option is checked and nothing is computed
             QuantLinear.from_linear(
                 nn.Linear(1, 1, device="meta"), compute_dtype=self.compute_dtype, **self.quant_options

@@ -41,9 +41,8 @@ def weight_from_rows(rows: Tensor, codebook: str, dtype: torch.dtype) -> Quantiz
     check_finite(absmax, "the scales of the blocks")
     packed = halves_interleaved(rows[..., 2:]).reshape(N, blocks * BLOCK // 2)
     code = CODEBOOKS[codebook].to(rows.device, copy=True)
-    return QuantizedWeight(
-        packed, absmax, None, None, code, None, (N, blocks * BLOCK), dtype, BLOCK, codebook, None
-    )  # fmt: skip
+    shape = (N, blocks * BLOCK)
+    return QuantizedWeight(packed, absmax, None, None, code, None, shape, dtype, BLOCK, codebook, None)
 
 
 def numbers_from_rows(rows: Tensor, kind: str) -> Tensor:

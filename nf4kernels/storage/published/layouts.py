@@ -140,9 +140,8 @@ def _gptq_layout(fields: Mapping[str, Any], version: int) -> Layout:
 
     def read(parts: Parts, dtype: torch.dtype) -> AnyWeight:
         qweight, scales = _part(parts, ".qweight"), _part(parts, ".scales")
-        return gptq.weight_from_gptq(
-            qweight, scales, _part(parts, ".qzeros"), parts.get(".g_idx"), said, version, dtype
-        )  # fmt: skip
+        qzeros, g_idx = _part(parts, ".qzeros"), parts.get(".g_idx")
+        return gptq.weight_from_gptq(qweight, scales, qzeros, g_idx, said, version, dtype)
 
     return Layout((".qweight",), (".qweight", ".qzeros", ".scales", ".g_idx"), read)
 
