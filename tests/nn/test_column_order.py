@@ -72,14 +72,18 @@ def test_an_adapter_has_the_columns_in_order(weight):
 
 
 def test_dropout_is_over_the_columns_of_x(weight):
-    """Columns that dropout zeroed are zero in the term, whatever their order: with x one, sums tell the masks apart."""
-    layer = layer_of(weight[0], bias=False)
+    """A's gradient tells which columns of x were kept: those whose term is in y."""
+    qweight, dense = weight
+    layer = layer_of(qweight, bias=False)
     layer.add_lora(nf4.LoraConfig(r=R, alpha=R, dropout=0.5), dtype=torch.float32)
     layer.lora_B.weight.data.normal_()
-    layer.lora_A.weight.requires_grad_()
-    layer(torch.ones(1, K)).sum().backward()
+    x = torch.randn(K)
+    y = layer(x[None])[0]
+    y.sum().backward()
+    A, B = layer.lora_A.weight.detach(), layer.lora_B.weight.detach()
     kept = layer.lora_A.weight.grad[0] != 0
     assert 0 < kept.sum() < K
+    torch.testing.assert_close(y.detach(), dense @ x + B @ (A @ (2 * kept * x)), atol=1e-4, rtol=1e-4)
 
 
 def test_it_lives_as_any_layer(weight, tmp_path):
