@@ -381,8 +381,11 @@ def test_every_backend_gives_the_same_bits_or_keeps_the_same_bound(native_librar
                 assert_product_within_bound(result, torch.cat([dy, P], 1), matrix, what)
             elif op == "lora_grad":
                 assert_product_within_bound(result, 0.5 * x[:, :8].T.float(), dy.float(), what)
+            elif op == "grouped_lora_grad":
+                assert_product_within_bound(result, 0.5 * P[:4].T.float(), dy[:4].float(), what)
             else:
-                a, matrix = (x, dense.T) if op == "grouped_linear" else (dy, dense)
+                operands = {"grouped_linear": (x, dense.T), "grouped_lora_inner": (x, A.float().T)}
+                a, matrix = operands.get(op, (dy, dense))
                 assert not result[4:].any(), "rows of no expert"
                 assert_product_within_bound(result[:4], a[:4], matrix, what)
 

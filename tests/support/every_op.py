@@ -56,6 +56,8 @@ def main() -> None:
                     ends = torch.tensor([4], dtype=torch.int32)
                     own["grouped_linear", dtype] = ops.grouped_linear(x, ends, *experts, *q[6:])
                     own["grouped_linear_dgrad", dtype] = ops.grouped_linear_dgrad(dy, ends, *experts, *q[6:])
+                    own["grouped_lora_inner", dtype] = ops.grouped_lora_inner(x, ends, A[None])
+                    own["grouped_lora_grad", dtype] = ops.grouped_lora_grad(P, dy, ends, 0.5, torch.float32)[0]
     torch.save(results, sys.argv[1])
     print(nf4.backend_info())
 
