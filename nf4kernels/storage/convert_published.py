@@ -83,7 +83,7 @@ def convert_published(
         with open_published(source, model, words.who, dtype_in(config)) as files:
             if files is None:
                 raise ValueError(f"{words.who}: {words.in_dir} must be published in 4 bits by others, got {source}")
-            codebook, block_size = _one_format(files, words)
+            codebook, block_size = files.format
             quantization = {
                 "quant_method": "nf4kernels", "codebook": codebook, "block_size": block_size, "double_quant": False,
                 "modules_to_not_convert": _dense_layers(model, files),
@@ -239,17 +239,6 @@ def _keys(files: PublishedFiles) -> list[str]:
 
 def _is_of(name: str, key: str) -> bool:
     return name == key or name.startswith(f"{key}.")
-
-
-def _one_format(files: PublishedFiles, words: Words) -> tuple[str, int | None]:
-    """(the format of all weights, their block size or None for several)."""
-    linear = stored_weights(files.names)
-    found = {
-        (each.codebook, each.block_size)
-        for each in (stored_weight(files.names, files.peek, key, words.who) for key in linear)
-    } | {files.format_of_experts(key) for key in files.experts}
-    codebooks, sizes = {each[0] for each in found}, {each[1] for each in found}
-    return min(codebooks), sizes.pop() if len(sizes) == 1 else None
 
 
 def _dense_layers(model: nn.Module | None, files: PublishedFiles) -> list[str]:

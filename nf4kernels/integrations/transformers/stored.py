@@ -58,8 +58,8 @@ def expect_stored(model: Any, files: AnyFiles, config: Nf4Config) -> Expected:
     experts = stored_experts(files.names)
     if not stored and not experts:
         raise ValueError(f"{WHO}: the checkpoint must have weights in 4 bits, as the configuration says, got none")
-    if isinstance(files, PublishedFiles):
-        _describe(config, files, stored, experts)
+    if isinstance(files, PublishedFiles):  # for config.json, when the model is saved
+        (config.codebook, config.block_size), config.double_quant = files.format, False
     if stored and config.block_size is None and config.codebook_name not in FORMATS:  # bitsandbytes' does not say
         config.block_size = next(iter(stored.values())).block_size
     for key, weight in stored.items():
@@ -67,15 +67,6 @@ def expect_stored(model: Any, files: AnyFiles, config: Nf4Config) -> Expected:
     aliases = {name: names for names in names_of_modules(model).values() for name in names}
     targets = _expect_weights(model, files, stored, aliases)
     return Expected(targets, _expect_experts(model, files, config, experts, aliases))
-
-
-def _describe(config: Nf4Config, files: PublishedFiles, stored: dict[str, StoredWeight], experts: list[str]) -> None:
-    """Make the configuration say what a published checkpoint holds, for config.json when the model is saved."""
-    found = [(weight.codebook, weight.block_size) for weight in stored.values()]
-    found += [files.format_of_experts(key) for key in experts]
-    block_sizes = {block_size for _, block_size in found}
-    config.codebook, config.double_quant = min(codebook for codebook, _ in found), False
-    config.block_size = block_sizes.pop() if len(block_sizes) == 1 else None
 
 
 def _stored_weights(files: AnyFiles) -> dict[str, StoredWeight]:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ...codebook import CODEBOOKS
 from ...nn.checksum import LENGTH
-from ...quantized_weight import WEIGHT_DTYPES, QuantizedExperts, QuantizedWeight
-from ..bitsandbytes_format import weight_to_tensors
+from ...quantized_weight import WEIGHT_DTYPES, QuantizedExperts, QuantizedWeight, scales_of
+from ..bitsandbytes_format import stored_weight, stored_weights, weight_to_tensors
 from ..experts_format import experts_to_tensors, format_of, stored_experts
 from ..key_conversion import Group, group_tensors
 from .fused import fused
@@ -115,12 +115,21 @@ class PublishedFiles:
         """The names of the experts' weights."""
         return stored_experts(self._weights)
 
-    def format_of_experts(self, key: str) -> tuple[str, int]:
+    @property
+    def format(self) -> tuple[str, int | None]:
+        """(the codebook of its weights, their block size or None for several)."""
+        names = self.names
+        linear = [stored_weight(names, self.peek, key, "") for key in stored_weights(names)]
+        found = [(each.codebook, each.block_size) for each in linear] + [self._of_experts(key) for key in self.experts]
+        block_sizes = {block_size for _, block_size in found}
+        return min(codebook for codebook, _ in found), block_sizes.pop() if len(block_sizes) == 1 else None
+
+    def _of_experts(self, key: str) -> tuple[str, int]:
         """(codebook, block size) of such a weight."""
-        code, absmax, packed = (self.peek(f"{key}.{leaf}") for leaf in ("code", "absmax", "weight"))
+        known = self._weights[f"{key}.weight"].known
+        code, absmax, packed = (known[f"{key}.{leaf}"] for leaf in ("code", "absmax", "weight"))
         block_size = 2 * packed.shape[-1] // absmax.shape[-1]
-        kind = "codes" if absmax.dtype == torch.uint8 else str(absmax.dtype).removeprefix("torch.")
-        return format_of(code, kind, block_size), block_size
+        return format_of(code, scales_of(absmax, None, known.get(f"{key}.scale_code")), block_size), block_size
 
 
 class _Matrix:
