@@ -1,8 +1,10 @@
 // sort_by_expert: the row of every choice of an expert, sorted by expert and stable, and where each expert's rows end.
 //
-// Who          one thread: T = 4096 tokens of k = 8 are 32768 choices, 80 us beside the 134 MB of rows that threads copy.
+// Who          one thread: T = 4096 tokens of k = 8 are 32768 choices, 80 us beside the 134 MB of rows that threads
+//              copy.
 // Trick        Counting sort: counts, their sums, and a second pass that numbers each expert's choices.
-// Rejected     torch's stable sort, a second one for its inverse, and searchsorted: 80 us of calls for one token, against 19 of these ops.
+// Rejected     torch's stable sort, a second one for its inverse, and searchsorted: 80 us of calls for one token,
+//              against 19 of these ops.
 // Bytes        8 read twice and 4 written a choice.
 // Needs        fewer than 2^31 choices.
 #include <vector>
