@@ -1,5 +1,5 @@
 // dequantize: out[row, col] = code[nibble] * scale(block), rounded once to fp32, then once to the output dtype, for a
-// range of rows and columns of the weight; scale(block) = scale_code[absmax] * scale_absmax + scale_offset if nested.
+// range of rows and columns of the weight; scale(block) in each of the kinds of format.h.
 //
 // Who: a thread decodes 4 groups of 16 bytes of output (8 bf16, from 4 packed bytes) and its neighbours the groups
 //   beside them, so that a warp loads and stores whole lines. A power of two of threads covers a row.
