@@ -220,6 +220,34 @@ class QuantExperts(nn.Module):
             y = y + experts_term(x, expert_offsets, *term).to(y.dtype)
         return y
 
+    def add_lora(self, config: LoraConfig, dtype: torch.dtype | None = None, name: str = "default") -> None:
+        """Attach a fresh adapter of each expert to both weights, as `QuantLinear.add_lora`; `[E, r, K]`, `[E, N, r]`.
+
+        Args:
+            dtype: of the factors; None takes the dtype that the weights were quantized from.
+        """
+        parts: list[Any] = [self._modules[each] for each in self.weights]
+        for part in parts:
+            part.check_new_adapter(config, name, f"{self.WHO}.add_lora")
+        for part in parts:
+            part.attach_lora(config, dtype, name)
+
+    def set_adapter(self, name: str | None) -> None:
+        """Make the adapters of that name active and trainable; see `QuantLinear.set_adapter`."""
+        for each in self.weights:
+            part: Any = self._modules[each]
+            part.set_adapter(name)
+
+    def remove_adapter(self, name: str = "default") -> None:
+        """Detach the adapters of that name, active or not; ValueError where there is none."""
+        parts: list[Any] = [self._modules[each] for each in self.weights]
+        known = sorted({own for part in parts for own in part.adapter_names})
+        if name not in known:
+            raise ValueError(f"{self.WHO}.remove_adapter: name must be one of {known}, got {name!r}")
+        for part in parts:
+            if name in part.adapter_names:
+                part.remove_adapter(name)
+
     def _check(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None:
         if hidden_states.dtype not in WEIGHT_DTYPES:
             raise TypeError(

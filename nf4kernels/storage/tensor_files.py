@@ -56,6 +56,9 @@ class TensorFiles:
         return self
 
     def __exit__(self, *exception: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
         self._stack.close()
 
     @property

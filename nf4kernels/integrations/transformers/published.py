@@ -19,8 +19,10 @@ WORDS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "uint8": "U8", 
 logger = logging.getLogger(__name__)
 
 
-def open_published(checkpoint_files: Iterable[str] | None, config: Nf4Config, model: Any) -> PublishedFiles | None:
-    """The files by our names, where the config.json beside them is of a published layout; None where it is not.
+def published_files(
+    opened: TensorFiles, checkpoint_files: Iterable[str] | None, config: Nf4Config, model: Any
+) -> PublishedFiles | None:
+    """The opened files by our names, where the config.json beside them is of a published layout; None where it is not.
 
     ValueError for a layout that is not read, and for what `config` cannot choose any more.
     """
@@ -35,7 +37,7 @@ def open_published(checkpoint_files: Iterable[str] | None, config: Nf4Config, mo
             expected = f"{field} must be left out for a checkpoint that is in 4 bits already"
             raise ValueError(f"{WHO}: {expected}, got {asked!r}")
     try:
-        published = PublishedFiles(TensorFiles(files, WHO), layout_of(fields), model, model.dtype)
+        published = PublishedFiles(opened, layout_of(fields), model, model.dtype)
     except ValueError as error:
         raise ValueError(f"{WHO}: {error}") from None
     if published.ignored:

@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from ...codebook import DOUBLE_QUANT_CODEBOOKS
+from ...codebook import DOUBLE_QUANT_CODEBOOKS, FORMATS, default_block_size
 from ...model.merge import merge_model
 from ...model.report import SkippedLayer
 from ...model.walk import get_submodule
@@ -23,7 +24,7 @@ from ...storage.published.files import PublishedFiles
 from ...storage.tensor_files import TensorFiles
 from .config import METHOD, Nf4Config
 from .operations import WEIGHT, OneExpertAtATime, QuantizeOnLoad, converts, is_stored_conversion, stored_conversions
-from .published import check_not_on_disk, open_published, take_bytes_as_they_are
+from .published import check_not_on_disk, published_files, take_bytes_as_they_are
 from .saving import (
     check_no_adapters,
     dense_modules,
@@ -70,6 +71,7 @@ class Nf4Quantizer(HfQuantizer):
         self.waiting: dict[tuple[str, ...], dict[str, QuantizedExperts]] = {}
         self.error: Exception | None = None
         self.published: PublishedFiles | None = None
+        self.opened = ExitStack()
 
     # Loading
 
@@ -82,17 +84,20 @@ class Nf4Quantizer(HfQuantizer):
             )
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files=None, **kwargs: Any) -> None:
-        published = open_published(checkpoint_files, self.quantization_config, model)
-        if published is not None:
-            check_not_on_disk(kwargs.get("device_map"))
-            self.pre_quantized, self.published = True, published
-        with published or TensorFiles(checkpoint_files or (), "nf4kernels.Nf4Config") as files:
+        with ExitStack() as stack:
+            opened = stack.enter_context(TensorFiles(checkpoint_files or (), "nf4kernels.Nf4Config"))
+            published = published_files(opened, checkpoint_files, self.quantization_config, model)
+            if published is not None:
+                check_not_on_disk(kwargs.get("device_map"))
+                self.pre_quantized, self.published = True, published
             if self.pre_quantized:
-                expected = expect_stored(model, files, self.quantization_config)
+                expected = expect_stored(model, published or opened, self.quantization_config)
                 self.targets, self.checksums = expected.targets, expected.checksums
             else:
                 self.targets, skipped = plan(model, self.quantization_config)
                 _report(model, skipped)
+            if published is not None:
+                self.opened = stack.pop_all()  # the loader reads on
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         return not self.pre_quantized and param_name in self.targets
@@ -100,9 +105,12 @@ class Nf4Quantizer(HfQuantizer):
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
         if not self.param_needs_quantization(model, param_name):
             return param.element_size()
-        config = self.quantization_config
-        fp32 = torch.float32.itemsize
-        return 0.5 + (1 + fp32 / SUPERBLOCK if config.double_quant else fp32) / (config.block_size or 64)
+        config, fp32 = self.quantization_config, torch.float32.itemsize
+        own = FORMATS.get(config.codebook_name)
+        scale: float = 1 + fp32 / SUPERBLOCK if config.double_quant else fp32
+        if own is not None:
+            scale = 1 if own.scale_codebook is not None else torch.bfloat16.itemsize
+        return 0.5 + scale / (config.block_size or default_block_size(config.codebook_name))
 
     def get_quantize_ops(self) -> QuantizeOnLoad:
         return QuantizeOnLoad(self)
@@ -176,7 +184,7 @@ class Nf4Quantizer(HfQuantizer):
             raise ValueError(f"nf4kernels.Nf4Config: {expected}, got {', '.join(found)} alone")
         if self.published is not None:
             take_bytes_as_they_are(model)
-            self.published.close()
+            self.opened.close()
             self.published = None
         if self.pre_quantized:
             check_experts(model, self.checksums)

@@ -85,17 +85,6 @@ class PublishedFiles:
                 self._weights.update(dict.fromkeys(weight.known, weight))
         return {name for found in parts_of.values() for name in found.values()}
 
-    def __enter__(self) -> "PublishedFiles":
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        """Nothing: a loader reads on after the headers have been seen; see `close`."""
-
-    def close(self) -> None:
-        close: Any = getattr(self._files, "__exit__", None)
-        if close is not None:
-            close(None, None, None)
-
     @property
     def names(self) -> Collection[str]:
         return [*self._weights, *self._others]
