@@ -8,7 +8,7 @@ namespace {
 using namespace any;
 
 template <class T, bool kDgrad>
-__global__ void __launch_bounds__(kThreads) product_any_kernel(const ProductArgs args) {
+__global__ void __launch_bounds__(kThreads, kBlocks) product_any_kernel(const ProductArgs args) {
   product_any_block<T, kDgrad>(args, own_work(args, kTile, 0));
 }
 

@@ -18,6 +18,7 @@
 namespace nf4::cuda::any {
 
 constexpr int kThreads = 256;
+constexpr int kBlocks = 3;  // resident at once, at least; without it ptxas spills to have room for a fourth
 constexpr int kTile = 64;
 constexpr int kDepth = 16;  // of a step
 constexpr int kOwn = 4;     // rows and columns of a thread
