@@ -32,7 +32,7 @@ def weight_from_gptq(
     if tuple(scales.shape) != (groups, N):
         raise ValueError(f"scales must have shape {[groups, N]}, got {list(scales.shape)}")
     if qzeros.dtype != torch.int32 or N % 8 or tuple(qzeros.shape) != (groups, N // 8):
-        expected = f"int32 {[groups, N / 8]}"
+        expected = f"int32 [{groups}, {N}/8]"
         raise ValueError(f"qzeros must be {expected}, got {qzeros.dtype} {list(qzeros.shape)}")
     if not qzeros.is_meta and (qzeros != EIGHT[version]).any():
         raise ValueError(

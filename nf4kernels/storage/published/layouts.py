@@ -47,10 +47,14 @@ def layout_of(fields: Mapping[str, Any]) -> Layout:
         raise ValueError(f"quant_method awq stores zero points (asymmetric), {NO_ZERO_POINT}: {INSTEAD}")
     if method not in METHODS:
         raise ValueError(f"quant_method must be one of {', '.join((*METHODS, *OURS))}, got {method!r}")
-    return {
+    read = {
         "mxfp4": _gpt_oss, "modelopt": _modelopt, "compressed-tensors": _compressed, "gptq": _gptq,
         "auto-round": _auto_round,
-    }[method](fields)  # fmt: skip
+    }[method]  # fmt: skip
+    try:
+        return read(fields)
+    except (AttributeError, TypeError) as error:  # a list in the place of an object, or the like
+        raise ValueError(f"quantization_config must have its fields as {method} writes them, got {error}") from None
 
 
 def _gpt_oss(fields: Mapping[str, Any]) -> Layout:
@@ -140,6 +144,8 @@ def _gptq_layout(fields: Mapping[str, Any], version: int) -> Layout:
 
     def read(parts: Parts, dtype: torch.dtype) -> AnyWeight:
         qweight, scales = _part(parts, ".qweight"), _part(parts, ".scales")
+        if fields.get("desc_act") and scales.shape[0] > 1:  # without it the columns would be taken as in order
+            _part(parts, ".g_idx")
         qzeros, g_idx = _part(parts, ".qzeros"), parts.get(".g_idx")
         return gptq.weight_from_gptq(qweight, scales, qzeros, g_idx, said, version, dtype)
 
