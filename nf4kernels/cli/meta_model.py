@@ -40,11 +40,17 @@ def gguf_config(file: Path) -> dict[str, Any]:
     except ImportError:
         raise CommandError("convert: transformers must be installed to tell the model of a GGUF file") from None
     try:
+        metadata = GgufFile(file).metadata
+    except ValueError as error:
+        raise CommandError(f"convert: {error}") from None
+    try:
         config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+        model_class = AutoModelForCausalLM._model_mapping[type(config)]
+    except KeyError:
+        raise CommandError(f"convert: SRC must be a causal language model, got {type(config).__name__}") from None
     except Exception as error:  # what transformers raises about a file has no common type
         raise CommandError(f"convert: SRC must be a GGUF file that transformers knows, got {error}") from None
-    model_class = AutoModelForCausalLM._model_mapping[type(config)]
-    told, metadata = config.to_dict(), GgufFile(file).metadata
+    told = config.to_dict()
     width = metadata.get(f"{metadata.get('general.architecture')}.attention.key_length")
     if width and "head_dim" in told:  # which transformers 5.24 leaves at the default of some models
         told["head_dim"] = width

@@ -36,6 +36,8 @@ CONFIGS = {
     "blocks": (group(strategy="block"), "strategy of group_0 must be of a row or a part of it, got 'block'"),
     "rotated": ({**group(), "transform_config": {"a": 1}}, "transform_config must be empty"),
     "sparse": ({**group(), "sparsity_config": {"format": "sparse-24"}}, "must be dense, got 'sparse-24'"),
+    "a list of groups": ({**group(), "config_groups": [1]}, "must have its fields as compressed-tensors writes them"),
+    "a list of algorithms": ({"quant_method": "modelopt", "quant_algo": ["NVFP4"]}, "its fields as modelopt writes"),
     "gptq-3": ({**GPTQ, "bits": 3}, "bits must be 4, got 3"),
     "gptq-asymmetric": ({**GPTQ, "sym": False}, r"sym=false stores zero points \(asymmetric\), .*: " + NF4_INSTEAD),
     "gptq-marlin": ({**GPTQ, "checkpoint_format": "marlin"}, "checkpoint_format must be gptq or gptq_v2, got marlin"),
@@ -135,13 +137,14 @@ def test_a_damaged_weight_leaves_the_model_as_it_was(directories, tmp_path, caps
     assert_refused(directory, sentence, capsys)
 
 
-@pytest.mark.parametrize(("ending", "sentence"), [
-    ("_scale", r"\*\.weight_scale must be there beside \*\.weight_packed"),
-    ("_packed", "must be a part of a 4-bit weight, got one without the others"),
+@pytest.mark.parametrize(("layout", "ending", "sentence"), [
+    ("compressed_int4", "_scale", r"\*\.weight_scale must be there beside \*\.weight_packed"),
+    ("compressed_int4", "_packed", "must be a part of a 4-bit weight, got one without the others"),
+    ("gptq_act_order", ".g_idx", r"\*\.g_idx must be there beside \*\.qweight"),
 ])  # fmt: skip
-def test_a_missing_part_is_named(directories, tmp_path, capsys, ending, sentence):
+def test_a_missing_part_is_named(directories, tmp_path, capsys, layout, ending, sentence):
     (tmp_path / "in").mkdir()
-    directory = damaged(directories, tmp_path / "in", "compressed_int4", lambda tensors: without(tensors, ending))
+    directory = damaged(directories, tmp_path / "in", layout, lambda tensors: without(tensors, ending))
     assert_refused(directory, sentence, capsys)
 
 
@@ -163,7 +166,7 @@ LINES = {
     "DST exists": ([], r"DST must not exist \(or say --overwrite\), got .*"),
     "DST inside": ([], r"DST must be outside SRC, got .*"),
     "dense to mxfp4": (["--to", "mxfp4"], r"SRC must have experts or linear layers in 4 bits, got neither"),
-    "no gguf": ([], r"SRC must be a GGUF file that transformers knows, got .*"),
+    "cut gguf": ([], r".*in\.gguf must be a whole GGUF file, got .*"),
 }
 
 
@@ -174,7 +177,7 @@ def test_the_command_line_ends_in_one_line(tmp_path, capsys, case):
     if case != "no source":
         tiny.llama(num_hidden_layers=1).save_pretrained(source)
         capsys.readouterr()
-    if case == "no gguf":
+    if case == "cut gguf":
         source = tmp_path / "in.gguf"
         source.write_bytes(b"GGUF")
     elif case in ("no JSON", "a list"):
@@ -185,6 +188,12 @@ def test_the_command_line_ends_in_one_line(tmp_path, capsys, case):
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nf4kernels: ")]
     assert len(lines) == 1
     assert re.match(f"nf4kernels: convert: {sentence}", lines[0])
+
+
+def test_a_target_that_cannot_be_made_is_named(directories, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["convert", str(directories("gptq")), str(tmp_path / "file" / "out")]) == 2
+    assert "nf4kernels: convert: DST must be a path that can be made, got " in capsys.readouterr().err
 
 
 def test_from_pretrained_says_the_same(directories, tmp_path):

@@ -39,7 +39,8 @@ def published_files(
     try:
         published = PublishedFiles(opened, layout_of(fields), model, model.dtype)
     except ValueError as error:
-        raise ValueError(f"{WHO}: {error}") from None
+        text = str(error)
+        raise ValueError(text if text.startswith(WHO) else f"{WHO}: {text}") from None
     if published.ignored:
         logger.warning(f"nf4kernels: scales of activations are left out: {listed(published.ignored)}")
     return published

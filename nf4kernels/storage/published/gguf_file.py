@@ -79,6 +79,8 @@ class GgufFile:
             shape = self._take(f"{dims}Q")[::-1]
             table.append((name, shape, *self._take("IQ")))
         step = self.metadata.get("general.alignment", 32)
+        if not isinstance(step, int) or step < 1:
+            raise struct.error(f"an alignment of {step!r}")
         begin = -(-self._at // step) * step
         for name, shape, number, offset in table:
             kind = NAMES.get(number, f"type {number}")

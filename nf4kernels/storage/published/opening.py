@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..atomic import TargetError
 from ..tensor_files import TensorFiles, checkpoint_files
 from .files import PublishedFiles, dtype_of, quantization_of
 from .gguf_file import GgufFile
@@ -43,6 +44,9 @@ def open_published(
                 files = stack.enter_context(TensorFiles(checkpoint_files(path, who), who))
                 published = PublishedFiles(files, layout, model, dtype or dtype_of(path))
             yield published
+    except TargetError:  # of what the caller writes
+        raise
     except ValueError as error:
         text = str(error)
-        raise ValueError(text if text.startswith(who) else f"{who}: {path}: {text}") from None
+        text = text if text.startswith((who, str(path))) else f"{path}: {text}"
+        raise ValueError(text if text.startswith(who) else f"{who}: {text}") from None
