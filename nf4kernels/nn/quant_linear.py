@@ -189,6 +189,20 @@ class QuantLinear(QuantModule, nn.Linear):
         order = self._buffers.get(COLUMN_ORDER)
         return qweight if order is None else replace(qweight, column_order=order)
 
+    def state_errors(self, state_dict: dict[str, Tensor], prefix: str) -> list[str]:
+        """As of any such module, and an order of columns that only one of the two has, or that is none."""
+        errors = super().state_errors(state_dict, prefix)
+        key, own = prefix + COLUMN_ORDER, self._buffers.get(COLUMN_ORDER)
+        order = state_dict.get(key)
+        if order is None:
+            if own is not None and f"{prefix}weight" in state_dict:
+                errors.append(f"{key} must be there, since this layer has it, got none")
+        elif own is None:
+            errors.append(f"{key}: this layer has its columns in order")
+        elif order.dtype != own.dtype or order.shape != own.shape:
+            errors.append(f"{key} must be {own.dtype} {list(own.shape)}, got {order.dtype} {list(order.shape)}")
+        return errors
+
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """Ŵ `[out_features, in_features]`, without the adapter."""
         return dequantize(self.qweight, dtype)

@@ -114,3 +114,17 @@ def test_what_cannot_be_an_order_is_refused(weight):
             replace(qweight, column_order=order)
     with pytest.raises(ValueError, match="permuted columns"):
         nf4.weight_to_tensors(qweight, bitsandbytes=True)
+
+
+def test_a_state_is_taken_with_its_order_or_not_at_all(weight):
+    """Also where strict=False lets names be missing or unknown."""
+    qweight, dense = weight
+    ordered_layer, plain = layer_of(qweight), layer_of(replace(qweight, column_order=None))
+    layer_of(replace(qweight, column_order=qweight.column_order.flip(0))).load_state_dict(ordered_layer.state_dict())
+    for layer, other, sentence in (
+        (plain, ordered_layer, "column_order: this layer has its columns in order"),
+        (ordered_layer, plain, "column_order must be there, since this layer has it, got none"),
+    ):
+        with pytest.raises(RuntimeError, match=sentence):
+            layer.load_state_dict(other.state_dict(), strict=False)
+    assert torch.equal(ordered_layer.dequantize(torch.float32), dense)
