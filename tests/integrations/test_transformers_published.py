@@ -41,6 +41,19 @@ def test_it_is_loaded_losslessly_saved_and_loaded_again(tmp_path, family, layout
     assert directories.same_state(merged, twin)
 
 
+def test_fewer_layers_than_the_checkpoint_has(tmp_path):
+    """transformers leaves out what the model lacks, experts as well."""
+    published.publish(tmp_path / "published", make("gpt-oss"), "gpt_oss")
+    model = directories.load(tmp_path / "published", quantization_config=integration.Nf4Config())
+    model.save_pretrained(tmp_path / "saved")
+    for name in ("published", "saved"):
+        options = {"quantization_config": integration.Nf4Config(), "num_hidden_layers": 1}
+        short = tiny.transformers().AutoModelForCausalLM.from_pretrained(tmp_path / name, **options)
+        assert len(short.model.layers) == 1
+        ours, theirs = short.state_dict(), model.state_dict()
+        assert same(ours, {key: theirs[key] for key in ours})
+
+
 def test_who_does_not_ask_gets_what_transformers_has(tmp_path):
     """Its own quantizer, or its own word for a method that it does not know."""
     published.publish(tmp_path, make("gpt-oss"), "gpt_oss")

@@ -12,7 +12,7 @@ from transformers.quantizers.base import HfQuantizer
 from ...codebook import FORMATS
 from ...functional import quantize_experts
 from ...model.plan import is_conv1d, names_of_modules
-from ...model.walk import get_submodule
+from ...model.walk import get_submodule, named_modules
 from ...nn.experts_layout import dense_weights, layout_problem
 from ...nn.quant_experts import GroupedQuantLinear
 from ...nn.quant_module import OTHER_BUFFERS
@@ -146,8 +146,11 @@ def _expect_experts(
             if converts(rule, [f"{key}.weight" for key in keys]):
                 expected = f"must be one that can leave out the conversion of {rule.target_patterns[0]}, 5.24 does"
                 raise ValueError(f"{WHO}: transformers {expected}, got {transformers.__version__}")
+    modules = dict(named_modules(model))
     for owner, found in in_file.items():
-        module: Any = get_submodule(model, owner)
+        module: Any = modules.get(owner)
+        if module is None:  # of a layer that the model lacks: the loader says so
+            continue
         problem = layout_problem(module, config.block_size)
         if problem is None and len(found) != 2:
             problem = f"{', '.join(found)} alone"
