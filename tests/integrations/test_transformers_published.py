@@ -41,6 +41,21 @@ def test_it_is_loaded_losslessly_saved_and_loaded_again(tmp_path, family, layout
     assert directories.same_state(merged, twin)
 
 
+def test_a_published_format_beside_nf4(tmp_path):
+    """Attention, which gpt-oss publishes in 16 bits, in NF4; and NF4 beside experts that became MXFP4 later."""
+    published.publish(tmp_path / "published", make("gpt-oss"), "gpt_oss")
+    first = directories.load(tmp_path / "published", quantization_config=integration.Nf4Config())
+    nf4.quantize_model(first, progress=False)
+    make("gpt-oss").save_pretrained(tmp_path / "dense")
+    second = directories.load(tmp_path / "dense", quantization_config=integration.Nf4Config(skip=["experts"]))
+    nf4.quantize_model(second, progress=False, codebook="mxfp4")
+    for number, model in enumerate((first, second)):
+        assert {each.codebook for each in model.modules() if hasattr(each, "codebook")} >= {"nf4", "mxfp4"}
+        model.save_pretrained(tmp_path / f"saved{number}")
+        again = directories.load(tmp_path / f"saved{number}")
+        assert same(again.state_dict(), model.state_dict())
+
+
 def test_fewer_layers_than_the_checkpoint_has(tmp_path):
     """transformers leaves out what the model lacks, experts as well."""
     published.publish(tmp_path / "published", make("gpt-oss"), "gpt_oss")

@@ -30,6 +30,7 @@ from .saving import (
     dense_modules,
     has_4_bit_layer,
     keep_4_bit_names,
+    name_published_format,
     restore_conv1d,
     state_for_saving,
 )
@@ -217,6 +218,7 @@ class Nf4Quantizer(HfQuantizer):
             self.remove_quantization_config(model)
             return None, {}
         keep_4_bit_names(model)
+        name_published_format(model, self.quantization_config)
         self.quantization_config.modules_to_not_convert = dense_modules(model)
         return state_for_saving(model), {}
 

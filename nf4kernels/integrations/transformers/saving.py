@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.pytorch_utils import Conv1D
 
+from ...codebook import FORMATS
 from ...model.plan import is_conv1d, replace_module
 from ...model.walk import named_modules, state_dict
 from ...nn.experts_layout import WEIGHTS
@@ -14,6 +15,7 @@ from ...nn.quant_linear import QuantLinear
 from ...nn.quant_module import BUFFERS, OTHER_BUFFERS, QuantModule
 from ...quantized_weight import WEIGHT_DTYPES, QuantizedWeight
 from ...storage.bitsandbytes_format import weight_to_tensors
+from .config import Nf4Config
 from .operations import converts, is_converter
 
 
@@ -34,6 +36,18 @@ def check_no_adapters(model: nn.Module) -> None:
                 f"save_pretrained: the model must have no adapters on its 4-bit layers (nf4kernels.save_adapters saves"
                 f" them, remove_adapter takes them off), got {module.adapter_names[0]!r} on {name}"
             )
+
+
+def name_published_format(model: nn.Module, config: Nf4Config) -> None:
+    """Make the configuration name a published format where one is in the model, also beside other codebooks.
+
+    With such a name each stored weight says its own when it is loaded.
+    """
+    modules = [module for module in model.modules() if isinstance(module, QuantModule)]
+    found = {(module.codebook, module.block_size) for module in modules if module.codebook in FORMATS}
+    if found and config.codebook_name not in FORMATS:
+        config.codebook, config.block_size = min(found)
+        config.double_quant = False
 
 
 def dense_modules(model: nn.Module) -> list[str]:

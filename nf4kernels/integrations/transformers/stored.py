@@ -93,8 +93,8 @@ def _stored_weights(files: AnyFiles) -> dict[str, StoredWeight]:
 
 
 def _check_options(key: str, weight: StoredWeight, files: AnyFiles, config: Nf4Config) -> None:
-    """ValueError where a stored weight is not as the configuration says; of a published format each says its own."""
-    if config.codebook_name in FORMATS and weight.codebook in FORMATS:
+    """ValueError where a weight is not as the configuration says; beside a published format each says its own."""
+    if config.codebook_name in FORMATS:
         return
     for what, expected, came in (
         ("codebook", config.codebook_name, weight.codebook),
