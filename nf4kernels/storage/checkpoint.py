@@ -158,11 +158,13 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
         if module in experts:
             for leaf in weight_names(module):
                 del expected[_join(name, leaf)]
-    left = _check_dense(expected, tensors, layers, missing, fit, who)
-    for name, module in named_modules(model):
-        if isinstance(module, QuantModule) and name not in layers:
-            for message in module.state_errors(tensors, f"{name}."):
-                raise ValueError(f"{who}: {path}: {message}")
+    filled = {name: each for name, each in named_modules(model) if isinstance(each, QuantModule) and name not in layers}
+    keys = [_join(name, "checksum") for name in filled]  # which a file need not hold
+    checksums = {key: tensors.pop(key) for key in keys if key in tensors}
+    left = _check_dense(expected, tensors, adapted, missing, fit, who)
+    for name, module in filled.items():
+        for message in module.state_errors({**tensors, **checksums}, f"{name}."):
+            raise ValueError(f"{who}: {path}: {message}")
     untied = _untied(model, expected, tensors, who)
     for dense, module in experts.items():
         replace_module(model, [name for name, each in named_modules(model) if each is dense], dense, module)

@@ -41,6 +41,19 @@ def test_it_is_loaded_losslessly_saved_and_loaded_again(tmp_path, family, layout
     assert directories.same_state(merged, twin)
 
 
+def test_experts_that_are_there_already_are_filled(tmp_path):
+    """From what is published, converted or saved, each of which brings a checksum of the bytes or zeros for it."""
+    published.publish(tmp_path / "published", make("gpt-oss"), "gpt_oss")
+    model = directories.load(tmp_path / "published", quantization_config=integration.Nf4Config())
+    assert main(["convert", str(tmp_path / "published"), str(tmp_path / "converted")]) == 0
+    model.save_pretrained(tmp_path / "saved")
+    for name in ("published", "converted", "saved"):
+        other = make("gpt-oss")
+        nf4.quantize_model(other, progress=False, codebook="mxfp4", skip=["self_attn"])
+        nf4.load_checkpoint(other, tmp_path / name)
+        assert same(other.state_dict(), model.state_dict())
+
+
 def test_a_published_format_beside_nf4(tmp_path):
     """Attention, which gpt-oss publishes in 16 bits, in NF4; and NF4 beside experts that became MXFP4 later."""
     published.publish(tmp_path / "published", make("gpt-oss"), "gpt_oss")
