@@ -30,7 +30,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument("out_dir", metavar="OUT_DIR", type=Path)
     parser.add_argument("--codebook", choices=("nf4", "fp4"), default="nf4")
     parser.add_argument(
-        "--block-size", type=int, choices=BLOCK_SIZES, default=64, help="weights that share a scale (default 64)"
+        "--block-size", type=int, choices=BLOCK_SIZES[1:], default=64, help="weights that share a scale (default 64)"
     )
     parser.add_argument("--no-double-quant", action="store_true", help="keep the scales in fp32 (4.5 bits a weight)")
     parser.add_argument("--scale-codebook", choices=("e4m3", "dynamic8"), default="e4m3")

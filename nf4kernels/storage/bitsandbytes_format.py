@@ -71,8 +71,8 @@ def weight_to_tensors(qweight: QuantizedWeight, key: str = "weight", bitsandbyte
         bitsandbytes: insist on a weight that bitsandbytes can read.
 
     Raises:
-        ValueError: `bitsandbytes` is set and the codebook is neither nf4 nor fp4, the scales are another kind than its
-            two, or the columns are permuted.
+        ValueError: `bitsandbytes` is set and the codebook is neither nf4 nor fp4, the scales are of another kind than
+            its two, the columns are permuted, or blocks are below 32.
     """
     scales, order = qweight.scales, qweight.column_order
     is_theirs = scales in ("float32", "double") and order is None
@@ -81,6 +81,11 @@ def weight_to_tensors(qweight: QuantizedWeight, key: str = "weight", bitsandbyte
         came = repr(qweight.codebook) if is_theirs else f"scales of kind {scales!r} or permuted columns"
         raise ValueError(
             f"nf4kernels.weight_to_tensors: codebook must be 'nf4' or 'fp4' in bitsandbytes' format, got {came}"
+        )
+    if bitsandbytes and qweight.block_size < 32:
+        raise ValueError(
+            "nf4kernels.weight_to_tensors: block_size must be 32 to 4096 in bitsandbytes' format, got"
+            f" {qweight.block_size}"
         )
     metadata: dict[str, Any] = {
         "quant_type": qweight.codebook,

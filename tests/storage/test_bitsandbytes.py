@@ -24,7 +24,7 @@ def test_codebooks():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+@pytest.mark.parametrize("block_size", BLOCK_SIZES[1:])  # of 16 bitsandbytes has none
 def test_packed_bytes_and_absmax_of_nf4(isa, block_size, dtype):
     w = cases.weight(48, 4096, dtype)
     theirs, state = F.quantize_4bit(w, blocksize=block_size, quant_type="nf4")

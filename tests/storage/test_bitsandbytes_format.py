@@ -183,3 +183,11 @@ def test_damaged_weights_are_refused(case, tmp_path):
     with pytest.raises(ValueError, match=r"nf4kernels\.load_checkpoint"):
         nf4.load_checkpoint(model, tmp_path / "a.safetensors")
     assert_unchanged(model, before)
+
+
+def test_bitsandbytes_has_no_blocks_of_16():
+    qweight = nf4.quantize(torch.randn(8, 64), block_size=16)
+    with pytest.raises(ValueError, match="block_size must be 32 to 4096 in bitsandbytes' format, got 16"):
+        nf4.weight_to_tensors(qweight, bitsandbytes=True)
+    again = nf4.weight_from_tensors(nf4.weight_to_tensors(qweight))
+    assert torch.equal(nf4.dequantize(again), nf4.dequantize(qweight))
