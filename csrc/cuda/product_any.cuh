@@ -40,7 +40,10 @@ struct Decoded {
   const Weight& w;
   NF4_DEVICE float operator()(int64_t i, int64_t j) const {
     const int64_t at = kTransposed ? j * w.K + i : i * w.K + j;
-    return w.code[nibble(w.packed, at)] * block_scale(w, at >> w.block_shift);
+    const auto block = [&](int) { return at >> w.block_shift; };
+    float scale[1];
+    decode_scales(scale, w, w.scales, load_scales<1>(w, w.scales, block), offset_of(w), block);
+    return w.code[nibble(w.packed, at)] * scale[0];
   }
 };
 
