@@ -9,6 +9,7 @@ decoder is checked. MXFP4, NVFP4 and INT4 are rounded by `nf4.quantize` from the
 
 import argparse
 import copy
+import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -72,21 +73,27 @@ def imported(base: nn.Module, path: Path) -> nn.Module:
 
 
 def bases(base: nn.Module, directory: Path) -> Iterator[tuple[str, nn.Module]]:
-    """Row -> the model in 4 bits."""
-    for row, options in WRITTEN.items():
+    """Row -> the model in 4 bits: NF4, what is imported, and the rest of what is rounded here."""
+
+    def written(row: str) -> tuple[str, nn.Module]:
         model = copy.deepcopy(base)
-        nf4.quantize_model(model, progress=False, **options)
-        yield row, model
+        nf4.quantize_model(model, progress=False, **WRITTEN[row])
+        return row, model
+
+    first, *others = WRITTEN
+    yield written(first)
     source = published_file(directory)
     try:
         nf4.load_checkpoint(copy.deepcopy(base), source)
     except ValueError as error:
-        print(f"refused: {error}\n")
+        print(f"refused: {error}", file=sys.stderr)
     for type_name in TYPES:
         target = directory / f"SmolLM2-135M-Instruct.{type_name}.gguf"
         if not target.exists():
             requantize(source, target, type_name)
         yield f"{type_name} (GGUF)", imported(base, target)
+    for row in others:
+        yield written(row)
 
 
 def bits_of(model: nn.Module) -> float:
@@ -117,13 +124,12 @@ def main() -> None:
     base, tokenizer = load(smollm2.fetch(arguments.cache))
     cast_parameters(base, training_dtype("cpu"))  # 16-bit arithmetic is slow on some CPUs; what it holds stays the same
     batches, tests = encoded(tokenizer, arguments.steps)
-    rows = [("16 bits", "16", evaluate(base, tests, "16 bits"), None)]
+    print(f"| SmolLM2-135M | bits a weight | held-out loss | after {arguments.steps} steps of LoRA |\n|{' --- |' * 4}")
+    print(f"| 16 bits | 16 | {evaluate(base, tests, '16 bits'):.3f} | |", flush=True)
     for row, model in bases(base, arguments.gguf):
         before = evaluate(model, tests, row)
-        rows.append((row, f"{bits_of(model):.2f}", before, fine_tuned_loss(model, batches, tests, row)))
-    print(f"\n| SmolLM2-135M | bits a weight | held-out loss | after {arguments.steps} steps of LoRA |\n|{' --- |' * 4}")
-    for row, bits, before, after in rows:
-        print(f"| {row} | {bits} | {before:.3f} | {'' if after is None else f'{after:.3f}'} |")
+        after = fine_tuned_loss(model, batches, tests, row)
+        print(f"| {row} | {bits_of(model):.2f} | {before:.3f} | {after:.3f} |", flush=True)
     print(f"\n{torch.get_num_threads()} threads, {training_dtype('cpu')}")
 
 
