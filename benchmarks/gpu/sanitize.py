@@ -67,6 +67,12 @@ def products(what: str, weight: tuple, N: int, K: int, M: int, dtype: torch.dtyp
         offsets = torch.tensor([0, M // 3, M // 3, M - 1, M - 1], dtype=torch.int32)  # two have rows
         yield f"{what} experts", "grouped_linear", (x, offsets, *experts.op_args())
         yield f"{what} experts", "grouped_linear_dgrad", (dy, offsets, *experts.op_args())
+        As, Bs, bias = (torch.randn(5, *shape).to(dtype) for shape in ((16, K), (N, 16), (N,)))
+        yield f"{what} experts LoRA", "grouped_linear", (x, offsets, *experts.op_args(), bias, P, Bs, 2.0)
+        yield f"{what} experts LoRA", "grouped_linear_dgrad", (dy, offsets, *experts.op_args(), P, As, 2.0)
+        yield f"{what} experts", "grouped_lora_inner", (x, offsets, As)
+        yield f"{what} experts, transposed", "grouped_lora_inner", (dy, offsets, Bs, True)
+        yield f"{what} experts", "grouped_lora_grad", (P, x, offsets, 2.0, dtype)
 
 
 def is_close(result: Tensor, expected: Tensor) -> bool:

@@ -251,7 +251,8 @@ template <class T>
 cudaError_t quantize_from(const QuantizeArgs& args, cudaStream_t stream) {
   const bool aligned =
       reinterpret_cast<uintptr_t>(args.weight) % 16 == 0 && reinterpret_cast<uintptr_t>(args.packed) % 4 == 0;
-  const int64_t size = unit_size(args.block_shift), units = aligned ? args.numel / size : 0;
+  const bool shared = 1 << args.block_shift >= kLaneWeights;  // by as many lanes as encode() needs, not blocks of 16
+  const int64_t size = unit_size(args.block_shift), units = aligned && shared ? args.numel / size : 0;
   const int64_t blocks = ceil_div(args.numel, 1 << args.block_shift), in_units = units * (size >> args.block_shift);
   const auto grid = [](int64_t warps) { return dim3(unsigned(min(ceil_div(warps, kWarps), int64_t(kMaxGrid)))); };
   cudaError_t error = cudaSuccess;

@@ -32,7 +32,7 @@ EXPORTED int small_grid_quantize_absmax(const float* absmax, int64_t blocks, con
 }
 EXPORTED int small_grid_dequantize(const uint8_t* packed, const float* absmax, const float* code, int64_t N, int64_t K,
                                    int64_t columns, void* out) {
-  const Weight w{packed, absmax, nullptr, nullptr, nullptr, nullptr, code, N, K, 6};
+  const Weight w{packed, absmax, nullptr, nullptr, nullptr, code, N, K, 6, Scales::kFloat32};
   return cuda::dequantize({w, 0, N, 0, columns, Dtype::kBFloat16, out, columns}, nullptr);
 }
 """
