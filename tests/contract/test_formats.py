@@ -49,7 +49,6 @@ class ProductsOfFormats:
                     assert_product_within_bound(y, a, matrix, f"{self.op} {way} {layout}")
         way.assert_ran(self.op)
 
-    @pytest.mark.ways("cpu")
     @formats
     def test_with_a_lora_term(self, way, layout):
         """Which meets sums whose order of columns depends on the weights that share a scale."""
