@@ -41,7 +41,7 @@ FILES = {
     "bit-equal to its own reference": rf"{LAYOUTS}::",
     "load_checkpoint": rf"{CHECKPOINTS}::.*(llama_in_every|experts_are_fused|own_whole)|test_a_gguf_file",
     "from_pretrained": rf"{LOADED}::.*(losslessly|gguf_file)",
-    "convert there and back": rf"{CHECKPOINTS}::.*convert|test_a_gguf_file",
+    "converted": rf"{CHECKPOINTS}::.*convert|test_a_gguf_file",
 }
 
 
