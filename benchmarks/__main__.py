@@ -17,7 +17,9 @@ from .model import bench_model
 from .ops import (
     bench_dequantize,
     bench_experts,
+    bench_formats,
     bench_grouped_linear,
+    bench_grouped_lora,
     bench_linear,
     bench_linear_dgrad,
     bench_lora,
@@ -36,7 +38,7 @@ OPS = {
     "linear_dgrad": bench_linear_dgrad,
     "lora": bench_lora,
 }
-NAMES = (*OPS, "grouped", "experts", "model")
+NAMES = (*OPS, "formats", "grouped", "experts", "model")
 ALL_M = {"linear": (1, 4, 16, 64, 512), "linear_dgrad": (16, 64, 512), "lora": (16, 64, 512)}
 FEWER_M = {"linear": (1, 64), "linear_dgrad": (64,)}  # of the shapes that are not in focus; no other op is measured
 
@@ -117,6 +119,7 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
                 args.rows or bench_grouped_linear.TOKENS, args.threads_given or args.threads[:1], ("out",), args.seconds
             )
             yield from bench_grouped_linear.rows(experts, limits, plan)
+            yield from bench_grouped_lora.rows(experts, limits, plan)
     if "experts" in args.ops or not (args.ops or args.shapes or args.cache == "in"):
         tokens = args.rows or (bench_experts.TOKENS if args.ops else bench_experts.FEW_TOKENS)
         for experts in bench_experts.SHAPES:

@@ -1,6 +1,6 @@
 """QuantizedWeight, a [N, K] matrix in 4 bits, QuantizedExperts, E of them, and the rules that their tensors keep."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, TypeAlias, TypeVar
 

@@ -110,10 +110,9 @@ def grouped_linear(
 ) -> Tensor:  # fmt: skip
     y = x.new_zeros(x.shape[0], N)
     for expert, rows in _experts_rows(expert_offsets, x.shape[0], "grouped_linear"):
-        scales = (t if t is None else t[expert] for t in (scale_absmax, scale_offset))
+        weight = _expert(expert, packed, absmax, scale_absmax, scale_offset, code, scale_code)
         terms = (t if t is None else t[i] for t, i in ((bias, expert), (lora_P, rows), (lora_B, expert)))
-        y[rows] = linear(x[rows], packed[expert], absmax[expert], *scales, code, scale_code, N, K, block_size,
-                         *terms, scaling)  # fmt: skip
+        y[rows] = linear(x[rows], *weight, N, K, block_size, *terms, scaling)
     return y
 
 
@@ -124,10 +123,9 @@ def grouped_linear_dgrad(
 ) -> Tensor:  # fmt: skip
     dx = dy.new_zeros(dy.shape[0], K)
     for expert, rows in _experts_rows(expert_offsets, dy.shape[0], "grouped_linear_dgrad"):
-        scales = (t if t is None else t[expert] for t in (scale_absmax, scale_offset))
+        weight = _expert(expert, packed, absmax, scale_absmax, scale_offset, code, scale_code)
         term = (t if t is None else t[i] for t, i in ((lora_Q, rows), (lora_A, expert)))
-        dx[rows] = linear_dgrad(dy[rows], packed[expert], absmax[expert], *scales, code, scale_code, N, K, block_size,
-                                *term, scaling)  # fmt: skip
+        dx[rows] = linear_dgrad(dy[rows], *weight, N, K, block_size, *term, scaling)
     return dx
 
 

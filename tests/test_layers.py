@@ -23,6 +23,7 @@ LEVELS = {
     "nf4kernels.backends": 2,
     "nf4kernels.autograd": 3,
     "nf4kernels.functional": 3,
+    "nf4kernels.grouped": 3,
     "nf4kernels.routing": 3,
     "nf4kernels.nn": 4,
     "nf4kernels.model": 5,

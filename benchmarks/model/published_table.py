@@ -99,7 +99,9 @@ def bases(base: nn.Module, directory: Path) -> Iterator[tuple[str, nn.Module]]:
 def bits_of(model: nn.Module) -> float:
     layers = [layer.qweight for layer in model.modules() if isinstance(layer, QuantLinear)]
     tables = sum(layer.code.nbytes + (0 if layer.scale_code is None else layer.scale_code.nbytes) for layer in layers)
-    return 8 * (sum(layer.nbytes for layer in layers) - tables) / sum(layer.shape[0] * layer.shape[1] for layer in layers)
+    return (
+        8 * (sum(layer.nbytes for layer in layers) - tables) / sum(layer.shape[0] * layer.shape[1] for layer in layers)
+    )
 
 
 def fine_tuned_loss(model: nn.Module, batches: list[data.Batch], tests: list[data.Batch], row: str) -> float:

@@ -149,6 +149,36 @@ struct LoraGradArgs {
 cudaError_t lora_grad_any(const LoraGradArgs& args, cudaStream_t stream);
 cudaError_t lora_grad(const LoraGradArgs& args, cudaStream_t stream);  // bf16 or fp16, columns % 8 == 0, aligned to 16
 
+// The row of each of `count` choices of an expert, see sort_by_expert.cu.
+struct SortArgs {
+  const int64_t* experts_of;  // [count], in 0..experts
+  int64_t count;
+  int experts;
+  int32_t* offsets;    // [experts]
+  int32_t* positions;  // [count]
+  int32_t* counts;     // [sort_chunks(count), experts + 1], scratch
+};
+int64_t sort_chunks(int64_t count);
+cudaError_t sort_by_expert(const SortArgs& args, cudaStream_t stream);
+
+// The rows of experts [T * top_k, H] and the tokens [T, H] that they are of, see combine_experts.cu.
+struct CombineArgs {
+  int64_t T, top_k, H;
+  const int32_t* positions;  // [T, top_k]
+  const void* weights;       // [T, top_k], or null: 1
+  Dtype weights_dtype;
+  const void* rows;  // combine, wgrad
+  Dtype rows_dtype;
+  const void* tokens;  // dgrad, wgrad: dout
+  Dtype tokens_dtype;
+  void* out;  // combine: tokens; dgrad: rows; wgrad: dweights [T, top_k]
+  Dtype out_dtype;
+  bool aligned;  // rows and tokens, to 16 bytes
+};
+cudaError_t combine_experts(const CombineArgs& args, cudaStream_t stream);
+cudaError_t combine_experts_dgrad(const CombineArgs& args, cudaStream_t stream);
+cudaError_t combine_experts_wgrad(const CombineArgs& args, cudaStream_t stream);
+
 // Each expert's rows of small and wide: out[experts, rank, columns], or transposed [experts, columns, rank].
 struct GroupedLoraGradArgs {
   LoraGradArgs grad;  // M: rows of all experts; no splits

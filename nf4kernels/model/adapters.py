@@ -5,12 +5,12 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from ..nn.quant_linear import QuantLinear
+from ..nn.adapted_module import AdaptedModule
 
 
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """Inside the `with` block every QuantLinear of `model` is x @ Ŵ.T + bias, to the bit; after it, what it was.
+    """Inside the `with` block every layer of `model` in 4 bits is x @ Ŵ.T + bias, to the bit; after it, what it was.
 
     So DPO's reference model is the model itself. State, parameters and `requires_grad` stay as they are, blocks may be
     nested, and an error ends a block as it ends any. What was trained beside the adapters stays trained. The switch is
@@ -40,7 +40,7 @@ def set_adapter(model: nn.Module, name: str) -> None:
     parameters of several adapters keeps its state.
 
     Args:
-        model: any module with QuantLinear layers, or one of them.
+        model: any module with layers in 4 bits (experts, too), or one of them.
         name: as `QuantLinear.add_lora` or `load_adapters` was given.
 
     Raises:
@@ -59,7 +59,7 @@ def remove_adapter(model: nn.Module, name: str = "default") -> None:
     Where it was the active one, none is; `set_adapter` or `QuantLinear.add_lora` gives another.
 
     Args:
-        model: any module with QuantLinear layers, or one of them.
+        model: any module with layers in 4 bits (experts, too), or one of them.
         name: as `QuantLinear.add_lora` or `load_adapters` was given.
 
     Raises:
@@ -73,13 +73,13 @@ def remove_adapter(model: nn.Module, name: str = "default") -> None:
             layer.remove_adapter(name)
 
 
-def _layers(model: nn.Module, who: str) -> list[QuantLinear]:
+def _layers(model: nn.Module, who: str) -> list[AdaptedModule]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{who}: model must be an nn.Module, got {type(model).__name__}")
-    return [module for module in model.modules() if isinstance(module, QuantLinear)]
+    return [module for module in model.modules() if isinstance(module, AdaptedModule)]
 
 
-def _check_name(layers: list[QuantLinear], name: str, who: str) -> None:
+def _check_name(layers: list[AdaptedModule], name: str, who: str) -> None:
     names = sorted({each for layer in layers for each in layer.adapter_names})
     if name not in names:
         raise ValueError(f"{who}: name must be one of the model's adapters {names}, got {name!r}")

@@ -17,7 +17,8 @@ from .walk import get_submodule
 def merge_model(model: nn.Module, base: nn.Module | None = None, dtype: torch.dtype | None = None) -> list[str]:
     """Replace every QuantLinear of `model` by an nn.Linear of Ŵ + scaling * lora_B @ lora_A, in place.
 
-    QuantExperts become what they were made from, a module of the same class and configuration, of Ŵ.
+    QuantExperts become what they were made from, a module of the same class and configuration, of Ŵ and the products of
+    each expert's adapters.
 
     With `base` the original weight W takes the place of Ŵ, which also undoes the quantization error. The sum is taken
     in fp32 and rounded once. Merging into 4 bits is not offered: rounding to 4 bits takes most of the

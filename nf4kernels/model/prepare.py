@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from ..nn.quant_linear import QuantLinear
+from ..nn.adapted_module import AdaptedModule
 from ..nn.quant_module import QuantModule
 from .training import training_dtype
 
@@ -48,7 +48,7 @@ def prepare_for_training(model: nn.Module, checkpointing: bool = True) -> nn.Mod
             if not is_lazy(parameter):  # torch cannot freeze what is not there yet
                 parameter.requires_grad_(False)
     for layer in layers:
-        if isinstance(layer, QuantLinear) and layer.lora is not None:
+        if isinstance(layer, AdaptedModule) and layer.lora is not None:
             layer.set_adapter(layer.adapter_name)
     device = layers[0].weight.device if layers else next(model.parameters()).device
     _cast_where_slow(model, device, who)

@@ -53,7 +53,7 @@ def quantize_model(
         skip: further layers to leave alone: names of layers or of modules around them, in full or a run of whole
             components ("k_proj", "layers.0.mlp"), or fnmatch patterns over the full name ("*.0.*"). Experts are
             skipped together, by their name or that of one of their weights.
-        lora: an adapter for every replaced nn.Linear; there are none on experts.
+        lora: an adapter for every replaced nn.Linear, and for each expert of both weights of QuantExperts.
         progress: show a progress bar on stderr.
         quant_options: codebook, block_size, double_quant, scale_codebook, nonfinite as in `nf4kernels.quantize`;
             compute_dtype as in `QuantLinear`.
@@ -63,7 +63,7 @@ def quantize_model(
 
     Raises:
         TypeError, ValueError: an argument is wrong, an entry of `skip` matches nothing, `lora` is given and no
-            nn.Linear is replaced, or a layer's weight is not float32, bfloat16 or float16 or not finite (the message
+            layer is replaced, or a layer's weight is not float32, bfloat16 or float16 or not finite (the message
             names the layer); the model is then unchanged.
         RuntimeError: quantizing a layer failed for another reason (out of memory); the layers before it are replaced,
             that one and those after it are not, and another call goes on from there.
@@ -145,7 +145,7 @@ def _quantize_layer(model, names: list[str], lora, quant_options, who: str) -> l
         if isinstance(dense, nn.Linear):
             layer: QuantLinear | QuantExperts = QuantLinear.from_linear(dense, lora, **quant_options)
         else:
-            layer = QuantExperts.from_experts(dense, **quant_options)
+            layer = QuantExperts.from_experts(dense, lora=lora, **quant_options)
         for part, (name, weight) in zip(parts(layer), _weights(dense, names[0])):
             start = _start(part)
             errors = (math.nan, math.nan) if weight.is_meta else squared_error(part.qweight, weight.detach(), start)
@@ -173,7 +173,8 @@ def squared_error(
     With `start` = (A, B, scaling), Ŵ + scaling * B @ A takes the place of Ŵ.
     """
     if isinstance(qweight, QuantizedExperts):
-        errors, totals = zip(*map(squared_error, qweight, weight))
+        starts = [None] * len(qweight) if start is None else [(A, B, start[2]) for A, B in zip(*start[:2])]
+        errors, totals = zip(*map(squared_error, qweight, weight, starts))
         return sum(errors), sum(totals)
     N, K = weight.shape
     rows = max(-(-N // SLICES), SMALLEST_SLICE // max(K, 1), 1)

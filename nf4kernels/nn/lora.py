@@ -2,12 +2,13 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..functional import dequantize, quantize
-from ..quantized_weight import QuantizedWeight
+from ..functional import dequantize, quantize, quantize_experts
+from ..quantized_weight import QuantizedExperts, QuantizedWeight, stack_experts
 
 FROM_WEIGHT = ("pissa", "loftq")  # the starts that need the dense weight, and change what is quantized
 INITS = ("default", "gaussian", *FROM_WEIGHT)
@@ -63,13 +64,17 @@ def check_adapter_name(name: str, who: str) -> None:
         raise ValueError(f"{who}: name must be a word that can be a module's name, got {name!r}")
 
 
-def init_adapter(lora_A: nn.Linear, lora_B: nn.Linear, config: LoraConfig) -> None:
-    """Start the factors in place so that their product is zero; a start from the weight is not made here."""
+def init_adapter(lora_A: Any, lora_B: Any, config: LoraConfig) -> None:
+    """Start the factors in place so that their product is zero; a start from the weight is not made here.
+
+    Factors of experts start as each expert's own would.
+    """
+    A, B = lora_A.weight.data, lora_B.weight.data
     if config.init == "gaussian":
-        nn.init.normal_(lora_A.weight, std=1 / config.r)
+        nn.init.normal_(A, std=1 / config.r)
     else:
-        nn.init.kaiming_uniform_(lora_A.weight, a=math.sqrt(5))
-    nn.init.zeros_(lora_B.weight)
+        nn.init.kaiming_uniform_(A.flatten(0, -2), a=math.sqrt(5))
+    nn.init.zeros_(B)
 
 
 @torch.no_grad()
@@ -93,6 +98,20 @@ def quantize_with_start(
         qweight = quantize(_left(W, A, B, config).to(weight.dtype), **quant_options)
         A, B = principal_factors(W - dequantize(qweight, torch.float32), config, dtype)
     return qweight, A, B
+
+
+def quantize_experts_with_start(
+    weight: Tensor, config: LoraConfig, dtype: torch.dtype, **quant_options
+) -> tuple[QuantizedExperts, Tensor, Tensor]:
+    """`quantize_with_start` of each expert's weight of `[E, N, K]`; A is [E, r, K], B [E, N, r]."""
+    E, N, K = weight.shape
+    if weight.is_meta or not E:
+        options: Any = {"dtype": dtype, "device": weight.device}
+        factors = torch.empty(E, config.r, K, **options), torch.empty(E, N, config.r, **options)
+        return quantize_experts(weight, **quant_options), *factors
+    first, *others = [quantize_with_start(each, config, dtype, **quant_options) for each in weight]
+    qweights, A, B = zip(first, *others)
+    return stack_experts(qweights), torch.stack(A), torch.stack(B)
 
 
 def _left(W: Tensor, A: Tensor, B: Tensor, config: LoraConfig) -> Tensor:
@@ -130,7 +149,7 @@ def principal_components(W: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     return (Q @ U)[:, :r], S[:r], Vh[:r]
 
 
-def over_original_weight(config: LoraConfig, lora_A: nn.Linear, lora_B: nn.Linear) -> tuple[LoraConfig, Tensor, Tensor]:
+def over_original_weight(config: LoraConfig, lora_A: Any, lora_B: Any) -> tuple[LoraConfig, Tensor, Tensor]:
     """(configuration, A, B) of the adapter over the original weight, of which one from `FROM_WEIGHT` has taken its own.
 
     There it is what it has become less what it began as, which is a plain adapter of twice the rank and the same
@@ -142,13 +161,13 @@ def over_original_weight(config: LoraConfig, lora_A: nn.Linear, lora_B: nn.Linea
     first_A, first_B = lora_A.get_buffer("start"), lora_B.get_buffer("start")
     alpha = config.alpha * (math.sqrt(2) if config.use_rslora else 2)
     doubled = replace(config, r=2 * config.r, alpha=alpha, init="default")
-    return doubled, torch.cat([A, first_A.to(A.dtype)]), torch.cat([B, -first_B.to(B.dtype)], 1)
+    return doubled, torch.cat([A, first_A.to(A.dtype)], -2), torch.cat([B, -first_B.to(B.dtype)], -1)
 
 
 class WaitingAdapter(nn.Module):
     """An adapter that is not the active one of its layer: kept with it, frozen, and multiplied with nothing."""
 
-    def __init__(self, config: LoraConfig, lora_A: nn.Linear, lora_B: nn.Linear) -> None:
+    def __init__(self, config: LoraConfig, lora_A: nn.Module, lora_B: nn.Module) -> None:
         super().__init__()
         self.config, self.lora_A, self.lora_B = config, lora_A, lora_B
         self.requires_grad_(False)

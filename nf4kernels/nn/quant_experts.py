@@ -12,49 +12,19 @@ from ..functional import quantize_experts
 from ..quantized_weight import WEIGHT_DTYPES, QuantizedExperts
 from ..routing import combine_experts, sort_by_expert
 from .casts import check_cast
-from .experts_layout import GATED, NORM, UNGATED, bias_name, dense_weights, layout_problem, own_gate, weight_names
-from .quant_module import QuantModule, checked_compute_dtype
-
-# down [E, r, K], up [E, N, r], scaling, of one adapter on one of the two weights.
-ExpertsTerm = tuple[Tensor, Tensor, float]
-
-
-class GroupedQuantLinear(QuantModule):
-    """y = x[rows of e] @ Ŵ[e].T for every expert e, as `nf4kernels.grouped_linear`; one weight of QuantExperts."""
-
-    WHO = "nf4kernels.QuantExperts"
-    QUANTIZED = QuantizedExperts
-    qweight: QuantizedExperts
-
-    def __init__(self, qweights: QuantizedExperts) -> None:
-        super().__init__()
-        self.num_experts = qweights.shape[0]
-        self.set_qweight(qweights)
-
-    @property
-    def weight_shape(self) -> tuple[int, int, int]:
-        """Of Ŵ."""
-        return self.num_experts, self.out_features, self.in_features
-
-    def forward(self, x: Tensor, expert_offsets: Tensor) -> Tensor:
-        return grouped_linear_from_args(x, expert_offsets, self._weight_args(), None, self.WHO)
-
-    def dequantize(self, dtype: torch.dtype = torch.bfloat16, transposed: bool = False) -> Tensor:
-        """Ŵ `[num_experts, out_features, in_features]`, or each expert's transpose; contiguous."""
-        E, N, K = self.weight_shape
-        out = torch.empty((E, K, N) if transposed else (E, N, K), dtype=dtype, device=self.weight.device)
-        for expert, qweight in enumerate(self.qweight):
-            if transposed:
-                out[expert] = dequantize(qweight, dtype).T
-            else:
-                dequantize(qweight, out=out[expert])
-        return out
-
-    def extra_repr(self) -> str:
-        return (
-            f"num_experts={self.num_experts}, in_features={self.in_features}, out_features={self.out_features}, "
-            f"codebook={self.codebook}, block_size={self.block_size}, scale_codebook={self.scale_codebook}"
-        )
+from .experts_layout import (
+    GATED,
+    NORM,
+    UNGATED,
+    bias_name,
+    dense_weights,
+    layout_problem,
+    own_gate,
+    weight_names,
+)
+from .grouped_quant_linear import ExpertsTerm, GroupedQuantLinear
+from .lora import FROM_WEIGHT, LoraConfig, quantize_experts_with_start
+from .quant_module import checked_compute_dtype
 
 
 class QuantExperts(nn.Module):
@@ -64,8 +34,8 @@ class QuantExperts(nn.Module):
     `has_gate=False`. It stands for the modules of transformers 5 that hold all experts of a layer in two 3-D parameters
     (`from_experts`), and is called as they are: then gate is what that module has, its weights may be transposed and
     its norm follows down. The weights are frozen, biases and the norm are the module's own parameters; gradients reach
-    them, the tokens and the routing weights, so that a router trains through it. They hold no adapters, but `forward`
-    takes some along. `.to(dtype)` moves neither the weights nor their scales.
+    them, the tokens and the routing weights, so that a router trains through it. Each weight holds adapters of its own
+    (`add_lora`), a pair of factors for each expert. `.to(dtype)` moves neither the weights nor their scales.
 
     Args:
         gate_up: `[E, 2 * I, H]`, each expert's gate rows first; `[E, I, H]` without a gate.
@@ -125,9 +95,15 @@ class QuantExperts(nn.Module):
 
     @classmethod
     def from_experts(
-        cls, module: nn.Module, compute_dtype: torch.dtype | None = None, **quant_options
+        cls,
+        module: nn.Module,
+        compute_dtype: torch.dtype | None = None,
+        lora: LoraConfig | None = None,
+        **quant_options,
     ) -> "QuantExperts":
         """The module that stands for `module`; act_fn, biases and norm are shared with it, training mode kept.
+
+        `lora` is attached to both weights, for each expert.
 
         Raises as `nf4kernels.quantize_experts` does, and ValueError where `module` is of a layout that it cannot stand
         for (`experts_layout.layout_problem` says why).
@@ -137,8 +113,20 @@ class QuantExperts(nn.Module):
             raise ValueError(
                 f"{cls.WHO}.from_experts: module must have a layout of transformers' fused experts, got {problem}"
             )
-        gate_up, down = (quantize_experts(weight, **quant_options) for weight in dense_weights(module).values())
-        return cls.from_quantized(module, gate_up, down, compute_dtype)
+        weights = list(dense_weights(module).values())
+        if lora is None or lora.init not in FROM_WEIGHT:
+            gate_up, down = (quantize_experts(weight, **quant_options) for weight in weights)
+            experts = cls.from_quantized(module, gate_up, down, compute_dtype)
+            if lora is not None:
+                experts.add_lora(lora)
+            return experts
+        started = [quantize_experts_with_start(weight, lora, weight.dtype, **quant_options) for weight in weights]
+        experts = cls.from_quantized(module, started[0][0], started[1][0], compute_dtype)
+        for name, (_, A, B) in zip(experts.weights, started):
+            part: Any = experts._modules[name]
+            part.attach_lora(lora, A.dtype)
+            part.set_start(A, B)
+        return experts
 
     @classmethod
     def from_quantized(
@@ -183,7 +171,7 @@ class QuantExperts(nn.Module):
             top_k_index: `[tokens, k]`, integers: each token's experts. `num_experts` stands for none, as in
                 transformers where an expert lives on another process.
             top_k_weights: `[tokens, k]`, their weights.
-            terms: name of a weight -> adapters whose `scaling * x @ down[e].T @ up[e].T` is added to its product.
+            terms: name of a weight -> adapters `(A [E, r, K], B [E, N, r], scaling)` in the place of its own.
 
         Returns:
             `[tokens, H]` in hidden_states' dtype; the k products are weighted and summed in fp32, and rounded once.
@@ -214,10 +202,8 @@ class QuantExperts(nn.Module):
         return self.act_fn(gate) * up
 
     def _product(self, name: str, x: Tensor, expert_offsets: Tensor, terms: Any) -> Tensor:
-        bias = self._parameters.get(bias_name(name))
-        y: Tensor = self._modules[name](x, expert_offsets, bias)  # type: ignore[misc]  # there is one
-        for term in (terms or {}).get(name, ()):
-            y = y + experts_term(x, expert_offsets, *term).to(y.dtype)
+        bias, given = self._parameters.get(bias_name(name)), (terms or {}).get(name, ())
+        y: Tensor = self._modules[name](x, expert_offsets, bias, given)  # type: ignore[misc]  # there is one
         return y
 
     def add_lora(self, config: LoraConfig, dtype: torch.dtype | None = None, name: str = "default") -> None:
@@ -292,12 +278,17 @@ class QuantExperts(nn.Module):
         return (E, K, N) if self.is_transposed else (E, N, K)
 
     @outside_inference_mode
-    def to_experts(self, dtype: torch.dtype | None = None, base_weights: Sequence[Tensor] | None = None) -> nn.Module:
-        """A module of the class and layout that this one was made from, with Ŵ rounded once, trainable.
+    def to_experts(
+        self,
+        dtype: torch.dtype | None = None,
+        base_weights: Sequence[Tensor] | None = None,
+        merge_lora: bool = True,
+    ) -> nn.Module:
+        """A module of the class and layout that this one was made from, with Ŵ, trainable.
 
-        `base_weights`, two in its layout, take Ŵ's place. This module is left as it is. Copies the weights and biases;
-        act_fn, the norm and configuration are shared. Without `dtype` each weight has its `dense_dtype`, a bias its
-        own.
+        With `merge_lora` plus the active adapters' products, in fp32 and rounded once. `base_weights`, two in its
+        layout, take Ŵ's place. This module is left as it is. Copies the weights and biases; act_fn, the norm and
+        configuration are shared. Without `dtype` each weight has its `dense_dtype`, a bias its own.
 
         Raises:
             ValueError: this module was not made by `from_experts`, or is on the meta device.
@@ -316,8 +307,8 @@ class QuantExperts(nn.Module):
                 if weight.numel() and not all(bound.isfinite() for bound in weight.aminmax()):
                     check_cast(part.dequantize(torch.float32), target, who)  # Ŵ is finite in fp32
             else:
-                check_cast(base_weights[index], target, who)
-                weight = base_weights[index].detach().to(part.weight.device, target, copy=True)
+                check_cast(base, target, who)
+                weight = base.detach().to(part.weight.device, target, copy=True)
             setattr(dense, name, nn.Parameter(weight))
             bias = self._parameters.get(bias_name(name))
             if bias is not None:
@@ -328,27 +319,6 @@ class QuantExperts(nn.Module):
             if name in self._modules or hasattr(dense, name):
                 setattr(dense, name, getattr(self, name))
         return dense.train(self.training)
-
-
-def _rows_of_bias(bias: Tensor, expert_offsets: Tensor, T: int) -> Tensor:
-    """`[T, N]`: each row its expert's bias, zeros past the last offset."""
-    rows = torch.arange(T, device=bias.device, dtype=torch.int32)
-    own = torch.searchsorted(expert_offsets, rows, right=True)
-    return torch.cat([bias, bias.new_zeros(1, bias.shape[1])])[own]
-
-
-def experts_term(x: Tensor, expert_offsets: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:
-    """scaling * x[rows of e] @ down[e].T @ up[e].T for every expert e, `[T, N]` in the factors' dtype.
-
-    All experts' inner products are taken and those of other experts zeroed: E times the arithmetic of one adapter, and
-    in return one GEMM each, no wait for a device, and plain autograd.
-    """
-    E, r, K = down.shape
-    own = torch.searchsorted(expert_offsets, torch.arange(x.shape[0], device=x.device, dtype=torch.int32), right=True)
-    inner = x.to(down.dtype) @ down.reshape(E * r, K).T
-    experts = torch.arange(E, device=x.device).repeat_interleave(r)
-    inner = torch.where(own[:, None] == experts, inner, 0)
-    return scaling * inner @ up.transpose(0, 1).reshape(up.shape[1], E * r).T
 
 
 def _without_weights(module: nn.Module) -> nn.Module:

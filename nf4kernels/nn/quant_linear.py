@@ -10,26 +10,25 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..autograd import autocast_is_on, outside_inference_mode
 from ..functional import dequantize, linear_from_args, lora_linear_from_args, quantize, take_columns
 from ..quantized_weight import WEIGHT_DTYPES, QuantizedWeight
+from .adapted_module import AdaptedModule
 from .casts import cast, check_cast
 from .lora import (
     FROM_WEIGHT,
     LoraConfig,
-    WaitingAdapter,
     called_term,
-    check_adapter_name,
     init_adapter,
     over_original_weight,
     plain_weight,
     quantize_with_start,
 )  # fmt: skip
-from .quant_module import BUFFERS, OTHER_BUFFERS, QuantModule, checked_compute_dtype
+from .quant_module import BUFFERS, OTHER_BUFFERS, checked_compute_dtype
 
 COLUMN_ORDER = "column_order"  # the buffer that a weight with act-order has, as `QuantizedWeight.column_order`
 OF_WEIGHT = ("weight", *BUFFERS, *OTHER_BUFFERS, COLUMN_ORDER)  # what of a layer's state is of its weight
 LoraTerm = tuple[Tensor, Tensor, float, float]  # A, B, scaling, dropout_p
 
 
-class QuantLinear(QuantModule, nn.Linear):
+class QuantLinear(AdaptedModule, nn.Linear):
     """y = x @ Ŵ.T + bias [+ scaling * dropout(x) @ lora_A.T @ lora_B.T], Ŵ in 4 bits.
 
     `weight` is a frozen uint8 parameter, the scales are buffers; `.to(dtype)` and mixed-precision casts leave both
@@ -51,10 +50,7 @@ class QuantLinear(QuantModule, nn.Linear):
     """
 
     WHO = "nf4kernels.QuantLinear"
-    WAITING = "adapters"  # the child that holds the adapters which wait, there where there are any
     column_order: Tensor | None
-    adapter_name: str = "default"  # of the active adapter
-    adapters_off: bool = False  # inside disable_adapters
 
     @outside_inference_mode
     def __init__(
@@ -122,9 +118,7 @@ class QuantLinear(QuantModule, nn.Linear):
         self.compute_dtype = checked_compute_dtype(compute_dtype, self.WHO)
         self.set_qweight(qweight)
         self.register_parameter("bias", bias)
-        self.lora: LoraConfig | None = None
-        self.lora_A: nn.Linear | None = None
-        self.lora_B: nn.Linear | None = None
+        self.lora = self.lora_A = self.lora_B = None
         if lora is not None:
             self.add_lora(lora, dtype=qweight.dtype if bias is None else bias.dtype)
 
@@ -137,14 +131,7 @@ class QuantLinear(QuantModule, nn.Linear):
         qweight, A, B = quantize_with_start(dense.weight, lora, dtype, **quant_options)
         self._install(qweight, dense.bias, compute_dtype, None)
         self.attach_lora(lora, dtype)
-        self._set_start(A, B)
-
-    def _set_start(self, A: Tensor, B: Tensor) -> None:
-        factors: Any = (self.lora_A, self.lora_B)
-        for factor, values in zip(factors, (A, B)):
-            if not factor.weight.is_meta:
-                factor.weight.data.copy_(values)
-                factor.start.copy_(values)
+        self.set_start(A, B)
 
     def forward(self, x: Tensor, term: LoraTerm | None = None) -> Tensor:
         """The output `[..., out_features]`; with `term` that LoRA term in place of the layer's own adapter's."""
@@ -182,6 +169,11 @@ class QuantLinear(QuantModule, nn.Linear):
         super().set_qweight(qweight)
         self.register_buffer(COLUMN_ORDER, qweight.column_order)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if COLUMN_ORDER not in self._buffers:  # of an earlier version
+            self.register_buffer(COLUMN_ORDER, None)
+
     @property
     def qweight(self) -> QuantizedWeight:
         """The weight as a value that shares this module's tensors."""
@@ -207,123 +199,11 @@ class QuantLinear(QuantModule, nn.Linear):
         """Ŵ `[out_features, in_features]`, without the adapter."""
         return dequantize(self.qweight, dtype)
 
-    @property
-    def adapter_names(self) -> list[str]:
-        """Of all adapters on this layer, the active one first."""
-        active = [] if self.lora is None else [self.adapter_name]
-        return [*active, *self._waiting()]
-
-    def _waiting(self) -> dict[str, Any]:
-        """name -> WaitingAdapter."""
-        waiting = self._modules.get(self.WAITING)
-        return {} if waiting is None else waiting._modules
-
-    @outside_inference_mode
-    def add_lora(self, config: LoraConfig, dtype: torch.dtype | None = None, name: str = "default") -> None:
-        """Attach a fresh adapter; ValueError where one of that name is attached already.
-
-        It is active at once where no other is; else it waits, frozen, until `set_adapter` names it.
-
-        Args:
-            dtype: of lora_A and lora_B; None takes the dtype of bias, or the one the weight was quantized from.
-            name: a part of the names of parameters, so without dots.
-        """
-        if config.init in FROM_WEIGHT:
-            raise ValueError(
-                "nf4kernels.QuantLinear.add_lora: init must be 'default' or 'gaussian' on a layer in 4 bits, whose"
-                f" dense weight is gone (from_linear and quantize_model have it), got {config.init!r}"
-            )
-        self.attach_lora(config, dtype, name)
-
-    @outside_inference_mode
-    def attach_lora(self, config: LoraConfig, dtype: torch.dtype | None = None, name: str = "default") -> None:
-        """`add_lora` also for a start from the weight, whose values the caller has."""
-        who = "nf4kernels.QuantLinear.add_lora"
-        check_adapter_name(name, who)
-        if name in self.adapter_names:
-            raise ValueError(f"{who}: the layer must have no adapter {name!r} yet, got one already")
-        if self.weight.is_meta and hasattr(self, "_hf_hook"):
-            raise ValueError(f"{who}: the layer must not be offloaded yet: add adapters, then let accelerate dispatch")
+    def new_factors(self, config: LoraConfig, dtype: torch.dtype | None) -> tuple[nn.Module, nn.Module]:
         if dtype is None:
             dtype = self.qweight.dtype if self.bias is None else self.bias.dtype
         options: dict[str, Any] = {"bias": False, "device": self.weight.device, "dtype": dtype}
-        lora_A = nn.Linear(self.in_features, config.r, **options)
-        lora_B = nn.Linear(config.r, self.out_features, **options)
-        if config.init in FROM_WEIGHT:  # kept for what an adapter over the original weight is: the change since then
-            for factor in (lora_A, lora_B):
-                factor.register_buffer("start", torch.zeros_like(factor.weight))
-        if not self.weight.is_meta:
-            init_adapter(lora_A, lora_B, config)
-        if self.lora is None:
-            self.lora, self.lora_A, self.lora_B, self.adapter_name = config, lora_A, lora_B, name
-        else:
-            self._let_wait(name, WaitingAdapter(config, lora_A, lora_B))
-
-    def _let_wait(self, name: str, adapter: WaitingAdapter) -> None:
-        if self._modules.get(self.WAITING) is None:
-            self.add_module(self.WAITING, nn.ModuleDict())
-        waiting: Any = self._modules[self.WAITING]
-        waiting[name] = adapter
-
-    def get_adapter(self, name: str | None = None) -> tuple[LoraConfig, nn.Linear, nn.Linear] | None:
-        """(configuration, lora_A, lora_B) of the adapter of that name, of the active one for None; None: no such."""
-        if self.lora is not None and name in (None, self.adapter_name):
-            return self.lora, self.lora_A, self.lora_B  # type: ignore[return-value]  # set with lora
-        adapter = None if name is None else self._waiting().get(name)
-        return None if adapter is None else (adapter.config, adapter.lora_A, adapter.lora_B)
-
-    def set_adapter(self, name: str | None) -> None:
-        """Make the adapter of that name active and trainable; the others wait, frozen.
-
-        None, and a name that this layer does not have, leave it without an active one.
-        """
-        active = self.get_adapter()
-        if active is not None and name != self.adapter_name:
-            self._let_wait(self.adapter_name, WaitingAdapter(*active))
-            self.lora = self.lora_A = self.lora_B = None
-        if self.lora is None and name in self._waiting():
-            adapter = self._take(name)
-            self.lora, self.lora_A, self.lora_B, self.adapter_name = (
-                adapter.config, adapter.lora_A, adapter.lora_B, name,
-            )  # fmt: skip
-        if self.lora_A is not None and self.lora_B is not None:
-            self.lora_A.requires_grad_(True)
-            self.lora_B.requires_grad_(True)
-
-    def remove_adapter(self, name: str = "default") -> None:
-        """Detach the adapter of that name, active or not; ValueError where there is none."""
-        if name not in self.adapter_names:
-            who = "nf4kernels.QuantLinear.remove_adapter"
-            raise ValueError(f"{who}: name must be one of {self.adapter_names}, got {name!r}")
-        if self.lora is not None and name == self.adapter_name:
-            self.lora = self.lora_A = self.lora_B = None
-        else:
-            self._take(name)
-
-    def _take(self, name: str) -> WaitingAdapter:
-        waiting = self._waiting()
-        adapter: WaitingAdapter = waiting.pop(name)
-        if not waiting:
-            del self._modules[self.WAITING]
-        return adapter
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without `adapters_off`: a copy made inside disable_adapters is not inside it."""
-        return {name: value for name, value in self.__dict__.items() if name != "adapters_off"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if COLUMN_ORDER not in self._buffers:  # of an earlier version
-            self.register_buffer(COLUMN_ORDER, None)
-
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        """Where the state has this layer's adapters, but another one active, that one is made active here as well."""
-        stored = {key[len(prefix) :].split(".")[1] for key in state_dict if key.startswith(f"{prefix}{self.WAITING}.")}
-        active = [name for name in self.adapter_names if name not in stored]
-        has_active = f"{prefix}lora_A.weight" in state_dict
-        if stored != set(self._waiting()) and stored <= set(self.adapter_names) and len(active) == has_active:
-            self.set_adapter(active[0] if active else None)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        return nn.Linear(self.in_features, config.r, **options), nn.Linear(config.r, self.out_features, **options)
 
     def lora_delta(self) -> Tensor:
         """scaling * lora_B @ lora_A, fp32 `[out_features, in_features]`; ValueError without an adapter."""
@@ -377,7 +257,7 @@ class QuantLinear(QuantModule, nn.Linear):
         if self.lora is not None and self.lora.init in FROM_WEIGHT:
             dtype = lora_A.weight.dtype
             qweight, A, B = quantize_with_start(dense.weight, self.lora, dtype, **self.quant_options)
-            self._set_start(A, B)
+            self.set_start(A, B)
         else:
             qweight = quantize(dense.weight, **self.quant_options)
         self.set_qweight(qweight)

@@ -12,19 +12,35 @@ from torch.nn.parameter import is_lazy
 from ..autograd import outside_inference_mode
 from ..model.plan import unwrapped
 from ..model.walk import named_modules
+from ..nn.adapted_module import AdaptedModule
 from ..nn.casts import check_cast
+from ..nn.grouped_quant_linear import GroupedQuantLinear
 from ..nn.lora import FROM_WEIGHT, check_adapter_name, over_original_weight
+from ..nn.quant_experts import QuantExperts
 from ..nn.quant_linear import QuantLinear
 from ..nn.quant_module import QuantModule
 from .atomic import replacing
 from .names import fit_of_part
-from .peft_format import CONFIG, OLD_WEIGHTS, PREFIX, WEIGHTS, StoredLora, peft_config, read_config, read_tensors
+from .peft_experts import experts_loras, to_peft, wrapped_module, wrapper_names
+from .peft_format import (
+    CONFIG,
+    OLD_WEIGHTS,
+    PREFIX,
+    WEIGHTS,
+    StoredLora,
+    peft_config,
+    read_config,
+    read_tensors,
+    stored_lora,
+)
 
 
 def save_adapters(model: nn.Module, directory: str | Path, name: str | None = None) -> None:
-    """Write the adapters of all QuantLinear layers as PEFT does, for `PeftModel.from_pretrained` on the dense model.
+    """Write the adapters of all layers in 4 bits as PEFT does, for `PeftModel.from_pretrained` on the dense model.
 
     Layers may differ in rank and alpha; PEFT has one dropout and one rsLoRA setting for all. Tensors keep their dtype.
+    Those of QuantExperts are written as of its `target_parameters`, from PEFT 0.19.1 on, which has no dropout beside
+    them: a warning says where one is left out.
     Whatever else requires a gradient is saved with them: modules without children as PEFT's `modules_to_save`, biases
     of layers in 4 bits as its `bias`, any other parameter by its name. `prepare_for_training` freezes all of that.
     An adapter that started from the weight (`init` "pissa" or "loftq") is written as its change since then, a plain
@@ -32,7 +48,7 @@ def save_adapters(model: nn.Module, directory: str | Path, name: str | None = No
     Both files are complete or absent, each written under another name, flushed to disk and renamed.
 
     Args:
-        model: a model that contains QuantLinear layers with adapters; accelerate may have offloaded it.
+        model: a model that contains layers in 4 bits with adapters; accelerate may have offloaded it.
         directory: made where missing; `adapter_config.json` and `adapter_model.safetensors` in it are replaced.
         name: of the adapter to save where layers have several; None is the active one.
 
@@ -43,26 +59,34 @@ def save_adapters(model: nn.Module, directory: str | Path, name: str | None = No
     """
     who = "nf4kernels.save_adapters"
     model = unwrapped(model, "model", who)
-    found: dict[QuantLinear, str] = {}  # PEFT, too, names a layer once
+    found: dict[AdaptedModule, str] = {}  # PEFT, too, names a layer once
     for path, layer in _layers(model).items():
         if layer.get_adapter(name) is not None:
             found.setdefault(layer, path)
     layers = {path: layer for layer, path in found.items()}
     if not layers:
         came = "none" if name is None else f"none called {name!r}"
-        raise ValueError(f"{who}: model must have a QuantLinear with an adapter, got {came}")
-    if "" in layers:
-        raise ValueError(f"{who}: model must contain its layers, got a QuantLinear itself")
+        raise ValueError(f"{who}: model must have a layer in 4 bits with an adapter, got {came}")
+    if "" in layers or any("." not in path for path, each in layers.items() if isinstance(each, GroupedQuantLinear)):
+        raise ValueError(f"{who}: model must contain its layers, got a {type(model).__name__} itself")
+    names_in_file = {path: path for path in layers}
+    parameters = _parameters_of_experts(model)
+    for path, names in parameters.items():
+        adapted = [f"{path}.{each}" for each in names if f"{path}.{each}" in layers]
+        names_in_file.update(zip(adapted, wrapper_names(path, len(adapted))))
     tensors, configs = {}, {}
     for path, layer in sorted(layers.items()):
         config, *factors = layer.get_adapter(name)  # type: ignore[misc]  # it has one
+        matrices: Any
         factors = [_on_cpu(factor, f"{path}.{leaf}", who) for leaf, factor in zip(("lora_A", "lora_B"), factors)]
         configs[path], *matrices = over_original_weight(config, *factors)
+        matrices = to_peft(*matrices) if isinstance(layer, GroupedQuantLinear) else matrices
         for leaf, matrix in zip(("lora_A", "lora_B"), matrices):
-            tensors[f"{path}.{leaf}.weight"] = matrix.detach().contiguous().clone()
+            tensors[f"{names_in_file[path]}.{leaf}.weight"] = matrix.detach().contiguous().clone()
     beside, saved, bias = _trained_beside(model, layers, who)
-    others = set(_dense_modules(model)) - {""} - set(layers)
-    config = peft_config(model, configs, others, saved, bias, who)
+    of_experts = {f"{path}.{each}" for path, names in parameters.items() for each in names}
+    others = {*_dense_modules(model), *of_experts} - {""} - set(layers)
+    config = peft_config(model, configs, of_experts & set(layers), others, saved, bias, who)
 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -73,7 +97,7 @@ def save_adapters(model: nn.Module, directory: str | Path, name: str | None = No
 
 @outside_inference_mode
 def load_adapters(model: nn.Module, directory: str | Path, name: str = "default") -> None:
-    """Give the QuantLinear layers of `model` the adapters that PEFT or `save_adapters` wrote, and make them active.
+    """Give the layers of `model` in 4 bits the adapters that PEFT or `save_adapters` wrote, and make them active.
 
     They take the place of the adapters of that name: a layer that the file does not name loses its own, one whose
     adapter has another rank gets a new one, in the file's dtype, and one of that rank keeps its parameters, with new
@@ -82,7 +106,7 @@ def load_adapters(model: nn.Module, directory: str | Path, name: str = "default"
     than in the model.
 
     Args:
-        model: a model that contains the QuantLinear layers that the file names.
+        model: a model that contains the QuantLinear layers, and the experts, that the file names.
         directory: with `adapter_config.json` and `adapter_model.safetensors`, or `adapter_model.bin`, of which nothing
             but tensors is read.
         name: of the adapter in the model.
@@ -103,10 +127,14 @@ def load_adapters(model: nn.Module, directory: str | Path, name: str = "default"
         if not file.is_file():
             raise FileNotFoundError(f"{who}: directory must have {expected}, got {directory}")
     config = read_config(directory / CONFIG, who)
-    adapters, beside = read_tensors(weights, config, who)
+    factors, beside = read_tensors(weights, config, who)
     layers, state = _layers(model), _dense_state(model)
-    fit = fit_of_part({*adapters, *beside}, {*_dense_modules(model), *state})
-    adapters = {fit(path) or path: adapter for path, adapter in adapters.items()}
+    fit = fit_of_part({*(wrapped_module(path)[0] for path in factors), *beside}, {*_dense_modules(model), *state})
+    experts = {path: module for path, module in named_modules(model) if isinstance(module, QuantExperts)}
+    adapters = experts_loras(factors, experts, fit, config, directory / CONFIG, who)
+    for path, (A, B) in factors.items():
+        if (fit(wrapped_module(path)[0]) or wrapped_module(path)[0]) not in experts:
+            adapters[fit(path) or path] = stored_lora(config, path, A, B, directory / CONFIG, who)
     beside = {fit(path) or path: stored for path, stored in beside.items()}
     _check_base(layers, who)
     _check_fit(layers, adapters, name, who)
@@ -122,7 +150,7 @@ def load_adapters(model: nn.Module, directory: str | Path, name: str = "default"
             state[path].requires_grad_(True)
 
 
-def _replace_adapter(layer: QuantLinear, name: str, stored: StoredLora | None) -> None:
+def _replace_adapter(layer: AdaptedModule, name: str, stored: StoredLora | None) -> None:
     """Make `stored` the layer's active adapter of that name; where it is None the layer has none of that name."""
     old = layer.get_adapter(name)
     if old is not None and (stored is None or stored.config.r != old[0].r):
@@ -141,19 +169,25 @@ def _replace_adapter(layer: QuantLinear, name: str, stored: StoredLora | None) -
             factor.weight.copy_(values)
 
 
-def _layers(model: nn.Module) -> dict[str, QuantLinear]:
-    """name -> layer under all its names, without what torch.compile puts into them."""
-    return {name: module for name, module in named_modules(model) if isinstance(module, QuantLinear)}
+def _layers(model: nn.Module) -> dict[str, AdaptedModule]:
+    """name -> layer under all its names, without what torch.compile puts into them; of experts, each weight."""
+    return {name: module for name, module in named_modules(model) if isinstance(module, AdaptedModule)}
+
+
+def _parameters_of_experts(model: nn.Module) -> dict[str, list[str]]:
+    """experts -> their two weights' names, in the order that the dense module has them."""
+    return {path: each.weight_names for path, each in named_modules(model) if isinstance(each, QuantExperts)}
 
 
 def _dense_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """name -> module, of the dense model: nothing below a QuantLinear."""
+    """name -> module, of the dense model: nothing below a QuantLinear, and no weight of experts."""
     found: dict[str, nn.Module] = {}
     inside = "\0"
     for name, module in named_modules(model):
         if not name.startswith(inside):
-            found[name] = module
-            inside = f"{name}." if isinstance(module, QuantLinear) else inside
+            inside = f"{name}." if isinstance(module, AdaptedModule) else inside
+            if not isinstance(module, GroupedQuantLinear):
+                found[name] = module
     return found
 
 
@@ -181,9 +215,9 @@ def _values(module: nn.Module, leaf: str, path: str, who: str) -> Tensor:
     return tensor.detach().cpu().contiguous().clone()
 
 
-def _on_cpu(factor: nn.Linear, path: str, who: str) -> nn.Linear:
-    """A copy of a factor, and of the values it started from where it has them."""
-    copied = nn.Linear(factor.in_features, factor.out_features, bias=False, device="meta")
+def _on_cpu(factor: nn.Module, path: str, who: str) -> nn.Module:
+    """A copy of a factor's weight, and of the values it started from where it has them."""
+    copied = nn.Module()
     copied.weight = nn.Parameter(_values(factor, "weight", path, who), requires_grad=False)
     if "start" in factor._buffers:
         copied.register_buffer("start", _values(factor, "start", path, who))
@@ -191,7 +225,7 @@ def _on_cpu(factor: nn.Linear, path: str, who: str) -> nn.Linear:
 
 
 def _trained_beside(
-    model: nn.Module, adapted: dict[str, QuantLinear], who: str
+    model: nn.Module, adapted: dict[str, AdaptedModule], who: str
 ) -> tuple[dict[str, Tensor], list[str], str]:
     """(key without PREFIX -> tensor, modules_to_save, bias) of what requires a gradient and is no adapter.
 
@@ -224,7 +258,7 @@ def _trained_beside(
     return tensors, saved, min(biases, default="none")
 
 
-def _check_base(layers: dict[str, QuantLinear], who: str) -> None:
+def _check_base(layers: dict[str, AdaptedModule], who: str) -> None:
     """ValueError where a layer holds what one of its adapters left of the weight."""
     for path, layer in layers.items():
         for each in layer.adapter_names:
@@ -236,21 +270,19 @@ def _check_base(layers: dict[str, QuantLinear], who: str) -> None:
                 )
 
 
-def _check_fit(layers: dict[str, QuantLinear], adapters: dict[str, StoredLora], adapter_name: str, who: str) -> None:
+def _check_fit(layers: dict[str, AdaptedModule], adapters: dict[str, StoredLora], adapter_name: str, who: str) -> None:
     """ValueError unless every adapter has its layer, and its values are finite in the dtype that they will have."""
     given = set()
     for name, adapter in adapters.items():
         layer = layers.get(name)
         if layer is None:
-            raise ValueError(f"{who}: model must have a QuantLinear as {name}, got none")
+            raise ValueError(f"{who}: model must have a QuantLinear or experts in 4 bits as {name}, got none")
         if layer in given:
             raise ValueError(f"{who}: the file must have one adapter a layer, got a second one as {name}")
         given.add(layer)
-        if (adapter.B.shape[0], adapter.A.shape[1]) != (layer.out_features, layer.in_features):
-            came = [adapter.B.shape[0], adapter.A.shape[1]]
-            raise ValueError(
-                f"{who}: the adapter of {name} must be for {[layer.out_features, layer.in_features]}, got {came}"
-            )
+        came = (*adapter.B.shape[:-1], adapter.A.shape[-1])
+        if came != layer.weight_shape:
+            raise ValueError(f"{who}: the adapter of {name} must be for {list(layer.weight_shape)}, got {list(came)}")
         if layer.weight.is_meta:
             raise ValueError(f"{who}: model must be loaded, got {name} on the meta device")
         old = layer.get_adapter(adapter_name)

@@ -14,15 +14,7 @@ import torch
 from torch import Tensor
 
 from ..codebook import CODEBOOKS, FORMATS, SCALE_CODEBOOKS, name_of
-from ..quantized_weight import (
-    SCALES,
-    SUPERBLOCK,
-    WEIGHT_DTYPES,
-    QuantizedWeight,
-    absmax_shape,
-    check_block_size,
-    packed_shape,
-)
+from ..quantized_weight import SUPERBLOCK, WEIGHT_DTYPES, QuantizedWeight, absmax_shape, check_block_size, packed_shape
 
 BITSANDBYTES_CODEBOOKS = ("nf4", "fp4")
 STATE = ".quant_state."
@@ -37,21 +29,18 @@ class StoredWeight:
     dtype: torch.dtype
     block_size: int
     codebook: str
-    scales: str  # the kind, as `QuantizedWeight.scales`
-    has_column_order: bool
-
-    @property
-    def double_quant(self) -> bool:
-        return self.scales == "double"
+    double_quant: bool
+    scale_codebook: str | None = None  # of 8-bit scales that are not double-quantized
+    has_column_order: bool = False
 
     def sizes(self, key: str) -> dict[str, int]:
         """name -> elements of each tensor that stands for it on disk; bytes of the packed one, whatever its dtype."""
         blocks = math.prod(absmax_shape(*self.shape, self.block_size))
         sizes = {key: math.prod(packed_shape(*self.shape)), f"{key}.absmax": blocks, f"{key}.quant_map": 16}
-        if self.scales in ("codes", "double"):
-            sizes[f"{key}.nested_quant_map"] = 256
         if self.double_quant:
             sizes[f"{key}.nested_absmax"] = -(-blocks // SUPERBLOCK)
+        if self.double_quant or self.scale_codebook is not None:
+            sizes[f"{key}.nested_quant_map"] = 256
         if self.has_column_order:
             sizes[f"{key}.column_order"] = self.shape[1]
         return sizes
@@ -61,9 +50,9 @@ def weight_to_tensors(qweight: QuantizedWeight, key: str = "weight", bitsandbyte
     """The tensors that stand for a weight on disk, by bitsandbytes' names: `key`, `key.absmax`, `key.quant_map`, ...
 
     nf4 and fp4 are bitsandbytes' own format, whichever the scale codebook; other codebooks have the same tensors, with
-    the metadata under `key.quant_state.nf4kernels__<name>`. There `key.absmax` has the scales' own dtype, and 8-bit
-    scales that nothing scales again have a `nested_quant_map` without a `nested_absmax`; both are said by "scales" in
-    the metadata. A permutation of the columns is `key.column_order`. Reads back exactly. Shares memory with `qweight`.
+    the metadata under `key.quant_state.nf4kernels__<name>`. Scales in 16 bits stay so; 8-bit ones that are not
+    double-quantized have a `key.nested_quant_map` alone, and a permutation of the columns is `key.column_order`. Reads
+    back exactly. Shares memory with `qweight`.
 
     Args:
         qweight: the weight.
@@ -74,11 +63,11 @@ def weight_to_tensors(qweight: QuantizedWeight, key: str = "weight", bitsandbyte
         ValueError: `bitsandbytes` is set and the codebook is neither nf4 nor fp4, the scales are of another kind than
             its two, the columns are permuted, or blocks are below 32.
     """
-    scales, order = qweight.scales, qweight.column_order
-    is_theirs = scales in ("float32", "double") and order is None
+    order = qweight.column_order
+    is_theirs = qweight.scales in ("float32", "double") and order is None
     known = qweight.codebook in BITSANDBYTES_CODEBOOKS and is_theirs
     if bitsandbytes and not known:
-        came = repr(qweight.codebook) if is_theirs else f"scales of kind {scales!r} or permuted columns"
+        came = repr(qweight.codebook) if is_theirs else f"{qweight.scales} scales or permuted columns"
         raise ValueError(
             f"nf4kernels.weight_to_tensors: codebook must be 'nf4' or 'fp4' in bitsandbytes' format, got {came}"
         )
@@ -98,14 +87,14 @@ def weight_to_tensors(qweight: QuantizedWeight, key: str = "weight", bitsandbyte
         f"{key}.absmax": qweight.absmax.reshape(-1),
         f"{key}.quant_map": qweight.code,
     }
-    scale_absmax, scale_offset, scale_code = qweight.scale_absmax, qweight.scale_offset, qweight.scale_code
+    scale_absmax, scale_offset = qweight.scale_absmax, qweight.scale_offset
+    if qweight.scale_code is not None:
+        tensors[f"{key}.nested_quant_map"] = qweight.scale_code
     if order is not None:
         tensors[f"{key}.column_order"] = order
         metadata["column_order"] = True
-    if scales not in ("float32", "double"):
-        metadata["scales"] = scales
-    if scale_code is not None:
-        tensors[f"{key}.nested_quant_map"] = scale_code
+    if qweight.scales == "codes":
+        metadata["scale_codebook"] = qweight.scale_codebook
     if scale_absmax is not None and scale_offset is not None:
         tensors[f"{key}.nested_absmax"] = scale_absmax
         metadata["nested_blocksize"] = SUPERBLOCK
@@ -140,38 +129,30 @@ def weight_from_tensors(tensors: dict[str, Tensor], key: str = "weight") -> Quan
     packed = _shaped(packed, packed_shape(N, K), key, who)
     absmax = _shaped(tensors[f"{key}.absmax"], absmax_shape(N, K, block_size), f"{key}.absmax", who)
     scale_absmax = scale_offset = scale_code = scale_codebook = None
-    scales = _scales_of(metadata)
-    for part in _nested_parts(scales, "column_order" in metadata):
-        if f"{key}.{part}" not in tensors:
-            raise ValueError(f"{who}: tensors must have {key}.{part}, got none")
-    if scales in ("codes", "double"):
-        scale_code = tensors[f"{key}.nested_quant_map"].reshape(-1)
-        scale_codebook = name_of_scale_code(scale_code, codebook)
-    if scales == "double":
+    if "nested_offset" in metadata:
+        for name in [f"{key}.nested_absmax", f"{key}.nested_quant_map"]:
+            if name not in tensors:
+                raise ValueError(f"{who}: tensors must have {name}, got none")
         scale_absmax = tensors[f"{key}.nested_absmax"].reshape(-1)
         scale_offset = torch.tensor(metadata["nested_offset"], dtype=torch.float32, device=packed.device)
-    order = tensors[f"{key}.column_order"] if "column_order" in metadata else None
+        scale_code = tensors[f"{key}.nested_quant_map"].reshape(-1)
+        scale_codebook = name_of(scale_code, SCALE_CODEBOOKS)
+    elif "scale_codebook" in metadata:
+        if f"{key}.nested_quant_map" not in tensors:
+            raise ValueError(f"{who}: tensors must have {key}.nested_quant_map, got none")
+        scale_code, scale_codebook = tensors[f"{key}.nested_quant_map"].reshape(-1), metadata["scale_codebook"]
+    order = None
+    if metadata.get("column_order"):
+        if f"{key}.column_order" not in tensors:
+            raise ValueError(f"{who}: tensors must have {key}.column_order, got none")
+        order = tensors[f"{key}.column_order"]
     try:
-        qweight = QuantizedWeight(
+        return QuantizedWeight(
             packed, absmax, scale_absmax, scale_offset, code, scale_code, (N, K), metadata["dtype"], block_size,
             codebook, scale_codebook, order,
         )  # fmt: skip
-        if qweight.scales != scales:
-            raise ValueError(f"absmax must hold scales of kind {scales}, got {qweight.scales}")
-        return qweight
     except (TypeError, ValueError) as error:
         raise type(error)(f"{who}: {key}: {error}") from None
-
-
-def _scales_of(metadata: dict) -> str:
-    """The kind of the scales; a state that does not say it has bitsandbytes' two."""
-    kind: str = "double" if "nested_offset" in metadata else metadata.get("scales", "float32")
-    return kind
-
-
-def _nested_parts(scales: str, has_column_order: bool) -> list[str]:
-    parts = {"codes": ["nested_quant_map"], "double": ["nested_absmax", "nested_quant_map"]}.get(scales, [])
-    return [*parts, "column_order"] if has_column_order else parts
 
 
 def name_of_scale_code(scale_code: Tensor, codebook: str) -> str:
@@ -195,7 +176,7 @@ def stored_weight(names: Iterable[str], read: Callable[[str], Tensor], key: str,
     metadata = _read_metadata(read(state), state, who)
     return StoredWeight(
         tuple(metadata["shape"]), metadata["dtype"], metadata["blocksize"], state.rpartition("__")[2],
-        _scales_of(metadata), "column_order" in metadata,
+        "nested_offset" in metadata, metadata.get("scale_codebook"), bool(metadata.get("column_order")),
     )  # fmt: skip
 
 
@@ -236,8 +217,6 @@ def _read_metadata(tensor: Tensor, name: str, who: str) -> dict:
     if not isinstance(block_size, int):
         raise ValueError(f"{who}: blocksize in {name} must be an integer, got {block_size!r}")
     check_block_size(block_size, f"{who}: {name}")
-    if metadata.get("scales", "float32") not in SCALES:
-        raise ValueError(f"{who}: scales in {name} must be one of {list(SCALES)}, got {metadata['scales']!r}")
     if "nested_offset" in metadata:
         offset, group = metadata["nested_offset"], metadata.get("nested_blocksize")
         if not isinstance(offset, (int, float)) or not math.isfinite(offset):

@@ -15,8 +15,11 @@ from ..autograd import outside_inference_mode
 from ..model.memory import address, oddity
 from ..model.plan import is_conv1d, linear_shape, replace_module, unwrapped
 from ..model.walk import get_submodule, named_modules, state_dict
+from ..nn.adapted_module import AdaptedModule
 from ..nn.casts import check_cast
 from ..nn.experts_layout import weight_names
+from ..nn.grouped_quant_linear import GroupedQuantLinear
+from ..nn.quant_experts import QuantExperts
 from ..nn.quant_linear import OF_WEIGHT, QuantLinear
 from ..nn.quant_module import QuantModule
 from ..quantized_weight import WEIGHT_DTYPES, QuantizedWeight
@@ -68,7 +71,9 @@ def save_checkpoint(model: nn.Module, path: str | Path) -> None:
             tensors.update(weight_to_tensors(layer.qweight, _join(name, "weight")))
         except ValueError as error:
             raise ValueError(f"{who}: layer {name}: {error}") from None
-    write_tensors(tensors, Path(path), adapter_metadata({name: layer for layer, name in written.items()}))
+    adapted: dict[str, AdaptedModule] = {name: layer for layer, name in written.items()}
+    adapted.update(_adapted_experts(model))
+    write_tensors(tensors, Path(path), adapter_metadata(adapted))
 
 
 def _unwritable(tensor: Any) -> str | None:
@@ -151,8 +156,9 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     for name in left_behind(model, tensors):
         del tensors[name]
     layers = _planned_layers(model, qweights, fit, who)
-    check_active(layers, metadata, who)
-    missing = missing_adapters(layers, metadata)
+    adapted = {**layers, **_adapted_experts(model, experts)}
+    check_active(adapted, metadata, who)
+    missing = missing_adapters(adapted, metadata)
     expected = _dense_state(model, layers)
     for name, module in named_modules(model):
         if module in experts:
@@ -269,6 +275,19 @@ def _quant_layers(model: nn.Module) -> dict[str, QuantLinear]:
     return {name: module for name, module in named_modules(model) if isinstance(module, QuantLinear)}
 
 
+def _adapted_experts(
+    model: nn.Module, made: Mapping[nn.Module, QuantExperts] | None = None
+) -> dict[str, GroupedQuantLinear]:
+    """name -> weight of experts in 4 bits, under the first name of each; `made`: dense module -> what stands for it."""
+    found: dict[GroupedQuantLinear, str] = {}
+    for name, module in named_modules(model):
+        experts = (made or {}).get(module, module)
+        if isinstance(experts, QuantExperts):
+            for leaf in experts.weights:
+                found.setdefault(getattr(experts, leaf), _join(name, leaf))
+    return {name: part for part, name in found.items()}
+
+
 def _dense_state(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """The model's state without the weights of `layers`, nor what a file need not hold."""
     state = state_dict(model)
@@ -321,8 +340,9 @@ def _check_dense(expected, tensors, layers, missing_lora, fit: Fit, who: str) ->
         if name not in layers:
             raise ValueError(f"{who}: model must have a 4-bit layer {name} for its adapter, got none")
         for adapter in adapters:
-            N, K = linear_shape(layers[name])
-            factors = (adapter.config.r, K), (N, adapter.config.r)
+            layer, r = layers[name], adapter.config.r
+            *experts, N, K = layer.weight_shape if isinstance(layer, QuantModule) else linear_shape(layer)
+            factors = (*experts, r, K), (*experts, N, r)
             shapes.update(zip(adapter.keys(name), factors * 2))
     missing = [name for name in shapes if name not in tensors]
     left: list[str] = []

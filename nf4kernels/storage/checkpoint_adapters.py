@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from ..nn.adapted_module import AdaptedModule
 from ..nn.lora import FROM_WEIGHT, LoraConfig
-from ..nn.quant_linear import QuantLinear
 
 ACTIVE = "nf4kernels.lora"  # layer -> settings of its active adapter
 SEVERAL = "nf4kernels.adapters"  # layer -> {"active": name or null, "waiting": {name: settings}}, unless one "default"
@@ -25,13 +25,13 @@ class StoredAdapter:
 
     def keys(self, layer: str) -> tuple[str, ...]:
         """Of lora_A and lora_B, and of what these started from where that was the weight."""
-        inside = "" if self.active else f"{QuantLinear.WAITING}.{self.name}."
+        inside = "" if self.active else f"{AdaptedModule.WAITING}.{self.name}."
         start = f"{layer}.{inside}" if layer else inside
         leaves = ("weight", "start") if self.config.init in FROM_WEIGHT else ("weight",)
         return tuple(f"{start}{factor}.{leaf}" for leaf in leaves for factor in ("lora_A", "lora_B"))
 
 
-def adapter_metadata(layers: Mapping[str, QuantLinear]) -> dict[str, str]:
+def adapter_metadata(layers: Mapping[str, AdaptedModule]) -> dict[str, str]:
     """What a safetensors file says of the layers' adapters; nothing where there are none."""
     active, several = {}, {}
     for path, layer in layers.items():
@@ -65,7 +65,7 @@ def check_active(layers: Mapping[str, Any], stored: Mapping[str, list[StoredAdap
     """ValueError where a layer has another active adapter than the file: the tensors' names would be another's."""
     for path, adapters in stored.items():
         layer = layers.get(path)
-        if not isinstance(layer, QuantLinear) or not layer.adapter_names:
+        if not isinstance(layer, AdaptedModule) or not layer.adapter_names:
             continue
         ours = None if layer.lora is None else layer.adapter_name
         theirs = next((each.name for each in adapters if each.active), None)
@@ -82,13 +82,13 @@ def missing_adapters(
     missing = {}
     for path, adapters in stored.items():
         layer = layers.get(path)
-        names = layer.adapter_names if isinstance(layer, QuantLinear) else []
+        names = layer.adapter_names if isinstance(layer, AdaptedModule) else []
         missing[path] = [each for each in adapters if each.name not in names]
     return {path: adapters for path, adapters in missing.items() if adapters}
 
 
 def attach(
-    layer: QuantLinear, adapters: list[StoredAdapter], dtypes: Mapping[str, torch.dtype], path: str
+    layer: AdaptedModule, adapters: list[StoredAdapter], dtypes: Mapping[str, torch.dtype], path: str
 ) -> None:  # fmt: skip
     has_active = layer.lora is not None or any(each.active for each in adapters)
     for each in adapters:

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from ..codebook import CODEBOOKS, FORMATS, name_of
 from ..model.walk import named_modules, state_dict
 from ..nn.experts_layout import WEIGHTS, dense_weights, layout_problem, weight_names
-from ..nn.quant_experts import GroupedQuantLinear, QuantExperts
-from ..nn.quant_module import SCALES
+from ..nn.grouped_quant_linear import GroupedQuantLinear
+from ..nn.quant_experts import QuantExperts
+from ..nn.quant_module import BUFFERS, OTHER_BUFFERS, SCALES
 from ..quantized_weight import WEIGHT_DTYPES, QuantizedExperts, scales_of
 from .bitsandbytes_format import name_of_scale_code
 from .key_conversion import group_tensors
@@ -116,7 +117,7 @@ def take_experts(model: nn.Module, tensors: dict[str, Tensor], who: str) -> dict
         if len(sizes) > 1 or len({(part.codebook, part.scale_codebook) for part in parts}) > 1:
             raise ValueError(f"{who}: {path} must have one block size and codebook, got two")
         taken[module] = QuantExperts.from_quantized(module, parts[0], parts[1])
-    prefixes = tuple(f"{key}." for key in stored if modules[key.rpartition(".")[0]] in taken)
-    for name in [name for name in tensors if prefixes and name.startswith(prefixes)]:
-        del tensors[name]
+    for key in stored:
+        for leaf in ("weight", *BUFFERS, *OTHER_BUFFERS) if modules[key.rpartition(".")[0]] in taken else ():
+            tensors.pop(f"{key}.{leaf}", None)  # and adapters stay
     return taken

@@ -23,7 +23,7 @@ PREFIX = "base_model.model."
 # for (the tensors' names say which were given one), settings of other features; and what changes the product.
 READ = {
     "alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "lora_dropout", "modules_to_save", "peft_type", "r",
-    "rank_pattern", "use_rslora",
+    "rank_pattern", "target_parameters", "use_rslora",
 }  # fmt: skip
 WITHOUT_EFFECT = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
@@ -32,7 +32,7 @@ WITHOUT_EFFECT = {
 }  # fmt: skip
 UNSUPPORTED = {
     "alora_invocation_tokens", "arrow_config", "fan_in_fan_out", "kasa_config", "layer_replication", "lora_bias",
-    "megatron_config", "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora",
+    "megatron_config", "monteclora_config", "trainable_token_indices", "use_bdlora", "use_dora",
     "use_qalora", "velora_config",
 }  # fmt: skip
 # The starts that leave the base weight alone; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change it.
@@ -44,18 +44,20 @@ class StoredLora:
     """One layer's part of an adapter file."""
 
     config: LoraConfig
-    A: Tensor  # [r, K]
-    B: Tensor  # [N, r]
+    A: Tensor  # [r, K], of experts [E, r, K]
+    B: Tensor  # [N, r], of experts [E, N, r]
 
 
 def peft_config(
-    model: nn.Module, configs: Mapping[str, LoraConfig], others: Collection[str], saved: list[str], bias: str, who: str
-) -> dict[str, Any]:
+    model: nn.Module, configs: Mapping[str, LoraConfig], parameters: Collection[str], others: Collection[str],
+    saved: list[str], bias: str, who: str,
+) -> dict[str, Any]:  # fmt: skip
     """adapter_config.json's content.
 
     Args:
-        configs: layer -> its adapter's configuration.
-        others: names of all modules of the dense model that have no adapter.
+        configs: layer, or parameter of experts -> its adapter's configuration.
+        parameters: those of configs that are experts'.
+        others: names of all modules of the dense model, and of all experts' parameters, that have no adapter.
         saved: PEFT's modules_to_save; bias: PEFT's word for which biases are in the file.
     """
     for setting in ("dropout", "use_rslora"):
@@ -69,6 +71,10 @@ def peft_config(
     r, rank_pattern = _usual(ranks)
     alpha, alpha_pattern = _usual(alphas)
     first = next(iter(configs.values()))
+    if parameters and first.dropout:
+        message = "PEFT has no dropout beside adapters on experts, lora_dropout is written as 0"
+        warnings.warn(f"{who}: {message}, got {first.dropout}", stacklevel=3)
+    layers = set(configs) - set(parameters)
     return {
         "alpha_pattern": alpha_pattern,
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
@@ -78,12 +84,13 @@ def peft_config(
         "init_lora_weights": True if first.init == "default" else first.init,
         "lora_alpha": alpha,
         "lora_bias": False,
-        "lora_dropout": first.dropout,
+        "lora_dropout": 0.0 if parameters else first.dropout,
         "modules_to_save": saved or None,
         "peft_type": "LORA",
         "r": r,
         "rank_pattern": rank_pattern,
-        "target_modules": _target_modules(set(configs), others),
+        "target_modules": _target_modules(layers, others) if layers else [],
+        "target_parameters": _target_parameters(set(parameters), others) if parameters else None,
         "task_type": "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
         "use_dora": False,
         "use_rslora": first.use_rslora,
@@ -102,6 +109,12 @@ def _target_modules(names: set[str], others: Collection[str]) -> list[str] | str
         if not any(_matches(other, targets) for other in others):
             return sorted(targets)
     return "|".join(re.escape(name) for name in sorted(names))
+
+
+def _target_parameters(names: set[str], others: Collection[str]) -> list[str]:
+    """The same for parameters, which are called by their module's name and their own at least."""
+    short = {".".join(name.split(".")[-2:]) for name in names}
+    return sorted(names if any(_matches(other, short) for other in others) else short)
 
 
 def _matches(name: str, targets: Iterable[str]) -> bool:
@@ -135,8 +148,10 @@ def read_config(file: Path, who: str) -> dict[str, Any]:
     return config
 
 
-def read_tensors(file: Path, config: dict[str, Any], who: str) -> tuple[dict[str, StoredLora], dict[str, Tensor]]:
-    """(layer -> its adapter, name -> what was trained beside them), checked against the configuration."""
+def read_tensors(
+    file: Path, config: dict[str, Any], who: str
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """(layer -> lora_A and lora_B as they are stored, name -> what was trained beside them)."""
     factors: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
     adapter_names = set()
@@ -158,16 +173,23 @@ def read_tensors(file: Path, config: dict[str, Any], who: str) -> tuple[dict[str
     for name, pair in factors.items():
         if len(pair) < 2:
             raise ValueError(f"{who}: {file} must hold lora_A and lora_B of {name}, got lora_{next(iter(pair))} alone")
-        layer_config = _layer_config(config, name, file, who)
         A, B = pair["A"], pair["B"]
-        r = layer_config.r
-        if A.dim() != 2 or B.dim() != 2 or A.shape[0] != r or B.shape[1] != r:
-            came = f"{list(A.shape)} and {list(B.shape)}"
-            raise ValueError(f"{who}: lora_A and lora_B of {name} must be [{r}, K] and [N, {r}], got {came}")
         if not (A.is_floating_point() and B.is_floating_point()):
             raise ValueError(f"{who}: lora_A and lora_B of {name} must be floating point, got {A.dtype} and {B.dtype}")
-        adapters[name] = StoredLora(layer_config, A, B)
+        adapters[name] = A, B
     return adapters, others
+
+
+def stored_lora(
+    config: dict[str, Any], name: str, A: Tensor, B: Tensor, file: Path, who: str, experts: int = 1
+) -> StoredLora:
+    """The adapter of a layer, or of `experts` in two matrices still, checked against the configuration."""
+    found = layer_config(config, name, file, who)
+    r = found.r * experts
+    if A.dim() != 2 or B.dim() != 2 or A.shape[0] != r or B.shape[1] != r:
+        came = f"{list(A.shape)} and {list(B.shape)}"
+        raise ValueError(f"{who}: lora_A and lora_B of {name} must be [{r}, K] and [N, {r}], got {came}")
+    return StoredLora(found, A, B)
 
 
 def _stored_tensors(file: Path, who: str) -> dict[str, Tensor]:
@@ -196,7 +218,7 @@ def _check_others(config: dict[str, Any], others: Collection[str], file: Path, w
         raise ValueError(f"{who}: bias in {file} must be 'none' where the file holds none, got {bias!r}")
 
 
-def _layer_config(config: dict, name: str, file: Path, who: str) -> LoraConfig:
+def layer_config(config: dict[str, Any], name: str, file: Path, who: str) -> LoraConfig:
     """A layer's configuration: as in PEFT, by the first pattern that matches the end of its name, else the general."""
     found = {}
     for setting, general, patterns in (("r", "r", "rank_pattern"), ("alpha", "lora_alpha", "alpha_pattern")):

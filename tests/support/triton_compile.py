@@ -167,7 +167,11 @@ def run_calls(recorder: Recorder, table: choose.Table) -> None:
     call("dequantize_gemm", "linear", torch.zeros(2048, K, dtype=half), *weight(N, K), None)
     offsets = torch.tensor([200, 600], dtype=torch.int32)
     for dtype in (full, half):
-        call(f"{dtype}", "lora_grad", torch.zeros(600, 16, dtype=dtype), torch.zeros(600, 128, dtype=dtype), 1.0, half)
+        small, wide = torch.zeros(600, 16, dtype=dtype), torch.zeros(600, 128, dtype=dtype)
+        call(f"{dtype}", "lora_grad", small, wide, 1.0, half)
+        call(f"{dtype}", "grouped_lora_grad", small, wide, offsets, 1.0, half)
+        call(f"{dtype}", "grouped_lora_inner", wide, offsets, torch.zeros(2, 40, 128, dtype=dtype))
+        call(f"{dtype} transposed", "grouped_lora_inner", wide, offsets, torch.zeros(2, 128, 16, dtype=dtype), True)
         positions, weights_of = torch.arange(20, dtype=torch.int32).view(10, 2), torch.zeros(10, 2)
         tokens, rows = torch.zeros(10, 128, dtype=dtype), torch.zeros(20, 128, dtype=dtype)
         for given in (weights_of, None):
@@ -225,10 +229,6 @@ def run_calls_of_one(recorder: Recorder) -> None:
             OPS["combine_experts_dgrad"](row, position, None, half)
             OPS["combine_experts_wgrad"](row, row, position, full)
     OPS["quantize_absmax"](torch.zeros(1), torch.linspace(-1, 1, 256), True)
-    one, position = torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.int32)
-    OPS["combine_experts"](one, position, one, full)
-    OPS["combine_experts_dgrad"](one, position, one, full)
-    OPS["combine_experts_wgrad"](one, one, position, full)
 
 
 def compilations_by_rows(recorder: Recorder) -> list[int]:

@@ -16,7 +16,8 @@ from torch import nn
 
 from ...model.merge import merge_model
 from ...model.plan import QUANTIZED
-from ...nn.quant_experts import GroupedQuantLinear, QuantExperts
+from ...nn.grouped_quant_linear import GroupedQuantLinear
+from ...nn.quant_experts import QuantExperts
 from ...nn.quant_linear import QuantLinear
 from ...nn.quant_module import elements_beyond_bytes
 from .experts import QuantExpertsWrapper

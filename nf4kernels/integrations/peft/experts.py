@@ -9,10 +9,10 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from ...autograd import outside_inference_mode
-from ...functional import dequantize, quantize_experts
-from ...nn import casts
+from ...functional import quantize_experts
 from ...nn.experts_layout import as_rows
-from ...nn.quant_experts import ExpertsTerm, GroupedQuantLinear, QuantExperts
+from ...nn.grouped_quant_linear import ExpertsTerm, GroupedQuantLinear
+from ...nn.quant_experts import QuantExperts
 from .merge import base_weights, check_not_offloaded, into_4_bits, merge_dtype
 
 
@@ -47,7 +47,7 @@ class QuantExpertsWrapper(ParamWrapper):
         return result
 
     def _term(self, name: str) -> ExpertsTerm:
-        """(down [E, r, K], up [E, N, r], scaling) of an adapter."""
+        """(A [E, r, K], B [E, N, r], scaling) of an adapter."""
         E = self.num_experts
         A: Any = self.lora_A[name].weight
         B: Any = self.lora_B[name].weight
@@ -121,11 +121,6 @@ class QuantExpertsWrapper(ParamWrapper):
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {[*broken, names[-1]][0]} seems to be broken"
             )
-            for name, (down, up, scaling) in zip(names, terms):
-                weight = torch.addmm(weight, up[expert].float(), down[expert].float(), alpha=scaling)
-                if safe and not weight.isfinite().all():
-                    raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-            rows[expert] = casts.cast(weight, dtype, who)
         return out
 
     def _set_weight(self, base: Any, packed: QuantExperts, weight: Tensor) -> None:
@@ -152,7 +147,7 @@ class QuantExpertsWrapper(ParamWrapper):
 def _unpacked(packed: QuantExperts, layer: nn.Module) -> nn.Module:
     """What the merged weights are put into: the dense module, or, where they are rounded again, other QuantExperts."""
     if not into_4_bits():
-        return packed.to_experts(merge_dtype(), base_weights(layer)).requires_grad_(False)
+        return packed.to_experts(merge_dtype(), base_weights(layer), merge_lora=False).requires_grad_(False)
     unpacked = copy.copy(packed)
     unpacked._modules = dict(packed._modules)
     return unpacked

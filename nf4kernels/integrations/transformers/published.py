@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...nn.quant_experts import GroupedQuantLinear
+from ...nn.grouped_quant_linear import GroupedQuantLinear
 from ...storage.names import listed
 from ...storage.published.files import PublishedFiles, quantization_of
 from ...storage.published.layouts import layout_of

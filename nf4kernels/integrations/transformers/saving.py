@@ -10,9 +10,10 @@ from transformers.pytorch_utils import Conv1D
 from ...codebook import FORMATS
 from ...model.plan import is_conv1d, replace_module
 from ...model.walk import named_modules, state_dict
+from ...nn.adapted_module import AdaptedModule
 from ...nn.experts_layout import WEIGHTS
-from ...nn.quant_linear import QuantLinear
-from ...nn.quant_module import BUFFERS, OTHER_BUFFERS, QuantModule
+from ...nn.quant_linear import COLUMN_ORDER, OF_WEIGHT, QuantLinear
+from ...nn.quant_module import BUFFERS, QuantModule
 from ...quantized_weight import WEIGHT_DTYPES, QuantizedWeight
 from ...storage.bitsandbytes_format import weight_to_tensors
 from .config import Nf4Config
@@ -31,7 +32,7 @@ def check_no_adapters(model: nn.Module) -> None:
                 "save_pretrained: the model must have no PEFT layers in it (the PeftModel's save_pretrained saves the"
                 f" adapters; its unload() or merge_and_unload() gives a model without them), got {name}"
             )
-        if isinstance(module, QuantLinear) and module.adapter_names:
+        if isinstance(module, AdaptedModule) and module.adapter_names:
             raise ValueError(
                 f"save_pretrained: the model must have no adapters on its 4-bit layers (nf4kernels.save_adapters saves"
                 f" them, remove_adapter takes them off), got {module.adapter_names[0]!r} on {name}"

@@ -14,7 +14,7 @@ from ...functional import quantize_experts
 from ...model.plan import is_conv1d, names_of_modules
 from ...model.walk import get_submodule, named_modules
 from ...nn.experts_layout import dense_weights, layout_problem
-from ...nn.quant_experts import GroupedQuantLinear
+from ...nn.grouped_quant_linear import GroupedQuantLinear
 from ...nn.quant_module import OTHER_BUFFERS
 from ...quantized_weight import WEIGHT_DTYPES
 from ...storage.bitsandbytes_format import PARTS, STATE, StoredWeight, stored_weight, stored_weights

@@ -15,7 +15,7 @@ from ...model.report import SkippedLayer
 from ...model.walk import get_submodule, named_modules
 from ...nn.experts_layout import weight_names
 from ...nn.quant_experts import QuantExperts
-from ...nn.quant_linear import QuantLinear
+from ...nn.quant_linear import COLUMN_ORDER, QuantLinear
 from ...nn.quant_module import BUFFERS
 from ...quantized_weight import WEIGHT_DTYPES, QuantizedExperts, QuantizedWeight, stack_experts
 from .config import Nf4Config
