@@ -108,6 +108,19 @@ NF4_DEVICE V load_cached(const V* p) {
   return __ldg(p);
 }
 
+// Loads what another block of this launch has written: from the L2, where all blocks see the same.
+template <class V>
+NF4_DEVICE V load_l2(const V* p) {
+  return __ldcg(p);
+}
+
+// Between blocks of a launch. A block writes, fences, arrives; the block that finds by its arrival that all have come
+// fences, and then reads what they wrote, with load_l2. Where other threads of a block write or read, sync_block stands
+// between them and the one that arrives.
+NF4_DEVICE void fence_device() { __threadfence(); }
+// The counter's value before this arrival; the one that finds `last` sets it to 0 again.
+NF4_DEVICE uint32_t arrive(uint32_t* counter, uint32_t last) { return atomicInc(counter, last); }
+
 // Stores what this launch does not read again.
 template <class V>
 NF4_DEVICE void store_streamed(V* p, V v) {

@@ -233,6 +233,22 @@ def test_blocks_that_rely_on_their_order_are_caught(executor):
     assert {schedule for schedule, _ in caught_under(executor, EVERY_SETTING, right)} == {"descending", "random"}
 
 
+def test_the_last_block_to_arrive_adds_in_order_and_the_counter_is_zero_again(executor):
+    expected = np.zeros(THREADS, np.float32)
+    for row in NUMBERS[: 5 * THREADS].reshape(5, THREADS):
+        expected += row
+    counter = np.zeros(1, np.uint32)
+
+    def right(variant):
+        out, partial = np.zeros(THREADS, np.float32), np.full(5 * THREADS, np.nan, np.float32)
+        assert run(executor, "arrival", variant, 5, NUMBERS, partial, counter, out) == 0
+        assert counter[0] == 0
+        return np.array_equal(out, expected)
+
+    assert not caught_under(executor, EVERY_SETTING, lambda: right(0))
+    assert len(caught_under(executor, EVERY_SETTING, lambda: right(1))) == len(SETTINGS)
+
+
 def test_shared_memory_never_written_is_nan(executor):
     out, expected = shift(executor, 3, 0)
     np.testing.assert_array_equal(out[: THREADS // 2], expected[: THREADS // 2])

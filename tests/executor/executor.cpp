@@ -352,7 +352,7 @@ void check_global(const void* p, size_t bytes, const char* what, Site site) {
   if (p >= arena && p < arena + arena_bytes) fail(site, "%s of shared memory", what);
 }
 
-void copy_async_wait(int pending) {
+void copy_async_wait(int pending, Site) {
   Thread& self = threads[current];
   const auto unfinished = [&](const Copy& copy) { return copy.group >= self.groups - pending; };
   for (const Copy& copy : self.copies) {
@@ -420,7 +420,7 @@ void copy_async_16(void* shared, const void* global, bool valid, executor::Site 
   if (!settings.copies_late) perform(self.copies.back());
 }
 
-void copy_async_commit() { ++executor::threads[executor::current].groups; }
+void copy_async_commit(executor::Site) { ++executor::threads[executor::current].groups; }
 
 }  // namespace nf4::cuda
 

@@ -85,7 +85,7 @@ void meet_warp(const char* what, Site site, void* operands, void (*perform)(void
 
 void* shared_arena();
 void check_global(const void* p, size_t bytes, const char* what, Site site);
-void copy_async_wait(int pending);
+void copy_async_wait(int pending, Site site);
 
 cudaError_t run(const void* kernel, dim3 grid, int threads, size_t shared_bytes, const std::function<void()>& thread);
 
@@ -206,6 +206,21 @@ NF4_DEVICE V load_cached(const V* p, executor::Site site = executor::Site::here(
   return *p;
 }
 template <class V>
+NF4_DEVICE V load_l2(const V* p, executor::Site site = executor::Site::here()) {
+  executor::check_global(p, sizeof *p, "load_l2", site);
+  return *p;
+}
+
+// Blocks run one after the other: what one wrote the next ones see.
+NF4_DEVICE void fence_device(executor::Site = executor::Site::here()) {}
+NF4_DEVICE uint32_t arrive(uint32_t* counter, uint32_t last, executor::Site site = executor::Site::here()) {
+  executor::check_global(counter, sizeof *counter, "arrive", site);
+  const uint32_t before = *counter;
+  *counter = before >= last ? 0 : before + 1;
+  return before;
+}
+
+template <class V>
 NF4_DEVICE void store_streamed(V* p, V v, executor::Site site = executor::Site::here()) {
   executor::check_global(p, sizeof *p, "store_streamed", site);
   *p = v;
@@ -219,10 +234,10 @@ NF4_DEVICE uint32_t load_shared(uint32_t address) {
 }
 
 void copy_async_16(void* shared, const void* global, bool valid = true, executor::Site site = executor::Site::here());
-void copy_async_commit();
+void copy_async_commit(executor::Site site = executor::Site::here());
 template <int kPending>
-NF4_DEVICE void copy_async_wait() {
-  executor::copy_async_wait(kPending);
+NF4_DEVICE void copy_async_wait(executor::Site site = executor::Site::here()) {
+  executor::copy_async_wait(kPending, site);
 }
 
 using nf4::bits_of;

@@ -137,6 +137,23 @@ __global__ void read_kernel(const uint32_t* in, uint32_t* out) {
   if (kVariant == Read::kSharedAsGlobal) *to = load_cached(shared_memory<V>() + threadIdx.x);
 }
 
+// out = sum of in[block * kThreads..] over all blocks, added in their order by the block that arrives last.
+enum class Arrival { kCorrect, kFirst };
+template <Arrival kVariant>
+__global__ void arrival_kernel(const float* in, float* partial, uint32_t* counter, float* out) {
+  uint32_t* before = shared_memory<uint32_t>();
+  partial[blockIdx.x * kThreads + threadIdx.x] = in[blockIdx.x * kThreads + threadIdx.x];
+  fence_device();
+  sync_block();
+  if (threadIdx.x == 0) *before = arrive(counter, gridDim.x - 1);
+  sync_block();
+  if (*before != (kVariant == Arrival::kFirst ? 0 : gridDim.x - 1)) return;
+  fence_device();
+  float sum = 0;
+  for (unsigned block = 0; block < gridDim.x; ++block) sum += load_l2(partial + block * kThreads + threadIdx.x);
+  out[threadIdx.x] = sum;
+}
+
 // out[0] = permute_bytes(a, b), out[1] = a * b in bf16, out[2] = a * b in fp16; each of kThreads words.
 __global__ void numbers_kernel(const uint32_t* a, const uint32_t* b, const uint32_t* selector, uint32_t* out) {
   const int i = threadIdx.x;
@@ -187,6 +204,11 @@ NF4_TEST_API int run_read(int variant, int threads, int shared_bytes, const uint
       read_kernel<uint4, Read::kStreamed>, read_kernel<uint4, Read::kCached>, read_kernel<uint4, Read::kStored>,
       read_kernel<uint32_t, Read::kSharedEnd>, read_kernel<uint32_t, Read::kSharedAsGlobal>};
   return launch(kKernels[variant], 1, threads, shared_bytes, nullptr, in, out);
+}
+NF4_TEST_API int run_arrival(int variant, int blocks, const float* in, float* partial, uint32_t* counter, float* out) {
+  constexpr decltype(&arrival_kernel<Arrival::kCorrect>) kKernels[] = {arrival_kernel<Arrival::kCorrect>,
+                                                                       arrival_kernel<Arrival::kFirst>};
+  return launch(kKernels[variant], blocks, kThreads, 4, nullptr, in, partial, counter, out);
 }
 NF4_TEST_API int run_numbers(const uint32_t* a, const uint32_t* b, const uint32_t* selector, uint32_t* out) {
   return launch(numbers_kernel, 1, kThreads, 0, nullptr, a, b, selector, out);
