@@ -15,6 +15,8 @@
 #include <string>
 #include <vector>
 
+#include "sites.h"
+
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
@@ -109,6 +111,7 @@ struct Meeting {
 
 std::mutex one_launch;
 Settings settings;
+unsigned grid_limit = 0;
 std::string last_error;
 std::map<std::string, int> launches;  // line of the log -> how many launches
 
@@ -150,6 +153,7 @@ void run_thread() {
   (*kernel_call)();
   Thread& self = threads[current];
   if (!self.copies.empty()) fail(self.copies[0].site, "exits without having waited for this copy_async_16");
+  sites_end_thread();
   self.exited = true;
   runnable[current] = 0;
   leave_for_good();
@@ -287,6 +291,7 @@ bool run_block() {
     threads[i].fiber = new_fiber(int(i));
   }
   failure.clear();
+  sites_begin_block();
   while ((current = next_thread()) >= 0) {
     threadIdx = {unsigned(current), 0, 0};
     switch_fiber(scheduler, threads[current].fiber);
@@ -345,6 +350,17 @@ void meet_warp(const char* what, Site site, void* operands, void (*perform)(void
   switch_fiber(threads[thread].fiber, scheduler);
 }
 
+void sync_block(Site site) {
+  if (const Site* late = take_late_barrier()) meet_block("sync_block", *late);
+  if (sites_barrier(site)) meet_block("sync_block", site);
+}
+
+void sync_warp(Site site) {
+  const Change change = reach("sync_warp", site);
+  if (change == Change::kRemoved) return;
+  meet_warp(change == Change::kUnordered ? "shuffle" : "sync_warp", site, nullptr, [](void* const*) {});
+}
+
 void* shared_arena() { return arena; }
 
 void check_global(const void* p, size_t bytes, const char* what, Site site) {
@@ -352,7 +368,10 @@ void check_global(const void* p, size_t bytes, const char* what, Site site) {
   if (p >= arena && p < arena + arena_bytes) fail(site, "%s of shared memory", what);
 }
 
-void copy_async_wait(int pending, Site) {
+void copy_async_wait(int pending, Site site) {
+  const Change change = reach("copy_async_wait", site);
+  if (change == Change::kRemoved) return;
+  if (change == Change::kShort) ++pending;
   Thread& self = threads[current];
   const auto unfinished = [&](const Copy& copy) { return copy.group >= self.groups - pending; };
   for (const Copy& copy : self.copies) {
@@ -366,6 +385,7 @@ cudaError_t run(const void* kernel, dim3 grid, int thread_count, size_t shared_b
                 const std::function<void()>& thread) {
   const std::lock_guard<std::mutex> guard(one_launch);
   const std::string& name = name_of(kernel);
+  sites_begin_launch(name);
   const std::string shape =
       "grid " + describe(grid) + " threads " + std::to_string(thread_count) + " shared " + std::to_string(shared_bytes);
   if (grid.x == 0 || grid.x > 0x7fffffffu || grid.y - 1 >= 65535 || grid.z - 1 >= 65535 || thread_count < 1 ||
@@ -388,6 +408,7 @@ cudaError_t run(const void* kernel, dim3 grid, int thread_count, size_t shared_b
   threads.resize(thread_count);
   runnable.resize(thread_count);
   warp_meetings.resize((thread_count + kLanes - 1) / kLanes);
+  if (grid_limit != 0) grid = dim3(min(grid.x, grid_limit), min(grid.y, grid_limit), grid.z);
   gridDim = grid;
   blockDim = dim3(thread_count);
   random_numbers.seed(settings.seed);
@@ -415,12 +436,18 @@ void copy_async_16(void* shared, const void* global, bool valid, executor::Site 
   auto* to = static_cast<unsigned char*>(shared);
   if (reinterpret_cast<uintptr_t>(to) % 16 != 0) fail(site, "copy_async_16 to misaligned %p", shared);
   if (to < arena || to + 16 > arena + arena_bytes) fail(site, "copy_async_16 to an address outside shared memory");
+  sites_copy(shared);
   Thread& self = threads[current];
   self.copies.push_back({shared, global, valid, self.groups, site});
   if (!settings.copies_late) perform(self.copies.back());
 }
 
-void copy_async_commit(executor::Site) { ++executor::threads[executor::current].groups; }
+void copy_async_commit(executor::Site site) {
+  using namespace executor;
+  if (reach("copy_async_commit", site) == Change::kNone) ++threads[current].groups;
+  sites_commit();
+  if (const Site* late = take_late_barrier()) meet_block("sync_block", *late);
+}
 
 }  // namespace nf4::cuda
 
@@ -438,6 +465,10 @@ NF4_EXECUTOR_API void nf4_executor_set(int schedule, unsigned seed, bool copies_
   settings = {Schedule(schedule), seed, copies_late, shared_limit};
 }
 
+// Every later launch has at most so many blocks along x and along y, so that a loop over the grid has more than one turn
+// of few elements; 0: as many as it asks for.
+NF4_EXECUTOR_API void nf4_executor_limit_grid(unsigned blocks) { nf4::cuda::executor::grid_limit = blocks; }
+
 NF4_EXECUTOR_API const char* nf4_executor_last_error() { return nf4::cuda::executor::last_error.c_str(); }
 
 // The log, one line for each kind of launch: "<count> grid <x>,<y>,<z> threads <n> shared <bytes> <kernel>".
@@ -451,4 +482,5 @@ NF4_EXECUTOR_API const char* nf4_executor_launches() {
 NF4_EXECUTOR_API void nf4_executor_reset() {
   nf4::cuda::executor::last_error.clear();
   nf4::cuda::executor::launches.clear();
+  nf4::cuda::executor::sites_forget();
 }

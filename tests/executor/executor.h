@@ -83,6 +83,19 @@ struct Site {
 void meet_block(const char* what, Site site);
 void meet_warp(const char* what, Site site, void* operands, void (*perform)(void* const lanes[kLanes]));
 
+// How a mutant changes the calls at one site of one kernel (nf4_executor_change). A call that a mutant can change asks
+// for it, which also records that the kernel has come there.
+enum class Change {
+  kNone,
+  kRemoved,    // it does nothing; arrive() says that all have come
+  kUnordered,  // sync_warp: a rendezvous that orders no memory, as a shuffle is
+  kLate,       // sync_block: after the copies that follow it, at their commit
+  kShort,      // copy_async_wait: leaves one group more unfinished
+};
+Change reach(const char* what, Site site);
+
+void sync_block(Site site);
+void sync_warp(Site site);
 void* shared_arena();
 void check_global(const void* p, size_t bytes, const char* what, Site site);
 void copy_async_wait(int pending, Site site);
@@ -157,10 +170,8 @@ NF4_DEVICE T* shared_memory() {
 
 NF4_DEVICE unsigned thread_again() { return threadIdx.x; }
 
-NF4_DEVICE void sync_block(executor::Site site = executor::Site::here()) { executor::meet_block("sync_block", site); }
-NF4_DEVICE void sync_warp(executor::Site site = executor::Site::here()) {
-  executor::meet_warp("sync_warp", site, nullptr, [](void* const*) {});
-}
+NF4_DEVICE void sync_block(executor::Site site = executor::Site::here()) { executor::sync_block(site); }
+NF4_DEVICE void sync_warp(executor::Site site = executor::Site::here()) { executor::sync_warp(site); }
 
 template <class T>
 NF4_DEVICE T shuffle(T value, int lane, executor::Site site = executor::Site::here()) {
@@ -212,9 +223,10 @@ NF4_DEVICE V load_l2(const V* p, executor::Site site = executor::Site::here()) {
 }
 
 // Blocks run one after the other: what one wrote the next ones see.
-NF4_DEVICE void fence_device(executor::Site = executor::Site::here()) {}
+NF4_DEVICE void fence_device(executor::Site site = executor::Site::here()) { executor::reach("fence_device", site); }
 NF4_DEVICE uint32_t arrive(uint32_t* counter, uint32_t last, executor::Site site = executor::Site::here()) {
   executor::check_global(counter, sizeof *counter, "arrive", site);
+  if (executor::reach("arrive", site) == executor::Change::kRemoved) return last;
   const uint32_t before = *counter;
   *counter = before >= last ? 0 : before + 1;
   return before;

@@ -1,6 +1,8 @@
 """Controls a library that `build.build` made for the host executor: settings, errors, launch log."""
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,12 +20,35 @@ class Launch(NamedTuple):
     count: int
 
 
+class Pipeline(NamedTuple):
+    """A kernel's stages of copies in the background, and the fewest and most steps of a thread that copied."""
+
+    kernel: str
+    stages: int
+    fewest: int
+    most: int
+
+
+class Site(NamedTuple):
+    """A call that a mutant can change: of sync_block, copy_async_wait or another name of device.cuh, by this kernel."""
+
+    kernel: str
+    what: str
+    place: str  # "<path>:<line>"
+
+
+# How a mutant changes the calls at a site, in the order of executor.h's enum.
+CHANGES = ("none", "removed", "unordered", "late", "short")
+
+
 class Executor:
     def __init__(self, library: Path):
         self.library = ctypes.CDLL(str(library))
         self.library.nf4_executor_set.argtypes = [ctypes.c_int, ctypes.c_uint, ctypes.c_bool, ctypes.c_size_t]
         self.library.nf4_executor_last_error.restype = ctypes.c_char_p
         self.library.nf4_executor_launches.restype = ctypes.c_char_p
+        self.library.nf4_executor_sites.restype = ctypes.c_char_p
+        self.library.nf4_executor_pipelines.restype = ctypes.c_char_p
 
     def set(self, schedule="ascending", copies="late", seed=0, shared_limit=SM_90_SHARED) -> None:
         """Which runnable thread goes on, when a copy_async_16's bytes arrive, and a block's limit of shared memory."""
@@ -38,6 +63,40 @@ class Executor:
     def launches(self) -> list[Launch]:
         """The launches that ran to their end since reset, equal ones counted together."""
         return [_launch(line) for line in self.library.nf4_executor_launches().decode().splitlines()]
+
+    def sites(self) -> dict[Site, bool]:
+        """What was reached since reset, and whether it is a barrier after which copies begin before the next."""
+        lines = [line.split(" ", 2) for line in self.library.nf4_executor_sites().decode().splitlines()]
+        sites = {Site(kernel, what, place): False for what, place, kernel in lines}
+        return {
+            site: Site(site.kernel, f"{site.what}-copies", site.place) in sites
+            for site in sites
+            if not site.what.endswith("-copies")
+        }
+
+    def pipelines(self) -> list[Pipeline]:
+        """Of every kernel launched since reset that copied in the background."""
+        lines = [line.split(" ", 3) for line in self.library.nf4_executor_pipelines().decode().splitlines()]
+        return [Pipeline(kernel, *map(int, counts)) for *counts, kernel in lines]
+
+    @contextmanager
+    def changed(self, site: Site, change: str) -> Iterator[None]:
+        """With a mutant: `change` at this site of this kernel."""
+        arguments = [text.encode() for text in site]
+        self.library.nf4_executor_change(*arguments, CHANGES.index(change))
+        try:
+            yield
+        finally:
+            self.library.nf4_executor_change(*arguments, 0)
+
+    @contextmanager
+    def grid_of(self, blocks: int) -> Iterator[None]:
+        """With grids of at most so many blocks a dimension, for kernels whose blocks loop over the grid."""
+        self.library.nf4_executor_limit_grid(blocks)
+        try:
+            yield
+        finally:
+            self.library.nf4_executor_limit_grid(0)
 
     def reset(self) -> None:
         self.library.nf4_executor_reset()
