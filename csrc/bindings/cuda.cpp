@@ -2,6 +2,7 @@
 // cuda_grouped.cpp, products by torch's own GEMM in cuda_dequantize_gemm.cpp.
 #include <iterator>
 #include <memory>
+#include <sstream>
 #include <string_view>
 #include <vector>
 
@@ -100,6 +101,7 @@ void multiply_fused(const Product& product, const nf4::cuda::Choice& choice, con
                        : (product.dgrad ? nf4::cuda::linear_dgrad_any : nf4::cuda::linear_any);
   nf4::cuda::ProductArgs args = product.args;
   const int64_t M = args.M, bytes = int64_t(element_bytes(args.dtype));
+  args.tile = choice.tile;
   args.splits = choice.splits;
   if (choice.path != Path::kAny) args.known = known_codes.rounded(args.dtype);
   OptionalTensor partial;
@@ -239,31 +241,80 @@ NF4_EXPORT void nf4kernels_cuda_register(const char* ops_namespace, const char* 
   register_ops(*registered.back());
 }
 
-// Forces the kernel of this name on every product; null restores the table's choice. Returns what is wrong, or null.
-NF4_EXPORT const char* nf4kernels_cuda_force_kernel(const char* name) {
+// Forces the kernel of this name on every product, and of tiled this tile (-1: as chosen), and so many splits (0: as
+// chosen); a null name restores the choice. Returns what is wrong, or null.
+NF4_EXPORT const char* nf4kernels_cuda_force_kernel(const char* name, int tile, int splits) {
   if (name == nullptr) {
-    forced_path = -1;
+    forced = Forced{};
     return nullptr;
   }
+  if (tile < -1 || tile >= nf4::cuda::kMostTiles || splits < 0)
+    return "must have a tile of its own, or -1, and splits, or 0";
   for (int i = 0; i < int(std::size(nf4::cuda::kPathNames)); ++i) {
     if (std::string_view(name) != nf4::cuda::kPathNames[i]) continue;
-    forced_path = i;
+    forced = Forced{int16_t(i), int16_t(tile), splits};
     return nullptr;
   }
   return "must be any, small, tiled or dequantize_gemm";
+}
+
+// The tiles of the tiled kernel, M x N x K of each: "32x64x128 64x64x128".
+NF4_EXPORT const char* nf4kernels_cuda_tiles(bool dgrad) {
+  const auto text = [](nf4::cuda::Tiles tiles) {
+    std::ostringstream out;
+    for (int i = 0; i < tiles.count; ++i) out << (i ? " " : "") << tiles[i].M << 'x' << tiles[i].N << 'x' << tiles[i].K;
+    return out.str();
+  };
+  static const std::string texts[] = {text(nf4::cuda::tiles_of(false)), text(nf4::cuda::tiles_of(true))};
+  return texts[dgrad].c_str();
+}
+
+// Sets what was measured on a device in place of what choose.h predicts. For linear, linear_dgrad, grouped_linear and
+// grouped_linear_dgrad in turn: 1 (or 0: it was not measured, and zeros follow), small, small_blocks, tiled, and then
+// tile_rows and tile_blocks of each of its tiles (cuda/tuning.h). Null numbers: all is predicted again. Returns what is
+// wrong, or null.
+NF4_EXPORT const char* nf4kernels_cuda_tune(int device, const int64_t* numbers, int count, const char* why) {
+  using nf4::cuda::tiles_of;
+  if (device < 0 || device >= Tunings::kMostDevices) return "must be of a device from 0 to 63";
+  if (numbers == nullptr) {
+    tunings.set(device, nullptr);
+    return nullptr;
+  }
+  if (count != 2 * (4 + 2 * tiles_of(false).count) + 2 * (4 + 2 * tiles_of(true).count))
+    return "must have numbers for each tile of each op";
+  auto measured = std::make_unique<Tunings::Device>();
+  measured->why = why;
+  for (int op = 0; op < 4; ++op) {
+    const int tiles = tiles_of(op % 2 == 1).count;
+    const bool is_measured = *numbers++ != 0;
+    nf4::cuda::Tuning t{numbers[0], numbers[1], numbers[2], {}, {}, measured->why.c_str(), measured->why.c_str()};
+    numbers += 3;
+    bool sound = t.small >= 0 && t.tiled >= 0 && t.small_blocks > 0 && t.small_blocks <= 32;
+    for (int i = 0; i < tiles; ++i, numbers += 2) {
+      t.tile_rows[i] = numbers[0];
+      t.tile_blocks[i] = numbers[1];
+      sound = sound && numbers[0] >= (i ? t.tile_rows[i - 1] : 0) && numbers[1] > 0 && numbers[1] <= 32;
+    }
+    if (!is_measured) continue;
+    if (!sound) return "must have rows from 0 on, ascending over the tiles, and from 1 to 32 blocks";
+    measured->of_op[op] = t;
+  }
+  tunings.set(device, std::move(measured));
+  return nullptr;
 }
 
 // Adds a codebook, 16 floats on the host, to those that are rounded without bias; others are dithered
 // (cuda/pair_table.cuh). Returns false where too many are known; one that is known already takes no room.
 NF4_EXPORT bool nf4kernels_cuda_know_codebook(const float* code) { return known_codes.add(code); }
 
-// The table's choice for a product (experts: 0, or how many share the M rows out): the kernel's name, the splits, and
-// why.
-NF4_EXPORT const char* nf4kernels_cuda_choose(bool dgrad, int32_t dtype, int64_t M, int64_t N, int64_t K,
+// The choice for a product (experts: 0, or how many share the M rows out) on a device as it is tuned, or by what is
+// predicted (-1): the kernel's name, its tile, the splits, and why.
+NF4_EXPORT const char* nf4kernels_cuda_choose(int device, bool dgrad, int32_t dtype, int64_t M, int64_t N, int64_t K,
                                               int64_t experts, bool scales_sums, bool aligned, int arch,
-                                              int multiprocessors, int* splits, const char** reason) {
-  const nf4::cuda::Choice choice =
-      nf4::cuda::choose({dgrad, Dtype(dtype), M, N, K, experts, scales_sums, aligned, arch, multiprocessors});
+                                              int multiprocessors, int* tile, int* splits, const char** reason) {
+  const nf4::cuda::Problem problem{dgrad, Dtype(dtype), M, N, K, experts, scales_sums, aligned, arch, multiprocessors};
+  const nf4::cuda::Choice choice = nf4::cuda::choose(problem, tunings.of(device, problem));
+  *tile = choice.tile;
   *splits = choice.splits;
   *reason = choice.reason;
   return nf4::cuda::kPathNames[int(choice.path)];

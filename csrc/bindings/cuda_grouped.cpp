@@ -25,6 +25,7 @@ void multiply_fused(const GroupedProduct& product, const nf4::cuda::Choice& choi
   nf4::cuda::ProductArgs& args = grouped.product;
   const int64_t rows = args.M, bytes = int64_t(element_bytes(args.dtype));
   int64_t at_once = std::min(rows, kMostRows);
+  args.tile = choice.tile;
   args.splits = choice.splits;
   if (choice.path != Path::kAny) args.known = known_codes.rounded(args.dtype);
   OptionalTensor partial;

@@ -5,7 +5,11 @@
 #include <array>
 #include <atomic>
 #include <cstring>
+#include <memory>
 #include <mutex>
+#include <optional>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "../cuda/choose.h"
@@ -40,7 +44,47 @@ struct GroupedProduct {
 void dequantize_gemm(const Product& product, const Launch& launch);
 void dequantize_gemm(const GroupedProduct& product, const Launch& launch);
 
-inline std::atomic<int> forced_path{-1};  // of cuda::Path; -1: choose.h decides
+// What a caller forced on every product; -1, and 0 splits: choose.h decides.
+struct Forced {
+  int16_t path = -1, tile = -1;
+  int32_t splits = 0;
+};
+inline std::atomic<Forced> forced{Forced{}};
+
+// What was measured on the devices. A product reads its device's without a lock; what was replaced stays, because
+// another thread may be reading it.
+class Tunings {
+ public:
+  static constexpr int kMostDevices = 64;
+  struct Device {
+    // linear, linear_dgrad and their grouped forms; none: predicted
+    std::optional<cuda::Tuning> of_op[4];
+    std::string why;
+  };
+
+  // Null: all is predicted again.
+  void set(int device, std::unique_ptr<Device> measured) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    current_[size_t(device)].store(measured.get(), std::memory_order_release);
+    if (measured != nullptr) all_.push_back(std::move(measured));
+  }
+
+  cuda::Tuning of(int device, const cuda::Problem& problem) const {
+    const bool is_known = device >= 0 && device < kMostDevices;
+    const Device* measured = is_known ? current_[size_t(device)].load(std::memory_order_acquire) : nullptr;
+    if (measured != nullptr) {
+      const auto& own = measured->of_op[(problem.experts > 0 ? 2 : 0) + (problem.dgrad ? 1 : 0)];
+      if (own.has_value()) return *own;
+    }
+    return cuda::predicted(problem);
+  }
+
+ private:
+  std::array<std::atomic<const Device*>, kMostDevices> current_{};
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<const Device>> all_;
+};
+inline Tunings tunings;
 
 // The problem that choose.h decides on; `experts` is 0 for one weight.
 inline cuda::Problem problem_of(const Op& op, bool dgrad, const cuda::ProductArgs& args, int64_t experts) {
@@ -61,12 +105,13 @@ inline cuda::Problem problem_of(const Op& op, bool dgrad, const cuda::ProductArg
 }
 
 inline cuda::Choice choice_for(const cuda::Problem& problem, const Op& op) {
-  const int forced = forced_path;
-  if (forced < 0) return cuda::choose(problem);
-  const auto path = cuda::Path(forced);
-  const char* obstacle = cuda::obstacle(problem, path);
-  CHECK(obstacle == nullptr, op, ": the forced kernel ", cuda::kPathNames[forced], " cannot run this: ", obstacle);
-  return {path, cuda::splits_of(problem, path), "forced"};
+  const cuda::Tuning tuning = tunings.of(std::max(op.place.index, 0), problem);
+  const Forced wish = forced;
+  if (wish.path < 0) return cuda::choose(problem, tuning);
+  const auto path = cuda::Path(wish.path);
+  const char* obstacle = cuda::obstacle(problem, path, wish.tile, wish.splits);
+  CHECK(obstacle == nullptr, op, ": the forced kernel ", cuda::kPathNames[wish.path], " cannot run this: ", obstacle);
+  return cuda::forced_choice(problem, tuning, path, wish.tile, wish.splits);
 }
 
 // The named codebooks, rounded when the first product asks for them, which takes 8 ms for each of the two dtypes.

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../format.h"
+#include "tuning.h"
 
 namespace nf4::cuda {
 
@@ -24,6 +25,7 @@ struct Problem {
 
 struct Choice {
   Path path;
+  int tile;    // of the tiled kernel's: kLinearTiles or kDgradTiles
   int splits;  // parts of the contraction (split-K)
   const char* reason;
 };
@@ -77,8 +79,19 @@ constexpr Tile kDgradTiles[] = {{16, 128, 128, 4, 1}, {64, 64, 128, 2, 1}, {128,
 inline int64_t longest_sum(const Problem& p, const Tile& tile) {
   return int64_t{tile.warps} * 512 * (p.scales_sums && !p.dgrad ? 64 : 16);
 }
-// The first of a kernel's three tiles that holds all of M, else the last.
-inline int tile_index(const Tile (&tiles)[3], int64_t M) { return M <= tiles[0].M ? 0 : M <= tiles[1].M ? 1 : 2; }
+
+// The tiles of linear's or linear_dgrad's tiled kernel, and of its grouped form.
+struct Tiles {
+  const Tile* first;
+  int count;
+  constexpr const Tile& operator[](int i) const { return first[i]; }
+};
+template <int kCount>
+constexpr Tiles list_of(const Tile (&tiles)[kCount]) {
+  static_assert(kCount <= kMostTiles, "a Tuning has room for each tile");
+  return {tiles, kCount};
+}
+constexpr Tiles tiles_of(bool dgrad) { return dgrad ? list_of(kDgradTiles) : list_of(kLinearTiles); }
 
 // Enough splits to fill the machine, but no more than there are steps, and not so many that the partial sums (8 bytes
 // each, `partial_rows` rows of them) outweigh the weight (half a byte each). No sum is longer than `longest_sum`.
@@ -108,6 +121,24 @@ inline const Fused* grouped_fused_of(int arch) {
   return nullptr;
 }
 
+// What is measured on a card replaces this (tuning.h). Each tile runs up to its own M, and split-K fills the blocks that
+// it says are resident.
+inline Tuning predicted(const Problem& p) {
+  const Fused* grouped = p.experts > 0 ? grouped_fused_of(p.arch) : nullptr;
+  const Fused& fused = grouped ? *grouped : fused_of(p.arch);
+  Tuning t{};
+  t.small = p.dgrad ? 0 : kSmallM;
+  t.small_blocks = kLinearSmallTile.blocks_per_multiprocessor;
+  t.tiled = p.dgrad ? fused.linear_dgrad : fused.linear;
+  for (int i = 0; i < tiles_of(p.dgrad).count; ++i) {
+    t.tile_rows[i] = tiles_of(p.dgrad)[i].M;
+    t.tile_blocks[i] = tiles_of(p.dgrad)[i].blocks_per_multiprocessor;
+  }
+  t.why_small = "predicted: at most 16 rows";
+  t.why = fused.why;
+  return t;
+}
+
 inline bool can_use_tensor_cores(const Problem& p) {
   constexpr int64_t kMost = 1 << 24;                 // a kernel addresses 128 rows of 2-byte elements by 32 bits
   constexpr int64_t kMostBlocks = int64_t{1} << 32;  // RowScales numbers the blocks of 64 or 16 weights by 32 bits
@@ -134,50 +165,78 @@ inline const char* obstacle(const Problem& p, Path path) {
   return nullptr;
 }
 
-// Experts fill the machine unsplit (grouped_linear.cu): they are split where a sum would be too long, and nowhere else.
-inline int splits_of(const Problem& p, Path path) {
-  if (path != Path::kSmall && path != Path::kTiled) return 1;
-  const Tile& tile = path == Path::kSmall ? kLinearSmallTile
-                     : p.dgrad            ? kDgradTiles[tile_index(kDgradTiles, m_per_weight(p))]
-                                          : kLinearTiles[tile_index(kLinearTiles, m_per_weight(p))];
+// The first tile that takes M rows, else the last.
+inline int tile_for(const Problem& p, const Tuning& t) {
+  int tile = 0;
+  while (tile + 1 < tiles_of(p.dgrad).count && m_per_weight(p) > t.tile_rows[tile]) ++tile;
+  return tile;
+}
+
+// The parts that the contraction may have for small, or for this tile of tiled: no sum is too long, and each part can
+// have a step. (1, 1) for the other kernels.
+struct SplitLimits {
+  int least, most;
+};
+inline SplitLimits split_limits(const Problem& p, Path path, int tile) {
+  if (path != Path::kSmall && path != Path::kTiled) return {1, 1};
+  const Tile& own = path == Path::kSmall ? kLinearSmallTile : tiles_of(p.dgrad)[tile];
   const int64_t contraction = p.dgrad ? p.N : p.K;
-  if (p.experts > 0) return 1 + int((contraction - 1) / longest_sum(p, tile));
-  const int64_t tiles_across = p.dgrad ? ceil_quotient(p.K, tile.K) : ceil_quotient(p.N, tile.N);
-  return splits_for(tiles_across * ceil_quotient(p.M, tile.M), p.multiprocessors * tile.blocks_per_multiprocessor,
-                    contraction, p.dgrad ? tile.N : tile.K, longest_sum(p, tile), p.M);
+  const int64_t steps = ceil_quotient(contraction, p.dgrad ? own.N : own.K);
+  const int64_t least = ceil_quotient(contraction, longest_sum(p, own));
+  return {int(least < 1 ? 1 : least), int(steps < 1 ? 1 : steps)};
+}
+
+// Experts fill the machine unsplit (grouped_linear.cu): they are split where a sum would be too long, and nowhere else.
+inline int splits_of(const Problem& p, const Tuning& t, Path path, int tile) {
+  if (path != Path::kSmall && path != Path::kTiled) return 1;
+  if (p.experts > 0) return split_limits(p, path, tile).least;
+  const bool is_small = path == Path::kSmall;
+  const Tile& own = is_small ? kLinearSmallTile : tiles_of(p.dgrad)[tile];
+  const int64_t blocks = is_small ? t.small_blocks : t.tile_blocks[tile];
+  const int64_t tiles_across = p.dgrad ? ceil_quotient(p.K, own.K) : ceil_quotient(p.N, own.N);
+  return splits_for(tiles_across * ceil_quotient(p.M, own.M), p.multiprocessors * blocks, p.dgrad ? p.N : p.K,
+                    p.dgrad ? own.N : own.K, longest_sum(p, own), p.M);
+}
+
+// Why `path` cannot run this problem by this tile (-1: its own choice) in so many splits (0: its own choice); null if it
+// can.
+inline const char* obstacle(const Problem& p, Path path, int tile, int splits) {
+  if (const char* why = obstacle(p, path)) return why;
+  if (tile >= 0 && path != Path::kTiled) return "tiled alone has tiles to choose from";
+  if (tile >= tiles_of(p.dgrad).count) return "it has fewer tiles";
+  if (splits == 0) return nullptr;
+  if (path != Path::kSmall && path != Path::kTiled) return "small and tiled alone are split";
+  const SplitLimits limits = split_limits(p, path, tile < 0 ? tile_for(p, predicted(p)) : tile);
+  if (splits < limits.least) return "a sum would be too long without more splits";
+  return splits > limits.most ? "a split would have no step of the contraction" : nullptr;
+}
+
+inline Choice choice_of(const Problem& p, const Tuning& t, Path path, const char* reason) {
+  const int tile = path == Path::kTiled ? tile_for(p, t) : 0;
+  return {path, tile, splits_of(p, t, path, tile), reason};
+}
+// What `obstacle` has passed; `path` alone is not left open.
+inline Choice forced_choice(const Problem& p, const Tuning& t, Path path, int tile, int splits) {
+  Choice choice = choice_of(p, t, path, "forced");
+  if (tile >= 0) choice = {path, tile, splits_of(p, t, path, tile), choice.reason};
+  if (splits > 0) choice.splits = splits;
+  return choice;
 }
 
 constexpr int64_t kAnyM = 64;  // one tile of product_any, which decodes the weight once more for each further tile
 
-inline Choice choose_grouped(const Problem& p) {
-  if (p.dtype == Dtype::kFloat32) return {Path::kAny, 1, "fp32: true fp32, no tensor cores"};
+inline Choice choose(const Problem& p, const Tuning& t) {
+  if (p.dtype == Dtype::kFloat32) return choice_of(p, t, Path::kAny, "fp32: true fp32, no tensor cores");
   const bool has_gemm = obstacle(p, Path::kDequantizeGemm) == nullptr;
   if (!can_use_tensor_cores(p)) {
     if (has_gemm && m_per_weight(p) > kAnyM)
-      return {Path::kDequantizeGemm, 1, "no tensor-core kernel for the shape, and rows enough for torch's product"};
-    return {Path::kAny, 1, "a shape or alignment without a tensor-core kernel"};
+      return choice_of(p, t, Path::kDequantizeGemm, "no tensor-core kernel for the shape, and rows enough for a GEMM");
+    return choice_of(p, t, Path::kAny, "a shape or alignment without a tensor-core kernel");
   }
-  if (!p.dgrad && m_per_weight(p) <= kSmallM)
-    return {Path::kSmall, splits_of(p, Path::kSmall), "at most 16 rows an expert"};
-  if (!has_gemm) return {Path::kTiled, splits_of(p, Path::kTiled), "torch has no product of experts for this"};
-  const Fused& fused = *grouped_fused_of(p.arch);
-  if (m_per_weight(p) <= (p.dgrad ? fused.linear_dgrad : fused.linear))
-    return {Path::kTiled, splits_of(p, Path::kTiled), fused.why};
-  return {Path::kDequantizeGemm, 1, fused.why};
-}
-
-inline Choice choose(const Problem& p) {
-  if (p.experts > 0) return choose_grouped(p);
-  if (p.dtype == Dtype::kFloat32) return {Path::kAny, 1, "fp32: true fp32, no tensor cores"};
-  if (!can_use_tensor_cores(p)) {
-    if (p.M <= kAnyM) return {Path::kAny, 1, "a shape or alignment without a tensor-core kernel"};
-    return {Path::kDequantizeGemm, 1, "no tensor-core kernel for the shape, and rows enough for cuBLAS"};
-  }
-  if (!p.dgrad && p.M <= kSmallM) return {Path::kSmall, splits_of(p, Path::kSmall), "at most 16 rows"};
-  const Fused& fused = fused_of(p.arch);
-  if (p.M <= (p.dgrad ? fused.linear_dgrad : fused.linear))
-    return {Path::kTiled, splits_of(p, Path::kTiled), fused.why};
-  return {Path::kDequantizeGemm, 1, fused.why};
+  if (m_per_weight(p) <= t.small && obstacle(p, Path::kSmall) == nullptr)
+    return choice_of(p, t, Path::kSmall, t.why_small);
+  if (!has_gemm) return choice_of(p, t, Path::kTiled, "torch has no product of experts for this");
+  return choice_of(p, t, m_per_weight(p) <= t.tiled ? Path::kTiled : Path::kDequantizeGemm, t.why);
 }
 
 // lora_grad sums over M: a block owns 16 or 32 ranks by 64 columns, and its 8 warps take 16 of M each at a time.

@@ -63,7 +63,7 @@ cudaError_t launch_shape(const GroupedArgs& args, cudaStream_t stream) {
 
 template <class T>
 cudaError_t launch_tiled(const GroupedArgs& args, cudaStream_t stream) {
-  switch (tile_index(kLinearTiles, args.m_per_expert)) {
+  switch (args.product.tile) {
     case 0: return launch_shape<T, LinearM32>(args, stream);
     case 1: return launch_shape<T, LinearM64>(args, stream);
     default: return launch_shape<T, LinearM128>(args, stream);

@@ -39,7 +39,7 @@ cudaError_t launch_shape(const GroupedArgs& args, cudaStream_t stream) {
 
 template <class T>
 cudaError_t launch_tiled(const GroupedArgs& args, cudaStream_t stream) {
-  switch (tile_index(kDgradTiles, args.m_per_expert)) {
+  switch (args.product.tile) {
     case 0: return launch_shape<T, DgradM16>(args, stream);
     case 1: return launch_shape<T, DgradM64>(args, stream);
     default: return launch_shape<T, DgradM128>(args, stream);

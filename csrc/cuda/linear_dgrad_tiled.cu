@@ -21,7 +21,7 @@ cudaError_t launch_shape(const ProductArgs& args, cudaStream_t stream) {
 
 template <class T>
 cudaError_t launch_for(const ProductArgs& args, cudaStream_t stream) {
-  switch (tile_index(kDgradTiles, args.M)) {
+  switch (args.tile) {
     case 0: return launch_shape<T, DgradM16>(args, stream);
     case 1: return launch_shape<T, DgradM64>(args, stream);
     default: return launch_shape<T, DgradM128>(args, stream);

@@ -21,7 +21,7 @@ cudaError_t launch_shape(const ProductArgs& args, cudaStream_t stream) {
 
 template <class T>
 cudaError_t launch_for(const ProductArgs& args, cudaStream_t stream) {
-  switch (tile_index(kLinearTiles, args.M)) {
+  switch (args.tile) {
     case 0: return launch_shape<T, LinearM32>(args, stream);
     case 1: return launch_shape<T, LinearM64>(args, stream);
     default: return launch_shape<T, LinearM128>(args, stream);

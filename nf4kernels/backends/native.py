@@ -16,6 +16,9 @@ NOT_BUILT = f"{CPU_LIBRARY.name} was not built (no C++ compiler at install time?
 CUDA_LIBRARY = Path(__file__).parent.parent / "_cuda.abi3.so"
 CUDA_VARIABLE = "NF4KERNELS_CUDA"
 BFLOAT16, MOST_ROWS = 1, 4096  # csrc/format.h's Dtype; rows of x up to which kernels are asked for
+EXPERTS = 8  # that kernels are asked for
+# dgrad, dtype, M, N, K, experts, scales_sums, aligned, architecture, multiprocessors
+CHOOSE_ARGUMENTS = [ctypes.c_bool, ctypes.c_int32, *[ctypes.c_int64] * 4, *[ctypes.c_bool] * 2, *[ctypes.c_int] * 2]
 
 
 class CpuLibrary:
@@ -76,20 +79,28 @@ def load_cpu() -> CpuLibrary | None:
 
 
 @contextmanager
-def running_kernel(library: ctypes.CDLL, name: str) -> Iterator[None]:
+def running_kernel(library: ctypes.CDLL, name: str, tile: int = -1, splits: int = 0) -> Iterator[None]:
     """Run every CUDA product by this kernel (any, small, tiled, dequantize_gemm) inside a `with` block.
 
-    A product that it cannot run is a RuntimeError that says why. ValueError for an unknown name.
+    Of tiled by the tile of this number, in the order of `cuda_tiles` (-1: as chosen), small and tiled in so many splits
+    (0: as chosen). A product that cannot run so is a RuntimeError that says why. ValueError for an unknown name.
     """
     force = library.nf4kernels_cuda_force_kernel
-    force.argtypes, force.restype = [ctypes.c_char_p], ctypes.c_char_p
-    error = force(name.encode())
+    force.argtypes, force.restype = [ctypes.c_char_p, ctypes.c_int, ctypes.c_int], ctypes.c_char_p
+    error = force(name.encode(), tile, splits)
     if error is not None:
-        raise ValueError(f"nf4kernels: a CUDA kernel's name {error.decode()}, got {name}")
+        raise ValueError(f"nf4kernels: a CUDA kernel {error.decode()}, got {name}, tile {tile}, {splits} splits")
     try:
         yield
     finally:
-        force(None)
+        force(None, -1, 0)
+
+
+def cuda_tiles(library: ctypes.CDLL, op: str) -> list[str]:
+    """The tiles of linear's or linear_dgrad's tiled kernel and of its grouped form, M x N x K: ["32x64x128", ...]."""
+    tiles = library.nf4kernels_cuda_tiles
+    tiles.argtypes, tiles.restype = [ctypes.c_bool], ctypes.c_char_p
+    return tiles(op.endswith("dgrad")).decode().split()
 
 
 def register_cuda_ops(library: ctypes.CDLL, namespace: str, key: str) -> None:
@@ -123,20 +134,30 @@ class CudaLibrary:
         """The ops of this namespace are the library's for CUDA tensors from now on; once for a namespace."""
         register_cuda_ops(self.handle, namespace, "CUDA")
 
-    def choices(self, dgrad: bool, capability: tuple[int, int], multiprocessors: int) -> list[tuple[int, str, str]]:
-        """(most rows of x, kernel, reason) of 16-bit products with a 4096 x 4096 weight; the last takes any number."""
-        choose = self.handle.nf4kernels_cuda_choose
-        choose.restype = ctypes.c_char_p
-        arch, splits, reason = 10 * capability[0] + capability[1], ctypes.c_int(), ctypes.c_char_p()
+    def choices(
+        self, op: str, device: int, capability: tuple[int, int], multiprocessors: int
+    ) -> list[tuple[int, str, str]]:
+        """(most rows of x, kernel, reason) of 16-bit products with a 4096 x 4096 weight; the last takes any number.
+
+        The rows of experts are those of each.
+        """
         found: list[tuple[int, str, str]] = []
+        experts = EXPERTS if op.startswith("grouped_") else 0
         for rows in range(1, MOST_ROWS + 1):
-            sizes = map(ctypes.c_int64, (rows, 4096, 4096, 0))  # no experts
-            results = ctypes.byref(splits), ctypes.byref(reason)
-            kernel = choose(dgrad, BFLOAT16, *sizes, True, True, arch, multiprocessors, *results)
-            if found and found[-1][1] == kernel.decode():
+            problem = op.endswith("dgrad"), BFLOAT16, rows * max(experts, 1), 4096, 4096, experts, True, True
+            kernel, _, _, reason = self.choice(device, *problem, 10 * capability[0] + capability[1], multiprocessors)
+            if found and found[-1][1] == kernel:
                 found.pop()
-            found.append((rows, kernel.decode(), (reason.value or b"").decode()))
+            found.append((rows, kernel, reason))
         return found
+
+    def choice(self, device: int, *problem) -> tuple[str, int, int, str]:
+        """(kernel, its tile, splits, why) of a product, whose arguments are those of csrc/bindings/cuda.cpp's choose."""
+        choose = self.handle.nf4kernels_cuda_choose
+        choose.argtypes, choose.restype = [ctypes.c_int, *CHOOSE_ARGUMENTS, *[ctypes.c_void_p] * 3], ctypes.c_char_p
+        tile, splits, reason = ctypes.c_int(), ctypes.c_int(), ctypes.c_char_p()
+        kernel = choose(device, *problem, *map(ctypes.byref, (tile, splits, reason)))
+        return kernel.decode(), tile.value, splits.value, (reason.value or b"").decode()
 
     def code_for(self, capability: tuple[int, int]) -> tuple[str | None, str]:
         """What a device of this compute capability runs, as "sm_86", or None; and why not."""

@@ -243,8 +243,6 @@ def _kernel_lines(device_type: str, decision: Decision) -> Iterator[str]:
         return
     multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
     for op in ("linear", "linear_dgrad"):
-        for rows, kernel, reason in _loaded_cuda_library().choices(
-            op == "linear_dgrad", _capabilities()[0], multiprocessors
-        ):
+        for rows, kernel, reason in _loaded_cuda_library().choices(op, 0, _capabilities()[0], multiprocessors):
             limit = f"up to {rows} rows" if rows < native.MOST_ROWS else "more rows"
             yield f"{op} bf16, fp16, {limit}: {kernel} ({reason})"

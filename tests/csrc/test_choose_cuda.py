@@ -16,17 +16,18 @@ def choose(executor_ops):
     function = executor_ops.executor.library.nf4kernels_cuda_choose
     function.restype = ctypes.c_char_p
     function.argtypes = [
+        ctypes.c_int,
         ctypes.c_bool,
         ctypes.c_int32,
         *[ctypes.c_int64] * 4,
         *[ctypes.c_bool] * 2,
         *[ctypes.c_int] * 2,
     ]
-    function.argtypes += [ctypes.POINTER(ctypes.c_int), ctypes.POINTER(ctypes.c_char_p)]
+    function.argtypes += [ctypes.POINTER(ctypes.c_int)] * 2 + [ctypes.POINTER(ctypes.c_char_p)]
 
     def call(dgrad, dtype, M, N, K, sums=True, aligned=True, arch=90, multiprocessors=132, experts=0):
-        splits, reason = ctypes.c_int(), ctypes.c_char_p()
-        path = function(dgrad, dtype, M, N, K, experts, sums, aligned, arch, multiprocessors, splits, reason)
+        tile, splits, reason = ctypes.c_int(), ctypes.c_int(), ctypes.c_char_p()
+        path = function(-1, dgrad, dtype, M, N, K, experts, sums, aligned, arch, multiprocessors, tile, splits, reason)
         return path.decode(), splits.value, reason.value.decode()
 
     yield call
