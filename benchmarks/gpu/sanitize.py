@@ -1,12 +1,16 @@
-"""Every op and every CUDA kernel once, at small shapes, for compute-sanitizer; results are compared with the reference.
+"""Every op and every CUDA kernel at small shapes, for compute-sanitizer; results are compared with the reference.
 
     compute-sanitizer --tool memcheck python -m benchmarks.gpu.sanitize
+
+Two sets: shapes with tails, by every kernel that takes them; and shapes by which every tile of a kernel with a pipeline
+fills its stages again, so that racecheck sees a stage that is still read. The tests run the same on the host executor.
 
 The reference runs on the CPU: under the sanitizer each kernel costs a millisecond, torch's own too.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,65 +18,99 @@ from torch.utils._pytree import tree_map
 
 import nf4kernels as nf4
 from nf4kernels import reference
+from nf4kernels.backends import native, select
 
 from . import sides
+from .reuse import PIPELINED, Forced, Reuse, reuses
 from .timing import REFUSAL
 
 # [N, K]: whole tiles; tails of both, blocks that straddle rows; an odd K, whose rows share bytes
 SHAPES = ((64, 256), (72, 200), (33, 71))
-ROWS = (1, 9, 40)
-KERNELS = (None, *sides.KERNELS)  # None is the one that the table chooses
+ROWS = {torch.bfloat16: (1, 9, 40), torch.float16: (9,), torch.float32: (40,)}
 TOLERANCE = 0.02  # of the largest element; the tests hold the kernels to their bounds, here they only must have run
-Case = tuple[str, str, tuple]
+Tiles = Mapping[str, Sequence[str]]  # of each of PIPELINED, as `native.cuda_tiles` names them
 
 
-def cases() -> Iterator[Case]:
-    """(what it is, the op's name, its arguments on the CPU)"""
+class Case(NamedTuple):
+    what: str
+    op: str
+    args: tuple  # on the CPU
+    kernels: tuple[Forced | None, ...] = (None,)  # None is the one that the table chooses
+
+
+def cases(tiles: Tiles) -> Iterator[Case]:
     for N, K in SHAPES:
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for dtype, rows in ROWS.items():
             what = f"{N}x{K} {str(dtype).removeprefix('torch.')}"
             w = torch.randn(N, K).to(dtype)
             qw = nf4.quantize(w, double_quant=dtype != torch.float32)
-            yield what, "quantize", (w, qw.code, 64)
-            if qw.scale_code is not None:
-                absmax = reference.quantize(w, qw.code, 64)[1]
-                yield what, "quantize_absmax", (absmax, qw.scale_code, True)
+            yield Case(what, "quantize", (w, qw.code, 64))
             for bounds in ((0, N, 0, K), (3, N - 1, 5, K - 2)):
-                yield f"{what} {bounds}", "dequantize", (*qw.op_args(), *bounds, dtype)
-            for M in ROWS:
-                yield from products(f"{what} M={M}", qw.op_args(), N, K, M, dtype)
-            yield from routing(what, K, dtype)
+                yield Case(f"{what} {bounds}", "dequantize", (*qw.op_args(), *bounds, dtype))
+            for M in rows:
+                for case in products(f"{what} M={M}", qw.op_args(), N, K, M, dtype):
+                    yield case._replace(kernels=(None, *map(Forced, sides.KERNELS))) if "linear" in case.op else case
+            yield from routing(what, K, dtype, 7)
+    yield from scales()
+    yield from routing("experts in two turns", 8, torch.float32, 300)
+    for op in PIPELINED:
+        for reuse in reuses(op, tiles[op]):
+            yield Case(f"{reuse}", op, product(op, reuse), (reuse.kernel,))
 
 
-def routing(what: str, H: int, dtype: torch.dtype) -> Iterator[Case]:
+def scales() -> Iterator[Case]:
+    """One superblock; and 300, whose sum is rounded, so that it is taken in the format's order, in two turns."""
+    generator = torch.Generator().manual_seed(0)
+    code = nf4.codebook.SCALE_CODEBOOKS["e4m3"].clone()
+    for blocks, spread in ((72, 0), (300 * 256 - 9, 40)):
+        exponents = torch.randint(-spread, spread + 1, (blocks,), generator=generator)
+        absmax = torch.rand(blocks, generator=generator) * 2.0**exponents
+        yield Case(f"{blocks} blocks", "quantize_absmax", (absmax, code, True))
+
+
+def routing(what: str, H: int, dtype: torch.dtype, experts: int) -> Iterator[Case]:
     tokens, rows, weights = torch.randn(90, H).to(dtype), torch.randn(270, H).to(dtype), torch.rand(90, 3)
-    index = torch.randint(0, 8, (90, 3))  # 7 is none
-    positions = reference.expert_positions(index, 7)[1]
-    yield what, "sort_by_expert", (tokens, index, 7)
-    yield what, "combine_experts", (rows, positions, weights, dtype)
-    yield what, "combine_experts_dgrad", (tokens, positions, weights, torch.float32)
-    yield what, "combine_experts_wgrad", (tokens, rows, positions, torch.float32)
+    index = torch.randint(0, experts + 1, (90, 3))  # the last is none
+    positions = reference.expert_positions(index, experts)[1]
+    yield Case(what, "sort_by_expert", (tokens, index, experts))
+    yield Case(what, "combine_experts", (rows, positions, weights, dtype))
+    yield Case(what, "combine_experts_dgrad", (tokens, positions, weights, torch.float32))
+    yield Case(what, "combine_experts_wgrad", (tokens, rows, positions, torch.float32))
 
 
 def products(what: str, weight: tuple, N: int, K: int, M: int, dtype: torch.dtype) -> Iterator[Case]:
     shapes = ((M, K), (M, N), (16, K), (N, 16), (M, 16))
     x, dy, A, B, P = (torch.randn(*shape).to(dtype) for shape in shapes)
-    yield what, "linear", (x, *weight, None)
-    yield f"{what} LoRA", "linear", (x, *weight, None, P, B, 2.0)
-    yield what, "linear_dgrad", (dy, *weight)
-    yield f"{what} LoRA", "linear_dgrad", (dy, *weight, P, A, 2.0)
-    yield what, "lora_grad", (P, x, 2.0, dtype)
+    yield Case(what, "linear", (x, *weight, None))
+    yield Case(f"{what} LoRA", "linear", (x, *weight, None, P, B, 2.0))
+    yield Case(what, "linear_dgrad", (dy, *weight))
+    yield Case(f"{what} LoRA", "linear_dgrad", (dy, *weight, P, A, 2.0))
+    yield Case(what, "lora_grad", (P, x, 2.0, dtype))
     if K % 64 == 0:
         experts = nf4.quantize_experts(torch.randn(5, N, K).to(dtype), double_quant=dtype != torch.float32)
         offsets = torch.tensor([0, M // 3, M // 3, M - 1, M - 1], dtype=torch.int32)  # two have rows
-        yield f"{what} experts", "grouped_linear", (x, offsets, *experts.op_args())
-        yield f"{what} experts", "grouped_linear_dgrad", (dy, offsets, *experts.op_args())
+        yield Case(f"{what} experts", "grouped_linear", (x, offsets, *experts.op_args()))
+        yield Case(f"{what} experts", "grouped_linear_dgrad", (dy, offsets, *experts.op_args()))
         As, Bs, bias = (torch.randn(5, *shape).to(dtype) for shape in ((16, K), (N, 16), (N,)))
-        yield f"{what} experts LoRA", "grouped_linear", (x, offsets, *experts.op_args(), bias, P, Bs, 2.0)
-        yield f"{what} experts LoRA", "grouped_linear_dgrad", (dy, offsets, *experts.op_args(), P, As, 2.0)
-        yield f"{what} experts", "grouped_lora_inner", (x, offsets, As)
-        yield f"{what} experts, transposed", "grouped_lora_inner", (dy, offsets, Bs, True)
-        yield f"{what} experts", "grouped_lora_grad", (P, x, offsets, 2.0, dtype)
+        yield Case(f"{what} experts LoRA", "grouped_linear", (x, offsets, *experts.op_args(), bias, P, Bs, 2.0))
+        yield Case(f"{what} experts LoRA", "grouped_linear_dgrad", (dy, offsets, *experts.op_args(), P, As, 2.0))
+        yield Case(f"{what} experts", "grouped_lora_inner", (x, offsets, As))
+        yield Case(f"{what} experts, transposed", "grouped_lora_inner", (dy, offsets, Bs, True))
+        yield Case(f"{what} experts", "grouped_lora_grad", (P, x, offsets, 2.0, dtype))
+
+
+def product(op: str, reuse: Reuse) -> tuple:
+    """The op's arguments in bf16."""
+    generator = torch.Generator().manual_seed(reuse.M)
+    shape = (reuse.M, reuse.N if op.endswith("dgrad") else reuse.K)
+    a = torch.randn(shape, generator=generator).bfloat16()
+    experts = 2 if op.startswith("grouped") else 1
+    w = torch.randn(experts, reuse.N, reuse.K, generator=generator)
+    options = {"double_quant": reuse.scales_sums, "block_size": 64 if reuse.scales_sums else 16}
+    if experts == 1:
+        return a, *nf4.quantize(w[0], **options).op_args(), *(() if op.endswith("dgrad") else (None,))
+    offsets = torch.tensor([reuse.M - 1, reuse.M], dtype=torch.int32)
+    return a, offsets, *nf4.quantize_experts(w, **options).op_args()
 
 
 def is_close(result: Tensor, expected: Tensor) -> bool:
@@ -80,18 +118,24 @@ def is_close(result: Tensor, expected: Tensor) -> bool:
     return bool(difference <= TOLERANCE * expected.double().abs().max())  # False for a NaN too
 
 
-def main(device: str, force: Callable[[str], AbstractContextManager], ops=torch.ops.nf4kernels) -> int:
+def forcing(force: Callable[..., AbstractContextManager], kernel: Forced | None) -> AbstractContextManager:
+    return nullcontext() if kernel is None else force(*kernel)
+
+
+def main(
+    device: str, force: Callable[..., AbstractContextManager], tiles: Tiles, ops: object = torch.ops.nf4kernels
+) -> int:
     """How many results were wrong; a forced kernel may refuse a case."""
     torch.zeros(1, device=device)  # fails here, before a word, where the sanitizer refuses the device
     print(f"every op once on {device}", flush=True)
     ran = refused = wrong = 0
-    for what, op, args in cases():
-        there = tree_map(lambda a: a.to(device) if isinstance(a, Tensor) else a, args)
-        expected = getattr(reference, op)(*args)
-        for kernel in KERNELS if "linear" in op else (None,):
+    for case in cases(tiles):
+        there = tree_map(lambda a: a.to(device) if isinstance(a, Tensor) else a, case.args)
+        expected = getattr(reference, case.op)(*case.args)
+        for kernel in case.kernels:
             try:
-                with force(kernel) if kernel else nullcontext():
-                    result = getattr(ops, op)(*there)
+                with forcing(force, kernel):
+                    result = getattr(ops, case.op)(*there)
             except RuntimeError as error:
                 if REFUSAL not in str(error):
                     raise
@@ -101,11 +145,12 @@ def main(device: str, force: Callable[[str], AbstractContextManager], ops=torch.
             pairs = [(result, expected)] if isinstance(result, Tensor) else list(zip(result, expected))
             if not all(is_close(*pair) for pair in pairs):
                 wrong += 1
-                print(f"WRONG: {op} {what}, {kernel or 'the chosen'} kernel")
+                print(f"WRONG: {case.op} {case.what}, {kernel or 'the chosen kernel'}")
     print(f"{ran} calls, {wrong} wrong, {refused} refused by a forced kernel", flush=True)
     return wrong
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    raise SystemExit(1 if main("cuda", sides.forcing()) else 0)
+    force, library = sides.forcing(), select.cuda_library()[0]
+    raise SystemExit(1 if main("cuda", force, {op: native.cuda_tiles(library.handle, op) for op in PIPELINED}) else 0)

@@ -2,20 +2,30 @@
 
 import re
 
+import pytest
 from support.gpu_run import Force
 
 from benchmarks.gpu import cuda_report, run, sanitize, sides
+from nf4kernels.backends import native
+
+NO_TILES = dict.fromkeys(sanitize.PIPELINED, ())
 
 
-def test_the_sanitizers_script_calls_every_op_with_every_kernel(capsys, monkeypatch):
+@pytest.fixture
+def few(monkeypatch):
+    """One shape, and few rows of it; no scales or experts beyond a turn of their loops."""
     monkeypatch.setattr(sanitize, "SHAPES", ((33, 71),))
-    monkeypatch.setattr(sanitize, "ROWS", (9,))
+    monkeypatch.setattr(sanitize, "ROWS", dict.fromkeys(sanitize.ROWS, (9,)))
+    monkeypatch.setattr(sanitize, "scales", lambda: iter(()))
+
+
+def test_the_sanitizers_script_calls_every_op_with_every_kernel(capsys, few):
     force = Force(refuses=("small",))
-    assert sanitize.main("cpu", force) == 0
+    tiles = NO_TILES | {"linear": ("16x64x64",)}
+    assert sanitize.main("cpu", force, tiles) == 0
     assert force.seen == set(sides.KERNELS) - {"small"}
-    ops = {op for _, op, _ in sanitize.cases()}
-    assert ops == {
-        "quantize", "quantize_absmax", "dequantize", "linear", "linear_dgrad", "lora_grad", "sort_by_expert",
+    assert {case.op for case in sanitize.cases(NO_TILES)} == {
+        "quantize", "dequantize", "linear", "linear_dgrad", "lora_grad", "sort_by_expert",
         "combine_experts", "combine_experts_dgrad", "combine_experts_wgrad",
     }  # fmt: skip
     printed = capsys.readouterr().out
@@ -23,18 +33,19 @@ def test_the_sanitizers_script_calls_every_op_with_every_kernel(capsys, monkeypa
     assert re.search(r"\d+ calls, 0 wrong, 12 refused by a forced kernel", printed)  # 3 dtypes, 2 ops, with LoRA or not
 
 
-def test_the_sanitizers_script_runs_every_kernel(monkeypatch, executor_ops):
-    """The kernels themselves, on the host executor."""
+def test_the_sanitizers_script_runs_every_kernel_and_reuses_every_stage(monkeypatch, executor_ops):
+    """The kernels themselves, on the host executor. A stage that is filled once shows no fetch that comes too soon."""
     monkeypatch.setattr(sanitize, "SHAPES", ((32, 64), (33, 71)))
-    monkeypatch.setattr(sanitize, "ROWS", (9,))
-    assert sanitize.main("cpu", executor_ops.running, executor_ops.ops) == 0
+    monkeypatch.setattr(sanitize, "ROWS", dict.fromkeys(sanitize.ROWS, (9,)))
+    tiles = {op: native.cuda_tiles(executor_ops.executor.library, op) for op in sanitize.PIPELINED}
+    assert sanitize.main("cpu", executor_ops.running, tiles, executor_ops.ops) == 0
     ran = {launch.kernel.partition("<")[0] for launch in executor_ops.launches()}
     assert ran == {kernel.kernel.partition("<")[0] for kernel in cuda_report.read_csv()}
+    reused = {pipeline.kernel for pipeline in executor_ops.executor.pipelines() if pipeline.is_reused}
+    assert len(reused) == 2 * sum(map(len, tiles.values())), "every tile in both forms of scales"
 
 
-def test_the_sanitizers_script_finds_a_wrong_result(monkeypatch):
-    monkeypatch.setattr(sanitize, "SHAPES", ((33, 71),))
-    monkeypatch.setattr(sanitize, "ROWS", (9,))
+def test_the_sanitizers_script_finds_a_wrong_result(monkeypatch, few):
     right = sanitize.reference.lora_grad
     monkeypatch.setattr(sanitize.reference, "lora_grad", lambda *args: 1.1 * right(*args))
-    assert sanitize.main("cpu", Force()) == 3
+    assert sanitize.main("cpu", Force(), NO_TILES) == 3

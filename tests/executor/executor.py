@@ -28,6 +28,11 @@ class Pipeline(NamedTuple):
     fewest: int
     most: int
 
+    @property
+    def is_reused(self) -> bool:
+        """Whether a stage is filled again by some thread while others may still read what was in it."""
+        return self.most >= self.stages + 2
+
 
 class Site(NamedTuple):
     """A call that a mutant can change: of sync_block, copy_async_wait or another name of device.cuh, by this kernel."""

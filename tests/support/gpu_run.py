@@ -39,7 +39,7 @@ class Force:
         self.now, self.seen, self.refuses = None, set(), refuses
 
     @contextmanager
-    def __call__(self, kernel: str):
+    def __call__(self, kernel: str, tile: int = -1, splits: int = 0):
         if kernel in self.refuses:
             raise RuntimeError(f"the forced kernel {kernel} cannot run this: too many rows")
         self.now = kernel

@@ -6,6 +6,7 @@ kernel. Each way knows sizes that fit it: the host executor and the interpreter 
 compiled code, so that theirs are few, around the tiles of the kernel that runs.
 """
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 from support import cases
 from torch import Tensor
 
+from benchmarks.gpu.reuse import Reuse, reuses
 from nf4kernels.backends import native, select
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -183,9 +185,12 @@ class CudaWay(Way):
     def kernels(cls, op: str) -> dict[str, str]:
         return CUDA_KERNELS.get(op, {})
 
-    def running(self, kernel: str) -> AbstractContextManager:
-        library = select.cuda_library()[0].handle if self.executor is None else self.executor.library
-        return native.running_kernel(library, kernel)
+    @property
+    def library(self) -> ctypes.CDLL:
+        return select.cuda_library()[0].handle if self.executor is None else self.executor.library
+
+    def running(self, kernel: str, tile: int = -1, splits: int = 0) -> AbstractContextManager:
+        return native.running_kernel(self.library, kernel, tile, splits)
 
     def pretend(self, arch: int, multiprocessors: int) -> None:
         """What the choice of kernels sees of the executor's device, until the end of the test."""
@@ -203,6 +208,23 @@ class CudaWay(Way):
             self.executor.set(*setting, shared_limit=SM_86_SHARED)
             yield " ".join(setting)
         self.executor.set(shared_limit=SM_86_SHARED)
+
+    def reuses(self, op: str) -> list[Reuse]:
+        """Every tile filling its stages again: with scaled sums unsplit, with scaled levels in two parts."""
+        every = reuses(op, native.cuda_tiles(self.library, op))
+        return [reuse for reuse in every if reuse.scales_sums == (reuse.kernel.splits == 1)]
+
+    @staticmethod
+    def layout_of(reuse: Reuse) -> cases.Layout:
+        return cases.Layout() if reuse.scales_sums else cases.Layout(16, scale_codebook=None)
+
+    def assert_stages_were_filled_again(self, op: str) -> None:
+        """By every block of every tile, of whatever size and however many stages it is by now."""
+        if self.executor is None:
+            return
+        pipelines = self.executor.pipelines()
+        assert len(pipelines) == 2 * len(native.cuda_tiles(self.library, op)), pipelines
+        assert all(each.fewest >= each.stages + 2 for each in pipelines), pipelines
 
     def launches(self) -> list | None:
         return None if self.executor is None else self.executor.launches()

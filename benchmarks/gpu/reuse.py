@@ -1,0 +1,41 @@
+"""Products by which every block of a kernel with a pipeline of stages fills each stage again.
+
+A shape of as many steps as there are stages fills each once, and then a fetch that does not wait until a stage has been
+read does no harm. Imports no more than it needs: the tests' ways to run an op know these shapes too.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+STEPS = 6  # at least two more than there are stages, as the tests on the host executor count
+PIPELINED = ("linear", "linear_dgrad", "grouped_linear", "grouped_linear_dgrad")
+
+
+class Forced(NamedTuple):
+    """The arguments of `native.running_kernel`."""
+
+    kernel: str
+    tile: int = -1
+    splits: int = 0
+
+
+class Reuse(NamedTuple):
+    """A product whose every block fills a stage again, STEPS of them for each split of the contraction."""
+
+    kernel: Forced
+    M: int
+    N: int
+    K: int
+    scales_sums: bool  # or levels: csrc/cuda/product.cuh
+
+
+def reuses(op: str, tiles: Sequence[str]) -> Iterator[Reuse]:
+    """Every tile, unsplit and in two parts, in both forms of scales; the last tile's rows are one tile and two more."""
+    for i, tile in enumerate(tiles):
+        m, n, k = map(int, tile.split("x"))
+        M = m + 2 if i + 1 == len(tiles) else m // 2 + 1
+        for splits in (1, 2):
+            for scales_sums in (True, False):
+                depth = splits * STEPS
+                N, K = (depth * n, max(k - 64, 64)) if op.endswith("dgrad") else (n - 24, depth * k)
+                yield Reuse(Forced("tiled", i, splits), M, N, K, scales_sums)

@@ -1,0 +1,255 @@
+"""Leaves out, or moves, each barrier, wait, commit and fence of every CUDA kernel in turn, and shows who notices.
+
+    python tests/executor/mutants.py            # all: "make mutants"
+    python tests/executor/mutants.py linear     # of the kernels whose names hold this
+
+Each is a mutant: one call in one instance of a kernel, which the host executor changes when it comes there, so that
+nothing is compiled. It runs the calls of benchmarks/gpu/sanitize.py that reach the site, the quickest first, under the
+race detector, until the executor ends a launch or a result has other bits. A mutant that none notices is equivalent to
+the kernel, by a proof in EQUIVALENT, or it has survived, which is a gap in the tests: then the exit status is 1.
+"""
+
+import faulthandler
+import itertools
+import os
+import re
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+
+from executor.executor import SETTINGS, SM_86_SHARED, Executor, Site  # noqa: E402
+
+from benchmarks.gpu import reuse, sanitize  # noqa: E402
+from nf4kernels.backends import native  # noqa: E402
+
+# What is done to a call of each name. A barrier after which copies begin is put off until they have, as well.
+CHANGES = {
+    "sync_block": ("removed",),
+    "sync_warp": ("removed", "unordered"),
+    "copy_async_wait": ("removed", "short"),
+    "copy_async_commit": ("removed",),
+    "fence_device": ("removed",),
+    "arrive": ("removed",),
+}
+BEFORE_COPIES = ("late",)
+SECONDS = 60  # for one call of a mutant, which may have made it endless
+
+# (kernel without its template arguments, line of the source without comment, change) -> why no result can differ.
+EQUIVALENT = {
+    ("*_tiled_kernel", "copy_async_wait<0>();", "removed"): "every fetch is of a step, which has waited for it",
+    ("*_tiled_kernel", "copy_async_wait<0>();", "short"): "every fetch is of a step, which has waited for it",
+}
+
+
+class Mutant(NamedTuple):
+    site: Site
+    change: str
+
+    @property
+    def kernel(self) -> str:
+        return self.site.kernel.partition("<")[0]
+
+    @property
+    def line(self) -> str:
+        """The source at the site, without its comment."""
+        path, _, number = self.site.place.rpartition(":")
+        return Path(path).read_text().splitlines()[int(number) - 1].partition("//")[0].strip()
+
+    def __str__(self) -> str:
+        path, _, number = self.site.place.rpartition(":")
+        return f"{self.site.kernel}: {self.change} {self.line} ({Path(path).name}:{number})"
+
+
+class Call(NamedTuple):
+    """One call of an op that the mutants are tried on."""
+
+    case: sanitize.Case
+    kernel: reuse.Forced | None
+    grid: int  # the most blocks; 0: as many as it asks for
+    expected: tuple[Tensor, ...]
+    sites: dict[Site, bool]
+    seconds: float
+
+
+class Trial:
+    """The ops on the host executor, and calls of them."""
+
+    def __init__(self, executor: Executor, ops: object) -> None:
+        self.executor, self.ops = executor, ops
+        self.set(*SETTINGS[0])
+
+    def set(self, schedule: str, copies: str) -> None:
+        self.executor.set(schedule, copies, shared_limit=SM_86_SHARED)
+
+    def result(self, case: sanitize.Case, kernel: reuse.Forced | None, grid: int) -> tuple[Tensor, ...]:
+        with self.executor.grid_of(grid), sanitize.forcing(self._force, kernel):
+            result = getattr(self.ops, case.op)(*case.args)
+        return (result,) if isinstance(result, Tensor) else tuple(result)
+
+    def _force(self, *kernel):
+        return native.running_kernel(self.executor.library, *kernel)
+
+    def calls(self, cases: Iterable[sanitize.Case]) -> Iterator[Call]:
+        """Of every case by every kernel that takes it, its results the reference's."""
+        for case in cases:
+            wanted = getattr(sanitize.reference, case.op)(*case.args)
+            wanted = (wanted,) if isinstance(wanted, Tensor) else wanted
+            for kernel, grid in itertools.product(case.kernels, (0, 1) if case.op == "quantize_absmax" else (0,)):
+                self.executor.reset()
+                start = time.perf_counter()
+                try:
+                    result = self.result(case, kernel, grid)
+                except RuntimeError as error:
+                    if sanitize.REFUSAL not in str(error):
+                        raise
+                    continue
+                seconds = time.perf_counter() - start
+                assert all(map(sanitize.is_close, result, wanted)), f"{case.op} {case.what} {kernel}: wrong"
+                yield Call(case, kernel, grid, result, self.executor.sites(), seconds)
+
+    def verdict(self, mutant: Mutant, calls: Iterable[Call]) -> str | None:
+        """What noticed the mutant in one of these calls, or None. In a process of its own, which may crash or hang."""
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            faulthandler.disable()  # pytest's would print the stacks
+            try:
+                os.write(writer, (self._verdict(mutant, calls) or "").encode())
+            finally:
+                os._exit(0)
+        os.close(writer)
+        with os.fdopen(reader, "rb") as file:
+            verdict = file.read().decode()
+        _, status = os.waitpid(child, 0)
+        return (verdict or None) if status == 0 else f"ends by signal {os.WTERMSIG(status)}"
+
+    def _verdict(self, mutant: Mutant, calls: Iterable[Call]) -> str | None:
+        for setting in SETTINGS:
+            self.set(*setting)
+            for call in calls:
+                signal.alarm(SECONDS)
+                with self.executor.changed(mutant.site, mutant.change):
+                    try:
+                        result = self.result(call.case, call.kernel, call.grid)
+                    except RuntimeError as error:
+                        return kind_of(str(error))
+                if not all(map(same_bits, result, call.expected)):
+                    return "wrong bits"
+        return None
+
+
+def kind_of(message: str) -> str:
+    """In two words, what ended the launch."""
+    for kind in ("race", "copy in flight", "without having waited", "divergent", "deadlock"):
+        if kind in message:
+            return "unfinished copy" if kind in ("copy in flight", "without having waited") else kind
+    return message
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.reshape(-1).contiguous().view(torch.uint8), b.reshape(-1).contiguous().view(torch.uint8))
+
+
+def mutants_of(calls: Iterable[Call]) -> list[Mutant]:
+    sites: dict[Site, bool] = {}
+    for call in calls:
+        for site, before_copies in call.sites.items():
+            sites[site] = sites.get(site, False) or before_copies
+    return [
+        Mutant(site, change)
+        for site, before_copies in sorted(sites.items())
+        for change in CHANGES[site.what] + (BEFORE_COPIES if before_copies else ())
+    ]
+
+
+def proof_of(mutant: Mutant) -> str | None:
+    for (kernel, line, change), proof in EQUIVALENT.items():
+        if re.fullmatch(kernel.replace("*", ".*"), mutant.kernel) and (line, change) == (mutant.line, mutant.change):
+            return proof
+    return None
+
+
+CALLS_OF_AN_EQUIVALENT = 2  # are enough to see that its proof is not plainly wrong
+
+
+def try_all(trial: Trial, calls: list[Call], kernels: str = "") -> dict[Mutant, str]:
+    """What noticed each mutant; "equivalent" or "SURVIVED" where nothing did."""
+    verdicts = {}
+    for mutant in mutants_of(calls):
+        if kernels not in mutant.kernel:
+            continue
+        reaching = sorted((call for call in calls if mutant.site in call.sites), key=lambda call: call.seconds)
+        proof = proof_of(mutant)
+        noticed = trial.verdict(mutant, reaching[: CALLS_OF_AN_EQUIVALENT if proof else None])
+        assert not (proof and noticed), f"{mutant} is not equivalent: {noticed}"
+        verdicts[mutant] = noticed or ("equivalent" if proof else "SURVIVED")
+    return verdicts
+
+
+def unreached(calls: Iterable[Call]) -> list[str]:
+    """Calls in csrc/cuda that no case comes to, as "<file>:<line>"."""
+    reached = {site.place for call in calls for site in call.sites}
+    folder = Path(__file__).parents[2] / "csrc" / "cuda"
+    named = re.compile(rf"\b({'|'.join(CHANGES)})\s*(<[^;]*>)?\(")
+    return [
+        f"{path.name}:{number}"
+        for path in sorted(folder.glob("*.cu*"))
+        if path.name != "device.cuh"
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if named.search(line.partition("//")[0]) and f"{path}:{number}" not in reached
+    ]
+
+
+def table(verdicts: dict[Mutant, str]) -> str:
+    """A line for each kernel, call and change: how many instances of the kernel, and what noticed them."""
+    rows: dict[tuple[str, str, str], Counter[str]] = {}
+    for mutant, verdict in verdicts.items():
+        rows.setdefault((mutant.kernel, mutant.line, mutant.change), Counter())[verdict] += 1
+    lines = [
+        f"{kernel:36} {change:10} {line[:48]:48} " + ", ".join(f"{verdict} {n}" for verdict, n in counts.most_common())
+        for (kernel, line, change), counts in rows.items()
+    ]
+    return "\n".join(lines)
+
+
+def summary(verdicts: dict[Mutant, str]) -> str:
+    counts = Counter(verdicts.values())
+    return f"{len(verdicts)} mutants: " + ", ".join(f"{verdict} {n}" for verdict, n in counts.most_common())
+
+
+def main(kernels: str = "") -> int:
+    from support import cuda_backend
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    start = time.perf_counter()
+    executor = cuda_backend.load(races=True)
+    trial = Trial(executor, getattr(torch.ops, cuda_backend.NAMESPACE))
+    print(f"{time.perf_counter() - start:.0f} s: built", flush=True)
+    tiles = {op: native.cuda_tiles(executor.library, op) for op in reuse.PIPELINED}
+    calls = list(trial.calls(sanitize.cases(tiles)))
+    print(f"{time.perf_counter() - start:.0f} s: {len(calls)} calls without a mutant", flush=True)
+    verdicts = try_all(trial, calls, kernels)
+    print(table(verdicts))
+    print(
+        "\n".join(
+            sorted({f"equivalent: {m.kernel}: {m.line} {m.change}: {proof_of(m)}" for m in verdicts if proof_of(m)})
+        )
+    )
+    gaps = [f"SURVIVED {mutant}" for mutant, verdict in verdicts.items() if verdict == "SURVIVED"]
+    gaps += [f"NOT REACHED {place}" for place in unreached(calls)]
+    print("\n".join([*gaps, f"{time.perf_counter() - start:.0f} s: {summary(verdicts)}"]))
+    return 1 if gaps else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(*sys.argv[1:]))
