@@ -118,7 +118,8 @@ def native_library():
 def executor():
     if platform.machine() != "x86_64" or shutil.which(cuda_backend.build.CXX) is None:
         pytest.skip(f"the host executor needs an x86-64 machine with a C++ compiler ({cuda_backend.build.CXX})")
-    return cuda_backend.load(asan=os.environ.get(cuda_backend.ASAN_VARIABLE) == "1")
+    variants = {"asan": cuda_backend.ASAN_VARIABLE, "races": cuda_backend.RACES_VARIABLE}
+    return cuda_backend.load(**{name: os.environ.get(variable) == "1" for name, variable in variants.items()})
 
 
 @pytest.fixture

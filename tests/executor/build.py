@@ -21,17 +21,28 @@ CXX = os.environ.get("CXX", "g++")
 FLAGS = ["-std=c++17", "-O2", "-g", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-ipa-icf"]
 FLAGS += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DNF4_EXECUTOR", f"-I{ROOT / 'csrc'}", f"-I{EXECUTOR}"]
 ASAN_FLAGS = ["-fsanitize=address,alignment", "-fno-sanitize-recover=alignment", "-fno-omit-frame-pointer"]
+# The compiler calls races.cpp before each load and store of the kernels, and leaves them as the source has them.
+RACES_FLAGS = ["-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0", "-fno-tree-sra"]
+RACES_FLAGS += ["-fno-tree-vectorize", "-fno-store-merging"]
 COMPILES_AT_ONCE = 2
 
 
 def build(
-    name: str, sources: Iterable[Path], flags: Iterable[str] = (), link: Iterable[str] = (), asan: bool = False
+    name: str,
+    sources: Iterable[Path],
+    flags: Iterable[str] = (),
+    link: Iterable[str] = (),
+    asan: bool = False,
+    races: bool = False,
 ) -> Path:
-    """The library build/executor/<name>/<name>-<hash>.so of these .cu and .cpp files and the executor."""
-    folder = ROOT / "build" / "executor" / (f"{name}-asan" if asan else name)
+    """The library build/executor/<name>/<name>-<hash>.so of these .cu and .cpp files and the executor.
+
+    asan: with AddressSanitizer. races: with the race detector, for which no other process environment is needed.
+    """
+    folder = ROOT / "build" / "executor" / "-".join([name] + ["asan"] * asan + ["races"] * races)
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder / "lock"):
-        return _build(folder, name, sources, flags, link, asan)
+        return _build(folder, name, sources, flags, link, asan, races)
 
 
 @contextmanager
@@ -43,16 +54,17 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _build(
-    folder: Path, name: str, sources: Iterable[Path], flags: Iterable[str], link: Iterable[str], asan: bool
+    folder: Path, name: str, sources: Iterable[Path], flags: Iterable[str], link: Iterable[str], asan: bool, races: bool
 ) -> Path:
-    flags = [*FLAGS, *flags, *(ASAN_FLAGS if asan else [])]
+    flags = [*FLAGS, *flags, *(ASAN_FLAGS if asan else []), *(["-DNF4_EXECUTOR_RACES"] if races else [])]
     headers = sorted([*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.cuh"), *EXECUTOR.glob("*.h")])
-    shared = _hash(CXX, *flags, *(path.read_text() for path in headers))
+    shared = _hash(CXX, *flags, *(RACES_FLAGS if races else []), *(path.read_text() for path in headers))
 
     def compiled(source: Path) -> Path:
         target = folder / f"{source.name}-{_hash(shared, str(source), source.read_text())}.o"
         if not target.exists():
-            _run(target, [CXX, *flags, "-x", "c++", "-c", str(source)])
+            of_kernels = RACES_FLAGS if races and source.suffix == ".cu" else []
+            _run(target, [CXX, *flags, *of_kernels, "-x", "c++", "-c", str(source)])
             for old in set(folder.glob(f"{source.name}-*.o")) - {target}:
                 old.unlink(missing_ok=True)
         return target

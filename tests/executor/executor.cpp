@@ -15,7 +15,7 @@
 #include <string>
 #include <vector>
 
-#include "sites.h"
+#include "races.h"
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
@@ -60,6 +60,11 @@ nf4_executor_switch:
 namespace nf4::cuda::executor {
 
 std::string kernel_name(const void* function);  // kernel_name.cpp
+
+int current;
+bool in_kernel = false;
+unsigned char* arena;
+size_t arena_bytes;
 
 namespace {
 
@@ -121,9 +126,6 @@ std::vector<unsigned char> runnable;  // one byte a thread, so that memchr finds
 Meeting block_meeting;
 std::vector<Meeting> warp_meetings;
 Fiber scheduler;
-int current;  // thread
-unsigned char* arena;
-size_t arena_bytes;
 std::string failure;
 std::minstd_rand random_numbers;
 size_t random_from;
@@ -172,6 +174,15 @@ unsigned char* stack_of(int thread) {
   }();
   return stacks + thread * kStackBytes;
 }
+
+}  // namespace
+
+bool is_stack(const void* address) {
+  static const unsigned char* const stacks = stack_of(0);
+  return size_t(static_cast<const unsigned char*>(address) - stacks) < kMaxThreads * kStackBytes;
+}
+
+namespace {
 
 Fiber new_fiber(int thread) {
   unsigned char* stack = stack_of(thread);
@@ -224,7 +235,7 @@ bool joins(Meeting& meeting, const Thread& thread) {
 }
 
 // Divergence: threads of one warp, or of one block at a barrier, that wait at different sites would wait for ever.
-void arrive(const char* what, Site site, bool whole_block) {
+void come(const char* what, Site site, bool whole_block) {
   Thread& self = threads[current];
   self.waits_at = what;
   self.site = site;
@@ -283,6 +294,9 @@ std::string describe(dim3 index) {
 // Runs block blockIdx. Returns whether all its threads reached their end.
 bool run_block() {
   std::memset(arena, kPoison, arena_bytes);
+  if constexpr (kRaces) {
+    races::begin_block(blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * uint64_t(blockIdx.z)), int(threads.size()));
+  }
   block_meeting = {};
   std::fill(warp_meetings.begin(), warp_meetings.end(), Meeting{});
   std::fill(runnable.begin(), runnable.end(), 1);
@@ -294,7 +308,9 @@ bool run_block() {
   sites_begin_block();
   while ((current = next_thread()) >= 0) {
     threadIdx = {unsigned(current), 0, 0};
+    in_kernel = true;
     switch_fiber(scheduler, threads[current].fiber);
+    in_kernel = false;
     if (failure.empty()) continue;
     failure = ", thread " + std::to_string(current) + " at " + describe(threads[current].site) + ": " + failure;
     return false;
@@ -317,7 +333,7 @@ void perform(const Copy& copy) {
 }  // namespace
 
 void fail(Site site, const char* format, ...) {
-  char text[256];
+  char text[512];
   va_list arguments;
   va_start(arguments, format);
   std::vsnprintf(text, sizeof text, format, arguments);
@@ -328,9 +344,10 @@ void fail(Site site, const char* format, ...) {
 }
 
 void meet_block(const char* what, Site site) {
-  arrive(what, site, true);
+  come(what, site, true);
   if (block_meeting.arrived == int(threads.size())) {
     block_meeting.arrived = 0;
+    if constexpr (kRaces) races::sync_block();
     release(0, int(threads.size()));
   }
   switch_fiber(threads[current].fiber, scheduler);
@@ -340,11 +357,14 @@ void meet_warp(const char* what, Site site, void* operands, void (*perform)(void
   const int thread = current, begin = thread / kLanes * kLanes;
   if (begin + kLanes > int(threads.size())) fail(site, "%s needs 32 lanes, got %d", what, int(threads.size()) - begin);
   threads[thread].operands = operands;
-  arrive(what, site, false);
+  come(what, site, false);
   if (warp_meetings[thread / kLanes].arrived == kLanes) {
     void* lanes[kLanes];
     for (int i = 0; i < kLanes; ++i) lanes[i] = threads[begin + i].operands;
     perform(lanes);
+    if constexpr (kRaces) {
+      if (same(what, "sync_warp")) races::sync_warp(begin / kLanes);
+    }
     release(begin, begin + kLanes);
   }
   switch_fiber(threads[thread].fiber, scheduler);
@@ -368,14 +388,35 @@ void check_global(const void* p, size_t bytes, const char* what, Site site) {
   if (p >= arena && p < arena + arena_bytes) fail(site, "%s of shared memory", what);
 }
 
-void copy_async_wait(int pending, Site site) {
-  const Change change = reach("copy_async_wait", site);
-  if (change == Change::kRemoved) return;
-  if (change == Change::kShort) ++pending;
+void load(void* to, const void* from, size_t bytes, Access access, const char* what, Site site) {
+  check_global(from, bytes, what, site);
+  if constexpr (kRaces) races::touch(from, bytes, access, __builtin_return_address(0));
+  std::memcpy(to, from, bytes);
+}
+
+void fence_device(Site) {
+  if constexpr (kRaces) races::fence_device();
+}
+
+// Blocks run one after the other: what one wrote the next ones see.
+uint32_t arrive(uint32_t* counter, uint32_t last, Site site) {
+  check_global(counter, sizeof *counter, "arrive", site);
+  if constexpr (kRaces) {
+    races::touch(counter, sizeof *counter, Access::kArrive, __builtin_return_address(0));
+    races::arrive(counter);
+  }
+  const uint32_t before = *counter;
+  *counter = before >= last ? 0 : before + 1;
+  return before;
+}
+
+void copy_async_wait(int pending, Site) {
   Thread& self = threads[current];
   const auto unfinished = [&](const Copy& copy) { return copy.group >= self.groups - pending; };
   for (const Copy& copy : self.copies) {
-    if (settings.copies_late && !unfinished(copy)) perform(copy);
+    if (unfinished(copy)) continue;
+    if (settings.copies_late) perform(copy);
+    if constexpr (kRaces) races::land(copy.shared);
   }
   const auto rest = std::stable_partition(self.copies.begin(), self.copies.end(), unfinished);
   self.copies.erase(rest, self.copies.end());
@@ -399,10 +440,10 @@ cudaError_t run(const void* kernel, dim3 grid, int thread_count, size_t shared_b
                  " bytes of shared memory, got " + shape;
     return cudaErrorInvalidValue;
   }
-  void* memory;
-  if (posix_memalign(&memory, kArenaAlignment, shared_bytes) != 0) throw std::bad_alloc();
+  void* memory = nullptr;
+  if (!kRaces && posix_memalign(&memory, kArenaAlignment, shared_bytes) != 0) throw std::bad_alloc();
   const std::unique_ptr<void, decltype(&std::free)> owner(memory, &std::free);
-  arena = static_cast<unsigned char*>(memory);
+  arena = kRaces ? races::place_arena() : static_cast<unsigned char*>(memory);
   arena_bytes = shared_bytes;
   kernel_call = &thread;
   threads.resize(thread_count);
@@ -413,6 +454,7 @@ cudaError_t run(const void* kernel, dim3 grid, int thread_count, size_t shared_b
   blockDim = dim3(thread_count);
   random_numbers.seed(settings.seed);
   redraw();
+  if constexpr (kRaces) races::begin_launch();
   const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
   const uint64_t first = settings.schedule == Schedule::kRandom ? random_numbers() % blocks : 0;
   for (uint64_t i = 0; i < blocks; ++i) {
@@ -436,7 +478,10 @@ void copy_async_16(void* shared, const void* global, bool valid, executor::Site 
   auto* to = static_cast<unsigned char*>(shared);
   if (reinterpret_cast<uintptr_t>(to) % 16 != 0) fail(site, "copy_async_16 to misaligned %p", shared);
   if (to < arena || to + 16 > arena + arena_bytes) fail(site, "copy_async_16 to an address outside shared memory");
-  sites_copy(shared);
+  if constexpr (kRaces) {
+    if (valid) races::touch(global, 16, Access::kReadOnly, __builtin_return_address(0));
+    races::touch(shared, 16, Access::kCopy, __builtin_return_address(0));
+  }
   Thread& self = threads[current];
   self.copies.push_back({shared, global, valid, self.groups, site});
   if (!settings.copies_late) perform(self.copies.back());

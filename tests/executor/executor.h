@@ -99,6 +99,20 @@ void sync_warp(Site site);
 void* shared_arena();
 void check_global(const void* p, size_t bytes, const char* what, Site site);
 void copy_async_wait(int pending, Site site);
+void fence_device(Site site);
+uint32_t arrive(uint32_t* counter, uint32_t last, Site site);
+
+// How memory is accessed. kReadOnly: as what the launch does not write. kReadL2: as what another block may have written.
+enum class Access { kRead, kWrite, kReadOnly, kReadL2, kCopy, kArrive };
+
+// A global load by the function `what` of device.cuh.
+void load(void* to, const void* from, size_t bytes, Access access, const char* what, Site site);
+template <class V>
+NF4_DEVICE V load(const V* p, Access access, const char* what, Site site) {
+  V v;
+  load(&v, p, sizeof v, access, what, site);
+  return v;
+}
 
 cudaError_t run(const void* kernel, dim3 grid, int threads, size_t shared_bytes, const std::function<void()>& thread);
 
@@ -200,36 +214,26 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, size_t sha
 }
 
 NF4_DEVICE uint32_t load_streamed(const uint32_t* p, executor::Site site = executor::Site::here()) {
-  executor::check_global(p, sizeof *p, "load_streamed", site);
-  return *p;
+  return executor::load(p, executor::Access::kReadOnly, "load_streamed", site);
 }
 NF4_DEVICE uint2 load_streamed(const uint2* p, executor::Site site = executor::Site::here()) {
-  executor::check_global(p, sizeof *p, "load_streamed", site);
-  return *p;
+  return executor::load(p, executor::Access::kReadOnly, "load_streamed", site);
 }
 NF4_DEVICE uint4 load_streamed(const uint4* p, executor::Site site = executor::Site::here()) {
-  executor::check_global(p, sizeof *p, "load_streamed", site);
-  return *p;
+  return executor::load(p, executor::Access::kReadOnly, "load_streamed", site);
 }
 template <class V>
 NF4_DEVICE V load_cached(const V* p, executor::Site site = executor::Site::here()) {
-  executor::check_global(p, sizeof *p, "load_cached", site);
-  return *p;
+  return executor::load(p, executor::Access::kReadOnly, "load_cached", site);
 }
 template <class V>
 NF4_DEVICE V load_l2(const V* p, executor::Site site = executor::Site::here()) {
-  executor::check_global(p, sizeof *p, "load_l2", site);
-  return *p;
+  return executor::load(p, executor::Access::kReadL2, "load_l2", site);
 }
 
-// Blocks run one after the other: what one wrote the next ones see.
-NF4_DEVICE void fence_device(executor::Site site = executor::Site::here()) { executor::reach("fence_device", site); }
+NF4_DEVICE void fence_device(executor::Site site = executor::Site::here()) { executor::fence_device(site); }
 NF4_DEVICE uint32_t arrive(uint32_t* counter, uint32_t last, executor::Site site = executor::Site::here()) {
-  executor::check_global(counter, sizeof *counter, "arrive", site);
-  if (executor::reach("arrive", site) == executor::Change::kRemoved) return last;
-  const uint32_t before = *counter;
-  *counter = before >= last ? 0 : before + 1;
-  return before;
+  return executor::arrive(counter, last, site);
 }
 
 template <class V>

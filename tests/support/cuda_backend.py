@@ -11,19 +11,21 @@ from nf4kernels.backends import native
 
 NAMESPACE = "nf4kernels_executor"
 ASAN_VARIABLE = "NF4KERNELS_EXECUTOR_ASAN"  # 1: the tests of this process run the kernels under AddressSanitizer
+RACES_VARIABLE = "NF4KERNELS_EXECUTOR_RACES"  # 1: under the race detector
 
 
-def load(asan: bool = False) -> Executor:
+def load(asan: bool = False, races: bool = False) -> Executor:
     """Builds csrc/cuda and its binding for the host executor, and registers the ops for CPU tensors: once a process.
 
     With asan under AddressSanitizer, which the process must have been started with: `executor.build.asan_environment`.
+    With races under the race detector.
     """
     sources = [*sorted(ROOT.glob("csrc/cuda/*.cu")), *sorted(ROOT.glob("csrc/bindings/cuda*.cpp"))]
     sources.append(ROOT / "csrc/rounded_code.cpp")
     flags = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     flags += [f"-isystem{path}" for path in cpp_extension.include_paths()]
     link = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch", "-ltorch_cpu", "-lc10"]
-    path = build.build("cuda", sources, flags, link, asan)
+    path = build.build("cuda", sources, flags, link, asan, races)
     library = torch.library.Library(NAMESPACE, "DEF")
     for schema in ops.SCHEMAS:
         library.define(schema)

@@ -1,0 +1,56 @@
+// The functions that a compiler's -fsanitize=thread calls before each load and store, for the kernels of a build with
+// races=True. ThreadSanitizer's own library is not linked.
+#ifdef NF4_EXECUTOR_RACES
+
+#include "races.h"
+
+namespace nf4::cuda::executor {
+namespace {
+
+bool is_index_variable(const void* address) {
+  const auto lies_in = [&](const auto& variable) {
+    return uintptr_t(address) - uintptr_t(&variable) < sizeof variable;
+  };
+  return lies_in(threadIdx) || lies_in(blockIdx) || lies_in(blockDim) || lies_in(gridDim);
+}
+
+void hook(const void* address, size_t bytes, Access access, bool aligned, const void* pc) {
+  if (!in_kernel || is_stack(address) || is_index_variable(address)) return;
+  if (aligned && uintptr_t(address) % bytes != 0) {
+    const Line line = line_of(pc);
+    fail({line.file, line.line}, "%s %zu bytes at misaligned %p", access == Access::kWrite ? "writes" : "reads", bytes,
+         address);
+  }
+  races::touch(address, bytes, access, pc);
+}
+
+}  // namespace
+}  // namespace nf4::cuda::executor
+
+#define NF4_HOOK(name, bytes, access, aligned)                                                    \
+  extern "C" void name(void* address) {                                                           \
+    using namespace nf4::cuda::executor;                                                          \
+    hook(address, bytes, Access::access, aligned, __builtin_return_address(0));                   \
+  }
+#define NF4_HOOKS_OF(bytes)                                          \
+  NF4_HOOK(__tsan_read##bytes, bytes, kRead, true)                   \
+  NF4_HOOK(__tsan_write##bytes, bytes, kWrite, true)                 \
+  NF4_HOOK(__tsan_unaligned_read##bytes, bytes, kRead, false)        \
+  NF4_HOOK(__tsan_unaligned_write##bytes, bytes, kWrite, false)
+NF4_HOOKS_OF(1)
+NF4_HOOKS_OF(2)
+NF4_HOOKS_OF(4)
+NF4_HOOKS_OF(8)
+NF4_HOOKS_OF(16)
+
+extern "C" void __tsan_read_range(void* address, size_t bytes) {
+  using namespace nf4::cuda::executor;
+  hook(address, bytes, Access::kRead, false, __builtin_return_address(0));
+}
+extern "C" void __tsan_write_range(void* address, size_t bytes) {
+  using namespace nf4::cuda::executor;
+  hook(address, bytes, Access::kWrite, false, __builtin_return_address(0));
+}
+extern "C" void __tsan_init() {}
+
+#endif
