@@ -57,20 +57,24 @@ def _build(
     folder: Path, name: str, sources: Iterable[Path], flags: Iterable[str], link: Iterable[str], asan: bool, races: bool
 ) -> Path:
     flags = [*FLAGS, *flags, *(ASAN_FLAGS if asan else []), *(["-DNF4_EXECUTOR_RACES"] if races else [])]
-    headers = sorted([*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.cuh"), *EXECUTOR.glob("*.h")])
-    shared = _hash(CXX, *flags, *(RACES_FLAGS if races else []), *(path.read_text() for path in headers))
+    executor = sorted([*EXECUTOR.glob("*.cpp"), *(EXECUTOR.glob("races/*.cpp") if races else [])])
 
     def compiled(source: Path) -> Path:
-        target = folder / f"{source.name}-{_hash(shared, str(source), source.read_text())}.o"
-        if not target.exists():
-            of_kernels = RACES_FLAGS if races and source.suffix == ".cu" else []
-            _run(target, [CXX, *flags, *of_kernels, "-x", "c++", "-c", str(source)])
-            for old in set(folder.glob(f"{source.name}-*.o")) - {target}:
-                old.unlink(missing_ok=True)
+        hooks = RACES_FLAGS if races and source.suffix == ".cu" else []
+        command = [CXX, *flags, *hooks, "-x", "c++", "-c", str(source)]
+        included = folder / f"{source.name}-{_hash(*command)}.d"
+        target = _object(included, source)
+        if target is None or not target.exists():
+            for old in folder.glob(f"{source.name}-*"):
+                old.unlink()
+            new = folder / f"{source.name}.o"
+            _run(new, [*command, "-MMD", "-MF", str(included)])
+            target = _object(included, source)
+            new.replace(target)
         return target
 
     with ThreadPoolExecutor(COMPILES_AT_ONCE) as pool:
-        objects = list(pool.map(compiled, [*sorted(EXECUTOR.glob("*.cpp")), *sources]))
+        objects = list(pool.map(compiled, [*executor, *sources]))
     library = folder / f"{name}-{_hash(*map(str, objects), *link)}.so"
     if not library.exists():
         sanitizers = ASAN_FLAGS if asan else []
@@ -87,6 +91,16 @@ def asan_environment() -> dict[str, str]:
         for library in ("libasan.so", "libstdc++.so.6")
     ]
     return {"LD_PRELOAD": " ".join(preload), "ASAN_OPTIONS": "detect_leaks=0"}
+
+
+def _object(included: Path, source: Path) -> Path | None:
+    """The object of the source and of what it includes, as the compiler listed it when it last compiled it."""
+    if not included.exists():
+        return None
+    files = [source, *map(Path, included.read_text().replace("\\\n", " ").split()[1:])]
+    if not all(file.exists() for file in files):
+        return None
+    return included.with_name(f"{source.name}-{_hash(included.name, *(file.read_text() for file in files))}.o")
 
 
 def _hash(*texts: str) -> str:

@@ -15,7 +15,7 @@
 #include <string>
 #include <vector>
 
-#include "races.h"
+#include "races/races.h"
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
@@ -65,11 +65,15 @@ int current;
 bool in_kernel = false;
 unsigned char* arena;
 size_t arena_bytes;
+unsigned char* stacks;
 
 namespace {
 
 constexpr int kMaxThreads = 1024;
 constexpr size_t kStackBytes = 256 << 10, kGuardBytes = 4096;
+}  // namespace
+const size_t stacks_bytes = kMaxThreads * kStackBytes;
+namespace {
 constexpr size_t kArenaAlignment = 128;
 constexpr unsigned char kPoison = 0xff;  // NaN in every float type
 
@@ -163,26 +167,18 @@ void run_thread() {
 
 // Stacks stay mapped. The lowest page of each is a guard page: an overflow crashes instead of giving a wrong value.
 unsigned char* stack_of(int thread) {
-  static unsigned char* const stacks = [] {
+  if (stacks == nullptr) {
     void* all = mmap(nullptr, kMaxThreads * kStackBytes, PROT_READ | PROT_WRITE,
                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (all == MAP_FAILED) throw std::bad_alloc();
     for (int i = 0; i < kMaxThreads; ++i) {
       mprotect(static_cast<unsigned char*>(all) + i * kStackBytes, kGuardBytes, PROT_NONE);
     }
-    return static_cast<unsigned char*>(all);
-  }();
+    stacks = static_cast<unsigned char*>(all);
+  }
   return stacks + thread * kStackBytes;
 }
 
-}  // namespace
-
-bool is_stack(const void* address) {
-  static const unsigned char* const stacks = stack_of(0);
-  return size_t(static_cast<const unsigned char*>(address) - stacks) < kMaxThreads * kStackBytes;
-}
-
-namespace {
 
 Fiber new_fiber(int thread) {
   unsigned char* stack = stack_of(thread);
@@ -308,6 +304,7 @@ bool run_block() {
   sites_begin_block();
   while ((current = next_thread()) >= 0) {
     threadIdx = {unsigned(current), 0, 0};
+    if constexpr (kRaces) races::resume();
     in_kernel = true;
     switch_fiber(scheduler, threads[current].fiber);
     in_kernel = false;

@@ -17,7 +17,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "executor.h"
+#include "../executor.h"
 
 namespace nf4::cuda::executor {
 
@@ -34,6 +34,7 @@ unsigned char* place_arena();
 
 void begin_launch();
 void begin_block(uint64_t index, int threads);
+void resume();  // the current thread runs from here on
 void sync_block();
 void sync_warp(int warp);
 void fence_device();
@@ -57,6 +58,7 @@ extern int current;     // the thread that runs
 extern bool in_kernel;  // one of the launch's threads runs, and not the host
 extern unsigned char* arena;
 extern size_t arena_bytes;
-bool is_stack(const void* address);
+extern unsigned char* stacks;  // of all threads
+extern const size_t stacks_bytes;
 
 }  // namespace nf4::cuda::executor

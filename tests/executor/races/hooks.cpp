@@ -1,7 +1,5 @@
 // The functions that a compiler's -fsanitize=thread calls before each load and store, for the kernels of a build with
 // races=True. ThreadSanitizer's own library is not linked.
-#ifdef NF4_EXECUTOR_RACES
-
 #include "races.h"
 
 namespace nf4::cuda::executor {
@@ -15,7 +13,7 @@ bool is_index_variable(const void* address) {
 }
 
 void hook(const void* address, size_t bytes, Access access, bool aligned, const void* pc) {
-  if (!in_kernel || is_stack(address) || is_index_variable(address)) return;
+  if (!in_kernel || size_t(static_cast<const unsigned char*>(address) - stacks) < stacks_bytes || is_index_variable(address)) return;
   if (aligned && uintptr_t(address) % bytes != 0) {
     const Line line = line_of(pc);
     fail({line.file, line.line}, "%s %zu bytes at misaligned %p", access == Access::kWrite ? "writes" : "reads", bytes,
@@ -52,5 +50,3 @@ extern "C" void __tsan_write_range(void* address, size_t bytes) {
   hook(address, bytes, Access::kWrite, false, __builtin_return_address(0));
 }
 extern "C" void __tsan_init() {}
-
-#endif

@@ -1,6 +1,4 @@
 // The source line of an instruction, for messages and for the counts of accesses.
-#ifdef NF4_EXECUTOR_RACES
-
 #include <dlfcn.h>
 
 #include <cstdio>
@@ -40,5 +38,3 @@ Line line_of(const void* pc) {
 }
 
 }  // namespace nf4::cuda::executor
-
-#endif

@@ -1,9 +1,8 @@
 // The race detector behind races.h. Blocks run one after the other and each thread until its next collective, so that
 // an access is ordered behind an earlier one if a barrier or an arrival lies between: no vector clocks are needed.
-#ifdef NF4_EXECUTOR_RACES
-
 #include "races.h"
 
+#include <dlfcn.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -44,18 +43,29 @@ int warp_of(int thread) { return thread / kLanes; }
 
 // The last access of one kind to a word or byte.
 struct Event {
-  const void* pc = nullptr;
   uint32_t interval = 0;  // 0: none
-  uint32_t warp_interval = 0;
-  int16_t thread = 0;
+  uint32_t warp_interval : 31;
+  uint32_t in_flight : 1;
+  uint16_t thread = 0;
   uint16_t fences = 0;  // that the thread had executed
-  bool in_flight = false;
+  uint32_t code = 0;    // the instruction's place in the library
 
+  Event() : warp_interval(0), in_flight(0) {}
   explicit operator bool() const { return interval != 0; }
 };
+static_assert(sizeof(Event) == 16, "a word has four");
 
+const char* const library_begin = [] {
+  Dl_info info{};
+  dladdr(reinterpret_cast<const void*>(&warp_of), &info);
+  return static_cast<const char*>(info.dli_fbase);
+}();
+
+Event self;  // of the current thread
 Event now(const void* pc) {
-  return {pc, interval, warp_intervals[warp_of(current)], int16_t(current), fence_counts[current]};
+  Event event = self;
+  event.code = uint32_t(static_cast<const char*>(pc) - library_begin);
+  return event;
 }
 
 // Order between blocks.
@@ -133,7 +143,6 @@ std::map<const void*, size_t> acquired_now(const Event& self) {
 bool is_acquired(const Event& event) {
   static Event of;
   static std::map<const void*, size_t> acquired;
-  const Event self = now(nullptr);
   const auto same = [](const Event& a, const Event& b) {
     return a.interval == b.interval && a.warp_interval == b.warp_interval && a.thread == b.thread &&
            a.fences == b.fences;
@@ -171,16 +180,18 @@ bool is_ordered(const Event& event) {
 // Shadow memory.
 
 struct Cell {
-  uint32_t valid = 0;  // the block or launch to which the rest belongs
-  uint32_t bytes = 0;  // 1 + index of the cells of the word's four bytes; 0: it is kept whole
+  uint32_t valid = 0;       // the block or launch to which the rest belongs
+  uint32_t bytes : 30;      // 1 + index of the cells of the word's four bytes; 0: it is kept whole
+  uint32_t read_only : 1;   // load_cached or the like has read it
+  uint32_t is_counter : 1;  // of arrivals
   Event written;
   Event read;                 // the last one,
   Event read_by_other_warp;   // the last one of its block by another warp than that,
   Event read_by_other_block;  // and the last one of another block
   uint32_t warps = 0;         // that have read in the interval of `read`
   uint32_t lanes = 0;         // of the warp of `read` that have read in its interval and warp interval
-  bool read_only = false;     // load_cached or the like has read it
-  bool is_counter = false;
+
+  Cell() : bytes(0), read_only(0), is_counter(0) {}
 };
 
 struct Shadow {
@@ -275,7 +286,7 @@ std::string describe(const Event& event) {
                      : access == Access::kCopy   ? "copies to"
                      : access == Access::kArrive ? "arrives at"
                                                  : "reads";
-  const Line here = line_of(pc), there = line_of(other.pc);
+  const Line here = line_of(pc), there = line_of(library_begin + other.code);
   const std::string there_text = std::string(there.file) + ":" + std::to_string(there.line);
   fail({here.file, here.line}, "race: %s %s, which %s %s at %s: %s", does, where(address).c_str(),
        describe(other).c_str(), did, there_text.c_str(), rule);
@@ -300,7 +311,6 @@ void check_and_note_read(Cell& cell, const void* address, Access access, const v
     if (access == Access::kReadOnly) refuse(kReadOnly);
     if (access != Access::kReadL2 && !is_of_this_block(cell.written)) refuse("load_l2 alone reads it from where it is");
   }
-  const Event self = now(pc);
   const int warp = warp_of(self.thread);
   if (cell.read && !is_of_this_block(cell.read)) {
     cell.read_by_other_block = cell.read;
@@ -313,8 +323,8 @@ void check_and_note_read(Cell& cell, const void* address, Access access, const v
                           cell.read.warp_interval == self.warp_interval;
   cell.warps = (same_interval ? cell.warps : 0) | 1u << warp;
   cell.lanes = (same_lanes ? cell.lanes : 0) | 1u << self.thread % kLanes;
-  cell.read = self;
-  cell.read_only = cell.read_only || access == Access::kReadOnly;
+  cell.read = now(pc);
+  cell.read_only |= access == Access::kReadOnly;
 }
 
 void check_reads(const Cell& cell, const void* address, Access access, const void* pc) {
@@ -329,7 +339,7 @@ void check_reads(const Cell& cell, const void* address, Access access, const voi
   const uint32_t others = cell.lanes & ~(1u << current % kLanes);
   if (cell.read.warp_interval != warp_intervals[warp] || others == 0) return;
   Event other = cell.read;
-  other.thread = int16_t(warp * kLanes + __builtin_ctz(others));
+  other.thread = uint16_t(warp * kLanes + __builtin_ctz(others));
   refuse(other);
 }
 
@@ -405,13 +415,20 @@ void sync_block() { ++interval; }
 
 void sync_warp(int warp) { ++warp_intervals[warp]; }
 
+void resume() {
+  self.interval = interval;
+  self.warp_interval = warp_intervals[warp_of(current)];
+  self.thread = uint16_t(current);
+  self.fences = fence_counts[current];
+}
+
 void fence_device() {
   const int count = ++fence_counts[current];
+  resume();
   fences.push_back({current, interval, warp_intervals[warp_of(current)], count});
 }
 
 void arrive(const void* counter) {
-  const Event self = now(nullptr);
   Arrival arrival{block_begin, interval, 0, fences_before(self), {}};
   for (const Fence& fence : arrival.fences) arrival.latest = std::max(arrival.latest, fence.interval);
   arrival.acquired = seen_before(arrival.fences);
@@ -422,8 +439,9 @@ void arrive(const void* counter) {
 
 void land(const void* shared) {
   visit(static_cast<const unsigned char*>(shared), 16, [](Cell& cell) {
-    const void* pc = cell.written.pc;
-    cell.written = now(pc);
+    const uint32_t code = cell.written.code;
+    cell.written = self;
+    cell.written.code = code;
   });
 }
 
@@ -438,5 +456,3 @@ void touch(const void* address, size_t bytes, Access access, const void* pc) {
 }
 
 }  // namespace nf4::cuda::executor::races
-
-#endif
