@@ -7,6 +7,7 @@ read does no harm. Imports no more than it needs: the tests' ways to run an op k
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+REFUSAL = "cannot run this"  # a forced kernel says so of a shape, a dtype or an alignment
 STEPS = 6  # at least two more than there are stages, as the tests on the host executor count
 PIPELINED = ("linear", "linear_dgrad", "grouped_linear", "grouped_linear_dgrad")
 

@@ -10,6 +10,7 @@ The reference runs on the CPU: under the sanitizer each kernel costs a milliseco
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,13 +21,12 @@ import nf4kernels as nf4
 from nf4kernels import reference
 from nf4kernels.backends import native, select
 
-from . import sides
-from .reuse import PIPELINED, Forced, Reuse, reuses
-from .timing import REFUSAL
+from .reuse import PIPELINED, REFUSAL, Forced, Reuse, reuses
 
 # [N, K]: whole tiles; tails of both, blocks that straddle rows; an odd K, whose rows share bytes
 SHAPES = ((64, 256), (72, 200), (33, 71))
 ROWS = {torch.bfloat16: (1, 9, 40), torch.float16: (9,), torch.float32: (40,)}
+KERNELS = ("small", "tiled", "dequantize_gemm", "any")
 TOLERANCE = 0.02  # of the largest element; the tests hold the kernels to their bounds, here they only must have run
 Tiles = Mapping[str, Sequence[str]]  # of each of PIPELINED, as `native.cuda_tiles` names them
 
@@ -49,7 +49,7 @@ def cases(tiles: Tiles) -> Iterator[Case]:
                 yield Case(f"{what} {bounds}", "dequantize", (*qw.op_args(), *bounds, dtype))
             for M in rows:
                 for case in products(f"{what} M={M}", qw.op_args(), N, K, M, dtype):
-                    yield case._replace(kernels=(None, *map(Forced, sides.KERNELS))) if "linear" in case.op else case
+                    yield case._replace(kernels=(None, *map(Forced, KERNELS))) if "linear" in case.op else case
             yield from routing(what, K, dtype, 7)
     yield from scales()
     yield from routing("experts in two turns", 8, torch.float32, 300)
@@ -152,5 +152,8 @@ def main(
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    force, library = sides.forcing(), select.cuda_library()[0]
-    raise SystemExit(1 if main("cuda", force, {op: native.cuda_tiles(library.handle, op) for op in PIPELINED}) else 0)
+    library, obstacle = select.cuda_library()
+    if library is None:
+        raise SystemExit(f"no CUDA kernel can be forced: {obstacle}")
+    tiles = {op: native.cuda_tiles(library.handle, op) for op in PIPELINED}
+    raise SystemExit(1 if main("cuda", partial(native.running_kernel, library.handle), tiles) else 0)

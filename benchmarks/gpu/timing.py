@@ -12,10 +12,10 @@ from ..harness import BNB_DQ, DENSE, OURS, Row, row_of, take_turns
 from ..limits import floor_ms
 from ..report.goals import WITHOUT_LORA
 from . import predictions
+from .reuse import REFUSAL
 from .sides import FORCED, TRITON, Sides, forced_ms
 
 SAMPLE_MS = 2.0
-REFUSAL = "cannot run this"  # a forced kernel says so of a shape, a dtype or an alignment
 LINE = 119  # characters, so that a hundred lines fit in 12,000
 
 

@@ -18,62 +18,27 @@ def pointers(*tensors):
     return [ctypes.c_void_p(t.data_ptr()) for t in tensors]
 
 
-# The launchers with grids of at most two blocks, so that small arrays are more than one turn of the loops over a grid.
-SMALL_GRIDS = """
-#include "cuda/kernels.h"
-using namespace nf4;
-#define EXPORTED extern "C" __attribute__((visibility("default")))
-EXPORTED int small_grid_quantize(const void* weight, int64_t numel, const float* code, uint8_t* packed, float* absmax) {
-  return cuda::quantize({weight, Dtype::kBFloat16, numel, code, 6, packed, absmax}, nullptr);
-}
-EXPORTED int small_grid_quantize_absmax(const float* absmax, int64_t blocks, const float* scale_code, double* sums,
-                                        uint8_t* quantized, float* scale_absmax, float* offset) {
-  return cuda::quantize_absmax({absmax, blocks, scale_code, true, sums, quantized, scale_absmax, offset}, nullptr);
-}
-EXPORTED int small_grid_dequantize(const uint8_t* packed, const float* absmax, const float* code, int64_t N, int64_t K,
-                                   int64_t columns, void* out) {
-  const Weight w{packed, absmax, nullptr, nullptr, nullptr, code, N, K, 6, Scales::kFloat32};
-  return cuda::dequantize({w, 0, N, 0, columns, Dtype::kBFloat16, out, columns}, nullptr);
-}
-"""
-
-
-def test_quantize_and_dequantize_go_on_to_further_tiles(executor_ops, tmp_path):
-    sources = [tmp_path / "small_grids.cpp"]
-    sources[0].write_text(SMALL_GRIDS)
-    for name in ("quantize", "quantize_absmax", "dequantize"):
-        text = (ROOT / f"csrc/cuda/{name}.cu").read_text()
-        assert "kMaxGrid = 8192" in text
-        sources.append(tmp_path / f"{name}.cu")
-        sources[-1].write_text(text.replace("kMaxGrid = 8192", "kMaxGrid = 2").replace('"../', '"'))
-    includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/cuda'}"]
-    small = ctypes.CDLL(str(build.build(tmp_path.name, sources, includes)))
-    int64, code = ctypes.c_int64, DEFAULT.code.clone()
-
+def test_quantize_and_dequantize_go_on_to_further_tiles(executor_ops):
+    """With grids of at most two blocks small arrays are more than one turn of the loops over a grid."""
+    executor_ops.executor.limit_grid(2)
     for begin in (0, 1):  # whole tiles, and element by element
         w = cases.weight(1, 80 * 1024 + 8, torch.bfloat16)[:, begin : begin + 80 * 1024]
-        packed, absmax = torch.zeros(1, 40 * 1024, dtype=torch.uint8), torch.zeros(1, 1280)
-        source, *rest = pointers(w, code, packed, absmax)
-        assert small.small_grid_quantize(source, int64(w.numel()), *rest) == 0
-        expected = reference.quantize(w, code, 64)
-        assert_same_bits(packed, expected[0], "small grid, packed")
-        assert_same_bits(absmax, expected[1], "small grid, absmax")
+        for got, expected in zip(
+            executor_ops.ops.quantize(w, DEFAULT.code, 64), reference.quantize(w, DEFAULT.code, 64)
+        ):
+            assert_same_bits(got, expected, "small grid, quantize")
 
-    scales, sums, offset = torch.rand(50 * 256), torch.zeros(50, dtype=torch.float64), torch.zeros(())
-    table = SCALE_CODEBOOKS["e4m3"].clone()
-    quantized, scale_absmax = torch.zeros(50 * 256, dtype=torch.uint8), torch.zeros(50)
-    source, *rest = pointers(scales, table, sums, quantized, scale_absmax, offset)
-    assert small.small_grid_quantize_absmax(source, int64(scales.numel()), *rest) == 0
-    expected = reference.quantize_absmax(scales, table, True)
-    for got, e in zip((quantized, scale_absmax, offset), expected):
-        assert_same_bits(got, e, "small grid, quantize_absmax")
+    scales, table = torch.rand(50 * 256), SCALE_CODEBOOKS["e4m3"].clone()
+    found = executor_ops.ops.quantize_absmax(scales, table, True)
+    for got, expected in zip(found, reference.quantize_absmax(scales, table, True)):
+        assert_same_bits(got, expected, "small grid, quantize_absmax")
 
     for N, K, columns in ((40, 1024, 1024), (1200, 64, 56), (6, 20480, 20472), (6, 4096, 4093)):
         qweight = cases.quantized(N, K, Layout(scale_codebook=None))
-        out = torch.zeros(N, columns, dtype=torch.bfloat16)
-        p, a, c, o = pointers(qweight.packed, qweight.absmax, qweight.code, out)
-        assert small.small_grid_dequantize(p, a, c, int64(N), int64(K), int64(columns), o) == 0
+        out = executor_ops.ops.dequantize(*qweight.op_args(), 0, N, 0, columns, torch.bfloat16)
         assert_same_bits(out, cases.dense(qweight, torch.bfloat16)[:, :columns], f"small grid, {N} x {columns} of {K}")
+    most = max(launch.grid[0] * launch.grid[1] for launch in executor_ops.launches())
+    assert most > 4, "the grids that were asked for are larger"
 
 
 # One unit, block or superblock of an array too long to go through, most of which is never touched.

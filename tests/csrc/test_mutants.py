@@ -1,15 +1,20 @@
 """Mutants of CUDA kernels on the host executor: that a change at a site is the mistake it stands for, the mutants that
 have a name, and that the script which tries all of them can fail."""
 
+import ctypes
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from executor import mutants
 from executor.build import EXECUTOR, build
 from executor.executor import SETTINGS, Executor
 from executor.faults import EVERY_SETTING, pipeline, shift
+from support.paths import ROOT
 
+import nf4kernels as nf4
 from benchmarks.gpu import reuse, sanitize
 from nf4kernels.backends import native
 
@@ -125,7 +130,124 @@ def test_a_wait_for_one_group_less_is_noticed_in_every_tile(trial, op):
     assert trial.verdict(short[0], [call]) in ("wrong bits", "unfinished copy", "race")
 
 
+# quantize, quantize_absmax and reduce_splits alone, under the race detector: what is read too soon there is often the
+# right value all the same, or not used.
+LAUNCHERS = """
+#include "cuda/kernels.h"
+using namespace nf4;
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+EXPORTED int run_quantize(const void* weight, int64_t numel, const float* code, uint8_t* packed, float* absmax) {
+  return cuda::quantize({weight, Dtype::kBFloat16, numel, code, 6, packed, absmax}, nullptr);
+}
+EXPORTED int run_quantize_absmax(const float* absmax, int64_t blocks, const float* scale_code, double* sums,
+                                 uint8_t* quantized, float* scale_absmax, float* offset) {
+  return cuda::quantize_absmax({absmax, blocks, scale_code, true, sums, quantized, scale_absmax, offset}, nullptr);
+}
+EXPORTED int run_reduce(const float* partial, int64_t rows, int64_t columns, float* out) {
+  return cuda::reduce_splits({partial, 2, rows, columns, 1.f, Dtype::kFloat32, out, false}, nullptr);
+}
+"""
+
+
+class Raced:
+    """The three kernels' launchers; each returns the message of the launch that failed, or an empty string."""
+
+    def __init__(self, library):
+        self.executor = Executor(library)
+
+    def run(self, name, *arguments):
+        converted = [
+            ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else ctypes.c_int64(a) for a in arguments
+        ]
+        code = getattr(self.executor.library, f"run_{name}")(*converted)
+        return self.executor.error() if code else ""
+
+    def quantize(self):
+        w, code = torch.randn(40 * 1024 + 24).bfloat16(), nf4.codebook.NF4.clone()
+        packed, absmax = torch.zeros(w.numel() // 2, dtype=torch.uint8), torch.zeros(-(-w.numel() // 64))
+        return self.run("quantize", w, w.numel(), code, packed, absmax)
+
+    def quantize_absmax(self):
+        """Of so many superblocks that a block has several turns, and with a sum that is rounded."""
+        _, many = sanitize.scales()
+        absmax, code, _ = many.args
+        superblocks = -(-absmax.numel() // 256)
+        sums, quantized = torch.zeros(superblocks, dtype=torch.float64), torch.zeros(absmax.numel(), dtype=torch.uint8)
+        results = sums, quantized, torch.zeros(superblocks), torch.zeros(1)
+        self.executor.limit_grid(1)
+        return self.run("quantize_absmax", absmax, absmax.numel(), code, *results)
+
+    def reduce(self):
+        return self.run("reduce", torch.ones(2, 30, 40), 30, 40, torch.zeros(30, 40))
+
+
+@pytest.fixture(scope="module")
+def raced():
+    csrc = mutants.copy_with_edits(ROOT / "build" / "executor" / "mutants-scales")
+    launchers = csrc.parent / "launchers.cpp"
+    launchers.write_text(LAUNCHERS)
+    sources = [launchers, *(csrc / "cuda" / f"{name}.cu" for name in ("quantize", "quantize_absmax", "reduce_splits"))]
+    return Raced(build("mutants-scales", sources, races=True, csrc=csrc))
+
+
+def lines_of(path, function):
+    """The numbers of the lines of a function, from its head to the brace at the start of a line."""
+    lines = path.read_text().splitlines()
+    begin = next(i for i, line in enumerate(lines) if f" {function}(" in line and line[0] not in " /")
+    end = next(i for i in range(begin, len(lines)) if lines[i].startswith("}"))
+    return range(begin + 1, end + 2)
+
+
+# (launcher, function, how many calls it has) -> what is read or written too soon without them.
+NAMED = {
+    ("quantize_absmax", "sum_superblocks", 2): "a superblock that is being staged, or the next turn's",
+    ("quantize_absmax", "sum_over_block", 3): "an addend of the tree, its sum, or the sum of the next one",
+    ("quantize_absmax", "mean_kernel", 2): "a chunk of the sums in the format's order, or the next chunk",
+    ("quantize_absmax", "quantize_superblocks_kernel", 1): "the midpoints",
+    ("quantize", "prepare_levels", 2): "the sorted levels, or the midpoints: a shuffle orders no memory",
+    ("quantize", "quantize_units_kernel", 1): "the levels",
+    ("quantize", "quantize_blocks_kernel", 1): "the levels",
+}
+
+
+@pytest.mark.slow  # it compiles
+@pytest.mark.parametrize(("launcher", "function", "count"), NAMED)
+def test_a_race_of_quantize_is_noticed(raced, launcher, function, count):
+    raced.executor.reset()
+    assert getattr(raced, launcher)() == ""
+    sites = sorted(raced.executor.sites())
+    source = Path(next(s.place for s in sites if f"/{launcher}.cu:" in s.place).rpartition(":")[0])
+    places = {f"{source}:{line}" for line in lines_of(source, function)}
+    own = [site for site in sites if site.place in places]
+    assert len({site.place for site in own}) == count
+    for site in own:
+        for change in mutants.CHANGES[site.what]:
+            with raced.executor.changed(site, change):
+                error = getattr(raced, launcher)()
+            assert mutants.kind_of(error) == "race", (site, change, error)
+
+
+@pytest.mark.slow  # it compiles
+def test_blocks_that_all_add_all_elements_are_noticed(raced):
+    """Each writes the same sums, so that no result is wrong."""
+    (edit,) = (edit for edit in mutants.EDITS if edit.file == "reduce_splits.cu")
+    assert raced.reduce() == ""
+    raced.executor.library.nf4_executor_source_mutant(mutants.EDITS.index(edit) + 1)
+    error = raced.reduce()
+    raced.executor.library.nf4_executor_source_mutant(0)
+    assert mutants.kind_of(error) == "race", error
+
+
 # The script.
+
+
+def test_the_edits_are_of_the_source_as_it_is(tmp_path, monkeypatch):
+    copy = mutants.copy_with_edits(tmp_path)
+    edited = {path.name for path in copy.glob("cuda/*") if "source_mutant" in path.read_text()}
+    assert edited == {edit.file for edit in mutants.EDITS}
+    monkeypatch.setattr(mutants, "EDITS", (mutants.EDITS[0]._replace(old="nothing of the kind"),))
+    with pytest.raises(SystemExit, match=r"must have once what mutants\.py edits: nothing of the kind"):
+        mutants.copy_with_edits(tmp_path)
 
 
 def test_the_script_tells_caught_equivalent_and_survived(trial, monkeypatch, capsys):

@@ -60,6 +60,7 @@ class Executor:
         if schedule not in SCHEDULES or copies not in COPIES:
             raise ValueError(f"schedule must be one of {SCHEDULES} and copies of {COPIES}, got {schedule}, {copies}")
         self.library.nf4_executor_set(SCHEDULES.index(schedule), seed, copies == "late", shared_limit)
+        self.limit_grid(0)
 
     def error(self) -> str:
         """The message of the last launch that failed since reset; empty if none did."""
@@ -84,24 +85,21 @@ class Executor:
         lines = [line.split(" ", 3) for line in self.library.nf4_executor_pipelines().decode().splitlines()]
         return [Pipeline(kernel, *map(int, counts)) for *counts, kernel in lines]
 
-    @contextmanager
-    def changed(self, site: Site, change: str) -> Iterator[None]:
-        """With a mutant: `change` at this site of this kernel."""
-        arguments = [text.encode() for text in site]
-        self.library.nf4_executor_change(*arguments, CHANGES.index(change))
-        try:
-            yield
-        finally:
-            self.library.nf4_executor_change(*arguments, 0)
+    def change(self, site: Site, change: str) -> None:
+        """From now on this kernel's calls at this site are changed so."""
+        self.library.nf4_executor_change(*(text.encode() for text in site), CHANGES.index(change))
 
     @contextmanager
-    def grid_of(self, blocks: int) -> Iterator[None]:
-        """With grids of at most so many blocks a dimension, for kernels whose blocks loop over the grid."""
-        self.library.nf4_executor_limit_grid(blocks)
+    def changed(self, site: Site, change: str) -> Iterator[None]:
+        self.change(site, change)
         try:
             yield
         finally:
-            self.library.nf4_executor_limit_grid(0)
+            self.change(site, "none")
+
+    def limit_grid(self, blocks: int) -> None:
+        """Run at most so many blocks along x and y, of kernels whose blocks loop over the grid; 0: all."""
+        self.library.nf4_executor_limit_grid(blocks)
 
     def reset(self) -> None:
         self.library.nf4_executor_reset()

@@ -50,6 +50,74 @@ EQUIVALENT = {
 }
 
 
+class Edit(NamedTuple):
+    """A mutant in the source, for what is more than one call: `old` in a file of csrc/cuda, MUTANT where it is on."""
+
+    what: str
+    kernel: str  # the kernels that it is in, as a regular expression
+    file: str
+    old: str
+    new: str
+
+    def is_in(self, call: "Call") -> bool:
+        return re.search(self.kernel, call.kernels) is not None
+
+    def __str__(self) -> str:
+        return f"{self.kernel}: {self.what} ({self.file})"
+
+
+EDITS = (
+    Edit(
+        "every block adds all elements", "reduce_splits_kernel", "reduce_splits.cu",
+        "int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < count; i += int64_t(gridDim.x) * kThreads",
+        "int64_t i = (MUTANT ? 0 : int64_t(blockIdx.x) * kThreads) + threadIdx.x; i < count;"
+        " i += (MUTANT ? 1 : int64_t(gridDim.x)) * kThreads",
+    ),
+    Edit(
+        "a fetch into the stage that is multiplied", "linear_tiled_kernel", "linear_tiled.cuh",
+        "product.fetch(free, step", "product.fetch(MUTANT ? stage : free, step",
+    ),
+    Edit(
+        "a fetch into the stage that is multiplied", "linear_dgrad_tiled_kernel", "linear_dgrad_tiled.cuh",
+        "product.fetch(free, (step", "product.fetch(MUTANT ? stage : free, (step",
+    ),
+    Edit(
+        "every thread adds in the tree", "mean_kernel", "quantize_absmax.cu",
+        "if (int(threadIdx.x) < half) staged", "if (int(threadIdx.x) < (MUTANT ? kThreads / 2 : half)) staged",
+    ),
+    Edit(
+        "no swizzle of x", "linear_tiled_kernel", "tile.cuh",
+        "return vector ^ (row & 7);", "return MUTANT ? vector : vector ^ (row & 7);",
+    ),
+    Edit(
+        "no swizzle of dY", "linear_dgrad_tiled_kernel", "tile.cuh",
+        "return kRowVectors == 4 ?", "return MUTANT ? vector : kRowVectors == 4 ?",
+    ),
+    Edit(
+        "no padding of W", "linear_dgrad_tiled_kernel", "linear_dgrad_tiled.cuh",
+        "n * S::kPackedPitch + n / 4 * 32;", "n * S::kPackedPitch + (MUTANT ? 0 : n / 4 * 32);",
+    ),
+    Edit(
+        "every row of the table from the same bank on", "linear_tiled_kernel", "pair_table.cuh",
+        "row[(i + byte) % 8]", "row[MUTANT ? i : (i + byte) % 8]",
+    ),
+)  # fmt: skip
+
+
+def copy_with_edits(folder: Path) -> Path:
+    """A copy of csrc in `folder` that has all EDITS, none of them on until the executor is told its number."""
+    copy = folder / "csrc"
+    shutil.copytree(build.CSRC, copy, dirs_exist_ok=True)
+    for number, edit in enumerate(EDITS, 1):
+        path = copy / "cuda" / edit.file
+        text = path.read_text()
+        if text.count(edit.old) != 1:
+            raise SystemExit(f"{edit.file} must have once what mutants.py edits: {edit.old}")
+        is_on = f"(executor::source_mutant == {number})"
+        path.write_text(text.replace(edit.old, edit.new.replace("MUTANT", is_on)))
+    return copy
+
+
 class Mutant(NamedTuple):
     site: Site
     change: str
@@ -58,15 +126,21 @@ class Mutant(NamedTuple):
     def kernel(self) -> str:
         return self.site.kernel.partition("<")[0]
 
+    def is_in(self, call: "Call") -> bool:
+        return self.site in call.sites
+
     @property
     def line(self) -> str:
         """The source at the site, without its comment."""
         path, _, number = self.site.place.rpartition(":")
         return Path(path).read_text().splitlines()[int(number) - 1].partition("//")[0].strip()
 
+    @property
+    def place(self) -> str:
+        return Path(self.site.place).name
+
     def __str__(self) -> str:
-        path, _, number = self.site.place.rpartition(":")
-        return f"{self.site.kernel}: {self.change} {self.line} ({Path(path).name}:{number})"
+        return f"{self.site.kernel}: {self.change} {self.line} ({self.place})"
 
 
 class Call(NamedTuple):
@@ -77,6 +151,7 @@ class Call(NamedTuple):
     grid: int  # the most blocks; 0: as many as it asks for
     expected: tuple[Tensor, ...]
     sites: dict[Site, bool]
+    kernels: str  # the names of those that ran
     seconds: float
 
 
@@ -91,7 +166,8 @@ class Trial:
         self.executor.set(schedule, copies, shared_limit=SM_86_SHARED)
 
     def result(self, case: sanitize.Case, kernel: reuse.Forced | None, grid: int) -> tuple[Tensor, ...]:
-        with self.executor.grid_of(grid), sanitize.forcing(self._force, kernel):
+        self.executor.limit_grid(grid)
+        with sanitize.forcing(self._force, kernel):
             result = getattr(self.ops, case.op)(*case.args)
         return (result,) if isinstance(result, Tensor) else tuple(result)
 
@@ -114,9 +190,10 @@ class Trial:
                     continue
                 seconds = time.perf_counter() - start
                 assert all(map(sanitize.is_close, result, wanted)), f"{case.op} {case.what} {kernel}: wrong"
-                yield Call(case, kernel, grid, result, self.executor.sites(), seconds)
+                kernels = " ".join(launch.kernel for launch in self.executor.launches())
+                yield Call(case, kernel, grid, result, self.executor.sites(), kernels, seconds)
 
-    def verdict(self, mutant: Mutant, calls: Iterable[Call]) -> str | None:
+    def verdict(self, mutant: "Mutant | Edit", calls: Iterable[Call]) -> str | None:
         """What noticed the mutant in one of these calls, or None. In a process of its own, which may crash or hang."""
         reader, writer = os.pipe()
         child = os.fork()
@@ -132,16 +209,19 @@ class Trial:
         _, status = os.waitpid(child, 0)
         return (verdict or None) if status == 0 else f"ends by signal {os.WTERMSIG(status)}"
 
-    def _verdict(self, mutant: Mutant, calls: Iterable[Call]) -> str | None:
+    def _verdict(self, mutant: "Mutant | Edit", calls: Iterable[Call]) -> str | None:
+        if isinstance(mutant, Edit):
+            self.executor.library.nf4_executor_source_mutant(EDITS.index(mutant) + 1)
+        else:
+            self.executor.change(mutant.site, mutant.change)
         for setting in SETTINGS:
             self.set(*setting)
             for call in calls:
                 signal.alarm(SECONDS)
-                with self.executor.changed(mutant.site, mutant.change):
-                    try:
-                        result = self.result(call.case, call.kernel, call.grid)
-                    except RuntimeError as error:
-                        return kind_of(str(error))
+                try:
+                    result = self.result(call.case, call.kernel, call.grid)
+                except RuntimeError as error:
+                    return kind_of(str(error))
                 if not all(map(same_bits, result, call.expected)):
                     return "wrong bits"
         return None
@@ -171,9 +251,10 @@ def mutants_of(calls: Iterable[Call]) -> list[Mutant]:
     ]
 
 
-def proof_of(mutant: Mutant) -> str | None:
+def proof_of(mutant: Mutant | Edit) -> str | None:
     for (kernel, line, change), proof in EQUIVALENT.items():
-        if re.fullmatch(kernel.replace("*", ".*"), mutant.kernel) and (line, change) == (mutant.line, mutant.change):
+        is_it = isinstance(mutant, Mutant) and (line, change) == (mutant.line, mutant.change)
+        if is_it and re.fullmatch(kernel.replace("*", ".*"), mutant.kernel):
             return proof
     return None
 
@@ -181,13 +262,13 @@ def proof_of(mutant: Mutant) -> str | None:
 CALLS_OF_AN_EQUIVALENT = 2  # are enough to see that its proof is not plainly wrong
 
 
-def try_all(trial: Trial, calls: list[Call], kernels: str = "") -> dict[Mutant, str]:
+def try_all(trial: Trial, calls: list[Call], kernels: str = "", edits: Iterable[Edit] = ()) -> dict[Mutant | Edit, str]:
     """What noticed each mutant; "equivalent" or "SURVIVED" where nothing did."""
-    verdicts = {}
-    for mutant in mutants_of(calls):
+    verdicts: dict[Mutant | Edit, str] = {}
+    for mutant in [*mutants_of(calls), *edits]:
         if kernels not in mutant.kernel:
             continue
-        reaching = sorted((call for call in calls if mutant.site in call.sites), key=lambda call: call.seconds)
+        reaching = sorted((call for call in calls if mutant.is_in(call)), key=lambda call: call.seconds)
         proof = proof_of(mutant)
         noticed = trial.verdict(mutant, reaching[: CALLS_OF_AN_EQUIVALENT if proof else None])
         assert not (proof and noticed), f"{mutant} is not equivalent: {noticed}"
@@ -195,33 +276,32 @@ def try_all(trial: Trial, calls: list[Call], kernels: str = "") -> dict[Mutant, 
     return verdicts
 
 
-def unreached(calls: Iterable[Call]) -> list[str]:
+def unreached(calls: Iterable[Call], csrc: Path = build.CSRC) -> list[str]:
     """Calls in csrc/cuda that no case comes to, as "<file>:<line>"."""
     reached = {site.place for call in calls for site in call.sites}
-    folder = Path(__file__).parents[2] / "csrc" / "cuda"
     named = re.compile(rf"\b({'|'.join(CHANGES)})\s*(<[^;]*>)?\(")
     return [
         f"{path.name}:{number}"
-        for path in sorted(folder.glob("*.cu*"))
+        for path in sorted((csrc / "cuda").glob("*.cu*"))
         if path.name != "device.cuh"
         for number, line in enumerate(path.read_text().splitlines(), 1)
         if named.search(line.partition("//")[0]) and f"{path}:{number}" not in reached
     ]
 
 
-def table(verdicts: dict[Mutant, str]) -> str:
-    """A line for each kernel, call and change: how many instances of the kernel, and what noticed them."""
-    rows: dict[tuple[str, str, str], Counter[str]] = {}
+def table(verdicts: dict[Mutant | Edit, str]) -> str:
+    """A line for each kernel, call and change: what noticed how many instances of the kernel."""
+    rows: dict[tuple[str, ...], Counter[str]] = {}
     for mutant, verdict in verdicts.items():
-        rows.setdefault((mutant.kernel, mutant.line, mutant.change), Counter())[verdict] += 1
-    lines = [
-        f"{kernel:36} {change:10} {line[:48]:48} " + ", ".join(f"{verdict} {n}" for verdict, n in counts.most_common())
-        for (kernel, line, change), counts in rows.items()
-    ]
-    return "\n".join(lines)
+        what = (mutant.what, mutant.file) if isinstance(mutant, Edit) else (mutant.change, mutant.line, mutant.place)
+        rows.setdefault((mutant.kernel, *what), Counter())[verdict] += 1
+    return "\n".join(
+        f"{kernel:36} {'  '.join(what):66} " + ", ".join(f"{verdict} {n}" for verdict, n in counts.most_common())
+        for (kernel, *what), counts in rows.items()
+    )
 
 
-def summary(verdicts: dict[Mutant, str]) -> str:
+def summary(verdicts: dict[Mutant | Edit, str]) -> str:
     counts = Counter(verdicts.values())
     return f"{len(verdicts)} mutants: " + ", ".join(f"{verdict} {n}" for verdict, n in counts.most_common())
 
@@ -232,22 +312,19 @@ def main(kernels: str = "") -> int:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     start = time.perf_counter()
-    executor = cuda_backend.load(races=True)
+    csrc = copy_with_edits(build.ROOT / "build" / "executor" / "mutants")
+    executor = cuda_backend.load(races=True, csrc=csrc)
     trial = Trial(executor, getattr(torch.ops, cuda_backend.NAMESPACE))
     print(f"{time.perf_counter() - start:.0f} s: built", flush=True)
     tiles = {op: native.cuda_tiles(executor.library, op) for op in reuse.PIPELINED}
     calls = list(trial.calls(sanitize.cases(tiles)))
     print(f"{time.perf_counter() - start:.0f} s: {len(calls)} calls without a mutant", flush=True)
-    verdicts = try_all(trial, calls, kernels)
+    verdicts = try_all(trial, calls, kernels, EDITS)
     print(table(verdicts))
-    print(
-        "\n".join(
-            sorted({f"equivalent: {m.kernel}: {m.line} {m.change}: {proof_of(m)}" for m in verdicts if proof_of(m)})
-        )
-    )
+    proofs = {f"equivalent: {m.kernel}: {m.change} {m.line} {proof}" for m in verdicts if (proof := proof_of(m))}
     gaps = [f"SURVIVED {mutant}" for mutant, verdict in verdicts.items() if verdict == "SURVIVED"]
-    gaps += [f"NOT REACHED {place}" for place in unreached(calls)]
-    print("\n".join([*gaps, f"{time.perf_counter() - start:.0f} s: {summary(verdicts)}"]))
+    gaps += [f"NOT REACHED {place}" for place in unreached(calls, csrc)]
+    print("\n".join([*sorted(proofs), *gaps, f"{time.perf_counter() - start:.0f} s: {summary(verdicts)}"]))
     return 1 if gaps else 0
 
 
