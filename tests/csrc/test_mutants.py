@@ -3,15 +3,17 @@ have a name, and that the script which tries all of them can fail."""
 
 import ctypes
 import itertools
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from executor import mutants
-from executor.build import EXECUTOR, build
+from executor.build import CSRC, EXECUTOR, build
 from executor.executor import SETTINGS, Executor
 from executor.faults import EVERY_SETTING, pipeline, shift
+from support import cuda_backend
 from support.paths import ROOT
 
 import nf4kernels as nf4
@@ -251,23 +253,34 @@ def test_the_edits_are_of_the_source_as_it_is(tmp_path, monkeypatch):
 
 
 def test_the_script_tells_caught_equivalent_and_survived(trial, monkeypatch, capsys):
+    """Of one call of one kernel."""
     case = next(cases_of(trial, "linear"))
-    calls = list(trial.calls([case]))
-    verdicts = mutants.try_all(trial, calls)
-    assert set(verdicts.values()) <= {"wrong bits", "unfinished copy", "race", "equivalent", "divergent"}
-    assert "equivalent" in verdicts.values()
-    assert f"{len(verdicts)} mutants" in mutants.summary(verdicts)
-    assert "linear_tiled_kernel" in mutants.table(verdicts)
+    monkeypatch.setattr(cuda_backend, "load", lambda **_: trial.executor)
+    monkeypatch.setattr(mutants, "copy_with_edits", lambda folder: CSRC)
+    monkeypatch.setattr(mutants, "EDITS", ())
+    monkeypatch.setattr(sanitize, "cases", lambda tiles: [case])
+    kernel = "linear_tiled"
+
+    assert mutants.main(kernel) == 1
+    printed = capsys.readouterr().out
+    assert "NOT REACHED quantize.cu:" in printed
+    assert "NOT REACHED linear_tiled.cuh:" not in printed
+    assert "SURVIVED" not in printed
+
+    monkeypatch.setattr(mutants, "unreached", lambda *_: [])
+    assert mutants.main(kernel) == 0
+    printed = capsys.readouterr().out
+    assert "equivalent: linear_tiled_kernel: removed copy_async_wait<0>(); every fetch" in printed
+    assert re.search(r"linear_tiled_kernel +late +sync_block\(\);  linear_tiled.cuh:\d+ +(wrong bits|race) 1", printed)
 
     monkeypatch.setattr(mutants, "EQUIVALENT", {})
-    unproven = mutants.try_all(trial, calls, "linear_tiled")
-    assert set(unproven.values()) - set(verdicts.values()) == {"SURVIVED"}
-    assert mutants.try_all(trial, calls, "dgrad") == {}
+    assert mutants.main(kernel) == 1
+    assert re.search(r"SURVIVED linear_tiled_kernel<.*>: removed copy_async_wait<0>\(\);", capsys.readouterr().out)
 
-    caught = next(mutant for mutant, verdict in verdicts.items() if verdict == "wrong bits")
-    monkeypatch.setattr(mutants, "EQUIVALENT", {(caught.kernel, caught.line, caught.change): "a wrong proof"})
+    wrong = {("linear_tiled_kernel", "sync_block();", "late"): "a wrong proof"}
+    monkeypatch.setattr(mutants, "EQUIVALENT", wrong)
     with pytest.raises(AssertionError, match="is not equivalent: "):
-        mutants.try_all(trial, calls, "linear_tiled")
+        mutants.main(kernel)
 
 
 def test_a_mutant_that_crashes_ends_its_own_process_alone(trial, monkeypatch):
@@ -275,10 +288,3 @@ def test_a_mutant_that_crashes_ends_its_own_process_alone(trial, monkeypatch):
     mutant = mutants.mutants_of([call])[0]
     monkeypatch.setattr(trial, "_verdict", lambda *_: mutants.os.kill(mutants.os.getpid(), 11))
     assert trial.verdict(mutant, [call]) == "ends by signal 11"
-
-
-def test_a_site_that_no_case_reaches_is_named(trial):
-    calls = list(trial.calls(itertools.islice(cases_of(trial, "linear"), 1)))
-    missing = mutants.unreached(calls)
-    assert any(place.startswith("quantize.cu:") for place in missing)
-    assert not any(place.startswith("linear_tiled.cuh:") for place in missing)

@@ -1,7 +1,7 @@
 """Leaves out, or moves, each barrier, wait, commit and fence of every CUDA kernel in turn, and shows who notices.
 
-    python tests/executor/mutants.py            # all: "make mutants"
-    python tests/executor/mutants.py linear     # of the kernels whose names hold this
+    PYTHONPATH=tests python -m executor.mutants            # all: "make mutants"
+    PYTHONPATH=tests python -m executor.mutants linear     # of the kernels whose names hold this
 
 Each is a mutant: one call in one instance of a kernel, which the host executor changes when it comes there, so that
 nothing is compiled. It runs the calls of benchmarks/gpu/sanitize.py that reach the site, the quickest first, under the
@@ -22,14 +22,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from executor import build
+from executor.executor import SETTINGS, SM_86_SHARED, Executor, Site
+from support import cuda_backend
 from torch import Tensor
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
-
-from executor.executor import SETTINGS, SM_86_SHARED, Executor, Site  # noqa: E402
-
-from benchmarks.gpu import reuse, sanitize  # noqa: E402
-from nf4kernels.backends import native  # noqa: E402
+from benchmarks.gpu import reuse, sanitize
+from nf4kernels.backends import native
 
 # What is done to a call of each name. A barrier after which copies begin is put off until they have, as well.
 CHANGES = {
@@ -58,6 +57,7 @@ class Edit(NamedTuple):
     file: str
     old: str
     new: str
+    is_slow: bool = False  # all that can be noticed is more wavefronts of shared memory
 
     def is_in(self, call: "Call") -> bool:
         return re.search(self.kernel, call.kernels) is not None
@@ -87,19 +87,19 @@ EDITS = (
     ),
     Edit(
         "no swizzle of x", "linear_tiled_kernel", "tile.cuh",
-        "return vector ^ (row & 7);", "return MUTANT ? vector : vector ^ (row & 7);",
+        "return vector ^ (row & 7);", "return MUTANT ? vector : vector ^ (row & 7);", is_slow=True,
     ),
     Edit(
         "no swizzle of dY", "linear_dgrad_tiled_kernel", "tile.cuh",
-        "return kRowVectors == 4 ?", "return MUTANT ? vector : kRowVectors == 4 ?",
+        "return kRowVectors == 4 ?", "return MUTANT ? vector : kRowVectors == 4 ?", is_slow=True,
     ),
     Edit(
         "no padding of W", "linear_dgrad_tiled_kernel", "linear_dgrad_tiled.cuh",
-        "n * S::kPackedPitch + n / 4 * 32;", "n * S::kPackedPitch + (MUTANT ? 0 : n / 4 * 32);",
+        "n * S::kPackedPitch + n / 4 * 32;", "n * S::kPackedPitch + (MUTANT ? 0 : n / 4 * 32);", is_slow=True,
     ),
     Edit(
         "every row of the table from the same bank on", "linear_tiled_kernel", "pair_table.cuh",
-        "row[(i + byte) % 8]", "row[MUTANT ? i : (i + byte) % 8]",
+        "row[(i + byte) % 8]", "row[MUTANT ? i : (i + byte) % 8]", is_slow=True,
     ),
 )  # fmt: skip
 
@@ -193,7 +193,7 @@ class Trial:
                 kernels = " ".join(launch.kernel for launch in self.executor.launches())
                 yield Call(case, kernel, grid, result, self.executor.sites(), kernels, seconds)
 
-    def verdict(self, mutant: "Mutant | Edit", calls: Iterable[Call]) -> str | None:
+    def verdict(self, mutant: "Mutant | Edit", calls: list[Call]) -> str | None:
         """What noticed the mutant in one of these calls, or None. In a process of its own, which may crash or hang."""
         reader, writer = os.pipe()
         child = os.fork()
@@ -209,9 +209,12 @@ class Trial:
         _, status = os.waitpid(child, 0)
         return (verdict or None) if status == 0 else f"ends by signal {os.WTERMSIG(status)}"
 
-    def _verdict(self, mutant: "Mutant | Edit", calls: Iterable[Call]) -> str | None:
+    def _verdict(self, mutant: "Mutant | Edit", calls: list[Call]) -> str | None:
         if isinstance(mutant, Edit):
+            before = self.wavefronts(calls[0]) if mutant.is_slow else 0
             self.executor.library.nf4_executor_source_mutant(EDITS.index(mutant) + 1)
+            if mutant.is_slow:
+                return "bank conflicts" if self.wavefronts(calls[0]) > before else None
         else:
             self.executor.change(mutant.site, mutant.change)
         for setting in SETTINGS:
@@ -226,13 +229,25 @@ class Trial:
                     return "wrong bits"
         return None
 
+    def wavefronts(self, call: Call) -> int:
+        """Of shared memory, in one call."""
+        with self.executor.counting():
+            self.result(call.case, call.kernel, call.grid)
+        return sum(each.actual for each in self.executor.accesses() if each.kind.startswith("shared"))
+
+
+KINDS = {
+    "in flight": "unfinished copy",
+    "without having waited": "unfinished copy",
+    ": race: ": "race",
+    ": divergent: ": "divergent",
+    ": deadlock: ": "deadlock",
+}
+
 
 def kind_of(message: str) -> str:
-    """In two words, what ended the launch."""
-    for kind in ("race", "copy in flight", "without having waited", "divergent", "deadlock"):
-        if kind in message:
-            return "unfinished copy" if kind in ("copy in flight", "without having waited") else kind
-    return message
+    """What ended the launch, in two words."""
+    return next((kind for text, kind in KINDS.items() if text in message), message)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -307,8 +322,6 @@ def summary(verdicts: dict[Mutant | Edit, str]) -> str:
 
 
 def main(kernels: str = "") -> int:
-    from support import cuda_backend
-
     torch.set_num_threads(1)
     torch.manual_seed(0)
     start = time.perf_counter()
