@@ -15,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "races/counts.h"
 #include "races/races.h"
 
 #ifdef __SANITIZE_ADDRESS__
@@ -179,7 +180,6 @@ unsigned char* stack_of(int thread) {
   return stacks + thread * kStackBytes;
 }
 
-
 Fiber new_fiber(int thread) {
   unsigned char* stack = stack_of(thread);
 #ifdef __SANITIZE_ADDRESS__
@@ -312,6 +312,7 @@ bool run_block() {
     failure = ", thread " + std::to_string(current) + " at " + describe(threads[current].site) + ": " + failure;
     return false;
   }
+  if constexpr (kRaces) counts::flush();
   for (const Thread& thread : threads) {
     if (thread.exited) continue;
     failure = ": deadlock: " + describe_threads();
@@ -344,7 +345,10 @@ void meet_block(const char* what, Site site) {
   come(what, site, true);
   if (block_meeting.arrived == int(threads.size())) {
     block_meeting.arrived = 0;
-    if constexpr (kRaces) races::sync_block();
+    if constexpr (kRaces) {
+      races::sync_block();
+      counts::flush();
+    }
     release(0, int(threads.size()));
   }
   switch_fiber(threads[current].fiber, scheduler);
@@ -361,6 +365,7 @@ void meet_warp(const char* what, Site site, void* operands, void (*perform)(void
     perform(lanes);
     if constexpr (kRaces) {
       if (same(what, "sync_warp")) races::sync_warp(begin / kLanes);
+      counts::flush(begin / kLanes);
     }
     release(begin, begin + kLanes);
   }
@@ -387,7 +392,7 @@ void check_global(const void* p, size_t bytes, const char* what, Site site) {
 
 void load(void* to, const void* from, size_t bytes, Access access, const char* what, Site site) {
   check_global(from, bytes, what, site);
-  if constexpr (kRaces) races::touch(from, bytes, access, __builtin_return_address(0));
+  if constexpr (kRaces) touch(from, bytes, access, __builtin_return_address(0));
   std::memcpy(to, from, bytes);
 }
 
@@ -399,7 +404,7 @@ void fence_device(Site) {
 uint32_t arrive(uint32_t* counter, uint32_t last, Site site) {
   check_global(counter, sizeof *counter, "arrive", site);
   if constexpr (kRaces) {
-    races::touch(counter, sizeof *counter, Access::kArrive, __builtin_return_address(0));
+    touch(counter, sizeof *counter, Access::kArrive, __builtin_return_address(0));
     races::arrive(counter);
   }
   const uint32_t before = *counter;
@@ -451,7 +456,10 @@ cudaError_t run(const void* kernel, dim3 grid, int thread_count, size_t shared_b
   blockDim = dim3(thread_count);
   random_numbers.seed(settings.seed);
   redraw();
-  if constexpr (kRaces) races::begin_launch();
+  if constexpr (kRaces) {
+    races::begin_launch();
+    counts::begin_launch(name);
+  }
   const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
   const uint64_t first = settings.schedule == Schedule::kRandom ? random_numbers() % blocks : 0;
   for (uint64_t i = 0; i < blocks; ++i) {
@@ -476,8 +484,8 @@ void copy_async_16(void* shared, const void* global, bool valid, executor::Site 
   if (reinterpret_cast<uintptr_t>(to) % 16 != 0) fail(site, "copy_async_16 to misaligned %p", shared);
   if (to < arena || to + 16 > arena + arena_bytes) fail(site, "copy_async_16 to an address outside shared memory");
   if constexpr (kRaces) {
-    if (valid) races::touch(global, 16, Access::kReadOnly, __builtin_return_address(0));
-    races::touch(shared, 16, Access::kCopy, __builtin_return_address(0));
+    if (valid) touch(global, 16, Access::kReadOnly, __builtin_return_address(0));
+    touch(shared, 16, Access::kCopy, __builtin_return_address(0));
   }
   Thread& self = threads[current];
   self.copies.push_back({shared, global, valid, self.groups, site});
@@ -502,9 +510,11 @@ const char* cudaGetErrorString(cudaError_t error) {
 #define NF4_EXECUTOR_API extern "C" __attribute__((visibility("default")))
 
 // schedule: 0, 1 or 2 as in Schedule.
-NF4_EXECUTOR_API void nf4_executor_set(int schedule, unsigned seed, bool copies_late, size_t shared_limit) {
+NF4_EXECUTOR_API void nf4_executor_set(int schedule, unsigned seed, bool copies_late, size_t shared_limit,
+                                       bool mma_truncates) {
   using namespace nf4::cuda::executor;
   settings = {Schedule(schedule), seed, copies_late, shared_limit};
+  nf4::cuda::executor::mma_truncates = mma_truncates;
 }
 
 // Every later launch has at most so many blocks along x and along y, so that a loop over the grid has more than one turn

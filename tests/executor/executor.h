@@ -147,30 +147,22 @@ void unpack(uint32_t pair, float& low, float& high) {
   high = to_float(T{uint16_t(pair >> 16)});
 }
 
-// PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type".
+// mma.cpp: multiplies and adds the operands of 32 lanes. Sums are rounded to nearest, or truncated as a tensor core does.
+extern bool mma_truncates;
 template <class T>
-void perform_mma(void* const lanes[kLanes]) {
-  float a[16][16], b[16][8], c[16][8];
-  for (int lane = 0; lane < kLanes; ++lane) {
-    const auto& own = *static_cast<const MmaLane<T>*>(lanes[lane]);
-    const int g = lane / 4, t = lane % 4;
-    for (int i = 0; i < 4; ++i) {
-      float* row = a[g + 8 * (i % 2)] + 2 * t + 8 * (i / 2);
-      unpack<T>(own.a[i], row[0], row[1]);
-      c[g + 8 * (i / 2)][2 * t + i % 2] = own.c[i];
-    }
-    for (int i = 0; i < 2; ++i) unpack<T>(own.b[i], b[2 * t + 8 * i][g], b[2 * t + 8 * i + 1][g]);
-  }
-  for (int m = 0; m < 16; ++m) {
-    for (int k = 0; k < 16; ++k) {
-      for (int n = 0; n < 8; ++n) c[m][n] += a[m][k] * b[k][n];
-    }
-  }
-  for (int lane = 0; lane < kLanes; ++lane) {
-    const int g = lane / 4, t = lane % 4;
-    float* own = static_cast<MmaLane<T>*>(lanes[lane])->c;
-    for (int i = 0; i < 4; ++i) own[i] = c[g + 8 * (i / 2)][2 * t + i % 2];
-  }
+void perform_mma(void* const lanes[kLanes]);
+
+// The exact a + b rounded to odd: to the odd one of the two fp32 around it, if it is none. A second rounding, to 22 or
+// fewer bits, then gives what one rounding of the exact sum would have given.
+// Boldo, Melquiond, "Emulation of a FMA and correctly rounded sums: proved algorithms using rounding to odd", 2008.
+inline float add_to_odd(double a, double b) {
+  const double sum = a + b;
+  const float nearest = float(sum);
+  if (!std::isfinite(sum)) return nearest;
+  const double of_b = sum - a, error = (a - (sum - of_b)) + (b - of_b);  // a + b = sum + error (Knuth's 2Sum)
+  const double rest = std::isfinite(nearest) ? (sum - double(nearest)) + error : -double(nearest);
+  if (rest == 0 || (nf4::bits_of(nearest) & 1) != 0) return nearest;
+  return std::nextafter(nearest, rest > 0 ? INFINITY : -INFINITY);
 }
 
 }  // namespace executor
@@ -276,23 +268,24 @@ NF4_DEVICE uint32_t pack(float low, float high) {
   return from_float<T>(low).bits | uint32_t(from_float<T>(high).bits) << 16;
 }
 
-// A product of two bf16 or fp16 is exact in fp32 (of bf16: unless it underflows).
+// A product of two bf16 or fp16 is exact in double.
 template <class T>
 NF4_DEVICE uint32_t multiply_pairs(uint32_t a, uint32_t b) {
   float a_low, a_high, b_low, b_high;
   executor::unpack<T>(a, a_low, a_high);
   executor::unpack<T>(b, b_low, b_high);
-  return pack<T>(a_low * b_low, a_high * b_high);
+  return pack<T>(executor::add_to_odd(double(a_low) * b_low, -0.0),
+                 executor::add_to_odd(double(a_high) * b_high, -0.0));
 }
 
-// Computed in double, which holds a * b exactly, and the sum unless c is 2^29 times smaller.
 template <class T>
 NF4_DEVICE uint32_t multiply_add_pairs(uint32_t a, uint32_t b, uint32_t c) {
   float a_low, a_high, b_low, b_high, c_low, c_high;
   executor::unpack<T>(a, a_low, a_high);
   executor::unpack<T>(b, b_low, b_high);
   executor::unpack<T>(c, c_low, c_high);
-  return pack<T>(float(double(a_low) * b_low + c_low), float(double(a_high) * b_high + c_high));
+  return pack<T>(executor::add_to_odd(double(a_low) * b_low, c_low),
+                 executor::add_to_odd(double(a_high) * b_high, c_high));
 }
 
 template <class T>

@@ -93,7 +93,8 @@ enum class Pipeline {
   kUnfinished,
   kMisaligned,
   kOutside,
-  kStoreTooSoon
+  kStoreTooSoon,
+  kTwice
 };
 template <Pipeline kVariant>
 __global__ void pipeline_kernel(const float* in, float* out, int steps) {
@@ -103,7 +104,8 @@ __global__ void pipeline_kernel(const float* in, float* out, int steps) {
     float* to = stages + step % 2 * kThreads + 4 * i;
     if (kVariant == Pipeline::kMisaligned) to += 1;
     if (kVariant == Pipeline::kOutside) to += 2 * kThreads;
-    if (i < kThreads / 4) copy_async_16(to, step < steps ? in + step * kThreads + 4 * i : in, step < steps);
+    for (int time = 0; time < (kVariant == Pipeline::kTwice ? 2 : 1); ++time)
+      if (i < kThreads / 4) copy_async_16(to, step < steps ? in + step * kThreads + 4 * i : in, step < steps);
     copy_async_commit();
     if (kVariant == Pipeline::kStoreTooSoon && i < kThreads / 4) to[0] = 0;
   };
@@ -138,20 +140,107 @@ __global__ void read_kernel(const uint32_t* in, uint32_t* out) {
 }
 
 // out = sum of in[block * kThreads..] over all blocks, added in their order by the block that arrives last.
-enum class Arrival { kCorrect, kFirst };
+enum class Arrival {
+  kCorrect,
+  kFirst,
+  kCorrectByOne,  // one thread fences for its block, as far as a barrier lies between
+  kNoFenceBefore,
+  kNoFenceAfter,
+  kFenceTooLate,
+  kNoBarrierBefore,
+  kCachedLoad,
+  kPlainLoad,
+  kPlainCounter
+};
 template <Arrival kVariant>
 __global__ void arrival_kernel(const float* in, float* partial, uint32_t* counter, float* out) {
+  constexpr bool kByOne = kVariant == Arrival::kCorrectByOne || kVariant == Arrival::kNoBarrierBefore;
   uint32_t* before = shared_memory<uint32_t>();
+  const unsigned last = gridDim.x - 1;
   partial[blockIdx.x * kThreads + threadIdx.x] = in[blockIdx.x * kThreads + threadIdx.x];
-  fence_device();
+  if (!kByOne && kVariant != Arrival::kNoFenceBefore && kVariant != Arrival::kFenceTooLate) fence_device();
+  if (kVariant != Arrival::kNoBarrierBefore) sync_block();
+  if (threadIdx.x == 0) {
+    if (kByOne) fence_device();
+    *before = arrive(counter, last);
+    if (kVariant == Arrival::kFenceTooLate) fence_device();
+    if (kVariant == Arrival::kPlainCounter) *before += *counter;
+    if (kByOne) fence_device();
+  }
   sync_block();
-  if (threadIdx.x == 0) *before = arrive(counter, gridDim.x - 1);
-  sync_block();
-  if (*before != (kVariant == Arrival::kFirst ? 0 : gridDim.x - 1)) return;
-  fence_device();
+  if (*before != (kVariant == Arrival::kFirst ? 0 : last)) return;
+  if (!kByOne && kVariant != Arrival::kNoFenceAfter) fence_device();
   float sum = 0;
-  for (unsigned block = 0; block < gridDim.x; ++block) sum += load_l2(partial + block * kThreads + threadIdx.x);
+  for (unsigned block = 0; block <= last; ++block) {
+    const float* of_block = partial + block * kThreads + threadIdx.x;
+    if (kVariant == Arrival::kCachedLoad)
+      sum += load_cached(of_block);
+    else if (kVariant == Arrival::kPlainLoad)
+      sum += *of_block;
+    else
+      sum += load_l2(of_block);
+  }
   out[threadIdx.x] = sum;
+}
+
+// out[i] = in of the other lane of a pair, through shared memory; kAcrossWarps: of another warp.
+enum class Pair { kCorrect, kNothing, kShuffle, kMma, kAcrossWarps, kWrittenAgain, kSameWord };
+template <Pair kVariant>
+__global__ void pair_kernel(const float* in, float* out) {
+  float* staged = shared_memory<float>();
+  const int i = threadIdx.x;
+  staged[kVariant == Pair::kSameWord ? i / 2 * 2 : i] = in[i];
+  if (kVariant == Pair::kShuffle) {
+    shuffle(i, 0);
+  } else if (kVariant == Pair::kMma) {
+    float sum[4] = {};
+    mma_16x8x16<Float16>(sum, {0, 0, 0, 0}, 0, 0);
+  } else if (kVariant != Pair::kNothing) {
+    sync_warp();
+  }
+  const float other = staged[i ^ (kVariant == Pair::kAcrossWarps ? 32 : 1)];
+  if (kVariant == Pair::kWrittenAgain) staged[i] = other;
+  out[i] = other;
+}
+
+// out[i] = byte i of in, through shared memory, a byte a thread; kSamePair: both threads of a pair write both bytes.
+enum class Bytes { kCorrect, kSamePair };
+template <Bytes kVariant>
+__global__ void bytes_kernel(const uint8_t* in, uint8_t* out) {
+  uint8_t* staged = shared_memory<uint8_t>();
+  const int i = threadIdx.x;
+  if (kVariant == Bytes::kSamePair) staged[i ^ 1] = in[i ^ 1];
+  staged[i] = in[i];
+  sync_block();
+  out[i] = staged[i];
+}
+
+// inout[i] += 1 for each block's own kThreads.
+enum class InPlace { kCorrect, kOfOneBlock, kCachedThenWritten, kWrittenThenCached, kCopied };
+template <InPlace kVariant>
+__global__ void in_place_kernel(float* inout) {
+  float* own = inout + (kVariant == InPlace::kOfOneBlock ? 0 : blockIdx.x * kThreads) + threadIdx.x;
+  if (kVariant == InPlace::kCopied && threadIdx.x < kThreads / 4) {
+    copy_async_16(shared_memory<float>() + 4 * threadIdx.x, inout + blockIdx.x * kThreads + 4 * threadIdx.x);
+    copy_async_wait<0>();
+  }
+  if (kVariant == InPlace::kCopied) sync_block();
+  *own = 1 + (kVariant == InPlace::kCachedThenWritten ? load_cached(own) : *own);
+  if (kVariant == InPlace::kWrittenThenCached) *own = load_cached(own);
+}
+
+// out[i] = in[i] in words of 8 bytes through shared memory of kThreads words, with one wrong address.
+enum class Address { kCorrect, kPastEnd, kBeforeBegin, kMisalignedShared, kMisalignedGlobal };
+template <Address kVariant>
+__global__ void address_kernel(const uint32_t* in, uint32_t* out) {
+  constexpr bool kReadsPast = kVariant == Address::kPastEnd, kWritesBefore = kVariant == Address::kBeforeBegin;
+  constexpr bool kWritesHalf = kVariant == Address::kMisalignedShared,
+                 kReadsHalf = kVariant == Address::kMisalignedGlobal;
+  uint2* staged = shared_memory<uint2>();
+  uint2* to = reinterpret_cast<uint2*>(shared_memory<uint32_t>() + kWritesHalf) + threadIdx.x - kWritesBefore;
+  *to = *(reinterpret_cast<const uint2*>(in + kReadsHalf) + threadIdx.x);
+  sync_block();
+  *(reinterpret_cast<uint2*>(out) + threadIdx.x) = staged[threadIdx.x + kReadsPast];
 }
 
 // out[0] = permute_bytes(a, b), out[1] = a * b in bf16, out[2] = a * b in fp16; each of kThreads words.
@@ -192,11 +281,11 @@ NF4_TEST_API int run_mma(bool bf16, int variant, const uint32_t* a, const uint32
 }
 NF4_TEST_API int run_pipeline(int variant, const float* in, float* out, int steps) {
   constexpr decltype(&pipeline_kernel<Pipeline::kCorrect>) kKernels[] = {
-      pipeline_kernel<Pipeline::kCorrect>,     pipeline_kernel<Pipeline::kNoWait>,
-      pipeline_kernel<Pipeline::kWaitTooFew>,  pipeline_kernel<Pipeline::kNoBarrier>,
-      pipeline_kernel<Pipeline::kCopyTooSoon>, pipeline_kernel<Pipeline::kUnfinished>,
-      pipeline_kernel<Pipeline::kMisaligned>,  pipeline_kernel<Pipeline::kOutside>,
-      pipeline_kernel<Pipeline::kStoreTooSoon>};
+      pipeline_kernel<Pipeline::kCorrect>,      pipeline_kernel<Pipeline::kNoWait>,
+      pipeline_kernel<Pipeline::kWaitTooFew>,   pipeline_kernel<Pipeline::kNoBarrier>,
+      pipeline_kernel<Pipeline::kCopyTooSoon>,  pipeline_kernel<Pipeline::kUnfinished>,
+      pipeline_kernel<Pipeline::kMisaligned>,   pipeline_kernel<Pipeline::kOutside>,
+      pipeline_kernel<Pipeline::kStoreTooSoon>, pipeline_kernel<Pipeline::kTwice>};
   return launch(kKernels[variant], 1, kThreads, 2 * kThreads * 4, nullptr, in, out, steps);
 }
 NF4_TEST_API int run_read(int variant, int threads, int shared_bytes, const uint32_t* in, uint32_t* out) {
@@ -206,9 +295,37 @@ NF4_TEST_API int run_read(int variant, int threads, int shared_bytes, const uint
   return launch(kKernels[variant], 1, threads, shared_bytes, nullptr, in, out);
 }
 NF4_TEST_API int run_arrival(int variant, int blocks, const float* in, float* partial, uint32_t* counter, float* out) {
-  constexpr decltype(&arrival_kernel<Arrival::kCorrect>) kKernels[] = {arrival_kernel<Arrival::kCorrect>,
-                                                                       arrival_kernel<Arrival::kFirst>};
+  constexpr decltype(&arrival_kernel<Arrival::kCorrect>) kKernels[] = {
+      arrival_kernel<Arrival::kCorrect>,         arrival_kernel<Arrival::kFirst>,
+      arrival_kernel<Arrival::kCorrectByOne>,    arrival_kernel<Arrival::kNoFenceBefore>,
+      arrival_kernel<Arrival::kNoFenceAfter>,    arrival_kernel<Arrival::kFenceTooLate>,
+      arrival_kernel<Arrival::kNoBarrierBefore>, arrival_kernel<Arrival::kCachedLoad>,
+      arrival_kernel<Arrival::kPlainLoad>,       arrival_kernel<Arrival::kPlainCounter>};
   return launch(kKernels[variant], blocks, kThreads, 4, nullptr, in, partial, counter, out);
+}
+NF4_TEST_API int run_pair(int variant, const float* in, float* out) {
+  constexpr decltype(&pair_kernel<Pair::kCorrect>) kKernels[] = {
+      pair_kernel<Pair::kCorrect>, pair_kernel<Pair::kNothing>,     pair_kernel<Pair::kShuffle>,
+      pair_kernel<Pair::kMma>,     pair_kernel<Pair::kAcrossWarps>, pair_kernel<Pair::kWrittenAgain>,
+      pair_kernel<Pair::kSameWord>};
+  return launch(kKernels[variant], 1, kThreads, kThreads * 4, nullptr, in, out);
+}
+NF4_TEST_API int run_bytes(int variant, const uint8_t* in, uint8_t* out) {
+  return launch(variant == 0 ? bytes_kernel<Bytes::kCorrect> : bytes_kernel<Bytes::kSamePair>, 1, kThreads, kThreads,
+                nullptr, in, out);
+}
+NF4_TEST_API int run_in_place(int variant, int blocks, float* inout) {
+  constexpr decltype(&in_place_kernel<InPlace::kCorrect>) kKernels[] = {
+      in_place_kernel<InPlace::kCorrect>, in_place_kernel<InPlace::kOfOneBlock>,
+      in_place_kernel<InPlace::kCachedThenWritten>, in_place_kernel<InPlace::kWrittenThenCached>,
+      in_place_kernel<InPlace::kCopied>};
+  return launch(kKernels[variant], blocks, kThreads, kThreads * 4, nullptr, inout);
+}
+NF4_TEST_API int run_address(int variant, const uint32_t* in, uint32_t* out) {
+  constexpr decltype(&address_kernel<Address::kCorrect>) kKernels[] = {
+      address_kernel<Address::kCorrect>, address_kernel<Address::kPastEnd>, address_kernel<Address::kBeforeBegin>,
+      address_kernel<Address::kMisalignedShared>, address_kernel<Address::kMisalignedGlobal>};
+  return launch(kKernels[variant], 1, kThreads, kThreads * 8, nullptr, in, out);
 }
 NF4_TEST_API int run_numbers(const uint32_t* a, const uint32_t* b, const uint32_t* selector, uint32_t* out) {
   return launch(numbers_kernel, 1, kThreads, 0, nullptr, a, b, selector, out);

@@ -48,3 +48,19 @@ def pipeline(executor: Executor, variant: int, steps: int = 5) -> tuple:
     for row in NUMBERS[: steps * THREADS].reshape(steps, THREADS):
         expected += row[::-1]
     return code, out, expected
+
+
+def arrival(executor: Executor, variant: int, blocks: int = 5) -> tuple:
+    """The error, the result, what it should be, and the counter."""
+    out, partial = np.zeros(THREADS, np.float32), np.full(blocks * THREADS, np.nan, np.float32)
+    counter, expected = np.zeros(1, np.uint32), np.zeros(THREADS, np.float32)
+    code = run(executor, "arrival", variant, blocks, NUMBERS, partial, counter, out)
+    for row in NUMBERS[: blocks * THREADS].reshape(blocks, THREADS):
+        expected += row
+    return code, out, expected, counter[0]
+
+
+def aligned(count: int, dtype) -> np.ndarray:
+    """An array at a multiple of 16 bytes."""
+    raw = np.zeros(count * np.dtype(dtype).itemsize + 16, np.uint8)
+    return raw[-raw.ctypes.data % 16 :][: count * np.dtype(dtype).itemsize].view(dtype)

@@ -22,8 +22,8 @@ namespace {
 // Time. An interval lies between two barriers of a block and has its own number in the launch, so that it names the
 // block too; a warp's interval lies between two sync_warp of a block.
 
-uint32_t interval;        // of the current block
-uint32_t block_begin;     // its first interval
+uint32_t interval;     // of the current block
+uint32_t block_begin;  // its first interval
 uint32_t launch_number;
 std::vector<uint32_t> warp_intervals;  // of each warp
 std::vector<uint16_t> fence_counts;    // of each thread: how many it has executed
@@ -309,8 +309,10 @@ void check_and_note_read(Cell& cell, const void* address, Access access, const v
   if (cell.written) {
     if (!is_ordered(cell.written)) refuse(missing_order(cell.written));
     if (access == Access::kReadOnly) refuse(kReadOnly);
-    if (access != Access::kReadL2 && !is_of_this_block(cell.written)) refuse("load_l2 alone reads it from where it is");
+    if (access != Access::kReadL2 && !is_of_this_block(cell.written))
+      refuse("what another block wrote is read by load_l2 alone");
   }
+  if (cell.read_only) return;  // nothing may write it: no other reader need be known
   const int warp = warp_of(self.thread);
   if (cell.read && !is_of_this_block(cell.read)) {
     cell.read_by_other_block = cell.read;
@@ -319,8 +321,8 @@ void check_and_note_read(Cell& cell, const void* address, Access access, const v
     cell.read_by_other_warp = cell.read;
   }
   const bool same_interval = cell.read.interval == self.interval;
-  const bool same_lanes = same_interval && warp_of(cell.read.thread) == warp &&
-                          cell.read.warp_interval == self.warp_interval;
+  const bool same_lanes =
+      same_interval && warp_of(cell.read.thread) == warp && cell.read.warp_interval == self.warp_interval;
   cell.warps = (same_interval ? cell.warps : 0) | 1u << warp;
   cell.lanes = (same_lanes ? cell.lanes : 0) | 1u << self.thread % kLanes;
   cell.read = now(pc);
@@ -363,7 +365,7 @@ void touch_cell(Cell& cell, const void* address, Access access, const void* pc) 
     cell.is_counter = true;
     return;
   }
-  if (cell.is_counter) report(address, access, pc, "arrived at", cell.written, kCounter);
+  if (cell.is_counter) report(address, access, pc, "counted", cell.written, kCounter);
   if (cell.written.in_flight) report(address, access, pc, "copied to", cell.written, kInFlight);
   if (is_write(access))
     check_and_note_write(cell, address, access, pc);
@@ -445,7 +447,7 @@ void land(const void* shared) {
   });
 }
 
-void touch(const void* address, size_t bytes, Access access, const void* pc) {
+void check(const void* address, size_t bytes, Access access, const void* pc) {
   const auto* p = static_cast<const unsigned char*>(address);
   if (size_t(p - window()) < kWindow && (p < arena || p + bytes > arena + arena_bytes)) {
     const Line line = line_of(pc);

@@ -1,5 +1,5 @@
 // The race detector of a build with races=True: its kernels are compiled with -fsanitize=thread, whose hooks (hooks.cpp)
-// bring every load and store of theirs to touch(). The other builds have empty functions in its place.
+// bring every load and store of theirs to touch().
 //
 // It keeps, for every word of shared and global memory, who wrote and read it last, and ends the launch at an access
 // that nothing orders behind those. What orders, and no more than the hardware promises:
@@ -41,10 +41,12 @@ void fence_device();
 void arrive(const void* counter);
 void land(const void* shared);  // the 16 bytes that a copy of this thread has written, when it has waited for them
 
-// An access by the current thread from the instruction before `pc`.
-void touch(const void* address, size_t bytes, Access access, const void* pc);
+void check(const void* address, size_t bytes, Access access, const void* pc);
 
 }  // namespace races
+
+// An access by the current thread from the instruction before `pc`: counts it if asked to, and checks it.
+void touch(const void* address, size_t bytes, Access access, const void* pc);
 
 // "linear_small.cuh:65": the source line of the instruction before pc, of the kernels and not of the executor.
 struct Line {
