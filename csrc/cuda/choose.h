@@ -72,7 +72,7 @@ struct Tile {
   int blocks_per_multiprocessor;  // resident at once, at least
 };
 constexpr Tile kLinearSmallTile = {kSmallM, 32, 1024, 8, 2};
-constexpr Tile kLinearTiles[] = {{32, 64, 128, 2, 1}, {64, 64, 128, 2, 1}, {128, 128, 64, 1, 1}};
+constexpr Tile kLinearTiles[] = {{32, 128, 64, 1, 3}, {64, 128, 64, 1, 2}, {128, 128, 64, 1, 1}};
 constexpr Tile kDgradTiles[] = {{16, 128, 128, 4, 1}, {64, 64, 128, 2, 1}, {128, 32, 256, 1, 1}};
 // The contraction of a tile without a split: 512 terms or mma's in a warp's sum, see docs/design.md, section 7. A term
 // is the sum of 64 k where sums are scaled, and else one mma's 16.

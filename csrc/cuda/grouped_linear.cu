@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(small::kWarps* kWarp, 2) grouped_linear_small_
 }
 
 template <class T, class S, class Scaled>
-__global__ void __launch_bounds__(S::kThreads, 1) grouped_linear_tiled_kernel(const GroupedArgs args) {
+__global__ void __launch_bounds__(S::kThreads, S::kBlocks) grouped_linear_tiled_kernel(const GroupedArgs args) {
   multiply_group<T, S::kTileM, S::kTileN, Scaled>(
       args, args.experts.first.N, [&](const auto& work) { linear_tiled_block<T, S, Scaled>(args.product, work); });
 }

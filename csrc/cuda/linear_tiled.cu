@@ -5,7 +5,7 @@ namespace nf4::cuda {
 namespace {
 
 template <class T, class S, class Scaled>
-__global__ void __launch_bounds__(S::kThreads, 1) linear_tiled_kernel(const ProductArgs args) {
+__global__ void __launch_bounds__(S::kThreads, S::kBlocks) linear_tiled_kernel(const ProductArgs args) {
   linear_tiled_block<T, S, Scaled>(args, own_work(args, S::kTileM, blockIdx.z));
 }
 

@@ -30,26 +30,25 @@
 
 namespace nf4::cuda {
 
-// A block's shape: warps along N, M and K, and mma tiles of 8 m a warp. Where 64 m suffice, a block has fewer n, so
-// that there are enough blocks to fill the machine.
+// A block's shape: warps along N and M, mma tiles of 8 m a warp, stages of 64 k, and the resident blocks for which
+// registers are shared out.
 struct LinearM32 {
-  static constexpr int kWarpsN = 2, kWarpsM = 1, kWarpsK = 2, kTilesM = 4;
+  static constexpr int kWarpsN = 4, kWarpsM = 1, kTilesM = 4, kStages = 4, kBlocks = 3;
 };
 struct LinearM64 {
-  static constexpr int kWarpsN = 2, kWarpsM = 1, kWarpsK = 2, kTilesM = 8;
+  static constexpr int kWarpsN = 4, kWarpsM = 1, kTilesM = 8, kStages = 4, kBlocks = 2;
 };
 struct LinearM128 {
-  static constexpr int kWarpsN = 4, kWarpsM = 2, kWarpsK = 1, kTilesM = 8;
+  static constexpr int kWarpsN = 4, kWarpsM = 2, kTilesM = 8, kStages = 3, kBlocks = 1;
 };
 
 template <class Warps>
 struct LinearShape : Warps {
-  using Warps::kWarpsN, Warps::kWarpsM, Warps::kWarpsK, Warps::kTilesM;
-  static constexpr int kStages = 3;  // two in flight while one is multiplied
-  static constexpr int kThreads = kWarpsN * kWarpsM * kWarpsK * kWarp;
-  static constexpr int kTileM = kWarpsM * 8 * kTilesM, kTileN = kWarpsN * kWarpTileN, kTileK = kWarpsK * kBlockK;
-  static constexpr int kPackedBytes = kTileN * kBlockK / 2, kXBytes = kTileM * kBlockK * 2;  // of 64 k
-  static constexpr int kStageBytes = kWarpsK * (kPackedBytes + kXBytes);
+  using Warps::kWarpsN, Warps::kWarpsM, Warps::kTilesM, Warps::kStages, Warps::kBlocks;
+  static constexpr int kThreads = kWarpsN * kWarpsM * kWarp;
+  static constexpr int kTileM = kWarpsM * 8 * kTilesM, kTileN = kWarpsN * kWarpTileN;
+  static constexpr int kPackedBytes = kTileN * kBlockK / 2, kXBytes = kTileM * kBlockK * 2;
+  static constexpr int kStageBytes = kPackedBytes + kXBytes;
   static constexpr int kPitch = kTileN + 4;  // floats a row of the epilogue's tile: lane 4g + t writes to bank 8t + g
   static constexpr int kSharedBytes = kPairTableBytes + kStages * kStageBytes;
   static_assert(kSharedBytes <= kSharedMost, "every architecture has so much");
@@ -62,9 +61,8 @@ struct TiledLinear {
   const ProductArgs& args;
   const Work& work;
   Lane lane;
-  int warp_n, warp_m, warp_k;
+  int warp_n, warp_m;
   int64_t n_begin, m_begin;  // of the block's tile
-  int blocks;                // of 64 k in K
   RowFetcher<S::kTileN, 2, Swizzle::kNone, S::kThreads> packed_fetcher;
   RowFetcher<S::kTileM, kXVectors, Swizzle::kXorRow, S::kThreads> x_fetcher;
   unsigned char* stages;
@@ -73,40 +71,31 @@ struct TiledLinear {
       : args(args),
         work(work),
         warp_n(int(threadIdx.x) / kWarp % S::kWarpsN),
-        warp_m(int(threadIdx.x) / (kWarp * S::kWarpsN) % S::kWarpsM),
-        warp_k(int(threadIdx.x) / (kWarp * S::kWarpsN * S::kWarpsM)),
+        warp_m(int(threadIdx.x) / (kWarp * S::kWarpsN)),
         n_begin(int64_t(work.tile) * S::kTileN),
         m_begin(work.m_begin),
-        blocks(int(work.weight.K / kBlockK)),
         packed_fetcher(work.weight.packed, n_begin, work.weight.N, work.weight.K / 2),
         x_fetcher(args.x, m_begin, work.m_end, work.weight.K * 2),
         stages(shared_memory<unsigned char>() + kPairTableBytes) {}
 
-  // The stage's block k of 64: packed bytes [kTileN, 32], and x [kTileM, 64].
-  NF4_DEVICE unsigned char* packed_tile(int stage, int k) const {
-    return stages + stage * S::kStageBytes + k * S::kPackedBytes;
-  }
-  NF4_DEVICE unsigned char* x_tile(int stage, int k) const { return packed_tile(stage, S::kWarpsK) + k * S::kXBytes; }
+  // A stage: packed bytes [kTileN, 32], then x [kTileM, 64].
+  NF4_DEVICE unsigned char* packed_tile(int stage) const { return stages + stage * S::kStageBytes; }
+  NF4_DEVICE unsigned char* x_tile(int stage) const { return packed_tile(stage) + S::kPackedBytes; }
 
-  // Copies the step's blocks of 64 k. Blocks past K repeat the last one, and no warp multiplies them.
-  NF4_DEVICE void fetch(int stage, int step) const {
-#pragma unroll
-    for (int k = 0; k < S::kWarpsK; ++k) {
-      const uint32_t block = uint32_t(min(step * S::kWarpsK + k, blocks - 1));
-      x_fetcher.fetch(x_tile(stage, k), block * (kBlockK * 2));
-      packed_fetcher.fetch(packed_tile(stage, k), block * (kBlockK / 2));
-    }
+  NF4_DEVICE void fetch(int stage, int block) const {
+    x_fetcher.fetch(x_tile(stage), uint32_t(block) * (kBlockK * 2));
+    packed_fetcher.fetch(packed_tile(stage), uint32_t(block) * (kBlockK / 2));
   }
 
   template <class Scales>
   NF4_DEVICE void multiply(Sums<S::kTilesM>& sums, int stage, const Scales& scales, int block,
                            const typename Scales::Stored& stored, const uint32_t (&rows)[kSlots],
                            const PairTable& table, float factor) const {
-    const unsigned char* packed = packed_tile(stage, warp_k) + (warp_n * kWarpTileN + lane.g) * 32 + 8 * lane.t;
+    const unsigned char* packed = packed_tile(stage) + (warp_n * kWarpTileN + lane.g) * 32 + 8 * lane.t;
     uint2 words[kSlots];
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) words[slot] = *reinterpret_cast<const uint2*>(packed + 8 * slot * 32);
-    const unsigned char* x = x_tile(stage, warp_k) + (warp_m * S::kTilesM * 8 + lane.g) * kBlockK * 2;  // row g of 8 m
+    const unsigned char* x = x_tile(stage) + (warp_m * S::kTilesM * 8 + lane.g) * kBlockK * 2;  // row g of 8 m
     const int vectors[2] = {swizzle<Swizzle::kXorRow, kXVectors>(2 * lane.t, lane.g),
                             swizzle<Swizzle::kXorRow, kXVectors>(2 * lane.t + 1, lane.g)};
     scales.template multiply<T, S::kTilesM>(sums, block, stored, rows, words, table, factor, [&](int m, int half) {
@@ -114,23 +103,19 @@ struct TiledLinear {
     });
   }
 
-  // The epilogue: adds the sums of the kWarpsK in order, then stores y, four consecutive n a thread.
+  // The epilogue: stores y, four consecutive n a thread.
   NF4_DEVICE void finish(const Sums<S::kTilesM>& sums) const {
     float* tile = shared_memory<float>();  // [kTileM, kPitch]
-    for (int k = 0; k < S::kWarpsK; ++k) {
-      sync_block();  // stages and table have been read, or the warps before have added
-      if (warp_k != k) continue;
+    sync_block();                          // stages and table have been read
 #pragma unroll
-      for (int i = 0; i < kTilesN; ++i)
+    for (int i = 0; i < kTilesN; ++i)
 #pragma unroll
-        for (int tile_m = 0; tile_m < S::kTilesM; ++tile_m)
+      for (int tile_m = 0; tile_m < S::kTilesM; ++tile_m)
 #pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            const int m = (warp_m * S::kTilesM + tile_m) * 8 + 2 * lane.t + j % 2;
-            float& at = tile[m * S::kPitch + warp_n * kWarpTileN + 16 * i + lane.g + 8 * (j / 2)];
-            at = k == 0 ? sums[i][tile_m][j] : at + sums[i][tile_m][j];
-          }
-    }
+        for (int j = 0; j < 4; ++j) {
+          const int m = (warp_m * S::kTilesM + tile_m) * 8 + 2 * lane.t + j % 2;
+          tile[m * S::kPitch + warp_n * kWarpTileN + 16 * i + lane.g + 8 * (j / 2)] = sums[i][tile_m][j];
+        }
     sync_block();
     const Store<T> store(args, work.weight.N, work);
     for (int i = int(threadIdx.x); i < S::kTileM * S::kTileN / 4; i += S::kThreads) {
@@ -151,10 +136,10 @@ NF4_DEVICE void linear_tiled_block(const ProductArgs& args, const Work& work) {
   uint32_t rows[kSlots];
   row_offsets(rows, work.weight, product.n_begin, warp_n_begin, product.lane);
   const RowScales<Scaled> scales(work.weight, product.n_begin, warp_n_begin, product.lane);
-  const SplitRange steps(ceil_div(product.blocks, S::kWarpsK), work.split, args.splits);
-  const int begin = int(steps.begin), end = int(steps.end), last = product.blocks - 1;
-  const auto block_of = [&](int step) { return step * S::kWarpsK + product.warp_k; };
-  const auto stored_of = [&](int step) { return scales.stored(min(block_of(step), last), rows); };
+  const int blocks = int(work.weight.K / kBlockK);  // of 64 k, one a step
+  const SplitRange steps(blocks, work.split, args.splits);
+  const int begin = int(steps.begin), end = int(steps.end);
+  const auto stored_of = [&](int step) { return scales.stored(min(step, blocks - 1), rows); };
 
 #pragma unroll
   for (int s = 0; s < kStages - 1; ++s) {
@@ -167,7 +152,7 @@ NF4_DEVICE void linear_tiled_block(const ProductArgs& args, const Work& work) {
   const PairTable table(words, product.lane.index);
 
   Sums<S::kTilesM> sums = {};
-  if (args.rank > 0 && work.is_first_split() && product.warp_k == 0)
+  if (args.rank > 0 && work.is_first_split())
     add_lora_term<T, S::kTilesM>(sums, args, work, warp_n_begin, product.m_begin + product.warp_m * 8 * S::kTilesM,
                                  product.lane);
   int stage = 0, free = kStages - 1;
@@ -178,7 +163,7 @@ NF4_DEVICE void linear_tiled_block(const ProductArgs& args, const Work& work) {
     copy_async_commit();
     const auto now = stored;
     stored = stored_of(step + 1);
-    if (block_of(step) <= last) product.multiply(sums, stage, scales, block_of(step), now, rows, table, factor);
+    product.multiply(sums, stage, scales, step, now, rows, table, factor);
     free = stage;
     stage = stage + 1 == kStages ? 0 : stage + 1;
   }
@@ -189,7 +174,7 @@ NF4_DEVICE void linear_tiled_block(const ProductArgs& args, const Work& work) {
 template <class Warps>
 constexpr bool is_shape_of(const Tile& tile) {
   using S = LinearShape<Warps>;
-  return tile.M == S::kTileM && tile.N == S::kTileN && tile.K == S::kTileK;
+  return tile.M == S::kTileM && tile.N == S::kTileN && tile.K == kBlockK;
 }
 static_assert(is_shape_of<LinearM32>(kLinearTiles[0]) && is_shape_of<LinearM64>(kLinearTiles[1]) &&
                   is_shape_of<LinearM128>(kLinearTiles[2]),
