@@ -105,13 +105,12 @@ inline cuda::Problem problem_of(const Op& op, bool dgrad, const cuda::ProductArg
 }
 
 inline cuda::Choice choice_for(const cuda::Problem& problem, const Op& op) {
-  const cuda::Tuning tuning = tunings.of(std::max(op.place.index, 0), problem);
-  const Forced wish = forced;
-  if (wish.path < 0) return cuda::choose(problem, tuning);
-  const auto path = cuda::Path(wish.path);
-  const char* obstacle = cuda::obstacle(problem, path, wish.tile, wish.splits);
-  CHECK(obstacle == nullptr, op, ": the forced kernel ", cuda::kPathNames[wish.path], " cannot run this: ", obstacle);
-  return cuda::forced_choice(problem, tuning, path, wish.tile, wish.splits);
+  const int forced = forced_path;
+  if (forced < 0) return cuda::choose(problem);
+  const auto path = cuda::Path(forced);
+  const char* obstacle = cuda::obstacle(problem, path);
+  CHECK(obstacle == nullptr, op, ": the forced kernel ", cuda::kPathNames[forced], " cannot run this: ", obstacle);
+  return cuda::choice_of(problem, path, "forced");
 }
 
 // The named codebooks, rounded when the first product asks for them, which takes 8 ms for each of the two dtypes.

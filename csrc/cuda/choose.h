@@ -1,9 +1,9 @@
-// The choice of the kernel that runs a product, and of how many ways its contraction is split. Pure arithmetic: this
-// file knows neither torch nor a device.
+// The choice of the kernel that runs a product, of its tile, and of how many ways its contraction is split. Pure
+// arithmetic: this file knows neither torch nor a device.
 #pragma once
 
 #include "../format.h"
-#include "tuning.h"
+#include "tiles.h"
 
 namespace nf4::cuda {
 
@@ -25,14 +25,12 @@ struct Problem {
 
 struct Choice {
   Path path;
-  int tile;    // of the tiled kernel's: kLinearTiles or kDgradTiles
+  int tile;    // of the tiled kernel: kLinearTiles or kDgradTiles
   int splits;  // parts of the contraction (split-K)
   const char* reason;
 };
 
 constexpr int kSmallM = 16;
-
-inline int64_t ceil_quotient(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // M of each weight. For experts it is the mean, as the host does not know the offsets.
 inline int64_t m_per_weight(const Problem& p) { return p.experts > 0 ? ceil_quotient(p.M, p.experts) : p.M; }
@@ -63,35 +61,16 @@ inline const Fused& fused_of(int arch) {
   return *found;
 }
 
-// What one thread block of a tensor-core kernel owns. linear: kTileM x kTileN of y, kTileK of the contraction a step;
-// linear_dgrad: kTileM x kTileK of dX, kTileN of the contraction a step. Each kernel asserts that its shape is this
-// one.
-struct Tile {
+// What a thread block of the small kernel owns, as a Tile of tiles.h.
+struct SmallTile {
   int M, N, K;
   int warps;                      // that share the contraction, whose sums are added
   int blocks_per_multiprocessor;  // resident at once, at least
 };
-constexpr Tile kLinearSmallTile = {kSmallM, 32, 1024, 8, 2};
-constexpr Tile kLinearTiles[] = {{32, 128, 64, 1, 3}, {64, 128, 64, 1, 2}, {128, 128, 64, 1, 1}};
-constexpr Tile kDgradTiles[] = {{16, 128, 128, 4, 1}, {64, 64, 128, 2, 1}, {128, 32, 256, 1, 1}};
-// The contraction of a tile without a split: 512 terms or mma's in a warp's sum, see docs/design.md, section 7. A term
-// is the sum of 64 k where sums are scaled, and else one mma's 16.
-inline int64_t longest_sum(const Problem& p, const Tile& tile) {
-  return int64_t{tile.warps} * 512 * (p.scales_sums && !p.dgrad ? 64 : 16);
+constexpr SmallTile kLinearSmallTile = {kSmallM, 32, 1024, 8, 2};
+inline int64_t longest_small_sum(bool scales_sums) {
+  return int64_t{kLinearSmallTile.warps} * 512 * (scales_sums ? 64 : 16);
 }
-
-// The tiles of linear's or linear_dgrad's tiled kernel, and of its grouped form.
-struct Tiles {
-  const Tile* first;
-  int count;
-  constexpr const Tile& operator[](int i) const { return first[i]; }
-};
-template <int kCount>
-constexpr Tiles list_of(const Tile (&tiles)[kCount]) {
-  static_assert(kCount <= kMostTiles, "a Tuning has room for each tile");
-  return {tiles, kCount};
-}
-constexpr Tiles tiles_of(bool dgrad) { return dgrad ? list_of(kDgradTiles) : list_of(kLinearTiles); }
 
 // Enough splits to fill the machine, but no more than there are steps, and not so many that the partial sums (8 bytes
 // each, `partial_rows` rows of them) outweigh the weight (half a byte each). No sum is longer than `longest_sum`.
@@ -165,78 +144,61 @@ inline const char* obstacle(const Problem& p, Path path) {
   return nullptr;
 }
 
-// The first tile that takes M rows, else the last.
-inline int tile_for(const Problem& p, const Tuning& t) {
-  int tile = 0;
-  while (tile + 1 < tiles_of(p.dgrad).count && m_per_weight(p) > t.tile_rows[tile]) ++tile;
-  return tile;
-}
-
-// The parts that the contraction may have for small, or for this tile of tiled: no sum is too long, and each part can
-// have a step. (1, 1) for the other kernels.
-struct SplitLimits {
-  int least, most;
-};
-inline SplitLimits split_limits(const Problem& p, Path path, int tile) {
-  if (path != Path::kSmall && path != Path::kTiled) return {1, 1};
-  const Tile& own = path == Path::kSmall ? kLinearSmallTile : tiles_of(p.dgrad)[tile];
-  const int64_t contraction = p.dgrad ? p.N : p.K;
-  const int64_t steps = ceil_quotient(contraction, p.dgrad ? own.N : own.K);
-  const int64_t least = ceil_quotient(contraction, longest_sum(p, own));
-  return {int(least < 1 ? 1 : least), int(steps < 1 ? 1 : steps)};
-}
-
-// Experts fill the machine unsplit (grouped_linear.cu): they are split where a sum would be too long, and nowhere else.
-inline int splits_of(const Problem& p, const Tuning& t, Path path, int tile) {
-  if (path != Path::kSmall && path != Path::kTiled) return 1;
-  if (p.experts > 0) return split_limits(p, path, tile).least;
-  const bool is_small = path == Path::kSmall;
-  const Tile& own = is_small ? kLinearSmallTile : tiles_of(p.dgrad)[tile];
-  const int64_t blocks = is_small ? t.small_blocks : t.tile_blocks[tile];
-  const int64_t tiles_across = p.dgrad ? ceil_quotient(p.K, own.K) : ceil_quotient(p.N, own.N);
-  return splits_for(tiles_across * ceil_quotient(p.M, own.M), p.multiprocessors * blocks, p.dgrad ? p.N : p.K,
-                    p.dgrad ? own.N : own.K, longest_sum(p, own), p.M);
-}
-
-// Why `path` cannot run this problem by this tile (-1: its own choice) in so many splits (0: its own choice); null if it
-// can.
-inline const char* obstacle(const Problem& p, Path path, int tile, int splits) {
-  if (const char* why = obstacle(p, path)) return why;
-  if (tile >= 0 && path != Path::kTiled) return "tiled alone has tiles to choose from";
-  if (tile >= tiles_of(p.dgrad).count) return "it has fewer tiles";
-  if (splits == 0) return nullptr;
-  if (path != Path::kSmall && path != Path::kTiled) return "small and tiled alone are split";
-  const SplitLimits limits = split_limits(p, path, tile < 0 ? tile_for(p, predicted(p)) : tile);
-  if (splits < limits.least) return "a sum would be too long without more splits";
-  return splits > limits.most ? "a split would have no step of the contraction" : nullptr;
-}
-
-inline Choice choice_of(const Problem& p, const Tuning& t, Path path, const char* reason) {
-  const int tile = path == Path::kTiled ? tile_for(p, t) : 0;
-  return {path, tile, splits_of(p, t, path, tile), reason};
-}
-// What `obstacle` has passed; `path` alone is not left open.
-inline Choice forced_choice(const Problem& p, const Tuning& t, Path path, int tile, int splits) {
-  Choice choice = choice_of(p, t, path, "forced");
-  if (tile >= 0) choice = {path, tile, splits_of(p, t, path, tile), choice.reason};
-  if (splits > 0) choice.splits = splits;
-  return choice;
+// `path` with its tile and splits. Experts fill the machine unsplit (grouped_linear.cu): they are split where a sum would
+// be too long, and nowhere else.
+inline Choice choice_of(const Problem& p, Path path, const char* reason) {
+  if (path == Path::kSmall) {
+    const int64_t longest = longest_small_sum(p.scales_sums);
+    if (p.experts > 0) return {path, 0, 1 + int((p.K - 1) / longest), reason};
+    return {path, 0,
+            splits_for(ceil_quotient(p.N, kLinearSmallTile.N),
+                       p.multiprocessors * kLinearSmallTile.blocks_per_multiprocessor, p.K, kLinearSmallTile.K, longest,
+                       p.M),
+            reason};
+  }
+  if (path != Path::kTiled) return {path, 0, 1, reason};
+  const TiledProblem tiled{p.dgrad,         p.scales_sums, p.M,
+                           p.dgrad ? p.K : p.N, p.dgrad ? p.N : p.K, p.arch, p.multiprocessors};
+  if (p.experts > 0) {
+    const Tiles tiles = tiles_of(p.dgrad);
+    const int tile = tile_holding(tiles, m_per_weight(p));
+    return {path, tile, int(tiled.least_splits(tiles[tile])), reason};
+  }
+  const Parts parts = parts_of(tiled);
+  return {path, parts.tile, parts.splits, reason};
 }
 
 constexpr int64_t kAnyM = 64;  // one tile of product_any, which decodes the weight once more for each further tile
 
-inline Choice choose(const Problem& p, const Tuning& t) {
-  if (p.dtype == Dtype::kFloat32) return choice_of(p, t, Path::kAny, "fp32: true fp32, no tensor cores");
+inline Choice choose_grouped(const Problem& p) {
+  if (p.dtype == Dtype::kFloat32) return choice_of(p, Path::kAny, "fp32: true fp32, no tensor cores");
   const bool has_gemm = obstacle(p, Path::kDequantizeGemm) == nullptr;
   if (!can_use_tensor_cores(p)) {
     if (has_gemm && m_per_weight(p) > kAnyM)
-      return choice_of(p, t, Path::kDequantizeGemm, "no tensor-core kernel for the shape, and rows enough for a GEMM");
-    return choice_of(p, t, Path::kAny, "a shape or alignment without a tensor-core kernel");
+      return choice_of(p, Path::kDequantizeGemm, "no tensor-core kernel for the shape, and rows enough for torch's product");
+    return choice_of(p, Path::kAny, "a shape or alignment without a tensor-core kernel");
   }
-  if (m_per_weight(p) <= t.small && obstacle(p, Path::kSmall) == nullptr)
-    return choice_of(p, t, Path::kSmall, t.why_small);
-  if (!has_gemm) return choice_of(p, t, Path::kTiled, "torch has no product of experts for this");
-  return choice_of(p, t, m_per_weight(p) <= t.tiled ? Path::kTiled : Path::kDequantizeGemm, t.why);
+  if (!p.dgrad && m_per_weight(p) <= kSmallM)
+    return choice_of(p, Path::kSmall, "at most 16 rows an expert");
+  if (!has_gemm) return choice_of(p, Path::kTiled, "torch has no product of experts for this");
+  const Fused& fused = *grouped_fused_of(p.arch);
+  if (m_per_weight(p) <= (p.dgrad ? fused.linear_dgrad : fused.linear))
+    return choice_of(p, Path::kTiled, fused.why);
+  return choice_of(p, Path::kDequantizeGemm, fused.why);
+}
+
+inline Choice choose(const Problem& p) {
+  if (p.experts > 0) return choose_grouped(p);
+  if (p.dtype == Dtype::kFloat32) return choice_of(p, Path::kAny, "fp32: true fp32, no tensor cores");
+  if (!can_use_tensor_cores(p)) {
+    if (p.M <= kAnyM) return choice_of(p, Path::kAny, "a shape or alignment without a tensor-core kernel");
+    return choice_of(p, Path::kDequantizeGemm, "no tensor-core kernel for the shape, and rows enough for cuBLAS");
+  }
+  if (!p.dgrad && p.M <= kSmallM) return choice_of(p, Path::kSmall, "at most 16 rows");
+  const Fused& fused = fused_of(p.arch);
+  if (p.M <= (p.dgrad ? fused.linear_dgrad : fused.linear))
+    return choice_of(p, Path::kTiled, fused.why);
+  return choice_of(p, Path::kDequantizeGemm, fused.why);
 }
 
 // lora_grad sums over M: a block owns 16 or 32 ranks by 64 columns, and its 8 warps take 16 of M each at a time.

@@ -61,7 +61,7 @@ struct KnownCodes {
 struct ProductArgs {
   Weight weight;
   Dtype dtype;
-  int tile;  // of the tiled kernel's, see choose.h
+  int tile;  // of the tiled kernels, see tiles.h
   const void* x;
   int64_t M;
   const void* bias;  // linear: [N] of dtype, or null
@@ -99,7 +99,7 @@ struct GroupedArgs {
   int64_t m_begin;         // the launch's first row, as the offsets count rows
   Experts experts;         // the first is product.weight
   const int32_t* offsets;  // [experts]: where each expert's rows end; rows past the last offset become zeros
-  int64_t m_per_expert;    // mean rows an expert: small's tile has 8 rows or 16 by it
+  int64_t m_per_expert;    // mean rows an expert: small has 8 or 16 rows by it
 };
 cudaError_t grouped_linear_any(const GroupedArgs& args, cudaStream_t stream);
 cudaError_t grouped_linear_dgrad_any(const GroupedArgs& args, cudaStream_t stream);

@@ -23,7 +23,8 @@ template <class T>
 cudaError_t launch_for(const ProductArgs& args, cudaStream_t stream) {
   switch (args.tile) {
     case 0: return launch_shape<T, DgradM16>(args, stream);
-    case 1: return launch_shape<T, DgradM64>(args, stream);
+    case 1: return launch_shape<T, DgradM32>(args, stream);
+    case 2: return launch_shape<T, DgradM64>(args, stream);
     default: return launch_shape<T, DgradM128>(args, stream);
   }
 }

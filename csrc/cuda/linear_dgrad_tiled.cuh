@@ -33,29 +33,31 @@
 
 #include <type_traits>
 
-#include "choose.h"
 #include "pair_table.cuh"
 #include "tile.cuh"
+#include "tiles.h"
 #include "transposed_fragments.cuh"
 
 namespace nf4::cuda {
 
-// A block's shape: warps along K, M and N, mma tiles of 8 m a warp, the n of a stage, and the resident blocks for which
+// A block's shape: warps along K, M and N, mma tiles of 8 m a warp, stages of kTileN n, and the resident blocks for which
 // registers are shared out.
 struct DgradM16 {
-  static constexpr int kWarpsK = 2, kWarpsM = 1, kWarpsN = 4, kTilesM = 2, kTileN = 128, kBlocks = 2;
+  static constexpr int kWarpsK = 2, kWarpsM = 1, kWarpsN = 4, kTilesM = 2, kTileN = 128, kStages = 4, kBlocks = 2;
+};
+struct DgradM32 {
+  static constexpr int kWarpsK = 2, kWarpsM = 1, kWarpsN = 2, kTilesM = 4, kTileN = 64, kStages = 4, kBlocks = 3;
 };
 struct DgradM64 {
-  static constexpr int kWarpsK = 2, kWarpsM = 1, kWarpsN = 2, kTilesM = 8, kTileN = 64, kBlocks = 1;
+  static constexpr int kWarpsK = 2, kWarpsM = 1, kWarpsN = 2, kTilesM = 8, kTileN = 64, kStages = 3, kBlocks = 2;
 };
 struct DgradM128 {
-  static constexpr int kWarpsK = 4, kWarpsM = 2, kWarpsN = 1, kTilesM = 8, kTileN = 32, kBlocks = 1;
+  static constexpr int kWarpsK = 4, kWarpsM = 2, kWarpsN = 1, kTilesM = 8, kTileN = 32, kStages = 4, kBlocks = 1;
 };
 
 template <class Warps>
 struct DgradShape : Warps {
-  using Warps::kWarpsK, Warps::kWarpsM, Warps::kWarpsN, Warps::kTilesM, Warps::kTileN, Warps::kBlocks;
-  static constexpr int kStages = 4;
+  using Warps::kWarpsK, Warps::kWarpsM, Warps::kWarpsN, Warps::kTilesM, Warps::kTileN, Warps::kStages, Warps::kBlocks;
   static constexpr int kGroupN = 32;  // n a warp multiplies at a time: two k-steps of mma
   static constexpr int kThreads = kWarpsK * kWarpsM * kWarpsN * kWarp;
   static constexpr int kTileM = kWarpsM * 8 * kTilesM, kTileK = kWarpsK * kBlockK;
@@ -343,10 +345,11 @@ NF4_DEVICE void linear_dgrad_tiled_block(const ProductArgs& args, const Work& wo
 template <class Warps>
 constexpr bool is_dgrad_shape_of(const Tile& tile) {
   using S = DgradShape<Warps>;
-  return tile.M == S::kTileM && tile.N == S::kTileN && tile.K == S::kTileK;
+  return tile.M == S::kTileM && tile.N == S::kTileN && tile.K == S::kTileK && tile.warps * kWarp == S::kThreads &&
+         tile.summing == S::kWarpsN && tile.shared == S::kSharedBytes && tile.blocks == S::kBlocks;
 }
-static_assert(is_dgrad_shape_of<DgradM16>(kDgradTiles[0]) && is_dgrad_shape_of<DgradM64>(kDgradTiles[1]) &&
-                  is_dgrad_shape_of<DgradM128>(kDgradTiles[2]),
-              "the shapes that choose.h counts on");
+static_assert(is_dgrad_shape_of<DgradM16>(kDgradTiles[0]) && is_dgrad_shape_of<DgradM32>(kDgradTiles[1]) &&
+                  is_dgrad_shape_of<DgradM64>(kDgradTiles[2]) && is_dgrad_shape_of<DgradM128>(kDgradTiles[3]),
+              "the shapes that tiles.h counts on");
 
 }  // namespace nf4::cuda

@@ -24,9 +24,9 @@
 // Stages 0 and 1 are fetched before step 0. The fetch of a step fills the stage that the step before it has read.
 #pragma once
 
-#include "choose.h"
 #include "linear.cuh"
 #include "tile.cuh"
+#include "tiles.h"
 
 namespace nf4::cuda {
 
@@ -174,10 +174,11 @@ NF4_DEVICE void linear_tiled_block(const ProductArgs& args, const Work& work) {
 template <class Warps>
 constexpr bool is_shape_of(const Tile& tile) {
   using S = LinearShape<Warps>;
-  return tile.M == S::kTileM && tile.N == S::kTileN && tile.K == kBlockK;
+  return tile.M == S::kTileM && tile.N == S::kTileN && tile.K == kBlockK && tile.warps * kWarp == S::kThreads &&
+         tile.summing == 1 && tile.shared == S::kSharedBytes && tile.blocks == S::kBlocks;
 }
 static_assert(is_shape_of<LinearM32>(kLinearTiles[0]) && is_shape_of<LinearM64>(kLinearTiles[1]) &&
                   is_shape_of<LinearM128>(kLinearTiles[2]),
-              "the shapes that choose.h counts on");
+              "the shapes that tiles.h counts on");
 
 }  // namespace nf4::cuda

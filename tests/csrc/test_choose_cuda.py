@@ -23,7 +23,7 @@ def choose(executor_ops):
         *[ctypes.c_bool] * 2,
         *[ctypes.c_int] * 2,
     ]
-    function.argtypes += [ctypes.POINTER(ctypes.c_int)] * 2 + [ctypes.POINTER(ctypes.c_char_p)]
+    function.argtypes += [*[ctypes.POINTER(ctypes.c_int)] * 2, ctypes.POINTER(ctypes.c_char_p)]
 
     def call(dgrad, dtype, M, N, K, sums=True, aligned=True, arch=90, multiprocessors=132, experts=0):
         tile, splits, reason = ctypes.c_int(), ctypes.c_int(), ctypes.c_char_p()
