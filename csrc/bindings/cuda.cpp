@@ -322,4 +322,13 @@ NF4_EXPORT const char* nf4kernels_cuda_choose(bool dgrad, int32_t dtype, int64_t
 
 #ifdef NF4_EXECUTOR
 NF4_EXPORT void nf4kernels_executor_device(int arch, int multiprocessors) { pretended = {arch, multiprocessors}; }
+// Launches are on this stream from now on, or in this capture of it. Returns its slot of arrival counters.
+NF4_EXPORT int nf4kernels_executor_stream(uint64_t capture, uint64_t id) {
+  pretended_stream = {capture, id};
+  return arrival_slots->of(capture, id);
+}
+NF4_EXPORT void nf4kernels_executor_forget_streams() {
+  pretended_stream = {};
+  arrival_slots = std::make_unique<nf4::cuda::ArrivalSlots>();
+}
 #endif

@@ -8,7 +8,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 
+#include "../cuda/arrivals.h"
 #include "../cuda/kernels.h"
 #include "checks.h"
 
@@ -44,6 +46,12 @@ struct Device {
 };
 inline Device pretended;  // what the choice of kernels sees
 inline Device device_of(const Op&) { return pretended; }
+
+struct Stream {
+  uint64_t capture, id;
+};
+inline Stream pretended_stream{};  // what arrival_slot sees
+inline Stream stream_of(const Launch&) { return pretended_stream; }
 
 #else
 
@@ -86,7 +94,28 @@ inline Device device_of(const Op& op) {
           attribute(cudaDevAttrMultiProcessorCount)};
 }
 
+struct Stream {
+  unsigned long long capture, id;  // capture: 0 where the stream is not being captured
+};
+inline Stream stream_of(const Launch& launch) {
+  Stream stream{};
+  auto status = cudaStreamCaptureStatusNone;
+  // Where either call fails, so will the launch, which says why.
+  (void)cudaStreamGetId(launch.stream, &stream.id);
+  (void)cudaStreamGetCaptureInfo(launch.stream, &status, &stream.capture);
+  if (status == cudaStreamCaptureStatusNone) stream.capture = 0;
+  return stream;
+}
+
 #endif
+
+inline std::unique_ptr<cuda::ArrivalSlots> arrival_slots = std::make_unique<cuda::ArrivalSlots>();
+
+// The launch's slot of arrival counters, -1 where none is left: then a second launch adds the parts up.
+inline int arrival_slot(const Launch& launch) {
+  const Stream stream = stream_of(launch);
+  return arrival_slots->of(stream.capture, stream.id);
+}
 
 inline void check_launch(cudaError_t error, const Op& op) {
   CHECK(error == cudaSuccess, op, ": the launch on ", op.place, " failed: ", cudaGetErrorString(error),

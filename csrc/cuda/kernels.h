@@ -72,9 +72,11 @@ struct ProductArgs {
   const void* lora_inner;   // P or Q
   const void* lora_factor;  // B or A
   float scaling;
-  int splits;        // split-K: each part of the contraction writes its own partial sums; reduce_splits adds them
-  float* partial;    // [splits, M, N or K], null where splits is 1
-  KnownCodes known;  // for the tensor-core products
+  int splits;         // split-K: each part of the contraction writes its own partial sums; reduce_splits adds them
+  float* partial;     // [splits, M, N or K], null where splits is 1; of linear_small see small_partial_floats
+  KnownCodes known;   // for the tensor-core products
+  int blocks;         // linear_small: thread blocks that share the work out
+  int arrivals = -1;  // the stream's slot of arrival counters (arrivals.h); -1: none, and sums take a second launch
 };
 
 // Whether every 64 consecutive weights of a row share a scale, in a form that the kernels which scale sums know. Else the

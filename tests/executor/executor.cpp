@@ -11,6 +11,7 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <numeric>
 #include <random>
 #include <string>
 #include <vector>
@@ -461,9 +462,13 @@ cudaError_t run(const void* kernel, dim3 grid, int thread_count, size_t shared_b
     counts::begin_launch(name);
   }
   const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
-  const uint64_t first = settings.schedule == Schedule::kRandom ? random_numbers() % blocks : 0;
+  // Random: from any block on, in steps that come to every block.
+  const bool is_random = settings.schedule == Schedule::kRandom;
+  const uint64_t first = is_random ? random_numbers() % blocks : 0;
+  uint64_t step = is_random ? 1 + random_numbers() % blocks : 1;
+  while (std::gcd(step, blocks) != 1) ++step;
   for (uint64_t i = 0; i < blocks; ++i) {
-    const uint64_t block = settings.schedule == Schedule::kDescending ? blocks - 1 - i : (first + i) % blocks;
+    const uint64_t block = settings.schedule == Schedule::kDescending ? blocks - 1 - i : (first + i * step) % blocks;
     blockIdx = {unsigned(block % grid.x), unsigned(block / grid.x % grid.y), unsigned(block / grid.x / grid.y)};
     if (run_block()) continue;
     last_error = "kernel " + name + ", block (" + describe(dim3(blockIdx.x, blockIdx.y, blockIdx.z)) + ")" + failure;

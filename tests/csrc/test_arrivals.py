@@ -1,0 +1,39 @@
+"""csrc/cuda/arrivals.h: launches that may run at once never share a slot of counters."""
+
+import ctypes
+import itertools
+
+import pytest
+
+SLOTS, CAPTURED = 256, 192
+
+
+@pytest.fixture
+def slot_of(executor_ops):
+    library = executor_ops.executor.library
+    library.nf4kernels_executor_stream.argtypes = [ctypes.c_uint64] * 2
+    library.nf4kernels_executor_forget_streams()
+    yield lambda stream, capture=0: library.nf4kernels_executor_stream(capture, stream)
+    library.nf4kernels_executor_forget_streams()
+
+
+def test_streams_and_captures_never_share_a_slot_and_keep_their_own(slot_of):
+    keys = list(itertools.product((1, 2, 7, 1 << 40), (0, 1, 2, 1 << 40)))
+    slots = [slot_of(*key) for key in keys]
+    assert len(set(slots)) == len(keys)
+    assert set(slots) <= set(range(SLOTS))
+    assert [slot_of(*key) for key in reversed(keys)] == slots[::-1]
+
+
+def test_a_stream_that_comes_too_late_gets_none(slot_of):
+    slots = [slot_of(stream) for stream in range(1, SLOTS + 1)]
+    assert sorted(slots) == list(range(SLOTS))
+    assert slot_of(SLOTS + 1) == slot_of(5, capture=9) == -1
+    assert slot_of(77) == slots[76], "those that came before keep theirs"
+
+
+def test_graphs_leave_slots_for_streams(slot_of):
+    captured = [slot_of(1, capture) for capture in range(1, CAPTURED + 1)]
+    assert slot_of(1, capture=CAPTURED + 1) == -1
+    streams = [slot_of(stream) for stream in range(1, SLOTS - CAPTURED + 1)]
+    assert sorted(captured + streams) == list(range(SLOTS))
