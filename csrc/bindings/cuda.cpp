@@ -106,7 +106,14 @@ void multiply_fused(const Product& product, const nf4::cuda::Choice& choice, con
   if (choice.path != Path::kAny) args.known = known_codes.rounded(args.dtype);
   OptionalTensor partial;
   if (args.splits > 1) {
-    partial = new_empty(product.in, {args.splits, std::min(M, kMostM), product.columns}, ScalarType::Float);
+    int64_t sums = args.splits * std::min(M, kMostM) * product.columns;
+    if (choice.path == Path::kTiled) {
+      const nf4::cuda::TiledProblem tiled{product.dgrad, false, std::min(M, kMostM), product.columns, product.depth};
+      const nf4::cuda::Tile& tile = nf4::cuda::tiles_of(product.dgrad)[choice.tile];
+      if (tiled.output_tiles(tile) <= nf4::cuda::kMostArrivals) args.arrivals = arrival_slot(launch);
+      if (args.arrivals >= 0) sums = tiled.partial_sums(tile, args.splits);
+    }
+    partial = new_empty(product.in, {sums}, ScalarType::Float);
     args.partial = static_cast<float*>(partial->mutable_data_ptr());
   }
   for (int64_t m = 0; m < M; m += kMostM) {
@@ -115,7 +122,7 @@ void multiply_fused(const Product& product, const nf4::cuda::Choice& choice, con
     args.out = static_cast<char*>(product.args.out) + m * product.columns * bytes;
     if (args.rank > 0) args.lora_inner = static_cast<const char*>(product.args.lora_inner) + m * args.rank * bytes;
     check_launch(run(args, launch.stream), product.op);
-    if (args.splits > 1) add_splits(args, product.columns, launch, product.op);
+    if (args.splits > 1 && args.arrivals < 0) add_splits(args, product.columns, launch, product.op);
   }
 }
 
@@ -321,6 +328,19 @@ NF4_EXPORT const char* nf4kernels_cuda_choose(bool dgrad, int32_t dtype, int64_t
 }
 
 #ifdef NF4_EXECUTOR
+// What tiles.h says of a tile on a card: blocks resident on a multiprocessor; cycles of a product in so many splits
+// (0: the splits that it predicts to take least, to which `splits` is set).
+NF4_EXPORT int nf4kernels_executor_resident_blocks(bool dgrad, int tile, int arch) {
+  return nf4::cuda::resident_blocks(nf4::cuda::multiprocessor_of(arch), nf4::cuda::tiles_of(dgrad)[tile]);
+}
+NF4_EXPORT float nf4kernels_executor_cycles(bool dgrad, bool scales_sums, int64_t M, int64_t N, int64_t K, int arch,
+                                            int multiprocessors, int tile, int* splits) {
+  const nf4::cuda::TiledProblem p{dgrad, scales_sums, M, dgrad ? K : N, dgrad ? N : K, arch, multiprocessors};
+  const nf4::cuda::Tile& own = nf4::cuda::tiles_of(dgrad)[tile];
+  const int resident = nf4kernels_executor_resident_blocks(dgrad, tile, arch);
+  if (*splits == 0) *splits = nf4::cuda::parts_of(p, tile, resident).splits;
+  return nf4::cuda::predicted_cycles(p, own, resident, *splits);
+}
 NF4_EXPORT void nf4kernels_executor_device(int arch, int multiprocessors) { pretended = {arch, multiprocessors}; }
 // Launches are on this stream from now on, or in this capture of it. Returns its slot of arrival counters.
 NF4_EXPORT int nf4kernels_executor_stream(uint64_t capture, uint64_t id) {

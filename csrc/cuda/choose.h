@@ -120,8 +120,8 @@ inline Tuning predicted(const Problem& p) {
 
 inline bool can_use_tensor_cores(const Problem& p) {
   constexpr int64_t kMost = 1 << 24;                 // a kernel addresses 128 rows of 2-byte elements by 32 bits
-  constexpr int64_t kMostBlocks = int64_t{1} << 32;  // RowScales numbers the blocks of 64 or 16 weights by 32 bits
-  const bool blocks = (p.dgrad && p.scales_sums) || p.N * (p.K / (p.scales_sums ? 64 : 16)) < kMostBlocks;
+  constexpr int64_t kMostBlocks = int64_t{1} << 32;  // the kernels number blocks of 64 or 16 weights by 32 bits
+  const bool blocks = p.N * (p.K / (p.scales_sums ? 64 : 16)) < kMostBlocks;
   const bool sizes = p.dgrad ? p.N % 8 == 0 && p.N < kMost : p.K < kMost;
   return p.dtype != Dtype::kFloat32 && p.K > 0 && p.K % 64 == 0 && p.aligned && blocks && sizes;
 }

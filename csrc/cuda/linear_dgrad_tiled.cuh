@@ -34,6 +34,7 @@
 #include <type_traits>
 
 #include "pair_table.cuh"
+#include "split_sums.cuh"
 #include "tile.cuh"
 #include "tiles.h"
 #include "transposed_fragments.cuh"
@@ -89,13 +90,18 @@ struct DgradScales<ScaledSums> {
   using Stored = StoredScales<1>;
   const Weight& w;
   const Lane& lane;
-  int64_t k_begin;  // of the warp
-  int N;
+  uint32_t first;  // the warp's block of 64 k in the lane's row of the first 32
+  int N;           // rows from the lane's on; 0 past K
   NF4_DEVICE DgradScales(const Weight& w, const Lane& lane, int64_t k_begin)
-      : w(w), lane(lane), k_begin(k_begin), N(int(w.N)) {}
+      : w(w),
+        lane(lane),
+        first(uint32_t(lane.index * (w.K / kBlockK) + k_begin / kBlockK)),
+        N(k_begin < w.K ? int(w.N) - lane.index : 0) {}
 
-  NF4_DEVICE bool is_inside(int n) const { return n + lane.index < N && k_begin < w.K; }
-  NF4_DEVICE int64_t index(int n) const { return ((n + lane.index) * w.K + k_begin) >> w.block_shift; }
+  NF4_DEVICE bool is_inside(int n) const { return n < N; }
+  NF4_DEVICE uint32_t index(int n) const {
+    return (first + uint32_t(n) * uint32_t(w.K / kBlockK)) >> (w.block_shift - 6);
+  }
   NF4_DEVICE Stored stored(int n) const {
     if (!is_inside(n)) return {};
     return load_scales<1>(w, scales_in<ScaledSums>(w), [&](int) { return index(n); });
@@ -271,20 +277,28 @@ struct TiledDgrad {
         for (int i = 0; i < 4; ++i) sums[tile][m][i] *= args.scaling;
   }
 
-  // The epilogue: the first of the kWarpsN adds the others' sums in order and stores dX.
+  // The epilogue: the first of the kWarpsN adds the others' sums in order, adds the splits up or leaves them to
+  // reduce_splits, and stores dX.
   NF4_DEVICE void finish(TransposedSums<S::kTilesM>& sums) const {
     constexpr int kValues = kColumnTiles * S::kTilesM * 4, kOwners = S::kWarpsK * S::kWarpsM * kWarp;
     float* others = shared_memory<float>() + int(threadIdx.x) % kOwners;  // [kValues, kOwners]
+    const auto sum = [&](int i) -> float& { return sums[i / (S::kTilesM * 4)][i / 4 % S::kTilesM][i % 4]; };
     for (int n = 1; n < S::kWarpsN; ++n) {
       sync_block();  // stages and table have been read, or the first warps have read the sums before
       if (warp_n == n)
-        for (int i = 0; i < kValues; ++i) others[i * kOwners] = sums[i / (S::kTilesM * 4)][i / 4 % S::kTilesM][i % 4];
+        for (int i = 0; i < kValues; ++i) others[i * kOwners] = sum(i);
       sync_block();
       if (warp_n == 0)
-        for (int i = 0; i < kValues; ++i) sums[i / (S::kTilesM * 4)][i / 4 % S::kTilesM][i % 4] += others[i * kOwners];
+        for (int i = 0; i < kValues; ++i) sum(i) += others[i * kOwners];
     }
+    bool is_total = false;
+    if constexpr (Work::kMayAddInLaunch)
+      if (args.splits > 1 && args.arrivals >= 0) {
+        is_total = add_splits_in_launch<kValues, kOwners>(args, int(work.split), sum);
+        if (!is_total) return;
+      }
     if (warp_n != 0) return;
-    const Store<T> store(args, w.K, work.split, nullptr);
+    const Store<T> store = is_total ? Store<T>::of_totals(args, w.K, work) : Store<T>(args, w.K, work);
 #pragma unroll
     for (int tile_m = 0; tile_m < S::kTilesM; ++tile_m)
 #pragma unroll

@@ -25,6 +25,7 @@
 #pragma once
 
 #include "linear.cuh"
+#include "split_sums.cuh"
 #include "tile.cuh"
 #include "tiles.h"
 
@@ -103,8 +104,15 @@ struct TiledLinear {
     });
   }
 
-  // The epilogue: stores y, four consecutive n a thread.
-  NF4_DEVICE void finish(const Sums<S::kTilesM>& sums) const {
+  // The epilogue: adds the splits up or leaves them to reduce_splits, then stores y, four consecutive n a thread.
+  NF4_DEVICE void finish(Sums<S::kTilesM>& sums) const {
+    bool is_total = false;
+    if constexpr (Work::kMayAddInLaunch)
+      if (args.splits > 1 && args.arrivals >= 0) {
+        const auto sum = [&](int i) -> float& { return sums[i / (S::kTilesM * 4)][i / 4 % S::kTilesM][i % 4]; };
+        is_total = add_splits_in_launch<kTilesN * S::kTilesM * 4, S::kThreads>(args, int(work.split), sum);
+        if (!is_total) return;
+      }
     float* tile = shared_memory<float>();  // [kTileM, kPitch]
     sync_block();                          // stages and table have been read
 #pragma unroll
@@ -117,7 +125,7 @@ struct TiledLinear {
           tile[m * S::kPitch + warp_n * kWarpTileN + 16 * i + lane.g + 8 * (j / 2)] = sums[i][tile_m][j];
         }
     sync_block();
-    const Store<T> store(args, work.weight.N, work);
+    const Store<T> store = is_total ? Store<T>::of_totals(args, work.weight.N, work) : Store<T>(args, work.weight.N, work);
     for (int i = int(threadIdx.x); i < S::kTileM * S::kTileN / 4; i += S::kThreads) {
       const int m = i / (S::kTileN / 4), n = i % (S::kTileN / 4) * 4;
       const float* from = tile + m * S::kPitch + n;

@@ -64,6 +64,8 @@ struct Work {
   }
   // Whether this block adds the LoRA term, and the bias, which only one split does.
   NF4_DEVICE bool is_first_split() const { return split == 0; }
+  // Experts are split where a sum would be too long and nowhere else: a second launch may add those up.
+  static constexpr bool kMayAddInLaunch = !std::is_same_v<Index, int>;
 };
 
 // The work of this block in a product with one weight.
@@ -167,7 +169,7 @@ NF4_DEVICE uint32_t load_pair(const T* row, int64_t i, int64_t length) {
 }
 
 // The epilogue's store to out[M, columns]: bias added and rounded; with splits, the fp32 partial sum, which
-// reduce_splits finishes. The first split's has the bias in it.
+// reduce_splits finishes. The first split's has the bias in it. A total is the sum over all splits.
 template <class T>
 struct Store {
   T* out;
@@ -181,8 +183,20 @@ struct Store {
         columns(columns) {}
   template <class Work>
   NF4_DEVICE Store(const ProductArgs& args, int64_t columns, const Work& work)
-      : Store(args, columns, work.split,
-              args.bias != nullptr && work.is_first_split() ? work.template own<T>(args.bias, columns) : nullptr) {}
+      : Store(args, columns, work.split, work.is_first_split() ? bias_of(args, columns, work) : nullptr) {}
+
+  // Of totals, whatever this block's split.
+  template <class Work>
+  NF4_DEVICE static Store of_totals(const ProductArgs& args, int64_t columns, const Work& work) {
+    Store store(args, columns, work.split, bias_of(args, columns, work));
+    store.partial = nullptr;
+    return store;
+  }
+
+  template <class Work>
+  NF4_DEVICE static const T* bias_of(const ProductArgs& args, int64_t columns, const Work& work) {
+    return args.bias != nullptr ? work.template own<T>(args.bias, columns) : nullptr;
+  }
 
   NF4_DEVICE void one(int64_t row, int64_t column, float value) const {
     const int64_t i = row * columns + column;

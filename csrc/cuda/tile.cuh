@@ -67,11 +67,12 @@ struct RowFetcher {
       from[i] = uint32_t(min(share.row + i * Share::kRowStep, last)) * uint32_t(pitch) + kVectorBytes * vector;
   }
 
-  // Copies the tile that begins `offset` bytes into each row; this thread's vectors become zeros where not valid.
+  // Copies the tile that begins `offset` bytes into each row; this thread's vectors become zeros where not valid, and
+  // nothing is read.
   NF4_DEVICE void fetch(unsigned char* tile, uint32_t offset, bool valid = true) const {
 #pragma unroll
     for (int i = 0; i < Share::kCount; ++i)
-      copy_async_16(tile + to + i * Share::kRowStep * kPitch, first_row + (valid ? from[i] + offset : 0), valid);
+      copy_async_16(tile + to + i * Share::kRowStep * kPitch, first_row + (from[i] + offset), valid);
   }
 };
 

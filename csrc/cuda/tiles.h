@@ -77,11 +77,14 @@ inline int resident_blocks(const Multiprocessor& mp, const Tile& tile) {
 struct TiledProblem {
   bool dgrad, scales_sums;
   int64_t M, columns, contraction;
-  int arch, multiprocessors;
+  int arch = 0, multiprocessors = 0;
 
   int64_t steps(const Tile& tile) const { return ceil_quotient(contraction, dgrad ? tile.N : tile.K); }
-  int64_t output_tiles(const Tile& tile) const {
-    return ceil_quotient(M, tile.M) * ceil_quotient(columns, dgrad ? tile.K : tile.N);
+  int64_t output_tiles(const Tile& tile) const { return ceil_quotient(M, tile.M) * ceil_quotient(columns, width(tile)); }
+  int width(const Tile& tile) const { return dgrad ? tile.K : tile.N; }
+  // The fp32 sums that blocks leave for the last one of their output tile (split_sums.cuh).
+  int64_t partial_sums(const Tile& tile, int64_t splits) const {
+    return output_tiles(tile) * splits * tile.M * width(tile);
   }
   // The fewest splits: no warp sums more than 512 terms, or mma's, see docs/design.md, section 7. A term is the sum of
   // 64 k where linear scales sums, and else one mma's 16.
@@ -91,7 +94,8 @@ struct TiledProblem {
   }
 };
 
-// Output tiles up to which the last block of a tile to finish adds the splits' sums up; past it a second launch does.
+// Output tiles up to which the last block of a tile to finish adds the splits' sums up (one counter each, arrivals.h);
+// past it a second launch does.
 constexpr int64_t kMostArrivals = 1024;
 
 // Cycles of a step of a multiprocessor with so many blocks of threads on it: the longest of its products, instructions
@@ -127,7 +131,7 @@ inline float predicted_cycles(const TiledProblem& p, const Tile& tile, int resid
   float cycles = float(blocks / at_once) * (kStart + steps * step_cycles(mp, p, tile, resident));
   if (rest > 0) cycles += kStart + steps * step_cycles(mp, p, tile, int(ceil_quotient(rest, p.multiprocessors)));
   if (splits == 1) return cycles;
-  const float bytes = 4 * float(tile.M) * float(p.dgrad ? tile.K : tile.N);
+  const float bytes = 4 * float(tile.M) * float(p.width(tile));
   const float each = float(tiles) / float(p.multiprocessors);
   if (tiles > kMostArrivals) return cycles + kLaunch + 2 * float(splits) * each * bytes / mp.l2;
   return cycles + kArrival + float(splits) * (each > 1 ? each : 1) * bytes / kOwnL2;
@@ -150,7 +154,6 @@ inline Parts parts_of(const TiledProblem& p, int tile, int resident) {
   const int64_t least = p.least_splits(own), steps = p.steps(own), tiles = p.output_tiles(own);
   const int64_t at_once = int64_t{resident} * p.multiprocessors;
   Parts best{tile, int(least), predicted_cycles(p, own, resident, least)};
-  if (tiles >= kMore * at_once) return best;
   int64_t most = at_once / (tiles > 0 ? tiles : 1) + kMore;
   if (most > steps) most = steps;
   if (most > kMostSplits) most = kMostSplits;

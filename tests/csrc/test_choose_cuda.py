@@ -120,11 +120,7 @@ def test_the_break_even_of_experts_is_the_tables(choose):
             assert choose(is_dgrad, FP16, 8 * rows + 1, 1536, 2048, arch=arch, experts=8)[0] == "tiled"
 
 
-def test_experts_sums_are_no_longer_than_design_allows(choose):
-    for mean, longest in ((16, 4 * 8192), (40, 2 * 8192), (200, 8192)):
-        for N in (longest, longest + 8, 3 * longest):
-            path, splits, _ = choose(True, BF16, 4 * mean, N, 2048, arch=89, experts=4)
-            assert (path, splits) == ("tiled", -(-N // longest))
+def test_experts_sums_of_small_are_no_longer_than_design_allows(choose):
     for K in (8 * 32768, 8 * 32768 + 64):
         assert choose(False, BF16, 16, 2048, K, experts=4)[:2] == ("small", -(-K // (8 * 32768)))
 
@@ -139,26 +135,10 @@ def test_numbers_of_32_bits_bound_the_sizes(choose):
         assert choose(is_dgrad, BF16, 20, 1 << 16, 1 << 20, sums=False)[0] == "any"
 
 
-def test_no_running_sum_is_longer_than_design_allows(choose):
-    """512 terms (or mma's of 16) in a warp's sum: long contractions are split where nothing else asks for it."""
-    for M, warps in ((16, 4), (40, 2), (200, 1)):
-        for N in (8192 * warps, 8192 * warps + 8, 8192 * warps * 3):
-            path, splits, _ = choose(True, BF16, M, N, 1 << 20, arch=89, multiprocessors=1)
-            assert (path, splits) == ("tiled", -(-N // (8192 * warps)))
-    for M, warps in ((40, 2), (200, 1)):
-        for K in (32768 * warps, 32768 * warps + 64, 32768 * warps * 3):
-            path, splits, _ = choose(False, BF16, M, 1 << 20, K, arch=89, multiprocessors=1)
-            assert (path, splits) == ("tiled", -(-K // (32768 * warps)))
-        for K in (8192 * warps, 8192 * warps + 64):  # where levels are scaled, a step of an mma is a term
-            path, splits, _ = choose(False, BF16, M, 1 << 17, K, sums=False, arch=89, multiprocessors=1)
-            assert (path, splits) == ("tiled", -(-K // (8192 * warps)))
-
-
-def test_splits_fill_the_machine_and_move_fewer_bytes_than_the_weight(choose):
+def test_splits_of_small_fill_the_machine_and_move_fewer_bytes_than_the_weight(choose):
     _, splits, _ = choose(False, BF16, 1, 1024, 4096)
     assert splits == 4  # 32 blocks of threads of 264 that fit; 8 warps take 1024 of K at a time
     _, splits, _ = choose(False, BF16, 1, 14336, 4096)
     assert splits == 1
-    for M, K in ((16, 4096), (64, 4096), (200, 14336)):
-        _, splits, _ = choose(False, BF16, M, 256, K)
-        assert splits * M * 16 <= K or splits == 1
+    _, splits, _ = choose(False, BF16, 16, 256, 4096)
+    assert splits * 16 * 16 <= 4096

@@ -14,11 +14,12 @@ from nf4kernels import QuantizedWeight
 TILES = {
     "small-8": ("linear", "small", 5, (40, 3 * 1024 + 64)),
     "small-16": ("linear", "small", 16, (40, 3 * 1024 + 64)),
-    "tiled-32": ("linear", "tiled", 19, (72, 5 * 128 + 64)),
-    "tiled-64": ("linear", "tiled", 40, (72, 5 * 128 + 64)),
+    "tiled-32": ("linear", "tiled", 19, (136, 6 * 64)),
+    "tiled-64": ("linear", "tiled", 40, (136, 6 * 64)),
     "tiled-128": ("linear", "tiled", 70, (136, 5 * 64)),
     "dgrad-16": ("linear_dgrad", "tiled", 9, (6 * 128 + 8, 192)),
-    "dgrad-64": ("linear_dgrad", "tiled", 20, (6 * 64 + 8, 192)),
+    "dgrad-32": ("linear_dgrad", "tiled", 20, (6 * 64 + 8, 192)),
+    "dgrad-64": ("linear_dgrad", "tiled", 40, (6 * 64 + 8, 192)),
     "dgrad-128": ("linear_dgrad", "tiled", 70, (6 * 32 + 8, 320)),
 }
 LAUNCHES = {"small": "linear_small_kernel", "tiled": "_tiled_kernel"}
@@ -69,7 +70,7 @@ def test_splits_keep_the_bias_once(executor_ops, kernel):
     a = cases.activations(12, 2048, torch.bfloat16)
     with executor_ops.running(kernel):
         y = executor_ops.run("linear", a, *qweight.op_args(), bias)
-    assert any(launch.kernel.startswith("reduce_splits") for launch in executor_ops.launches())
+    assert any(launch.kernel.startswith("reduce_splits") or launch.grid[2] > 1 for launch in executor_ops.launches())
     assert_product_within_bound(y, a, cases.dense(qweight).T, kernel, bias)
 
 
