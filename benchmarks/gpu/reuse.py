@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 REFUSAL = "cannot run this"  # a forced kernel says so of a shape, a dtype or an alignment
 STEPS = 6  # at least two more than there are stages, as the tests on the host executor count
+SMALL_K = 5120  # STEPS - 1 for each of eight warps that take turns at 128
 PIPELINED = ("linear", "linear_dgrad", "grouped_linear", "grouped_linear_dgrad")
 
 
@@ -30,8 +31,14 @@ class Reuse(NamedTuple):
     scales_sums: bool  # or levels: csrc/cuda/product.cuh
 
 
-def reuses(op: str, tiles: Sequence[str]) -> Iterator[Reuse]:
-    """Every tile, unsplit and in two parts, in both forms of scales; the last tile's rows are one tile and two more."""
+def reuses(op: str, tiles: Sequence[str], multiprocessors: int = 1) -> Iterator[Reuse]:
+    """Every tile, unsplit and in two parts, in both forms of scales; the last tile's rows are one tile and two more.
+
+    Of the small kernel, which shares its work out to all multiprocessors and has tiles of 8 and 16 rows, each once.
+    """
+    if op == "linear":
+        for M, scales_sums in ((5, True), (9, False)):
+            yield Reuse(Forced("small"), M, 64 * multiprocessors + 8, SMALL_K, scales_sums)
     for i, tile in enumerate(tiles):
         m, n, k = map(int, tile.split("x"))
         M = m + 2 if i + 1 == len(tiles) else m // 2 + 1

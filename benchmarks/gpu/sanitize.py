@@ -38,7 +38,7 @@ class Case(NamedTuple):
     kernels: tuple[Forced | None, ...] = (None,)  # None is the one that the table chooses
 
 
-def cases(tiles: Tiles) -> Iterator[Case]:
+def cases(tiles: Tiles, multiprocessors: int) -> Iterator[Case]:
     for N, K in SHAPES:
         for dtype, rows in ROWS.items():
             what = f"{N}x{K} {str(dtype).removeprefix('torch.')}"
@@ -54,7 +54,7 @@ def cases(tiles: Tiles) -> Iterator[Case]:
     yield from scales()
     yield from routing("experts in two turns", 8, torch.float32, 300)
     for op in PIPELINED:
-        for reuse in reuses(op, tiles[op]):
+        for reuse in reuses(op, tiles[op], multiprocessors):
             yield Case(f"{reuse}", op, product(op, reuse), (reuse.kernel,))
 
 
@@ -86,6 +86,8 @@ def products(what: str, weight: tuple, N: int, K: int, M: int, dtype: torch.dtyp
     yield Case(what, "linear_dgrad", (dy, *weight))
     yield Case(f"{what} LoRA", "linear_dgrad", (dy, *weight, P, A, 2.0))
     yield Case(what, "lora_grad", (P, x, 2.0, dtype))
+    yield Case(f"{what} transposed", "lora_grad", (P, dy, 2.0, dtype, True))
+    yield Case(f"{what} rank 5", "lora_grad", (P[:, :5].contiguous(), x, 2.0, dtype))
     if K % 64 == 0:
         experts = nf4.quantize_experts(torch.randn(5, N, K).to(dtype), double_quant=dtype != torch.float32)
         offsets = torch.tensor([0, M // 3, M // 3, M - 1, M - 1], dtype=torch.int32)  # two have rows
@@ -123,13 +125,17 @@ def forcing(force: Callable[..., AbstractContextManager], kernel: Forced | None)
 
 
 def main(
-    device: str, force: Callable[..., AbstractContextManager], tiles: Tiles, ops: object = torch.ops.nf4kernels
+    device: str,
+    force: Callable[..., AbstractContextManager],
+    tiles: Tiles,
+    multiprocessors: int,
+    ops: object = torch.ops.nf4kernels,
 ) -> int:
     """How many results were wrong; a forced kernel may refuse a case."""
     torch.zeros(1, device=device)  # fails here, before a word, where the sanitizer refuses the device
     print(f"every op once on {device}", flush=True)
     ran = refused = wrong = 0
-    for case in cases(tiles):
+    for case in cases(tiles, multiprocessors):
         there = tree_map(lambda a: a.to(device) if isinstance(a, Tensor) else a, case.args)
         expected = getattr(reference, case.op)(*case.args)
         for kernel in case.kernels:
@@ -156,4 +162,6 @@ if __name__ == "__main__":
     if library is None:
         raise SystemExit(f"no CUDA kernel can be forced: {obstacle}")
     tiles = {op: native.cuda_tiles(library.handle, op) for op in PIPELINED}
-    raise SystemExit(1 if main("cuda", partial(native.running_kernel, library.handle), tiles) else 0)
+    multiprocessors = torch.cuda.get_device_properties().multi_processor_count
+    wrong = main("cuda", partial(native.running_kernel, library.handle), tiles, multiprocessors)
+    raise SystemExit(1 if wrong else 0)

@@ -22,10 +22,10 @@ def few(monkeypatch):
 def test_the_sanitizers_script_calls_every_op_with_every_kernel(capsys, few):
     force = Force(refuses=("small",))
     tiles = NO_TILES | {"linear": ("16x64x64",)}
-    assert sanitize.main("cpu", force, tiles) == 0
+    assert sanitize.main("cpu", force, tiles, 1) == 0
     assert set(sanitize.KERNELS) == set(sides.KERNELS)
     assert force.seen == set(sanitize.KERNELS) - {"small"}
-    assert {case.op for case in sanitize.cases(NO_TILES)} == {
+    assert {case.op for case in sanitize.cases(NO_TILES, 1)} == {
         "quantize", "dequantize", "linear", "linear_dgrad", "lora_grad", "sort_by_expert",
         "combine_experts", "combine_experts_dgrad", "combine_experts_wgrad",
     }  # fmt: skip
@@ -39,14 +39,17 @@ def test_the_sanitizers_script_runs_every_kernel_and_reuses_every_stage(monkeypa
     monkeypatch.setattr(sanitize, "SHAPES", ((32, 64), (33, 71)))
     monkeypatch.setattr(sanitize, "ROWS", dict.fromkeys(sanitize.ROWS, (9,)))
     tiles = {op: native.cuda_tiles(executor_ops.executor.library, op) for op in sanitize.PIPELINED}
-    assert sanitize.main("cpu", executor_ops.running, tiles, executor_ops.ops) == 0
+    executor_ops.pretend(90, 2)
+    assert sanitize.main("cpu", executor_ops.running, tiles, 2, executor_ops.ops) == 0
     ran = {launch.kernel.partition("<")[0] for launch in executor_ops.launches()}
     assert ran == {kernel.kernel.partition("<")[0] for kernel in cuda_report.read_csv()}
-    reused = {pipeline.kernel for pipeline in executor_ops.executor.pipelines() if pipeline.is_reused}
-    assert len(reused) == 2 * sum(map(len, tiles.values())), "every tile in both forms of scales"
+    pipelines = executor_ops.executor.pipelines()
+    assert all(pipeline.is_reused for pipeline in pipelines if "<BFloat16" in pipeline.kernel), pipelines
+    tiled = {pipeline.kernel for pipeline in pipelines if re.search("tiled_kernel<BFloat16", pipeline.kernel)}
+    assert len(tiled) == 2 * sum(map(len, tiles.values())), "every tile in both forms of scales"
 
 
 def test_the_sanitizers_script_finds_a_wrong_result(monkeypatch, few):
     right = sanitize.reference.lora_grad
     monkeypatch.setattr(sanitize.reference, "lora_grad", lambda *args: 1.1 * right(*args))
-    assert sanitize.main("cpu", Force(), NO_TILES) == 3
+    assert sanitize.main("cpu", Force(), NO_TILES, 1) == 3

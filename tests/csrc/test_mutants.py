@@ -145,8 +145,9 @@ EXPORTED int run_quantize_absmax(const float* absmax, int64_t blocks, const floa
                                  uint8_t* quantized, float* scale_absmax, float* offset) {
   return cuda::quantize_absmax({absmax, blocks, scale_code, true, sums, quantized, scale_absmax, offset}, nullptr);
 }
-EXPORTED int run_reduce(const float* partial, int64_t rows, int64_t columns, float* out) {
-  return cuda::reduce_splits({partial, 2, rows, columns, 1.f, Dtype::kFloat32, out, false}, nullptr);
+EXPORTED int run_reduce(const float* partial, int64_t rows, int64_t columns, int64_t transposed,
+                        float* out) {
+  return cuda::reduce_splits({partial, 2, rows, columns, 1.f, Dtype::kFloat32, out, transposed != 0}, nullptr);
 }
 """
 
@@ -179,8 +180,9 @@ class Raced:
         self.executor.limit_grid(1)
         return self.run("quantize_absmax", absmax, absmax.numel(), code, *results)
 
-    def reduce(self):
-        return self.run("reduce", torch.ones(2, 30, 40), 30, 40, torch.zeros(30, 40))
+    def reduce(self, columns, transposed):
+        rows = 31 if columns % 2 else 40
+        return self.run("reduce", torch.ones(2, rows, columns), rows, columns, transposed, torch.zeros(rows, columns))
 
 
 @pytest.fixture(scope="module")
@@ -230,14 +232,17 @@ def test_a_race_of_quantize_is_noticed(raced, launcher, function, count):
 
 
 @pytest.mark.slow  # it compiles
-def test_blocks_that_all_add_all_elements_are_noticed(raced):
+@pytest.mark.parametrize(("columns", "transposed"), [(40, False), (41, False), (41, True)])
+def test_blocks_that_all_add_all_elements_are_noticed(raced, columns, transposed):
     """Each writes the same sums, so that no result is wrong."""
-    (edit,) = (edit for edit in mutants.EDITS if edit.file == "reduce_splits.cu")
-    assert raced.reduce() == ""
-    raced.executor.library.nf4_executor_source_mutant(mutants.EDITS.index(edit) + 1)
-    error = raced.reduce()
-    raced.executor.library.nf4_executor_source_mutant(0)
-    assert mutants.kind_of(error) == "race", error
+    noticed = []
+    assert raced.reduce(columns, transposed) == ""
+    for number, edit in enumerate(mutants.EDITS, 1):
+        raced.executor.library.nf4_executor_source_mutant(number)
+        if error := raced.reduce(columns, transposed):
+            noticed.append((edit.file, mutants.kind_of(error)))
+        raced.executor.library.nf4_executor_source_mutant(0)
+    assert noticed == [("reduce_splits.cu", "race")], "one of its three kernels ran"
 
 
 # The script.
@@ -258,7 +263,7 @@ def test_the_script_tells_caught_equivalent_and_survived(trial, monkeypatch, cap
     monkeypatch.setattr(cuda_backend, "load", lambda **_: trial.executor)
     monkeypatch.setattr(mutants, "copy_with_edits", lambda folder: CSRC)
     monkeypatch.setattr(mutants, "EDITS", ())
-    monkeypatch.setattr(sanitize, "cases", lambda tiles: [case])
+    monkeypatch.setattr(sanitize, "cases", lambda *_: [case])
     kernel = "linear_tiled"
 
     assert mutants.main(kernel) == 1

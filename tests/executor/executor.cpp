@@ -373,15 +373,26 @@ void meet_warp(const char* what, Site site, void* operands, void (*perform)(void
   switch_fiber(threads[thread].fiber, scheduler);
 }
 
+void meet(const Barrier& barrier) {
+  if (same(barrier.what, "sync_block"))
+    meet_block(barrier.what, barrier.site);
+  else
+    meet_warp(barrier.what, barrier.site, nullptr, [](void* const*) {});
+}
+void meet_late_barrier() {
+  if (const Barrier* late = take_late_barrier()) meet(*late);
+}
+
 void sync_block(Site site) {
-  if (const Site* late = take_late_barrier()) meet_block("sync_block", *late);
-  if (sites_barrier(site)) meet_block("sync_block", site);
+  meet_late_barrier();
+  if (sites_barrier("sync_block", site) == Change::kNone) meet({"sync_block", site});
 }
 
 void sync_warp(Site site) {
-  const Change change = reach("sync_warp", site);
-  if (change == Change::kRemoved) return;
-  meet_warp(change == Change::kUnordered ? "shuffle" : "sync_warp", site, nullptr, [](void* const*) {});
+  meet_late_barrier();
+  const Change change = sites_barrier("sync_warp", site);
+  if (change == Change::kNone) meet({"sync_warp", site});
+  if (change == Change::kUnordered) meet({"shuffle", site});
 }
 
 void* shared_arena() { return arena; }
@@ -501,7 +512,7 @@ void copy_async_commit(executor::Site site) {
   using namespace executor;
   if (reach("copy_async_commit", site) == Change::kNone) ++threads[current].groups;
   sites_commit();
-  if (const Site* late = take_late_barrier()) meet_block("sync_block", *late);
+  meet_late_barrier();
 }
 
 }  // namespace nf4::cuda

@@ -89,7 +89,7 @@ enum class Change {
   kNone,
   kRemoved,    // it does nothing; arrive() says that all have come
   kUnordered,  // sync_warp: a rendezvous that orders no memory, as a shuffle is
-  kLate,       // sync_block: after the copies that follow it, at their commit
+  kLate,       // a barrier of the block or warp: after the copies that follow it, at their commit
   kShort,      // copy_async_wait: leaves one group more unfinished
 };
 Change reach(const char* what, Site site);

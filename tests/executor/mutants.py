@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import torch
 from executor import build
-from executor.executor import SETTINGS, SM_86_SHARED, Executor, Site
+from executor.executor import SETTINGS, SM_86_SHARED, SM_90_SHARED, Executor, Site
 from support import cuda_backend
 from torch import Tensor
 
@@ -40,6 +40,7 @@ CHANGES = {
     "arrive": ("removed",),
 }
 BEFORE_COPIES = ("late",)
+MULTIPROCESSORS = 2
 SECONDS = 60  # for one call of a mutant, which may have made it endless
 
 # (kernel without its template arguments, line of the source without comment, change) -> why no result can differ.
@@ -69,9 +70,18 @@ class Edit(NamedTuple):
 EDITS = (
     Edit(
         "every block adds all elements", "reduce_splits_kernel", "reduce_splits.cu",
-        "int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < count; i += int64_t(gridDim.x) * kThreads",
-        "int64_t i = (MUTANT ? 0 : int64_t(blockIdx.x) * kThreads) + threadIdx.x; i < count;"
-        " i += (MUTANT ? 1 : int64_t(gridDim.x)) * kThreads",
+        "i = first; i < total.count; i += step",
+        "i = MUTANT ? int64_t(threadIdx.x) : first; i < total.count; i += MUTANT ? kThreads : step",
+    ),
+    Edit(
+        "every block adds all elements", "reduce_splits_wide_kernel", "reduce_splits.cu",
+        "i = first; i < vectors; i += step",
+        "i = MUTANT ? int64_t(threadIdx.x) : first; i < vectors; i += MUTANT ? kThreads : step",
+    ),
+    Edit(
+        "every block adds all rows", "reduce_splits_transposed_kernel", "reduce_splits.cu",
+        "row = blockIdx.y; row < args.rows; row += gridDim.y",
+        "row = MUTANT ? 0 : blockIdx.y; row < args.rows; row += MUTANT ? 1 : gridDim.y",
     ),
     Edit(
         "a fetch into the stage that is multiplied", "linear_tiled_kernel", "linear_tiled.cuh",
@@ -143,12 +153,27 @@ class Mutant(NamedTuple):
         return f"{self.site.kernel}: {self.change} {self.line} ({self.place})"
 
 
+class Limits(NamedTuple):
+    """Of a launch."""
+
+    shared: int = SM_86_SHARED
+    blocks: int = 0  # along x and y; 0: as many as it asks for
+
+
+def limits_of(case: sanitize.Case) -> tuple[Limits, ...]:
+    """Also with so few blocks that they loop over the grid, or shared memory for linear_small's deeper ring."""
+    if case.op == "quantize_absmax":
+        return Limits(), Limits(blocks=1)
+    is_small = case.kernels[0] is not None and case.kernels[0].kernel == "small"
+    return (Limits(), Limits(SM_90_SHARED)) if is_small else (Limits(),)
+
+
 class Call(NamedTuple):
     """One call of an op that the mutants are tried on."""
 
     case: sanitize.Case
     kernel: reuse.Forced | None
-    grid: int  # the most blocks; 0: as many as it asks for
+    limits: "Limits"
     expected: tuple[Tensor, ...]
     sites: dict[Site, bool]
     kernels: str  # the names of those that ran
@@ -163,10 +188,11 @@ class Trial:
         self.set(*SETTINGS[0])
 
     def set(self, schedule: str, copies: str) -> None:
-        self.executor.set(schedule, copies, shared_limit=SM_86_SHARED)
+        self.setting = schedule, copies
 
-    def result(self, case: sanitize.Case, kernel: reuse.Forced | None, grid: int) -> tuple[Tensor, ...]:
-        self.executor.limit_grid(grid)
+    def result(self, case: sanitize.Case, kernel: reuse.Forced | None, limits: Limits) -> tuple[Tensor, ...]:
+        self.executor.set(*self.setting, shared_limit=limits.shared)
+        self.executor.limit_grid(limits.blocks)
         with sanitize.forcing(self._force, kernel):
             result = getattr(self.ops, case.op)(*case.args)
         return (result,) if isinstance(result, Tensor) else tuple(result)
@@ -179,11 +205,11 @@ class Trial:
         for case in cases:
             wanted = getattr(sanitize.reference, case.op)(*case.args)
             wanted = (wanted,) if isinstance(wanted, Tensor) else wanted
-            for kernel, grid in itertools.product(case.kernels, (0, 1) if case.op == "quantize_absmax" else (0,)):
+            for kernel, limits in itertools.product(case.kernels, limits_of(case)):
                 self.executor.reset()
                 start = time.perf_counter()
                 try:
-                    result = self.result(case, kernel, grid)
+                    result = self.result(case, kernel, limits)
                 except RuntimeError as error:
                     if sanitize.REFUSAL not in str(error):
                         raise
@@ -191,7 +217,7 @@ class Trial:
                 seconds = time.perf_counter() - start
                 assert all(map(sanitize.is_close, result, wanted)), f"{case.op} {case.what} {kernel}: wrong"
                 kernels = " ".join(launch.kernel for launch in self.executor.launches())
-                yield Call(case, kernel, grid, result, self.executor.sites(), kernels, seconds)
+                yield Call(case, kernel, limits, result, self.executor.sites(), kernels, seconds)
 
     def verdict(self, mutant: "Mutant | Edit", calls: list[Call]) -> str | None:
         """What noticed the mutant in one of these calls, or None. In a process of its own, which may crash or hang."""
@@ -222,7 +248,7 @@ class Trial:
             for call in calls:
                 signal.alarm(SECONDS)
                 try:
-                    result = self.result(call.case, call.kernel, call.grid)
+                    result = self.result(call.case, call.kernel, call.limits)
                 except RuntimeError as error:
                     return kind_of(str(error))
                 if not all(map(same_bits, result, call.expected)):
@@ -232,7 +258,7 @@ class Trial:
     def wavefronts(self, call: Call) -> int:
         """Of shared memory, in one call."""
         with self.executor.counting():
-            self.result(call.case, call.kernel, call.grid)
+            self.result(call.case, call.kernel, call.limits)
         return sum(each.actual for each in self.executor.accesses() if each.kind.startswith("shared"))
 
 
@@ -330,7 +356,8 @@ def main(kernels: str = "") -> int:
     trial = Trial(executor, getattr(torch.ops, cuda_backend.NAMESPACE))
     print(f"{time.perf_counter() - start:.0f} s: built", flush=True)
     tiles = {op: native.cuda_tiles(executor.library, op) for op in reuse.PIPELINED}
-    calls = list(trial.calls(sanitize.cases(tiles)))
+    executor.library.nf4kernels_executor_device(90, MULTIPROCESSORS)
+    calls = list(trial.calls(sanitize.cases(tiles, MULTIPROCESSORS)))
     print(f"{time.perf_counter() - start:.0f} s: {len(calls)} calls without a mutant", flush=True)
     verdicts = try_all(trial, calls, kernels, EDITS)
     print(table(verdicts))

@@ -11,9 +11,7 @@ namespace nf4::cuda::executor {
 namespace {
 
 // A call of this launch, found by its pointers, so that no string is made of it.
-struct Call {
-  const char* what;
-  Site site;
+struct Call : Barrier {
   Change change;
   bool before_copies;
 };
@@ -54,7 +52,7 @@ Call& find(const char* what, Site site) {
     if (call.site.line == site.line && call.what == what && call.site.file == site.file) return call;
   note(what, site);
   const bool is_mutant = mutant.kernel == current_kernel && mutant.what == what && mutant.site == text_of(site);
-  return calls.emplace_back(Call{what, site, is_mutant ? mutant.change : Change::kNone, false});
+  return calls.emplace_back(Call{{what, site}, is_mutant ? mutant.change : Change::kNone, false});
 }
 
 }  // namespace
@@ -85,12 +83,12 @@ void sites_end_thread() {
 
 Change reach(const char* what, Site site) { return find(what, site).change; }
 
-bool sites_barrier(Site site) {
-  Call& call = find("sync_block", site);
+Change sites_barrier(const char* what, Site site) {
+  Call& call = find(what, site);
   ThreadSites& self = own[threadIdx.x];
   self.barrier = &call;
   if (call.change == Change::kLate) self.late = &call;
-  return call.change == Change::kNone;
+  return call.change;
 }
 
 void sites_copy(const void* shared) {
@@ -100,22 +98,19 @@ void sites_copy(const void* shared) {
   ++self.steps;
   if (std::find(self.stages.begin(), self.stages.end(), shared) == self.stages.end()) self.stages.push_back(shared);
   if (self.barrier == nullptr || std::exchange(self.barrier->before_copies, true)) return;
-  note("sync_block-copies", self.barrier->site);
+  note((std::string(self.barrier->what) + "-copies").c_str(), self.barrier->site);
 }
 
 void sites_commit() { own[threadIdx.x].copies = false; }
 
-const Site* take_late_barrier() {
-  const Call* late = std::exchange(own[threadIdx.x].late, nullptr);
-  return late == nullptr ? nullptr : &late->site;
-}
+const Barrier* take_late_barrier() { return std::exchange(own[threadIdx.x].late, nullptr); }
 
 }  // namespace nf4::cuda::executor
 
 #define NF4_EXECUTOR_API extern "C" __attribute__((visibility("default")))
 
 // What every kernel launched since nf4_executor_reset has reached, a line each: "<what> <file>:<line> <kernel>". What
-// is a name of device.cuh, or sync_block-copies for a barrier after which copies are begun before the next one.
+// is a name of device.cuh, and once more with "-copies" for a barrier after which copies are begun before the next one.
 NF4_EXECUTOR_API const char* nf4_executor_sites() {
   static std::string text;
   text.clear();

@@ -12,11 +12,15 @@ void sites_forget();
 void sites_begin_launch(const std::string& kernel);
 void sites_begin_block();
 void sites_end_thread();
-bool sites_barrier(Site site);        // whether the thread meets it here
-void sites_copy(const void* shared);  // a copy_async_16
+Change sites_barrier(const char* what, Site site);  // sync_block or sync_warp
+void sites_copy(const void* shared);                // a copy_async_16
 void sites_commit();
 
-// The site of a kLate barrier that the thread has still to meet, null if there is none; it is then none.
-const Site* take_late_barrier();
+// The kLate barrier that the thread has still to meet; null if there is none, and none from then on.
+struct Barrier {
+  const char* what;
+  Site site;
+};
+const Barrier* take_late_barrier();
 
 }  // namespace nf4::cuda::executor

@@ -211,8 +211,12 @@ class CudaWay(Way):
 
     def reuses(self, op: str) -> list[Reuse]:
         """Every tile filling its stages again: with scaled sums unsplit, with scaled levels in two parts."""
-        every = reuses(op, native.cuda_tiles(self.library, op))
-        return [reuse for reuse in every if reuse.scales_sums == (reuse.kernel.splits == 1)]
+        self.pretend(90, 2)
+        every = reuses(op, native.cuda_tiles(self.library, op), self.multiprocessors())
+        return [reuse for reuse in every if reuse.kernel.splits != (2 if reuse.scales_sums else 1)]
+
+    def multiprocessors(self) -> int:
+        return 2 if self.executor is not None else torch.cuda.get_device_properties().multi_processor_count
 
     @staticmethod
     def layout_of(reuse: Reuse) -> cases.Layout:
@@ -223,8 +227,10 @@ class CudaWay(Way):
         if self.executor is None:
             return
         pipelines = self.executor.pipelines()
-        assert len(pipelines) == 2 * len(native.cuda_tiles(self.library, op)), pipelines
-        assert all(each.fewest >= each.stages + 2 for each in pipelines), pipelines
+        tiled = [each for each in pipelines if "tiled" in each.kernel]
+        assert len(tiled) == 2 * len(native.cuda_tiles(self.library, op)), pipelines
+        assert all(each.fewest >= each.stages + 2 for each in tiled), pipelines
+        assert all(each.is_reused for each in pipelines), pipelines
 
     def launches(self) -> list | None:
         return None if self.executor is None else self.executor.launches()
