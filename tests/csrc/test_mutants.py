@@ -293,3 +293,10 @@ def test_a_mutant_that_crashes_ends_its_own_process_alone(trial, monkeypatch):
     mutant = mutants.mutants_of([call])[0]
     monkeypatch.setattr(trial, "_verdict", lambda *_: mutants.os.kill(mutants.os.getpid(), 11))
     assert trial.verdict(mutant, [call]) == "ends by signal 11"
+
+
+def test_an_error_of_the_script_is_no_verdict(trial, monkeypatch):
+    (call,) = trial.calls(itertools.islice(cases_of(trial, "linear"), 1))
+    monkeypatch.setattr(trial, "_verdict", lambda *_: 1 / 0)
+    with pytest.raises(AssertionError, match="ZeroDivisionError"):
+        trial.verdict(mutants.mutants_of([call])[0], [call])

@@ -225,15 +225,22 @@ class Trial:
         child = os.fork()
         if child == 0:
             faulthandler.disable()  # pytest's would print the stacks
+            code = 1
             try:
                 os.write(writer, (self._verdict(mutant, calls) or "").encode())
+                code = 0
+            except BaseException as error:
+                os.write(writer, repr(error).encode())
             finally:
-                os._exit(0)
+                os._exit(code)
         os.close(writer)
         with os.fdopen(reader, "rb") as file:
             verdict = file.read().decode()
         _, status = os.waitpid(child, 0)
-        return (verdict or None) if status == 0 else f"ends by signal {os.WTERMSIG(status)}"
+        if os.WIFSIGNALED(status):
+            return f"ends by signal {os.WTERMSIG(status)}"
+        assert status == 0, f"{mutant}: {verdict}"
+        return verdict or None
 
     def _verdict(self, mutant: "Mutant | Edit", calls: list[Call]) -> str | None:
         if isinstance(mutant, Edit):
@@ -303,12 +310,10 @@ def proof_of(mutant: Mutant | Edit) -> str | None:
 CALLS_OF_AN_EQUIVALENT = 2  # are enough to see that its proof is not plainly wrong
 
 
-def try_all(trial: Trial, calls: list[Call], kernels: str = "", edits: Iterable[Edit] = ()) -> dict[Mutant | Edit, str]:
+def try_all(trial: Trial, calls: list[Call], mutants: Iterable[Mutant | Edit]) -> dict[Mutant | Edit, str]:
     """What noticed each mutant; "equivalent" or "SURVIVED" where nothing did."""
     verdicts: dict[Mutant | Edit, str] = {}
-    for mutant in [*mutants_of(calls), *edits]:
-        if kernels not in mutant.kernel:
-            continue
+    for mutant in mutants:
         reaching = sorted((call for call in calls if mutant.is_in(call)), key=lambda call: call.seconds)
         proof = proof_of(mutant)
         noticed = trial.verdict(mutant, reaching[: CALLS_OF_AN_EQUIVALENT if proof else None])
@@ -359,8 +364,12 @@ def main(kernels: str = "") -> int:
     executor.library.nf4kernels_executor_device(90, MULTIPROCESSORS)
     calls = list(trial.calls(sanitize.cases(tiles, MULTIPROCESSORS)))
     print(f"{time.perf_counter() - start:.0f} s: {len(calls)} calls without a mutant", flush=True)
-    verdicts = try_all(trial, calls, kernels, EDITS)
-    print(table(verdicts))
+    verdicts: dict[Mutant | Edit, str] = {}
+    chosen = [mutant for mutant in [*mutants_of(calls), *EDITS] if kernels in mutant.kernel]
+    for _, of_kernel in itertools.groupby(chosen, key=lambda mutant: mutant.kernel):
+        found = try_all(trial, calls, of_kernel)
+        print(table(found), flush=True)
+        verdicts |= found
     proofs = {f"equivalent: {m.kernel}: {m.change} {m.line} {proof}" for m in verdicts if (proof := proof_of(m))}
     gaps = [f"SURVIVED {mutant}" for mutant, verdict in verdicts.items() if verdict == "SURVIVED"]
     gaps += [f"NOT REACHED {place}" for place in unreached(calls, csrc)]
