@@ -82,7 +82,7 @@ class ProductContract:
         """By the kernel that is chosen: odd K and N, blocks that straddle rows, fp32."""
         for shape in way.shapes(self.op):
             qweight = cases.quantized(*shape)
-            for dtype in DTYPES:
+            for dtype in (torch.bfloat16, torch.float32) if way.name == "interpreter" else DTYPES:
                 bias = torch.randn(shape[0]).to(dtype) if self.has_bias else None
                 for M in way.rows(self.op):
                     if way.name != "interpreter" or (M < 66) == bool(shape[1] % 2):
@@ -91,7 +91,8 @@ class ProductContract:
     @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
     def test_every_layout(self, way, dtype):
         shapes = ((64, 96), (37, 100), (33, 65), (33, 192), (40, 4096))
-        few = paired(((40, 320), (96, 256), (20, 4096)), LAYOUTS)
+        every_other = LAYOUTS[:: 3 if way.name == "interpreter" and dtype != torch.bfloat16 else 1]
+        few = paired(((40, 320), (96, 256), (20, 4096)), every_other)
         pairs = way.pick([(s, layout) for layout in LAYOUTS for s in shapes], few)
         for shape, layout in pairs:
             qweight = cases.quantized(*shape, layout)
@@ -102,6 +103,8 @@ class ProductContract:
     @pytest.mark.parametrize("codebook", CODEBOOKS)
     def test_long_depth_and_a_mean(self, way, codebook):
         """A level rounded the same way everywhere adds up under a mean; a running sum over the depth loses bits."""
+        if way.name == "interpreter" and codebook not in ("nf4", "custom"):
+            pytest.skip("the interpreter: levels come from a table, and test_unbiased has the other codebooks")
         N, K = (64, 4096) if self.sizes(0, 1)[0] else (4096, 64)
         for scale_codebook in way.pick(("e4m3", None), ("e4m3",)):
             qweight = cases.quantized(N, K, Layout(64, codebook, scale_codebook))

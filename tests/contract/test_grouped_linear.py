@@ -74,6 +74,8 @@ class GroupedContract:
     )
     def test_every_layout(self, way, shape, layout, dtype):
         """By the kernel that is chosen; 300 x 256 are 5 superblocks an expert, the last one short."""
+        if way.name == "interpreter" and dtype == torch.float16:
+            pytest.skip("the interpreter: fp16 is one kernel with bf16")
         for counts in way.pick(CPU_COUNTS, ((3, 0, 20),)):
             qweights = cases.quantized_experts(len(counts), *shape, layout)
             a = self.inputs(sum(counts) + 2, qweights, dtype)
@@ -83,6 +85,8 @@ class GroupedContract:
     @pytest.mark.parametrize("mean", [0.0, 1.0])
     def test_a_long_depth_and_a_mean(self, way, mean, dtype):
         """More than one run of 512 terms of fp32, or of 512 steps of a tensor core, the last one short."""
+        if way.name == "interpreter" and mean == 0 and dtype != torch.float32:
+            pytest.skip("the interpreter: a mean finds what its absence would, and 8256 steps are seconds there")
         long = way.pick(8256, 1024 + 64 if dtype == torch.float32 else 8192 + 64 if way.name != "executor" else 4096)
         for layout in way.pick((Layout(), Layout(64, "custom")), (Layout(),)):
             qweights = cases.quantized_experts(2, *((long, 64) if self.is_dgrad else (64, long)), layout)
