@@ -105,6 +105,14 @@ void multiply_fused(const Product& product, const nf4::cuda::Choice& choice, con
   args.splits = choice.splits;
   if (choice.path != Path::kAny) args.known = known_codes.rounded(args.dtype);
   OptionalTensor partial;
+  if (choice.path == Path::kSmall) {
+    args.blocks = nf4::cuda::small_blocks(args.weight.N, args.weight.K, device_of(product.op).multiprocessors);
+    if (nf4::cuda::small_is_cut(args.weight.N, args.blocks)) {
+      partial = new_empty(product.in, {nf4::cuda::small_partial_floats(M, args.blocks)}, ScalarType::Float);
+      args.partial = static_cast<float*>(partial->mutable_data_ptr());
+      args.arrivals = arrival_slot(launch);
+    }
+  }
   if (args.splits > 1) {
     int64_t sums = args.splits * std::min(M, kMostM) * product.columns;
     if (choice.path == Path::kTiled) {

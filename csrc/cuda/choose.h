@@ -67,9 +67,13 @@ struct SmallTile {
   int warps;                      // that share the contraction, whose sums are added
   int blocks_per_multiprocessor;  // resident at once, at least
 };
-constexpr SmallTile kLinearSmallTile = {kSmallM, 32, 1024, 8, 2};
-inline int64_t longest_small_sum(bool scales_sums) {
-  return int64_t{kLinearSmallTile.warps} * 512 * (scales_sums ? 64 : 16);
+constexpr Tile kGroupedSmallTile = {kSmallM, 32, 1024, 8, 2};
+constexpr Tile kLinearTiles[] = {{32, 64, 128, 2, 1}, {64, 64, 128, 2, 1}, {128, 128, 64, 1, 1}};
+constexpr Tile kDgradTiles[] = {{16, 128, 128, 4, 1}, {64, 64, 128, 2, 1}, {128, 32, 256, 1, 1}};
+// The contraction of a tile without a split: 512 terms or mma's in a warp's sum, see docs/design.md, section 7. A term
+// is the sum of 64 k where sums are scaled, and else one mma's 16.
+inline int64_t longest_sum(const Problem& p, const Tile& tile) {
+  return int64_t{tile.warps} * 512 * (p.scales_sums && !p.dgrad ? 64 : 16);
 }
 
 // Enough splits to fill the machine, but no more than there are steps, and not so many that the partial sums (8 bytes
@@ -144,29 +148,32 @@ inline const char* obstacle(const Problem& p, Path path) {
   return nullptr;
 }
 
-// `path` with its tile and splits. Experts fill the machine unsplit (grouped_linear.cu): they are split where a sum would
-// be too long, and nowhere else.
-inline Choice choice_of(const Problem& p, Path path, const char* reason) {
-  if (path == Path::kSmall) {
-    const int64_t longest = longest_small_sum(p.scales_sums);
-    if (p.experts > 0) return {path, 0, 1 + int((p.K - 1) / longest), reason};
-    return {path, 0,
-            splits_for(ceil_quotient(p.N, kLinearSmallTile.N),
-                       p.multiprocessors * kLinearSmallTile.blocks_per_multiprocessor, p.K, kLinearSmallTile.K, longest,
-                       p.M),
-            reason};
-  }
-  if (path != Path::kTiled) return {path, 0, 1, reason};
-  const TiledProblem tiled{p.dgrad,         p.scales_sums, p.M,
-                           p.dgrad ? p.K : p.N, p.dgrad ? p.N : p.K, p.arch, p.multiprocessors};
-  if (p.experts > 0) {
-    const Tiles tiles = tiles_of(p.dgrad);
-    const int tile = tile_holding(tiles, m_per_weight(p));
-    return {path, tile, int(tiled.least_splits(tiles[tile])), reason};
-  }
-  const Parts parts = parts_of(tiled);
-  return {path, parts.tile, parts.splits, reason};
+// Experts fill the machine unsplit (grouped_linear.cu): they are split where a sum would be too long, and nowhere else.
+inline int splits_of(const Problem& p, Path path) {
+  if (path != Path::kSmall && path != Path::kTiled) return 1;
+  if (path == Path::kSmall && p.experts == 0) return 1;  // small_blocks share the contraction out
+  const Tile& tile = path == Path::kSmall ? kGroupedSmallTile
+                     : p.dgrad            ? kDgradTiles[tile_index(kDgradTiles, m_per_weight(p))]
+                                          : kLinearTiles[tile_index(kLinearTiles, m_per_weight(p))];
+  const int64_t contraction = p.dgrad ? p.N : p.K;
+  if (p.experts > 0) return 1 + int((contraction - 1) / longest_sum(p, tile));
+  const int64_t tiles_across = p.dgrad ? ceil_quotient(p.K, tile.K) : ceil_quotient(p.N, tile.N);
+  return splits_for(tiles_across * ceil_quotient(p.M, tile.M), p.multiprocessors * tile.blocks_per_multiprocessor,
+                    contraction, p.dgrad ? tile.N : tile.K, longest_sum(p, tile), p.M);
 }
+
+// linear_small of one weight shares units of 64 n by 128 k out to one thread block a multiprocessor, but no fewer to a
+// block than it has warps along k at most. The workspace for the tiles that are cut: two parts a block.
+constexpr int kSmallTileN = 64, kSmallUnitK = 128, kSmallWarpsK = 8, kSmallMostBlocks = 1024;
+inline int small_blocks(int64_t N, int64_t K, int multiprocessors) {
+  const int64_t units = ceil_quotient(N, kSmallTileN) * ceil_quotient(K, kSmallUnitK);
+  const int64_t machine = multiprocessors < kSmallMostBlocks ? multiprocessors : kSmallMostBlocks;
+  const int64_t most = ceil_quotient(units, kSmallWarpsK);
+  return int(most < machine ? most : machine);
+}
+// Whether the share of some block ends within a tile. Every block has as many units as another, or one more.
+inline bool small_is_cut(int64_t N, int blocks) { return ceil_quotient(N, kSmallTileN) % blocks != 0; }
+inline int64_t small_partial_floats(int64_t M, int blocks) { return 2 * int64_t{blocks} * M * kSmallTileN; }
 
 constexpr int64_t kAnyM = 64;  // one tile of product_any, which decodes the weight once more for each further tile
 

@@ -63,6 +63,14 @@ NF4_DEVICE void device_assert(bool ok, const char* message) {
   if (!ok) __assert_fail(message, __FILE__, __LINE__, "nf4kernels");
 }
 
+// The most shared memory that a block can have on the current device.
+inline cudaError_t shared_limit(int* bytes) {
+  int device;
+  const cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  return cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+}
+
 // Launches `grid` blocks. More than 48 KB of dynamic shared memory must be asked for first.
 template <class... Params, class... Args>
 cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, size_t shared_bytes, cudaStream_t stream,

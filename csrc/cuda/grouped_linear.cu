@@ -1,6 +1,6 @@
 // grouped_linear: y[M, N], each row of x[M, K] times its expert's W[N, K]^T, by the kernels of linear.
 //
-// Read first: grouped.cuh (which expert and rows a block takes), then linear_small.cuh, linear_tiled.cuh,
+// Read first: grouped.cuh (which expert and rows a block takes), then grouped_linear_small.cuh, linear_tiled.cuh,
 //   product_any.cuh.
 //
 // Who: as in those kernels.
@@ -10,7 +10,7 @@
 // Bytes: 0.516 N K for each expert that has rows (and once more from the L2 for each further tile of its rows).
 // Needs: as those kernels; an expert's rows need no alignment.
 #include "grouped.cuh"
-#include "linear_small.cuh"
+#include "grouped_linear_small.cuh"
 #include "linear_tiled.cuh"
 #include "product_any.cuh"
 

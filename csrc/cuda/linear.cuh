@@ -47,8 +47,8 @@ NF4_DEVICE void add_scaled(Sums<kTilesM>& sums, const Sums<kTilesM>& part, float
 
 // sums += W[32 n, 64 k] @ x^T. `words` hold the lane's 16 k of each slot; scaled(pair, slot) are two of its levels as
 // they are multiplied; load_x(m, half) returns the lane's first or second 8 k of row 8m + g of x.
-template <class T, int kTilesM, class ScaledPair, class LoadX>
-NF4_DEVICE void multiply_block(Sums<kTilesM>& sums, const uint2 (&words)[kSlots], const PairTable& table,
+template <class T, int kTilesM, class Table, class ScaledPair, class LoadX>
+NF4_DEVICE void multiply_block(Sums<kTilesM>& sums, const uint2 (&words)[kSlots], const Table& table,
                                ScaledPair&& scaled, LoadX&& load_x) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {  // 8 k a lane: two k-steps
@@ -57,10 +57,10 @@ NF4_DEVICE void multiply_block(Sums<kTilesM>& sums, const uint2 (&words)[kSlots]
     for (int slot = 0; slot < kSlots; ++slot) {
       const uint32_t word = half == 0 ? words[slot].x : words[slot].y;
       const int n = slot / 2, i = slot % 2;  // row g or g + 8 of the mma tile
-      first[n][i] = scaled(table.pair<0>(word), slot);
-      first[n][i + 2] = scaled(table.pair<1>(word), slot);
-      second[n][i] = scaled(table.pair<2>(word), slot);
-      second[n][i + 2] = scaled(table.pair<3>(word), slot);
+      first[n][i] = scaled(table.template pair<0>(word), slot);
+      first[n][i + 2] = scaled(table.template pair<1>(word), slot);
+      second[n][i] = scaled(table.template pair<2>(word), slot);
+      second[n][i + 2] = scaled(table.template pair<3>(word), slot);
     }
 #pragma unroll
     for (int m = 0; m < kTilesM; ++m) {

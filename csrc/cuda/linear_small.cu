@@ -1,26 +1,405 @@
-// linear for at most 16 rows of x: one block of linear_small.cuh, with all of M in a tile of 8 or 16, a tile of N and a
-// split of K.
-#include "linear_small.cuh"
+// linear for few rows of x: y[M, N] = x[M, K] @ W[N, K]^T, M <= 16, on tensor cores straight from the packed bytes.
+// Read first: linear.cuh (how a warp multiplies).
+//
+// Who: one thread block a multiprocessor. The work is units of 64 n by 64 k, a row of tiles after the other, and each
+//   block takes an equal run of consecutive units, at whose ends tiles are cut. Of its 2 x 8 warps one half has the
+//   first 32 n, and unit u is of warps u % 8. The warps' sums, then the parts of a cut tile, are added in order.
+// Trick: a ring of copies to shared memory, each warp's its own, runs across the tiles: 80 KB in flight (32 on cards
+//   with 99 KB a block) from before the table is built until the share ends, and no barrier between tiles' ends. The
+//   last block to arrive with a part of a tile adds the parts up, so that y takes one launch. x comes through the L1,
+//   which serves both halves. Rejected: FMAs without tensor cores (an H200 has 3.2 issue slots a weight at memory speed;
+//   decode, convert and FMA take 5); a thread block a tile and split (344 tiles of 32 n on 264 blocks fill 65 % of two
+//   waves; the splits' sums took a launch of their own; x came from the L2 once for 32 n); 16 bytes of W a lane from
+//   shared memory, which would bring two blocks of one row, with two scales, into one mma.
+// Bytes: 0.516 N K, and from the L2 x once for each 64 n, and 16 M a multiprocessor for cut tiles: an H200 (4.3 TB/s)
+//   does 4096 x 4096 in 2.0 us.
+// Needs: bf16 or fp16, K % 64 == 0, all pointers aligned to 16 bytes.
+#include "arrivals.cuh"
+#include "choose.h"
+#include "linear.cuh"
 
 namespace nf4::cuda {
 namespace {
 
-using namespace small;
+constexpr int kWarpsN = kSmallTileN / kWarpTileN;
+constexpr int kUnitBlocks = kSmallUnitK / kBlockK;     // of 64 k
+constexpr int kStageBlock = kWarpTileN * kBlockK / 2;  // a warp's bytes of one of them
+constexpr int kStageBytes = kUnitBlocks * kStageBlock;
+
+// A thread block: warps along k, and stages of each warp's ring. Shared memory holds the table, in whose gaps of 128
+// bytes each warp keeps its sums, then the rings, then a word.
+template <int kAlongK, int kRingStages>
+struct Shape {
+  static constexpr int kWarpsK = kAlongK, kStages = kRingStages;
+  static constexpr int kWarps = kWarpsN * kWarpsK, kThreads = kWarps * kWarp;
+  static constexpr int kWord = kWidePairTableBytes + kWarps * kStages * kStageBytes, kSharedBytes = kWord + 16;
+  static_assert(kWarps * kSmallM <= 256, "every warp's sums have a gap for each row of x");
+};
+using Deep = Shape<kSmallWarpsK, 3>;
+using Shallow = Shape<kSmallWarpsK / 2, 2>;  // for 99 KB
+
+// The units of a launch, and which block has them.
+struct Shares {
+  int blocks;  // that share the units out
+  int depth;   // units a tile
+  uint32_t units;
+  NF4_HOST_DEVICE explicit Shares(const ProductArgs& args)
+      : blocks(args.blocks),
+        depth(int(ceil_div(args.weight.K, kSmallUnitK))),
+        units(uint32_t(ceil_div(args.weight.N, kSmallTileN)) * uint32_t(depth)) {}
+
+  NF4_HOST_DEVICE int begin(int block) const { return int(uint64_t(units) * unsigned(block) / unsigned(blocks)); }
+  NF4_HOST_DEVICE int block_of(int unit) const { return int((uint64_t(unit + 1) * unsigned(blocks) - 1) / units); }
+};
+
+// How a warp goes through its units. Blocks of 64 k are numbered through W; those of rows past N are past `last`.
+template <class S>
+struct Walk {
+  int at, depth;       // the unit, of its tile's
+  uint32_t next_tile;  // from a tile's end to the same row of the next one, in blocks
+  NF4_DEVICE Walk(const Weight& w, int unit, int depth)
+      : at(unit % depth),
+        depth(depth),
+        next_tile(uint32_t(w.K / kBlockK) * kSmallTileN - uint32_t(depth * kUnitBlocks)) {}
+  // To the next unit; how many blocks that is away.
+  NF4_DEVICE uint32_t advance() {
+    uint32_t away = S::kWarpsK * kUnitBlocks;
+    for (at += S::kWarpsK; at >= depth; at -= depth) away += next_tile;
+    return away;
+  }
+};
+// The first block of a unit in row `row` of its tile.
+NF4_DEVICE uint32_t block_of(const Weight& w, int unit, int depth, int row) {
+  return uint32_t(unit / depth * kSmallTileN + row) * uint32_t(w.K / kBlockK) + uint32_t(unit % depth * kUnitBlocks);
+}
+NF4_DEVICE uint32_t last_block(const Weight& w) { return uint32_t(w.N * (w.K / kBlockK)) - 1; }
+
+// The place of a warp's sum in the gaps. Lane 4g + t has m = 2t and n = g: the shift by t puts its sums in 32 banks.
+template <int kTilesM>
+NF4_DEVICE float& kept_sum(int warp, int m, int n) {
+  return shared_memory<float>()[(warp * 8 * kTilesM + m) * kWidePairTableRow + 32 + (n ^ (m / 2 % 4 * 8))];
+}
+
+// Stores a warp's sums, or adds them to what is there, and sets them to 0.
+template <int kTilesM>
+NF4_DEVICE void keep(Sums<kTilesM>& sums, bool adds) {
+  const unsigned thread = thread_again();
+  const Lane lane(thread);
+  const int warp = int(thread) / kWarp;
+#pragma unroll
+  for (int n = 0; n < kTilesN; ++n)
+#pragma unroll
+    for (int m = 0; m < kTilesM; ++m)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float& kept = kept_sum<kTilesM>(warp, 8 * m + 2 * lane.t + i % 2, 16 * n + lane.g + 8 * (i / 2));
+        kept = adds ? kept + sums[n][m][i] : sums[n][m][i];
+        sums[n][m][i] = 0;
+      }
+}
+
+// A warp's copies of W, kStages - 1 units ahead: of each block of 64 k 32 rows of 32 bytes, 16 bytes a lane and copy.
+template <class S>
+struct Ring {
+  Walk<S> walk;            // is at the next unit to copy
+  int left;                // units to copy, the other warps' between them too
+  int blocks;              // of 64 k in K
+  uint32_t last, rows[2];  // the unit's first block in the two rows of the lane
+  const uint8_t* packed;
+  unsigned char* stages;
+  int slot = 0;  // of the unit that is multiplied
+
+  NF4_DEVICE Ring(const Weight& w, int unit, int end, int depth, int warp, const Lane& lane)
+      : walk(w, unit, depth),
+        left(end - unit),
+        blocks(int(w.K / kBlockK)),
+        last(last_block(w)),
+        packed(w.packed + lane.index % 2 * 16),
+        stages(shared_memory<unsigned char>() + kWidePairTableBytes + warp * S::kStages * kStageBytes) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      rows[i] = block_of(w, unit, depth, warp / S::kWarpsK * kWarpTileN + lane.index / 2 + 16 * i);
+#pragma unroll
+    for (int stage = 0; stage < S::kStages - 1; ++stage) fetch(stage, lane);
+  }
+
+  NF4_DEVICE void fetch(int stage, const Lane& lane) {
+    if (left > 0) {
+      unsigned char* to = stages + stage * kStageBytes + 16 * lane.index;
+      const bool is_whole = walk.at * kUnitBlocks + 1 < blocks;
+      const uint32_t away = walk.advance();
+      left -= S::kWarpsK;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        // A row past N gets the last one's bytes: its results are not stored.
+        const uint8_t* from = packed + int64_t(min(rows[i], last)) * (kBlockK / 2);
+        copy_async_16(to + i * kStageBlock / 2, from);
+        if (is_whole) copy_async_16(to + i * kStageBlock / 2 + kStageBlock, from + kBlockK / 2, rows[i] < last);
+        rows[i] += away;
+      }
+    }
+    copy_async_commit();
+  }
+
+  // The lane's words of the next unit, kWarp to a slot; copies another unit in place of the one before it.
+  NF4_DEVICE const uint2* next(const Lane& lane) {
+    copy_async_wait<S::kStages - 2>();
+    sync_warp();  // all lanes' copies have come, and all have read the unit before
+    fetch(slot == 0 ? S::kStages - 1 : slot - 1, lane);
+    const uint2* words = reinterpret_cast<const uint2*>(stages + slot * kStageBytes) + lane.index;
+    slot = slot == S::kStages - 1 ? 0 : slot + 1;
+    return words;
+  }
+};
+
+// The scales of a warp's units, loaded a unit ahead of their use. Those of rows past N are the last one's.
+template <class S, class Scaled>
+struct UnitScales;
+
+template <class S>
+struct UnitScales<S, ScaledSums> {
+  struct Stored {
+    uint32_t codes[kUnitBlocks];
+    float superscales[kUnitBlocks];
+  };
+  const Weight& w;
+  Walk<S> walk;          // is at the next unit to load
+  uint32_t first, last;  // its first block in the lane's row: lane 4g + t has row g + 8t
+  float offset;
+  NF4_DEVICE UnitScales(const Weight& w, int unit, int depth, int row, const Lane& lane)
+      : w(w),
+        walk(w, unit, depth),
+        first(block_of(w, unit, depth, row + lane.g + 8 * lane.t)),
+        last(last_block(w)),
+        offset(offset_of(w)) {}
+
+  NF4_DEVICE Stored next() {
+    Stored stored;
+#pragma unroll
+    for (int j = 0; j < kUnitBlocks; ++j) {
+      const uint32_t index = min(first + uint32_t(j), last) >> (w.block_shift - 6);
+      if (w.scales == Scales::kDouble) {
+        stored.codes[j] = load_cached(w.absmax_as<uint8_t>() + index);
+        stored.superscales[j] = load_cached(w.scale_absmax + (index >> kSuperblockShift));
+      } else {
+        stored.codes[j] = bits_of(load_cached(w.absmax_as<float>() + index));
+      }
+    }
+    first += walk.advance();
+    return stored;
+  }
+
+  // sums += W[32 n, 64 k] @ x^T for block j of a unit.
+  template <class T, int kTilesM, class LoadX>
+  NF4_DEVICE void multiply(Sums<kTilesM>& sums, int j, const Stored& stored, const uint2 (&words)[kSlots],
+                           const WidePairTable& table, float factor, LoadX&& load_x) const {
+    float scale = float_of(stored.codes[j]);
+    if (w.scales == Scales::kDouble) {
+      const float product = load_cached(w.scale_code + stored.codes[j]) * stored.superscales[j];
+      scale = product + offset;
+    }
+    Sums<kTilesM> part = {};
+    multiply_block<T, kTilesM>(part, words, table, [](uint32_t pair, int) { return pair; }, load_x);
+    add_scaled<kTilesM>(sums, part, scale * factor);
+  }
+};
+
+template <class S>
+struct UnitScales<S, ScaledLevels> {
+  struct Stored {
+    StoredScales<kSlots> of[kUnitBlocks];
+    uint32_t first;
+  };
+  const Weight& w;
+  Walk<S> walk;
+  uint32_t first, last;  // the unit's first block in row g
+  float offset;
+  NF4_DEVICE UnitScales(const Weight& w, int unit, int depth, int row, const Lane& lane)
+      : w(w),
+        walk(w, unit, depth),
+        first(block_of(w, unit, depth, row + lane.g)),
+        last(last_block(w)),
+        offset(offset_of(w)) {}
+
+  // Each lane has the scales of its own 16 k of rows g + 8 slot.
+  NF4_DEVICE uint32_t index(uint32_t first, int j, int slot) const {
+    const uint32_t block = min(first + uint32_t(8 * slot) * uint32_t(w.K / kBlockK) + uint32_t(j), last);
+    return (block * 4 + threadIdx.x % 4) >> (w.block_shift - 4);
+  }
+  NF4_DEVICE Stored next() {
+    Stored stored;
+    stored.first = first;
+#pragma unroll
+    for (int j = 0; j < kUnitBlocks; ++j)
+      stored.of[j] = load_scales<kSlots>(w, w.scales, [&](int slot) { return index(first, j, slot); });
+    first += walk.advance();
+    return stored;
+  }
+
+  template <class T, int kTilesM, class LoadX>
+  NF4_DEVICE void multiply(Sums<kTilesM>& sums, int j, const Stored& stored, const uint2 (&words)[kSlots],
+                           const WidePairTable& table, float factor, LoadX&& load_x) const {
+    float values[kSlots];
+    decode_scales(values, w, w.scales, stored.of[j], offset, [&](int slot) { return index(stored.first, j, slot); });
+    ScalePair<T> scales[kSlots];
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) scales[slot] = ScalePair<T>(values[slot] * factor, values[slot] * factor);
+    multiply_block<T, kTilesM>(
+        sums, words, table, [&](uint32_t pair, int slot) { return scales[slot].times(pair); }, load_x);
+  }
+};
+
+// A cut tile's part [M, 64] of this block: a block has at most two, that which its share begins with and the last.
+NF4_DEVICE float* part_of(const ProductArgs& args, const Shares& shares, int block, int tile) {
+  const bool is_last = shares.begin(block) < tile * shares.depth;
+  return args.partial + int64_t(2 * block + is_last) * args.M * kSmallTileN;
+}
+
+template <class T>
+NF4_DEVICE void store_sum(const ProductArgs& args, int m, int n, float sum) {
+  if (n >= args.weight.N) return;
+  if (args.bias != nullptr) sum += to_float(static_cast<const T*>(args.bias)[n]);
+  static_cast<T*>(args.out)[m * args.weight.N + n] = from_float<T>(sum);
+}
+
+// y of a cut tile whose parts are those of blocks first to last: their sum, in order.
+template <class T>
+NF4_DEVICE void join_parts(const ProductArgs& args, const Shares& shares, int tile, int first, int last) {
+  constexpr int kAtOnce = 8;  // loads in flight
+  for (int i = int(threadIdx.x); i < int(args.M) * kSmallTileN; i += int(blockDim.x)) {
+    float sum = 0;
+    for (int begin = first; begin <= last; begin += kAtOnce) {
+      float parts[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j)
+        if (begin + j <= last) parts[j] = load_l2(part_of(args, shares, begin + j, tile) + i);
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j)
+        if (begin + j <= last) sum += parts[j];
+    }
+    store_sum<T>(args, i / kSmallTileN, tile * kSmallTileN + i % kSmallTileN, sum);
+  }
+}
+
+// The end of a tile: its warps' sums, added in order, are y or this block's part of it.
+template <class T, int kTilesM, class S>
+NF4_DEVICE void finish_tile(const ProductArgs& args, const Shares& shares, int tile) {
+  const int first = shares.block_of(tile * shares.depth), last = shares.block_of((tile + 1) * shares.depth - 1);
+  float* part = first == last ? nullptr : part_of(args, shares, int(blockIdx.x), tile);
+  sync_block();
+  for (int i = int(thread_again()); i < int(args.M) * kSmallTileN; i += S::kThreads) {
+    const int m = i / kSmallTileN, n = i % kSmallTileN;
+    float sum = 0;
+    for (int warp = 0; warp < S::kWarpsK; ++warp)
+      sum += kept_sum<kTilesM>(n / kWarpTileN * S::kWarpsK + warp, m, n % kWarpTileN);
+    if (part == nullptr)
+      store_sum<T>(args, m, tile * kSmallTileN + n, sum);
+    else
+      part[i] = sum;
+  }
+  if (part != nullptr && args.arrivals >= 0 &&
+      is_last_to_arrive(args.arrivals, first, last - first + 1, shared_memory<uint32_t>() + S::kWord / 4))
+    join_parts<T>(args, shares, tile, first, last);
+  sync_block();  // all have read the warps' sums
+}
+
+template <class T, int kTilesM, class Scaled, class S>
+__global__ void __launch_bounds__(S::kThreads, 1) linear_small_kernel(const ProductArgs args) {
+  // Units to a sum: 512 terms, or mma's.
+  constexpr int kLongest = S::kWarpsK * (kScalesSums<Scaled> ? 512 / kUnitBlocks : 128 / kUnitBlocks);
+  const Weight& w = args.weight;
+  const Shares shares(args);
+  const Lane lane;
+  const int warp = int(threadIdx.x) / kWarp, depth = shares.depth;
+  const int begin = shares.begin(int(blockIdx.x)), end = shares.begin(int(blockIdx.x) + 1);
+  int unit = begin + ((warp - begin) & (S::kWarpsK - 1));  // the warp's next
+  Ring<S> ring(w, unit, end, depth, warp, lane);
+  UnitScales<S, Scaled> scales(w, unit, depth, warp / S::kWarpsK * kWarpTileN, lane);
+  auto next_scales = scales.next();
+
+  uint32_t* words = shared_memory<uint32_t>();
+  const float factor = build_pair_table<T, kWidePairTableRow>(words, args);
+  sync_block();
+  const WidePairTable table(words, lane.index);
+
+  uint32_t x_rows[kTilesM];  // byte offsets; rows past M repeat the last one
+#pragma unroll
+  for (int m = 0; m < kTilesM; ++m)
+    x_rows[m] = (uint32_t(min(8 * m + lane.g, int(args.M) - 1)) * uint32_t(w.K) + 16 * lane.t) * 2;
+
+  for (int tile = begin / depth; tile * depth < end; ++tile) {
+    const int tile_end = min(end, (tile + 1) * depth);
+    // The LoRA term waits where the sums will be kept, so that it takes no registers in the loop.
+    bool has_kept = args.rank > 0 && begin <= tile * depth && warp % S::kWarpsK == S::kWarpsK - 1;
+    if (has_kept) {
+      Sums<kTilesM> term = {};
+      add_lora_term<T, kTilesM>(term, args, Work<int64_t>{w, tile, 0, args.M, 0, 0},
+                                tile * kSmallTileN + warp / S::kWarpsK * kWarpTileN, 0, lane);
+      keep<kTilesM>(term, false);
+    }
+    Sums<kTilesM> sums = {};
+    while (true) {
+      const int stop = min(tile_end, unit + kLongest);
+#pragma unroll 1
+      for (; unit < stop; unit += S::kWarpsK) {
+        const uint2* packed = ring.next(lane);
+        const auto stored = next_scales;
+        next_scales = scales.next();
+        const int first_block = (unit - tile * depth) * kUnitBlocks;
+        const uint8_t* x = static_cast<const uint8_t*>(args.x) + uint32_t(first_block) * kBlockK * 2;
+#pragma unroll
+        for (int j = 0; j < kUnitBlocks; ++j) {
+          if (j > 0 && first_block + j >= ring.blocks) break;
+          uint2 own[kSlots];
+#pragma unroll
+          for (int slot = 0; slot < kSlots; ++slot) own[slot] = packed[j * kStageBlock / 8 + slot * kWarp];
+          scales.template multiply<T, kTilesM>(sums, j, stored, own, table, factor, [&](int m, int half) {
+            return load_cached(reinterpret_cast<const uint4*>(x + x_rows[m] + j * kBlockK * 2 + 16 * half));
+          });
+        }
+      }
+      keep<kTilesM>(sums, has_kept);
+      if (unit >= tile_end) break;
+      has_kept = true;
+    }
+    finish_tile<T, kTilesM, S>(args, shares, tile);
+  }
+}
+
+// Without arrival counters: block b joins the parts of the cut tile that begins in its share.
+template <class T>
+__global__ void __launch_bounds__(256) linear_small_join_kernel(const ProductArgs args) {
+  const Shares shares(args);
+  const int block = int(blockIdx.x), tile = (shares.begin(block + 1) - 1) / shares.depth;
+  const int first = shares.block_of(tile * shares.depth), last = shares.block_of((tile + 1) * shares.depth - 1);
+  if (first == block && last > block) join_parts<T>(args, shares, tile, first, last);
+}
 
 template <class T, int kTilesM, class Scaled>
-__global__ void __launch_bounds__(kWarps* kWarp, 2) linear_small_kernel(const ProductArgs args) {
-  linear_small_block<T, kTilesM, Scaled>(args, Work<int64_t>{args.weight, blockIdx.x, 0, args.M, blockIdx.y, 0});
+cudaError_t launch_tile(const ProductArgs& args, cudaStream_t stream) {
+  int limit;
+  const cudaError_t error = shared_limit(&limit);
+  if (error != cudaSuccess) return error;
+  const auto launch_shape = [&](auto shape) {
+    using S = decltype(shape);
+    return launch(linear_small_kernel<T, kTilesM, Scaled, S>, dim3(unsigned(args.blocks)), S::kThreads, S::kSharedBytes,
+                  stream, args);
+  };
+  return limit >= Deep::kSharedBytes ? launch_shape(Deep()) : launch_shape(Shallow());
 }
 
 template <class T>
 cudaError_t launch_for(const ProductArgs& args, cudaStream_t stream) {
-  return launch_scaled(args.weight, [&](auto scaled) {
+  const cudaError_t error = launch_scaled(args.weight, [&](auto scaled) {
     using Scaled = decltype(scaled);
-    const auto kernel = args.M <= 8 ? linear_small_kernel<T, 1, Scaled> : linear_small_kernel<T, 2, Scaled>;
-    const dim3 grid(unsigned(ceil_div(args.weight.N, kTileN)), unsigned(args.splits));
-    return launch(kernel, grid, kWarps * kWarp, small::kSharedBytes, stream, args);
+    return args.M <= 8 ? launch_tile<T, 1, Scaled>(args, stream) : launch_tile<T, 2, Scaled>(args, stream);
   });
+  if (error != cudaSuccess || args.arrivals >= 0 || !small_is_cut(args.weight.N, args.blocks)) return error;
+  return launch(linear_small_join_kernel<T>, dim3(unsigned(args.blocks)), 256, 0, stream, args);
 }
+
+static_assert(Shallow::kSharedBytes <= 99 << 10, "every card has so much");
+static_assert(kSmallMostBlocks <= kArrivals, "a block has a counter for the tile that is cut at its end");
 
 }  // namespace
 

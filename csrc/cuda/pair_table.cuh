@@ -24,6 +24,8 @@
 namespace nf4::cuda {
 
 constexpr int kPairTableBytes = 256 * 32 * 4;
+constexpr int kWidePairTableRow = 64;  // words
+constexpr int kWidePairTableBytes = 256 * kWidePairTableRow * 4;
 
 // A level's two neighbours in T and where it lies between them. Neither has a significand of all ones (rounded_code.cpp
 // says why).
@@ -85,7 +87,7 @@ NF4_DEVICE int find_known(const KnownCodes& known, const float* code) {
 }
 
 // All threads of the block build the table; a sync_block must follow. Returns the factor for the block scales.
-template <class T>
+template <class T, int kRow = 32>
 NF4_DEVICE float build_pair_table(uint32_t* table, const ProductArgs& args) {
   const int found = find_known(args.known, args.weight.code);
   const float unit = found < 0 ? unit_of(args.weight.code) : args.known.entries[found].scale;
@@ -99,7 +101,7 @@ NF4_DEVICE float build_pair_table(uint32_t* table, const ProductArgs& args) {
       const uint32_t word = levels[first] | uint32_t(levels[second]) << 16;
       four = make_uint4(word, word, word, word);
     }
-    uint4* row = reinterpret_cast<uint4*>(table + byte * 32);
+    uint4* row = reinterpret_cast<uint4*>(table + byte * kRow);
     for (int i = 0; i < 8; ++i) row[(i + byte) % 8] = four;
   }
   return unit;
@@ -115,6 +117,20 @@ struct PairTable {
   template <int i>
   NF4_DEVICE uint32_t pair(uint32_t word) const {
     return load_shared(column + permute_bytes(word, 0, 0x4440 + i) * 128);
+  }
+};
+
+// The same in rows of 256 bytes, of which 128 are free for other use: the address within the table is the packed byte
+// above the lane's, so that one permute makes it (1.0 instructions a weight, unscaled).
+struct WidePairTable {
+  uint32_t begin, column;
+
+  NF4_DEVICE WidePairTable(const uint32_t* words, int lane)
+      : begin(shared_address(words)), column(uint32_t(lane) * 4) {}
+
+  template <int i>
+  NF4_DEVICE uint32_t pair(uint32_t word) const {
+    return load_shared(begin + permute_bytes(word, column, 0x5504 + 16 * i));
   }
 };
 

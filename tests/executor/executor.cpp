@@ -397,6 +397,8 @@ void sync_warp(Site site) {
 
 void* shared_arena() { return arena; }
 
+int shared_limit() { return int(settings.shared_limit); }
+
 void check_global(const void* p, size_t bytes, const char* what, Site site) {
   if (reinterpret_cast<uintptr_t>(p) % bytes != 0) fail(site, "%s of %zu bytes at misaligned %p", what, bytes, p);
   if (p >= arena && p < arena + arena_bytes) fail(site, "%s of shared memory", what);

@@ -114,6 +114,8 @@ NF4_DEVICE V load(const V* p, Access access, const char* what, Site site) {
   return v;
 }
 
+int shared_limit();
+
 cudaError_t run(const void* kernel, dim3 grid, int threads, size_t shared_bytes, const std::function<void()>& thread);
 
 template <class T>
@@ -195,6 +197,11 @@ NF4_DEVICE T shuffle_xor(T value, int mask, executor::Site site = executor::Site
 
 NF4_DEVICE void device_assert(bool ok, const char* message, executor::Site site = executor::Site::here()) {
   if (!ok) executor::fail(site, "%s", message);
+}
+
+inline cudaError_t shared_limit(int* bytes) {
+  *bytes = executor::shared_limit();
+  return cudaSuccess;
 }
 
 template <class... Params, class... Args>

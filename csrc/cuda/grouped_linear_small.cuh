@@ -1,5 +1,5 @@
-// linear for few rows of x: y[M, N] = x[M, K] @ W[N, K]^T, M <= 16, on tensor cores straight from the packed bytes.
-// Read first: linear.cuh (how a warp multiplies).
+// grouped_linear for experts with few rows each: y[M, N] = x[M, K] @ W[N, K]^T, tiles of 8 or 16 rows, on tensor cores
+// straight from the packed bytes. Read first: linear.cuh (how a warp multiplies).
 //
 // Who: a block of 8 warps owns all of M by kTileN = 32 of y and one of `splits` parts of K. Its warps take turns at
 //   chunks of 128 k, and their sums are added in order.
@@ -76,7 +76,8 @@ struct Kept {
 constexpr int kSharedBytes = kPairTableBytes + sizeof(Kept);
 NF4_DEVICE Kept& kept() { return *reinterpret_cast<Kept*>(shared_memory<unsigned char>() + kPairTableBytes); }
 
-// The epilogue: adds the warps' sums in order and stores y. `scratch` is [kWarps, 8 kTilesM, kTileN].
+// The epilogue: adds the warps' sums in order and stores y. `scratch` is [kWarps, 8 kTilesM, kTileN]. Lane 4g + t has
+// rows 2t and columns g: a shift of 8t puts what a warp stores in 32 banks.
 template <class T, int kTilesM, class Work>
 NF4_DEVICE void finish(const Sums<kTilesM>& sums, const ProductArgs& args, const Work& work, float* scratch) {
   constexpr int kTileM = 8 * kTilesM;
@@ -86,7 +87,7 @@ NF4_DEVICE void finish(const Sums<kTilesM>& sums, const ProductArgs& args, const
   for (int tile = 0; tile < kTilesN; ++tile)
     for (int m = 0; m < kTilesM; ++m)
       for (int i = 0; i < 4; ++i)
-        own[(8 * m + 2 * lane.t + i % 2) * kTileN + 16 * tile + lane.g + 8 * (i / 2)] = sums[tile][m][i];
+        own[(8 * m + 2 * lane.t + i % 2) * kTileN + (16 * tile + lane.g + 8 * (i / 2) ^ 8 * lane.t)] = sums[tile][m][i];
   sync_block();
   Work own_part = work;
   own_part.split = kept().split;
@@ -94,8 +95,9 @@ NF4_DEVICE void finish(const Sums<kTilesM>& sums, const ProductArgs& args, const
   const Store<T> store(args, work.weight.N, own_part);
   for (int i = int(threadIdx.x); i < kTileM * kTileN; i += kWarps * kWarp) {
     const int64_t m = kept().m_begin + i / kTileN, n = kept().n_begin + i % kTileN;
+    const int at = i ^ i / kTileN / 2 % 4 * 8;
     float total = 0;
-    for (int warp = 0; warp < kWarps; ++warp) total += scratch[warp * kTileM * kTileN + i];
+    for (int warp = 0; warp < kWarps; ++warp) total += scratch[warp * kTileM * kTileN + at];
     if (m < kept().m_end && n < work.weight.N) store.one(m, n, total);
   }
 }
@@ -138,7 +140,7 @@ NF4_DEVICE void linear_small_block(const ProductArgs& args, const Work& work) {
   finish<T, kTilesM>(sums, args, work, shared_memory<float>());
 }
 
-static_assert(kLinearSmallTile.N == kTileN && kLinearSmallTile.K == kWarps * kChunk * kBlockK, "as chosen");
+static_assert(kGroupedSmallTile.N == kTileN && kGroupedSmallTile.K == kWarps * kChunk * kBlockK, "as chosen");
 static_assert(kWarps * kSmallM * kTileN * 4 <= kPairTableBytes, "the warps' sums fit where the table was");
 
 }  // namespace nf4::cuda::small
