@@ -73,30 +73,63 @@ NF4_DEVICE void multiply_block(Sums<kTilesM>& sums, const uint2 (&words)[kSlots]
   }
 }
 
-// The LoRA term, sums += scaling * B[32 n, rank] @ P^T: B in place of W and P in place of x.
+// sums += B[32 n, rank] @ P^T: B in place of W and P in place of x, whose rows the lane has at B + n and P + m. The loads
+// of kAtOnce mma's of ranks are in flight before the first product.
+template <bool kFours, class T, int kTilesM>
+NF4_DEVICE void multiply_lora(Sums<kTilesM>& sums, const T* B, const uint32_t (&n)[kSlots], const T* P,
+                              const uint32_t (&m)[kTilesM], int rank, int t) {
+  constexpr int kRanks = 4 * kLaneRanks<kFours>, kAtOnce = kFours ? 2 : 1;
+#pragma unroll 1
+  for (int first = 0; first < rank; first += kAtOnce * kRanks) {
+    uint2 b[kAtOnce][kSlots], p[kAtOnce][kTilesM];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int r = first + i * kRanks + kLaneRanks<kFours> * t;
+#pragma unroll
+      for (int slot = 0; slot < kSlots; ++slot) b[i][slot] = load_ranks<kFours>(B + n[slot], r, rank);
+#pragma unroll
+      for (int tile = 0; tile < kTilesM; ++tile) p[i][tile] = load_ranks<kFours>(P + m[tile], r, rank);
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (first + i * kRanks >= rank) break;
+#pragma unroll
+      for (int tile_n = 0; tile_n < kTilesN; ++tile_n) {
+        const uint2 row = b[i][2 * tile_n], row_8 = b[i][2 * tile_n + 1];
+        const uint32_t a[4] = {row.x, row_8.x, row.y, row_8.y};
+#pragma unroll
+        for (int tile = 0; tile < kTilesM; ++tile) mma_16x8x16<T>(sums[tile_n][tile], a, p[i][tile].x, p[i][tile].y);
+      }
+    }
+  }
+}
+
+// The LoRA term, sums += scaling * B[32 n, rank] @ P^T. Rows past N and M repeat the last one: their results are not
+// stored.
 template <class T, int kTilesM, class Work>
 NF4_DEVICE void add_lora_term(Sums<kTilesM>& sums, const ProductArgs& args, const Work& work, int64_t n_begin,
                               int64_t m_begin, const Lane& lane) {
+  const int rank = int(args.rank);
+  const int last_n = int(smaller(args.weight.N - n_begin, kWarpTileN)) - 1;
+  const int last_m = int(smaller(args.M - m_begin, 8 * kTilesM)) - 1;
+  const T* B = work.template own<T>(args.lora_factor, args.weight.N * args.rank) + n_begin * args.rank;
+  const T* P = static_cast<const T*>(args.lora_inner) + m_begin * args.rank;
+  uint32_t n[kSlots], m[kTilesM];
+#pragma unroll
+  for (int slot = 0; slot < kSlots; ++slot) n[slot] = uint32_t(min(lane.g + 8 * slot, last_n)) * uint32_t(rank);
+#pragma unroll
+  for (int tile = 0; tile < kTilesM; ++tile) m[tile] = uint32_t(min(lane.g + 8 * tile, last_m)) * uint32_t(rank);
   Sums<kTilesM> part = {};
-  const T* B = work.template own<T>(args.lora_factor, args.weight.N * args.rank);
-  const T* P = static_cast<const T*>(args.lora_inner);
-  for (int64_t step = 0; step < args.rank; step += 16) {
-    const int64_t r = step + 2 * lane.t;
-    uint32_t a[kTilesN][4];
-    for (int tile = 0; tile < kTilesN; ++tile)
-      for (int i = 0; i < 4; ++i) {
-        const int64_t n = n_begin + 16 * tile + lane.g + 8 * (i % 2);
-        a[tile][i] = n < args.weight.N ? load_pair(B + n * args.rank, r + 8 * (i / 2), args.rank) : 0;
-      }
-    for (int tile_m = 0; tile_m < kTilesM; ++tile_m) {
-      const int64_t m = m_begin + 8 * tile_m + lane.g;
-      const T* row = P + m * args.rank;
-      const uint32_t b0 = m < args.M ? load_pair(row, r, args.rank) : 0;
-      const uint32_t b1 = m < args.M ? load_pair(row, r + 8, args.rank) : 0;
-      for (int tile = 0; tile < kTilesN; ++tile) mma_16x8x16<T>(part[tile][tile_m], a[tile], b0, b1);
-    }
-  }
-  add_scaled<kTilesM>(sums, part, args.scaling);
+  if (has_fours(B, args.rank) && has_fours(P, args.rank))
+    multiply_lora<true>(part, B, n, P, m, rank, lane.t);
+  else
+    multiply_lora<false>(part, B, n, P, m, rank, lane.t);
+#pragma unroll
+  for (int i = 0; i < kTilesN; ++i)
+#pragma unroll
+    for (int tile = 0; tile < kTilesM; ++tile)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sums[i][tile][j] = fmaf(args.scaling, part[i][tile][j], sums[i][tile][j]);
 }
 
 // Byte offsets of the lane's 8 packed bytes in each of its rows, n_begin + g + 8 slot, of the first 64 k, from row

@@ -251,24 +251,37 @@ struct TiledDgrad {
     }
   }
 
-  // The LoRA term, sums = scaling * A[rank, 64 k]^T @ Q^T: A in place of W, 4 ranks a lane and k-step.
-  NF4_DEVICE void begin_with_lora_term(TransposedSums<S::kTilesM>& sums) const {
-    const T* A = work.template own<T>(args.lora_factor, args.rank * w.K);
-    const T* Q = static_cast<const T*>(args.lora_inner);
-    for (int64_t step = 0; step < args.rank; step += 16) {
-      const int64_t r = step + 4 * lane.t;
+  // sums += A[rank, 64 k]^T @ Q^T: A in place of W and Q in place of dY. The loads of a k-step are all in flight before
+  // its first product. Rows past M repeat the last one: their results are not stored.
+  template <bool kFours>
+  NF4_DEVICE void multiply_lora(TransposedSums<S::kTilesM>& sums, const T* A, const T* Q) const {
+    constexpr int kEach = kLaneRanks<kFours>;
+    const int rank = int(args.rank), last_m = int(smaller(args.M - m_begin, S::kTileM)) - 1;
+#pragma unroll 1
+    for (int r = kEach * lane.t; r - kEach * lane.t < rank; r += 4 * kEach) {
       uint32_t a[kColumnTiles][4];
-      load_transposed(a, A + r * w.K + warp_k_begin() + 8 * lane.g, r, args.rank, w.K, warp_k_begin() < w.K);
+      load_transposed(a, A + r * w.K, r, min(rank, r + kEach), w.K, warp_k_begin() < w.K);
+      uint2 q[S::kTilesM];
 #pragma unroll
-      for (int tile_m = 0; tile_m < S::kTilesM; ++tile_m) {
-        const int64_t m = m_begin + m_in_tile(tile_m) + lane.g;
-        const T* row = Q + m * args.rank;
-        const uint32_t b0 = m < args.M ? load_pair(row, r, args.rank) : 0;
-        const uint32_t b1 = m < args.M ? load_pair(row, r + 2, args.rank) : 0;
-#pragma unroll
-        for (int tile = 0; tile < kColumnTiles; ++tile) mma_16x8x16<T>(sums[tile][tile_m], a[tile], b0, b1);
+      for (int m = 0; m < S::kTilesM; ++m) {
+        const uint32_t row = uint32_t(min(m_in_tile(m) + lane.g, last_m)) * uint32_t(rank);
+        q[m] = load_ranks<kFours>(Q + row, r, rank);
       }
+#pragma unroll
+      for (int m = 0; m < S::kTilesM; ++m)
+#pragma unroll
+        for (int tile = 0; tile < kColumnTiles; ++tile) mma_16x8x16<T>(sums[tile][m], a[tile], q[m].x, q[m].y);
     }
+  }
+
+  // The LoRA term, sums = scaling * A[rank, 64 k]^T @ Q^T.
+  NF4_DEVICE void begin_with_lora_term(TransposedSums<S::kTilesM>& sums) const {
+    const T* A = work.template own<T>(args.lora_factor, args.rank * w.K) + warp_k_begin() + 8 * lane.g;
+    const T* Q = static_cast<const T*>(args.lora_inner) + m_begin * args.rank;
+    if (has_fours(Q, args.rank))
+      multiply_lora<true>(sums, A, Q);
+    else
+      multiply_lora<false>(sums, A, Q);
 #pragma unroll
     for (int tile = 0; tile < kColumnTiles; ++tile)
 #pragma unroll

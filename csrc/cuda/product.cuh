@@ -160,12 +160,26 @@ struct ScalePair {
   }
 };
 
-// Elements i and i + 1 of a row of `length` elements, zeros past its end.
+// The ranks that a lane holds of one mma of the LoRA term, as two pairs: four where rows are whole fours of ranks, which
+// are one load, else two, and zeros. Past the last rank they are zeros, too, and the row's first ranks are loaded, so that
+// no load is in a branch and none waits for another.
+template <bool kFours>
+constexpr int kLaneRanks = kFours ? 4 : 2;
+template <bool kFours, class T>
+NF4_DEVICE uint2 load_ranks(const T* row, int r, int rank) {
+  if constexpr (kFours) {
+    const uint2 four = load_cached(reinterpret_cast<const uint2*>(row + (r < rank ? r : 0)));
+    return make_uint2(r < rank ? four.x : 0, r < rank ? four.y : 0);
+  } else {
+    const auto load = [&](int i) { return load_cached(reinterpret_cast<const uint16_t*>(row + (i < rank ? i : 0))); };
+    const uint32_t first = load(r), second = load(r + 1);
+    return make_uint2((r < rank ? first : 0) | (r + 1 < rank ? second << 16 : 0), 0);
+  }
+}
+// Whether the rows [.., rank] are whole fours of ranks, aligned to their 8 bytes.
 template <class T>
-NF4_DEVICE uint32_t load_pair(const T* row, int64_t i, int64_t length) {
-  const uint32_t low = i < length ? row[i].bits : 0u;
-  const uint32_t high = i + 1 < length ? row[i + 1].bits : 0u;
-  return low | high << 16;
+NF4_DEVICE bool has_fours(const T* rows, int64_t rank) {
+  return rank % 4 == 0 && reinterpret_cast<uintptr_t>(rows) % 8 == 0;
 }
 
 // The epilogue's store to out[M, columns]: bias added and rounded; with splits, the fp32 partial sum, which
