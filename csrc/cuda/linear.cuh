@@ -110,6 +110,8 @@ template <class T, int kTilesM, class Work>
 NF4_DEVICE void add_lora_term(Sums<kTilesM>& sums, const ProductArgs& args, const Work& work, int64_t n_begin,
                               int64_t m_begin, const Lane& lane) {
   const int rank = int(args.rank);
+  n_begin = smaller(n_begin, args.weight.N - 1);
+  m_begin = smaller(m_begin, args.M - 1);
   const int last_n = int(smaller(args.weight.N - n_begin, kWarpTileN)) - 1;
   const int last_m = int(smaller(args.M - m_begin, 8 * kTilesM)) - 1;
   const T* B = work.template own<T>(args.lora_factor, args.weight.N * args.rank) + n_begin * args.rank;
