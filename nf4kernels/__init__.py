@@ -20,8 +20,9 @@ from .routing import combine_experts, sort_by_expert
 from .storage.adapters import load_adapters, save_adapters
 from .storage.bitsandbytes_format import weight_from_tensors, weight_to_tensors
 from .storage.checkpoint import load_checkpoint, save_checkpoint
+from .version import VERSION
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = [
     "LoraConfig",
     "QuantExperts",

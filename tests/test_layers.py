@@ -15,6 +15,7 @@ MODULES = {".".join(f.relative_to(PACKAGE.parent).with_suffix("").parts).removes
 
 # First match wins; a folder stands for all that it holds.
 LEVELS = {
+    "nf4kernels.version": 0,
     "nf4kernels.codebook": 0,
     "nf4kernels.quantized_weight": 0,
     "nf4kernels.published_formats": 0,
@@ -28,6 +29,7 @@ LEVELS = {
     "nf4kernels.nn": 4,
     "nf4kernels.model": 5,
     "nf4kernels.storage": 5,
+    "nf4kernels.tuning": 5,
     "nf4kernels.optim": 5,
     "nf4kernels.recover": 5,
     "nf4kernels.integrations": 6,
@@ -44,6 +46,7 @@ THIRD_PARTY = {
     "nf4kernels.backends.triton": {"torch", "triton"},
     "nf4kernels.model": {"torch", "tqdm"},
     "nf4kernels.storage": {"torch", "safetensors", "tqdm"},
+    "nf4kernels.tuning": {"torch", "tqdm"},
     "nf4kernels.recover": {"torch", "numpy", "tqdm"},
     "nf4kernels.integrations": {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "deepspeed"},
     "nf4kernels.cli": {"torch", "transformers"},

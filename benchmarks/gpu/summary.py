@@ -1,10 +1,7 @@
 """What a run on a GPU says in the end: the rows, the fastest kernels, the goals; its CSV and pictures."""
 
-import statistics
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-
-from nf4kernels.ops import OPS
 
 from .. import harness
 from ..harness import OURS, Row
@@ -12,9 +9,8 @@ from ..report import plots
 from ..report import tables as report
 from ..report.goals import gpu_goals
 from . import sides
-from .cases import GROUPED
-from .sides import TRITON, forced_ms
-from .timing import LINE, Cuda, Run, line_of
+from .sides import forced_ms
+from .timing import LINE, Run, line_of
 
 SHOWN_ROWS = {  # by the summary; the CSV has all
     "linear": (1, 16, 64, 512, 8192),
@@ -41,25 +37,6 @@ def break_even(rows: Iterable[Row]) -> Iterator[str]:
         yield f"{op:12} {shape:>10}: {', '.join(ranges)}"
 
 
-def backend_lines(rows: Iterable[Row], machine: Cuda) -> Iterator[str]:
-    """Lines for nf4kernels/backends/measured.csv: the rows of x at which Triton took under 0.95 of native's time.
-
-    By the geometric mean over the shapes; between two M that were measured the choice is the larger one's.
-    """
-    times: dict[tuple[str, int], list[float]] = {}
-    for row in rows:
-        op = GROUPED.get(row.op, row.op)
-        if op in OPS and row.M is not None and TRITON in row.ratios:
-            times.setdefault((op, row.M), []).append(row.ratios[TRITON][1])
-    for op in dict.fromkeys(op for op, _ in times):
-        of_op = sorted((M, statistics.geometric_mean(ratios)) for (name, M), ratios in times.items() if name == op)
-        winners = ["triton" if ratio < 0.95 else "native" for _, ratio in of_op]
-        for (M, ratio), winner, after in zip(of_op, winners, [*winners[1:], "native"]):
-            if winner != after:
-                reason = f"triton {ratio:.2f} of native's time at M={M} on {machine.name}"
-                yield f"{machine.arch.rstrip('a')},{op},bfloat16,{M},{winner},{reason}"
-
-
 def summary(run: Run) -> str:
     """What the run says, in less than a hundred lines of less than 120 characters."""
     m = run.machine
@@ -73,9 +50,6 @@ def summary(run: Run) -> str:
         "",
         "fastest kernel at the measured M",
         *break_even(run.rows),
-        "",
-        "for nf4kernels/backends/measured.csv (no line: the compiled kernels are the faster everywhere)",
-        *backend_lines(run.rows, m),
         "",
         report.goal_table(run.rows, gpu_goals(0.65 if m.is_hbm else 0.75)),
     ]

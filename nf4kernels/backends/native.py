@@ -2,13 +2,14 @@
 
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from ..codebook import CODEBOOKS
+from .tuned_table import CUDA_PRODUCTS, CudaOp
 
 CPU_LIBRARY = Path(__file__).parent.parent / "_cpu.abi3.so"
 ISA_VARIABLE = "NF4KERNELS_CPU_ISA"
@@ -18,7 +19,13 @@ CUDA_VARIABLE = "NF4KERNELS_CUDA"
 BFLOAT16, MOST_ROWS = 1, 4096  # csrc/format.h's Dtype; rows of x up to which kernels are asked for
 EXPERTS = 8  # that kernels are asked for
 # dgrad, dtype, M, N, K, experts, scales_sums, aligned, architecture, multiprocessors
-CHOOSE_ARGUMENTS = [ctypes.c_bool, ctypes.c_int32, *[ctypes.c_int64] * 4, *[ctypes.c_bool] * 2, *[ctypes.c_int] * 2]
+CHOOSE_ARGUMENTS: list = [
+    ctypes.c_bool,
+    ctypes.c_int32,
+    *[ctypes.c_int64] * 4,
+    *[ctypes.c_bool] * 2,
+    *[ctypes.c_int] * 2,
+]
 
 
 class CpuLibrary:
@@ -103,6 +110,26 @@ def cuda_tiles(library: ctypes.CDLL, op: str) -> list[str]:
     return tiles(op.endswith("dgrad")).decode().split()
 
 
+def tune_cuda(library: ctypes.CDLL, device: int, ops: Mapping[str, CudaOp], why: str) -> None:
+    """A device's products are chosen by what was measured of these ops, the others as predicted; of none: all are.
+
+    ValueError where the tiles of an op are not the library's, with a message that goes on from the table's name.
+    """
+    tune = library.nf4kernels_cuda_tune
+    tune.argtypes, tune.restype = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p], ctypes.c_char_p
+    numbers: list[int] = []
+    for op in CUDA_PRODUCTS:
+        tiles, own = cuda_tiles(library, op), ops.get(op)
+        if own is not None and [tile.tile for tile in own.tiles] != tiles:
+            found = " ".join(tile.tile for tile in own.tiles)
+            raise ValueError(f"must have the tiles {' '.join(tiles)} of this library's {op}, got {found}")
+        numbers += [0] * (4 + 2 * len(tiles)) if own is None else own.numbers()
+    array = (ctypes.c_int64 * len(numbers))(*numbers)
+    error = tune(device, array if ops else None, len(numbers), why.encode())
+    if error is not None:
+        raise ValueError(error.decode())
+
+
 def register_cuda_ops(library: ctypes.CDLL, namespace: str, key: str) -> None:
     """The ops of `namespace` are those of the CUDA library, or of its build for the tests, for this dispatch key."""
     register = library.nf4kernels_cuda_register
@@ -152,7 +179,7 @@ class CudaLibrary:
         return found
 
     def choice(self, device: int, *problem) -> tuple[str, int, int, str]:
-        """(kernel, its tile, splits, why) of a product, whose arguments are those of csrc/bindings/cuda.cpp's choose."""
+        """(kernel, its tile, splits, why) of a product, with the arguments of CHOOSE_ARGUMENTS."""
         choose = self.handle.nf4kernels_cuda_choose
         choose.argtypes, choose.restype = [ctypes.c_int, *CHOOSE_ARGUMENTS, *[ctypes.c_void_p] * 3], ctypes.c_char_p
         tile, splits, reason = ctypes.c_int(), ctypes.c_int(), ctypes.c_char_p()

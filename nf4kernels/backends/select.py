@@ -1,9 +1,9 @@
 """Who runs each op on each device, and why.
 
 A device's backend is the first of native (a compiled library), triton and reference (plain PyTorch) that runs there, or
-the one that NF4KERNELS_BACKEND names and no other. Where both of the first two run, `measured.csv` gives an op, a dtype
-and a range of rows to one of them; no measurement is committed yet. Which of its kernels a backend runs is a table of
-its own (csrc/cuda/choose.h, triton/tuned).
+the one that NF4KERNELS_BACKEND names and no other. Where both of the first two run, a measurement on the card may give
+an op, a dtype and a range of rows to one of them. Which of its kernels a backend runs is predicted (csrc/cuda/choose.h,
+tuned/) until it was measured on the card (tuned_files.py).
 
 The CPU's backend is settled at import. A GPU's is settled when the first op comes to one: only an initialised device
 tells what it is, and an import that initialised it would break every fork after it.
@@ -21,8 +21,9 @@ from .. import reference
 from ..ops import LIBRARY, OPS, SCHEMAS
 from . import native
 from .arguments import checked
-from .measured import BACKENDS, Rule, by_rules, rules_for
 from .registration import Registration, check_is_complete, stand_in
+from .tuned_files import Found, card_of, measured_table
+from .tuned_table import BACKENDS, CUDA_PRODUCTS, Rule, by_rules
 
 VARIABLE = "NF4KERNELS_BACKEND"
 OLDEST = (8, 0)  # compute capability, of the CUDA library's kernels and of Triton's compiler
@@ -100,6 +101,12 @@ def decide(device_type: str) -> Decision:
     return Decision(None, "none", f"{VARIABLE}={FORCED}, and {obstacle}")
 
 
+def available(device_type: str) -> list[str]:
+    """The backends whose kernels run on the devices of a type, the reference apart, the forced one alone."""
+    candidates = [b for b in BACKENDS if b != "reference" and FORCED in (None, b)]
+    return [backend for backend in candidates if _obstacle(backend, device_type) is None]
+
+
 def _obstacle(backend: str, device_type: str) -> str | None:
     """Why a backend cannot run on the devices of a type; None if it can."""
     if backend == "reference":
@@ -158,12 +165,38 @@ def _reason(backend: str, device_type: str, reasons: list[str]) -> str:
     return "; ".join(reasons)
 
 
+@functools.cache
+def found_tables(device_type: str) -> tuple[Found, ...]:
+    """What was measured on each of this machine's devices of a type, or on such a card; read once in a process."""
+    if device_type not in GPU_KEYS:
+        return ()
+    count = torch.get_device_module(device_type).device_count()
+    return tuple(measured_table(card_of(device_type, index)) for index in range(count))
+
+
 def measured_rules(device_type: str) -> list[Rule]:
     """The measured choices between backends for this machine's devices of a type; none where one is forced."""
-    if device_type != "cuda" or FORCED or torch.version.hip is not None or len(set(_capabilities())) != 1:
+    tables = [] if FORCED else [found.table for found in found_tables(device_type)]
+    if not tables or tables[0] is None or any(table != tables[0] for table in tables):
         return []
-    rules = rules_for("sm_{}{}".format(*_capabilities()[0]))
-    return [rule for rule in rules if _obstacle(rule.backend, device_type) is None]
+    return [rule for rule in tables[0].rules if _obstacle(rule.backend, device_type) is None]
+
+
+def ignored_tables(device_type: str) -> list[str]:
+    """Why files of the user's cache are ignored."""
+    return list(dict.fromkeys(found.ignored for found in found_tables(device_type) if found.ignored))
+
+
+def _tune_cuda_library() -> None:
+    """Tells the library what was measured on each device."""
+    handle = _loaded_cuda_library().handle
+    for index, found in enumerate(found_tables("cuda")):
+        if found.table is None:
+            continue
+        try:
+            native.tune_cuda(handle, index, found.table.cuda, f"{found.source}, {found.table.origin}")
+        except ValueError as error:
+            warnings.warn(f"nf4kernels: the table of {found.table.card} is ignored: it {error}", stacklevel=2)
 
 
 def implement(device_type: str) -> Mapping[str, Callable] | None:
@@ -173,7 +206,11 @@ def implement(device_type: str) -> Mapping[str, Callable] | None:
         return {op: functools.partial(_refuse, op, decision.reason) for op in OPS}
     if decision.backend == "reference" and not FORCED:
         warnings.warn(f"nf4kernels: plain PyTorch runs on {device_type}: {decision.reason}", stacklevel=2)
+    for ignored in ignored_tables(device_type):
+        warnings.warn(f"nf4kernels: {ignored}", stacklevel=2)
     backends = {decision.backend, *(rule.backend for rule in rules)}
+    if device_type == "cuda" and "native" in backends:
+        _tune_cuda_library()
     if len(backends) > 1:
         kernels = {backend: kernels_of(backend) for backend in backends}
         return {op: by_rules(op, rules, {b: own[op] for b, own in kernels.items()}, decision.backend) for op in OPS}
@@ -194,6 +231,11 @@ def _triton():
     from . import triton  # imports Triton itself, which nothing else needs
 
     return triton
+
+
+def triton_choices():
+    """Triton's backends/triton/choose.py, where `available` names Triton."""
+    return _triton().choose
 
 
 @functools.cache
@@ -236,13 +278,15 @@ def backend_info() -> BackendInfo:
 
 def _kernel_lines(device_type: str, decision: Decision) -> Iterator[str]:
     """Measured choices between backends, and the kernels of a GPU's products by rows of x."""
+    yield from ignored_tables(device_type)
     yield from map(str, measured_rules(device_type))
     if decision.backend == "triton":
         yield from _triton().kernel_lines(torch.device(device_type))
     if decision.backend != "native" or device_type != "cuda":
         return
     multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
-    for op in ("linear", "linear_dgrad"):
+    for op in CUDA_PRODUCTS:
+        dtypes, of_each = ("bf16", " of each expert") if op.startswith("grouped_") else ("bf16, fp16", "")
         for rows, kernel, reason in _loaded_cuda_library().choices(op, 0, _capabilities()[0], multiprocessors):
-            limit = f"up to {rows} rows" if rows < native.MOST_ROWS else "more rows"
-            yield f"{op} bf16, fp16, {limit}: {kernel} ({reason})"
+            limit = f"up to {rows} rows{of_each}" if rows < native.MOST_ROWS else f"more rows{of_each}"
+            yield f"{op} {dtypes}, {limit}: {kernel} ({reason})"

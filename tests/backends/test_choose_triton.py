@@ -1,9 +1,10 @@
 """The tables of Triton's configurations: sound, found for any device, and marked where nothing was measured."""
 
-import json
-
 import pytest
 import torch
+
+from nf4kernels.backends import tuned_files, tuned_table
+from nf4kernels.backends.tuned_table import Config, Table
 
 pytestmark = pytest.mark.ways("interpreter", "triton")
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")
@@ -14,13 +15,12 @@ def choose(way):
     return way.backend.choose
 
 
-def test_every_table_is_sound_and_says_where_it_is_from(choose):
-    assert {path.stem for path in choose.TABLES.glob("*.json")} == set(ARCHITECTURES)
+def test_every_table_says_where_it_is_from(choose):
+    assert tuned_files.predicted_architectures() == set(ARCHITECTURES)
     for architecture in ARCHITECTURES:
         table = choose.table_for(architecture)
-        assert table.origin.startswith(("predicted, not measured: ", "measured on "))
-        assert table.to_json() == (choose.TABLES / f"{architecture}.json").read_text()
-        assert set(table.dequantize_gemm_from) == set(choose.PRODUCTS)
+        assert all(why.startswith("predicted, not measured: ") for why in table.why.values())
+        assert set(table.dequantize_gemm_from) == set(table.configs) == set(tuned_table.PRODUCTS)
 
 
 @pytest.mark.parametrize(
@@ -28,14 +28,14 @@ def test_every_table_is_sound_and_says_where_it_is_from(choose):
     [("sm_90", "sm_90"), ("sm_87", "sm_86"), ("sm_103", "sm_100"), ("sm_121", "sm_120"), ("sm_75", "sm_86"),
      ("gfx950", "gfx942"), ("gfx1201", "gfx1100"), ("gfx1100", "gfx1100"), ("pvc", "sm_86")],
 )  # fmt: skip
-def test_every_device_finds_a_table(choose, architecture, table):
-    assert choose.known_architecture(architecture, frozenset(ARCHITECTURES)) == table
+def test_every_device_finds_a_table(architecture, table):
+    assert tuned_files.known_architecture(architecture, frozenset(ARCHITECTURES)) == table
 
 
 def test_choice_by_rows(choose, way):
     device = torch.device(way.device, 0) if way.device == "cuda" else torch.device("cpu")
-    table = choose.table_for(choose.architecture_of(device))
-    for op in choose.PRODUCTS:
+    table = choose.table_on(device)
+    for op in tuned_table.PRODUCTS:
         for dtype in (torch.bfloat16, torch.float16):
             least = table.dequantize_gemm_from[op]
             assert choose.choose(op, least - 1, 128, 64, dtype, device).path == "fused"
@@ -54,20 +54,6 @@ def test_steps_that_rows_are_made_of(choose, K, block_size, step):
     assert choose.whole_step(K, block_size) == step
 
 
-def test_refuses_what_is_no_table(choose):
-    data = json.loads(choose.table_for("sm_80").to_json())
-    for change in (
-        {"linear": []},
-        {"linear": data["linear"][::-1]},
-        {"linear": [data["linear"][0] | {"depth": 100}]},
-        {"linear": [data["linear"][0] | {"depth": 16384}]},
-        {"dequantize_gemm_from": {"linear": 3}},
-        {"more": 1},
-    ):
-        with pytest.raises(ValueError, match="nf4kernels: "):
-            choose.Table.from_json(json.dumps(data | change))
-
-
 def test_forcing_refuses_an_unknown_path_and_is_undone(choose):
     with pytest.raises(ValueError, match=r"a path must be one of .*got 'fast'"), choose.forcing("fast"):
         pass
@@ -82,7 +68,33 @@ def test_forcing_refuses_an_unknown_path_and_is_undone(choose):
 def test_the_paths_are_told_with_their_origin(choose):
     table = choose.table_for("sm_80")  # the interpreter's
     lines = list(choose.kernel_lines(torch.device("cpu")))
-    assert len(lines) == 2 * len(choose.PRODUCTS)
-    for op, (fused, gemm) in zip(choose.PRODUCTS, (lines[:2], lines[2:])):
-        assert fused == f"{op} bf16, fp16, up to {table.dequantize_gemm_from[op] - 1} rows: fused ({table.origin})"
-        assert gemm == f"{op} bf16, fp16, more rows: dequantize_gemm ({table.origin})"
+    assert len(lines) == 2 * len(tuned_table.PRODUCTS)
+    for op, (fused, gemm) in zip(tuned_table.PRODUCTS, (lines[:2], lines[2:])):
+        assert fused == f"{op} bf16, fp16, up to {table.dequantize_gemm_from[op] - 1} rows: fused ({table.why[op]})"
+        assert gemm == f"{op} bf16, fp16, more rows: dequantize_gemm ({table.why[op]})"
+
+
+def test_measured_rows_take_the_place_of_predicted_ones(choose):
+    predicted, own = choose.table_for("sm_90"), Config(32, 32, 8, 2, 512)
+    measured = Table("sm_90", "2026-11-29", triton={"linear": {16: own, 99: own}}, dequantize_gemm_from={"linear": 77})
+    table = choose.table_for("sm_90", tuned_files.Found(measured, tuned_files.HERE))
+    assert table.config("linear", 16) == own != predicted.config("linear", 16)
+    assert table.config("linear", 4) == predicted.config("linear", 4)
+    assert [most for most, _ in table.configs["linear"]] == [most for most, _ in predicted.configs["linear"]]
+    assert table.configs["linear_dgrad"] == predicted.configs["linear_dgrad"]
+    assert table.dequantize_gemm_from == predicted.dequantize_gemm_from | {"linear": 77}
+    assert table.why == predicted.why | {"linear": "measured here, 2026-11-29"}
+
+
+def test_measured_rows_are_told(choose, monkeypatch):
+    measured = Table("sm_80", "2026-11-29", triton={"linear": {4: Config(32, 32, 8, 2, 512)}},
+                     dequantize_gemm_from={"linear": 77})  # fmt: skip
+    found = tuned_files.Found(measured, tuned_files.ON_SUCH_A_CARD)
+    monkeypatch.setattr(choose, "table_on", lambda device: choose.table_for("sm_80", found))
+    lines = list(choose.kernel_lines(torch.device("cpu")))
+    assert lines[:3] == [
+        "linear bf16, fp16, up to 76 rows: fused (measured on such a card, 2026-11-29)",
+        "linear bf16, fp16, more rows: dequantize_gemm (measured on such a card, 2026-11-29)",
+        "linear, configurations up to 4 rows: measured on such a card, 2026-11-29; others: predicted",
+    ]
+    assert all("(predicted" in line for line in lines[3:])

@@ -18,9 +18,10 @@ from support.paths import python_path
 
 import nf4kernels as nf4
 from nf4kernels import reference
-from nf4kernels.backends import measured, native, select
-from nf4kernels.backends.measured import Rule
+from nf4kernels.backends import native, select, tuned_table
 from nf4kernels.backends.registration import Registration, stand_in
+from nf4kernels.backends.tuned_files import HERE, ON_SUCH_A_CARD, Found
+from nf4kernels.backends.tuned_table import CudaOp, Rule, Table, Tile
 from nf4kernels.ops import OPS, SCHEMAS
 
 ARCHITECTURES = ["80", "86", "89", "90a", "100", "120+PTX"]
@@ -39,6 +40,18 @@ def machine(monkeypatch, cuda_library):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: f"card {capabilities[i]}")
 
     return has
+
+
+@pytest.fixture(autouse=True)
+def found(monkeypatch):
+    """What was measured on the devices: nothing, unless the test says so."""
+    tables = []
+
+    def set_to(*of_each):
+        tables[:] = of_each
+
+    monkeypatch.setattr(select, "found_tables", lambda device_type: tuple(tables))
+    return set_to
 
 
 @pytest.fixture(autouse=True)
@@ -142,24 +155,78 @@ def test_a_forced_backend_is_taken_or_refused(machine, monkeypatch, without_trit
             refusing[op](1, two=2)
 
 
-def test_backend_info_shows_the_kernels_and_why(machine, monkeypatch):
+def test_backend_info_shows_the_kernels_and_why(machine, found, monkeypatch):
     machine((9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: type("", (), {"multi_processor_count": 132}))
     monkeypatch.setattr(select.REGISTRATIONS["cuda"], "settle", lambda: None)
-    monkeypatch.setattr(select, "rules_for", lambda architecture: [RULES[0]] if architecture == "sm_90" else [])
+    found(Found(Table("sm_90", "of a test", rules=(RULES[0],)), HERE, "a file is ignored: it must be JSON"))
     info = nf4.backend_info()
     assert info.devices["cuda"] == ("native sm_90a", "card (9, 0)")
     lines = info.kernels["cuda"]
-    assert lines[:3] == [
+    assert lines[:5] == [
+        "a file is ignored: it must be JSON",
         "linear bfloat16, up to 4 rows: reference (measured)",
-        "linear bf16, fp16, up to 16 rows: small (at most 16 rows)",
+        "linear bf16, fp16, up to 16 rows: small (predicted: at most 16 rows)",
         "linear bf16, fp16, up to 352 rows: tiled (predicted from copy 4.3 TB/s, cuBLAS 788, tiled 482 TFLOP/s)",
+        "linear bf16, fp16, more rows: dequantize_gemm (predicted from copy 4.3 TB/s, cuBLAS 788, tiled 482 TFLOP/s)",
     ]
-    assert lines[3].startswith("linear bf16, fp16, more rows: dequantize_gemm (predicted")
-    assert [line.partition(":")[0] for line in lines[4:]] == [
+    assert [line.partition(":")[0] for line in lines[5:]] == [
         "linear_dgrad bf16, fp16, up to 256 rows", "linear_dgrad bf16, fp16, more rows",
+        "grouped_linear bf16, up to 16 rows of each expert", "grouped_linear bf16, up to 832 rows of each expert",
+        "grouped_linear bf16, more rows of each expert", "grouped_linear_dgrad bf16, up to 416 rows of each expert",
+        "grouped_linear_dgrad bf16, more rows of each expert",
     ]  # fmt: skip
     assert all(line in str(info) for line in lines)
+
+
+def test_info_says_of_each_row_how_it_is_known(machine, found, cuda_library, monkeypatch):
+    """What was measured of linear here; and of experts, on such a card; the rest is predicted."""
+    machine((9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: type("", (), {"multi_processor_count": 132}))
+    monkeypatch.setattr(select.REGISTRATIONS["cuda"], "settle", lambda: select.implement("cuda"))
+    monkeypatch.setattr(cuda_library, "register", lambda name: None)
+    for op, source, ranges in (
+        ("linear", HERE, ["up to 8 rows: small", "up to 100 rows: tiled", "more rows: dequantize_gemm"]),
+        ("grouped_linear_dgrad", ON_SUCH_A_CARD,
+         ["up to 100 rows of each expert: tiled", "more rows of each expert: dequantize_gemm"]),
+    ):  # fmt: skip
+        tiles = native.cuda_tiles(cuda_library.handle, op)
+        own = CudaOp(8, 1, 100, tuple(Tile(tile, 32 << i, 1) for i, tile in enumerate(tiles)))
+        found(Found(Table("sm_90", "2026-11-29", cuda={op: own}), source))
+        lines = nf4.backend_info().kernels["cuda"]
+        dtypes = "bf16" if op.startswith("grouped") else "bf16, fp16"
+        measured = [f"{op} {dtypes}, {rows} ({source}, 2026-11-29)" for rows in ranges]
+        assert [line for line in lines if "2026" in line] == measured
+        assert all("predicted" in line for line in lines if line not in measured)
+        native.tune_cuda(cuda_library.handle, 0, {}, "")
+
+
+def test_a_table_of_other_tiles_is_ignored_with_a_warning(machine, found, cuda_library, monkeypatch):
+    machine((9, 0))
+    monkeypatch.setattr(cuda_library, "register", lambda name: None)
+    own = CudaOp(8, 1, 100, (Tile("1x2x3", 9, 1),))
+    found(Found(Table("sm_90", "2026-11-29", "A Card", cuda={"linear": own}), HERE))
+    with pytest.warns(UserWarning, match="the table of A Card is ignored: it must have the tiles .* got 1x2x3"):
+        select.implement("cuda")
+    assert "predicted" in cuda_library.choice(0, False, 1, 4, 4096, 4096, 0, True, True, 90, 132)[3]
+
+
+def test_what_is_ignored_is_warned_of_once(machine, found, cuda_library, monkeypatch):
+    machine((9, 0), (9, 0))
+    monkeypatch.setattr(cuda_library, "register", lambda name: None)
+    found(*[Found(None, ignored="/cache/card.json is ignored: it must be JSON")] * 2)
+    with pytest.warns(UserWarning, match="is ignored") as warned:
+        select.implement("cuda")
+    assert [str(w.message) for w in warned] == ["nf4kernels: /cache/card.json is ignored: it must be JSON"]
+
+
+def test_devices_that_were_measured_differently_have_no_rules(machine, found):
+    machine((9, 0), (9, 0))
+    table = Table("sm_90", "one", rules=(RULES[0],))
+    found(Found(table, HERE), Found(table, HERE))
+    assert select.measured_rules("cuda") == [RULES[0]]
+    found(Found(table, HERE), Found(None))
+    assert select.measured_rules("cuda") == []
 
 
 def test_backend_info_shows_tritons_paths(machine, monkeypatch):
@@ -280,14 +347,14 @@ def test_an_exception_of_a_kernel_comes_through(registered):
 RULES = [
     Rule("linear", "bfloat16", 4, "reference", "measured"),
     Rule("linear", "bfloat16", 100, "triton", "measured"),
-    Rule("linear", "float16", measured.ANY_ROWS, "triton", "measured"),
-    Rule("dequantize", "uint8", measured.ANY_ROWS, "triton", "measured"),
+    Rule("linear", "float16", tuned_table.ANY_ROWS, "triton", "measured"),
+    Rule("dequantize", "uint8", tuned_table.ANY_ROWS, "triton", "measured"),
 ]
 
 
 def test_rules_choose_by_op_dtype_and_rows():
-    kernels = {name: lambda x, *rest, name=name, **keywords: (name, rest, keywords) for name in measured.BACKENDS}
-    linear = measured.by_rules("linear", RULES, kernels, "native")
+    kernels = {name: lambda x, *rest, name=name, **keywords: (name, rest, keywords) for name in tuned_table.BACKENDS}
+    linear = tuned_table.by_rules("linear", RULES, kernels, "native")
 
     def runs(*shape, dtype=torch.bfloat16):
         name, rest, keywords = linear(torch.zeros(shape, dtype=dtype), "rest", key="word")
@@ -301,18 +368,20 @@ def test_rules_choose_by_op_dtype_and_rows():
     assert runs(64) == "reference"
     assert runs(1, 64, dtype=torch.float32) == "native"
     assert runs(10_000, 64, dtype=torch.float16) == "triton"
-    assert measured.by_rules("dequantize", RULES, kernels, "native")(torch.zeros(9, dtype=torch.uint8))[0] == "triton"
-    assert measured.by_rules("quantize", RULES, kernels, "native")(torch.zeros(9, 9))[0] == "native"
+    assert (
+        tuned_table.by_rules("dequantize", RULES, kernels, "native")(torch.zeros(9, dtype=torch.uint8))[0] == "triton"
+    )
+    assert tuned_table.by_rules("quantize", RULES, kernels, "native")(torch.zeros(9, 9))[0] == "native"
 
 
-def test_backends_that_share_a_device(monkeypatch, machine, executor_ops):
+def test_backends_that_share_a_device(monkeypatch, machine, found, executor_ops):
     """The library's ops under a namespace of their own, and another backend for the rows where it is faster."""
     machine((9, 0))
     library = select.cuda_library()[0]
     monkeypatch.setattr(
         library, "register", lambda name: native.register_cuda_ops(executor_ops.executor.library, name, "CPU")
     )
-    monkeypatch.setattr(select, "rules_for", lambda architecture: RULES[:1])
+    found(Found(Table("sm_90", "of a test", rules=tuple(RULES[:1])), HERE))
     functions = select.implement("cuda")
     qweight = cases.quantized(40, 64)
     for rows, by_kernels in ((4, False), (5, True)):
@@ -321,22 +390,6 @@ def test_backends_that_share_a_device(monkeypatch, machine, executor_ops):
         y = functions["linear"](x, *qweight.op_args(), None)
         assert any("linear_small" in run.kernel for run in executor_ops.launches()) == by_kernels
         assert_product_within_bound(y, x, cases.dense(qweight).T, f"{rows} rows")
-
-
-def test_measured_rules_are_read_and_checked(tmp_path):
-    path = tmp_path / "measured.csv"
-    head = "architecture,op,dtype,rows,backend,reason\n"
-    path.write_text(
-        head
-        + "sm_90,linear,bfloat16,,triton,all\nsm_90,linear,bfloat16,8,native,few\nsm_80,linear,float16,1,triton,other\n"
-    )
-    assert measured.rules_for("sm_90", path) == [
-        Rule("linear", "bfloat16", 8, "native", "few"), Rule("linear", "bfloat16", measured.ANY_ROWS, "triton", "all"),
-    ]  # fmt: skip
-    for line in ("sm_90,lineal,bfloat16,,triton,x", "sm_90,linear,bf16,,triton,x", "sm_90,linear,bfloat16,,cuda,x"):
-        path.write_text(head + line + "\n")
-        with pytest.raises(ValueError, match=r"measured\.csv must have ops, dtypes and backends of ours"):
-            measured.rules_for("sm_90", path)
 
 
 @pytest.fixture(scope="module")

@@ -1,36 +1,11 @@
 """What a benchmark of a GPU says of its rows, which are made up here."""
 
-from support.gpu_run import Cpu, new_run
+from support.gpu_run import new_run
 
 from benchmarks.gpu import measure, sides, summary
 from benchmarks.harness import BNB_DQ, DENSE, OURS, Row
 from benchmarks.report import goals
 from benchmarks.shapes import GPU_SHAPES
-from nf4kernels.backends import measured
-
-
-def row_of_triton(op: str, M: int, ratio: float, shape: str = "8x8") -> Row:
-    return Row(op, shape, M, 1, "out", {OURS: 1.0, sides.TRITON: ratio}, {sides.TRITON: (ratio,) * 3})
-
-
-def test_the_lines_for_measured_csv_give_each_backend_its_rows(tmp_path):
-    rows = [
-        row_of_triton("linear", M, ratio, shape)
-        for M, ratio in ((1, 1.5), (16, 0.5), (64, 0.9), (512, 0.96), (8192, 2.0))
-        for shape in ("8x8", "16x8")
-    ]
-    rows += [row_of_triton("grouped dgrad", 8, 0.2), row_of_triton("lora step", 8, 0.2)]
-    rows += [row_of_triton("linear_dgrad", 8, 0.8), row_of_triton("linear_dgrad", 8, 1.6, "16x8")]
-    lines = list(summary.backend_lines(rows, Cpu()))
-    assert lines == [
-        "sm_90,linear,bfloat16,1,native,triton 1.50 of native's time at M=1 on A Test GPU",
-        "sm_90,linear,bfloat16,64,triton,triton 0.90 of native's time at M=64 on A Test GPU",
-        "sm_90,grouped_linear_dgrad,bfloat16,8,triton,triton 0.20 of native's time at M=8 on A Test GPU",
-    ]
-    table = tmp_path / "measured.csv"
-    table.write_text("\n".join([measured.MEASURED.read_text().strip(), *lines, ""]))
-    rules = [(rule.op, rule.rows, rule.backend) for rule in measured.rules_for("sm_90", table)]
-    assert rules == [("linear", 1, "native"), ("grouped_linear_dgrad", 8, "triton"), ("linear", 64, "triton")]
 
 
 def test_a_full_run_has_less_than_a_hundred_lines():

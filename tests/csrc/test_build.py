@@ -62,8 +62,8 @@ def test_wheel_is_one_for_every_python_and_carries_its_data(tmp_path):
     assert "-cp310-abi3-" in wheel.name, wheel.name
     names = zipfile.ZipFile(wheel).namelist()
     assert ("nf4kernels/_cuda.abi3.so" in names) == (SETUP.find_nvcc() is not None)
-    data = [f"backends/triton/tuned/{path.name}" for path in (ROOT / "nf4kernels/backends/triton/tuned").iterdir()]
-    data += ["backends/measured.csv", "demo/wordnet.jsonl", "demo/WORDNET_LICENSE"]
+    data = [f"backends/tuned/{path.name}" for path in (ROOT / "nf4kernels/backends/tuned").iterdir()]
+    data += ["demo/wordnet.jsonl", "demo/WORDNET_LICENSE"]
     for name in ("_cpu.abi3.so", "cli/demo.py", "backends/triton/linear.py", *data):
         assert f"nf4kernels/{name}" in names
     assert not [name for name in names if name.startswith(("csrc", "tests", "benchmarks"))]

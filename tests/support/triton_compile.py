@@ -140,7 +140,7 @@ def run_calls(recorder: Recorder, table: choose.Table) -> None:
     call("columns of odd K", "dequantize", *weight(33, 65), 1, 30, 3, 60, half)
 
     # Every bucket of the table, whole and split, with every term; then fp32, odd shapes and other layouts.
-    for op in choose.PRODUCTS:
+    for op in table.configs:
         for most, config in table.configs[op]:
             splits = 1 if most > 32 else 2  # a longer contraction has two
             n, k = (N, config.depth * splits) if op == "linear" else (config.depth * splits, K)

@@ -273,8 +273,7 @@ class TritonWay(Way):
     def buckets(self, op: str) -> list:
         """(M that a bucket begins at, its configuration) of the table that is in use here."""
         choose = self.backend.choose
-        table = choose.table_for(choose.architecture_of(torch.device(self.device, 0)))
-        limits = table.configs[op.removeprefix("grouped_")]
+        limits = choose.table_on(torch.device(self.device, 0)).configs[op.removeprefix("grouped_")]
         return [(before + 1, config) for before, (_, config) in zip([0, *(most for most, _ in limits)], limits)]
 
     def configurations(self, op: str) -> Iterator[tuple[torch.dtype, AbstractContextManager]]:

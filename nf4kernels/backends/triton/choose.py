@@ -1,53 +1,29 @@
-"""Which configuration runs a product: a committed table for each architecture, `tuned/<architecture>.json`.
+"""Which configuration runs a product.
 
-A choice depends on the op, a bucket of M, the dtype, K and the block size, never on the size of the device, so that
-every device of an architecture gives the same bits, and M does not recompile a kernel.
-`python -m benchmarks.gpu.tune_triton` measures and writes a table; one whose "origin" says predicted was not measured.
+A table for each architecture, ../tuned/<architecture>.json, is predicted; what was measured on the card takes the place
+of its rows (../tuned_files.py). A choice depends on the op, a bucket of M, the dtype, K and the block size, never on
+the size of the device, so that M does not recompile a kernel. Devices that have the same tables give the same bits.
 """
 
 import functools
-import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import torch
 import triton
+from triton.runtime.errors import TritonError
 
-TABLES = Path(__file__).parent / "tuned"
-PRODUCTS = ("linear", "linear_dgrad")
+from ..tuned_files import PREDICTED, Found, card_of, measured_table, predicted_table
+from ..tuned_table import LONGEST_DEPTH, PRODUCTS, Config
+
 PATHS = ("fused", "dequantize_gemm")
+REFUSALS = (TritonError, triton.CompilationError)  # of a configuration that the device or the compiler cannot take
 INTERPRETED = "sm_80"  # whose table Triton's interpreter reads
-OTHER = "sm_86"  # the table for devices without one: that with the least shared memory
-
-# The most terms of one sum, in fp32 and in 16 bits: 512, or 512 mma's of 16 terms each (docs/design.md, section 7).
-LONGEST_FP32 = 512
-LONGEST_DEPTH = 512 * 16
+LONGEST_FP32 = 512  # the most terms of one sum in fp32 (docs/design.md, section 7); in 16 bits LONGEST_DEPTH
 # The largest M at which an odd shape's weights are decoded one by one; above it dequantize + GEMM is faster. Predicted,
 # not measured.
 ELEMENTS_M = 64
-
-
-@dataclass(frozen=True)
-class Config:
-    """A program's share of a product, and how it is compiled. BLOCK_K is in Choice: K and the block size give it."""
-
-    BLOCK_M: int  # rows of x or dY
-    BLOCK_N: int  # rows of W: of y's tile in linear, of a step in linear_dgrad
-    warps: int
-    stages: int
-    depth: int  # how much of the contraction one program sums: a multiple of 64, at most LONGEST_DEPTH
-
-    def __post_init__(self) -> None:
-        if self.depth % 64 or not 0 < self.depth <= LONGEST_DEPTH:
-            raise ValueError(f"nf4kernels: depth must be a multiple of 64 up to {LONGEST_DEPTH}, got {self.depth}")
-
-    @property
-    def launch(self) -> dict:
-        return {"num_warps": self.warps, "num_stages": self.stages}
-
 
 # For fp32, without tensor cores, and for 16 bits where weights are decoded one by one. Not tuned.
 FP32 = Config(BLOCK_M=16, BLOCK_N=32, warps=4, stages=1, depth=LONGEST_DEPTH)
@@ -57,50 +33,42 @@ ELEMENTS_BLOCK_K = 32
 
 @dataclass(frozen=True)
 class Table:
-    origin: str  # "predicted ..." or "measured ..."
+    """What the products of a device run by: predicted rows, and measured ones in their place."""
+
     configs: dict[str, tuple[tuple[int, Config], ...]]  # op -> (largest M, config) ascending; the last takes any M
     dequantize_gemm_from: dict[str, int]  # op -> the least M for which dequantize + GEMM is faster
+    why: dict[str, str]  # op -> where dequantize_gemm_from is from
+    measured: dict[str, tuple[int, ...]]  # op -> the largest M of the configurations that were measured
+    source: str  # of these: how they are known
 
     def config(self, op: str, M: int) -> Config:
         buckets = self.configs[op]
         return next((config for most, config in buckets if most >= M), buckets[-1][1])
 
-    def to_json(self) -> str:
-        """One line a bucket."""
-        lines = [
-            f'  "origin": {json.dumps(self.origin)}',
-            f'  "dequantize_gemm_from": {json.dumps(self.dequantize_gemm_from)}',
-        ]
-        for op, buckets in self.configs.items():
-            rows = [json.dumps({"up_to": most} | vars(config)) for most, config in buckets]
-            lines.append(f'  "{op}": [\n    ' + ",\n    ".join(rows) + "\n  ]")
-        return "{\n" + ",\n".join(lines) + "\n}\n"
 
-    @classmethod
-    def from_json(cls, text: str) -> "Table":
-        """Raises ValueError for text that is no table."""
-        data = json.loads(text)
-        names = [f.name for f in fields(Config)]
-        limits = "dequantize_gemm_from"
-        if set(data) != {"origin", limits, *PRODUCTS} or set(data[limits]) != set(PRODUCTS):
-            raise ValueError(f"nf4kernels: a table must have origin, {limits} and {PRODUCTS}, got {list(data)}")
-        configs = {
-            op: tuple((row["up_to"], Config(**{name: row[name] for name in names})) for row in data[op])
-            for op in PRODUCTS
-        }
-        for op, buckets in configs.items():
-            up_to = [most for most, _ in buckets]
-            if not up_to or up_to != sorted(set(up_to)):
-                raise ValueError(f"nf4kernels: {op}'s rows must have ascending up_to, got {up_to}")
-        return cls(data["origin"], configs, data[limits])
+def table_for(architecture: str, found: Found | None = None) -> Table:
+    """The predicted table of an architecture ("sm_90"), with the rows of a measured one in it."""
+    predicted = predicted_table(architecture)
+    measured = found.table if found is not None else None
+    source = f"{found.source}, {measured.origin}" if measured is not None and found is not None else PREDICTED
+    configs, least, why, rows = {}, {}, {}, {}
+    for op in PRODUCTS:
+        own = measured.triton.get(op, {}) if measured is not None else {}
+        configs[op] = tuple((most, own.get(most, config)) for most, config in predicted.triton[op].items())
+        rows[op] = tuple(most for most in predicted.triton[op] if most in own)
+        least[op], why[op] = predicted.dequantize_gemm_from[op], predicted.origin
+        if measured is not None and op in measured.dequantize_gemm_from:
+            least[op], why[op] = measured.dequantize_gemm_from[op], source
+    return Table(configs, least, why, rows, source)
 
 
 def architecture_of(device: torch.device) -> str:
     """Like "sm_90" or "gfx942"; the interpreter's for a CPU device."""
-    if device.type == "cpu":
-        return INTERPRETED
-    index = device.index if device.index is not None else torch.get_device_module(device).current_device()
-    return _architecture_of(device.type, index)
+    return INTERPRETED if device.type == "cpu" else _architecture_of(device.type, _index_of(device))
+
+
+def _index_of(device: torch.device) -> int:
+    return device.index if device.index is not None else torch.get_device_module(device).current_device()
 
 
 @functools.cache
@@ -110,29 +78,27 @@ def _architecture_of(device_type: str, index: int) -> str:
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
 
 
-def known_architecture(architecture: str, known: frozenset[str]) -> str:
-    """The table that this architecture reads: its own, else the next older one of NVIDIA's, AMD's family, or OTHER."""
-    if architecture in known:
-        return architecture
-    if match := re.fullmatch(r"sm_(\d+)", architecture):
-        older = [int(name[3:]) for name in known if name.startswith("sm_") and int(name[3:]) <= int(match[1])]
-        return f"sm_{max(older)}" if older else OTHER
-    family = [name for name in sorted(known) if architecture.startswith("gfx") and name[:4] == architecture[:4]]
-    return family[-1] if family else OTHER
+def table_on(device: torch.device) -> Table:
+    """The table that a device's products run by; read once in a process."""
+    return _table_on(device.type, 0 if device.type == "cpu" else _index_of(device))
 
 
 @functools.cache
-def table_for(architecture: str) -> Table:
-    known = frozenset(path.stem for path in TABLES.glob("*.json"))
-    return Table.from_json((TABLES / f"{known_architecture(architecture, known)}.json").read_text())
+def _table_on(device_type: str, index: int) -> Table:
+    device = torch.device(device_type, index)
+    found = None if device_type == "cpu" else measured_table(card_of(device_type, index))
+    return table_for(architecture_of(device), found)
 
 
 def kernel_lines(device: torch.device) -> Iterator[str]:
-    """Which path the 16-bit products take on a device by M, and why; for people."""
-    table = table_for(architecture_of(device))
+    """Which path the 16-bit products take on a device by M, by which configurations, and why; for people."""
+    table = table_on(device)
     for op, least in table.dequantize_gemm_from.items():
-        yield f"{op} bf16, fp16, up to {least - 1} rows: fused ({table.origin})"
-        yield f"{op} bf16, fp16, more rows: dequantize_gemm ({table.origin})"
+        yield f"{op} bf16, fp16, up to {least - 1} rows: fused ({table.why[op]})"
+        yield f"{op} bf16, fp16, more rows: dequantize_gemm ({table.why[op]})"
+        if table.measured[op]:
+            rows = ", ".join(map(str, table.measured[op]))
+            yield f"{op}, configurations up to {rows} rows: {table.source}; others: {PREDICTED}"
 
 
 def whole_step(K: int, block_size: int) -> tuple[int, int]:
@@ -175,7 +141,7 @@ def choose(op: str, M: int, K: int, block_size: int, dtype: torch.dtype, device:
         if _forced["path"] == "dequantize_gemm":
             raise RuntimeError(f"nf4kernels.{op}: fp32 is multiplied in true fp32, not by dequantize_gemm")
         return Choice("fused", _forced["config"] or FP32, BLOCK_K, scales)
-    table = table_for(architecture_of(device))
+    table = table_on(device)
     least = table.dequantize_gemm_from[op] if scales else ELEMENTS_M + 1
     path = _forced["path"] or ("dequantize_gemm" if least <= M else "fused")
     return Choice(path, _forced["config"] or (table.config(op, M) if scales else ELEMENTS), BLOCK_K, scales)
