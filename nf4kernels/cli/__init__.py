@@ -9,10 +9,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import convert, demo, info, quantize
+from . import convert, demo, info, quantize, tune
 from .errors import CommandError
 
-VERBS = (info, demo, quantize, convert)
+VERBS = (info, demo, quantize, convert, tune)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,157 @@
+"""Times products on a GPU, fairly: random data, weights that no cache holds, candidates in turns, medians.
+
+A sample is a graph of as many calls as take about SAMPLE_MS, so that launches are not in it. Before a candidate is
+timed, what it computes is compared with a product in float64.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from itertools import count
+
+import torch
+from torch import Tensor
+
+from ..functional import dequantize, quantize, quantize_experts
+from ..quantized_weight import QuantizedExperts, QuantizedWeight
+from .products import Candidate, Product, Shape
+from .search import Budget
+
+SAMPLE_MS, ROUNDS = 1.0, 5
+CHECKED_ROWS, CHECKED_COLUMNS = 4, 512
+UNKNOWN_CACHE = 128 << 20  # bytes, of a device that does not tell
+
+
+class Clock:
+    """A GPU's: times of a function there."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.module = device, torch.get_device_module(device)
+        properties = self.module.get_device_properties(device)
+        self.cache_bytes: int = getattr(properties, "L2_cache_size", 0) or UNKNOWN_CACHE
+
+    def sampler(self, run: Callable[[], object], copies: int) -> Callable[[], float]:
+        """A function that times `run` in milliseconds a call, over all `copies` at least once where calls are short."""
+        run()  # what it compiles or sets up
+        self.module.synchronize()
+        begin = time.perf_counter()
+        run()
+        self.module.synchronize()
+        took = (time.perf_counter() - begin) * 1e3
+        calls = max(1, round(SAMPLE_MS / max(took, 1e-3)), copies if took < 0.2 else 1)
+        repeated = self._captured(run, calls) if self.device.type == "cuda" else lambda: [run() for _ in range(calls)]
+        first, last = (self.module.Event(enable_timing=True) for _ in range(2))
+
+        def sample() -> float:
+            first.record()
+            repeated()
+            last.record()
+            last.synchronize()
+            return first.elapsed_time(last) / calls
+
+        sample()
+        return sample
+
+    @staticmethod
+    def _captured(run: Callable[[], object], calls: int) -> Callable[[], object]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(calls):
+                run()
+        return graph.replay
+
+
+@dataclass
+class Timer:
+    """`Times` on a device.
+
+    `product` gives the function of an op for a candidate, and what it must be run in.
+    """
+
+    clock: Clock
+    product: Callable[[str, Candidate], tuple[Callable[..., Tensor], AbstractContextManager]]
+    say: Callable[[str], None] = print
+    refusals: tuple[type[Exception], ...] = ()  # what a candidate raises that cannot run here
+    weights: dict[tuple[Shape, int], "Weights"] = field(default_factory=dict)
+
+    def __call__(self, product: Product, candidates: Sequence[Candidate], budget: Budget) -> Mapping[Candidate, float]:
+        weights = self._weights(product)
+        x = torch.randn(product.rows, weights.columns(product.op), device=self.clock.device).bfloat16()
+        samplers: dict[Candidate, Callable[[], float]] = {}
+        for candidate in candidates:
+            budget.check()
+            function, running = self.product(product.op, candidate)
+            run = weights.call(function, product, x)
+            try:
+                with running:
+                    if not weights.is_right(product.op, run(), x):
+                        self.say(f"{product} by {candidate} is WRONG against float64, and is not used")
+                        continue
+                    samplers[candidate] = self.clock.sampler(run, len(weights.copies))
+            except self.refusals:
+                continue
+        samples: dict[Candidate, list[float]] = {candidate: [] for candidate in samplers}
+        for _ in range(ROUNDS):
+            budget.check()
+            for candidate, sample in samplers.items():
+                samples[candidate].append(sample())
+        return {candidate: statistics.median(values) for candidate, values in samples.items()}
+
+    def _weights(self, product: Product) -> "Weights":
+        key = product.shape, product.experts
+        if key not in self.weights:
+            self.weights[key] = Weights(product.shape, product.experts, self.clock)
+        return self.weights[key]
+
+
+class Weights:
+    """Equal random weights, as many as are twice what the cache holds; or experts."""
+
+    def __init__(self, shape: Shape, experts: int, clock: Clock) -> None:
+        self.shape, self.experts = shape, experts
+        sizes = (experts, *shape) if experts else shape
+        dense = torch.randn(*sizes, device=clock.device, dtype=torch.bfloat16) * 0.02
+        first: QuantizedWeight | QuantizedExperts = quantize_experts(dense) if experts else quantize(dense)
+        number = max(2, -(-2 * clock.cache_bytes // first.packed.nbytes) + 1)
+        self.copies = [first, *(replace(first, packed=first.packed.clone()) for _ in range(number - 1))]
+        self.offsets = None
+        self.device = clock.device
+        self._turn = count()
+
+    def columns(self, op: str) -> int:
+        return self.shape[0] if op.endswith("dgrad") else self.shape[1]
+
+    def call(self, function: Callable[..., Tensor], product: Product, x: Tensor) -> Callable[[], Tensor]:
+        """The product with the next of the weights at each call."""
+        bias = () if product.op.endswith("dgrad") else (None,)
+        offsets: tuple[Tensor, ...] = ()
+        if self.experts:  # as a router of equal chances gives them: each row an expert
+            owners = torch.randint(self.experts, (product.rows,), device=self.device)
+            offsets = (torch.bincount(owners, minlength=self.experts).cumsum(0).int(),)
+
+        def run() -> Tensor:
+            weight = self.copies[next(self._turn) % len(self.copies)]
+            return function(x, *offsets, *weight.op_args(), *bias)
+
+        return run
+
+    def is_right(self, op: str, y: Tensor, x: Tensor) -> bool:
+        """The first rows and columns against a product in float64, by the bound of docs/design.md, section 7.
+
+        Experts have only to be finite: make gpu holds them to float64, and no configuration of theirs is tuned.
+        """
+        first = self.copies[0]
+        if isinstance(first, QuantizedExperts):
+            return bool(y.isfinite().all())
+        x, y = x[:CHECKED_ROWS], y[:CHECKED_ROWS, :CHECKED_COLUMNS].double()
+        part = (0, y.shape[1])
+        if op.endswith("dgrad"):
+            matrix = dequantize(first, torch.float32, cols=part)
+        else:
+            matrix = dequantize(first, torch.float32, rows=part).T
+        exact = x.double() @ matrix.double()
+        dense = (x @ matrix.to(x.dtype)).double()
+        allowed = 2 * (dense - exact).norm() + 1.5 * torch.finfo(x.dtype).eps / exact.shape[1] ** 0.5 * exact.norm()
+        return bool((y - exact).norm() <= allowed)
