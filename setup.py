@@ -16,7 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -50,6 +50,8 @@ CPU_SOURCES = [f"csrc/cpu/{stem}.cpp" for stem in OF_EVERY_ISA]
 CUDA_SOURCES = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*.cu"))
 CUDA_BINDINGS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/bindings/cuda*.cpp"))
 CUDA_ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
+if platform.machine() == "aarch64":  # Orin and Thor, whose GPUs are on a chip with such a CPU and run no other's code
+    CUDA_ARCHITECTURES = tuple(sorted((*CUDA_ARCHITECTURES, "87", "110"), key=lambda name: int(name.rstrip("a"))))
 CUDA_VARIABLE, ARCHITECTURES_VARIABLE = "NF4KERNELS_CUDA", "TORCH_CUDA_ARCH_LIST"
 # -fmad=false: as -ffp-contract=off.
 NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=off"]
@@ -80,7 +82,7 @@ def cuda_architectures(nvcc: str) -> list[str]:
     asked = os.environ.get(ARCHITECTURES_VARIABLE, "").replace(";", " ").split()
     if not asked:
         listed = subprocess.run([nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout.split()
-        known = [a for a in CUDA_ARCHITECTURES if f"compute_{a.rstrip('a')}" in listed]
+        known = known_architectures([name.removeprefix("compute_") for name in listed])
         if "80" not in known:
             sys.exit(f"nf4kernels: the CUDA kernels need an nvcc that knows sm_80; {nvcc} knows {' '.join(listed)}")
         newest = [a for a in known if a.isdigit()][-1]
@@ -98,6 +100,11 @@ def cuda_architectures(nvcc: str) -> list[str]:
     if not architectures:
         sys.exit(f"nf4kernels: {ARCHITECTURES_VARIABLE} must hold 8.0 or newer, got {' '.join(asked)}")
     return architectures
+
+
+def known_architectures(numbers: Iterable[str]) -> list[str]:
+    """Those of CUDA_ARCHITECTURES that a compiler of these numbers ("80", "90") compiles for."""
+    return [name for name in CUDA_ARCHITECTURES if name.rstrip("a") in numbers]
 
 
 def gencode(architectures: list[str]) -> list[str]:

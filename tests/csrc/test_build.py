@@ -203,6 +203,25 @@ def test_an_object_depends_on_the_system_s_headers_too(tree):
     assert any(Path(path).name == "cstdint" for path in included)
 
 
+@pytest.mark.parametrize(
+    ("cpu", "known", "architectures"),
+    [
+        ("x86_64", "75 80 86 87 88 89 90 100 103 110 120 121", "80 86 89 90a 100 120+PTX"),  # CUDA 13.0
+        ("aarch64", "75 80 86 87 88 89 90 100 103 110 120 121", "80 86 87 89 90a 100 110 120+PTX"),
+        ("aarch64", "50 60 70 80 86 87 89 90", "80 86 87 89+PTX 90a"),  # CUDA 12.4
+        ("x86_64", "50 60 70 80 86 87 89 90 100 101 120", "80 86 89 90a 100 120+PTX"),  # CUDA 12.8
+    ],
+)
+def test_architectures_by_default(nvcc, monkeypatch, cpu, known, architectures):
+    listed = " ".join(f"compute_{number}" for number in known.split())
+    nvcc.write_text(FAKE_NVCC.replace("compute_75 compute_80 compute_90", listed))
+    monkeypatch.setattr("platform.machine", lambda: cpu)
+    spec = importlib.util.spec_from_file_location("nf4kernels_setup_elsewhere", ROOT / "setup.py")
+    setup = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(setup)
+    assert setup.cuda_architectures(str(nvcc)) == architectures.split()
+
+
 def test_an_nvcc_too_old_is_an_error(nvcc):
     nvcc.write_text(FAKE_NVCC.replace("compute_80", "compute_61").replace("compute_90", "compute_70"))
     with pytest.raises(SystemExit, match="need an nvcc that knows sm_80"):
