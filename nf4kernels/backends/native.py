@@ -178,44 +178,66 @@ class CudaLibrary:
             found.append((rows, kernel, reason))
         return found
 
-    def choice(self, device: int, *problem) -> tuple[str, int, int, str]:
-        """(kernel, its tile, splits, why) of a product, with the arguments of CHOOSE_ARGUMENTS."""
-        choose = self.handle.nf4kernels_cuda_choose
-        choose.argtypes, choose.restype = [ctypes.c_int, *CHOOSE_ARGUMENTS, *[ctypes.c_void_p] * 3], ctypes.c_char_p
-        tile, splits, reason = ctypes.c_int(), ctypes.c_int(), ctypes.c_char_p()
-        kernel = choose(device, *problem, *map(ctypes.byref, (tile, splits, reason)))
-        return kernel.decode(), tile.value, splits.value, (reason.value or b"").decode()
+    @property
+    def driver_version(self) -> int:
+        """The newest CUDA that the driver knows, as `version`; 0 without a driver."""
+        return self._driver_version()
 
     def code_for(self, capability: tuple[int, int]) -> tuple[str | None, str]:
-        """What a device of this compute capability runs, as "sm_86", or None; and why not."""
-        driver = self._driver_version()
-        if driver // 1000 < self.version // 1000:
-            made, found = (f"{version // 1000}.{version % 1000 // 10}" for version in (self.version, driver))
-            return None, f"the library was built with CUDA {made}, the driver is for CUDA {found}"
-        code = code_for(capability, self.architectures)
-        if code is not None:
-            return code, ""
-        device = "sm_{}{}".format(*capability)
+        """What a device of this compute capability runs, as "sm_86", or None; and why, where there is more to say."""
+        device, driver = "sm_{}{}".format(*capability), self.driver_version
         if capability < (8, 0):
             return None, f"this device is {device}, and the kernels need sm_80"
-        return None, f"this device is {device}, and the library has code for {' '.join(self.architectures)}"
+        if driver // 1000 < self.version // 1000:
+            made, known = version_name(self.version), version_name(driver)
+            return None, f"the library was built with CUDA {made}, the driver is for CUDA {known}"
+        code = machine_code_for(capability, self.architectures)
+        if code is not None:
+            return code, "" if code.rstrip("af") == device else f"{device} runs {code}'s code"
+        ptx = ptx_for(capability, self.architectures)
+        if ptx is None:
+            return None, f"this device is {device}, and the library has code for {' '.join(self.architectures)}"
+        if driver < self.version:
+            made, known = version_name(self.version), version_name(driver)
+            return None, f"{device} needs the library's PTX, of CUDA {made}, and the driver compiles CUDA {known}'s"
+        return f"{ptx} by PTX", f"the driver compiles it for {device} when it is first needed"
 
 
-def code_for(capability: tuple[int, int], architectures: list[str]) -> str | None:
-    """Which of these ("86", "90a", "120+PTX") a device runs, as "sm_86"; None if none.
+def version_name(version: int) -> str:
+    """1000 * major + 10 * minor, CUDA's own way to number its versions, as "12.4"."""
+    return f"{version // 1000}.{version % 1000 // 10}"
 
-    Machine code runs on its own minor version and later ones of the same major version, with an "a" on its own device
-    alone; PTX is compiled on any newer device.
+
+# GPUs on one chip with the CPU, Orin and Thor as CUDA 12 calls it: they run no code of other GPUs of their major
+# version, and those not theirs (torch/cuda/__init__.py, DEVICE_REQUIREMENT). CUDA 13's name for Thor is 11.0.
+ON_CHIP = ((8, 7), (10, 1))
+
+
+def machine_code_for(capability: tuple[int, int], architectures: list[str]) -> str | None:
+    """Which of these ("86", "90a", "100f") a device runs as it is, as "sm_86"; None if none.
+
+    Code runs on its own minor version and later ones of the same major version, with an "a" on its own device alone.
+    What an "f" allows beside it, a family's own instructions, all later minor versions have, too.
     """
-    machine, ptx = [], []
+    found = []
     for name in architectures:
         number = name.removesuffix("+PTX")
-        version, own_device = divmod(int(number.rstrip("af")), 10), number.endswith("a")
-        if version == capability or (version[0] == capability[0] and version < capability and not own_device):
-            machine.append((version, f"sm_{number}"))
-        if name.endswith("+PTX") and version < capability and number.isdigit():
-            ptx.append((version, f"sm_{number} by PTX"))
-    return max(machine or ptx)[1] if machine or ptx else None
+        version = divmod(int(number.rstrip("af")), 10)
+        alone = number.endswith("a") or version in ON_CHIP or capability in ON_CHIP
+        if version == capability or (version[0] == capability[0] and version < capability and not alone):
+            found.append((version, f"sm_{number}"))
+    return max(found)[1] if found else None
+
+
+def ptx_for(capability: tuple[int, int], architectures: list[str]) -> str | None:
+    """The newest PTX among these ("120+PTX") that can be compiled for a device, as "sm_120"; None if none.
+
+    Any device that is not older can have it, those on a chip with the CPU too, but for PTX with a letter.
+    """
+    numbers = [name.removesuffix("+PTX") for name in architectures if name.endswith("+PTX")]
+    versions = [divmod(int(number), 10) for number in numbers if number.isdigit()]
+    fitting = [version for version in versions if version <= capability]
+    return "sm_{}{}".format(*max(fitting)) if fitting else None
 
 
 def cuda_is_wanted() -> bool:

@@ -14,6 +14,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -28,6 +29,7 @@ from .tuned_table import BACKENDS, CUDA_PRODUCTS, Rule, by_rules
 VARIABLE = "NF4KERNELS_BACKEND"
 OLDEST = (8, 0)  # compute capability, of the CUDA library's kernels and of Triton's compiler
 GPU_KEYS = {"cuda": "CUDA", "xpu": "XPU"}  # device type -> dispatch key; AMD's GPUs are torch's cuda too
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")  # there where the driver is loaded
 NATIVE_NAMESPACE = "nf4kernels_native"  # of the CUDA library's ops where it shares a device with another backend
 REFERENCE = {op: checked(op, getattr(reference, op)) for op in OPS}
 _NATIVE_SCHEMAS = torch.library.Library(NATIVE_NAMESPACE, "DEF")
@@ -158,6 +160,9 @@ def _implementation(backend: str, device_type: str) -> str:
 
 def _reason(backend: str, device_type: str, reasons: list[str]) -> str:
     if device_type != "cpu":
+        if backend == "native":
+            why = (_loaded_cuda_library().code_for(capability)[1] for capability in _capabilities())
+            reasons = [*filter(None, dict.fromkeys(why)), *reasons]
         module = torch.get_device_module(device_type)
         reasons = [*dict.fromkeys(map(module.get_device_name, range(module.device_count()))), *reasons]
     elif backend == "native" and CPU_LIBRARY is not None:
@@ -271,9 +276,30 @@ def backend_info() -> BackendInfo:
             devices[device_type] = (decision.implementation, decision.reason)
             kernels[device_type] = list(_kernel_lines(device_type, decision))
         elif device_type == "cuda":
-            reason = "torch has no CUDA" if torch.version.cuda is None else "torch sees no CUDA device"
-            devices[device_type] = ("none", reason)
+            devices[device_type] = ("none", _why_no_cuda_device())
     return BackendInfo(devices, kernels, [] if CPU_LIBRARY is None else CPU_LIBRARY.isas)
+
+
+def _why_no_cuda_device() -> str:
+    """Where torch's `is_available` says no."""
+    if torch.version.hip is not None:
+        return "torch sees no AMD GPU"
+    if torch.version.cuda is None:
+        has_driver = NVIDIA_DRIVER.exists()
+        return (
+            "torch has no CUDA"
+            + ", and this machine has an NVIDIA driver: a CUDA build of torch could use it" * has_driver
+        )
+    library, _ = cuda_library()
+    if library is not None:
+        driver = library.driver_version
+        if driver == 0:
+            return "this machine has no NVIDIA driver"
+        if driver // 1000 < int(torch.version.cuda.partition(".")[0]):
+            known = native.version_name(driver)
+            return f"torch was built with CUDA {torch.version.cuda}, the driver is for CUDA {known}: update one of them"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return "torch sees no CUDA device" + ("" if visible is None else f", CUDA_VISIBLE_DEVICES is {visible!r}")
 
 
 def _kernel_lines(device_type: str, decision: Decision) -> Iterator[str]:

@@ -122,31 +122,87 @@ def test_import_does_not_initialise_cuda():
     assert result.returncode == 0, result.stderr
 
 
+@pytest.fixture
+def library_of(cuda_library, monkeypatch):
+    """The library as if it had been built for these architectures with CUDA 13.0, beside a driver of this version."""
+    monkeypatch.setattr(cuda_library, "version", 13000)
+
+    def library(architectures=ARCHITECTURES, driver=13000):
+        monkeypatch.setattr(cuda_library, "architectures", architectures)
+        monkeypatch.setattr(cuda_library, "_driver_version", lambda: driver)
+        return cuda_library
+
+    return library
+
+
+HAS = "and the library has code for 80 86 89 90a 100 120+PTX"
+
+
 @pytest.mark.parametrize(
-    ("capability", "code"),
+    ("capability", "code", "why"),
     [
-        ((7, 5), None),
-        ((8, 0), "sm_80"),
-        ((8, 6), "sm_86"),
-        ((8, 7), "sm_86"),
-        ((8, 9), "sm_89"),
-        ((9, 0), "sm_90a"),
-        ((10, 0), "sm_100"),
-        ((10, 3), "sm_100"),
-        ((11, 0), None),
-        ((12, 0), "sm_120"),
-        ((12, 1), "sm_120"),
-        ((13, 0), "sm_120 by PTX"),
+        ((7, 5), None, "this device is sm_75, and the kernels need sm_80"),
+        ((8, 0), "sm_80", ""),
+        ((8, 6), "sm_86", ""),
+        ((8, 7), None, f"this device is sm_87, {HAS}"),  # Orin
+        ((8, 9), "sm_89", ""),
+        ((9, 0), "sm_90a", ""),
+        ((10, 0), "sm_100", ""),
+        ((10, 1), None, f"this device is sm_101, {HAS}"),  # Thor's name before CUDA 13
+        ((10, 3), "sm_100", "sm_103 runs sm_100's code"),  # B300
+        ((11, 0), None, f"this device is sm_110, {HAS}"),  # Thor
+        ((12, 0), "sm_120", ""),
+        ((12, 1), "sm_120", "sm_121 runs sm_120's code"),  # GB10
+        ((13, 0), "sm_120 by PTX", "the driver compiles it for sm_130 when it is first needed"),
     ],
 )
-def test_code_for_a_device(capability, code):
-    assert native.code_for(capability, ARCHITECTURES) == code
+def test_code_for_a_device(library_of, capability, code, why):
+    assert library_of().code_for(capability) == (code, why)
 
 
-def test_code_for_one_device_alone():
-    assert native.code_for((9, 1), ["90a"]) is None
-    assert native.code_for((9, 0), ["80+PTX"]) == "sm_80 by PTX"
-    assert native.code_for((9, 0), ["90", "90a"]) == "sm_90a"
+@pytest.mark.parametrize(
+    ("capability", "architectures", "code"),
+    [
+        ((9, 1), "90a", None),
+        ((9, 0), "90 90a", "sm_90a"),
+        ((9, 0), "80+PTX", "sm_80 by PTX"),
+        ((9, 0), "80+PTX 86+PTX 100+PTX", "sm_86 by PTX"),
+        ((9, 0), "80 90a+PTX", "sm_90a"),
+        ((10, 0), "80 90a+PTX", None),  # PTX with a letter is for one device
+        ((10, 3), "100f", "sm_100f"),
+        ((10, 0), "103f", None),
+        ((12, 1), "120f 121a", "sm_121a"),
+        ((8, 7), "80+PTX 86", "sm_80 by PTX"),
+        ((8, 7), "80+PTX 86 87", "sm_87"),
+        ((8, 9), "87", None),  # nor does a card run what is for a GPU beside the CPU
+        ((11, 0), "89+PTX 100", "sm_89 by PTX"),
+        ((11, 0), "100 110", "sm_110"),
+        ((8, 7), "87+PTX", "sm_87"),
+        ((8, 0), "87+PTX", None),
+    ],
+)
+def test_code_for_a_device_by_what_the_library_has(library_of, capability, architectures, code):
+    assert library_of(architectures.split()).code_for(capability)[0] == code
+
+
+@pytest.mark.parametrize(
+    ("capability", "driver", "code", "why"),
+    [
+        ((9, 0), 12080, None, "the library was built with CUDA 13.0, the driver is for CUDA 12.8"),
+        ((9, 0), 13000, "sm_90a", ""),
+        ((13, 0), 13020, "sm_120 by PTX", "the driver compiles it for sm_130 when it is first needed"),
+    ],
+)
+def test_code_for_a_driver(library_of, capability, driver, code, why):
+    assert library_of(driver=driver).code_for(capability) == (code, why)
+
+
+def test_ptx_newer_than_the_driver_is_not_compiled_by_it(library_of, monkeypatch):
+    library = library_of(driver=13000)
+    monkeypatch.setattr(library, "version", 13010)
+    assert library.code_for((12, 0)) == ("sm_120", "")  # machine code of the same major version runs
+    why = "sm_130 needs the library's PTX, of CUDA 13.1, and the driver compiles CUDA 13.0's"
+    assert library.code_for((13, 0)) == (None, why)
 
 
 @pytest.mark.parametrize(

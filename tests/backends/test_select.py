@@ -101,6 +101,29 @@ def test_triton_comes_where_the_library_has_no_code(machine, cuda_library, monke
     assert "built with CUDA 13.0, the driver is for CUDA 12.4" in reason
 
 
+def test_it_says_whose_code_a_device_runs(machine):
+    machine((12, 1))
+    assert decided() == ("native", "native sm_120", "card (12, 1); sm_121 runs sm_120's code")
+    machine((10, 0), (10, 3))
+    assert decided() == ("native", "native sm_100", "card (10, 0); card (10, 3); sm_103 runs sm_100's code")
+    machine((13, 0))
+    assert decided()[1:] == (
+        "native sm_120 by PTX", "card (13, 0); the driver compiles it for sm_130 when it is first needed",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("capability", [(8, 7), (11, 0)])
+def test_a_gpu_beside_the_cpu_runs_no_card_s_code(machine, cuda_library, monkeypatch, capability):
+    """Jetson's Orin and Thor."""
+    number = "{}{}".format(*capability)
+    machine(capability)
+    backend, _, reason = decided()
+    assert backend == "triton"
+    assert f"not native: this device is sm_{number}, and the library has code for 80 86" in reason
+    monkeypatch.setattr(cuda_library, "architectures", [*ARCHITECTURES, number])
+    assert decided()[:2] == ("native", f"native sm_{number}")
+
+
 def test_the_reference_comes_last(machine, without_triton):
     machine((11, 0))
     backend, implementation, reason = decided()
@@ -238,11 +261,37 @@ def test_backend_info_shows_tritons_paths(machine, monkeypatch):
     assert "      Triton's on cuda" in str(info).splitlines()
 
 
-def test_backend_info_without_a_gpu(machine):
+@pytest.mark.parametrize(
+    ("torch_cuda", "driver", "visible", "reason"),
+    [
+        (None, None, None, "torch has no CUDA"),
+        (
+            None,
+            13000,
+            None,
+            "torch has no CUDA, and this machine has an NVIDIA driver: a CUDA build of torch could use it",
+        ),
+        ("13.0", 12080, None, "torch was built with CUDA 13.0, the driver is for CUDA 12.8: update one of them"),
+        ("13.0", 0, None, "this machine has no NVIDIA driver"),
+        ("12.8", 13000, None, "torch sees no CUDA device"),
+        ("12.8", 13000, "", "torch sees no CUDA device, CUDA_VISIBLE_DEVICES is ''"),
+    ],
+)
+def test_backend_info_says_why_there_is_no_gpu(
+    machine, cuda_library, monkeypatch, tmp_path, torch_cuda, driver, visible, reason
+):
     machine()
-    implementation, reason = nf4.backend_info().devices["cuda"]
-    assert implementation == "none"
-    assert reason in ("torch has no CUDA", "torch sees no CUDA device")
+    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(cuda_library, "_driver_version", lambda: driver)
+    monkeypatch.setattr(select, "NVIDIA_DRIVER", tmp_path / ("" if driver else "missing"))
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    info = nf4.backend_info()
+    assert info.devices["cuda"] == ("none", reason)
+    assert f"cuda  none ({reason})" in str(info).splitlines()
 
 
 @pytest.fixture
