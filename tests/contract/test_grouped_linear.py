@@ -14,6 +14,7 @@ from support.numerics import assert_product_within_bound, assert_same_bits
 from support.triton_backend import LaunchRecorder
 
 from nf4kernels import quantize_experts
+from nf4kernels.backends import native
 
 # Rows of each expert: none at either end and between; all in one; one expert; a full tile, one row more, one less.
 COUNTS = ((0, 3, 0, 17, 8, 0), (0, 0, 40), (9,), (16, 33, 15), (130, 0, 70), (0, 0))
@@ -122,22 +123,25 @@ class GroupedContract:
 
     @pytest.mark.every_kernel
     def test_the_bits_of_the_product_of_each_expert(self, way):
-        """Where the same tile runs for both, and neither splits the depth."""
+        """Where the same tile runs for both, each in turn, and neither splits the depth."""
         if way.kernel == ways.CUDA_DEQUANTIZE_GEMM:
             pytest.skip(f"{way}: a product of experts and one of a weight are two of a library's kernels")
         if way.name in ("executor", "cuda"):
             way.pretend(90, 1)
         by_kernel = {
             "small": ((3, 0, 8, 16),), "any": ((70, 1),),
-            "tiled": ((5, 0, 16), (64, 0, 40), (150, 0, 66, 130)) if self.is_dgrad
-                     else ((20, 0, 32, 30), (64, 0, 40), (150, 0, 66, 130)),
+            "tiled": ((5, 0, 40, 130),),
         }  # fmt: skip
         for counts in by_kernel.get(way.kernel, way.pick(CPU_COUNTS, ((20, 0, 1, 40),))):
             for shape, layout in paired(
                 way.pick(((48, 256), (37, 512), (300, 256)), ((136, 192),)), way.pick(LAYOUTS, LAYOUTS[:1])
             ):
                 qweights = cases.quantized_experts(len(counts), *shape, layout)
-                for dtype, configuration in way.configurations(self.op):
+                configurations = way.configurations(self.op)
+                if way.kernel == "tiled":
+                    tiles = range(len(native.cuda_tiles(way.library, self.op)))
+                    configurations = ((BFLOAT16, way.running("tiled", tile, 1)) for tile in tiles)
+                for dtype, configuration in configurations:
                     with configuration:
                         a = self.inputs(sum(counts), qweights, dtype)
                         y = self.run(way, a, counts, qweights)

@@ -44,7 +44,7 @@ class TestLinearDgrad(ProductContract):
     @pytest.mark.ways("executor")
     def test_splits_of_the_contraction(self, way):
         """More multiprocessors, more parts; every part and the way they are added up is deterministic."""
-        assert self.splits(way, "tiled", cases.quantized(1024, 128), lambda run: run.grid[2]) == {1, 2, 4}
+        assert self.splits(way, "tiled", cases.quantized(4096, 128), lambda run: run.grid[2]) == {2, 4, 8}
 
     @pytest.mark.ways("executor", "cuda")
     @pytest.mark.parametrize(

@@ -69,23 +69,25 @@ def test_registers_and_shared_memory_have_room_for_the_resident_blocks(executor_
     at_m = {tile["M"]: tile for tile in tiles(op)}
     seen = set()
     for kernel in cuda_report.read_csv():
-        found = re.match(rf"(?:grouped_)?{op}_tiled_kernel<\w+, \w+<[A-Za-z]+(\d+)>, (\w+)>", kernel.kernel)
+        found = re.match(rf"(grouped_)?{op}_tiled_kernel<(\w+), \w+<[A-Za-z]+(\d+)>, (\w+)>", kernel.kernel)
         if not found:
             continue
-        tile = at_m[int(found[1])]
+        tile = at_m[int(found[3])]
         seen.add(tile["M"])
         registers = -(-kernel.registers // REGISTERS_AT_ONCE) * REGISTERS_AT_ONCE
         assert registers * 32 * tile["warps"] * tile["blocks"] <= REGISTER_FILE, kernel
-        if kernel.arch == "sm_90a" and not kernel.kernel.startswith("grouped_"):  # a warp's step is the main loop
-            counted = tile["sums" if found[2] == "ScaledSums" else "levels"]
+        if kernel.arch == "sm_90a" and found[1] is None and found[2] == "BFloat16":  # a warp's step is the main loop
+            counted = tile["sums" if found[4] == "ScaledSums" else "levels"]
             assert abs(kernel.loop - counted) <= 0.12 * counted, kernel
     assert len(seen) >= 3
 
 
 def test_splits_fill_the_last_wave(cycles):
     """Of tiles of 128 x 128, one block of which is resident."""
-    for N, multiprocessors, splits in ((4096, 132, 2), (6144, 132, 4), (4096, 128, 2), (4096, 84, 5), (8192, 132, 1)):
-        assert cycles("linear", 256, N, 4096, 90, multiprocessors, 2)[1] == splits, (N, multiprocessors)
+    for N, arch, multiprocessors, splits in (
+        (4096, 90, 132, 2), (6144, 90, 132, 4), (4096, 89, 128, 2), (4096, 86, 84, 5), (8192, 90, 132, 1),
+    ):  # fmt: skip
+        assert cycles("linear", 256, N, 4096, arch, multiprocessors, 2)[1] == splits, (N, multiprocessors)
 
 
 @pytest.mark.parametrize("sums", [True, False], ids=["sums", "levels"])
@@ -104,7 +106,7 @@ def test_no_split_is_predicted_to_take_much_less(cycles, op, sums):
 
 @pytest.mark.parametrize("op", OPS)
 def test_the_tile_and_splits_keep_the_card_busy(cycles, chosen, op):
-    """The chosen ones beat every tile unsplit, and leave less than a third of the blocks' places in the waves empty."""
+    """No tile of about M rows is better unsplit, and the blocks fill two thirds of the waves or more."""
     resident = {}
     for (N, K), card, M in itertools.product(SHAPES, CARDS, ROWS):
         choice = chosen(op, M, N, K, *card)
@@ -112,7 +114,7 @@ def test_the_tile_and_splits_keep_the_card_busy(cycles, chosen, op):
             continue
         tile, splits = choice
         took = cycles(op, M, N, K, *card, tile, splits)[0]
-        for other in range(len(tiles(op))):
+        for other in range(max(tile - 1, 0), min(tile + 2, len(tiles(op)))):
             assert took <= 1.02 * cycles(op, M, N, K, *card, other, 1)[0], (op, M, N, K, card)
         own = tiles(op)[tile]
         width, columns = (own["K"], K) if OPS[op] else (own["N"], N)
