@@ -4,7 +4,7 @@
 //
 // Who: as in those kernels.
 // Trick: as in grouped_linear.cu; N is split where a sum would be too long, from 8192 to 32768 n on.
-// Flops: 2 M N K; a tile of 16, 64 or 128 m that an expert does not fill costs what a full one does.
+// Flops: 2 M N K; a tile of 16, 32, 64 or 128 m that an expert does not fill costs what a full one does.
 // Needs: as those kernels; an expert's rows need no alignment.
 #include "grouped.cuh"
 #include "linear_dgrad_tiled.cuh"

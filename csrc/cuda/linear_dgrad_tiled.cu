@@ -1,4 +1,4 @@
-// linear_dgrad: one block of linear_dgrad_tiled.cuh a tile of 16, 64 or 128 m and a split of N.
+// linear_dgrad: one block of linear_dgrad_tiled.cuh a tile of 16, 32, 64 or 128 m and a split of N.
 #include "linear_dgrad_tiled.cuh"
 
 namespace nf4::cuda {

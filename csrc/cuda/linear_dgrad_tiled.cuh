@@ -2,14 +2,15 @@
 // runs over the rows of W. Read first: transposed_fragments.cuh (the row permutation), pair_table.cuh, tile.cuh.
 //
 // Who: a block owns kTileM x kTileK of dX and one of `splits` parts of N. Its warps are kWarpsK x kWarpsM x kWarpsN;
-//   the kWarpsN share out the groups of 32 n of a stage. A warp owns 64 k by 8 kTilesM m.
+//   the kWarpsN share out the groups of 32 n of a stage. A warp owns 64 k by 8 kTilesM m. The last block of a tile adds
+//   the splits up (split_sums.cuh).
 // Trick: W^T is mma's A operand. A lane takes one word, 8 k, of each of its 4 rows of W; the table gives pairs along k,
 //   and two byte permutes make pairs along n of two of them. The scale belongs to n, over which the product sums, so it
 //   multiplies an operand, as two numbers in T and rounded once in all: {s_n, s_n+1} times the pair. With the level
 //   that is two roundings, their error together 1.6 times dense bf16's at most. Rejected: a scale rounded to T, whose
 //   error adds up where many blocks have one scale (weights clamped at 2 sigma, dY of mean one sigma: 2.2 % of the
 //   output, dense 0.3 %); scaling dY in fp32, 2.5 instructions a weight at 64 m.
-// Limits: 32 n of 64 k by 64 m take a warp 64 mma's, 413 cycles of a quarter of an SM (sm_90), and 427 instructions:
+// Limits: 32 n of 64 k by 64 m take a warp 64 mma's, 413 cycles of a quarter of an SM (sm_90), and 426 instructions:
 //   of a weight's 6.7, 0.5 are table loads, 1 forms their addresses, 0.5 transposes pairs, 1 is for the scales. With
 //   scales of 16 or 32 k (ScaledLevels), of which each lane decodes 4 instead of one, 3 % more at 64 and 128 m.
 // Time: 2 M N K flops; M = 512, 4096 x 4096 at 588 TFLOP/s (an H200's mma.sync): 29 us.
@@ -24,7 +25,8 @@
 //   multiply    stage 0          stage 1          stage 2          stage 3
 //   in flight   1, 2, fetch 3    2, 3, fetch 0    3, 0, fetch 1    0, 1, fetch 2
 //
-// Stages 0 to 2 are fetched before step 0. The fetch of a step fills the stage that the step before it has read.
+// Stages 0 to 2 are fetched before step 0. The fetch of a step fills the stage that the step before it has read. The tile
+// of 64 m has three stages, so that two blocks fit into the 164 KB of sm_80.
 //
 // Banks of W: 32 bytes of padding after every 4 rows make row 4t + i begin 8t banks behind row i. Lane 4g + t reads
 //   word

@@ -1,27 +1,32 @@
 // linear for many rows of x: y[M, N] = x[M, K] @ W[N, K]^T on tensor cores, W decoded in registers, never rearranged.
 // Read first: linear.cuh (how a warp multiplies), tile.cuh (the copies and the swizzle).
 //
-// Who: a block owns kTileM x kTileN of y and one of `splits` parts of K. Its warps are kWarpsN x kWarpsM x kWarpsK; the
-//   kWarpsK share out the blocks of 64 k of a stage. A warp owns 32 n by 8 kTilesM m: a decoded fragment of W serves
-//   all its m before the next one is decoded.
-// Trick: packed bytes and x come through three cp.async stages; W is decoded on its way to the tensor cores, not into
-//   shared memory (bitsandbytes 0.50), which would have to move 4 more bytes a weight.
+// Who: a block owns kTileM x kTileN of y and one of `splits` parts of K; its warps are kWarpsN x kWarpsM. A warp owns
+//   32 n by 8 kTilesM m: a decoded fragment of W serves all its m before the next one is decoded. The last block of a
+//   tile adds the splits up (split_sums.cuh).
+// Trick: packed bytes and x come through cp.async stages; W is decoded on its way to the tensor cores, not into shared
+//   memory (bitsandbytes 0.50), which would have to move 4 more bytes a weight. 128 n read x once for so many, 12 KB
+//   from the L2 for 8192 weights at 64 m, which an H200 delivers in 440 cycles and multiplies in 413.
+//   Rejected: 64 n, 20 KB, and warps that share out K, 365 instructions for 64 k of a warp at 64 m instead of 327, 271
+//   instead of 247 at 32 m; 256 n by 8 warps, which hide latencies where 100 KB hold one block: on an RTX 4090 by
+//   tiles.h's arithmetic 3 % less at 8192 x 28672, but 24 % more at 4096 x 4096, with twice the sums to add.
 // Limits: 64 k of 64 m take a warp 64 mma's, 413 cycles of a quarter of an SM (sm_90, 1270 multiply-adds a cycle and
-//   SM), and 345 instructions. A weight takes 2 bytes of shared memory for the table, 0.5 packed and 4 of x: at those
+//   SM), and 327 instructions. A weight takes 2 bytes of shared memory for the table, 0.5 packed and 4 of x: at those
 //   20 weights a cycle 129 of 128 bytes; sm_80: 16 weights, 104 bytes; sm_86, 89, 120: 8 weights.
-// Time: 2 M N K flops; M = 512, 4096 x 4096 at 569 TFLOP/s (an H200): 30 us.
+// Time: 2 M N K flops; M = 512, 4096 x 4096 at 569 TFLOP/s (an H200): 30 us. With waves and latencies: tiles.h.
 // Needs: bf16 or fp16, K % 64 == 0, all pointers aligned to 16 bytes.
 //
 // Shared memory (kTileM = kTileN = 128: 32 + 3 * 20 KB; the epilogue's tile of y overlays all of it):
 //
-//   | pair table 32 KB | stage 0                                   | stage 1 | stage 2 |
-//                      | W[kTileN, 32 bytes] of each 64 k | x[kTileM, 64] of each 64 k |
+//   | pair table 32 KB | stage 0                             | stage 1 | stage 2 |
+//                      | W[kTileN, 32 bytes] | x[kTileM, 64] |
 //
 //   step        0             1             2             3            one iteration each, between two barriers
 //   multiply    stage 0       stage 1       stage 2       stage 0
 //   in flight   1, fetch 2    2, fetch 0    0, fetch 1    1, fetch 2   "fetch s": the copies that the step begins
 //
-// Stages 0 and 1 are fetched before step 0. The fetch of a step fills the stage that the step before it has read.
+// Stages 0 and 1 are fetched before step 0. The fetch of a step fills the stage that the step before it has read. Tiles
+// of 32 and 64 m have a fourth stage.
 #pragma once
 
 #include "linear.cuh"
@@ -125,7 +130,8 @@ struct TiledLinear {
           tile[m * S::kPitch + warp_n * kWarpTileN + 16 * i + lane.g + 8 * (j / 2)] = sums[i][tile_m][j];
         }
     sync_block();
-    const Store<T> store = is_total ? Store<T>::of_totals(args, work.weight.N, work) : Store<T>(args, work.weight.N, work);
+    const Store<T> store =
+        is_total ? Store<T>::of_totals(args, work.weight.N, work) : Store<T>(args, work.weight.N, work);
     for (int i = int(threadIdx.x); i < S::kTileM * S::kTileN / 4; i += S::kThreads) {
       const int m = i / (S::kTileN / 4), n = i % (S::kTileN / 4) * 4;
       const float* from = tile + m * S::kPitch + n;

@@ -13,18 +13,19 @@ inline int64_t ceil_quotient(int64_t a, int64_t b) { return (a + b - 1) / b; }
 struct Tile {
   int M, N, K;
   int warps;
-  int summing;          // warps that share the contraction, whose sums are added
-  int shared;           // bytes of a block
-  int blocks;           // for which registers are shared out by launch bounds: so many fit into the register file
-  int instructions[2];  // of a warp's step, 2048 weights: scaled sums, scaled levels (sm_90a, by the report on the SASS)
+  int summing;  // warps that share the contraction, whose sums are added
+  int shared;   // bytes of a block
+  int blocks;   // for which registers are shared out by launch bounds: so many fit into the register file
+  int instructions
+      [2];  // of a warp's step, 2048 weights: scaled sums, scaled levels (sm_90a, by the report on the SASS)
 };
-constexpr Tile kLinearTiles[] = {{32, 128, 64, 4, 1, 65536, 3, {247, 397}},
-                                 {64, 128, 64, 4, 1, 81920, 2, {327, 464}},
-                                 {128, 128, 64, 8, 1, 94208, 1, {325, 458}}};
-constexpr Tile kDgradTiles[] = {{16, 128, 128, 8, 4, 86016, 2, {317, 454}},
-                                {32, 64, 128, 4, 2, 67584, 3, {369, 511}},
-                                {64, 64, 128, 4, 2, 71168, 2, {450, 558}},
-                                {128, 32, 256, 8, 1, 82944, 1, {425, 541}}};
+constexpr Tile kLinearTiles[] = {{32, 128, 64, 4, 1, 65536, 3, {247, 396}},
+                                 {64, 128, 64, 4, 1, 81920, 2, {327, 445}},
+                                 {128, 128, 64, 8, 1, 94208, 1, {322, 441}}};
+constexpr Tile kDgradTiles[] = {{16, 128, 128, 8, 4, 86016, 2, {304, 466}},
+                                {32, 64, 128, 4, 2, 67584, 3, {350, 509}},
+                                {64, 64, 128, 4, 2, 71168, 2, {426, 554}},
+                                {128, 32, 256, 8, 1, 82944, 1, {414, 539}}};
 
 struct Tiles {
   const Tile* first;
@@ -80,7 +81,9 @@ struct TiledProblem {
   int arch = 0, multiprocessors = 0;
 
   int64_t steps(const Tile& tile) const { return ceil_quotient(contraction, dgrad ? tile.N : tile.K); }
-  int64_t output_tiles(const Tile& tile) const { return ceil_quotient(M, tile.M) * ceil_quotient(columns, width(tile)); }
+  int64_t output_tiles(const Tile& tile) const {
+    return ceil_quotient(M, tile.M) * ceil_quotient(columns, width(tile));
+  }
   int width(const Tile& tile) const { return dgrad ? tile.K : tile.N; }
   // The fp32 sums that blocks leave for the last one of their output tile (split_sums.cuh).
   int64_t partial_sums(const Tile& tile, int64_t splits) const {
@@ -147,9 +150,9 @@ struct Parts {
   }
 };
 
-// With this tile: from the splits that sums need to those that fill the machine, and four more for the last wave.
+// With this tile: from the splits that sums need to those that fill the machine, and eight more for the last wave.
 inline Parts parts_of(const TiledProblem& p, int tile, int resident) {
-  constexpr int64_t kMostSplits = 32, kMore = 4;
+  constexpr int64_t kMostSplits = 32, kMore = 8;
   const Tile& own = tiles_of(p.dgrad)[tile];
   const int64_t least = p.least_splits(own), steps = p.steps(own), tiles = p.output_tiles(own);
   const int64_t at_once = int64_t{resident} * p.multiprocessors;

@@ -1,4 +1,4 @@
-"""csrc/cuda/split_sums.cuh: the splits' sums are added up by the last block to arrive, with the bits of a second launch."""
+"""csrc/cuda/split_sums.cuh: the last block to arrive adds up the splits' sums, with the bits of a second launch."""
 
 import ctypes
 
