@@ -335,6 +335,11 @@ NF4_EXPORT const char* nf4kernels_cuda_choose(bool dgrad, int32_t dtype, int64_t
   return nf4::cuda::kPathNames[int(choice.path)];
 }
 
+// How many thread blocks share linear_small's work out.
+NF4_EXPORT int nf4kernels_cuda_small_blocks(int64_t N, int64_t K, int multiprocessors) {
+  return nf4::cuda::small_blocks(N, K, multiprocessors);
+}
+
 #ifdef NF4_EXECUTOR
 // What tiles.h says of a tile on a card: blocks resident on a multiprocessor; cycles of a product in so many splits
 // (0: the splits that it predicts to take least, to which `splits` is set).

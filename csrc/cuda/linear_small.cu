@@ -69,7 +69,7 @@ struct Walk {
   }
 };
 // The first block of a unit in row `row` of its tile.
-NF4_DEVICE uint32_t block_of(const Weight& w, int unit, int depth, int row) {
+NF4_DEVICE uint32_t first_block_of(const Weight& w, int unit, int depth, int row) {
   return uint32_t(unit / depth * kSmallTileN + row) * uint32_t(w.K / kBlockK) + uint32_t(unit % depth * kUnitBlocks);
 }
 NF4_DEVICE uint32_t last_block(const Weight& w) { return uint32_t(w.N * (w.K / kBlockK)) - 1; }
@@ -118,7 +118,7 @@ struct Ring {
         stages(shared_memory<unsigned char>() + kWidePairTableBytes + warp * S::kStages * kStageBytes) {
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-      rows[i] = block_of(w, unit, depth, warp / S::kWarpsK * kWarpTileN + lane.index / 2 + 16 * i);
+      rows[i] = first_block_of(w, unit, depth, warp / S::kWarpsK * kWarpTileN + lane.index / 2 + 16 * i);
 #pragma unroll
     for (int stage = 0; stage < S::kStages - 1; ++stage) fetch(stage, lane);
   }
@@ -169,7 +169,7 @@ struct UnitScales<S, ScaledSums> {
   NF4_DEVICE UnitScales(const Weight& w, int unit, int depth, int row, const Lane& lane)
       : w(w),
         walk(w, unit, depth),
-        first(block_of(w, unit, depth, row + lane.g + 8 * lane.t)),
+        first(first_block_of(w, unit, depth, row + lane.g + 8 * lane.t)),
         last(last_block(w)),
         offset(offset_of(w)) {}
 
@@ -208,31 +208,31 @@ template <class S>
 struct UnitScales<S, ScaledLevels> {
   struct Stored {
     StoredScales<kSlots> of[kUnitBlocks];
-    uint32_t first;
+    uint32_t first;  // of row g
   };
   const Weight& w;
   Walk<S> walk;
-  uint32_t first, last;  // the unit's first block in row g
+  uint32_t first[kSlots], last;  // in 16 k: the lane's own of the unit in its rows, g + 8 slot; the last of W
   float offset;
   NF4_DEVICE UnitScales(const Weight& w, int unit, int depth, int row, const Lane& lane)
-      : w(w),
-        walk(w, unit, depth),
-        first(block_of(w, unit, depth, row + lane.g)),
-        last(last_block(w)),
-        offset(offset_of(w)) {}
+      : w(w), walk(w, unit, depth), last(last_block(w) * 4 + 3), offset(offset_of(w)) {
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot)
+      first[slot] = first_block_of(w, unit, depth, row + lane.g + 8 * slot) * 4 + uint32_t(lane.t);
+  }
 
-  // Each lane has the scales of its own 16 k of rows g + 8 slot.
-  NF4_DEVICE uint32_t index(uint32_t first, int j, int slot) const {
-    const uint32_t block = min(first + uint32_t(8 * slot) * uint32_t(w.K / kBlockK) + uint32_t(j), last);
-    return (block * 4 + threadIdx.x % 4) >> (w.block_shift - 4);
+  NF4_DEVICE uint32_t index(uint32_t first, int j) const {
+    return min(first + uint32_t(4 * j), last) >> (w.block_shift - 4);
   }
   NF4_DEVICE Stored next() {
     Stored stored;
-    stored.first = first;
+    stored.first = first[0];
 #pragma unroll
     for (int j = 0; j < kUnitBlocks; ++j)
-      stored.of[j] = load_scales<kSlots>(w, w.scales, [&](int slot) { return index(first, j, slot); });
-    first += walk.advance();
+      stored.of[j] = load_scales<kSlots>(w, w.scales, [&](int slot) { return index(first[slot], j); });
+    const uint32_t away = 4 * walk.advance();
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) first[slot] += away;
     return stored;
   }
 
@@ -240,7 +240,8 @@ struct UnitScales<S, ScaledLevels> {
   NF4_DEVICE void multiply(Sums<kTilesM>& sums, int j, const Stored& stored, const uint2 (&words)[kSlots],
                            const WidePairTable& table, float factor, LoadX&& load_x) const {
     float values[kSlots];
-    decode_scales(values, w, w.scales, stored.of[j], offset, [&](int slot) { return index(stored.first, j, slot); });
+    decode_scales(values, w, w.scales, stored.of[j], offset,
+                  [&](int slot) { return index(stored.first + uint32_t(32 * slot) * uint32_t(w.K / kBlockK), j); });
     ScalePair<T> scales[kSlots];
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) scales[slot] = ScalePair<T>(values[slot] * factor, values[slot] * factor);

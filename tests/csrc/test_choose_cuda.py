@@ -135,10 +135,36 @@ def test_numbers_of_32_bits_bound_the_sizes(choose):
         assert choose(is_dgrad, BF16, 20, 1 << 16, 1 << 20, sums=False)[0] == "any"
 
 
-def test_splits_of_small_fill_the_machine_and_move_fewer_bytes_than_the_weight(choose):
-    _, splits, _ = choose(False, BF16, 1, 1024, 4096)
-    assert splits == 4  # 32 blocks of threads of 264 that fit; 8 warps take 1024 of K at a time
-    _, splits, _ = choose(False, BF16, 1, 14336, 4096)
-    assert splits == 1
-    _, splits, _ = choose(False, BF16, 16, 256, 4096)
-    assert splits * 16 * 16 <= 4096
+def test_no_running_sum_is_longer_than_design_allows(choose):
+    """512 terms (or mma's of 16) in a warp's sum: long contractions are split where nothing else asks for it."""
+    for M, warps in ((16, 4), (40, 2), (200, 1)):
+        for N in (8192 * warps, 8192 * warps + 8, 8192 * warps * 3):
+            path, splits, _ = choose(True, BF16, M, N, 1 << 20, arch=89, multiprocessors=1)
+            assert (path, splits) == ("tiled", -(-N // (8192 * warps)))
+    for M, warps in ((40, 2), (200, 1)):
+        for K in (32768 * warps, 32768 * warps + 64, 32768 * warps * 3):
+            path, splits, _ = choose(False, BF16, M, 1 << 20, K, arch=89, multiprocessors=1)
+            assert (path, splits) == ("tiled", -(-K // (32768 * warps)))
+        for K in (8192 * warps, 8192 * warps + 64):  # where levels are scaled, a step of an mma is a term
+            path, splits, _ = choose(False, BF16, M, 1 << 17, K, sums=False, arch=89, multiprocessors=1)
+            assert (path, splits) == ("tiled", -(-K // (8192 * warps)))
+
+
+def test_splits_fill_the_machine_and_move_fewer_bytes_than_the_weight(choose):
+    for M, K in ((17, 4096), (64, 4096), (200, 14336)):
+        _, splits, _ = choose(False, BF16, M, 256, K)
+        assert splits * M * 16 <= K or splits == 1
+
+
+def test_small_blocks_fill_the_machine_and_none_is_idle(executor_ops):
+    """Units of 64 n by 128 k: at least eight a block, one for each warp along k, but for a weight of fewer."""
+    blocks_of = executor_ops.executor.library.nf4kernels_cuda_small_blocks
+    blocks_of.argtypes = [*[ctypes.c_int64] * 2, ctypes.c_int]
+    assert blocks_of(4096, 4096, 132) == blocks_of(11008, 4096, 132) == 132
+    assert blocks_of(28672, 8192, 5000) == 1024, "as many as arrival counters"
+    assert blocks_of(64, 64, 132) == blocks_of(64, 1024, 132) == 1
+    assert blocks_of(64, 1024 + 64, 132) == 2
+    for N, K, multiprocessors in itertools.product((1, 64, 65, 1024, 4096), (64, 192, 4096, 1 << 20), (1, 2, 132, 170)):
+        units, blocks = -(-N // 64) * -(-K // 128), blocks_of(N, K, multiprocessors)
+        assert 1 <= blocks <= min(multiprocessors, units)
+        assert blocks == multiprocessors or 8 * blocks >= units

@@ -95,7 +95,8 @@ def test_sums_are_scaled_where_64_weights_share_a_scale(executor_ops, scales, fo
     a = cases.activations(3, 128, torch.bfloat16)
     y = executor_ops.run("linear", a, *qweight.op_args(), None)
     assert_product_within_bound(y, a, cases.dense(qweight).T, scales)
-    assert [launch.kernel for launch in executor_ops.launches()] == [f"linear_small_kernel<BFloat16, 1, {form}>"]
+    (launch,) = executor_ops.launches()
+    assert launch.kernel.startswith(f"linear_small_kernel<BFloat16, 1, {form},")
 
 
 def test_an_expert_of_more_rows_than_a_run_of_mmas(executor_ops):
