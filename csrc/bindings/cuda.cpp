@@ -208,8 +208,12 @@ Tensor lora_grad(const Tensor& small, const Tensor& wide, double scaling, Scalar
     return out;
   }
   args.splits = nf4::cuda::lora_grad_splits(args.M, args.rank, args.columns, device_of(op).multiprocessors);
-  const Tensor partial = new_empty(wide, {args.splits, args.rank, args.columns}, ScalarType::Float);
-  args.partial = static_cast<float*>(partial.mutable_data_ptr());
+  OptionalTensor partial;
+  if (args.splits > 1) {
+    partial = new_empty(wide, {args.splits, args.rank, args.columns}, ScalarType::Float);
+    args.partial = static_cast<float*>(partial->mutable_data_ptr());
+    args.arrivals = arrival_slot(launch);
+  }
   check_launch(nf4::cuda::lora_grad(args, launch.stream), op);
   return out;
 }

@@ -14,17 +14,11 @@
 namespace nf4::cuda {
 namespace {
 
-// Where element (rank r, column) of an expert's gradient goes, rounded to out_dtype.
-NF4_DEVICE void store_grad(const GroupedLoraGradArgs& args, int64_t expert, int64_t r, int64_t column, float value) {
-  const auto& grad = args.grad;
-  const int64_t at = grad.transposed ? column * grad.rank + r : r * grad.columns + column;
-  const int64_t to = expert * grad.rank * grad.columns + at;
-  value *= grad.scaling;
-  switch (grad.out_dtype) {
-    case Dtype::kFloat32: static_cast<float*>(grad.out)[to] = value; break;
-    case Dtype::kBFloat16: static_cast<BFloat16*>(grad.out)[to] = from_float<BFloat16>(value); break;
-    default: static_cast<Float16*>(grad.out)[to] = from_float<Float16>(value);
-  }
+using lora_grad_block::store_grad;
+
+// Where an expert's gradient begins in out.
+NF4_DEVICE int64_t begin_of(const GroupedLoraGradArgs& args, int expert) {
+  return expert * args.grad.rank * args.grad.columns;
 }
 
 NF4_DEVICE Group rows_of(const GroupedLoraGradArgs& args, int expert) {
@@ -32,7 +26,7 @@ NF4_DEVICE Group rows_of(const GroupedLoraGradArgs& args, int expert) {
 }
 
 template <class T, int kRankTiles>
-__global__ void __launch_bounds__(lora_grad_block::kWarps* kWarp)
+__global__ void __launch_bounds__(lora_grad_block::kWarps* kWarp, lora_grad_block::kBlocks<kRankTiles>)
     grouped_lora_grad_kernel(const GroupedLoraGradArgs args) {
   using namespace lora_grad_block;
   constexpr int64_t kRun = int64_t{kWarps} * 512 * kStep;  // rows
@@ -46,7 +40,8 @@ __global__ void __launch_bounds__(lora_grad_block::kWarps* kWarp)
     grad.keep(begin == group.m_begin);
     begin = end;
   } while (begin < group.m_end);
-  grad.finish([&](int64_t r, int64_t column, float total) { store_grad(args, expert, r, column, total); });
+  grad.finish(
+      [&](int64_t r, int64_t column, float total) { store_grad(args.grad, begin_of(args, expert), r, column, total); });
 }
 
 template <class T>
@@ -59,8 +54,9 @@ __global__ void __launch_bounds__(any::kThreads, 2) grouped_lora_grad_any_kernel
   const any::Strided<T> small{static_cast<const T*>(grad.small) + group.m_begin * grad.rank, 1, grad.rank};
   const any::Strided<T> wide{static_cast<const T*>(grad.wide) + group.m_begin * grad.columns, grad.columns, 1};
   any::add_product(sums, small, wide, group.m_end - group.m_begin, tile, shared_memory<float>());
-  any::for_each_own(sums, tile,
-                    [&](int64_t r, int64_t column, float sum) { store_grad(args, expert, r, column, sum); });
+  any::for_each_own(sums, tile, [&](int64_t r, int64_t column, float sum) {
+    store_grad(grad, begin_of(args, expert), r, column, sum);
+  });
 }
 
 template <class T, int kRankTiles>

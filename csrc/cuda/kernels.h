@@ -147,8 +147,9 @@ struct LoraGradArgs {
   void* out;
   Dtype out_dtype;
   bool transposed;
-  int splits;      // of M; lora_grad alone
-  float* partial;  // [splits, rank, columns], also where splits is 1
+  int splits;         // of M; lora_grad alone
+  float* partial;     // [splits, rank, columns], null where splits is 1
+  int arrivals = -1;  // the stream's slot of arrival counters (arrivals.h); -1: none, and sums take a second launch
 };
 cudaError_t lora_grad_any(const LoraGradArgs& args, cudaStream_t stream);
 cudaError_t lora_grad(const LoraGradArgs& args, cudaStream_t stream);  // bf16 or fp16, columns % 8 == 0, aligned to 16

@@ -35,23 +35,30 @@ NF4_DEVICE void transpose(uint32_t (&a)[4], const uint32_t (&pairs)[4]) {
   a[3] = permute_bytes(pairs[2], pairs[3], 0x7632);
 }
 
-// All four tiles' A fragments. `row` is the lane's first row and `from` points to the lane's columns in it; zeros past
-// `depth` rows and where not valid.
+// The lane's columns, at `from` in its first row, of its four rows: `row` to row + 3. Zeros past `depth` rows and where not
+// valid.
+template <class T>
+NF4_DEVICE void load_rows(uint4 (&rows)[4], const T* from, int64_t row, int64_t depth, int64_t columns, bool valid) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    rows[i] = valid && row + i < depth ? load_cached(reinterpret_cast<const uint4*>(from + i * columns))
+                                       : make_uint4(0, 0, 0, 0);
+}
+// All four tiles' A fragments of these rows.
+NF4_DEVICE void transpose(uint32_t (&a)[kColumnTiles][4], const uint4 (&rows)[4]) {
+  const uint32_t pairs[kColumnTiles][4] = {{rows[0].x, rows[1].x, rows[2].x, rows[3].x},
+                                           {rows[0].y, rows[1].y, rows[2].y, rows[3].y},
+                                           {rows[0].z, rows[1].z, rows[2].z, rows[3].z},
+                                           {rows[0].w, rows[1].w, rows[2].w, rows[3].w}};
+#pragma unroll
+  for (int tile = 0; tile < kColumnTiles; ++tile) transpose(a[tile], pairs[tile]);
+}
 template <class T>
 NF4_DEVICE void load_transposed(uint32_t (&a)[kColumnTiles][4], const T* from, int64_t row, int64_t depth,
                                 int64_t columns, bool valid) {
-  uint32_t pairs[kColumnTiles][4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const uint4 eight = valid && row + i < depth ? load_cached(reinterpret_cast<const uint4*>(from + i * columns))
-                                                 : make_uint4(0, 0, 0, 0);
-    pairs[0][i] = eight.x;
-    pairs[1][i] = eight.y;
-    pairs[2][i] = eight.z;
-    pairs[3][i] = eight.w;
-  }
-#pragma unroll
-  for (int tile = 0; tile < kColumnTiles; ++tile) transpose(a[tile], pairs[tile]);
+  uint4 rows[4];
+  load_rows(rows, from, row, depth, columns, valid);
+  transpose(a, rows);
 }
 
 // The sums of the lane's 8 columns at other 2t + odd of a tile of others.

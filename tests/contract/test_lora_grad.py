@@ -1,9 +1,12 @@
 """lora_grad: scaling * small.T @ wide, summed in fp32 and rounded once to the dtype that is asked for."""
 
+import ctypes
+import itertools
 import math
 
 import pytest
 import torch
+from executor.executor import SCHEDULES, SM_86_SHARED
 from support import cases
 from support.cases import DTYPES, dtype_id, shape_id
 from support.guarded import guarded
@@ -25,6 +28,7 @@ CUDA_SHAPES = (
     (64, 70, 128),
     (2, 3, 5),
     (65, 16, 33),
+    (600, 4, 72),  # split
 )
 TRITON_SHAPES = ((1, 1, 8), (17, 8, 72), (600, 17, 40), (64, 70, 128), (1100, 3, 5))
 
@@ -129,6 +133,28 @@ def test_bits_depend_on_no_schedule(way):
             first = lora_grad(way, small, wide, dtype)
             for schedule in way.schedules():
                 assert_same_bits(lora_grad(way, small, wide, dtype), first, f"lora_grad {way} {schedule}")
+
+
+@pytest.mark.ways("executor")
+def test_the_last_block_adds_the_splits_as_a_second_launch_would(way):
+    """A stream that gets no arrival counters takes the second launch."""
+    library = way.executor.library
+    library.nf4kernels_executor_stream.argtypes = [ctypes.c_uint64] * 2
+    for r, transposed in itertools.product((4, 7, 18), (False, True)):
+        small, wide = inputs(600, r, 136, torch.bfloat16)
+        results = []
+        for streams in (0, 300):
+            library.nf4kernels_executor_forget_streams()
+            for stream in range(1, streams):
+                library.nf4kernels_executor_stream(0, stream)
+            way.executor.reset()
+            for schedule in SCHEDULES:
+                way.executor.set(schedule, shared_limit=SM_86_SHARED)
+                results.append(lora_grad(way, small, wide, torch.bfloat16, transposed))
+            assert ("reduce_splits_kernel" in way.kernel_names()) == (streams > 0)
+        library.nf4kernels_executor_forget_streams()
+        for other in results[1:]:
+            assert_same_bits(other, results[0], f"lora_grad r={r}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
