@@ -7,8 +7,10 @@
 //   their sums are added in order.
 // Trick: x, the large operand, is read once for up to 32 ranks, 16 bytes a lane, and goes straight to tensor cores: x is
 //   mma's A operand and the factor its B. A contraction has no order, so a lane's 8 consecutive elements stand in the
-//   places of two k-steps. A transposed factor is read by single elements; it stays in the L2. Rejected: torch's grouped
-//   product, which exists for bf16 on sm_90 and sm_100 alone and wants ranks in eights.
+//   places of two k-steps. Nor is there an order of ranks: column g of mma tile i is rank kRankTiles g + i, so that of a
+//   transposed factor a lane's ranks of a row are one load where `rank` is a multiple of kRankTiles. The factor stays in
+//   the L2. All loads of a step are in flight before its first product. Rejected: torch's grouped product, which exists
+//   for bf16 on sm_90 and sm_100 alone and wants ranks in eights.
 // Bytes: 2 M depth, and the expert's factor from the L2 for each 32 rows: 32768 x 2048 take 31 us on an H200 (4.3 TB/s).
 // Needs: bf16 or fp16, depth % 8 == 0 and at most 65536, x and factor aligned to 16 bytes; else the form without tensor
 //   cores runs.
@@ -25,20 +27,83 @@ constexpr int kStep = 32;                          // of the depth: two k-steps 
 // The lane's 8 elements of `row` (row g of a tile) from 8t of a step on; zeros past the matrix.
 template <class T>
 NF4_DEVICE uint4 load_eight(const T* matrix, int64_t row, int64_t rows, int64_t depth, int64_t k) {
-  return row < rows && k < depth ? load_cached(reinterpret_cast<const uint4*>(matrix + row * depth + k))
-                                 : make_uint4(0, 0, 0, 0);
+  const bool is_inside = row < rows && k < depth;
+  const uint4 eight = load_cached(reinterpret_cast<const uint4*>(matrix + (is_inside ? row * depth + k : 0)));
+  return is_inside ? eight : make_uint4(0, 0, 0, 0);
 }
-// The same of factor[depth, rank], of which `rank` is a column.
-template <class T>
-NF4_DEVICE uint4 load_eight_transposed(const T* factor, int64_t rank, int64_t ranks, int64_t depth, int64_t k) {
-  uint32_t pairs[4];
+
+// How the lane loads the kRankTiles ranks from `rank` on that it has of the factor: each 8 elements from k on.
+enum class Factor { kRows, kColumns, kWholeColumns };  // of [rank, depth]; of [depth, rank], each row's ranks one load
+template <Factor kFactor, class T, int kRankTiles>
+NF4_DEVICE void load_factor(uint4 (&eights)[kRankTiles], const T* factor, int64_t rank, int64_t ranks, int64_t depth,
+                            int64_t k) {
+  if constexpr (kFactor == Factor::kRows) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const bool is_inside = rank < ranks && k < depth;
-    const T* from = factor + (k + 2 * i) * ranks + rank;
-    pairs[i] = is_inside ? from[0].bits | uint32_t(from[ranks].bits) << 16 : 0u;
+    for (int i = 0; i < kRankTiles; ++i) eights[i] = load_eight(factor, rank + i, ranks, depth, k);
+  } else {
+    uint16_t elements[8][kRankTiles];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const T* row = factor + (k < depth ? k + j : 0) * ranks;
+      if constexpr (kFactor == Factor::kWholeColumns) {
+        using Ranks = std::conditional_t<kRankTiles == 4, uint2, uint32_t>;
+        const bool is_inside = k < depth && rank < ranks;
+        Ranks of_row = load_cached(reinterpret_cast<const Ranks*>(row + (rank < ranks ? rank : 0)));
+        if (!is_inside) of_row = {};
+        uint32_t pairs[2];
+        if constexpr (kRankTiles == 4) {
+          pairs[0] = of_row.x;
+          pairs[1] = of_row.y;
+        } else {
+          pairs[0] = of_row;
+        }
+#pragma unroll
+        for (int i = 0; i < kRankTiles; ++i) elements[j][i] = uint16_t(pairs[i / 2] >> 16 * (i % 2));
+      } else {
+#pragma unroll
+        for (int i = 0; i < kRankTiles; ++i) {
+          const bool is_inside = k < depth && rank + i < ranks;
+          const uint16_t bits = load_cached(reinterpret_cast<const uint16_t*>(row + (is_inside ? rank + i : 0)));
+          elements[j][i] = is_inside ? bits : uint16_t{0};
+        }
+      }
+    }
+    const auto pair = [&](int j, int i) { return elements[j][i] | uint32_t(elements[j + 1][i]) << 16; };
+#pragma unroll
+    for (int i = 0; i < kRankTiles; ++i) eights[i] = make_uint4(pair(0, i), pair(2, i), pair(4, i), pair(6, i));
   }
-  return make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+}
+
+template <int kRankTiles>
+using InnerSums = float[kTilesM][kRankTiles][4];
+
+// sums = x @ factor^T of the group's rows: the warp's share of the depth.
+template <Factor kFactor, class T, int kRankTiles>
+NF4_DEVICE void sum_steps(InnerSums<kRankTiles>& sums, const GroupedLoraInnerArgs& args, const T* factor,
+                          const Group& group, int64_t r_begin, int warp, const Lane& lane) {
+  const T* x = static_cast<const T*>(args.x);
+  const int64_t steps = ceil_div(args.depth, kStep);
+#pragma unroll 1
+  for (int64_t step = warp; step < steps; step += kWarps) {
+    const int64_t k = step * kStep + 8 * lane.t;
+    uint4 eights[kTilesM][2], b[kRankTiles];  // rows g and g + 8 of each tile
+#pragma unroll
+    for (int m = 0; m < kTilesM; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        eights[m][half] = load_eight(x, group.m_begin + 16 * m + 8 * half + lane.g, group.m_end, args.depth, k);
+    load_factor<kFactor>(b, factor, r_begin + kRankTiles * lane.g, args.rank, args.depth, k);
+#pragma unroll
+    for (int m = 0; m < kTilesM; ++m) {
+      const uint4 g = eights[m][0], g_8 = eights[m][1];
+      const uint32_t first[4] = {g.x, g_8.x, g.y, g_8.y}, second[4] = {g.z, g_8.z, g.w, g_8.w};
+#pragma unroll
+      for (int tile = 0; tile < kRankTiles; ++tile) {
+        mma_16x8x16<T>(sums[m][tile], first, b[tile].x, b[tile].y);
+        mma_16x8x16<T>(sums[m][tile], second, b[tile].z, b[tile].w);
+      }
+    }
+  }
 }
 
 template <class T, int kRankTiles>
@@ -50,36 +115,15 @@ __global__ void __launch_bounds__(kWarps* kWarp) grouped_lora_inner_kernel(const
   const int warp = int(threadIdx.x) / kWarp;
   const int64_t r_begin = int64_t(blockIdx.y) * kRanks;
   const bool is_owned = group.expert < args.experts;
-  const T* x = static_cast<const T*>(args.x);
   const T* factor = static_cast<const T*>(args.factor) + (is_owned ? group.expert * args.rank * args.depth : 0);
-
-  float sums[kTilesM][kRankTiles][4] = {};
-  const int64_t steps = is_owned ? ceil_div(args.depth, kStep) : 0;
-  for (int64_t step = warp; step < steps; step += kWarps) {
-    const int64_t k = step * kStep + 8 * lane.t;
-    uint32_t a[kTilesM][2][4];  // of the two k-steps
-#pragma unroll
-    for (int m = 0; m < kTilesM; ++m)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {  // row g or g + 8
-        const uint4 eight = load_eight(x, group.m_begin + 16 * m + 8 * half + lane.g, group.m_end, args.depth, k);
-        a[m][0][half] = eight.x;
-        a[m][0][half + 2] = eight.y;
-        a[m][1][half] = eight.z;
-        a[m][1][half + 2] = eight.w;
-      }
-#pragma unroll
-    for (int tile = 0; tile < kRankTiles; ++tile) {
-      const int64_t r = r_begin + 8 * tile + lane.g;
-      const uint4 b = args.transposed ? load_eight_transposed(factor, r, args.rank, args.depth, k)
-                                      : load_eight(factor, r, args.rank, args.depth, k);
-#pragma unroll
-      for (int m = 0; m < kTilesM; ++m) {
-        mma_16x8x16<T>(sums[m][tile], a[m][0], b.x, b.y);
-        mma_16x8x16<T>(sums[m][tile], a[m][1], b.z, b.w);
-      }
-    }
-  }
+  const bool has_whole = args.rank % kRankTiles == 0;  // the factor is aligned to 16 bytes
+  InnerSums<kRankTiles> sums = {};
+  if (is_owned && !args.transposed)
+    sum_steps<Factor::kRows>(sums, args, factor, group, r_begin, warp, lane);
+  else if (is_owned && has_whole)
+    sum_steps<Factor::kWholeColumns>(sums, args, factor, group, r_begin, warp, lane);
+  else if (is_owned)
+    sum_steps<Factor::kColumns>(sums, args, factor, group, r_begin, warp, lane);
 
   float* scratch = shared_memory<float>();  // [kWarps, kTileM, kRanks]
 #pragma unroll
@@ -88,7 +132,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) grouped_lora_inner_kernel(const
     for (int tile = 0; tile < kRankTiles; ++tile)
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        scratch[(warp * kTileM + 16 * m + lane.g + 8 * (i / 2)) * kRanks + 8 * tile + 2 * lane.t + i % 2] =
+        scratch[(warp * kTileM + 16 * m + lane.g + 8 * (i / 2)) * kRanks + kRankTiles * (2 * lane.t + i % 2) + tile] =
             sums[m][tile][i];
   sync_block();
   for (int i = int(threadIdx.x); i < kTileM * kRanks; i += kWarps * kWarp) {
