@@ -7,12 +7,20 @@
 //                  | slice 1             |                |   0   |   1   |   |  slice 0   |  slice 1   |
 //
 // Compiled with NF4_EXECUTOR as cuda.cpp is.
+#include <utility>
+
 #include "cuda_product.h"
 
 namespace {
 
 using namespace nf4::binding;
 using nf4::cuda::DequantizeArgs;
+
+#ifdef NF4_EXECUTOR
+int64_t slice_bytes = 1;  // so that a test has more than one slice
+#else
+constexpr int64_t slice_bytes = 24 << 20;  // stays in the L2 of an A100, an RTX 4090 and later; an sm_86 has 6 MB
+#endif
 
 // Our products are not differentiable, and torch's refuse to write into `out` where an input requires a gradient.
 class NoGrad {
@@ -25,18 +33,12 @@ class NoGrad {
   bool before_;
 };
 
-// torch's own products: out = a @ b (mm), out = a @ b^T + bias (linear).
-void torch_mm(const Tensor& a, const Tensor& b, const Tensor& out) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
-                                    torch::stable::detail::from(out)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  (void)torch::stable::detail::to<Tensor>(stack[0]);  // takes over the returned reference
-}
+// torch's own product: out = a @ b^T + bias. A 2-D bias may be out itself: torch then multiplies with beta = 1.
 void torch_linear(const Tensor& a, const Tensor& b, const OptionalTensor& bias, const Tensor& out) {
   std::array<StableIValue, 4> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
                                     torch::stable::detail::from(bias), torch::stable::detail::from(out)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
-  (void)torch::stable::detail::to<Tensor>(stack[0]);
+  (void)torch::stable::detail::to<Tensor>(stack[0]);  // takes over the returned reference
 }
 
 Tensor part(Tensor whole, int64_t dim, int64_t begin, int64_t count) {
@@ -59,17 +61,18 @@ Tensor torch_grouped_mm(const Tensor& a, const Tensor& b, const Tensor& offsets)
 // Where dequantize writes columns [begin, begin + width) of out's weight: Ŵ's rows (linear) or columns (linear_dgrad).
 DequantizeArgs slice_of(const nf4::Weight& w, bool dgrad, int64_t begin, int64_t width, nf4::Dtype dtype, void* out,
                         int64_t stride) {
-  if (dgrad) return {w, 0, w.N, begin, begin + width, dtype, out, stride};
-  return {w, begin, begin + width, 0, w.K, dtype, out, stride};
+  if (dgrad) return {w, 0, w.N, begin, begin + width, dtype, out, stride, true};
+  return {w, begin, begin + width, 0, w.K, dtype, out, stride, true};
 }
 
 void launch_scaled_copy(const nf4::cuda::ScaledCopyArgs& args, const Op& op, const Launch& launch) {
   check_launch(nf4::cuda::scaled_copy(args, launch.stream), op);
 }
 
-// The LoRA term as more of the contraction: [in | inner] times [Ŵ | s B] in linear, [Ŵ ; s A] in linear_dgrad, with
-// zeros up to a multiple of 8, which cuBLAS wants for its fast kernels. The scaling goes to the factor: a Q of scaled
-// losses has no room for it in fp16. With `ones` a column of ones follows the inner product, for a bias.
+// The LoRA term of experts as more of the contraction: [in | inner] times [Ŵ | s B] in linear, [Ŵ ; s A] in
+// linear_dgrad, with zeros up to a multiple of 8, which cuBLAS wants for its fast kernels: torch's product of experts
+// cannot be added to out. The scaling goes to the factor: a Q of scaled losses has no room for it in fp16. With `ones` a
+// column of ones follows the inner product, for a bias.
 struct Extended {
   Tensor in;      // [M, depth]
   Tensor factor;  // s B or s A, as long as there is a term
@@ -101,18 +104,21 @@ Extended extend(const Op& op, const Tensor& in, const nf4::cuda::ProductArgs& ar
 
 }  // namespace
 
+// The LoRA term is written to out first, and the bias with it, and the products are added to them. A bias alone is
+// torch's to add where out is one slice; to a slice of out, whose rows are apart, torch would copy the bias as well.
 void nf4::binding::dequantize_gemm(const Product& product, const Launch& launch) {
-  constexpr int64_t kSliceBytes = 24 << 20;  // stays in the L2 of an A100, an RTX 4090 and later; an sm_86 has 6 MB
   const NoGrad no_grad;
   const auto& args = product.args;
-  const int64_t columns = product.columns;
-  const Tensor in = torch::stable::view(Tensor(product.in), {args.M, product.depth});
-  const Extended extended = extend(product.op, in, args, product.lora_term.factor, false, launch);
-  const int64_t depth = extended.depth, along = product.dgrad ? 0 : 1;  // the slice's dimension along the contraction
-  const int64_t slices = std::max<int64_t>(ceil_div(columns * depth * 2, kSliceBytes), 1);
+  const int64_t columns = product.columns, depth = product.depth, bytes = int64_t(element_bytes(args.dtype));
+  const Tensor in = torch::stable::view(Tensor(product.in), {args.M, depth});
+  const int64_t slices = std::max<int64_t>(ceil_div(columns * depth * 2, slice_bytes), 1);
   const int64_t width = ceil_div(ceil_div(columns, slices), 128) * 128;
-  const Tensor workspace = new_empty(extended.in, {std::min(width, columns) * depth}, extended.in.scalar_type());
+  const Tensor workspace = new_empty(in, {std::min(width, columns) * depth}, in.scalar_type());
   const Tensor out = torch::stable::view(Tensor(product.out), {args.M, columns});
+  const bool begins_with_term = args.rank > 0 || (args.bias != nullptr && width < columns);
+  const auto from = [&](const void* whole, int64_t elements) {
+    return whole == nullptr ? nullptr : static_cast<const char*>(whole) + elements * bytes;
+  };
   for (int64_t begin = 0; begin < columns; begin += width) {
     const int64_t count = std::min(width, columns - begin);
     Tensor used = part(workspace, 0, 0, count * depth);
@@ -121,18 +127,26 @@ void nf4::binding::dequantize_gemm(const Product& product, const Launch& launch)
     const DequantizeArgs dequantize =
         slice_of(args.weight, product.dgrad, begin, count, args.dtype, slice.mutable_data_ptr(), slice.size(1));
     check_launch(cuda::dequantize(dequantize, launch.stream), product.op);
-    const int64_t end = product.depth + extended.rank;
-    if (extended.rank > 0)
-      copy(part(slice, along, product.depth, extended.rank), part(extended.factor, 1 - along, begin, count));
-    if (end < depth) zero(part(slice, along, end, depth - end));
     const Tensor to = part(out, 1, begin, count);
-    if (product.dgrad) {
-      torch_mm(extended.in, slice, to);
-    } else {
-      OptionalTensor bias;
-      if (product.bias.has_value()) bias = part(*product.bias, 0, begin, count);
-      torch_linear(extended.in, slice, bias, to);
+    OptionalTensor added = product.bias;
+    if (begins_with_term) {
+      const bool transposed = !product.dgrad;  // B[N, rank], A[rank, K]
+      const cuda::LoraTermArgs term{args.lora_inner,
+                                    from(args.lora_factor, transposed ? begin * args.rank : begin),
+                                    transposed ? args.rank : columns,
+                                    transposed,
+                                    from(args.bias, begin),
+                                    args.dtype,
+                                    args.M,
+                                    count,
+                                    args.rank,
+                                    args.scaling,
+                                    to.mutable_data_ptr(),
+                                    columns};
+      check_launch(cuda::lora_term(term, launch.stream), product.op);
+      added = to;
     }
+    torch_linear(in, product.dgrad ? torch::stable::transpose(slice, 0, 1) : slice, added, to);
   }
 }
 
@@ -180,3 +194,10 @@ void nf4::binding::dequantize_gemm(const GroupedProduct& product, const Launch& 
   }
   check_launch(cuda::zero_rows_of_none(args, columns, launch.stream), product.op);
 }
+
+#ifdef NF4_EXECUTOR
+// Slices of so many bytes from now on; returns those before.
+extern "C" __attribute__((visibility("default"))) int64_t nf4kernels_executor_slices(int64_t bytes) {
+  return std::exchange(slice_bytes, bytes);
+}
+#endif

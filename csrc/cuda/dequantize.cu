@@ -31,6 +31,7 @@ struct Part {
   int64_t pitch;    // weights from row to row of the weight
   int64_t stride;   // elements from row to row of out
   int lanes_shift;  // log2 of the threads along a row
+  bool keep;        // out in the L2
 };
 
 template <class T>
@@ -85,7 +86,12 @@ NF4_DEVICE void decode_items(const Weight& w, const Part& part, const Tables& ta
     };
     const auto block_of = [&](int u) { return (first + u * step) >> w.block_shift; };
     const auto store = [&](int u, uint32_t codes, float scale) {
-      store_streamed(reinterpret_cast<uint4*>(out + u * step), decode_group<T>(tables, codes, scale));
+      auto* to = reinterpret_cast<uint4*>(out + u * step);
+      const uint4 group = decode_group<T>(tables, codes, scale);
+      if (part.keep)
+        *to = group;
+      else
+        store_streamed(to, group);
     };
     // A load takes a whole word of codes, of which 4 fp32 need half.
     const auto is_whole = [&](int u) { return u * step + kWidth <= count && ((first + u * step) | 7) < w.N * w.K; };
@@ -191,7 +197,8 @@ static Part part_of(const DequantizeArgs& args) {
             args.col_end - args.col_begin,
             K,
             args.stride,
-            0};
+            0,
+            args.keep};
   if (part.cols == K && part.stride == K) {  // contiguous in both: one row, whatever K is
     part.cols *= part.rows;
     part.rows = 1;

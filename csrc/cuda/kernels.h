@@ -39,8 +39,9 @@ struct DequantizeArgs {
   Weight weight;
   int64_t row_begin, row_end, col_begin, col_end;
   Dtype dtype;
-  void* out;       // [row_end - row_begin, col_end - col_begin] of dtype
-  int64_t stride;  // elements from row to row of out
+  void* out;          // [row_end - row_begin, col_end - col_begin] of dtype
+  int64_t stride;     // elements from row to row of out
+  bool keep = false;  // in the L2: a workspace that the next launch reads
 };
 cudaError_t dequantize(const DequantizeArgs& args, cudaStream_t stream);
 
@@ -136,6 +137,22 @@ struct ScaledCopyArgs {
   int64_t width, stride;
 };
 cudaError_t scaled_copy(const ScaledCopyArgs& args, cudaStream_t stream);
+
+// out[M, columns] = bias + scaling * inner[M, rank] @ factor, whose rows are `factor_stride` elements apart and those of
+// out `stride`. bf16 or fp16.
+struct LoraTermArgs {
+  const void* inner;
+  const void* factor;  // [rank, columns], or transposed [columns, rank]
+  int64_t factor_stride;
+  bool transposed;
+  const void* bias;  // [columns], or null
+  Dtype dtype;
+  int64_t M, columns, rank;
+  float scaling;
+  void* out;
+  int64_t stride;
+};
+cudaError_t lora_term(const LoraTermArgs& args, cudaStream_t stream);
 
 // out[rank, columns] = scaling * small[M, rank]^T @ wide[M, columns], or its transpose [columns, rank].
 struct LoraGradArgs {
