@@ -332,17 +332,7 @@ def lora_linear_from_args(
     """`lora_linear` on the weight's op arguments."""
     who = "nf4kernels.lora_linear"
     x, bias = check_input(x, weight_args, bias, who)
-    N, K, device = weight_args[6], weight_args[7], x.device
-    A_shape, B_shape = lora_A.shape, lora_B.shape
-    if len(A_shape) != 2 or A_shape[1] != K:
-        raise ValueError(f"{who}: lora_A must have shape [r, {K}], got {list(A_shape)}")
-    if B_shape != (N, A_shape[0]):
-        raise ValueError(f"{who}: lora_B must have shape [{N}, {A_shape[0]}], got {list(B_shape)}")
-    if lora_A.device != device or lora_B.device != device:
-        came = f"{lora_A.device}, {lora_B.device}"
-        raise ValueError(f"{who}: lora_A and lora_B must be on {device} as x is, got {came}")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"{who}: dropout_p must be in [0, 1), got {dropout_p}")
+    check_lora(x, lora_A, lora_B, dropout_p, weight_args[6:8], who)
     if is_transformed(x, lora_A, lora_B, bias):
         return composed_lora_linear(x, lora_A, lora_B, bias, scaling, dropout_p, weight_args)
     if torch.is_grad_enabled() and (
@@ -382,6 +372,22 @@ def check_input(
             raise ValueError(f"{who}: bias must be on {device} as x is, got {bias.device}")
         bias = bias.to(x.dtype).contiguous()
     return x, bias
+
+
+def check_lora(x: Tensor, lora_A: Tensor, lora_B: Tensor, dropout_p: float, shape: tuple[int, ...], who: str) -> None:
+    """That the LoRA term fits the input and a weight of this shape, [N, K] or [E, N, K]."""
+    *experts, N, K = shape
+    A_shape, B_shape = lora_A.shape, lora_B.shape
+    leading = "".join(f"{size}, " for size in experts)
+    if len(A_shape) != len(shape) or list(A_shape[:-2]) != experts or A_shape[-1] != K:
+        raise ValueError(f"{who}: lora_A must have shape [{leading}r, {K}], got {list(A_shape)}")
+    if B_shape != (*experts, N, A_shape[-2]):
+        raise ValueError(f"{who}: lora_B must have shape [{leading}{N}, {A_shape[-2]}], got {list(B_shape)}")
+    if lora_A.device != x.device or lora_B.device != x.device:
+        came = f"{lora_A.device}, {lora_B.device}"
+        raise ValueError(f"{who}: lora_A and lora_B must be on {x.device} as x is, got {came}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"{who}: dropout_p must be in [0, 1), got {dropout_p}")
 
 
 def _who_read_a_weight() -> str:

@@ -13,7 +13,7 @@ from .autograd import (
     grouped_lora_forward,
     is_transformed,
 )
-from .functional import check_input
+from .functional import check_input, check_lora
 from .quantized_weight import QuantizedExperts, WeightArgs
 
 # Each lookup would cost every call 0.1 us.
@@ -111,17 +111,8 @@ def grouped_lora_linear_from_args(
 ) -> Tensor:
     """`grouped_lora_linear` on the weight's op arguments."""
     x, expert_offsets, bias = _check_inputs(x, expert_offsets, weight_args, bias, who)
-    E, N, K = weight_args[0].shape[0], weight_args[6], weight_args[7]
-    A_shape = lora_A.shape
-    if len(A_shape) != 3 or A_shape[0] != E or A_shape[2] != K:
-        raise ValueError(f"{who}: lora_A must have shape [{E}, r, {K}], got {list(A_shape)}")
-    if lora_B.shape != (E, N, A_shape[1]):
-        raise ValueError(f"{who}: lora_B must have shape [{E}, {N}, {A_shape[1]}], got {list(lora_B.shape)}")
-    if lora_A.device != x.device or lora_B.device != x.device:
-        came = f"{lora_A.device}, {lora_B.device}"
-        raise ValueError(f"{who}: lora_A and lora_B must be on {x.device} as x is, got {came}")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"{who}: dropout_p must be in [0, 1), got {dropout_p}")
+    shape = (weight_args[0].shape[0], weight_args[6], weight_args[7])
+    check_lora(x, lora_A, lora_B, dropout_p, shape, who)
     arguments = (x, expert_offsets, lora_A, lora_B, bias, scaling, dropout_p, weight_args)
     tensors = (x, lora_A, lora_B, bias)
     if is_transformed(expert_offsets, *tensors):
