@@ -1,9 +1,7 @@
 """Controls a library that `build.build` made for the host executor: settings, errors, launch log."""
 
 import ctypes
-import subprocess
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -39,8 +37,8 @@ class Executor:
     def __init__(self, library: Path):
         self.path = library
         self.library = ctypes.CDLL(str(library))
-        settings = [ctypes.c_int, ctypes.c_uint, ctypes.c_bool, ctypes.c_size_t, ctypes.c_bool]
-        self.library.nf4_executor_set.argtypes = settings
+        self.library.nf4_executor_set.argtypes = [ctypes.c_int, ctypes.c_uint, ctypes.c_bool, ctypes.c_size_t]
+        self.library.nf4_executor_count_only.argtypes = [ctypes.c_bool]
         self.library.nf4_executor_last_error.restype = ctypes.c_char_p
         self.library.nf4_executor_launches.restype = ctypes.c_char_p
         self.library.nf4_executor_sites.restype = ctypes.c_char_p
@@ -54,6 +52,15 @@ class Executor:
                 raise ValueError(f"{name} must be one of {known}, got {given}")
         late, truncated = copies == "late", sums == "truncated"
         self.library.nf4_executor_set(SCHEDULES.index(schedule), seed, late, shared_limit, truncated)
+
+    @contextmanager
+    def counting_only(self) -> Iterator[None]:
+        """Launches are checked and logged but not run, so that those on large tensors are counted at once."""
+        self.library.nf4_executor_count_only(True)
+        try:
+            yield
+        finally:
+            self.library.nf4_executor_count_only(False)
 
     def error(self) -> str:
         """The message of the last launch that failed since reset; empty if none did."""
