@@ -288,34 +288,48 @@ NF4_EXPORT const char* nf4kernels_cuda_tiles(bool dgrad) {
   return texts[dgrad].c_str();
 }
 
-// Sets what was measured on a device in place of what choose.h predicts. For linear, linear_dgrad, grouped_linear and
-// grouped_linear_dgrad in turn: 1 (or 0: it was not measured, and zeros follow), small, small_blocks, tiled, and then
-// tile_rows and tile_blocks of each of its tiles (cuda/tuning.h). Null numbers: all is predicted again. Returns what is
-// wrong, or null.
+// Cycles that tiles.h predicts for one weight's tiled product by this tile, of which so many blocks of threads are taken
+// to be resident on a multiprocessor, in so many splits (0: in the best, which `splits` then tells).
+NF4_EXPORT float nf4kernels_cuda_tile_cycles(bool dgrad, bool scales_sums, int64_t M, int64_t N, int64_t K, int arch,
+                                             int multiprocessors, int tile, int resident, int* splits) {
+  const nf4::cuda::TiledProblem p{dgrad, scales_sums, M, dgrad ? K : N, dgrad ? N : K, arch, multiprocessors};
+  if (*splits == 0) *splits = nf4::cuda::parts_of(p, tile, resident).splits;
+  return nf4::cuda::predicted_cycles(p, nf4::cuda::tiles_of(dgrad)[tile], resident, *splits);
+}
+
+// Sets what was measured on a device in place of what is predicted. For linear, linear_dgrad, grouped_linear and
+// grouped_linear_dgrad in turn: 1 (or 0: it was not measured, and zeros follow), small, tiled, and then of each of its
+// tiles the rows, the cost and the blocks (cuda/tuning.h). Null numbers: all is predicted again. Returns what is wrong,
+// or null.
 NF4_EXPORT const char* nf4kernels_cuda_tune(int device, const int64_t* numbers, int count, const char* why) {
   using nf4::cuda::tiles_of;
+  constexpr int64_t kMostBlocks = 32, kMostCost = 1000 * 1000;
   if (device < 0 || device >= Tunings::kMostDevices) return "must be of a device from 0 to 63";
   if (numbers == nullptr) {
     tunings.set(device, nullptr);
     return nullptr;
   }
-  if (count != 2 * (4 + 2 * tiles_of(false).count) + 2 * (4 + 2 * tiles_of(true).count))
+  if (count != 2 * (3 + 3 * tiles_of(false).count) + 2 * (3 + 3 * tiles_of(true).count))
     return "must have numbers for each tile of each op";
   auto measured = std::make_unique<Tunings::Device>();
   measured->why = why;
   for (int op = 0; op < 4; ++op) {
-    const int tiles = tiles_of(op % 2 == 1).count;
     const bool is_measured = *numbers++ != 0;
-    nf4::cuda::Tuning t{numbers[0], numbers[1], numbers[2], {}, {}, measured->why.c_str(), measured->why.c_str()};
-    numbers += 3;
-    bool sound = t.small >= 0 && t.tiled >= 0 && t.small_blocks > 0 && t.small_blocks <= 32;
-    for (int i = 0; i < tiles; ++i, numbers += 2) {
-      t.tile_rows[i] = numbers[0];
-      t.tile_blocks[i] = numbers[1];
-      sound = sound && numbers[0] >= (i ? t.tile_rows[i - 1] : 0) && numbers[1] > 0 && numbers[1] <= 32;
+    nf4::cuda::Tuning t{};
+    t.small = *numbers++;
+    t.tiled = *numbers++;
+    t.why_small = t.why = measured->why.c_str();
+    bool sound = t.small >= 0 && t.tiled >= 0;
+    for (int i = 0; i < tiles_of(op % 2 == 1).count; ++i) {
+      const int64_t rows = t.tile_rows[i] = *numbers++;
+      const int64_t cost = t.tile_cost[i] = *numbers++;
+      const int64_t blocks = t.tile_blocks[i] = *numbers++;
+      sound = sound && rows >= (i > 0 ? t.tile_rows[i - 1] : 0) && cost > 0 && cost <= kMostCost && blocks > 0 &&
+              blocks <= kMostBlocks;
     }
     if (!is_measured) continue;
-    if (!sound) return "must have rows from 0 on, ascending over the tiles, and from 1 to 32 blocks";
+    if (!sound)
+      return "must have rows from 0 on, ascending over the tiles, from 1 to 32 blocks, and costs up to 1000000";
     measured->of_op[op] = t;
   }
   tunings.set(device, std::move(measured));
@@ -339,10 +353,9 @@ NF4_EXPORT const char* nf4kernels_cuda_choose(bool dgrad, int32_t dtype, int64_t
   return nf4::cuda::kPathNames[int(choice.path)];
 }
 
-// How many thread blocks share linear_small's work out.
-NF4_EXPORT int nf4kernels_cuda_small_blocks(int64_t N, int64_t K, int multiprocessors) {
-  return nf4::cuda::small_blocks(N, K, multiprocessors);
-}
+// Streams and graphs may have the slots of arrival counters of all before. A measurement says so between its graphs, of
+// which there are more than slots: nothing may be running, and no earlier graph may be launched any more.
+NF4_EXPORT void nf4kernels_cuda_forget_streams() { arrival_slots->forget(); }
 
 #ifdef NF4_EXECUTOR
 // What tiles.h says of a tile on a card: blocks resident on a multiprocessor; cycles of a product in so many splits

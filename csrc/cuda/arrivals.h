@@ -32,6 +32,13 @@ class ArrivalSlots {
     return slots_[{capture, stream}] = int(slots_.size());
   }
 
+  // Every slot is free again. Nothing may be running, and no graph of before may be launched any more.
+  void forget() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    slots_.clear();
+    captured_ = 0;
+  }
+
  private:
   std::mutex mutex_;
   std::map<std::pair<uint64_t, uint64_t>, int> slots_;

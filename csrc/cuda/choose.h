@@ -111,11 +111,11 @@ inline Tuning predicted(const Problem& p) {
   const Fused& fused = grouped ? *grouped : fused_of(p.arch);
   Tuning t{};
   t.small = p.dgrad ? 0 : kSmallM;
-  t.small_blocks = kLinearSmallTile.blocks_per_multiprocessor;
   t.tiled = p.dgrad ? fused.linear_dgrad : fused.linear;
-  for (int i = 0; i < tiles_of(p.dgrad).count; ++i) {
-    t.tile_rows[i] = tiles_of(p.dgrad)[i].M;
-    t.tile_blocks[i] = tiles_of(p.dgrad)[i].blocks_per_multiprocessor;
+  for (int i = 0; i < tiles.count; ++i) {
+    t.tile_rows[i] = tiles[i].M;
+    t.tile_cost[i] = 1000;
+    t.tile_blocks[i] = resident_blocks(multiprocessor_of(p.arch), tiles[i]);
   }
   t.why_small = "predicted: at most 16 rows";
   t.why = fused.why;
@@ -148,18 +148,40 @@ inline const char* obstacle(const Problem& p, Path path) {
   return nullptr;
 }
 
+// The tile that is predicted to take least; for experts the first that takes M rows, else the last.
+inline int tile_for(const Problem& p, const Tuning& t) {
+  if (p.experts == 0) return parts_of(tiled_problem(p), t).tile;
+  int tile = 0;
+  while (tile + 1 < tiles_of(p.dgrad).count && m_per_weight(p) > t.tile_rows[tile]) ++tile;
+  return tile;
+}
+
+// The parts that the contraction may have for small, or for this tile of tiled: no sum is too long, and each part can
+// have a step. (1, 1) for the other kernels.
+struct SplitLimits {
+  int least, most;
+};
+inline SplitLimits split_limits(const Problem& p, Path path, int tile) {
+  if (path == Path::kTiled) {
+    const TiledProblem tiled = tiled_problem(p);
+    const Tile& own = tiles_of(p.dgrad)[tile];
+    const int64_t steps = tiled.steps(own);
+    return {int(tiled.least_splits(own)), int(steps < 1 ? 1 : steps)};
+  }
+  if (path != Path::kSmall) return {1, 1};
+  const int64_t steps = ceil_quotient(p.K, kLinearSmallTile.K);
+  const int64_t least = ceil_quotient(p.K, longest_small_sum(p.scales_sums));
+  return {int(least < 1 ? 1 : least), int(steps < 1 ? 1 : steps)};
+}
+
 // Experts fill the machine unsplit (grouped_linear.cu): they are split where a sum would be too long, and nowhere else.
 inline int splits_of(const Problem& p, Path path) {
   if (path != Path::kSmall && path != Path::kTiled) return 1;
-  if (path == Path::kSmall && p.experts == 0) return 1;  // small_blocks share the contraction out
-  const Tile& tile = path == Path::kSmall ? kGroupedSmallTile
-                     : p.dgrad            ? kDgradTiles[tile_index(kDgradTiles, m_per_weight(p))]
-                                          : kLinearTiles[tile_index(kLinearTiles, m_per_weight(p))];
-  const int64_t contraction = p.dgrad ? p.N : p.K;
-  if (p.experts > 0) return 1 + int((contraction - 1) / longest_sum(p, tile));
-  const int64_t tiles_across = p.dgrad ? ceil_quotient(p.K, tile.K) : ceil_quotient(p.N, tile.N);
-  return splits_for(tiles_across * ceil_quotient(p.M, tile.M), p.multiprocessors * tile.blocks_per_multiprocessor,
-                    contraction, p.dgrad ? tile.N : tile.K, longest_sum(p, tile), p.M);
+  if (p.experts > 0) return split_limits(p, path, tile).least;
+  if (path == Path::kTiled) return parts_of(tiled_problem(p), tile, int(t.tile_blocks[tile])).splits;
+  return splits_for(ceil_quotient(p.N, kLinearSmallTile.N) * ceil_quotient(p.M, kLinearSmallTile.M),
+                    p.multiprocessors * kLinearSmallTile.blocks_per_multiprocessor, p.K, kLinearSmallTile.K,
+                    longest_small_sum(p.scales_sums), p.M);
 }
 
 // linear_small of one weight shares units of 64 n by 128 k out to one thread block a multiprocessor, but no fewer to a

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "tuning.h"
+
 namespace nf4::cuda {
 
 inline int64_t ceil_quotient(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -165,11 +167,15 @@ inline Parts parts_of(const TiledProblem& p, int tile, int resident) {
   return best;
 }
 
-// Of the first tile that holds M, the one before it and the one after it.
-inline Parts parts_of(const TiledProblem& p) {
+// Of the first tile that holds M, the one before it and the one after it, by their measured costs.
+inline Parts parts_of(const TiledProblem& p, const Tuning& t) {
   const Tiles tiles = tiles_of(p.dgrad);
   const int holding = tile_holding(tiles, p.M);
-  const auto parts = [&](int i) { return parts_of(p, i, resident_blocks(multiprocessor_of(p.arch), tiles[i])); };
+  const auto parts = [&](int i) {
+    Parts own = parts_of(p, i, int(t.tile_blocks[i]));
+    own.cycles *= float(t.tile_cost[i]) / 1000;
+    return own;
+  };
   Parts best = parts(holding);
   if (holding > 0) best.take_if_faster(parts(holding - 1));
   if (holding + 1 < tiles.count) best.take_if_faster(parts(holding + 1));

@@ -123,7 +123,7 @@ def tune_cuda(library: ctypes.CDLL, device: int, ops: Mapping[str, CudaOp], why:
         if own is not None and [tile.tile for tile in own.tiles] != tiles:
             found = " ".join(tile.tile for tile in own.tiles)
             raise ValueError(f"must have the tiles {' '.join(tiles)} of this library's {op}, got {found}")
-        numbers += [0] * (4 + 2 * len(tiles)) if own is None else own.numbers()
+        numbers += [0] * (3 + 3 * len(tiles)) if own is None else own.numbers()
     array = (ctypes.c_int64 * len(numbers))(*numbers)
     error = tune(device, array if ops else None, len(numbers), why.encode())
     if error is not None:
@@ -182,6 +182,14 @@ class CudaLibrary:
     def driver_version(self) -> int:
         """The newest CUDA that the driver knows, as `version`; 0 without a driver."""
         return self._driver_version()
+
+    def tile_cycles(self, *product) -> float:
+        """What csrc/cuda/tiles.h predicts; the arguments but the last are those of nf4kernels_cuda_tile_cycles."""
+        predict = self.handle.nf4kernels_cuda_tile_cycles
+        sizes, numbers = [ctypes.c_int64] * 3, [ctypes.c_int] * 4
+        predict.argtypes = [ctypes.c_bool, ctypes.c_bool, *sizes, *numbers, ctypes.c_void_p]
+        predict.restype = ctypes.c_float
+        return float(predict(*product, ctypes.byref(ctypes.c_int(0))))
 
     def code_for(self, capability: tuple[int, int]) -> tuple[str | None, str]:
         """What a device of this compute capability runs, as "sm_86", or None; and why, where there is more to say."""

@@ -17,6 +17,7 @@ BACKENDS = ("native", "triton", "reference")
 PRODUCTS = ("linear", "linear_dgrad")
 CUDA_PRODUCTS = (*PRODUCTS, "grouped_linear", "grouped_linear_dgrad")
 ANY_ROWS = 1 << 62
+MOST_COST = 1000 * 1000
 LONGEST_DEPTH = 512 * 16  # of one sum in 16 bits: 512 mma's of 16 terms each (docs/design.md, section 7)
 
 
@@ -45,25 +46,25 @@ class Config:
 
 @dataclass(frozen=True)
 class Tile:
-    """A tile of a CUDA kernel, "MxNxK": up to how many rows it runs, and the blocks that split-K is to fill."""
+    """A tile of a CUDA kernel, "MxNxK"; see csrc/cuda/tuning.h."""
 
     tile: str
-    up_to: int
-    blocks: int  # of each multiprocessor
+    up_to: int = ANY_ROWS  # of experts: the most rows of each
+    cost: int = 1000  # of one weight: thousandths of the time that is predicted, by which tiles are compared
+    blocks: int = 1  # of one weight: that a multiprocessor is taken to hold
 
 
 @dataclass(frozen=True)
 class CudaOp:
-    """What csrc/cuda/choose.h reads of an op (csrc/cuda/tuning.h). Rows are those of each weight."""
+    """What csrc/cuda/choose.h reads of an op. Rows are those of each weight."""
 
     small: int  # the most rows of small; 0: it never runs
-    small_blocks: int
     tiled: int  # the most rows of tiled; above it dequantize_gemm runs
     tiles: tuple[Tile, ...]  # ascending in rows; the last one takes any
 
     def numbers(self) -> list[int]:
         """As nf4kernels_cuda_tune takes them."""
-        return [1, self.small, self.small_blocks, self.tiled, *(n for t in self.tiles for n in (t.up_to, t.blocks))]
+        return [1, self.small, self.tiled, *(number for t in self.tiles for number in (t.up_to, t.cost, t.blocks))]
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,9 @@ class Table:
         """A line for each row of each list."""
         cuda = {
             op: {
-                "small": {"up_to": _most(own.small), "blocks": own.small_blocks},
+                "small": {"up_to": _most(own.small)},
                 "tiled": {"up_to": _most(own.tiled)},
-                "tiles": [{"tile": t.tile, "up_to": _most(t.up_to), "blocks": t.blocks} for t in own.tiles],
+                "tiles": [_tile_row(op, tile) for tile in own.tiles],
             }
             for op, own in self.cuda.items()
         }
@@ -170,20 +171,29 @@ def _lines(value, depth: int) -> str:
     return json.dumps(value)
 
 
+def _tile_row(op: str, tile: Tile) -> dict:
+    if op.startswith("grouped_"):
+        return {"tile": tile.tile, "up_to": _most(tile.up_to)}
+    return {"tile": tile.tile, "cost": tile.cost, "blocks": tile.blocks}
+
+
 def _cuda_op(op: str, data) -> CudaOp:
-    own = _object(data, {"small", "tiled", "tiles"}, f"cuda.{op}")
-    small = _object(own["small"], {"up_to", "blocks"}, f"cuda.{op}.small")
-    tiled = _object(own["tiled"], {"up_to"}, f"cuda.{op}.tiled")
+    where = f"cuda.{op}"
+    own = _object(data, {"small", "tiled", "tiles"}, where)
+    small, tiled = (_object(own[kernel], {"up_to"}, f"{where}.{kernel}")["up_to"] for kernel in ("small", "tiled"))
     tiles = []
-    for row in _list(own["tiles"], f"cuda.{op}.tiles"):
-        where = f"cuda.{op}.tiles"
-        _object(row, {"tile", "up_to", "blocks"}, where)
-        tiles.append(Tile(_text(row["tile"], where), _rows(row["up_to"], where), _count(row["blocks"], where)))
+    for row in _list(own["tiles"], f"{where}.tiles"):
+        if op.startswith("grouped_"):
+            _object(row, {"tile", "up_to"}, f"{where}.tiles")
+            tiles.append(Tile(_text(row["tile"], where), _rows(row["up_to"], where)))
+        else:
+            _object(row, {"tile", "cost", "blocks"}, f"{where}.tiles")
+            cost, blocks = _count(row["cost"], f"{where}.tiles.cost", MOST_COST), _count(row["blocks"], where)
+            tiles.append(Tile(_text(row["tile"], where), cost=cost, blocks=blocks))
     up_to = [tile.up_to for tile in tiles]
     if not tiles or up_to != sorted(up_to) or len({tile.tile for tile in tiles}) != len(tiles):
-        raise TableError(f"must have different tiles with ascending up_to in cuda.{op}, got {up_to}")
-    where = f"cuda.{op}.small"
-    return CudaOp(_rows(small["up_to"], where), _count(small["blocks"], where), _rows(tiled["up_to"], op), tuple(tiles))
+        raise TableError(f"must have different tiles with ascending up_to in {where}, got {own['tiles']}")
+    return CudaOp(_rows(small, where), _rows(tiled, where), tuple(tiles))
 
 
 def _configs(op: str, data) -> dict[int, Config]:

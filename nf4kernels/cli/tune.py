@@ -71,10 +71,14 @@ def _print_summary(path: Path, table: Table) -> None:
 
 
 def _ranges(own: CudaOp) -> str:
-    """Which kernel runs up to how many rows: "small to 16, 32x64x128 to 48, dequantize_gemm"."""
-    limits = [("small", own.small), *((tile.tile, min(tile.up_to, own.tiled)) for tile in own.tiles)]
+    """Which kernel runs up to how many rows: "small to 16, tiled to 352, dequantize_gemm"; of tiled each tile."""
+    if any(tile.up_to < ANY_ROWS for tile in own.tiles):
+        tiled = [(tile.tile, min(tile.up_to, own.tiled)) for tile in own.tiles]
+    else:
+        costs = ", ".join(f"{tile.tile} {tile.cost / 1000:.2f}" for tile in own.tiles)
+        tiled = [(f"tiled (cost by what is predicted: {costs})", own.tiled)]
     parts, last = [], 0
-    for name, limit in [*limits, ("dequantize_gemm", ANY_ROWS)]:
+    for name, limit in [("small", own.small), *tiled, ("dequantize_gemm", ANY_ROWS)]:
         if limit > last:
             parts.append(name if limit >= ANY_ROWS else f"{name} to {limit}")
             last = limit

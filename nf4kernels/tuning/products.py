@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..backends.tuned_table import ANY_ROWS, Config, CudaOp, Tile
+from ..backends.tuned_table import ANY_ROWS, MOST_COST, Config, CudaOp, Tile
 from .search import Budget
 
 Shape = tuple[int, int]  # of the weight, N and K
@@ -41,7 +41,8 @@ class Native:
         small = ANY_ROWS if self.kernel == "small" else 0
         tiled = 0 if self.kernel == "dequantize_gemm" else ANY_ROWS
         rows = [ANY_ROWS if number >= self.tile else 0 for number in range(len(tiles))]
-        return CudaOp(small, self.blocks, tiled, tuple(map(Tile, tiles, rows, [self.blocks] * len(tiles))))
+        costs = [1 if number == self.tile else MOST_COST for number in range(len(tiles))]
+        return CudaOp(small, tiled, tuple(map(Tile, tiles, rows, costs, [self.blocks] * len(tiles))))
 
 
 @dataclass(frozen=True)

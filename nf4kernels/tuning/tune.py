@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ..backends import native, select
 from ..backends.tuned_files import Card, cache_path, card_of
-from ..backends.tuned_table import CUDA_PRODUCTS, PRODUCTS, Config, CudaOp, Rule, Table
+from ..backends.tuned_table import ANY_ROWS, CUDA_PRODUCTS, PRODUCTS, Config, CudaOp, Rule, Table
 from ..storage.atomic import replacing
 from .cuda import CudaLibrary, tune_cuda
 from .products import SHAPES, Candidate, Native, Product, Times
@@ -100,7 +100,7 @@ def machine_of(device: torch.device, say: Callable[[str], None]) -> Machine:
     timer = Timer(Clock(device), product, say, triton.REFUSALS if triton is not None else ())
     machine = Machine(card, timer)
     if library is not None:
-        machine.cuda, machine.use = CudaLibrary(library.choice, library.tiles), library.use
+        machine.cuda, machine.use = library, library.use
     if triton is not None:
         table = triton.table_for(triton.architecture_of(device))
         machine.configs = {op: dict(table.configs[op]) for op in PRODUCTS}
@@ -139,11 +139,28 @@ class Library:
 
     def choice(self, product: Product, candidate: Native) -> tuple[str, int, int] | None:
         """Kernel, tile and splits; None where choose.h takes another kernel than the candidate's, which cannot run."""
-        is_dgrad, (N, K) = product.op.endswith("dgrad"), product.shape
-        problem = is_dgrad, native.BFLOAT16, product.rows, N, K, product.experts, True, True
         with self.running(candidate):
-            kernel, tile, splits, _ = self.library.choice(self.device, *problem, self.arch, self.multiprocessors)
+            kernel, tile, splits = self._chosen(product)
         return (kernel, tile, splits) if (kernel, tile) == (candidate.kernel, candidate.tile) else None
+
+    def tile_of(self, product: Product, own: CudaOp) -> int:
+        """The tile that tiled has for a product by these parameters."""
+        before = self.current
+        self.use({product.op: replace(own, small=0, tiled=ANY_ROWS)})
+        try:
+            return self._chosen(product)[1]
+        finally:
+            self.use(before)
+
+    def cycles(self, product: Product, tile: int, blocks: int) -> float:
+        """What is predicted for one weight's product by a tile, in its best splits."""
+        is_dgrad, sizes = product.op.endswith("dgrad"), (product.rows, *product.shape)
+        return self.library.tile_cycles(is_dgrad, True, *sizes, self.arch, self.multiprocessors, tile, blocks)
+
+    def _chosen(self, product: Product) -> tuple[str, int, int]:
+        problem = product.op.endswith("dgrad"), native.BFLOAT16, product.rows, *product.shape, product.experts
+        card = self.arch, self.multiprocessors
+        return self.library.choice(self.device, *problem, True, True, *card)[:3]
 
 
 def check_writable(path: Path) -> None:

@@ -214,7 +214,7 @@ def test_info_says_of_each_row_how_it_is_known(machine, found, cuda_library, mon
          ["up to 100 rows of each expert: tiled", "more rows of each expert: dequantize_gemm"]),
     ):  # fmt: skip
         tiles = native.cuda_tiles(cuda_library.handle, op)
-        own = CudaOp(8, 1, 100, tuple(Tile(tile, 32 << i, 1) for i, tile in enumerate(tiles)))
+        own = CudaOp(8, 100, tuple(Tile(tile, 32 << i) for i, tile in enumerate(tiles)))
         found(Found(Table("sm_90", "2026-11-29", cuda={op: own}), source))
         lines = nf4.backend_info().kernels["cuda"]
         dtypes = "bf16" if op.startswith("grouped") else "bf16, fp16"
@@ -227,7 +227,7 @@ def test_info_says_of_each_row_how_it_is_known(machine, found, cuda_library, mon
 def test_a_table_of_other_tiles_is_ignored_with_a_warning(machine, found, cuda_library, monkeypatch):
     machine((9, 0))
     monkeypatch.setattr(cuda_library, "register", lambda name: None)
-    own = CudaOp(8, 1, 100, (Tile("1x2x3", 9, 1),))
+    own = CudaOp(8, 100, (Tile("1x2x3", 9),))
     found(Found(Table("sm_90", "2026-11-29", "A Card", cuda={"linear": own}), HERE))
     with pytest.warns(UserWarning, match="the table of A Card is ignored: it must have the tiles .* got 1x2x3"):
         select.implement("cuda")

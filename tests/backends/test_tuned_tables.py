@@ -12,13 +12,14 @@ from nf4kernels.backends.tuned_files import HERE, ON_SUCH_A_CARD, PREDICTED, SHI
 from nf4kernels.backends.tuned_table import ANY_ROWS, Config, CudaOp, Rule, Table, TableError, Tile
 
 CARD = Card("NVIDIA H200", "sm_90", "580.95.05")
-TILES = (Tile("32x64x128", 32, 2), Tile("64x64x128", 32, 1), Tile("128x128x64", ANY_ROWS, 3))
+TILES = (Tile("32x128x64", cost=1150, blocks=3), Tile("128x128x64", cost=1000, blocks=1))
+GROUPED_TILES = (Tile("32x128x64", 32), Tile("64x128x64", 32), Tile("128x128x64", ANY_ROWS))
 
 
 def table_of(card: Card = CARD, **changes) -> Table:
     table = Table(
         card.architecture, "2026-11-29, 98 s", card.name, card.versions(),
-        cuda={"linear": CudaOp(16, 2, 352, TILES), "grouped_linear": CudaOp(ANY_ROWS, 1, ANY_ROWS, TILES)},
+        cuda={"linear": CudaOp(16, 352, TILES), "grouped_linear": CudaOp(ANY_ROWS, ANY_ROWS, GROUPED_TILES)},
         triton={"linear": {4: Config(16, 64, 4, 5, 1024), 65536: Config(128, 64, 8, 3, 8192)}},
         dequantize_gemm_from={"linear": 129},
         rules=(Rule("linear", "bfloat16", 8, "native", "few"), Rule("linear", "bfloat16", ANY_ROWS, "triton", "all")),
@@ -67,9 +68,11 @@ def changed(path: str, value) -> str:
         ("format", 2), ("format", True), ("format", "1"), ("card", KeyError), ("more", 1), ("origin", 3),
         ("versions", []), ("versions.torch", 2.13), ("cuda", []), ("cuda.bilinear", {}), ("cuda.linear", 3),
         ("cuda.linear.tiled", KeyError), ("cuda.linear.tiled.up_to", -1), ("cuda.linear.tiled.up_to", 1.5),
-        ("cuda.linear.tiled.up_to", 1 << 62), ("cuda.linear.small.blocks", 0), ("cuda.linear.small.blocks", 33),
-        ("cuda.linear.tiles", []), ("cuda.linear.tiles.0.up_to", 33), ("cuda.linear.tiles.0.up_to", True),
-        ("cuda.linear.tiles.0.tile", "64x64x128"), ("cuda.linear.tiles.0", []), ("triton.linear", []),
+        ("cuda.linear.tiled.up_to", 1 << 62), ("cuda.linear.tiles.0.blocks", 0), ("cuda.linear.tiles.0.blocks", 33),
+        ("cuda.linear.tiles.0.cost", 0), ("cuda.linear.tiles.0.cost", 1.5), ("cuda.linear.tiles.0.cost", 1000001),
+        ("cuda.linear.tiles", []), ("cuda.grouped_linear.tiles.0.up_to", 33), ("cuda.linear.tiles.0.up_to", 33),
+        ("cuda.grouped_linear.tiles.0.up_to", True), ("cuda.grouped_linear.tiles.0.cost", 1000),
+        ("cuda.linear.tiles.0.tile", "128x128x64"), ("cuda.linear.tiles.0", []), ("triton.linear", []),
         ("triton.grouped_linear", []), ("triton.linear.0.depth", 100), ("triton.linear.0.depth", 16384),
         ("triton.linear.0.BLOCK_M", 48), ("triton.linear.0.warps", 3), ("triton.linear.0.up_to", 65536),
         ("triton.linear.0.up_to", None), ("triton_dequantize_gemm_from.linear", "129"), ("backends", {}),
@@ -122,11 +125,11 @@ def stale(**versions: str) -> bytes:
         (b" " * ((1 << 20) + 1), "must have at most 1048576 bytes, got more"),
         (changed("format", 2).encode(), "must have format 1, got 2 of a newer nf4kernels"),
         (
-            table_of(replace(CARD, name="NVIDIA A100")).to_json().encode(),
+            written(replace(CARD, name="NVIDIA A100")),
             "must be measured on NVIDIA H200 .*got NVIDIA A",
         ),
         (
-            stale(driver="550.1").to_json().encode(),
+            stale(driver="550.1"),
             "must be measured with driver 580.95.05, got 550.1: run `nf4kernels",
         ),
         (stale(torch="2.0"), "must be measured with torch .*, got 2.0"),

@@ -9,10 +9,11 @@ from nf4kernels.backends.tuned_table import ANY_ROWS, Config, CudaOp, Rule, Tabl
 from nf4kernels.cli import main, tune
 from nf4kernels.tuning.tune import TuneError
 
-TILES = (Tile("32x64x128", 32, 2), Tile("64x64x128", 32, 1), Tile("128x128x64", ANY_ROWS, 3))
+TILES = (Tile("32x128x64", cost=1150, blocks=3), Tile("128x128x64", cost=1000, blocks=1))
+GROUPED_TILES = (Tile("32x128x64", 32), Tile("64x128x64", 32), Tile("128x128x64", ANY_ROWS))
 TABLE = Table(
     "sm_90", "2026-11-29, 98 s", "NVIDIA H200",
-    cuda={"linear": CudaOp(16, 2, 352, TILES), "grouped_linear": CudaOp(0, 1, ANY_ROWS, TILES)},
+    cuda={"linear": CudaOp(16, 352, TILES), "grouped_linear": CudaOp(0, ANY_ROWS, GROUPED_TILES)},
     triton={"linear": {4: Config(16, 64, 4, 5, 1024), 16: Config(16, 64, 4, 5, 1024)}},
     dequantize_gemm_from={"linear": 129}, rules=(Rule("linear", "bfloat16", 8, "triton", "measured: ..."),),
 )  # fmt: skip
@@ -56,8 +57,9 @@ def test_the_summary_says_what_was_found(monkeypatch, capsys):
     assert main(["tune"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "NVIDIA H200, 2026-11-29, 98 s",
-        "  linear: small to 16, 32x64x128 to 32, 128x128x64 to 352, dequantize_gemm",
-        "  grouped_linear: 32x64x128 to 32, 128x128x64",
+        "  linear: small to 16, tiled (cost by what is predicted: 32x128x64 1.15, 128x128x64 1.00) to 352, "
+        "dequantize_gemm",
+        "  grouped_linear: 32x128x64 to 32, 128x128x64",
         "  linear in Triton: configurations up to 4, 16 rows",
         "  linear in Triton: dequantize + GEMM from 129 rows on",
         "  linear bfloat16, up to 8 rows: triton (measured: ...)",

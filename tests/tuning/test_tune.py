@@ -8,21 +8,22 @@ import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from support import cases
 from support.cuda_backend import NAMESPACE
 
-from nf4kernels.backends import native, tuned_files
+from nf4kernels.backends import native, select, tuned_files
 from nf4kernels.backends.tuned_files import Card
-from nf4kernels.backends.tuned_table import ANY_ROWS, Config, Table
+from nf4kernels.backends.tuned_table import ANY_ROWS, CUDA_PRODUCTS, Config, CudaOp, Table
 from nf4kernels.tuning import cuda, tune
-from nf4kernels.tuning.cuda import CudaLibrary, tune_cuda
-from nf4kernels.tuning.products import Native, Product
+from nf4kernels.tuning.cuda import tune_cuda
+from nf4kernels.tuning.products import Native, Product, Triton
 from nf4kernels.tuning.search import Budget, OutOfTimeError
 from nf4kernels.tuning.timer import Timer
-from nf4kernels.tuning.tune import Library, Machine, TuneError, check_writable, measure, save
+from nf4kernels.tuning.tune import Library, Machine, TuneError, check_writable, machine_of, measure, save
 
 CARD = Card("A Test GPU", "sm_90", "1.2.3")
 SHAPE = (64, 640)
@@ -92,8 +93,7 @@ def test_what_was_measured_chooses_the_kernels_from_then_on(executor_ops, librar
             return 2.0 if "M64" in launch.kernel and rows <= 40 else 5.0
         return 4.0 if rows > 16 else 9.0
 
-    library_of = CudaLibrary(library.choice, library.tiles)
-    found = tune_cuda(library_of, timer(formula), ["linear"], 1, Budget(math.inf, time.time))
+    found = tune_cuda(library, timer(formula), ["linear"], 1, Budget(math.inf, time.time))
     own = found["linear"]
     assert (own.small, own.tiled) == (8, 40)
     path = tmp_path / CARD.file_name
@@ -119,18 +119,26 @@ def test_what_was_measured_chooses_the_kernels_from_then_on(executor_ops, librar
 
 @pytest.mark.parametrize("op", ["linear", "linear_dgrad"])
 def test_a_tuned_tile_and_its_blocks_are_launched(executor_ops, library, op):
-    """The tile runs alone, up to any M, and more blocks are more splits until there is no step left."""
+    """Each tile that is near M runs where it alone is cheap, and more blocks are more splits."""
+    ran = set()
     for tile, name in enumerate(library.tiles(op)):
-        tile_m = int(name.partition("x")[0])
-        with library.running(Native("tiled", tile, 1)):
-            (launch,) = [run for run in launched(executor_ops, op, 9) if "tiled" in run.kernel]
-        assert f"M{tile_m}" in launch.kernel
-        product, splits = Product(op, 9, (64, 640)), []
-        for blocks in (1, 2, 32):
-            chosen = library.choice(product, Native("tiled", tile, blocks))
-            assert chosen[:2] == ("tiled", tile)
-            splits.append(chosen[2])
+        product = Product(op, 60, SHAPE)
+        chosen = [library.choice(product, Native("tiled", tile, blocks)) for blocks in (1, 2, 4)]
+        if chosen[0] is None:
+            continue
+        splits = [own[2] for own in chosen]
         assert splits == sorted(splits)
+        for blocks, (_, number, split) in zip((1, 4), (chosen[0], chosen[-1])):
+            with library.running(Native("tiled", tile, blocks)):
+                (launch,) = [run for run in launched(executor_ops, op, 60) if "tiled" in run.kernel]
+            tile_m, width = int(name.split("x")[0]), int(name.split("x")[1 if op == "linear" else 2])
+            columns = -(-(SHAPE[0] if op == "linear" else SHAPE[1]) // width)
+            assert (number, launch.grid) == (tile, (columns, -(-60 // tile_m), split))
+        ran.add(tile)
+        assert library.cycles(product, tile, 1) > library.cycles(replace(product, M=1), tile, 1) > 0
+        own = CudaOp(0, ANY_ROWS, Native("tiled", tile).only(library.tiles(op)).tiles)
+        assert library.tile_of(product, own) == tile
+    assert len(ran) >= 2
 
 
 def test_a_candidate_that_cannot_run_is_none(library):
@@ -140,10 +148,22 @@ def test_a_candidate_that_cannot_run_is_none(library):
     assert library.choice(Product("grouped_linear", 17, SHAPE, 4), Native("small")) == ("small", 0, 1)
 
 
+def tiles_with(own: CudaOp, **changes) -> dict:
+    return {"tiles": tuple(replace(tile, **changes) for tile in own.tiles)}
+
+
 def test_wrong_numbers_are_refused(executor_ops, library):
     handle = executor_ops.executor.library
     own = Native("tiled").only(library.tiles("linear"))
-    for wrong in ({"small": -1}, {"small_blocks": 0}, {"small_blocks": 33}, {"tiles": own.tiles[::-1]}):
+    for wrong in (
+        {"small": -1},
+        {"tiled": -1},
+        {"tiles": own.tiles[::-1]},
+        tiles_with(own, cost=0),
+        tiles_with(own, cost=1000001),
+        tiles_with(own, blocks=0),
+        tiles_with(own, blocks=33),
+    ):
         with pytest.raises(ValueError, match="must have "):
             native.tune_cuda(handle, 0, {"linear": replace(own, **wrong)}, "")
     descending = [replace(tile, up_to=9 - i) for i, tile in enumerate(own.tiles)]
@@ -200,10 +220,25 @@ def test_what_the_device_refuses_is_left_out(timer):
 BUCKETS = {
     op: {16: Config(16, 64, 4, 5, 1024), 65536: Config(128, 64, 8, 3, 8192)} for op in ("linear", "linear_dgrad")
 }
-LIBRARY = CudaLibrary(
-    lambda product, c: (c.kernel, c.tile, c.blocks) if c.kernel != "small" or product.M <= 16 else None,
-    lambda op: ["32x64x128", "128x128x64"],
-)
+
+
+class AnyLibrary:
+    """Any candidate runs, and all tiles are predicted to be alike."""
+
+    def tiles(self, op: str) -> list[str]:
+        return ["32x128x64", "128x128x64"]
+
+    def choice(self, product, candidate: Native):
+        return candidate.kernel, candidate.tile, candidate.blocks
+
+    def tile_of(self, product, own) -> int:
+        return 0
+
+    def cycles(self, product, tile: int, blocks: int) -> float:
+        return 1000.0
+
+
+LIBRARY = AnyLibrary()
 
 
 class Counter:
@@ -350,3 +385,64 @@ def test_writers_at_the_same_time_leave_one_whole_table(table, tmp_path):
             writer.join()
     assert all(own in tables for own in seen)
     assert all(own in seen for own in tables)
+
+
+# The machine.
+
+
+@pytest.fixture
+def made_up_gpu(executor_ops, library, interpreter, monkeypatch):
+    """A GPU whose native kernels run on the host executor, and Triton's under its interpreter."""
+    kernels = {"native": getattr(torch.ops, NAMESPACE), "triton": SimpleNamespace(**interpreter.backend.OPS)}
+    monkeypatch.setattr(tune, "card_of", lambda *device: CARD)
+    monkeypatch.setattr(tune, "Clock", lambda device: ExecutorClock(executor_ops.executor, lambda launch, rows: 2.0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties",
+                        lambda i: SimpleNamespace(major=9, minor=0, multi_processor_count=132))  # fmt: skip
+    monkeypatch.setattr(select, "decide", lambda kind: select.Decision("native", "native sm_90a", "a card"))
+    monkeypatch.setattr(select, "cuda_library", lambda: (library.library, ""))
+    monkeypatch.setattr(select, "kernels_of", lambda name: {op: getattr(kernels[name], op) for op in CUDA_PRODUCTS})
+    monkeypatch.setattr(select, "triton_choices", lambda: interpreter.backend.choose)
+    choose = interpreter.backend.choose
+    monkeypatch.setattr(choose, "architecture_of", lambda device: "sm_90")
+
+    def has(*backends: str) -> Machine:
+        monkeypatch.setattr(select, "available", lambda kind: list(backends))
+        return machine_of(torch.device("cuda", 0), print)
+
+    return has
+
+
+def test_the_backends_of_a_machine_are_timed_by_name(made_up_gpu, library, interpreter, monkeypatch):
+    machine = made_up_gpu("native", "triton")
+    choose = interpreter.backend.choose
+    assert (machine.card, machine.gemm_from) == (CARD, choose.table_for("sm_90").dequantize_gemm_from)
+    assert machine.configs["linear"] == dict(choose.table_for("sm_90").configs["linear"])
+    assert (machine.cuda.arch, machine.cuda.multiprocessors) == (90, 132)
+    seen = []
+    run = interpreter.backend.OPS["linear"]
+
+    def recorded(*arguments):
+        seen.append(dict(choose._forced))
+        return run(*arguments)
+
+    product = machine.times.product
+    monkeypatch.setattr(
+        machine.times, "product",
+        lambda op, c: (recorded, product(op, c)[1]) if isinstance(c, Triton) else product(op, c),
+    )  # fmt: skip
+    monkeypatch.setattr(machine.times.clock, "sampler", lambda run, copies: run() is None or (lambda: 2.0))
+    candidates = [Native(), Native("tiled"), *(Triton(path, Config(16, 32, 4, 2, 64)) for path in choose.PATHS)]
+    times = machine.times(Product("linear", 3, (64, 64)), candidates, Budget(1e9, time.time))
+    assert times == dict.fromkeys(candidates, 2.0)
+    assert [forced["path"] for forced in seen] == ["fused", "fused", "dequantize_gemm", "dequantize_gemm"]
+    assert all(forced["config"] == Config(16, 32, 4, 2, 64) for forced in seen)
+    assert choose._forced == {"path": None, "config": None}
+
+
+def test_a_machine_of_one_backend_has_that_alone(made_up_gpu):
+    assert made_up_gpu("native").configs == {}
+    machine = made_up_gpu("triton")
+    assert machine.cuda is None
+    assert machine.configs
+    with pytest.raises(TuneError, match="must have compiled kernels or Triton on the GPU, got native sm_90a: a card"):
+        made_up_gpu()

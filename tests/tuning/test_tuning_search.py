@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from nf4kernels.backends.tuned_table import ANY_ROWS, Config, CudaOp, Rule, Tile
+from nf4kernels.backends.tuned_table import ANY_ROWS, MOST_COST, Config, CudaOp, Rule, Tile
 from nf4kernels.tuning import search
-from nf4kernels.tuning.cuda import ROWS, CudaLibrary, tune_cuda
+from nf4kernels.tuning.cuda import ROWS, tune_cuda
 from nf4kernels.tuning.products import SHAPES, Native, Triton
 from nf4kernels.tuning.search import Budget, OutOfTimeError, best_config, best_ranges, limit_between
 from nf4kernels.tuning.triton import dequantize_gemm_from, tune_backends, tune_configs
@@ -130,34 +130,56 @@ def test_the_best_so_far_is_kept_when_the_time_is_over():
     assert best_config(START, no_time) is None
 
 
-# Where each kernel is the fastest: up to these rows.
+# Of one weight: up to how many rows small is the fastest, and what is fused; what each tile takes, in predicted times,
+# and the blocks with which it does.
+SMALL, FUSED = {"linear": 12, "linear_dgrad": 0}, {"linear": 300, "linear_dgrad": 200}
+ERRORS, BLOCKS = (1.5, 1.0, 2.5), (2, 4, 1)
+# Of experts: up to how many rows each kernel is the fastest.
 GEMM = ("dequantize_gemm", 0)
-KNOWN = {
-    "linear": {("small", 0): 12, ("tiled", 0): 40, ("tiled", 1): 40, ("tiled", 2): 300, GEMM: ANY_ROWS},
-    "linear_dgrad": {("tiled", 0): 0, ("tiled", 1): 200, ("tiled", 2): 200, GEMM: ANY_ROWS},
-    "grouped_linear": {("small", 0): 20, ("tiled", 0): 20, ("tiled", 1): 64, ("tiled", 2): ANY_ROWS},
-}  # fmt: skip
-BLOCKS = {("small", 0): 3, ("tiled", 0): 1, ("tiled", 1): 2, ("tiled", 2): 4, ("dequantize_gemm", 0): 1}
+EXPERTS = {("small", 0): 20, ("tiled", 0): 20, ("tiled", 1): 64, ("tiled", 2): 700, GEMM: ANY_ROWS}
+
+
+class Library:
+    """A library whose tiles are each the best predicted one at some M of its own, and run at those near it."""
+
+    rows = (32, 64, 128)
+
+    def tiles(self, op: str) -> list[str]:
+        return TILES
+
+    def choice(self, product, candidate: Native):
+        if candidate.kernel == "small" and (
+            product.op == "linear_dgrad" or (64 if product.experts else 16) < product.M
+        ):
+            return None
+        return candidate.kernel, candidate.tile, candidate.blocks
+
+    def cycles(self, product, tile: int, blocks: int) -> float:
+        return 1000 * (1 + abs(math.log2(product.M / self.rows[tile]))) * product.shape[0]
+
+    def tile_of(self, product, own: CudaOp) -> int:
+        costs = [tile.cost * self.cycles(product, i, tile.blocks) for i, tile in enumerate(own.tiles)]
+        return costs.index(min(costs))
+
+
+LIBRARY = Library()
 
 
 def milliseconds(product, candidate: Native) -> float:
-    """1 for the kernel that is known to be the fastest, with the blocks that are; more with the distance to it."""
-    known, kernel = KNOWN[product.op], (candidate.kernel, candidate.tile)
-    best = next(name for name, most in known.items() if most >= product.M)
-    away = abs(list(BLOCKS).index(best) - list(BLOCKS).index(kernel))
-    return (1 + 0.3 * away) * (1 + 0.1 * abs(candidate.blocks - BLOCKS[kernel])) * product.shape[0] / 4096
+    if product.experts:
+        best = next(name for name, most in EXPERTS.items() if most >= product.M)
+        return 1 + 0.3 * abs(list(EXPERTS).index(best) - list(EXPERTS).index((candidate.kernel, candidate.tile)))
+    if candidate.kernel == "tiled":
+        tile = candidate.tile
+        worse = 1 + 0.1 * abs(candidate.blocks - BLOCKS[tile])
+        return ERRORS[tile] * worse * LIBRARY.cycles(product, tile, 1)
+    tiled = min(error * LIBRARY.cycles(product, tile, 1) for tile, error in enumerate(ERRORS))
+    if candidate.kernel == "small":
+        return tiled * (0.5 if SMALL[product.op] >= product.M else 2)
+    return tiled * (2 if FUSED[product.op] >= product.M else 0.9)
 
 
-def choice(product, candidate: Native):
-    if (candidate.kernel, candidate.tile) not in KNOWN[product.op] or (candidate.kernel == "small" and product.M > 32):
-        return None
-    return candidate.kernel, candidate.tile, candidate.blocks
-
-
-LIBRARY = CudaLibrary(choice, lambda op: TILES)
-
-
-def tuned(seconds: float, ops=tuple(KNOWN), shapes: int = 3, formula=milliseconds):
+def tuned(seconds: float, ops=("linear", "linear_dgrad", "grouped_linear"), shapes: int = 3, formula=milliseconds):
     clock = Clock()
     return tune_cuda(LIBRARY, times_by(formula, clock), ops, shapes, Budget(seconds, clock)), clock.now
 
@@ -166,28 +188,31 @@ def assert_close(limit: int, known: int) -> None:
     assert limit == known or 0 <= known - limit <= max(search.LEAST_GAP, limit // 8), (limit, known)
 
 
-def test_known_limits_tiles_and_blocks_are_found():
+def test_known_limits_and_the_errors_of_predictions_are_found():
     found, _ = tuned(math.inf)
-    for op, known in KNOWN.items():
+    for op in SMALL:
         own = found[op]
-        assert_close(own.small, known.get(("small", 0), 0))
-        assert own.small_blocks == (BLOCKS["small", 0] if ("small", 0) in known else 1)
-        assert_close(own.tiled, known["tiled", 2])
+        assert_close(own.small, SMALL[op])
+        assert_close(own.tiled, FUSED[op])
         assert [tile.tile for tile in own.tiles] == TILES
-        for i, tile in enumerate(own.tiles[:-1]):
-            assert_close(tile.up_to, known["tiled", i])
-        assert own.tiles[-1].up_to == ANY_ROWS
-        ranges = [known.get(("small", 0), 0), *(known["tiled", i] for i in range(3))]
-        for i, tile in enumerate(own.tiles):
-            if ranges[i + 1] > ranges[i]:  # a tile that never runs has no blocks to be found
-                assert tile.blocks == BLOCKS["tiled", i], (op, tile)
+        assert [tile.cost for tile in own.tiles] == [1500, 1000, 2500]
+        assert tuple(tile.blocks for tile in own.tiles) == BLOCKS
+
+
+def test_known_tiles_of_experts_are_found():
+    own = tuned(math.inf)[0]["grouped_linear"]
+    assert_close(own.small, EXPERTS["small", 0])
+    assert_close(own.tiled, EXPERTS["tiled", 2])
+    assert own.tiles[0].up_to == own.small, "a tile that is nowhere the fastest"
+    assert_close(own.tiles[1].up_to, EXPERTS["tiled", 1])
+    assert own.tiles[2].up_to == ANY_ROWS
 
 
 def test_what_there_is_no_time_for_is_left_out():
     _, first = tuned(math.inf, ["linear"], 1)
     found, took = tuned(2.5 * first, shapes=3)
     assert "linear" in found
-    assert len(found) < len(KNOWN)
+    assert len(found) < 3
     assert took <= 2.5 * first + 1
     assert tuned(0)[0] == {}
     assert tuned(5)[0] == {}, "a shape that was begun does not count"
@@ -197,10 +222,10 @@ def test_a_second_shape_counts_as_much_as_the_first():
     """Where dequantize + GEMM is 1.5 times as slow on one shape as fast on the other, it is not the faster."""
 
     def formula(product, candidate):
-        is_gemm = candidate.kernel == "dequantize_gemm"
-        if product.M < 64 or not is_gemm:
-            return 1.0 + 0.01 * candidate.tile + 100 * is_gemm
-        return 0.9 if product.shape == SHAPES[0] else 1.5
+        if candidate.kernel != "dequantize_gemm":
+            return milliseconds(product, candidate)
+        tiled = min(error * LIBRARY.cycles(product, tile, 1) for tile, error in enumerate(ERRORS))
+        return tiled * (9 if product.M < 64 else 0.9 if product.shape == SHAPES[0] else 1.5)
 
     one, _ = tuned(math.inf, ["linear"], 1, formula)
     two, _ = tuned(math.inf, ["linear"], 2, formula)
@@ -213,7 +238,7 @@ def test_many_rows_are_not_measured_where_the_winner_is_clear():
 
     def formula(product, candidate):
         seen.append(product.M)
-        return milliseconds(product, candidate) * (0.1 if candidate.kernel == "dequantize_gemm" else 1)
+        return milliseconds(product, candidate) * (0.3 if candidate.kernel == "dequantize_gemm" else 1)
 
     tuned(math.inf, ["linear"], 1, formula)
     assert max(seen) == 256 < ROWS[-1]
@@ -273,11 +298,10 @@ def test_rules_name_the_faster_backend():
 
 
 def test_a_candidate_s_parameters_leave_the_library_one_kernel():
-    assert Native("small", 0, 2).only(TILES).small == ANY_ROWS
+    assert Native("small").only(TILES).small == ANY_ROWS
     own = Native("tiled", 1, 3).only(TILES)
-    assert own == CudaOp(
-        0, 3, ANY_ROWS, (Tile(TILES[0], 0, 3), Tile(TILES[1], ANY_ROWS, 3), Tile(TILES[2], ANY_ROWS, 3))
-    )
+    tiles = (Tile(TILES[0], 0, MOST_COST, 3), Tile(TILES[1], ANY_ROWS, 1, 3), Tile(TILES[2], ANY_ROWS, MOST_COST, 3))
+    assert own == CudaOp(0, ANY_ROWS, tiles)
     own = Native("dequantize_gemm").only(TILES)
     assert (own.small, own.tiled) == (0, 0)
     assert Triton("fused", START) == Triton("fused", START), "candidates are keys"
