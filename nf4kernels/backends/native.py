@@ -183,6 +183,13 @@ class CudaLibrary:
         """The newest CUDA that the driver knows, as `version`; 0 without a driver."""
         return self._driver_version()
 
+    def forget_graphs(self) -> None:
+        """Nothing runs, and no CUDA graph of before is launched any more: its arrival counters may be given again.
+
+        A measurement has more graphs than the library has counters for (csrc/cuda/arrivals.h).
+        """
+        self.handle.nf4kernels_cuda_forget_streams()
+
     def tile_cycles(self, *product) -> float:
         """What csrc/cuda/tiles.h predicts; the arguments but the last are those of nf4kernels_cuda_tile_cycles."""
         predict = self.handle.nf4kernels_cuda_tile_cycles

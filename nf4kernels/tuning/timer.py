@@ -74,9 +74,28 @@ class Timer:
     product: Callable[[str, Candidate], tuple[Callable[..., Tensor], AbstractContextManager]]
     say: Callable[[str], None] = print
     refusals: tuple[type[Exception], ...] = ()  # what a candidate raises that cannot run here
+    forget_graphs: Callable[[], None] = lambda: None  # told after each measurement, whose graphs are gone
     weights: dict[tuple[Shape, int], "Weights"] = field(default_factory=dict)
 
     def __call__(self, product: Product, candidates: Sequence[Candidate], budget: Budget) -> Mapping[Candidate, float]:
+        try:
+            return self._times(product, candidates, budget)
+        finally:
+            self.forget_graphs()
+
+    def _times(self, product: Product, candidates: Sequence[Candidate], budget: Budget) -> dict[Candidate, float]:
+        samplers = self._samplers(product, candidates, budget)
+        samples: dict[Candidate, list[float]] = {candidate: [] for candidate in samplers}
+        for _ in range(ROUNDS):
+            budget.check()
+            for candidate, sample in samplers.items():
+                samples[candidate].append(sample())
+        return {candidate: statistics.median(values) for candidate, values in samples.items()}
+
+    def _samplers(
+        self, product: Product, candidates: Sequence[Candidate], budget: Budget
+    ) -> dict[Candidate, Callable[[], float]]:
+        """Of the candidates that can run, and are right."""
         weights = self._weights(product)
         x = torch.randn(product.rows, weights.columns(product.op), device=self.clock.device).bfloat16()
         samplers: dict[Candidate, Callable[[], float]] = {}
@@ -92,12 +111,7 @@ class Timer:
                     samplers[candidate] = self.clock.sampler(run, len(weights.copies))
             except self.refusals:
                 continue
-        samples: dict[Candidate, list[float]] = {candidate: [] for candidate in samplers}
-        for _ in range(ROUNDS):
-            budget.check()
-            for candidate, sample in samplers.items():
-                samples[candidate].append(sample())
-        return {candidate: statistics.median(values) for candidate, values in samples.items()}
+        return samplers
 
     def _weights(self, product: Product) -> "Weights":
         key = product.shape, product.experts

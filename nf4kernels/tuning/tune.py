@@ -98,6 +98,8 @@ def machine_of(device: torch.device, say: Callable[[str], None]) -> Machine:
         return kernels["triton"][op], triton.forcing(candidate.path, candidate.config)
 
     timer = Timer(Clock(device), product, say, triton.REFUSALS if triton is not None else ())
+    if handle is not None:
+        timer.forget_graphs = handle.forget_graphs
     machine = Machine(card, timer)
     if library is not None:
         machine.cuda, machine.use = library, library.use

@@ -37,3 +37,10 @@ def test_graphs_leave_slots_for_streams(slot_of):
     assert slot_of(1, capture=CAPTURED + 1) == -1
     streams = [slot_of(stream) for stream in range(1, SLOTS - CAPTURED + 1)]
     assert sorted(captured + streams) == list(range(SLOTS))
+
+
+def test_slots_can_be_given_again(slot_of, executor_ops):
+    """As a measurement asks for between its graphs, of which there are more than slots."""
+    assert [slot_of(7, capture) for capture in range(1, 400)][-1] == -1
+    executor_ops.executor.library.nf4kernels_cuda_forget_streams()
+    assert [slot_of(7, 400), slot_of(7, 401), slot_of(7)] == [0, 1, 2]

@@ -135,7 +135,7 @@ def test_a_tuned_tile_and_its_blocks_are_launched(executor_ops, library, op):
             columns = -(-(SHAPE[0] if op == "linear" else SHAPE[1]) // width)
             assert (number, launch.grid) == (tile, (columns, -(-60 // tile_m), split))
         ran.add(tile)
-        assert library.cycles(product, tile, 1) > library.cycles(replace(product, M=1), tile, 1) > 0
+        assert library.cycles(replace(product, M=2000), tile, 1) > library.cycles(product, tile, 1) > 0
         own = CudaOp(0, ANY_ROWS, Native("tiled", tile).only(library.tiles(op)).tiles)
         assert library.tile_of(product, own) == tile
     assert len(ran) >= 2
@@ -208,11 +208,13 @@ def test_what_the_device_refuses_is_left_out(timer):
     def refuse(*arguments):
         raise TooLargeError
 
-    times = timer(lambda launch, rows: 1.0, refusals=(TooLargeError,))
+    forgotten = []
+    times = timer(lambda launch, rows: 1.0, refusals=(TooLargeError,), forget_graphs=lambda: forgotten.append(1))
     times.product = lambda op, candidate: (refuse, nullcontext())
     assert times(Product("linear", 1, SHAPE), [Native("small")], Budget(1e9, time.time)) == {}
     with pytest.raises(OutOfTimeError):
         times(Product("linear", 1, SHAPE), [Native("small")], Budget(0, time.time))
+    assert len(forgotten) == 2, "after each measurement, however it ends"
 
 
 # The table of a run.
