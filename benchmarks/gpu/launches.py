@@ -127,7 +127,7 @@ def ops_of(namespace: str) -> Iterator[None]:
 def counted(executor: Any, namespace: str, call: Any) -> tuple[Count, Any]:
     """What the call launches and allocates, and its result."""
     executor.reset()
-    with executor.counting_only(), ops_of(namespace), Recorder(namespace) as recorder:
+    with executor.planning(), ops_of(namespace), Recorder(namespace) as recorder:
         result = call()
     for launch in executor.launches():
         recorder.count.launched(launch.kernel.partition("<")[0], launch.count)

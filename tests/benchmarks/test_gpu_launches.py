@@ -39,7 +39,7 @@ def test_what_is_only_counted_does_not_run(executor_ops):
     """And after it launches run again."""
     executor, qweight = executor_ops.executor, cases.quantized(4, 64)
     arguments = (*qweight.op_args(), 0, 4, 0, 64, torch.bfloat16)
-    with executor.counting_only():
+    with executor.planning():
         assert executor_ops.ops.dequantize(*arguments).isnan().all()  # what an allocation is filled with in tests
     assert executor_ops.ops.dequantize(*arguments).isfinite().all()
     assert [launch.count for launch in executor.launches()] == [2]

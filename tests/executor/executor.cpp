@@ -438,7 +438,7 @@ void copy_async_wait(int pending, Site) {
   self.copies.erase(rest, self.copies.end());
 }
 
-static bool counts_only = false;  // launches are checked and logged, and no block runs
+bool planning = false;  // launches are checked and logged, and no block runs
 
 cudaError_t run(const void* kernel, dim3 grid, int thread_count, size_t shared_bytes,
                 const std::function<void()>& thread) {
@@ -458,7 +458,7 @@ cudaError_t run(const void* kernel, dim3 grid, int thread_count, size_t shared_b
                  " bytes of shared memory, got " + shape;
     return cudaErrorInvalidValue;
   }
-  if (counts_only) {
+  if (planning) {
     ++launches[shape + " " + name];
     return cudaSuccess;
   }
@@ -541,7 +541,12 @@ NF4_EXECUTOR_API void nf4_executor_set(int schedule, unsigned seed, bool copies_
   nf4::cuda::executor::mma_truncates = mma_truncates;
 }
 
-NF4_EXECUTOR_API void nf4_executor_count_only(bool on) { nf4::cuda::executor::counts_only = on; }
+// Every later launch has at most so many blocks along x and along y, so that a loop over the grid has more than one turn
+// of few elements; 0: as many as it asks for.
+NF4_EXECUTOR_API void nf4_executor_limit_grid(unsigned blocks) { nf4::cuda::executor::grid_limit = blocks; }
+
+// Whether launches are checked and logged alone, at whatever size.
+NF4_EXECUTOR_API void nf4_executor_plan(bool planning) { nf4::cuda::executor::planning = planning; }
 
 NF4_EXECUTOR_API const char* nf4_executor_last_error() { return nf4::cuda::executor::last_error.c_str(); }
 

@@ -37,8 +37,9 @@ class Executor:
     def __init__(self, library: Path):
         self.path = library
         self.library = ctypes.CDLL(str(library))
-        self.library.nf4_executor_set.argtypes = [ctypes.c_int, ctypes.c_uint, ctypes.c_bool, ctypes.c_size_t]
-        self.library.nf4_executor_count_only.argtypes = [ctypes.c_bool]
+        settings = [ctypes.c_int, ctypes.c_uint, ctypes.c_bool, ctypes.c_size_t, ctypes.c_bool]
+        self.library.nf4_executor_set.argtypes = settings
+        self.library.nf4_executor_plan.argtypes = [ctypes.c_bool]
         self.library.nf4_executor_last_error.restype = ctypes.c_char_p
         self.library.nf4_executor_launches.restype = ctypes.c_char_p
         self.library.nf4_executor_sites.restype = ctypes.c_char_p
@@ -54,13 +55,13 @@ class Executor:
         self.library.nf4_executor_set(SCHEDULES.index(schedule), seed, late, shared_limit, truncated)
 
     @contextmanager
-    def counting_only(self) -> Iterator[None]:
-        """Launches are checked and logged but not run, so that those on large tensors are counted at once."""
-        self.library.nf4_executor_count_only(True)
+    def planning(self) -> Iterator[None]:
+        """Launches inside a `with` block are checked and logged, and not run: of whatever size, and writing nothing."""
+        self.library.nf4_executor_plan(True)
         try:
             yield
         finally:
-            self.library.nf4_executor_count_only(False)
+            self.library.nf4_executor_plan(False)
 
     def error(self) -> str:
         """The message of the last launch that failed since reset; empty if none did."""
