@@ -177,7 +177,7 @@ def test_launches_that_a_device_refuses(executor):
 
 
 def test_settings_are_checked(executor):
-    with pytest.raises(ValueError, match="schedule must be one of .*, got backwards"):
+    with pytest.raises(ValueError, match=r"schedule must be one of .*, got backwards"):
         executor.set("backwards")
 
 

@@ -80,8 +80,8 @@ COPY, READ_STAGE = "copy_async_16(to", "sum += stages["
 PARTIAL, LOAD_PARTIAL = "partial[blockIdx.x * kThreads + threadIdx.x] = in[", "sum += load_l2(of_block)"
 PAIR, READ_PAIR = "staged[kVariant == Pair::kSameWord ?", "const float other = staged["
 
-# What is wrong: (kernel, variant, the rule that is broken, the source lines of the two accesses, in either order). Which
-# of the two comes first depends on the schedule.
+# What is wrong: (kernel, variant, the rule that is broken, the source lines of the two accesses); which of these comes
+# first depends on the schedule.
 RACES = {
     "no-barrier": ("shift", 1, NO_BARRIER, (STAGED, "out[i] = staged[from]")),
     "a-barrier-of-the-warp-alone": ("shift", 2, NO_BARRIER, (STAGED, "out[i] = staged[from]")),
@@ -98,7 +98,7 @@ RACES = {
     "a-copy-into-a-stage-still-read": ("pipeline", 4, f"{NO_BARRIER}|{IN_FLIGHT}", (COPY, READ_STAGE)),
     "a-store-under-a-copy": ("pipeline", 8, IN_FLIGHT, (COPY, "to[0] = 0")),
     "two-copies-to-one-place": ("pipeline", 9, IN_FLIGHT, (COPY, COPY)),
-    "blocks-that-rely-on-their-order": ("sum", 5, NO_ARRIVAL, ("kBlockOrder && block > 0 ?", "if (threadIdx.x == 0) out[")),
+    "blocks-that-rely-on-their-order": ("sum", 5, NO_ARRIVAL, ("block > 0 ? out[block - 1]", "out[block] = (sums[0]")),
     "blocks-that-write-one-place": ("in_place", 1, NO_ARRIVAL, ("*own = 1 +", "*own = 1 +")),
     "the-first-to-arrive": ("arrival", 1, NO_ARRIVAL, (PARTIAL, LOAD_PARTIAL)),
     "no-fence-before-arriving": ("arrival", 3, NO_ARRIVAL, (PARTIAL, LOAD_PARTIAL)),

@@ -23,7 +23,7 @@ FLAGS += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DNF4_EXECUTOR", f"-I{ROO
 ASAN_FLAGS = ["-fsanitize=address,alignment", "-fno-sanitize-recover=alignment", "-fno-omit-frame-pointer"]
 # The compiler calls races.cpp before each load and store of the kernels, and leaves them as the source has them.
 RACES_FLAGS = ["-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0", "-fno-tree-sra"]
-RACES_FLAGS += ["-fno-tree-vectorize", "-fno-store-merging"]
+RACES_FLAGS += ["-fno-tree-vectorize", "-fno-store-merging", "-O1", "-g1"]
 COMPILES_AT_ONCE = 2
 
 

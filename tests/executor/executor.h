@@ -275,14 +275,13 @@ NF4_DEVICE uint32_t pack(float low, float high) {
   return from_float<T>(low).bits | uint32_t(from_float<T>(high).bits) << 16;
 }
 
-// A product of two bf16 or fp16 is exact in double.
+// A product of two bf16 or fp16 is exact in fp32, unless it is below half of the least bf16.
 template <class T>
 NF4_DEVICE uint32_t multiply_pairs(uint32_t a, uint32_t b) {
   float a_low, a_high, b_low, b_high;
   executor::unpack<T>(a, a_low, a_high);
   executor::unpack<T>(b, b_low, b_high);
-  return pack<T>(executor::add_to_odd(double(a_low) * b_low, -0.0),
-                 executor::add_to_odd(double(a_high) * b_high, -0.0));
+  return pack<T>(a_low * b_low, a_high * b_high);
 }
 
 template <class T>

@@ -42,8 +42,7 @@ class Executor:
         self.library.nf4_executor_plan.argtypes = [ctypes.c_bool]
         self.library.nf4_executor_last_error.restype = ctypes.c_char_p
         self.library.nf4_executor_launches.restype = ctypes.c_char_p
-        self.library.nf4_executor_sites.restype = ctypes.c_char_p
-        self.library.nf4_executor_pipelines.restype = ctypes.c_char_p
+        self.library.nf4_executor_kernels.restype = ctypes.c_char_p
 
     def set(self, schedule="ascending", copies="late", seed=0, shared_limit=SM_90_SHARED, sums="rounded") -> None:
         """Which runnable thread goes on, when a copy_async_16's bytes arrive, a block's limit of shared memory, and how
@@ -71,36 +70,9 @@ class Executor:
         """The launches that ran to their end since reset, equal ones counted together."""
         return [_launch(line) for line in self.library.nf4_executor_launches().decode().splitlines()]
 
-    def sites(self) -> dict[Site, bool]:
-        """What was reached since reset, and whether it is a barrier after which copies begin before the next."""
-        lines = [line.split(" ", 2) for line in self.library.nf4_executor_sites().decode().splitlines()]
-        sites = {Site(kernel, what, place): False for what, place, kernel in lines}
-        return {
-            site: Site(site.kernel, f"{site.what}-copies", site.place) in sites
-            for site in sites
-            if not site.what.endswith("-copies")
-        }
-
-    def pipelines(self) -> list[Pipeline]:
-        """Of every kernel launched since reset that copied in the background."""
-        lines = [line.split(" ", 3) for line in self.library.nf4_executor_pipelines().decode().splitlines()]
-        return [Pipeline(kernel, *map(int, counts)) for *counts, kernel in lines]
-
-    def change(self, site: Site, change: str) -> None:
-        """From now on this kernel's calls at this site are changed so."""
-        self.library.nf4_executor_change(*(text.encode() for text in site), CHANGES.index(change))
-
-    @contextmanager
-    def changed(self, site: Site, change: str) -> Iterator[None]:
-        self.change(site, change)
-        try:
-            yield
-        finally:
-            self.change(site, "none")
-
-    def limit_grid(self, blocks: int) -> None:
-        """Run at most so many blocks along x and y, of kernels whose blocks loop over the grid; 0: all."""
-        self.library.nf4_executor_limit_grid(blocks)
+    def kernels(self) -> list[str]:
+        """The kernels that have run to their end since the library was loaded, whatever was reset."""
+        return self.library.nf4_executor_kernels().decode().splitlines()
 
     def reset(self) -> None:
         self.library.nf4_executor_reset()

@@ -222,6 +222,7 @@ __global__ void in_place_kernel(float* inout) {
   float* own = inout + (kVariant == InPlace::kOfOneBlock ? 0 : blockIdx.x * kThreads) + threadIdx.x;
   if (kVariant == InPlace::kCopied && threadIdx.x < kThreads / 4) {
     copy_async_16(shared_memory<float>() + 4 * threadIdx.x, inout + blockIdx.x * kThreads + 4 * threadIdx.x);
+    copy_async_commit();
     copy_async_wait<0>();
   }
   if (kVariant == InPlace::kCopied) sync_block();
@@ -249,6 +250,14 @@ __global__ void numbers_kernel(const uint32_t* a, const uint32_t* b, const uint3
   out[i] = permute_bytes(a[i], b[i], selector[i]);
   out[kThreads + i] = multiply_pairs<BFloat16>(a[i], b[i]);
   out[2 * kThreads + i] = multiply_pairs<Float16>(a[i], b[i]);
+}
+
+// out[0] = a * b + c in bf16, out[1] = a * b + c in fp16, out[2] = a * b in bf16; each of blocks * kThreads words.
+__global__ void fused_kernel(const uint32_t* a, const uint32_t* b, const uint32_t* c, uint32_t* out) {
+  const int i = blockIdx.x * kThreads + threadIdx.x, count = gridDim.x * kThreads;
+  out[i] = multiply_add_pairs<BFloat16>(a[i], b[i], c[i]);
+  out[count + i] = multiply_add_pairs<Float16>(a[i], b[i], c[i]);
+  out[2 * count + i] = multiply_pairs<BFloat16>(a[i], b[i]);
 }
 
 __global__ void empty_kernel() {}
@@ -329,6 +338,9 @@ NF4_TEST_API int run_address(int variant, const uint32_t* in, uint32_t* out) {
 }
 NF4_TEST_API int run_numbers(const uint32_t* a, const uint32_t* b, const uint32_t* selector, uint32_t* out) {
   return launch(numbers_kernel, 1, kThreads, 0, nullptr, a, b, selector, out);
+}
+NF4_TEST_API int run_fused(int blocks, const uint32_t* a, const uint32_t* b, const uint32_t* c, uint32_t* out) {
+  return launch(fused_kernel, blocks, kThreads, 0, nullptr, a, b, c, out);
 }
 NF4_TEST_API int run_empty(int x, int y, int z, int threads, int shared_bytes) {
   return launch(empty_kernel, dim3(x, y, z), threads, shared_bytes, nullptr);
