@@ -1,11 +1,14 @@
 """Products by which every block of a kernel with a pipeline of stages fills each stage again.
 
 A shape of as many steps as there are stages fills each once, and then a fetch that does not wait until a stage has been
-read does no harm. Imports no more than it needs: the tests' ways to run an op know these shapes too.
+read does no harm.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
+
+import torch
 
 REFUSAL = "cannot run this"  # a forced kernel says so of a shape, a dtype or an alignment
 STEPS = 6  # at least two more than there are stages, as the tests on the host executor count
@@ -29,21 +32,23 @@ class Reuse(NamedTuple):
     N: int
     K: int
     scales_sums: bool  # or levels: csrc/cuda/product.cuh
+    dtype: torch.dtype
 
 
 def reuses(op: str, tiles: Sequence[str], multiprocessors: int = 1) -> Iterator[Reuse]:
-    """Every tile, unsplit and in two parts, in both forms of scales; the last tile's rows are one tile and two more.
+    """Every tile in both forms of scales, unsplit in bf16 and in two parts in fp16.
 
-    Of the small kernel, which shares its work out to all multiprocessors and has tiles of 8 and 16 rows, each once.
+    The last tile's rows are one tile and two more. The small kernel, which shares its work out to all multiprocessors,
+    has tiles of 8 and 16 rows.
     """
     if op == "linear":
-        for M, scales_sums in ((5, True), (9, False)):
-            yield Reuse(Forced("small"), M, 64 * multiprocessors + 8, SMALL_K, scales_sums)
+        for M, dtype, scales_sums in itertools.product((5, 9), (torch.bfloat16, torch.float16), (True, False)):
+            yield Reuse(Forced("small"), M, 64 * multiprocessors + 8, SMALL_K, scales_sums, dtype)
     for i, tile in enumerate(tiles):
         m, n, k = map(int, tile.split("x"))
         M = m + 2 if i + 1 == len(tiles) else m // 2 + 1
-        for splits in (1, 2):
+        for splits, dtype in ((1, torch.bfloat16), (2, torch.float16)):
+            depth = splits * STEPS
+            N, K = (depth * n, max(k - 64, 64)) if op.endswith("dgrad") else (n - 24, depth * k)
             for scales_sums in (True, False):
-                depth = splits * STEPS
-                N, K = (depth * n, max(k - 64, 64)) if op.endswith("dgrad") else (n - 24, depth * k)
-                yield Reuse(Forced("tiled", i, splits), M, N, K, scales_sums)
+                yield Reuse(Forced("tiled", i, splits), M, N, K, scales_sums, dtype)

@@ -102,10 +102,10 @@ def products(what: str, weight: tuple, N: int, K: int, M: int, dtype: torch.dtyp
 
 
 def product(op: str, reuse: Reuse) -> tuple:
-    """The op's arguments in bf16."""
+    """The op's arguments."""
     generator = torch.Generator().manual_seed(reuse.M)
     shape = (reuse.M, reuse.N if op.endswith("dgrad") else reuse.K)
-    a = torch.randn(shape, generator=generator).bfloat16()
+    a = torch.randn(shape, generator=generator).to(reuse.dtype)
     experts = 2 if op.startswith("grouped") else 1
     w = torch.randn(experts, reuse.N, reuse.K, generator=generator)
     options = {"double_quant": reuse.scales_sums, "block_size": 64 if reuse.scales_sums else 16}

@@ -412,7 +412,7 @@ class ProductContract:
         """Every tile, unsplit and split, in both forms of scales. A step's copies must wait for who reads the stage."""
         for reuse in way.reuses(self.op):
             qweight = cases.quantized(reuse.N, reuse.K, way.layout_of(reuse))
-            a, lora = self.inputs(qweight, reuse.M, HALVES[0]), self.lora(qweight, reuse.M, 16, HALVES[0])
+            a, lora = self.inputs(qweight, reuse.M, reuse.dtype), self.lora(qweight, reuse.M, 16, reuse.dtype)
             with way.running(*reuse.kernel):
                 self.bits_under_every_schedule(way, a, qweight, lora if reuse.scales_sums else None, f"{reuse}")
         way.assert_stages_were_filled_again(self.op)

@@ -246,7 +246,7 @@ class GroupedContract:
         for reuse in way.reuses(self.op):
             qweights = cases.quantized_experts(2, reuse.N, reuse.K, way.layout_of(reuse))
             with way.running(*reuse.kernel):
-                a = self.inputs(reuse.M, qweights, BFLOAT16)
+                a = self.inputs(reuse.M, qweights, reuse.dtype)
                 self.bits_under_every_schedule(way, a, (reuse.M - 1, 1), qweights, f"{reuse}")
         way.assert_stages_were_filled_again(self.op)
 

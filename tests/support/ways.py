@@ -210,10 +210,11 @@ class CudaWay(Way):
         self.executor.set(shared_limit=SM_86_SHARED)
 
     def reuses(self, op: str) -> list[Reuse]:
-        """Every tile filling its stages again: with scaled sums unsplit, with scaled levels in two parts."""
+        """Every tile filling its stages again: scaled sums unsplit in bf16, scaled levels in two parts in fp16."""
         self.pretend(90, 2)
         every = reuses(op, native.cuda_tiles(self.library, op), self.multiprocessors())
-        return [reuse for reuse in every if reuse.kernel.splits != (2 if reuse.scales_sums else 1)]
+        chosen = {(True, torch.bfloat16), (False, torch.float16)}
+        return [reuse for reuse in every if (reuse.scales_sums, reuse.dtype) in chosen]
 
     def multiprocessors(self) -> int:
         return 2 if self.executor is not None else torch.cuda.get_device_properties().multi_processor_count
