@@ -60,18 +60,17 @@ def test_every_tile(executor_ops, tile, block_size, scales, dtype):
     assert_product_within_bound(y, a, matrix, f"{tile} {block_size} {scales} {dtype}")
     (launch,) = executor_ops.launches()
     assert LAUNCHES[kernel] in launch.kernel
-    assert launch.kernel.endswith("ScaledLevels>")
+    assert "ScaledLevels" in launch.kernel
 
 
-@pytest.mark.parametrize("kernel", ["small", "tiled"])
-def test_splits_keep_the_bias_once(executor_ops, kernel):
+def test_splits_keep_the_bias_once(executor_ops):
     """The first part of the depth holds it."""
     qweight, bias = weight(40, 2048, 16, "codes"), torch.full((40,), 100.0, dtype=torch.bfloat16)
     a = cases.activations(12, 2048, torch.bfloat16)
-    with executor_ops.running(kernel):
+    with executor_ops.running("tiled"):
         y = executor_ops.run("linear", a, *qweight.op_args(), bias)
-    assert any(launch.kernel.startswith("reduce_splits") or launch.grid[2] > 1 for launch in executor_ops.launches())
-    assert_product_within_bound(y, a, cases.dense(qweight).T, kernel, bias)
+    assert any(launch.kernel.startswith("reduce_splits") for launch in executor_ops.launches())
+    assert_product_within_bound(y, a, cases.dense(qweight).T, "tiled", bias)
 
 
 def test_splits_of_experts_keep_each_bias_once(executor_ops):
