@@ -25,8 +25,7 @@ struct Problem {
 
 struct Choice {
   Path path;
-  int tile;    // of the tiled kernel: kLinearTiles or kDgradTiles
-  int splits;  // parts of the contraction (split-K)
+  int splits;  // parts of the contraction (split-K); 1 for linear_small, see small_blocks
   const char* reason;
 };
 
@@ -193,7 +192,7 @@ inline int small_blocks(int64_t N, int64_t K, int multiprocessors) {
   const int64_t most = ceil_quotient(units, kSmallWarpsK);
   return int(most < machine ? most : machine);
 }
-// Whether the share of some block ends within a tile. Every block has as many units as another, or one more.
+// Whether the share of some block may end within a tile.
 inline bool small_is_cut(int64_t N, int blocks) { return ceil_quotient(N, kSmallTileN) % blocks != 0; }
 inline int64_t small_partial_floats(int64_t M, int blocks) { return 2 * int64_t{blocks} * M * kSmallTileN; }
 

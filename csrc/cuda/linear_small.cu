@@ -1,17 +1,23 @@
 // linear for few rows of x: y[M, N] = x[M, K] @ W[N, K]^T, M <= 16, on tensor cores straight from the packed bytes.
-// Read first: linear.cuh (how a warp multiplies).
+// Read first: linear.cuh (how a warp multiplies), pair_table.cuh, arrivals.cuh.
 //
-// Who: one thread block a multiprocessor. The work is units of 64 n by 64 k, a row of tiles after the other, and each
-//   block takes an equal run of consecutive units, at whose ends tiles are cut. Of its 2 x 8 warps one half has the
-//   first 32 n, and unit u is of warps u % 8. The warps' sums, then the parts of a cut tile, are added in order.
-// Trick: a ring of copies to shared memory, each warp's its own, runs across the tiles: 80 KB in flight (32 on cards
-//   with 99 KB a block) from before the table is built until the share ends, and no barrier between tiles' ends. The
-//   last block to arrive with a part of a tile adds the parts up, so that y takes one launch. x comes through the L1,
-//   which serves both halves. Rejected: FMAs without tensor cores (an H200 has 3.2 issue slots a weight at memory speed;
-//   decode, convert and FMA take 5); a thread block a tile and split (344 tiles of 32 n on 264 blocks fill 65 % of two
-//   waves; the splits' sums took a launch of their own; x came from the L2 once for 32 n); 16 bytes of W a lane from
-//   shared memory, which would bring two blocks of one row, with two scales, into one mma.
-// Bytes: 0.516 N K, and from the L2 x once for each 64 n, and 16 M a multiprocessor for cut tiles: an H200 (4.3 TB/s)
+// Who: one thread block a multiprocessor. The work is units of 64 n by 128 k, one row of tiles after the other:
+//
+//   units     | tile 0                  | tile 1                  | tile 2                  |
+//   shares    | block 0          | block 1          | block 2         | block 3             |     equal to one unit
+//
+//   Of a block's 2 x 8 warps (2 x 4 where a block has 99 KB) one half has the first 32 n of each unit, and unit u is of
+//   the warps u % 8 along k. A tile that ends in one share is y; of a cut tile each block stores its part, and the last
+//   one to arrive adds the parts in the order of blocks. Without counters a second launch does so, with the same bits.
+// Trick: each warp has a ring of copies to shared memory, which runs through the ends of tiles: 64 KB in flight (16 KB
+//   with 99 KB) from before the table is built until the share ends. Only the end of a tile has barriers. 2.5 (M <= 8)
+//   to 2.8 instructions a weight. Rejected: FMAs without tensor cores (an H200 has 3.2 issue slots a weight at memory
+//   speed; decode, convert and FMA take 5); a thread block a tile of 32 n and split, with loads to registers (2.8 to
+//   3.3 instructions, a wait for memory a chunk of 128 k, two launches at 4096 x 4096, 344 tiles on 264 resident blocks
+//   at 11008 x 4096, and x from the L2 for every 32 n); 64 k a unit (2.9: the ring's and the walk's 60 instructions a
+//   unit); 16 bytes of W a lane from shared memory, which would bring two blocks of one row, with two scales, into one
+//   mma.
+// Bytes: 0.516 N K; from the L2 x once for each 64 n, and 8 M x 64 a block for cut tiles at most: an H200 (4.3 TB/s)
 //   does 4096 x 4096 in 2.0 us.
 // Needs: bf16 or fp16, K % 64 == 0, all pointers aligned to 16 bytes.
 #include "arrivals.cuh"
@@ -70,7 +76,8 @@ struct Walk {
 };
 // The first block of a unit in row `row` of its tile.
 NF4_DEVICE uint32_t first_block_of(const Weight& w, int unit, int depth, int row) {
-  return uint32_t(unit / depth * kSmallTileN + row) * uint32_t(w.K / kBlockK) + uint32_t(unit % depth * kUnitBlocks);
+  return (uint32_t(unit / depth) * kSmallTileN + uint32_t(row)) * uint32_t(w.K / kBlockK) +
+         uint32_t(unit % depth * kUnitBlocks);
 }
 NF4_DEVICE uint32_t last_block(const Weight& w) { return uint32_t(w.N * (w.K / kBlockK)) - 1; }
 
@@ -257,7 +264,7 @@ NF4_DEVICE float* part_of(const ProductArgs& args, const Shares& shares, int blo
 }
 
 template <class T>
-NF4_DEVICE void store_sum(const ProductArgs& args, int m, int n, float sum) {
+NF4_DEVICE void store_sum(const ProductArgs& args, int m, uint32_t n, float sum) {
   if (n >= args.weight.N) return;
   if (args.bias != nullptr) sum += to_float(static_cast<const T*>(args.bias)[n]);
   static_cast<T*>(args.out)[m * args.weight.N + n] = from_float<T>(sum);
@@ -278,7 +285,7 @@ NF4_DEVICE void join_parts(const ProductArgs& args, const Shares& shares, int ti
       for (int j = 0; j < kAtOnce; ++j)
         if (begin + j <= last) sum += parts[j];
     }
-    store_sum<T>(args, i / kSmallTileN, tile * kSmallTileN + i % kSmallTileN, sum);
+    store_sum<T>(args, i / kSmallTileN, uint32_t(tile) * kSmallTileN + uint32_t(i % kSmallTileN), sum);
   }
 }
 
@@ -294,7 +301,7 @@ NF4_DEVICE void finish_tile(const ProductArgs& args, const Shares& shares, int t
     for (int warp = 0; warp < S::kWarpsK; ++warp)
       sum += kept_sum<kTilesM>(n / kWarpTileN * S::kWarpsK + warp, m, n % kWarpTileN);
     if (part == nullptr)
-      store_sum<T>(args, m, tile * kSmallTileN + n, sum);
+      store_sum<T>(args, m, uint32_t(tile) * kSmallTileN + uint32_t(n), sum);
     else
       part[i] = sum;
   }
@@ -335,7 +342,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) linear_small_kernel(const Prod
     if (has_kept) {
       Sums<kTilesM> term = {};
       add_lora_term<T, kTilesM>(term, args, Work<int64_t>{w, tile, 0, args.M, 0, 0},
-                                tile * kSmallTileN + warp / S::kWarpsK * kWarpTileN, 0, lane);
+                                int64_t(tile) * kSmallTileN + warp / S::kWarpsK * kWarpTileN, 0, lane);
       keep<kTilesM>(term, false);
     }
     Sums<kTilesM> sums = {};
