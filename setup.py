@@ -44,8 +44,8 @@ BUILD = ROOT / "build"  # not setuptools' own folder, which pip makes anew for e
 STARTUP = "nf4kernels/integrations/bitsandbytes/nf4kernels_patch_bitsandbytes.pth"
 
 ROUNDED_CODE = "csrc/rounded_code.cpp"  # of both libraries
-CPU_BINDING = "csrc/bindings/cpu.cpp"
-OF_EVERY_ISA = ("dispatch", "lora_term", "product", "quantize_absmax", "sort_by_expert")
+CPU_BINDINGS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/bindings/cpu*.cpp"))
+OF_EVERY_ISA = ("dispatch", "grouped_lora", "lora_term", "product", "quantize_absmax", "sort_by_expert")
 CPU_SOURCES = [f"csrc/cpu/{stem}.cpp" for stem in OF_EVERY_ISA]
 CUDA_SOURCES = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*.cu"))
 CUDA_BINDINGS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/bindings/cuda*.cpp"))
@@ -162,7 +162,7 @@ def build_cpu(compiler: list[str], linker: list[str], extension: Extension) -> P
     """Compile what changed, and link the library."""
     include = [flag for path in extension.include_dirs for flag in ("-isystem", path)]
     commands = {source: [*compiler, *FLAGS] for source in CPU_SOURCES}
-    commands |= {source: [*compiler, *FLAGS, *STABLE_ABI, *include] for source in (CPU_BINDING, ROUNDED_CODE)}
+    commands |= {source: [*compiler, *FLAGS, *STABLE_ABI, *include] for source in (*CPU_BINDINGS, ROUNDED_CODE)}
     for isa, flags in ISA_FLAGS.items():
         commands |= {source: [*compiler, *FLAGS, *flags] for source in sources_of(isa)}
     objects = compile_changed(commands, BUILD / "cpu")
@@ -223,7 +223,7 @@ def build_options() -> dict:
 
     cpu = CppExtension(
         "nf4kernels._cpu",
-        [CPU_BINDING, ROUNDED_CODE, *CPU_SOURCES, *(source for isa in ISA_FLAGS for source in sources_of(isa))],
+        [*CPU_BINDINGS, ROUNDED_CODE, *CPU_SOURCES, *(source for isa in ISA_FLAGS for source in sources_of(isa))],
         depends=HEADERS,
         py_limited_api=True,
     )
