@@ -65,8 +65,9 @@ class Tunings {
   // Null: all is predicted again.
   void set(int device, std::unique_ptr<Device> measured) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    current_[size_t(device)].store(measured.get(), std::memory_order_release);
+    const Device* current = measured.get();
     if (measured != nullptr) all_.push_back(std::move(measured));
+    current_[size_t(device)].store(current, std::memory_order_release);
   }
 
   cuda::Tuning of(int device, const cuda::Problem& problem) const {
@@ -105,12 +106,13 @@ inline cuda::Problem problem_of(const Op& op, bool dgrad, const cuda::ProductArg
 }
 
 inline cuda::Choice choice_for(const cuda::Problem& problem, const Op& op) {
-  const int forced = forced_path;
-  if (forced < 0) return cuda::choose(problem);
-  const auto path = cuda::Path(forced);
-  const char* obstacle = cuda::obstacle(problem, path);
-  CHECK(obstacle == nullptr, op, ": the forced kernel ", cuda::kPathNames[forced], " cannot run this: ", obstacle);
-  return cuda::choice_of(problem, path, "forced");
+  const cuda::Tuning tuning = tunings.of(std::max(op.place.index, 0), problem);
+  const Forced wish = forced;
+  if (wish.path < 0) return cuda::choose(problem, tuning);
+  const auto path = cuda::Path(wish.path);
+  const char* obstacle = cuda::obstacle(problem, tuning, path, wish.tile, wish.splits);
+  CHECK(obstacle == nullptr, op, ": the forced kernel ", cuda::kPathNames[wish.path], " cannot run this: ", obstacle);
+  return cuda::forced_choice(problem, tuning, path, wish.tile, wish.splits);
 }
 
 // The named codebooks, rounded when the first product asks for them, which takes 8 ms for each of the two dtypes.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from ..backends.select import GPU_KEYS
+from ..backends.select import GPU_KEYS, backend_info
 from ..backends.tuned_table import ANY_ROWS, CudaOp, Table
 from ..tuning.tune import QUICK_SECONDS, SECONDS, TuneError, tune
 from .errors import CommandError
@@ -49,8 +49,7 @@ def _device(wanted: torch.device | None) -> torch.device:
     """The one that was asked for, or the first GPU; CommandError where there is none."""
     kinds = [kind for kind in GPU_KEYS if torch.get_device_module(kind).is_available()]
     if not kinds:
-        why = "torch has no CUDA" if torch.version.cuda is None else "torch sees none"
-        raise CommandError(f"tune: there must be a GPU to measure, got none: {why}")
+        raise CommandError(f"tune: there must be a GPU to measure, got none: {backend_info().devices['cuda'][1]}")
     device = torch.device(kinds[0], 0) if wanted is None else torch.device(wanted.type, wanted.index or 0)
     if device.type not in kinds or device.index >= torch.get_device_module(device.type).device_count():
         raise CommandError(f"tune: --device must be a GPU of this machine, got {wanted}")

@@ -25,10 +25,11 @@ UNKNOWN_CACHE = 128 << 20  # bytes, of a device that does not tell
 
 
 class Clock:
-    """A GPU's: times of a function there."""
+    """A GPU's, which becomes the current one: times of a function there."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.module = device, torch.get_device_module(device)
+        self.module.set_device(device)  # graphs are captured, and events recorded, on the current one
         properties = self.module.get_device_properties(device)
         self.cache_bytes: int = getattr(properties, "L2_cache_size", 0) or UNKNOWN_CACHE
 
