@@ -3,7 +3,7 @@
 import torch
 from support import cases, cuda_backend
 
-from benchmarks.gpu import launches
+from benchmarks.gpu import calls
 
 # (M, LoRA) -> launches and allocations of the forward, of the backward; 4096 x 4096 in bf16 on an H200, no bias.
 EXPECTED = {
@@ -21,7 +21,7 @@ BIAS = {(2048, False): 2}  # more launches in the forward: the bias is written t
 
 def test_launches_and_allocations(executor_ops):
     executor_ops.pretend(90, 132)
-    table = launches.table(executor_ops.executor, cuda_backend.NAMESPACE, 4096, 4096)
+    table = calls.table(executor_ops.executor, cuda_backend.NAMESPACE, 4096, 4096)
     found = {
         (M, lora): tuple((count.launches, count.allocations) for count in counts)
         for (M, lora, bias), counts in table.items()

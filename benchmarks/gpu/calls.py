@@ -1,6 +1,6 @@
 """Kernel launches and allocations of one linear and one lora_linear on a CUDA device, counted without one.
 
-    python -m benchmarks.gpu.launches [--shape 4096x4096] [--arch 90] [--multiprocessors 132]
+    python -m benchmarks.gpu.calls [--shape 4096x4096] [--arch 90] [--multiprocessors 132]
 
 The package's own bindings and launchers run for the host executor (tests/executor), which logs each launch without
 running it. What torch does beside them, in Python or called from the bindings, is seen by a dispatch mode: a view
@@ -175,7 +175,7 @@ def lines(counts: Table) -> list[tuple[str, ...]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu.launches",
+        prog="python -m benchmarks.gpu.calls",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
