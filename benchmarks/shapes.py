@@ -27,8 +27,7 @@ MODELS = {
     "Qwen2.5-7B": {"q, o": (3584, 3584), "k, v": (512, 3584), "gate, up": (18944, 3584), "down": (3584, 18944)},
     "SmolLM2-135M": {"q, o": (576, 576), "k, v": (192, 576), "gate, up": (1536, 576), "down": (576, 1536)},
 }
-# On a GPU: a square layer, the widest of an 8B and of a 70B model, and one so small that its launch is what counts.
-GPU_SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192), (1024, 4096))
+GPU_SHAPES = ((4096, 4096), (11008, 4096), (8192, 28672), (28672, 8192))  # Llama 7B's q and gate, 70B's down and gate
 EXPERTS = {"OLMoE-1B-7B": ExpertsShape(64, 8, 2048, 2048), "Qwen3-30B-A3B": ExpertsShape(128, 8, 1536, 2048)}
 FOCUS = ((4096, 4096), (11008, 4096))  # measured at every M, thread count and cache state
 

@@ -122,6 +122,7 @@ struct Meeting {
 };
 
 std::mutex one_launch;
+bool planning = false;  // launches are checked and logged, and not run
 Settings settings;
 unsigned grid_limit = 0;
 std::string last_error;
@@ -464,8 +465,8 @@ cudaError_t run(const void* kernel, dim3 grid, int thread_count, size_t shared_b
     ++launches[shape + " " + name];
     return cudaSuccess;
   }
-  void* memory;
-  if (posix_memalign(&memory, kArenaAlignment, shared_bytes) != 0) throw std::bad_alloc();
+  void* memory = nullptr;
+  if (!kRaces && posix_memalign(&memory, kArenaAlignment, shared_bytes) != 0) throw std::bad_alloc();
   const std::unique_ptr<void, decltype(&std::free)> owner(memory, &std::free);
   arena = kRaces ? races::place_arena() : static_cast<unsigned char*>(memory);
   arena_bytes = shared_bytes;
@@ -543,10 +544,6 @@ NF4_EXECUTOR_API void nf4_executor_set(int schedule, unsigned seed, bool copies_
   settings = {Schedule(schedule), seed, copies_late, shared_limit};
   nf4::cuda::executor::mma_truncates = mma_truncates;
 }
-
-// Every later launch has at most so many blocks along x and along y, so that a loop over the grid has more than one turn
-// of few elements; 0: as many as it asks for.
-NF4_EXECUTOR_API void nf4_executor_limit_grid(unsigned blocks) { nf4::cuda::executor::grid_limit = blocks; }
 
 // Whether launches are checked and logged alone, at whatever size.
 NF4_EXECUTOR_API void nf4_executor_plan(bool planning) { nf4::cuda::executor::planning = planning; }

@@ -37,8 +37,7 @@ class Executor:
     def __init__(self, library: Path):
         self.path = library
         self.library = ctypes.CDLL(str(library))
-        settings = [ctypes.c_int, ctypes.c_uint, ctypes.c_bool, ctypes.c_size_t, ctypes.c_bool]
-        self.library.nf4_executor_set.argtypes = settings
+        self.library.nf4_executor_set.argtypes = [ctypes.c_int, ctypes.c_uint, ctypes.c_bool, ctypes.c_size_t]
         self.library.nf4_executor_plan.argtypes = [ctypes.c_bool]
         self.library.nf4_executor_last_error.restype = ctypes.c_char_p
         self.library.nf4_executor_launches.restype = ctypes.c_char_p
@@ -52,6 +51,15 @@ class Executor:
                 raise ValueError(f"{name} must be one of {known}, got {given}")
         late, truncated = copies == "late", sums == "truncated"
         self.library.nf4_executor_set(SCHEDULES.index(schedule), seed, late, shared_limit, truncated)
+
+    @contextmanager
+    def planning(self) -> Iterator[None]:
+        """Launches inside a `with` block are checked and logged, and not run: of whatever size, and writing nothing."""
+        self.library.nf4_executor_plan(True)
+        try:
+            yield
+        finally:
+            self.library.nf4_executor_plan(False)
 
     @contextmanager
     def planning(self) -> Iterator[None]:
