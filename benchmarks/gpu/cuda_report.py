@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -127,15 +127,18 @@ def tool(name: str, package: str | None = None) -> str:
     return found
 
 
-def kernels_of(cubins: Iterable[Path]) -> list[Kernel]:
-    """Every kernel of these cubins, by name and architecture."""
+Loop = Callable[[list[Instruction]], list[Instruction]]  # the instructions of a kernel's main loop
+
+
+def kernels_of(cubins: Iterable[Path], loop_of: Loop | None = None) -> list[Kernel]:
+    """Every kernel of these cubins, by name and architecture; its main loop is `main_loop`'s or another's."""
     cuobjdump = tool("cuobjdump", "nvidia-cuda-cuobjdump")
     environment = os.environ | {"NVDISASM_PATH": str(Path(tool("nvdisasm", "nvidia-cuda-nvdisasm")).parent)}
 
     def read(cubin: Path) -> list[Kernel]:
         text = output(cuobjdump, "-res-usage", "-sass", str(cubin), env=environment)
         compiler = re.search(rb"Cuda compilation tools, release (\d+\.\d+)", cubin.read_bytes())
-        return list(parse(text, compiler[1].decode() if compiler else "unknown"))
+        return list(parse(text, compiler[1].decode() if compiler else "unknown", loop_of or main_loop))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return sorted(
@@ -144,11 +147,11 @@ def kernels_of(cubins: Iterable[Path]) -> list[Kernel]:
         )
 
 
-def kernels_in_library(library: Path = LIBRARY) -> list[Kernel]:
+def kernels_in_library(library: Path = LIBRARY, loop_of: Loop | None = None) -> list[Kernel]:
     cuobjdump = tool("cuobjdump", "nvidia-cuda-cuobjdump")
     with tempfile.TemporaryDirectory() as folder:
         output(cuobjdump, "-xelf", "all", str(library.resolve()), cwd=folder)
-        return kernels_of(sorted(Path(folder).glob("*.cubin")))
+        return kernels_of(sorted(Path(folder).glob("*.cubin")), loop_of)
 
 
 def kernels_compiled(architectures: Iterable[str], folder: Path) -> list[Kernel]:
@@ -168,7 +171,7 @@ def kernels_compiled(architectures: Iterable[str], folder: Path) -> list[Kernel]
         return kernels_of(pool.map(compile_one, jobs))
 
 
-def parse(text: str, nvcc: str) -> Iterator[Kernel]:
+def parse(text: str, nvcc: str, loop_of: Loop | None = None) -> Iterator[Kernel]:
     """The kernels in what `cuobjdump -res-usage -sass` prints of one cubin."""
     arch = re.search(r"code for (sm_\w+)", text)
     usage = dict(re.findall(r"^ Function (\S+):\n\s+(REG:.*)$", text, flags=re.MULTILINE))
@@ -180,7 +183,7 @@ def parse(text: str, nvcc: str) -> Iterator[Kernel]:
             continue  # a device function that was not inlined: its caller's loop has a CALL
         resources = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", usage[symbol])}
         code = instructions_in(listing)
-        loop = main_loop(code)
+        loop = (loop_of or main_loop)(code)
         counts = Counter(i.kind for i in loop)
         yield Kernel(
             names[symbol], arch[1], nvcc, resources["REG"], resources["SHARED"], resources["STACK"],
