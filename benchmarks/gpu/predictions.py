@@ -1,185 +1,200 @@
-"""The time that each CUDA kernel should take: the longest of moving its bytes, its products and its instructions.
+"""The time that each product should take on a card, by counts, beside bitsandbytes' and cuBLAS's counted the same way.
 
-    python -m benchmarks.gpu.predictions       for the cards below, 4096x4096 and 14336x4096
+    python -m benchmarks.gpu.predictions                                   of the cards below, as the library chooses
+    python -m benchmarks.gpu.predictions --cards H200 --kernels            by each kernel that can run it
+    python -m benchmarks.gpu.predictions --before REPORT.csv LAUNCHES.csv  beside those of another version
 
-Instructions come from the committed report on the machine code (cuda_report), so no GPU is needed; benchmarks.gpu.run
-shows measured beside predicted. Every SM counts as busy from the first cycle to the last, and of latencies the
-launch's alone: they explain what a kernel takes longer.
+Counts come from the committed report on the machine code (tests/golden/cuda_report.csv) and the committed launches
+(cuda_launches.csv beside it), so that no GPU is needed; kernel_time.py says how they become a time, and what is
+assumed. `share` is the time of the bytes at the card's rate of memory, or of the products at cuBLAS's rate where that
+is longer, over the predicted time. The peers are flattered: cuBLAS runs at its best rate at every size, bitsandbytes
+waits for no scale.
 """
 
 import argparse
-import re
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 from nf4kernels.model.report import table
 
-from .cuda_report import ARCHITECTURES, Kernel, read_csv
+from ..shapes import GPU_SHAPES
+from . import bitsandbytes_kernels, cuda_report, launches
+from .cards import CARDS, Card
+from .cuda_report import Kernel
+from .kernel_time import LAUNCH_MS, launch_time
+from .launches import ROWS, Plan, Plans, Product
+from .work import WEIGHT_BYTES, bitsandbytes_work, dequantize_work, product_work
 
-LAUNCH_MS = 0.0025  # of a kernel in a graph, with its first loads; assumed
-WEIGHT_BYTES = 0.516  # NF4, block size 64, double-quantized
-ISSUE_LANES, ALU_LANES, SHARED_WORDS = 128, 64, 32  # a cycle and SM
-ALU = {"LOP3", "SHF", "PRMT", "IADD3", "IADD", "LEA", "ISETP", "VIADD", "SEL", "IMNMX", "VIMNMX", "VIMNMX3", "FSETP"}
-ALU |= {"FSEL", "FMNMX", "PLOP3", "I2FP", "F2FP", "MOV"}
-# Multiply-adds a cycle and SM that mma.sync reaches in bf16 with fp32 sums where cuBLAS has quicker instructions: sm_90
-# 62 % of what wgmma does (published measurements), sm_100 assumed to be as sm_80. Elsewhere cuBLAS uses mma.sync too.
-MMA_A_CYCLE = {"sm_90a": 1270, "sm_100": 1024}
-MMA_M = 8  # rows of x in one mma
+GEMM = "dequantize_gemm"
+TIE = 0.02  # of a ratio, which no count decides
 
 
 @dataclass(frozen=True)
-class Card:
-    name: str
-    arch: str
-    sms: int
-    ghz: float
-    copy_gb_s: float  # read and written together
-    bf16_gflop_s: float  # cuBLAS
+class Facts:
+    """What is counted of one version of the kernels."""
 
-    def mma_gflop_s(self) -> float:
-        """The rate of mma.sync."""
-        if self.arch not in MMA_A_CYCLE:
-            return self.bf16_gflop_s
-        return 2 * MMA_A_CYCLE[self.arch] * self.sms * self.ghz
-
-
-CARDS = (
-    Card("H200", "sm_90a", 132, 1.755, 4300, 788e3),  # measured on one
-    Card("A100", "sm_80", 108, 1.41, 2039, 312e3),  # these two from data sheets
-    Card("RTX 4090", "sm_89", 128, 2.52, 1008, 165e3),
-)
+    kernels: dict[tuple[str, str], Kernel]  # by name and architecture
+    plans: Plans
 
 
 @dataclass(frozen=True)
 class Prediction:
     ms: float
     bound: str  # what takes longest
-
-
-def card_of(name: str, arch: str, sms: int, ghz: float, copy_gb_s: float, bf16_gflop_s: float) -> Card:
-    """A present device; of an architecture that the report lacks, the newest one before it is taken.
-
-    A device tells its highest clock; a card of CARDS runs at the clock that it keeps under load.
-    """
-    ghz = next((card.ghz for card in CARDS if card.name in name), ghz)
-    number = _number(arch)
-    known = max((a for a in ARCHITECTURES if _number(a) <= number), key=_number)
-    return Card(name, f"sm_{known}", sms, ghz, copy_gb_s, bf16_gflop_s)
-
-
-def _number(arch: str) -> int:
-    return int(re.sub(r"\D", "", arch))
+    launches: int
+    waves: float = 0.0  # of the longest launch
+    is_chosen: bool = False
 
 
 @cache
-def _report() -> tuple[Kernel, ...]:
-    return tuple(read_csv())
+def committed(report: Path = cuda_report.BASELINE, planned: Path = launches.GOLDEN) -> Facts:
+    kernels = {(kernel.kernel, kernel.arch): kernel for kernel in cuda_report.read_csv(report)}
+    return Facts(kernels, launches.read_csv(planned))
 
 
-def kernels(name: str, arch: str) -> list[Kernel]:
-    """The bf16 instantiations of `name` whose main loop's weights are known, for blocks of 64 and more."""
-    return [
-        k for k in _report()
-        if k.arch == arch and k.weights and re.match(rf"{name}_kernel<BFloat16\b(?!.*ScaledLevels)", k.kernel)
-    ]  # fmt: skip
-
-
-def decoding(card: Card, kernel: Kernel, weights: float) -> dict[str, float]:
-    """Milliseconds that `weights` passages of a weight through the main loop take of each unit of the SMs."""
-    alu = sum(count for kind, count in kernel.loop_counts.items() if kind in ALU)
-    cycles = {
-        "instructions": kernel.loop / ISSUE_LANES,
-        "integer pipe": alu / ALU_LANES,
-        "shared memory": kernel.shared_words / SHARED_WORDS,
-    }
-    rate = card.sms * card.ghz * 1e6  # cycles of all SMs a millisecond
-    return {unit: weights * count / kernel.weights / rate for unit, count in cycles.items()}
-
-
-def product(card: Card, kernel: Kernel, N: int, K: int, M: int) -> Prediction:
-    """A fused product: every weight is decoded again for so many rows of x as one decoded fragment serves."""
-    fragments = kernel.weights / 8
-    rows_at_once = MMA_M * max(1, round(kernel.loop_counts["HMMA"] / fragments))
-    passes = -(-M // rows_at_once)
-    moved = WEIGHT_BYTES * N * K + 2 * M * (N + K)
-    units = {
-        "bytes": moved / card.copy_gb_s / 1e6,
-        "tensor cores": 2 * N * K * passes * rows_at_once / card.mma_gflop_s() / 1e6,
-        **decoding(card, kernel, N * K * passes),
-    }
-    return _longest(units)
-
-
-def dequantize_gemm(card: Card, N: int, K: int, M: int) -> Prediction:
-    """Dequantizes, then multiplies by cuBLAS, which reads a slice from the L2."""
-    decode = dequantize(card, N, K).ms
-    gemm = max(2 * M * N * K / card.bf16_gflop_s, 2 * M * (N + K) / card.copy_gb_s) / 1e6
-    return Prediction(decode + gemm + LAUNCH_MS, "dequantize + GEMM")
-
-
-def dequantize(card: Card, N: int, K: int) -> Prediction:
-    return _moving(card, "dequantize", N * K, WEIGHT_BYTES + 2)
-
-
-def quantize(card: Card, N: int, K: int) -> Prediction:
-    return _moving(card, "quantize", N * K, 2 + 0.5 + 4 / 64)
-
-
-def _moving(card: Card, name: str, weights: int, bytes_a_weight: float) -> Prediction:
-    units = {"bytes": weights * bytes_a_weight / card.copy_gb_s / 1e6}
-    for kernel in kernels(name, card.arch):
-        units |= decoding(card, kernel, weights)
-    return _longest(units)
-
-
-def _longest(units: dict[str, float]) -> Prediction:
-    bound = max(units, key=units.get)
-    return Prediction(units[bound] + LAUNCH_MS, bound)
-
-
-def predictions(card: Card, op: str, N: int, K: int, M: int | None) -> dict[str, Prediction]:
-    """By kernel, as it is forced; empty for an op that nothing is predicted of."""
-    if op.startswith("dequantize"):
-        return {"": dequantize(card, N, K)}
-    if op == "quantize":
-        return {"": quantize(card, N, K)}
-    if op not in ("linear", "linear_dgrad"):
-        return {}
-    found = {"dequantize_gemm": dequantize_gemm(card, N, K, M)}
-    for name in ("small", "tiled"):
-        fused = [product(card, k, N, K, M) for k in kernels(f"{op}_{name}", card.arch)]
-        if fused and (name != "small" or M <= 16):
-            found[name] = min(fused, key=lambda prediction: prediction.ms)
+def by_kernel(card: Card, op: str, N: int, K: int, M: int, facts: Facts | None = None) -> dict[str, Prediction]:
+    """What each kernel should take, as it is forced; none whose launches are not planned, or whose code not counted."""
+    facts, found = facts or committed(), {}
+    for name in launches.KERNELS:
+        product = Product(card.capability, card.sms, op, N, K, M, name)
+        plan = facts.plans.get(product)
+        if plan and all((launch.kernel, card.arch) in facts.kernels for launch in plan.launches):
+            found[name] = _predict(card, facts, product, plan)
     return found
 
 
+def _predict(card: Card, facts: Facts, product: Product, plan: Plan) -> Prediction:
+    """The launches one after the other; after each dequantized slice comes its product."""
+    N, K, M, times = product.N, product.K, product.M, []
+    blocks = sum(launch.blocks * launch.count for launch in plan.launches)
+    for launch in plan.launches:
+        kernel = facts.kernels[launch.kernel, card.arch]
+        if product.kernel == GEMM:
+            work = dequantize_work(card, N * K * launch.blocks / blocks)
+        else:
+            work = product_work(kernel, plan, launch, product)
+        times += [launch_time(card, kernel, launch, work)] * launch.count
+    longest, total = max(times, key=lambda time: time.ms), sum(time.ms for time in times)
+    if product.kernel != GEMM:
+        return Prediction(total, longest.bound, len(times), longest.waves, plan.is_chosen)
+    gemm = _gemm_ms(card, N, K, M, weight_bytes=0) + LAUNCH_MS * len(times)  # a slice is in the L2
+    bound = "cuBLAS" if gemm > total else "dequantize"
+    return Prediction(total + gemm, bound, 2 * len(times), longest.waves, plan.is_chosen)
+
+
+def chosen(found: dict[str, Prediction]) -> tuple[str, Prediction] | None:
+    return next(((name, prediction) for name, prediction in found.items() if prediction.is_chosen), None)
+
+
 def predicted_ms(card: Card, op: str, N: int, K: int, M: int | None) -> float | None:
-    """Of the fastest kernel; None for an op that nothing is predicted of, or a card whose clock is not known."""
-    found = predictions(card, op, N, K, M) if card.ghz else {}
-    return min((prediction.ms for prediction in found.values()), default=None)
+    """Of the kernel that runs; None for an op or a card that nothing is predicted of."""
+    if not card.ghz:
+        return None
+    if op.startswith("dequantize"):
+        return N * K * (WEIGHT_BYTES + 2) / card.copy_gb_s / 1e6 + LAUNCH_MS
+    found = chosen(by_kernel(card, op, N, K, M)) if M else None
+    return found and found[1].ms
 
 
-def rows() -> Iterator[tuple[str, ...]]:
-    """One a kernel, shape and M: milliseconds and what takes longest, by card."""
-    yield ("", *(card.name for card in CARDS))
-    for N, K in ((4096, 4096), (14336, 4096)):
-        for op, all_m in (
-            ("quantize", (None,)),
-            ("dequantize", (None,)),
-            ("linear", (1, 8, 16, 64, 256, 1024, 4096)),
-            ("linear_dgrad", (16, 64, 256, 1024, 4096)),
-        ):
-            for M in all_m:
-                by_card = {card.name: predictions(card, op, N, K, M) for card in CARDS}
-                for kernel in next(iter(by_card.values())):
-                    cells = (f"{found[kernel].ms:7.4f} {found[kernel].bound}" for found in by_card.values())
-                    yield " ".join(filter(None, (op, kernel, f"{N}x{K}", M and f"M={M}"))), *cells
+def dense_ms(card: Card, N: int, K: int, M: int) -> float:
+    """cuBLAS with a bf16 weight."""
+    return _gemm_ms(card, N, K, M, weight_bytes=2) + LAUNCH_MS
+
+
+def _gemm_ms(card: Card, N: int, K: int, M: int, weight_bytes: int) -> float:
+    return max(2 * M * N * K / card.bf16_gflop_s, (weight_bytes * N * K + 2 * M * (N + K)) / card.copy_gb_s) / 1e6
+
+
+def bitsandbytes_ms(card: Card, op: str, N: int, K: int, M: int) -> tuple[float, str]:
+    """0.50.2's time, and what bounds it: its fused kernel, or three launches that dequantize, and cuBLAS."""
+    fused = bitsandbytes_kernels.fused(card, N, K, M) if op == "linear" else None
+    if fused is None:
+        nbytes = N * K * (0.5 + 4 / 64 + 2) + N * K / 64 * (1 + 3 * 4)  # the weight, and its scales in two steps
+        return nbytes / card.copy_gb_s / 1e6 + 3 * LAUNCH_MS + dense_ms(card, N, K, M), "dequantize + cuBLAS"
+    kernel, launch = fused
+    time = launch_time(card, kernel, launch, bitsandbytes_work(card, launch, N, K, M))
+    return time.ms, time.bound
+
+
+def share(card: Card, N: int, K: int, M: int, ms: float) -> float:
+    """Of the limit: all bytes at the rate of memory, or all products at cuBLAS's rate."""
+    memory = (WEIGHT_BYTES * N * K + 2 * M * (N + K)) / card.copy_gb_s
+    return max(memory, 2 * M * N * K / card.bf16_gflop_s) / 1e6 / ms
+
+
+HEADER = ("", "kernel", "ms", "bound", "waves", "launches", "share", "bitsandbytes", "bound", "ratio", "cuBLAS",
+          "dequantize + cuBLAS")  # fmt: skip
+
+
+def rows(card: Card, facts: Facts, before: Facts | None, every_kernel: bool) -> Iterator[tuple[str, ...]]:
+    """One a product, and kernel if they are all wanted."""
+    for op, (N, K), M in itertools.product(("linear", "linear_dgrad"), GPU_SHAPES, ROWS):
+        found = by_kernel(card, op, N, K, M, facts)
+        then = chosen(by_kernel(card, op, N, K, M, before)) if before else None
+        bnb, bound = bitsandbytes_ms(card, op, N, K, M)
+        for name, now in found.items():
+            if every_kernel or now.is_chosen:
+                yield (
+                    f"{op} {N}x{K} M={M}", name, *_before(then, now),
+                    f"{now.ms:.4f}", now.bound, f"{now.waves:.2f}", str(now.launches),
+                    f"{share(card, N, K, M, now.ms):.0%}", f"{bnb:.4f}", bound, f"{bnb / now.ms:.2f}x",
+                    f"{dense_ms(card, N, K, M) / now.ms:.2f}x", f"{found[GEMM].ms / now.ms:.2f}x",
+                )  # fmt: skip
+
+
+def _before(then: tuple[str, Prediction] | None, now: Prediction) -> tuple[str, ...]:
+    return (f"{then[1].ms:.4f}", f"{then[1].ms / now.ms:.2f}x") if then else ()
+
+
+def verdicts(card: Card, facts: Facts) -> Iterator[str]:
+    """The goals of docs/design.md, section 9, that are about counts: decode, and no row slower than bitsandbytes."""
+    least, (N, K) = 0.65 if card.is_hbm else 0.75, GPU_SHAPES[-1]
+    for M in (1, 4, 16):
+        _, now = chosen(by_kernel(card, "linear", N, K, M, facts))
+        reached = share(card, N, K, M, now.ms)
+        yield f"{card.name}: decode {N}x{K} M={M}: {reached:.0%} of memory, goal {least:.0%}: " + (
+            "met" if reached >= least else "NOT met"
+        )
+    slower = []
+    for op, (N, K), M in itertools.product(("linear", "linear_dgrad"), GPU_SHAPES, ROWS):
+        name, now = chosen(by_kernel(card, op, N, K, M, facts))
+        ratio = bitsandbytes_ms(card, op, N, K, M)[0] / now.ms
+        if ratio < 1 - TIE:
+            slower.append(f"{op} {N}x{K} M={M} {name} {ratio:.2f}x")
+    total = 2 * len(GPU_SHAPES) * len(ROWS)
+    yield f"{card.name}: slower than bitsandbytes by more than {TIE:.0%} in {len(slower)} of {total} products"
+    yield from (f"   {line}" for line in slower)
+
+
+def tables(cards: Iterable[Card], facts: Facts, before: Facts | None, every_kernel: bool) -> Iterator[str]:
+    header = (*HEADER[:2], *(("before", "gain") if before else ()), *HEADER[2:])
+    for card in cards:
+        yield (
+            f"{card.name}: {card.arch}, {card.sms} SMs at {card.ghz} GHz, {card.copy_gb_s:.0f} GB/s, "
+            f"{card.bf16_gflop_s / 1e3:.0f} TFLOP/s bf16 ({card.source})"
+        )
+        yield table([header, *rows(card, facts, before, every_kernel)], left=(0, 1))
+        yield ""
+    for card in cards:
+        yield from verdicts(card, facts)
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    print(table(list(rows()), left=tuple(range(1 + len(CARDS)))))
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu.predictions",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    names = [card.name for card in CARDS]
+    parser.add_argument("--cards", nargs="+", choices=names, default=names, metavar="CARD", help=", ".join(names))
+    parser.add_argument("--kernels", action="store_true", help="a row for each kernel that can run a product")
+    parser.add_argument("--before", nargs=2, type=Path, metavar=("REPORT", "LAUNCHES"), help="of another version")
+    args = parser.parse_args()
+    before = committed(*args.before) if args.before else None
+    print(*tables([c for c in CARDS if c.name in args.cards], committed(), before, args.kernels), sep="\n")
 
 
 if __name__ == "__main__":

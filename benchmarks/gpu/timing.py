@@ -12,7 +12,7 @@ from ..harness import BNB_DQ, DENSE, OURS, Row, row_of, take_turns
 from ..limits import floor_ms
 from ..report.goals import WITHOUT_LORA
 from . import predictions
-from .reuse import REFUSAL
+from .cards import Card, card_of
 from .sides import FORCED, TRITON, Sides, forced_ms
 
 SAMPLE_MS = 2.0
@@ -28,6 +28,7 @@ class Cuda:
         p = torch.cuda.get_device_properties(0)
         self.name, self.cache_bytes = p.name, p.L2_cache_size
         self.arch = f"sm_{p.major}{p.minor}{'a' if p.major == 9 else ''}"
+        self.capability = 10 * p.major + p.minor
         self.sms, self.ghz = p.multi_processor_count, getattr(p, "clock_rate", 0) / 1e6
         self.is_hbm = getattr(p, "memory_bus_width", 4096) > 512
         self.copy_bytes, self.gemm_size = 2 << 30, 8192
@@ -83,6 +84,7 @@ class Run:
     deadline: float
     row_seconds: float = 0.3
     clock: Callable[[], float] = time.perf_counter
+    keep: Callable[["Run"], object] = lambda run: None  # called after each row
     rows: list[Row] = field(default_factory=list)
     said: list[str] = field(default_factory=list)  # wrong results, refused kernels and what was not measured
     wrong: int = 0
@@ -101,9 +103,10 @@ class Run:
         return min(take_turns({"": self.machine.sampler(run, 1)}, 0.5, clock=self.clock)[""])
 
     @property
-    def card(self) -> predictions.Card:
+    def card(self) -> Card:
         m = self.machine
-        return predictions.card_of(m.name, m.arch, m.sms, m.ghz, self.copy_gb_s, self.bf16_gflop_s)
+        rates = m.ghz, self.copy_gb_s, self.bf16_gflop_s
+        return card_of(m.name, m.capability, m.sms, *rates, m.cache_bytes / 1e6)
 
     def say(self, text: str) -> None:
         self.said.append(text)
@@ -126,6 +129,7 @@ class Run:
         row.predicted_ms = predictions.predicted_ms(self.card, op, *shape, M)
         self.rows.append(row)
         print(line_of(row), flush=True)
+        self.keep(self)
         return row
 
     def _sampler(self, side: str, run: Callable[[], object], copies: int, what: str) -> Callable[[], float]:

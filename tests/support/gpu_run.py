@@ -12,7 +12,7 @@ class Cpu:
     """What benchmarks.gpu.timing.Cuda is, for the CPU; each sample is one call."""
 
     device = torch.device("cpu")
-    name, arch, sms, ghz, is_hbm = "A Test GPU", "sm_90a", 132, 1.7, True
+    name, arch, capability, sms, ghz, is_hbm = "A Test GPU", "sm_90a", 90, 132, 1.7, True
     cache_bytes, copy_bytes, gemm_size = 20_000, 1 << 16, 64
 
     def sampler(self, run, copies, graph=True):
