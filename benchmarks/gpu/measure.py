@@ -15,14 +15,16 @@ from collections.abc import Iterable
 import torch
 
 from ..shapes import EXPERTS, GPU_SHAPES, ExpertsShape
-from . import cases, summary
+from . import cases, grouped_cases, lora_cases, summary
 from .sides import BNB_MISSING, TRITON_MISSING, forcing
 from .timing import Cuda, Run
+from .weights import ExpertWeights, Weights
 
 REPORT_SECONDS = 30  # kept for the imports before our clock starts, a row under way, the CSV, the table, the pictures
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+TELLING_ROWS = (1, 4, 16, 32, 64, 128, 256, 2048)  # measured first, at every shape
+ROWS = (*TELLING_ROWS, 8, 512, 8192)
 STEP_ROWS = (512, 2048, 8192)
-TELLING_ROWS = (1, 16, 64, 512, 8192)  # measured first
+LORA_ROWS, RANKS = (1, 16, 256, 2048), (16, 64)  # rank 0 is linear itself
 TOKENS = (1, 16, 512, 8192)  # of experts; their rows are as many times the experts of a token
 
 
@@ -40,19 +42,20 @@ def measure(
         for shape in shapes:
             work = [(cases.measure_quantize,), (cases.measure_dequantize,)] if stage is telling else []
             work += [(function, M) for M in stage for function in (cases.measure_linear, cases.measure_dgrad)]
-            work += [(cases.measure_step, M) for M in stage if M in STEP_ROWS]
+            work += [(lora_cases.measure_lora, M, rank) for M in stage if M in LORA_ROWS for rank in RANKS]
+            work += [(lora_cases.measure_step, M) for M in stage if M in STEP_ROWS]
             if run.has_time():
-                _measure_each(run, work, cases.Weights(shape, run.machine))
+                _measure_each(run, work, Weights(shape, run.machine))
             run.machine.between_shapes()
         if stage is telling and run.has_time():
-            work = [(cases.measure_grouped, count) for count in tokens]
-            _measure_each(run, work, cases.ExpertWeights(experts, run.machine))
+            work = [(grouped_cases.measure_grouped, count) for count in tokens]
+            _measure_each(run, work, ExpertWeights(experts, run.machine))
             run.machine.between_shapes()
     if run.skipped:
         run.say(f"out of time: {run.skipped} rows or shapes were not measured")
 
 
-def _measure_each(run: Run, work: list[tuple], weights: cases.Weights | cases.ExpertWeights) -> None:
+def _measure_each(run: Run, work: list[tuple], weights: Weights | ExpertWeights) -> None:
     for function, *size in work:
         if run.has_time():
             function(run, weights, *size)
@@ -69,7 +72,7 @@ def main() -> None:
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))  # so that what is measured is written
     torch.manual_seed(0)
-    run = Run(Cuda(), forcing(), begin + args.seconds - REPORT_SECONDS)
+    run = Run(Cuda(), forcing(), begin + args.seconds - REPORT_SECONDS, keep=summary.write_rows)
     for missing in filter(None, (BNB_MISSING, TRITON_MISSING)):
         run.say(missing)
     run.measure_limits()

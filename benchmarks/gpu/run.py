@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Builds, tests, checks and measures the CUDA kernels on this machine's GPU, in nine minutes and offline.
+"""Builds, checks, measures and tunes the CUDA kernels on this machine's GPU, in nine minutes and offline.
 
     python benchmarks/gpu/run.py                    or: make gpu
     python benchmarks/gpu/run.py --only build benchmark
 
 Runs on a bare checkout with a Python that has torch for CUDA, and nvcc. Each stage is a process with a time of its own:
-one that fails or runs out of time is said so and the next begins; time that a stage leaves goes to the benchmark, which
-is last. Leaves benchmarks/results/<gpu>.csv and its pictures.
+one that fails or runs out of time is said so and the next begins. The tests of a GPU come last and have what is left:
+`--only build tests triton` gives them all of it. Leaves, in benchmarks/results, <gpu>.csv with the times,
+<gpu>-checks.csv with what every stage found, and a page on both, <gpu>.md; each is written as the run goes on.
 """
 
 import argparse
@@ -37,24 +38,35 @@ class Stage:
     environment: dict[str, str] = field(default_factory=dict)
     needs: str | None = None  # a program without which the stage is skipped
     begins_with: str | None = None  # without this in what it prints, it was refused rather than failed
+    leaves: float = 0.0  # seconds of the run for those that follow
 
 
 def stages(architecture: str) -> list[Stage]:
-    """All of them for a GPU of that architecture; the benchmark has what the others leave."""
+    """All of them for a GPU of that architecture, in order."""
     sanitizer = ["compute-sanitizer", "--error-exitcode", "1", "--tool"]
     tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k"]
     quiet = ["--report-api-errors", "no"]  # torch asks CUDA for functions that it may lack: no error of a kernel
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # a tensor's end is then the end of an allocation
     return [
+        Stage("versions", own("versions"), 20),
         Stage("build", [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], 120,
               {"TORCH_CUDA_ARCH_LIST": architecture}, needs="nvcc"),
-        Stage("tests", [*tests, "not triton"], 100),
-        Stage("triton", [*tests, "triton"], 60),  # most of it Triton's compiler
+        Stage("exact", own("exact", "--seconds", "{seconds}"), 60),
         Stage("memcheck", [*sanitizer, "memcheck", *quiet, *SANITIZED], 50, uncached, "compute-sanitizer",
               SANITIZED_BEGINS),
-        Stage("racecheck", [*sanitizer, "racecheck", *SANITIZED], 50, {}, "compute-sanitizer", SANITIZED_BEGINS),
-        Stage("benchmark", [sys.executable, "-m", "benchmarks.gpu.measure", "--seconds", "{seconds}"], 540),
+        Stage("racecheck", [*sanitizer, "racecheck", *SANITIZED], 60, {}, "compute-sanitizer", SANITIZED_BEGINS),
+        Stage("capture", own("capture"), 40),
+        Stage("streams", own("streams", "--seconds", "{seconds}"), 25),
+        Stage("benchmark", [*own("measure")[:-2], "--seconds", "{seconds}"], 240, leaves=60),
+        Stage("tune", [sys.executable, "-m", "nf4kernels", "tune", "--quick"], 60),
+        Stage("tests", [*tests, "not triton"], 300),
+        Stage("triton", [*tests, "triton"], 300),  # most of it Triton's compiler
     ]  # fmt: skip
+
+
+def own(module: str, *more: str) -> list[str]:
+    """A stage's own module, which writes to the records."""
+    return [sys.executable, "-m", f"benchmarks.gpu.{module}", *more, "--records", "{records}"]
 
 
 def architecture_of(capability: tuple[int, int]) -> str:
@@ -62,19 +74,26 @@ def architecture_of(capability: tuple[int, int]) -> str:
     return "9.0a" if capability == (9, 0) else "{}.{}".format(*capability)
 
 
-def run_stages(chosen: Iterable[Stage], seconds: float, clock: Callable[[], float] = time.monotonic) -> dict[str, str]:
-    """name -> how it ended, of every stage in order; all within `seconds`."""
+def run_stages(
+    chosen: Iterable[Stage],
+    seconds: float,
+    records: Path = Path(os.devnull),
+    note: Callable[[str, str], None] = lambda name, how: None,
+    clock: Callable[[], float] = time.monotonic,
+) -> dict[str, str]:
+    """name -> how it ended, of every stage in order; all within `seconds`. Each is noted when it ends."""
     deadline, ended = clock() + seconds, {}
     for stage in chosen:
-        left = min(stage.seconds, deadline - clock() - GRACE_SECONDS)
+        left = min(stage.seconds, deadline - clock() - GRACE_SECONDS - stage.leaves)
         if left <= 0:
             ended[stage.name] = "skipped: no time left"
         elif stage.needs and not shutil.which(stage.needs, path=search_path()):
             ended[stage.name] = f"skipped: {stage.needs} is not on this machine"
         else:
             print(f"\n== {stage.name}, at most {left:.0f} s: {' '.join(stage.command)}", flush=True)
-            ended[stage.name] = run_stage(stage, left)
+            ended[stage.name] = run_stage(stage, left, records)
         print(f"== {stage.name}: {ended[stage.name]}", flush=True)
+        note(stage.name, ended[stage.name])
     return ended
 
 
@@ -84,10 +103,10 @@ def search_path() -> str:
     return os.pathsep.join([os.environ.get("PATH", ""), *(f"{home}/bin" for home in homes if home)])
 
 
-def run_stage(stage: Stage, seconds: float) -> str:
+def run_stage(stage: Stage, seconds: float, records: Path = Path(os.devnull)) -> str:
     """Prints what the process prints; says how it ended."""
     begin = time.monotonic()
-    command = [part.format(seconds=int(seconds)) for part in stage.command]
+    command = [part.format(seconds=int(seconds), records=records) for part in stage.command]
     environment = os.environ | {"PATH": search_path(), "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment | stage.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -128,16 +147,38 @@ def end_group(process: subprocess.Popen) -> None:
         process.wait()
 
 
-def find_architecture() -> str:
-    """Of the GPU; exits with the reason where there is none."""
+def find_device() -> tuple[str, str]:
+    """(name, architecture) of the GPU; exits with the reason where there is none."""
     try:
         import torch
     except ImportError:
         sys.exit(f"{sys.executable} has no torch: run this with the Python that has torch for CUDA")
     if not torch.cuda.is_available():
         sys.exit(f"torch {torch.__version__} sees no CUDA device: nothing to build for, test or measure")
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Python {sys.version.split()[0]}")
-    return architecture_of(torch.cuda.get_device_capability())
+    name = torch.cuda.get_device_name()
+    print(f"{name}, torch {torch.__version__}, Python {sys.version.split()[0]}")
+    return name, architecture_of(torch.cuda.get_device_capability())
+
+
+def keep(timings: Path, chosen: Iterable[str]) -> Callable[[str, str], None]:
+    """A function that records how a stage ended and writes the page anew; what the chosen ones left is deleted."""
+    from benchmarks.gpu import page, records  # needs torch, which `find_device` has told of
+
+    path, chosen = page.records_path(timings), set(chosen)
+    before = [r for r in records.read(path) if (r.case if r.stage == page.STAGE else r.stage) not in chosen]
+    for old in (path, *([timings] if "benchmark" in chosen else [])):
+        old.unlink(missing_ok=True)
+    for record in before:
+        records.append(path, record)
+
+    def note(name: str, how: str) -> None:
+        records.append(path, records.Record(page.STAGE, name, how))
+        try:
+            page.write(timings)
+        except Exception as error:  # the stages after it count for more
+            print(f"no page: {type(error).__name__}: {error}", flush=True)
+
+    return note
 
 
 def main() -> None:
@@ -149,9 +190,17 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=530, help="for all stages together (default: %(default)s)")
     args = parser.parse_args()
     begin = time.monotonic()
-    chosen = [stage for stage in stages(find_architecture()) if stage.name in args.only]
-    ended = run_stages(chosen, args.seconds - (time.monotonic() - begin))
+    name, architecture = find_device()
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.gpu.page import records_path
+    from benchmarks.report.tables import csv_path
+
+    timings = csv_path({"machine": name})
+    chosen = [stage for stage in stages(architecture) if stage.name in args.only]
+    note = keep(timings, args.only)
+    ended = run_stages(chosen, args.seconds - (time.monotonic() - begin), records_path(timings), note)
     print(f"\nin {time.monotonic() - begin:.0f} s: " + "; ".join(f"{name}: {how}" for name, how in ended.items()))
+    print(f"written: {timings.with_suffix('.md')}")
     if any(how.startswith(("FAILED", "OUT")) for how in ended.values()):
         sys.exit(1)
 

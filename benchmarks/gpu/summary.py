@@ -9,13 +9,15 @@ from ..report import plots
 from ..report import tables as report
 from ..report.goals import gpu_goals
 from . import sides
-from .sides import forced_ms
-from .timing import LINE, Run, line_of
+from .grouped_cases import GROUPED
+from .sides import TRITON, forced_ms
+from .timing import LINE, Cuda, Run, line_of
 
 SHOWN_ROWS = {  # by the summary; the CSV has all
-    "linear": (1, 16, 64, 512, 8192),
-    "linear_dgrad": (64, 8192),
-    "lora step": (8192,),
+    "linear": (1, 4, 16, 64, 256, 2048),
+    "linear_dgrad": (16, 64, 2048),
+    "lora r=16": (1, 2048),
+    "lora step": (2048,),
     "grouped linear": (8, 128, 65536),
     "grouped dgrad": (65536,),
 }
@@ -40,7 +42,7 @@ def break_even(rows: Iterable[Row]) -> Iterator[str]:
 def summary(run: Run) -> str:
     """What the run says, in less than a hundred lines of less than 120 characters."""
     m = run.machine
-    shown = [row for row in run.rows if row.M is None or row.M in SHOWN_ROWS[row.op]]
+    shown = [row for row in run.rows if row.M is None or row.M in SHOWN_ROWS.get(row.op, ())]
     lines = [
         f"{m.name}, {m.arch}, {m.sms} SMs: copy {run.copy_gb_s:.0f} GB/s, dense bf16 {run.bf16_gflop_s / 1e3:.1f} "
         "TFLOP/s, both measured",
@@ -64,14 +66,21 @@ def summary(run: Run) -> str:
 
 def about(run: Run) -> dict[str, str]:
     limits = {"copy_gb_s": f"{run.copy_gb_s:.0f}", "bf16_gflop_s": f"{run.bf16_gflop_s:.0f}"}
+    limits["is_hbm"] = str(run.machine.is_hbm)
     return harness.about(run.machine.name, "cuda", sides.bnb.__version__ if sides.bnb else "missing") | limits
+
+
+def write_rows(run: Run, folder: Path = report.RESULTS) -> Path:
+    """The CSV of the rows by now."""
+    path = report.csv_path(about(run), folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    report.write_csv(path, run.rows, about(run))
+    return path
 
 
 def write(run: Run, folder: Path = report.RESULTS) -> list[Path]:
     """The CSV and the pictures; pictures only where matplotlib is there."""
-    path = report.csv_path(about(run), folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    report.write_csv(path, run.rows, about(run))
+    path = write_rows(run, folder)
     shapes = list(dict.fromkeys(row.shape for row in run.rows))[:2]
     try:
         pictures = plots.draw_rows([row for row in run.rows if row.shape in shapes], run.machine.name, path)

@@ -6,6 +6,7 @@ from support.gpu_run import Force, new_run
 
 import nf4kernels as nf4
 from benchmarks.gpu import cases, measure, sides, summary, timing
+from benchmarks.gpu.weights import Weights
 from benchmarks.harness import BNB_DQ, DENSE, OURS, Row
 from benchmarks.report import goals
 from benchmarks.report import tables as report
@@ -38,6 +39,7 @@ def test_every_op_is_measured_beside_its_peers(finished, found):
     expected = {("quantize", s, None) for s in shapes} | {("dequantize out=", s, None) for s in shapes}
     expected |= {(op, s, M) for op in ("linear", "linear_dgrad") for s in shapes for M in (1, 64, 512)}
     expected |= {("lora step", s, 512) for s in shapes}
+    expected |= {(f"lora r={rank}", s, 1) for rank in measure.RANKS for s in shapes}
     expected |= {(f"grouped {op}", "64x128", rows) for op in ("linear", "dgrad") for rows in GROUPED_ROWS}
     assert set(found) == expected
     for row in found.values():
@@ -49,6 +51,7 @@ def test_every_op_is_measured_beside_its_peers(finished, found):
             assert DENSE in row.ratios
     assert all(sides.TRITON in row.ratios for row in found.values() if row.op in ("quantize", "linear", "linear_dgrad"))
     assert goals.WITHOUT_LORA in found["lora step", "128x128", 512].ratios
+    assert goals.WITHOUT_LORA in found["lora r=64", "128x128", 1].ratios
 
 
 def test_every_kernel_is_forced_where_it_is_worth_its_time(finished, found):
@@ -90,6 +93,21 @@ def test_csv_and_pictures_of_a_run_are_written(finished, tmp_path):
     assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
 
 
+def test_the_rows_are_written_as_they_come(tmp_path):
+    written = []
+
+    def keep(run):
+        summary.write_rows(run, tmp_path)
+        written.append(len(report.read_csv(tmp_path / "a-test-gpu.csv")[0]))
+
+    run = new_run(keep=keep)
+    run.measure_limits()
+    weights = Weights((128, 128), run.machine)
+    cases.measure_dequantize(run, weights)
+    cases.measure_linear(run, weights, 4)
+    assert written == [1, 2]
+
+
 def test_when_time_is_out_what_was_not_measured_is_said(capsys):
     run = new_run(seconds=-1.0)
     run.copy_gb_s = run.bf16_gflop_s = 1.0
@@ -104,7 +122,7 @@ def test_a_missing_peer_is_said_by_name(monkeypatch):
     run = new_run()
     run.measure_limits()
     measure.measure(run, SHAPES[:1], rows=(1,), experts=EXPERTS, tokens=TOKENS)
-    assert len(run.rows) == 4 + 2 * len(GROUPED_ROWS)
+    assert len(run.rows) == 4 + len(measure.RANKS) + 2 * len(GROUPED_ROWS)
     assert all(BNB_DQ not in row.ms for row in run.rows)
     assert summary.about(run)["bitsandbytes"] == "missing"
     assert any(cells[1] == f">= 1.00x {BNB_DQ}" and cells[-1] == "not measured"
@@ -120,7 +138,7 @@ def test_a_wrong_kernel_is_said_and_not_timed(monkeypatch, capsys):
     monkeypatch.setattr(nf4, "linear", wrong_when_tiled)
     run = new_run(force=force)
     run.measure_limits()
-    cases.measure_linear(run, cases.Weights((128, 128), run.machine), 4)
+    cases.measure_linear(run, Weights((128, 128), run.machine), 4)
     (row,) = run.rows
     assert "kernel tiled" not in row.ms
     assert "kernel any" in row.ms
@@ -131,7 +149,7 @@ def test_a_wrong_kernel_is_said_and_not_timed(monkeypatch, capsys):
 def test_a_kernel_that_refuses_a_shape_is_said_and_no_fault(capsys):
     run = new_run(force=Force(refuses=("small",)))
     run.measure_limits()
-    cases.measure_linear(run, cases.Weights((128, 128), run.machine), 4)
+    cases.measure_linear(run, Weights((128, 128), run.machine), 4)
     assert run.wrong == 0
     assert "kernel small" not in run.rows[0].ms
     assert (
@@ -143,7 +161,7 @@ def test_a_kernel_that_refuses_a_shape_is_said_and_no_fault(capsys):
 def test_wrong_bits_of_quantize_and_dequantize_are_not_timed(monkeypatch):
     run = new_run()
     run.measure_limits()
-    weights = cases.Weights((128, 128), run.machine)
+    weights = Weights((128, 128), run.machine)
     monkeypatch.setattr(nf4, "dequantize", lambda qw, out: out.copy_(2 * weights.decoded))
     cases.measure_dequantize(run, weights)
     assert (run.wrong, [row.op for row in run.rows]) == (1, [])
@@ -160,6 +178,6 @@ def test_a_call_that_cannot_be_captured_is_timed_call_by_call(monkeypatch):
         return captured(side, copies)
 
     monkeypatch.setattr(run.machine, "sampler", sampler, raising=False)
-    cases.measure_dequantize(run, cases.Weights((128, 128), run.machine))
+    cases.measure_dequantize(run, Weights((128, 128), run.machine))
     assert run.rows[0].ms[OURS] > 0
     assert any(f"{OURS}: launches are in its time, it cannot be captured: RuntimeError" in said for said in run.said)

@@ -1,5 +1,8 @@
 """make gpu without a GPU: its stages, and which tests they take."""
 
+import importlib
+import inspect
+import os
 import re
 import subprocess
 import sys
@@ -8,7 +11,8 @@ import time
 import pytest
 import torch
 
-from benchmarks.gpu import run
+from benchmarks.gpu import page, records, run
+from benchmarks.report import tables
 
 
 def python(name: str, code: str, seconds: float = 60.0, **settings) -> run.Stage:
@@ -58,21 +62,91 @@ def test_stages_share_the_time():
     assert ended == {"a": "skipped: no time left", "b": "skipped: no time left"}
 
 
+def test_a_stage_leaves_time_to_those_after_it():
+    begin = run.GRACE_SECONDS + 100.0
+    now = [0.0]
+    stages = [python("long", "print('{seconds}')", 1000.0, leaves=60.0), python("short", "print('{seconds}')")]
+    stages[0].command.append("{seconds}")
+    ended = run.run_stages(stages[:1], begin, clock=lambda: now[0])
+    assert ended["long"].startswith("ok")
+    assert run.run_stages(stages[:1], run.GRACE_SECONDS + 60.0, clock=lambda: now[0])["long"].startswith("skipped")
+
+
 def test_the_stages_of_make_gpu():
     stages = {stage.name: stage for stage in run.stages("9.0a")}
-    assert list(stages) == ["build", "tests", "triton", "memcheck", "racecheck", "benchmark"]
+    assert list(stages) == [
+        "versions", "build", "exact", "memcheck", "racecheck", "capture", "streams", "benchmark", "tune", "tests",
+        "triton",
+    ]  # fmt: skip
     assert stages["build"].environment["TORCH_CUDA_ARCH_LIST"] == "9.0a"
-    assert sum(stage.seconds for stage in stages.values() if stage.name != "benchmark") <= 380
+    before = list(stages.values())[: list(stages).index("benchmark")]
+    assert sum(stage.seconds for stage in before) + stages["benchmark"].leaves <= 440, "the times need 90 s"
     assert stages["memcheck"].begins_with == run.SANITIZED_BEGINS
+    assert stages["tune"].command[1:] == ["-m", "nf4kernels", "tune", "--quick"]
     assert (run.architecture_of((9, 0)), run.architecture_of((8, 6)), run.architecture_of((12, 0))) == (
         "9.0a", "8.6", "12.0",
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "stage", [s for s in run.stages("9.0a") if "benchmarks.gpu" in " ".join(s.command)], ids=lambda s: s.name
+)
+def test_a_stages_command_is_one_that_its_module_takes(stage):
+    """All but what it does: its arguments are parsed, and its own module is there."""
+    command = [part.format(seconds=1, records=os.devnull) for part in stage.command]
+    command = command[command.index(sys.executable) :]
+    module = importlib.import_module(command[2])
+    assert hasattr(module, "main")
+    for flag in (part for part in command[3:] if part.startswith("--")):
+        assert f'"{flag}"' in inspect.getsource(module)
+
+
+def test_what_each_stage_found_is_kept_and_the_page_written_after_it(tmp_path):
+    timings = tmp_path / "a-gpu.csv"
+    checks = page.records_path(timings)
+    timings.write_text("of the last run")
+    for stage in ("exact", "streams"):
+        records.append(checks, records.Record(stage, "old", records.OK))
+        records.append(checks, records.Record(page.STAGE, stage, "ok in 1 s"))
+    note = run.keep(timings, ["exact"])
+    assert timings.read_text() == "of the last run", "no benchmark is to run: its last one stays"
+    assert [r.stage for r in records.read(checks)] == ["streams", page.STAGE]
+    timings.unlink()
+    code = "import sys; from pathlib import Path; from benchmarks.gpu.records import Records; "
+    code += "Records('exact', Path(sys.argv[1])).add('new', 'ok')"
+    stage = run.Stage("exact", [sys.executable, "-c", code, "{records}"], 60.0)
+    run.run_stages([stage, python("benchmark", "raise SystemExit(1)")], 100.0, checks, note)
+    found = [(r.stage, r.case) for r in records.read(checks)]
+    assert found == [("streams", "old"), (page.STAGE, "streams"), ("exact", "new"), (page.STAGE, "exact"),
+                     (page.STAGE, "benchmark")]  # fmt: skip
+    text = (tmp_path / "a-gpu.md").read_text()
+    assert "FAILED with status 1" in text
+    run.keep(timings, ["benchmark"])
+    assert not timings.exists()
+
+
+def test_a_run_leaves_its_page_and_its_status(tmp_path, monkeypatch, capsys):
+    stages = [python("exact", "print('checked')"), python("capture", "raise SystemExit(1)")]
+    monkeypatch.setattr(run, "find_device", lambda: ("A Test GPU", "9.0a"))
+    monkeypatch.setattr(run, "stages", lambda architecture: stages)
+    monkeypatch.setattr(tables, "csv_path", lambda about: tmp_path / f"{about['machine']}.csv")
+    monkeypatch.setattr(sys, "argv", ["run.py"])
+    with pytest.raises(SystemExit, match="1"):
+        run.main()
+    text = (tmp_path / "A Test GPU.md").read_text()
+    assert "| exact   | ok in" in text
+    assert "| capture | FAILED with status 1" in text
+    monkeypatch.setattr(sys, "argv", ["run.py", "--only", "exact"])
+    run.main()
+    ended = [r.case for r in records.read(tmp_path / "A Test GPU-checks.csv")]
+    assert ended == ["capture", "exact"], "of the stage that ran again its last end is gone"
+    assert f"written: {tmp_path / 'A Test GPU.md'}" in capsys.readouterr().out
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_without_a_gpu_it_says_so():
     with pytest.raises(SystemExit, match="sees no CUDA device"):
-        run.find_architecture()
+        run.find_device()
 
 
 def test_the_tests_of_a_gpu_are_those_that_are_marked(pytestconfig):
@@ -84,4 +158,5 @@ def test_the_tests_of_a_gpu_are_those_that_are_marked(pytestconfig):
         found = [line for line in result.stdout.splitlines() if "::" in line]
         assert len(found) > 30
         assert {re.split(r"[-\]]", line.partition("[")[2])[0] for line in found} == ids
-    assert run.stages("9.0a")[1].command[-2:] == ["-k", "not triton"]
+    stages = {stage.name: stage for stage in run.stages("9.0a")}
+    assert stages["tests"].command[-2:] == ["-k", "not triton"]

@@ -1,0 +1,220 @@
+"""The checks that `make gpu` makes of the kernels: on the host executor, or by fakes of what a GPU does."""
+
+import itertools
+import subprocess
+import sys
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks.gpu import capture, exact, streams, versions
+from benchmarks.gpu.exact import Forced
+from benchmarks.gpu.records import NOTE, OK, REFUSED, WRONG, Records
+from nf4kernels import reference
+from nf4kernels.backends import native
+
+TINY = {"shapes": ((40, 192),), "rows": (5,), "codebooks": ("nf4",)}
+TILES = {"linear": ["32x64x128", "128x128x64"], "linear_dgrad": ["16x128x128"]}
+
+
+def forcing(executor_ops):
+    return partial(native.running_kernel, executor_ops.executor.library)
+
+
+def some(op: str, **sizes):
+    return [case for case in exact.cases("cpu", **{**TINY, **sizes}) if case.op == op][:1]
+
+
+class Fake:
+    """Ops of the reference, whose kernels are forced in name only; what a forced one does can be set."""
+
+    def __init__(self, changed=None) -> None:
+        self.now, self.changed = None, changed or (lambda forced, result: result)
+
+    def __getattr__(self, op):
+        return lambda *args: self.changed(self.now, getattr(reference, op)(*args))
+
+    @contextmanager
+    def force(self, kernel, tile=-1, splits=0):
+        self.now = Forced(kernel, tile, splits)
+        yield
+
+
+def checked(fake: Fake, op: str = "linear", **settings) -> Records:
+    records = Records("exact")
+    exact.check(fake, TILES, fake.force, records, some(op), splits=(0, 2), **settings)
+    return records
+
+
+def test_every_kernel_tile_and_split_of_the_executor_is_exact(executor_ops):
+    tiles = {op: native.cuda_tiles(executor_ops.executor.library, op) for op in exact.OPS[:2]}
+    records = Records("exact")
+    for op, codebook in itertools.product(exact.OPS, exact.CODEBOOKS):
+        cases = some(op, codebooks=(codebook,))
+        exact.check(executor_ops.ops, tiles, forcing(executor_ops), records, cases, splits=(0, 2))
+    assert records.wrong == 0
+    assert records.counts[OK] > 2 * sum(map(len, tiles.values())), str(records)
+    ran = {launch.kernel.partition("<")[0] for launch in executor_ops.launches()}
+    assert {"linear_small_kernel", "linear_tiled_kernel", "linear_dgrad_tiled_kernel", "reduce_splits_kernel",
+            "grouped_linear_tiled_kernel", "grouped_linear_dgrad_tiled_kernel"} <= ran  # fmt: skip
+    names = {launch.kernel for launch in executor_ops.launches() if launch.kernel.startswith("linear_tiled")}
+    assert len(names) == 2 * len(tiles["linear"]), "each tile has a kernel for each of the two kinds of scales"
+
+
+def test_every_tile_and_split_is_a_way():
+    found = list(exact.ways("linear", TILES, splits=(0, 2)))
+    assert [str(forced) for forced in found] == [
+        "any", "dequantize_gemm", "small", "small 2 splits",
+        "tiled tile 0", "tiled tile 0 2 splits", "tiled tile 1", "tiled tile 1 2 splits",
+    ]  # fmt: skip
+    assert [str(forced) for forced in exact.ways("grouped_linear_dgrad", TILES)] == [
+        "any", "dequantize_gemm", "tiled tile 0",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("op", exact.OPS)
+def test_a_kernel_that_is_wrong_is_recorded_by_name(op, capsys):
+    def wrong(forced, result):
+        return result * 1.02 if forced == Forced("tiled", 0, 0) else result
+
+    assert checked(Fake(), op).wrong == 0
+    assert checked(Fake(wrong), op).wrong == 1
+    assert f"WRONG: {op} nf4 bfloat16 40x192 M=5, tiled tile 0: " in capsys.readouterr().out
+
+
+def test_a_kernel_that_gives_other_bits_the_second_time_is_wrong(capsys):
+    seen = []
+
+    def unsteady(forced, result):
+        seen.append(forced)
+        again = seen.count(forced) == 2 and forced.kernel == "small"
+        return torch.nextafter(result, torch.full_like(result, torch.inf)) if again else result
+
+    records = checked(Fake(unsteady))
+    assert records.wrong == 2
+    assert "a second run gave other bits" in capsys.readouterr().out
+
+
+def test_a_refusal_is_no_fault_and_any_other_error_ends_the_check():
+    def refuses(forced, result):
+        if forced.splits:
+            raise RuntimeError("the forced kernel small cannot run this: a split would have no step")
+        return result
+
+    records = checked(Fake(refuses))
+    assert (records.wrong, records.counts[REFUSED]) == (0, 3)
+
+    def fails(forced, result):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal"):
+        checked(Fake(fails))
+
+
+def test_when_time_is_out_the_check_says_what_is_missing():
+    records = checked(Fake(), has_time=lambda: False)
+    assert (records.counts[OK], records.counts[REFUSED]) == (0, 1)
+
+
+# Capture into a graph.
+
+
+def eager_capture(run):
+    """A graph that calls the function again, into the same result."""
+    result = run().clone()
+    return result, lambda: result.copy_(run())
+
+
+def stale_capture(run):
+    """A graph that took the values of its inputs."""
+    result, kept = run().clone(), run().clone()
+    return result, lambda: result.copy_(kept)
+
+
+def test_every_capture_is_replayed_with_other_inputs():
+    records = Records("capture")
+    for case in capture.runs("cpu", (64, 128)):
+        capture.check(case, "cpu", eager_capture, records, (64, 128))
+    assert (records.counts[OK], records.wrong) == (len(capture.runs("cpu")), 0)
+    stale = Records("capture")
+    for case in capture.runs("cpu", (64, 128)):
+        capture.check(case, "cpu", stale_capture, stale, (64, 128))
+    assert stale.wrong == len(capture.runs("cpu"))
+
+
+def test_a_capture_that_is_refused_is_a_fault_of_ours_and_not_of_cublas():
+    def refused(run):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    records = Records("capture")
+    for case in ("linear", "dense"):
+        capture.check(case, "cpu", refused, records, (64, 128))
+    assert (records.wrong, records.counts[REFUSED]) == (1, 1)
+
+
+def test_each_capture_has_a_process_and_a_time():
+    def process(code: str) -> subprocess.Popen:
+        return subprocess.Popen([sys.executable, "-c", code])
+
+    records = Records("capture")
+    assert capture.wait_for({"right": process("pass")}, records) == 0
+    assert records.wrong == 0
+    slow = {"slow": process("import time; time.sleep(60)"), "crash": process("import sys; sys.exit(139)")}
+    assert capture.wait_for(slow, records, seconds=0.5) == 1
+    assert records.wrong == 2
+
+
+# Two streams.
+
+
+def test_products_of_two_streams_have_the_bits_that_they_have_alone(executor_ops):
+    records = Records("streams")
+    for forced in (Forced("small", -1, 2), Forced("tiled", 0, 2)):
+        calls = streams.products(executor_ops.ops, "cpu", 5, (64, 2048))
+        with forcing(executor_ops)(forced.kernel, forced.tile, forced.splits):
+            streams.check(str(forced), calls, [nullcontext] * 2, lambda: None, records, repetitions=2)
+    assert (records.counts[OK], records.wrong) == (2, 0)
+    assert any(launch.kernel.startswith("reduce_splits") for launch in executor_ops.launches())
+
+
+def test_a_workspace_that_two_streams_share_shows():
+    workspace = torch.zeros(4)
+    own = [lambda value=value: torch.full((4,), value) for value in (1.0, 2.0)]
+    sharing = [lambda value=value: workspace.add_(value).clone() for value in (1.0, 2.0)]
+    records = Records("streams")
+    streams.check("own", own, [nullcontext] * 2, lambda: None, records, repetitions=2)
+    assert (records.counts[OK], records.wrong) == (1, 0)
+    streams.check("sharing", sharing, [nullcontext] * 2, lambda: None, records, repetitions=2)
+    assert records.wrong == 1
+
+
+# Versions.
+
+
+def test_versions_say_what_is_there_and_what_is_missing():
+    card = SimpleNamespace(name="A card", major=9, minor=0, multi_processor_count=132, total_memory=141 << 30,
+                           L2_cache_size=50 << 20)  # fmt: skip
+    answers = {
+        "nvidia-smi": ", ".join(f"value {i}" for i in range(len(versions.FACTS))),
+        "nvcc": "Cuda compilation tools, release 13.0, V13.0.88\n",
+    }
+    found = dict(versions.facts(card, lambda program, *rest: answers[program]))
+    assert found["card"] == "A card"
+    assert found["driver_version"] == "value 0"
+    assert found["nvcc"] == "13.0.88"
+    assert found["torch"].startswith(torch.__version__)
+    missing = dict(versions.facts(card, lambda *command: versions.MISSING))
+    assert (missing["nvidia-smi"], missing["nvcc"]) == ("missing", "missing")
+    assert versions.ask("no-such-program") == versions.MISSING
+    assert versions.ask(sys.executable, "-c", "print('here')") == "here\n"
+
+
+def test_a_note_is_no_check():
+    records = Records("versions")
+    records.add("card", NOTE, "A card")
+    assert (records.wrong, str(records)) == (0, "1 note")
+    records.add("case", WRONG, "it is")
+    assert records.wrong == 1
