@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,15 +37,17 @@ OPS = ("linear", "linear_dgrad", "grouped_linear", "grouped_linear_dgrad")
 Tiles = Mapping[str, Sequence[str]]  # of each op without "grouped_", as `native.cuda_tiles` names them
 
 
-@dataclass(frozen=True)
-class Forced:
+class Forced(NamedTuple):
+    """The arguments of `native.running_kernel`."""
+
     kernel: str
     tile: int = -1
     splits: int = 0
 
-    def __str__(self) -> str:
-        tile = f" tile {self.tile}" if self.tile >= 0 else ""
-        return f"{self.kernel}{tile}" + (f" {self.splits} splits" if self.splits else "")
+
+def name_of(forced: Forced) -> str:
+    tile = f" tile {forced.tile}" if forced.tile >= 0 else ""
+    return f"{forced.kernel}{tile}" + (f" {forced.splits} splits" if forced.splits else "")
 
 
 def ways(op: str, tiles: Tiles, splits: Sequence[int] = SPLITS) -> Iterator[Forced]:
@@ -124,9 +127,9 @@ def check(
             records.add(one.what, REFUSED, "no time was left for it and what follows")
             return
         for forced in ways(one.op, tiles, splits):
-            what = f"{one.what}, {forced}"
+            what = f"{one.what}, {name_of(forced)}"
             try:
-                with force(forced.kernel, forced.tile, forced.splits):
+                with force(*forced):
                     first, again = (getattr(ops, one.op)(*one.arguments) for _ in range(2))
             except RuntimeError as error:
                 refuses = REFUSAL in str(error)

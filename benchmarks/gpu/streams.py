@@ -18,7 +18,7 @@ from torch import Tensor
 import nf4kernels as nf4
 
 from . import sides
-from .exact import Forced
+from .exact import Forced, name_of
 from .records import OK, REFUSED, WRONG, Records
 from .timing import REFUSAL
 
@@ -89,17 +89,17 @@ def main() -> None:
         calls = products(torch.ops.nf4kernels, "cuda", M)
         synchronize()
         if time.perf_counter() > deadline:
-            records.add(str(forced), REFUSED, "no time was left for it")
+            records.add(name_of(forced), REFUSED, "no time was left for it")
             continue
-        with force(forced.kernel, forced.tile, forced.splits):
-            check(f"{forced}", calls, streams, synchronize, records)
+        with force(*forced):
+            check(name_of(forced), calls, streams, synchronize, records)
             try:
                 graphs = [captured(call, stream) for call, stream in zip(calls, own)]
             except RuntimeError as error:
                 if REFUSAL not in str(error):
                     raise
                 continue
-        check(f"{forced}, in graphs", graphs, streams, synchronize, records)
+        check(f"{name_of(forced)}, in graphs", graphs, streams, synchronize, records)
     print(f"two streams at once: {records}", flush=True)
     raise SystemExit(1 if records.wrong else 0)
 

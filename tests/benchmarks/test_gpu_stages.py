@@ -66,11 +66,11 @@ def test_every_kernel_tile_and_split_of_the_executor_is_exact(executor_ops):
 
 def test_every_tile_and_split_is_a_way():
     found = list(exact.ways("linear", TILES, splits=(0, 2)))
-    assert [str(forced) for forced in found] == [
+    assert [exact.name_of(forced) for forced in found] == [
         "any", "dequantize_gemm", "small", "small 2 splits",
         "tiled tile 0", "tiled tile 0 2 splits", "tiled tile 1", "tiled tile 1 2 splits",
     ]  # fmt: skip
-    assert [str(forced) for forced in exact.ways("grouped_linear_dgrad", TILES)] == [
+    assert [exact.name_of(forced) for forced in exact.ways("grouped_linear_dgrad", TILES)] == [
         "any", "dequantize_gemm", "tiled tile 0",
     ]  # fmt: skip
 
@@ -174,8 +174,8 @@ def test_products_of_two_streams_have_the_bits_that_they_have_alone(executor_ops
     records = Records("streams")
     for forced in (Forced("small", -1, 2), Forced("tiled", 0, 2)):
         calls = streams.products(executor_ops.ops, "cpu", 5, (64, 2048))
-        with forcing(executor_ops)(forced.kernel, forced.tile, forced.splits):
-            streams.check(str(forced), calls, [nullcontext] * 2, lambda: None, records, repetitions=2)
+        with forcing(executor_ops)(*forced):
+            streams.check(exact.name_of(forced), calls, [nullcontext] * 2, lambda: None, records, repetitions=2)
     assert (records.counts[OK], records.wrong) == (2, 0)
     assert any(launch.kernel.startswith("reduce_splits") for launch in executor_ops.launches())
 
