@@ -13,19 +13,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import nf4kernels as nf4
 from nf4kernels import reference
-from nf4kernels.backends import native, select
+from nf4kernels.backends import native
 
 from ..checks import assert_as_exact_as_dense
 from . import sides
 from .records import OK, REFUSED, WRONG, Records
-from .timing import REFUSAL
+from .reuse import REFUSAL, Forced
 
 SHAPES = ((1000, 1408), (2048, 4096))  # [N, K]
 ROWS = (5, 40, 130)
@@ -35,14 +34,6 @@ DTYPES = (torch.bfloat16, torch.float16)
 EXPERTS, RANK, SCALING = 3, 16, 2.0
 OPS = ("linear", "linear_dgrad", "grouped_linear", "grouped_linear_dgrad")
 Tiles = Mapping[str, Sequence[str]]  # of each op without "grouped_", as `native.cuda_tiles` names them
-
-
-class Forced(NamedTuple):
-    """The arguments of `native.running_kernel`."""
-
-    kernel: str
-    tile: int = -1
-    splits: int = 0
 
 
 def name_of(forced: Forced) -> str:
@@ -153,10 +144,7 @@ def main() -> None:
     args = parser.parse_args()
     deadline = time.perf_counter() + args.seconds
     torch.manual_seed(0)
-    library, obstacle = select.cuda_library()
-    if library is None:
-        raise SystemExit(f"no CUDA kernel can be checked: {obstacle}")
-    tiles = {op: native.cuda_tiles(library.handle, op) for op in OPS[:2]}
+    tiles = {op: native.cuda_tiles(sides.cuda_library().handle, op) for op in OPS[:2]}
     records = Records("exact", args.records)
     check(torch.ops.nf4kernels, tiles, sides.forcing(), records, cases("cuda"),
           has_time=lambda: time.perf_counter() < deadline)  # fmt: skip

@@ -16,7 +16,7 @@ import torch
 
 from ..shapes import EXPERTS, GPU_SHAPES, ExpertsShape
 from . import cases, grouped_cases, lora_cases, summary
-from .sides import BNB_MISSING, TRITON_MISSING, forcing
+from .sides import BNB_MISSING, TRITON_MISSING, cuda_library, forcing
 from .timing import Cuda, Run
 from .weights import ExpertWeights, Weights
 
@@ -72,7 +72,9 @@ def main() -> None:
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))  # so that what is measured is written
     torch.manual_seed(0)
-    run = Run(Cuda(), forcing(), begin + args.seconds - REPORT_SECONDS, keep=summary.write_rows)
+    run = Run(
+        Cuda(cuda_library().forget_graphs), forcing(), begin + args.seconds - REPORT_SECONDS, keep=summary.write_rows
+    )
     for missing in filter(None, (BNB_MISSING, TRITON_MISSING)):
         run.say(missing)
     run.measure_limits()

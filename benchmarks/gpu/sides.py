@@ -33,12 +33,17 @@ KERNELS = {"small": 16, "tiled": math.inf, "dequantize_gemm": math.inf, "any": 6
 GROUPED_KERNELS = {"small": math.inf, "tiled": math.inf}  # of experts
 
 
-def forcing() -> Callable[[str], AbstractContextManager]:
-    """`native.running_kernel` of the CUDA library that runs here."""
+def cuda_library() -> native.CudaLibrary:
+    """The one that runs here; exits with the reason where there is none."""
     library, obstacle = select.cuda_library()
     if library is None:
         raise SystemExit(f"no CUDA kernel can be forced: {obstacle}")
-    return partial(native.running_kernel, library.handle)
+    return library
+
+
+def forcing() -> Callable[..., AbstractContextManager]:
+    """`native.running_kernel` of the CUDA library that runs here."""
+    return partial(native.running_kernel, cuda_library().handle)
 
 
 def is_ours(side: str) -> bool:

@@ -18,9 +18,9 @@ from torch import Tensor
 import nf4kernels as nf4
 
 from . import sides
-from .exact import Forced, name_of
+from .exact import name_of
 from .records import OK, REFUSED, WRONG, Records
-from .timing import REFUSAL
+from .reuse import REFUSAL, Forced
 
 SHAPE = (512, 4096)  # 16 to 32 tiles: with 4 splits a fraction of any card
 REPETITIONS = 300

@@ -24,7 +24,9 @@ class Cuda:
 
     device = torch.device("cuda")
 
-    def __init__(self) -> None:
+    def __init__(self, forget_graphs: Callable[[], None] = lambda: None) -> None:
+        """`forget_graphs` is called where the graphs of a row are gone: each took a slot of arrival counters."""
+        self.forget_graphs = forget_graphs
         p = torch.cuda.get_device_properties(0)
         self.name, self.cache_bytes = p.name, p.L2_cache_size
         self.arch = f"sm_{p.major}{p.minor}{'a' if p.major == 9 else ''}"
@@ -124,6 +126,8 @@ class Run:
             side: self._sampler(side, run, copies, f"{op} {shape[0]}x{shape[1]} M={M}") for side, run in sides.items()
         }
         samples = take_turns(samplers, self.row_seconds, clock=self.clock)
+        del samplers
+        self.machine.forget_graphs()
         floor = floor_ms(nbytes, self.copy_gb_s, flops, self.bf16_gflop_s)
         row = row_of(samples, op, shape, M, 1, "out", floor)
         row.predicted_ms = predictions.predicted_ms(self.card, op, *shape, M)

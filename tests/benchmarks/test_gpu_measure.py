@@ -106,6 +106,7 @@ def test_the_rows_are_written_as_they_come(tmp_path):
     cases.measure_dequantize(run, weights)
     cases.measure_linear(run, weights, 4)
     assert written == [1, 2]
+    assert run.machine.forgotten == 2, "the graphs of each row are gone when the next one begins"
 
 
 def test_when_time_is_out_what_was_not_measured_is_said(capsys):
