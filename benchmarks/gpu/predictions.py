@@ -158,6 +158,7 @@ def verdicts(card: Card, facts: Facts) -> Iterator[str]:
         yield f"{card.name}: decode {N}x{K} M={M}: {reached:.0%} of memory, goal {least:.0%}: " + (
             "met" if reached >= least else "NOT met"
         )
+    yield from _against_cublas(card, facts)
     slower = []
     for op, (N, K), M in itertools.product(("linear", "linear_dgrad"), GPU_SHAPES, ROWS):
         name, now = chosen(by_kernel(card, op, N, K, M, facts))
@@ -167,6 +168,22 @@ def verdicts(card: Card, facts: Facts) -> Iterator[str]:
     total = 2 * len(GPU_SHAPES) * len(ROWS)
     yield f"{card.name}: slower than bitsandbytes by more than {TIE:.0%} in {len(slower)} of {total} products"
     yield from (f"   {line}" for line in slower)
+
+
+def _against_cublas(card: Card, facts: Facts) -> Iterator[str]:
+    for what, ops, all_m, goal in (
+        ("training", ("linear", "linear_dgrad"), (2048,), 0.95),
+        ("forward, 16 < M < 512", ("linear",), [M for M in ROWS if 16 < M < 512], 1.0),
+    ):
+        ratios = {}
+        for op, (N, K), M in itertools.product(ops, GPU_SHAPES, all_m):
+            now = chosen(by_kernel(card, op, N, K, M, facts))[1]
+            ratios[f"{op} {N}x{K} M={M}"] = dense_ms(card, N, K, M) / now.ms
+        least, met = min(ratios, key=ratios.get), sum(ratio >= goal - TIE for ratio in ratios.values())
+        yield (
+            f"{card.name}: {what}: {met} of {len(ratios)} products reach {goal:.2f}x of cuBLAS, "
+            f"least {ratios[least]:.2f}x ({least})"
+        )
 
 
 def tables(cards: Iterable[Card], facts: Facts, before: Facts | None, every_kernel: bool) -> Iterator[str]:

@@ -207,4 +207,5 @@ def test_the_tables_show_another_version_beside_this_one():
     assert body[0].split()[1:4] == ["before", "gain", "ms"]
     assert len(body) == 2 + 2 * len(GPU_SHAPES) * len(launches.ROWS)
     assert any("decode 28672x8192 M=1:" in line for line in lines)
+    assert sum("of cuBLAS, least" in line for line in lines) == 2
     assert any("slower than bitsandbytes by" in line for line in lines)
