@@ -23,7 +23,7 @@ from nf4kernels.model.report import table
 from ..shapes import GPU_SHAPES
 from . import bitsandbytes_kernels, cuda_report, launches
 from .cards import CARDS, Card
-from .cuda_report import Kernel
+from .cuda_report import RENEW, Kernel
 from .kernel_time import LAUNCH_MS, launch_time
 from .launches import ROWS, Plan, Plans, Product
 from .work import WEIGHT_BYTES, bitsandbytes_work, dequantize_work, product_work
@@ -53,6 +53,12 @@ class Prediction:
 def committed(report: Path = cuda_report.BASELINE, planned: Path = launches.GOLDEN) -> Facts:
     kernels = {(kernel.kernel, kernel.arch): kernel for kernel in cuda_report.read_csv(report)}
     return Facts(kernels, launches.read_csv(planned))
+
+
+def uncounted(facts: Facts) -> list[str]:
+    """Kernels that are launched and whose machine code the report lacks."""
+    counted = {name for name, _ in facts.kernels}
+    return sorted({launch.kernel for plan in facts.plans.values() for launch in plan.launches} - counted)
 
 
 def by_kernel(card: Card, op: str, N: int, K: int, M: int, facts: Facts | None = None) -> dict[str, Prediction]:
@@ -211,6 +217,9 @@ def main() -> None:
     parser.add_argument("--before", nargs=2, type=Path, metavar=("REPORT", "LAUNCHES"), help="of another version")
     args = parser.parse_args()
     before = committed(*args.before) if args.before else None
+    for facts in filter(None, (committed(), before)):
+        if missing := uncounted(facts):
+            parser.error(f"launched, but not in the report on the machine code: {', '.join(missing)}; {RENEW}")
     print(*tables([c for c in CARDS if c.name in args.cards], committed(), before, args.kernels), sep="\n")
 
 

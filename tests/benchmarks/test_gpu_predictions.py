@@ -198,6 +198,18 @@ def test_a_known_card_is_predicted_at_the_clock_that_it_keeps():
     assert card_of("Another", 90, 132, 1.98, 1.0, 1.0, 50).ghz == 1.98
 
 
+def test_a_report_that_is_older_than_the_launches_is_said(monkeypatch, capsys):
+    facts = predictions.committed()
+    assert predictions.uncounted(facts) == []
+    old = replace(facts, kernels={key: k for key, k in facts.kernels.items() if not key[0].startswith("linear_small")})
+    assert predictions.by_kernel(H200, "linear", 4096, 4096, 1, old).keys() == {"tiled", "dequantize_gemm"}
+    monkeypatch.setattr(predictions, "committed", lambda *paths: old)
+    monkeypatch.setattr("sys.argv", ["predictions"])
+    with pytest.raises(SystemExit):
+        predictions.main()
+    assert "linear_small_kernel<BFloat16, 1" in capsys.readouterr().err
+
+
 def test_the_tables_show_another_version_beside_this_one():
     before = predictions.committed()
     slower = replace(before, kernels={key: replace(k, loop=3 * k.loop) for key, k in before.kernels.items()})
