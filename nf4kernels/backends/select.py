@@ -23,13 +23,12 @@ from ..ops import LIBRARY, OPS, SCHEMAS
 from . import native
 from .arguments import checked
 from .registration import Registration, check_is_complete, stand_in
-from .tuned_files import Found, card_of, measured_table
+from .tuned_files import NVIDIA_DRIVER, Found, card_of, measured_table
 from .tuned_table import BACKENDS, CUDA_PRODUCTS, Rule, by_rules
 
 VARIABLE = "NF4KERNELS_BACKEND"
 OLDEST = (8, 0)  # compute capability, of the CUDA library's kernels and of Triton's compiler
 GPU_KEYS = {"cuda": "CUDA", "xpu": "XPU"}  # device type -> dispatch key; AMD's GPUs are torch's cuda too
-NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")  # there where the driver is loaded
 NATIVE_NAMESPACE = "nf4kernels_native"  # of the CUDA library's ops where it shares a device with another backend
 REFERENCE = {op: checked(op, getattr(reference, op)) for op in OPS}
 _NATIVE_SCHEMAS = torch.library.Library(NATIVE_NAMESPACE, "DEF")

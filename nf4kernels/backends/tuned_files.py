@@ -21,7 +21,7 @@ VARIABLE = "NF4KERNELS_CACHE"
 SHIPPED = Path(__file__).parent / "tuned"
 HERE, ON_SUCH_A_CARD, PREDICTED = "measured here", "measured on such a card", "predicted"
 MOST_BYTES = 1 << 20
-NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")  # there where the driver is loaded
 
 
 @dataclass(frozen=True)

@@ -441,8 +441,6 @@ void copy_async_wait(int pending, Site) {
   self.copies.erase(rest, self.copies.end());
 }
 
-bool planning = false;  // launches are checked and logged, and no block runs
-
 cudaError_t run(const void* kernel, dim3 grid, int thread_count, size_t shared_bytes,
                 const std::function<void()>& thread) {
   const std::lock_guard<std::mutex> guard(one_launch);
@@ -544,6 +542,10 @@ NF4_EXECUTOR_API void nf4_executor_set(int schedule, unsigned seed, bool copies_
   settings = {Schedule(schedule), seed, copies_late, shared_limit};
   nf4::cuda::executor::mma_truncates = mma_truncates;
 }
+
+// Every later launch has at most so many blocks along x and along y, so that a loop over the grid has more than one turn
+// of few elements; 0: as many as it asks for.
+NF4_EXECUTOR_API void nf4_executor_limit_grid(unsigned blocks) { nf4::cuda::executor::grid_limit = blocks; }
 
 // Whether launches are checked and logged alone, at whatever size.
 NF4_EXECUTOR_API void nf4_executor_plan(bool planning) { nf4::cuda::executor::planning = planning; }
