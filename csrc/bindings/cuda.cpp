@@ -106,8 +106,8 @@ void multiply_fused(const Product& product, const nf4::cuda::Choice& choice, con
   if (choice.path != Path::kAny) args.known = known_codes.rounded(args.dtype);
   OptionalTensor partial;
   if (choice.path == Path::kSmall) {
-    args.blocks = nf4::cuda::small_blocks(args.weight.N, args.weight.K, device_of(product.op).multiprocessors);
-    if (nf4::cuda::small_is_cut(args.weight.N, args.blocks)) {
+    args.blocks = nf4::cuda::small_blocks(M, args.weight.N, args.weight.K, device_of(product.op).multiprocessors);
+    if (nf4::cuda::small_is_cut(M, args.weight.N, args.blocks)) {
       partial = new_empty(product.in, {nf4::cuda::small_partial_floats(M, args.blocks)}, ScalarType::Float);
       args.partial = static_cast<float*>(partial->mutable_data_ptr());
       args.arrivals = arrival_slot(launch);
@@ -353,9 +353,10 @@ NF4_EXPORT const char* nf4kernels_cuda_choose(bool dgrad, int32_t dtype, int64_t
   return nf4::cuda::kPathNames[int(choice.path)];
 }
 
-// Streams and graphs may have the slots of arrival counters of all before. A measurement says so between its graphs, of
-// which there are more than slots: nothing may be running, and no earlier graph may be launched any more.
-NF4_EXPORT void nf4kernels_cuda_forget_streams() { arrival_slots->forget(); }
+// How many thread blocks share linear_small's work out.
+NF4_EXPORT int nf4kernels_cuda_small_blocks(int64_t M, int64_t N, int64_t K, int multiprocessors) {
+  return nf4::cuda::small_blocks(M, N, K, multiprocessors);
+}
 
 #ifdef NF4_EXECUTOR
 // What tiles.h says of a tile on a card: blocks resident on a multiprocessor; cycles of a product in so many splits

@@ -183,33 +183,23 @@ inline int splits_of(const Problem& p, Path path) {
                     longest_small_sum(p.scales_sums), p.M);
 }
 
-// Why `path` cannot run this problem by this tile (-1: its own choice) in so many splits (0: its own choice); null if it
-// can.
-inline const char* obstacle(const Problem& p, const Tuning& t, Path path, int tile, int splits) {
-  if (const char* why = obstacle(p, path)) return why;
-  if (tile >= 0 && path != Path::kTiled) return "tiled alone has tiles to choose from";
-  if (tile >= tiles_of(p.dgrad).count) return "it has fewer tiles";
-  if (splits == 0) return nullptr;
-  if (path != Path::kSmall && path != Path::kTiled) return "small and tiled alone are split";
-  const SplitLimits limits = split_limits(p, path, tile < 0 ? tile_for(p, t) : tile);
-  if (splits < limits.least) return "a sum would be too long without more splits";
-  return splits > limits.most ? "a split would have no step of the contraction" : nullptr;
-}
-
-inline Choice choice_of(const Problem& p, const Tuning& t, Path path, const char* reason) {
-  const int tile = path == Path::kTiled ? tile_for(p, t) : 0;
-  return {path, tile, splits_of(p, t, path, tile), reason};
-}
-// What `obstacle` has passed; `path` alone is not left open.
-inline Choice forced_choice(const Problem& p, const Tuning& t, Path path, int tile, int splits) {
-  Choice choice = choice_of(p, t, path, "forced");
-  if (tile >= 0) choice = {path, tile, splits_of(p, t, path, tile), choice.reason};
-  if (splits > 0) choice.splits = splits;
-  return choice;
+// linear_small of one weight shares units of 32 n (M > 8: 64 n) by 128 k out to one thread block a multiprocessor, but no
+// fewer to a block than eight. Where tiles can be dealt out whole to at least 15 of 16 multiprocessors, they are: a cut
+// tile's parts wait for each other, about a microsecond. The workspace for cut tiles: two parts a block.
+constexpr int kSmallUnitK = 128, kSmallUnits = 8, kSmallMostBlocks = 1024;
+NF4_HOST_DEVICE constexpr int small_tile_n(int64_t M) { return M <= 8 ? 32 : 64; }
+inline int small_blocks(int64_t M, int64_t N, int64_t K, int multiprocessors) {
+  const int64_t tiles = ceil_quotient(N, small_tile_n(M)), depth = ceil_quotient(K, kSmallUnitK);
+  const int64_t machine = multiprocessors < kSmallMostBlocks ? multiprocessors : kSmallMostBlocks;
+  const int64_t most = ceil_quotient(tiles * depth, kSmallUnits);
+  if (most < machine) return int(most);
+  for (int64_t blocks = machine; blocks * 16 >= machine * 15; --blocks)
+    if (tiles % blocks == 0) return int(blocks);
+  return int(machine);
 }
 // Whether the share of some block may end within a tile.
-inline bool small_is_cut(int64_t N, int blocks) { return ceil_quotient(N, kSmallTileN) % blocks != 0; }
-inline int64_t small_partial_floats(int64_t M, int blocks) { return 2 * int64_t{blocks} * M * kSmallTileN; }
+inline bool small_is_cut(int64_t M, int64_t N, int blocks) { return ceil_quotient(N, small_tile_n(M)) % blocks != 0; }
+inline int64_t small_partial_floats(int64_t M, int blocks) { return 2 * int64_t{blocks} * M * small_tile_n(M); }
 
 constexpr int64_t kAnyM = 64;  // one tile of product_any, which decodes the weight once more for each further tile
 

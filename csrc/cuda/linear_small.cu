@@ -27,32 +27,35 @@
 namespace nf4::cuda {
 namespace {
 
-constexpr int kWarpsN = kSmallTileN / kWarpTileN;
 constexpr int kUnitBlocks = kSmallUnitK / kBlockK;     // of 64 k
 constexpr int kStageBlock = kWarpTileN * kBlockK / 2;  // a warp's bytes of one of them
 constexpr int kStageBytes = kUnitBlocks * kStageBlock;
 
 // A thread block: warps along k, and stages of each warp's ring. Shared memory holds the table, in whose gaps of 128
 // bytes each warp keeps its sums, then the rings, then a word.
-template <int kAlongK, int kRingStages>
+template <int kAcrossN, int kAlongK, int kRingStages>
 struct Shape {
-  static constexpr int kWarpsK = kAlongK, kStages = kRingStages;
+  static constexpr int kWarpsN = kAcrossN, kWarpsK = kAlongK, kStages = kRingStages, kTileN = kWarpsN * kWarpTileN;
   static constexpr int kWarps = kWarpsN * kWarpsK, kThreads = kWarps * kWarp;
   static constexpr int kWord = kWidePairTableBytes + kWarps * kStages * kStageBytes, kSharedBytes = kWord + 16;
   static_assert(kWarps * kSmallM <= 256, "every warp's sums have a gap for each row of x");
 };
-using Deep = Shape<kSmallWarpsK, 3>;
-using Shallow = Shape<kSmallWarpsK / 2, 2>;  // for 99 KB
+template <int kTilesM>
+using Deep = Shape<kTilesM, 16 / kTilesM, 3>;
+template <int kTilesM>
+using Shallow = Shape<kTilesM, 8 / kTilesM, 2>;  // for 99 KB
 
 // The units of a launch, and which block has them.
 struct Shares {
   int blocks;  // that share the units out
   int depth;   // units a tile
+  int tile_n;
   uint32_t units;
   NF4_HOST_DEVICE explicit Shares(const ProductArgs& args)
       : blocks(args.blocks),
         depth(int(ceil_div(args.weight.K, kSmallUnitK))),
-        units(uint32_t(ceil_div(args.weight.N, kSmallTileN)) * uint32_t(depth)) {}
+        tile_n(small_tile_n(args.M)),
+        units(uint32_t(ceil_div(args.weight.N, tile_n)) * uint32_t(depth)) {}
 
   NF4_HOST_DEVICE int begin(int block) const { return int(uint64_t(units) * unsigned(block) / unsigned(blocks)); }
   NF4_HOST_DEVICE int block_of(int unit) const { return int((uint64_t(unit + 1) * unsigned(blocks) - 1) / units); }
@@ -66,7 +69,7 @@ struct Walk {
   NF4_DEVICE Walk(const Weight& w, int unit, int depth)
       : at(unit % depth),
         depth(depth),
-        next_tile(uint32_t(w.K / kBlockK) * kSmallTileN - uint32_t(depth * kUnitBlocks)) {}
+        next_tile(uint32_t(w.K / kBlockK) * S::kTileN - uint32_t(depth * kUnitBlocks)) {}
   // To the next unit; how many blocks that is away.
   NF4_DEVICE uint32_t advance() {
     uint32_t away = S::kWarpsK * kUnitBlocks;
@@ -75,8 +78,9 @@ struct Walk {
   }
 };
 // The first block of a unit in row `row` of its tile.
+template <class S>
 NF4_DEVICE uint32_t first_block_of(const Weight& w, int unit, int depth, int row) {
-  return (uint32_t(unit / depth) * kSmallTileN + uint32_t(row)) * uint32_t(w.K / kBlockK) +
+  return (uint32_t(unit / depth) * S::kTileN + uint32_t(row)) * uint32_t(w.K / kBlockK) +
          uint32_t(unit % depth * kUnitBlocks);
 }
 NF4_DEVICE uint32_t last_block(const Weight& w) { return uint32_t(w.N * (w.K / kBlockK)) - 1; }
@@ -125,7 +129,7 @@ struct Ring {
         stages(shared_memory<unsigned char>() + kWidePairTableBytes + warp * S::kStages * kStageBytes) {
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-      rows[i] = first_block_of(w, unit, depth, warp / S::kWarpsK * kWarpTileN + lane.index / 2 + 16 * i);
+      rows[i] = first_block_of<S>(w, unit, depth, warp / S::kWarpsK * kWarpTileN + lane.index / 2 + 16 * i);
 #pragma unroll
     for (int stage = 0; stage < S::kStages - 1; ++stage) fetch(stage, lane);
   }
@@ -176,7 +180,7 @@ struct UnitScales<S, ScaledSums> {
   NF4_DEVICE UnitScales(const Weight& w, int unit, int depth, int row, const Lane& lane)
       : w(w),
         walk(w, unit, depth),
-        first(first_block_of(w, unit, depth, row + lane.g + 8 * lane.t)),
+        first(first_block_of<S>(w, unit, depth, row + lane.g + 8 * lane.t)),
         last(last_block(w)),
         offset(offset_of(w)) {}
 
@@ -225,7 +229,7 @@ struct UnitScales<S, ScaledLevels> {
       : w(w), walk(w, unit, depth), last(last_block(w) * 4 + 3), offset(offset_of(w)) {
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot)
-      first[slot] = first_block_of(w, unit, depth, row + lane.g + 8 * slot) * 4 + uint32_t(lane.t);
+      first[slot] = first_block_of<S>(w, unit, depth, row + lane.g + 8 * slot) * 4 + uint32_t(lane.t);
   }
 
   NF4_DEVICE uint32_t index(uint32_t first, int j) const {
@@ -260,7 +264,7 @@ struct UnitScales<S, ScaledLevels> {
 // A cut tile's part [M, 64] of this block: a block has at most two, that which its share begins with and the last.
 NF4_DEVICE float* part_of(const ProductArgs& args, const Shares& shares, int block, int tile) {
   const bool is_last = shares.begin(block) < tile * shares.depth;
-  return args.partial + int64_t(2 * block + is_last) * args.M * kSmallTileN;
+  return args.partial + int64_t(2 * block + is_last) * args.M * shares.tile_n;
 }
 
 template <class T>
@@ -274,7 +278,7 @@ NF4_DEVICE void store_sum(const ProductArgs& args, int m, uint32_t n, float sum)
 template <class T>
 NF4_DEVICE void join_parts(const ProductArgs& args, const Shares& shares, int tile, int first, int last) {
   constexpr int kAtOnce = 8;  // loads in flight
-  for (int i = int(threadIdx.x); i < int(args.M) * kSmallTileN; i += int(blockDim.x)) {
+  for (int i = int(threadIdx.x); i < int(args.M) * shares.tile_n; i += int(blockDim.x)) {
     float sum = 0;
     for (int begin = first; begin <= last; begin += kAtOnce) {
       float parts[kAtOnce];
@@ -285,7 +289,7 @@ NF4_DEVICE void join_parts(const ProductArgs& args, const Shares& shares, int ti
       for (int j = 0; j < kAtOnce; ++j)
         if (begin + j <= last) sum += parts[j];
     }
-    store_sum<T>(args, i / kSmallTileN, uint32_t(tile) * kSmallTileN + uint32_t(i % kSmallTileN), sum);
+    store_sum<T>(args, i / shares.tile_n, uint32_t(tile) * unsigned(shares.tile_n) + uint32_t(i % shares.tile_n), sum);
   }
 }
 
@@ -295,13 +299,13 @@ NF4_DEVICE void finish_tile(const ProductArgs& args, const Shares& shares, int t
   const int first = shares.block_of(tile * shares.depth), last = shares.block_of((tile + 1) * shares.depth - 1);
   float* part = first == last ? nullptr : part_of(args, shares, int(blockIdx.x), tile);
   sync_block();
-  for (int i = int(thread_again()); i < int(args.M) * kSmallTileN; i += S::kThreads) {
-    const int m = i / kSmallTileN, n = i % kSmallTileN;
+  for (int i = int(thread_again()); i < int(args.M) * S::kTileN; i += S::kThreads) {
+    const int m = i / S::kTileN, n = i % S::kTileN;
     float sum = 0;
     for (int warp = 0; warp < S::kWarpsK; ++warp)
       sum += kept_sum<kTilesM>(n / kWarpTileN * S::kWarpsK + warp, m, n % kWarpTileN);
     if (part == nullptr)
-      store_sum<T>(args, m, uint32_t(tile) * kSmallTileN + uint32_t(n), sum);
+      store_sum<T>(args, m, uint32_t(tile) * S::kTileN + uint32_t(n), sum);
     else
       part[i] = sum;
   }
@@ -342,7 +346,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) linear_small_kernel(const Prod
     if (has_kept) {
       Sums<kTilesM> term = {};
       add_lora_term<T, kTilesM>(term, args, Work<int64_t>{w, tile, 0, args.M, 0, 0},
-                                int64_t(tile) * kSmallTileN + warp / S::kWarpsK * kWarpTileN, 0, lane);
+                                int64_t(tile) * S::kTileN + warp / S::kWarpsK * kWarpTileN, 0, lane);
       keep<kTilesM>(term, false);
     }
     Sums<kTilesM> sums = {};
@@ -393,7 +397,7 @@ cudaError_t launch_tile(const ProductArgs& args, cudaStream_t stream) {
     return launch(linear_small_kernel<T, kTilesM, Scaled, S>, dim3(unsigned(args.blocks)), S::kThreads, S::kSharedBytes,
                   stream, args);
   };
-  return limit >= Deep::kSharedBytes ? launch_shape(Deep()) : launch_shape(Shallow());
+  return limit >= Deep<kTilesM>::kSharedBytes ? launch_shape(Deep<kTilesM>()) : launch_shape(Shallow<kTilesM>());
 }
 
 template <class T>
@@ -402,11 +406,12 @@ cudaError_t launch_for(const ProductArgs& args, cudaStream_t stream) {
     using Scaled = decltype(scaled);
     return args.M <= 8 ? launch_tile<T, 1, Scaled>(args, stream) : launch_tile<T, 2, Scaled>(args, stream);
   });
-  if (error != cudaSuccess || args.arrivals >= 0 || !small_is_cut(args.weight.N, args.blocks)) return error;
+  if (error != cudaSuccess || args.arrivals >= 0 || !small_is_cut(args.M, args.weight.N, args.blocks)) return error;
   return launch(linear_small_join_kernel<T>, dim3(unsigned(args.blocks)), 256, 0, stream, args);
 }
 
-static_assert(Shallow::kSharedBytes <= 99 << 10, "every card has so much");
+static_assert(Shallow<1>::kSharedBytes <= 99 << 10 && Shallow<2>::kSharedBytes <= 99 << 10, "every card has so much");
+static_assert(Deep<1>::kTileN == small_tile_n(8) && Deep<2>::kTileN == small_tile_n(kSmallM), "as chosen");
 static_assert(kSmallMostBlocks <= kArrivals, "a block has a counter for the tile that is cut at its end");
 
 }  // namespace

@@ -157,14 +157,21 @@ def test_splits_fill_the_machine_and_move_fewer_bytes_than_the_weight(choose):
 
 
 def test_small_blocks_fill_the_machine_and_none_is_idle(executor_ops):
-    """Units of 64 n by 128 k: at least eight a block, one for each warp along k, but for a weight of fewer."""
+    """At least eight units a block, but for a weight of fewer; whole tiles where that leaves few idle."""
     blocks_of = executor_ops.executor.library.nf4kernels_cuda_small_blocks
-    blocks_of.argtypes = [*[ctypes.c_int64] * 2, ctypes.c_int]
-    assert blocks_of(4096, 4096, 132) == blocks_of(11008, 4096, 132) == 132
-    assert blocks_of(28672, 8192, 5000) == 1024, "as many as arrival counters"
-    assert blocks_of(64, 64, 132) == blocks_of(64, 1024, 132) == 1
-    assert blocks_of(64, 1024 + 64, 132) == 2
-    for N, K, multiprocessors in itertools.product((1, 64, 65, 1024, 4096), (64, 192, 4096, 1 << 20), (1, 2, 132, 170)):
-        units, blocks = -(-N // 64) * -(-K // 128), blocks_of(N, K, multiprocessors)
+    blocks_of.argtypes = [*[ctypes.c_int64] * 3, ctypes.c_int]
+    assert blocks_of(1, 4096, 4096, 132) == blocks_of(16, 8192, 4096, 132) == 128, "128 tiles"
+    assert blocks_of(16, 4096, 4096, 132) == blocks_of(1, 11008, 4096, 132) == 132
+    assert blocks_of(16, 11000, 1 << 16, 5000) == 1024, "as many as arrival counters"
+    assert blocks_of(16, 64, 64, 132) == blocks_of(16, 64, 1024, 132) == blocks_of(1, 32, 1024, 132) == 1
+    assert blocks_of(16, 64, 1024 + 64, 132) == 2
+    sizes = (1, 16), (1, 64, 65, 1024, 4096), (64, 192, 4096, 1 << 20), (1, 2, 128, 132, 170)
+    for M, N, K, multiprocessors in itertools.product(*sizes):
+        tiles = -(-N // (32 if M <= 8 else 64))
+        units, blocks = tiles * -(-K // 128), blocks_of(M, N, K, multiprocessors)
         assert 1 <= blocks <= min(multiprocessors, units)
-        assert blocks == multiprocessors or 8 * blocks >= units
+        assert (
+            blocks == multiprocessors
+            or 8 * blocks >= units
+            or (tiles % blocks == 0 and blocks > 0.93 * multiprocessors)
+        )

@@ -1,7 +1,7 @@
 """csrc/cuda/linear_small.cu: how thread blocks share tiles, and join the parts of those that are cut between them.
 
-A share is some units of 64 n by 128 k, in order through W. The bits must not depend on who comes last, nor on whether
-the last one adds the parts up or a second launch does.
+A share is some units of 32 or 64 n by 128 k, in order through W. The bits must not depend on who comes last, nor on
+whether the last one adds the parts up or a second launch does.
 """
 
 import ctypes
@@ -18,13 +18,13 @@ SLOTS = 256  # of arrival counters, csrc/cuda/arrivals.h
 # N, K, multiprocessors, and into how many parts tiles are then cut: a share may end anywhere, also within a tile that
 # it begins in; the last tile has rows past N, and the last unit of a row may have 64 k.
 CUTS = [
-    (200, 1216, 3, {1, 2}),
-    (200, 1216, 5, {2}),
-    (130, 4096, 5, {2, 3}),
-    (64, 4096, 3, {3}),
-    (64, 4096, 4, {4}),
-    (128, 2048, 2, {1}),
-    (40, 5120, 1, {1}),
+    (200, 1216, 3, {1: {1, 2}, 11: {1, 2}}),
+    (200, 1216, 5, {1: {1, 2}, 11: {2}}),
+    (130, 4096, 5, {1: {1}, 11: {2, 3}}),
+    (64, 4096, 3, {1: {2}, 11: {3}}),
+    (30, 4096, 4, {1: {4}, 11: {4}}),
+    (128, 2048, 2, {1: {1}, 11: {1}}),
+    (40, 5120, 1, {1: {1}, 11: {1}}),
 ]
 
 
@@ -44,10 +44,10 @@ def run(small, x, qweight, bias=None, lora=(None, None), scaling=1.0):
         return small.run("linear", x, *qweight.op_args(), bias, *lora, scaling)
 
 
-def parts(N, K, blocks):
+def parts(M, N, K, blocks):
     """Of each tile."""
     depth = -(-K // 128)
-    units = -(-N // 64) * depth
+    units = -(-N // (32 if M <= 8 else 64)) * depth
     begins = [units * block // blocks for block in range(blocks + 1)]
     owners = [block for block in range(blocks) for _ in range(begins[block], begins[block + 1])]
     return [len(set(owners[first : first + depth])) for first in range(0, units, depth)]
@@ -59,8 +59,8 @@ def parts(N, K, blocks):
 def test_cut_tiles_are_joined_in_order(small, N, K, multiprocessors, cuts, layout, shared):
     qweight = cases.quantized(N, K, layout)
     small.pretend(90, multiprocessors)
-    assert set(parts(N, K, multiprocessors)) == cuts
     for M, dtype in ((1, torch.bfloat16), (11, torch.float16)):
+        assert set(parts(M, N, K, multiprocessors)) == cuts[M]
         x, bias = cases.activations(M, K, dtype, 1.0), torch.randn(N).to(dtype)
         B, P = cases.activations(N, 5, dtype, seed=4), cases.activations(M, 5, dtype, seed=3)
         small.executor.set(shared_limit=shared)
@@ -116,8 +116,8 @@ def test_no_running_sum_is_longer_than_512_products(small):
     qweight = cases.with_tensors(
         qweight, packed=torch.full_like(qweight.packed, 0xFF), absmax=torch.ones_like(qweight.absmax)
     )
-    x = torch.ones(1, K)
-    x[0, 0], x[0, 128] = 2.0**29, -(2.0**29)  # two warps of the four
+    x = torch.ones(9, K)
+    x[:, 0], x[:, 128] = 2.0**29, -(2.0**29)  # two warps of the four
     y = run(small, x.bfloat16(), qweight).float()
     lost = K - y
     assert (lost <= 2 * 512 * 16 + 0.01 * K).all(), lost
