@@ -183,9 +183,9 @@ inline int splits_of(const Problem& p, Path path) {
                     longest_small_sum(p.scales_sums), p.M);
 }
 
-// linear_small of one weight shares units of 32 n (M > 8: 64 n) by 128 k out to one thread block a multiprocessor, but no
-// fewer to a block than eight. Where tiles can be dealt out whole to at least 15 of 16 multiprocessors, they are: a cut
-// tile's parts wait for each other, about a microsecond. The workspace for cut tiles: two parts a block.
+// linear_small of one weight shares units of 32 n (M > 8: 64 n) by 128 k out to one thread block a multiprocessor, but
+// no fewer to a block than eight. Where tiles can be dealt out whole to 15 of 16 multiprocessors or more, they are: a
+// cut tile's parts wait for each other, about a microsecond. The workspace for cut tiles: two parts a block.
 constexpr int kSmallUnitK = 128, kSmallUnits = 8, kSmallMostBlocks = 1024;
 NF4_HOST_DEVICE constexpr int small_tile_n(int64_t M) { return M <= 8 ? 32 : 64; }
 inline int small_blocks(int64_t M, int64_t N, int64_t K, int multiprocessors) {

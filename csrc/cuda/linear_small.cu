@@ -1,24 +1,26 @@
 // linear for few rows of x: y[M, N] = x[M, K] @ W[N, K]^T, M <= 16, on tensor cores straight from the packed bytes.
 // Read first: linear.cuh (how a warp multiplies), pair_table.cuh, arrivals.cuh.
 //
-// Who: one thread block a multiprocessor. The work is units of 64 n by 128 k, one row of tiles after the other:
+// Who: one thread block a multiprocessor. The work is units of 32 n (M > 8: 64 n) by 128 k, one row of tiles after the
+//   other:
 //
 //   units     | tile 0                  | tile 1                  | tile 2                  |
 //   shares    | block 0          | block 1          | block 2         | block 3             |     equal to one unit
 //
-//   Of a block's 2 x 8 warps (2 x 4 where a block has 99 KB) one half has the first 32 n of each unit, and unit u is of
-//   the warps u % 8 along k. A tile that ends in one share is y; of a cut tile each block stores its part, and the last
-//   one to arrive adds the parts in the order of blocks. Without counters a second launch does so, with the same bits.
+//   Unit u is of warp u % 16 of a block's 16, or with M > 8 of the warps u % 8, each of which has 32 n (half so many
+//   warps where a block has 99 KB). A tile that ends in one share is y; of a cut tile each block stores its part, and
+//   the last one to arrive adds the parts in the order of blocks. Without counters a second launch does so, with the
+//   same bits.
 // Trick: each warp has a ring of copies to shared memory, which runs through the ends of tiles: 64 KB in flight (16 KB
 //   with 99 KB) from before the table is built until the share ends. Only the end of a tile has barriers. 2.5 (M <= 8)
 //   to 2.8 instructions a weight. Rejected: FMAs without tensor cores (an H200 has 3.2 issue slots a weight at memory
 //   speed; decode, convert and FMA take 5); a thread block a tile of 32 n and split, with loads to registers (2.8 to
 //   3.3 instructions, a wait for memory a chunk of 128 k, two launches at 4096 x 4096, 344 tiles on 264 resident blocks
-//   at 11008 x 4096, and x from the L2 for every 32 n); 64 k a unit (2.9: the ring's and the walk's 60 instructions a
-//   unit); 16 bytes of W a lane from shared memory, which would bring two blocks of one row, with two scales, into one
-//   mma.
-// Bytes: 0.516 N K; from the L2 x once for each 64 n, and 8 M x 64 a block for cut tiles at most: an H200 (4.3 TB/s)
-//   does 4096 x 4096 in 2.0 us.
+//   at 11008 x 4096, and 16 rows of x from the L2 for every 32 n); 64 k a unit (2.9: the ring and the walk take 60
+//   instructions a unit); 16 bytes of W a lane from shared memory, which would bring two blocks of one row, with two
+//   scales, into one mma.
+// Bytes: 0.516 N K; from the L2 x once a tile, and 4 bytes, written and read, for each part of an element of y in a cut
+//   tile: an H200 (4.3 TB/s) does 4096 x 4096 in 2.0 us.
 // Needs: bf16 or fp16, K % 64 == 0, all pointers aligned to 16 bytes.
 #include "arrivals.cuh"
 #include "choose.h"
