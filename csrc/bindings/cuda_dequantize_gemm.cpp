@@ -69,10 +69,10 @@ void launch_scaled_copy(const nf4::cuda::ScaledCopyArgs& args, const Op& op, con
   check_launch(nf4::cuda::scaled_copy(args, launch.stream), op);
 }
 
-// The LoRA term of experts as more of the contraction: [in | inner] times [Ŵ | s B] in linear, [Ŵ ; s A] in
-// linear_dgrad, with zeros up to a multiple of 8, which cuBLAS wants for its fast kernels: torch's product of experts
-// cannot be added to out. The scaling goes to the factor: a Q of scaled losses has no room for it in fp16. With `ones` a
-// column of ones follows the inner product, for a bias.
+// The LoRA term as more of the contraction: [in | inner] times [Ŵ | s B] in linear, [Ŵ ; s A] in linear_dgrad, with
+// zeros up to a multiple of 8, which cuBLAS wants for its fast kernels. The scaling goes to the factor: a Q of scaled
+// losses has no room for it in fp16. With `ones` a column of ones follows the inner product, for a bias. It copies `in`:
+// for experts, as torch's product of experts cannot be added to out, and where only the sum may be rounded.
 struct Extended {
   Tensor in;      // [M, depth]
   Tensor factor;  // s B or s A, as long as there is a term
@@ -102,23 +102,50 @@ Extended extend(const Op& op, const Tensor& in, const nf4::cuda::ProductArgs& ar
   return {extended, scaled, rank, ones ? 1 : 0, depth};
 }
 
+// The LoRA term and bias of columns [begin, begin + width) of out.
+nf4::cuda::LoraTermArgs term_of(const nf4::cuda::ProductArgs& args, bool dgrad, int64_t columns, int64_t begin,
+                                int64_t width) {
+  const int64_t bytes = int64_t(element_bytes(args.dtype));
+  const auto from = [&](const void* whole, int64_t elements) {
+    return whole == nullptr ? nullptr : static_cast<const char*>(whole) + elements * bytes;
+  };
+  nf4::cuda::LoraTermArgs term{};
+  term.inner = args.lora_inner;
+  term.transposed = !dgrad;  // B[N, rank], A[rank, K]
+  term.factor = from(args.lora_factor, dgrad ? begin : begin * args.rank);
+  term.factor_stride = dgrad ? columns : args.rank;
+  term.bias = from(args.bias, begin);
+  term.dtype = args.dtype;
+  term.M = args.M;
+  term.columns = width;
+  term.rank = args.rank;
+  term.scaling = args.scaling;
+  term.out = static_cast<char*>(args.out) + begin * bytes;
+  term.stride = columns;
+  return term;
+}
+
 }  // namespace
 
-// The LoRA term is written to out first, and the bias with it, and the products are added to them. A bias alone is
-// torch's to add where out is one slice; to a slice of out, whose rows are apart, torch would copy the bias as well.
+// out begins with the LoRA term, and with the bias, and the products are added to them. The term is then rounded once
+// more, by less than Ŵ is, which is within docs/design.md, section 7, unless Ŵ may be exact in the dtype and cancel the
+// term: published formats take `extend`. A bias alone is torch's to add where out is one slice; to a slice of out, whose
+// rows are apart, torch would copy it as well.
 void nf4::binding::dequantize_gemm(const Product& product, const Launch& launch) {
   const NoGrad no_grad;
   const auto& args = product.args;
-  const int64_t columns = product.columns, depth = product.depth, bytes = int64_t(element_bytes(args.dtype));
-  const Tensor in = torch::stable::view(Tensor(product.in), {args.M, depth});
+  const int64_t columns = product.columns;
+  const Tensor in = torch::stable::view(Tensor(product.in), {args.M, product.depth});
+  const bool extends = args.rank > 0 && !cuda::scales_sums(args.weight);
+  const Extended extended = extends ? extend(product.op, in, args, product.lora_term.factor, false, launch)
+                                    : Extended{in, in, 0, 0, product.depth};
+  const int64_t depth = extended.depth, along = product.dgrad ? 0 : 1;  // the slice's dimension along the contraction
   const int64_t slices = std::max<int64_t>(ceil_div(columns * depth * 2, slice_bytes), 1);
   const int64_t width = ceil_div(ceil_div(columns, slices), 128) * 128;
   const Tensor workspace = new_empty(in, {std::min(width, columns) * depth}, in.scalar_type());
   const Tensor out = torch::stable::view(Tensor(product.out), {args.M, columns});
-  const bool begins_with_term = args.rank > 0 || (args.bias != nullptr && width < columns);
-  const auto from = [&](const void* whole, int64_t elements) {
-    return whole == nullptr ? nullptr : static_cast<const char*>(whole) + elements * bytes;
-  };
+  const int64_t term_rank = extends ? 0 : args.rank;
+  const bool begins_with_term = term_rank > 0 || (args.bias != nullptr && width < columns);
   for (int64_t begin = 0; begin < columns; begin += width) {
     const int64_t count = std::min(width, columns - begin);
     Tensor used = part(workspace, 0, 0, count * depth);
@@ -127,26 +154,19 @@ void nf4::binding::dequantize_gemm(const Product& product, const Launch& launch)
     const DequantizeArgs dequantize =
         slice_of(args.weight, product.dgrad, begin, count, args.dtype, slice.mutable_data_ptr(), slice.size(1));
     check_launch(cuda::dequantize(dequantize, launch.stream), product.op);
+    const int64_t end = product.depth + extended.rank;
+    if (extended.rank > 0)
+      copy(part(slice, along, product.depth, extended.rank), part(extended.factor, 1 - along, begin, count));
+    if (end < depth) zero(part(slice, along, end, depth - end));
     const Tensor to = part(out, 1, begin, count);
     OptionalTensor added = product.bias;
     if (begins_with_term) {
-      const bool transposed = !product.dgrad;  // B[N, rank], A[rank, K]
-      const cuda::LoraTermArgs term{args.lora_inner,
-                                    from(args.lora_factor, transposed ? begin * args.rank : begin),
-                                    transposed ? args.rank : columns,
-                                    transposed,
-                                    from(args.bias, begin),
-                                    args.dtype,
-                                    args.M,
-                                    count,
-                                    args.rank,
-                                    args.scaling,
-                                    to.mutable_data_ptr(),
-                                    columns};
+      cuda::LoraTermArgs term = term_of(args, product.dgrad, columns, begin, count);
+      term.rank = term_rank;
       check_launch(cuda::lora_term(term, launch.stream), product.op);
       added = to;
     }
-    torch_linear(in, product.dgrad ? torch::stable::transpose(slice, 0, 1) : slice, added, to);
+    torch_linear(extended.in, product.dgrad ? torch::stable::transpose(slice, 0, 1) : slice, added, to);
   }
 }
 

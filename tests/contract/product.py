@@ -278,6 +278,17 @@ class ProductContract:
             if way.is_compiled and (way.name != "avx512_bf16" or dtype == torch.float16):
                 assert (actual.double() - left).norm() <= 2.0**-7 * left.norm()
 
+    @pytest.mark.every_kernel
+    @pytest.mark.ways("executor", "cuda")
+    def test_lora_that_cancels_the_product_of_an_exact_weight(self, way):
+        """MXFP4's Ŵ is exact in bf16, so that the bound has room for the rounding of the sum alone."""
+        qweight = cases.quantized_from(cases.weight(64, 64), Layout(32, "mxfp4", "e8m0"))
+        matrix = self.matrix(qweight)
+        assert torch.equal(matrix.bfloat16().float(), matrix)
+        a = self.inputs(qweight, 9, torch.bfloat16)
+        for share in (0.9, 0.98):
+            self.assert_right(way, a, qweight, f"{share}", (a, (-share * matrix).bfloat16(), 1.0))
+
     @pytest.mark.parametrize("scaling", [0.0, 1.0, -0.3, 16.0])
     def test_scaling(self, way, scaling):
         qweight = cases.quantized(37, 100)
