@@ -43,7 +43,7 @@ def cases(tiles: Tiles, multiprocessors: int) -> Iterator[Case]:
         for dtype, rows in ROWS.items():
             what = f"{N}x{K} {str(dtype).removeprefix('torch.')}"
             w = torch.randn(N, K).to(dtype)
-            qw = nf4.quantize(w, double_quant=dtype != torch.float32)
+            qw = nf4.quantize(w, **options(dtype))
             yield Case(what, "quantize", (w, qw.code, 64))
             for bounds in ((0, N, 0, K), (3, N - 1, 5, K - 2)):
                 yield Case(f"{what} {bounds}", "dequantize", (*qw.op_args(), *bounds, dtype))
@@ -56,6 +56,11 @@ def cases(tiles: Tiles, multiprocessors: int) -> Iterator[Case]:
     for op in PIPELINED:
         for reuse in reuses(op, tiles[op], multiprocessors):
             yield Case(f"{reuse}", op, product(op, reuse), (reuse.kernel,))
+
+
+def options(dtype: torch.dtype) -> dict:
+    """Of quantize: scales that multiply sums, in fp16 levels."""
+    return {"double_quant": dtype == torch.bfloat16, "block_size": 16 if dtype == torch.float16 else 64}
 
 
 def scales() -> Iterator[Case]:
@@ -89,7 +94,7 @@ def products(what: str, weight: tuple, N: int, K: int, M: int, dtype: torch.dtyp
     yield Case(f"{what} transposed", "lora_grad", (P, dy, 2.0, dtype, True))
     yield Case(f"{what} rank 5", "lora_grad", (P[:, :5].contiguous(), x, 2.0, dtype))
     if K % 64 == 0:
-        experts = nf4.quantize_experts(torch.randn(5, N, K).to(dtype), double_quant=dtype != torch.float32)
+        experts = nf4.quantize_experts(torch.randn(5, N, K).to(dtype), **options(dtype))
         offsets = torch.tensor([0, M // 3, M // 3, M - 1, M - 1], dtype=torch.int32)  # two have rows
         yield Case(f"{what} experts", "grouped_linear", (x, offsets, *experts.op_args()))
         yield Case(f"{what} experts", "grouped_linear_dgrad", (dy, offsets, *experts.op_args()))
