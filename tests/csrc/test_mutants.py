@@ -143,7 +143,7 @@ EXPORTED int run_quantize(const void* weight, int64_t numel, const float* code, 
 }
 EXPORTED int run_quantize_absmax(const float* absmax, int64_t blocks, const float* scale_code, double* sums,
                                  uint8_t* quantized, float* scale_absmax, float* offset) {
-  return cuda::quantize_absmax({absmax, blocks, scale_code, true, sums, quantized, scale_absmax, offset}, nullptr);
+  return cuda::quantize_absmax({absmax, blocks, scale_code, false, sums, quantized, scale_absmax, offset}, nullptr);
 }
 EXPORTED int run_reduce(const float* partial, int64_t rows, int64_t columns, int64_t transposed,
                         float* out) {
@@ -158,7 +158,8 @@ class Raced:
     def __init__(self, library):
         self.executor = Executor(library)
 
-    def run(self, name, *arguments):
+    def run(self, name, *arguments, blocks=0):
+        self.executor.limit_grid(blocks)
         converted = [
             ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else ctypes.c_int64(a) for a in arguments
         ]
@@ -166,7 +167,7 @@ class Raced:
         return self.executor.error() if code else ""
 
     def quantize(self):
-        w, code = torch.randn(40 * 1024 + 24).bfloat16(), nf4.codebook.NF4.clone()
+        w, code = torch.randn(40 * 1024 + 3 * 64 + 24).bfloat16(), nf4.codebook.NF4.clone()
         packed, absmax = torch.zeros(w.numel() // 2, dtype=torch.uint8), torch.zeros(-(-w.numel() // 64))
         return self.run("quantize", w, w.numel(), code, packed, absmax)
 
@@ -177,8 +178,7 @@ class Raced:
         superblocks = -(-absmax.numel() // 256)
         sums, quantized = torch.zeros(superblocks, dtype=torch.float64), torch.zeros(absmax.numel(), dtype=torch.uint8)
         results = sums, quantized, torch.zeros(superblocks), torch.zeros(1)
-        self.executor.limit_grid(1)
-        return self.run("quantize_absmax", absmax, absmax.numel(), code, *results)
+        return self.run("quantize_absmax", absmax, absmax.numel(), code, *results, blocks=1)
 
     def reduce(self, columns, transposed):
         rows = 31 if columns % 2 else 40
