@@ -8,6 +8,7 @@ docs/design.md, section 7, is taken of.
 
 import pytest
 import torch
+from executor.executor import SM_86_SHARED
 from support import cases, ways
 from support.cases import DTYPES, EMPTY_SHAPES, LAYOUTS, Layout, dtype_id, paired, shape_id
 from support.guarded import guarded
@@ -225,6 +226,21 @@ class ProductContract:
         a[:, 512:] = -a[:, :512]
         a[:, 1023] = a[:, 1023] + 1 if dtype == torch.float16 else 0
         self.assert_right(way, a, qweight, "cancels")
+
+    @pytest.mark.ways("executor")
+    @pytest.mark.every_kernel
+    @pytest.mark.parametrize("dtype", HALVES, ids=dtype_id)
+    def test_sums_that_truncate_as_a_tensor_core_does(self, way, dtype):
+        """Eight products at a time, cut off where the largest one's bits end: a bias that the bound has room for."""
+        if way.kernel not in ("small", "tiled"):
+            pytest.skip("has no mma")
+        way.executor.set(sums="truncated", shared_limit=SM_86_SHARED)
+        for shape in ((64, 4096), (64, 192)) if self.has_bias else ((4096, 64), (192, 64)):
+            qweight = cases.quantized(*shape)
+            for mean in (0.0, 1.0):
+                self.assert_right(way, self.inputs(qweight, 16, dtype, mean), qweight, f"mean {mean}")
+            a, lora = self.inputs(qweight, 16, dtype), self.lora(qweight, 16, 16, dtype)
+            self.assert_right(way, a, qweight, "lora", lora)
 
     # LoRA's term.
 
