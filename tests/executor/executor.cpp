@@ -72,11 +72,7 @@ unsigned char* stacks;
 
 namespace {
 
-constexpr int kMaxThreads = 1024;
-constexpr size_t kStackBytes = 256 << 10, kGuardBytes = 4096;
-}  // namespace
-const size_t stacks_bytes = kMaxThreads * kStackBytes;
-namespace {
+constexpr size_t kStackBytes = kStacksBytes / kMaxThreads, kGuardBytes = 4096;
 constexpr size_t kArenaAlignment = 128;
 constexpr unsigned char kPoison = 0xff;  // NaN in every float type
 

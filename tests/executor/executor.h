@@ -1,8 +1,8 @@
 // The host executor: the CUDA execution model on a CPU. It gives device.cuh's names their meaning for a host compiler
 // (-DNF4_EXECUTOR, -x c++). Blocks run one after the other, each thread as a fiber that a schedule resumes. It checks
 // divergence, deadlocks, addresses, alignment and unfinished copies, and poisons shared memory with NaN.
-// It cannot see: races within a stretch between two collectives, caches, the order of a tensor core's sums (here fp32,
-// k by k), launch bounds, registers and time.
+// A build with races=True also sees every access of a kernel: races/races.h says which of them it refuses, races/counts.h
+// what it counts. It cannot see: caches, launch bounds, registers and time.
 //
 // A fiber runs until a collective (barrier, shuffle, mma), where it waits for the other threads of its block or warp;
 // the last one to arrive performs it for all. A missing barrier shows as a wrong value under one of the schedules. All

@@ -34,7 +34,7 @@ Range stack_of_host() {
 
 bool is_memory(const void* address) {
   static thread_local const Range host = stack_of_host();
-  const Range fibers{uintptr_t(stacks), stacks_bytes};
+  const Range fibers{uintptr_t(stacks), kStacksBytes};
   return !fibers.has(address) && !is_index_variable(address) && !host.has(address);
 }
 

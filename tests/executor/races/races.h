@@ -60,7 +60,8 @@ extern int current;     // the thread that runs
 extern bool in_kernel;  // one of the launch's threads runs, and not the host
 extern unsigned char* arena;
 extern size_t arena_bytes;
+constexpr int kMaxThreads = 1024;
+constexpr size_t kStacksBytes = size_t(kMaxThreads) * (256 << 10);
 extern unsigned char* stacks;  // of all threads
-extern const size_t stacks_bytes;
 
 }  // namespace nf4::cuda::executor
