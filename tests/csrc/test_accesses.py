@@ -5,9 +5,9 @@ import shutil
 
 import numpy as np
 import pytest
-from executor.build import CXX, EXECUTOR, build
+from executor.build import CXX
 from executor.executor import Executor
-from executor.faults import aligned, run
+from executor.faults import aligned, library_with_races, run
 
 pytestmark = [
     pytest.mark.skipif(platform.machine() != "x86_64", reason="tests/executor switches fibers in x86-64 assembly"),
@@ -17,7 +17,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def executor():
-    return Executor(build("tiles", [EXECUTOR / "tiles.cu"], races=True))
+    return Executor(library_with_races())
 
 
 def counted(executor: Executor, kernel: str, *arguments) -> dict[str, tuple[int, int, int, int]]:

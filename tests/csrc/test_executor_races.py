@@ -10,9 +10,21 @@ import shutil
 
 import numpy as np
 import pytest
-from executor.build import CXX, EXECUTOR, build
+from executor.build import CXX
 from executor.executor import SETTINGS, Executor
-from executor.faults import EVERY_SETTING, NUMBERS, THREADS, aligned, arrival, line_of, pipeline, run, shift, sums
+from executor.faults import (
+    EVERY_SETTING,
+    NUMBERS,
+    THREADS,
+    aligned,
+    arrival,
+    library_with_races,
+    line_of,
+    pipeline,
+    run,
+    shift,
+    sums,
+)
 
 pytestmark = [
     pytest.mark.skipif(platform.machine() != "x86_64", reason="tests/executor switches fibers in x86-64 assembly"),
@@ -23,7 +35,7 @@ LAUNCH_FAILURE = 719
 
 @pytest.fixture(scope="module")
 def library():
-    return build("faults", [EXECUTOR / "faults.cu"], races=True)
+    return library_with_races()
 
 
 @pytest.fixture

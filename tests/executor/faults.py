@@ -1,15 +1,20 @@
-"""Runs the kernels of faults.cu on the host executor, and computes what they should give."""
+"""Runs the kernels of faults.cu and tiles.cu on the host executor, and computes what they should give."""
 
 import ctypes
+from pathlib import Path
 
 import numpy as np
 
-from .build import EXECUTOR
+from .build import EXECUTOR, build
 from .executor import SETTINGS, Executor
 
 THREADS = 128
 EVERY_SETTING = [*((schedule, copies, 0) for schedule, copies in SETTINGS), *(("random", "late", s) for s in (1, 2, 3))]
 NUMBERS = np.random.default_rng(42).standard_normal(64 * THREADS).astype(np.float32)
+
+
+def library_with_races() -> Path:
+    return build("faults", [EXECUTOR / "faults.cu", EXECUTOR / "tiles.cu"], races=True)
 
 
 def run(executor: Executor, kernel: str, *args) -> int:
