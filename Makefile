@@ -7,12 +7,14 @@
 #   make test            the tests, on every core
 #   make test-slow       those that need a download or minutes, which make test leaves out
 #   make test-oldest     those of the integrations on the oldest transformers, PEFT, accelerate and TRL, in .venv-oldest
+#   make mutants         each barrier, wait, commit and fence of the CUDA kernels left out in turn: which no test notices
+#   make wheel           one wheel into dist/, named by the glibc that it needs
 #   make lint            the linters: ruff, clang-format, mypy, and warnings of the C++ compiler
 #   make format          what ruff and clang-format can mend
 #   make bench           every op and a whole model beside their peers: about ten minutes
 #   make bench-micro     what a call costs on small layers
 #   make bench-compare BASE=main     this working tree against another version, in turns
-#   make gpu             on a machine with an NVIDIA GPU, by its own python: build, test, check and measure; nine minutes
+#   make gpu             on a machine with an NVIDIA GPU, by its own python: build, check, measure, tune; nine minutes
 #   make clean           away with .venv and all that was built
 
 PYTHON  ?= python3
@@ -31,7 +33,7 @@ needed = $(if $(filter $1,$(MAKECMDGOALS)),$(if $($2),,$(error say which $3: mak
 $(call needed,check,K,tests,linear)
 $(call needed,bench-compare,BASE,version,main)
 
-.PHONY: setup demo build check test test-slow test-oldest bench bench-micro bench-compare gpu clean
+.PHONY: setup demo build check test test-slow test-oldest mutants wheel bench bench-micro bench-compare gpu clean
 .PHONY: lint lint-ruff lint-format lint-clang-format lint-mypy lint-warnings format
 .SECONDARY:
 .NOTPARALLEL:  # one pip at a time in one environment
@@ -60,6 +62,12 @@ test-slow: $(VENV)/.installed-test $(VENV)/.built
 test-oldest:
 	$(MAKE) VENV=$(OLDEST) $(OLDEST)/.installed-test-oldest $(OLDEST)/.built
 	$(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" tests/integrations
+
+mutants: $(VENV)/.installed-test $(VENV)/.built
+	PYTHONPATH=.:tests $(BIN)/python -m executor.mutants
+
+wheel: $(VENV)/.torch
+	$(BIN)/python .ci/wheel.py
 
 bench: $(VENV)/.installed-bench $(VENV)/.built
 	$(BIN)/python -m benchmarks
