@@ -107,7 +107,8 @@ NF4_DEVICE void sum_steps(InnerSums<kRankTiles>& sums, const GroupedLoraInnerArg
 }
 
 template <class T, int kRankTiles>
-__global__ void __launch_bounds__(kWarps* kWarp) grouped_lora_inner_kernel(const GroupedLoraInnerArgs args) {
+__global__ void __launch_bounds__(kWarps* kWarp, kRankTiles == 2 ? 3 : 1)
+    grouped_lora_inner_kernel(const GroupedLoraInnerArgs args) {
   constexpr int kRanks = 8 * kRankTiles;
   const Group group = find_group<kTileM>(Offsets(args.offsets, args.experts, 0, args.M), int(blockIdx.x));
   if (group.m_begin >= group.m_end) return;
