@@ -49,6 +49,6 @@ def reuses(op: str, tiles: Sequence[str], multiprocessors: int = 1) -> Iterator[
         M = m + 2 if i + 1 == len(tiles) else m // 2 + 1
         for splits, dtype in ((1, torch.bfloat16), (2, torch.float16)):
             depth = splits * STEPS
-            N, K = (depth * n, max(k - 64, 64)) if op.endswith("dgrad") else (n - 24, depth * k)
+            N, K = (depth * n, max(k - 64, 64)) if op.endswith("dgrad") else (n - 23, depth * k)
             for scales_sums in (True, False):
                 yield Reuse(Forced("tiled", i, splits), M, N, K, scales_sums, dtype)
