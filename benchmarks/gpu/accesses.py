@@ -1,11 +1,12 @@
 """What the accesses of each CUDA kernel take of shared and global memory, counted by the tests' host executor.
 
-    python -m benchmarks.gpu.accesses               every kernel at a shape that is typical of it
+    python -m benchmarks.gpu.accesses               the kernels, each at a shape that is typical of it
     python -m benchmarks.gpu.accesses linear_small  those whose name has this in it
 
 A row is a line of a kernel: how often a warp executes it, and the wavefronts (of shared memory) or sectors of 32 bytes
 (of global memory) that it needs at least and that it takes. The widths are those of the source, of which nvcc may join
-neighbours; csrc/cuda/*.cu is compiled for the executor first, some minutes the first time. No GPU is needed.
+neighbours; csrc/cuda/*.cu is compiled for the executor first, some minutes the first time. No GPU is needed. Left out
+are launches that follow another one (the sums over splits) and what dequantize + GEMM copies.
 """
 
 import argparse
@@ -31,6 +32,7 @@ def calls(ops) -> Iterator[tuple[str, str, tuple]]:
     experts = nf4.quantize_experts(torch.randn(EXPERTS, N, K).bfloat16()).op_args()
     code = nf4.quantize(torch.randn(N, K)).code
     yield "quantize", "", (torch.randn(N, K).bfloat16(), code, 64)
+    yield "quantize", "", (torch.randn(N, K).bfloat16(), code, 16)
     yield "quantize_absmax", "", (torch.rand(64, 64), weight[5], True)
     yield "dequantize", "", (*weight, 0, N, 0, K, torch.bfloat16)
     B, A = torch.randn(N, RANK).bfloat16(), torch.randn(RANK, K).bfloat16()
@@ -51,6 +53,7 @@ def calls(ops) -> Iterator[tuple[str, str, tuple]]:
     x, dy, P = (torch.randn(M, width).bfloat16() for width in (K, N, RANK))
     ends = torch.tensor([16, 32, 48, 60], dtype=torch.int32)
     yield "lora_grad", "", (P, x, 2.0, torch.float32)
+    yield "lora_grad", "", (P.float(), x.float(), 2.0, torch.float32)
     for kernel in ("small", "tiled", "dequantize_gemm", "any"):
         yield "grouped_linear", kernel, (x, ends, *experts)
     for kernel in ("tiled", "any"):

@@ -13,7 +13,6 @@ from benchmarks.gpu import accesses
 CONFLICTS = {
     ("dequantize.cu", "shared load"): 1.11,  # one of 16 levels or 256 scales, as the weight has it
     ("grouped_lora_inner.cu", "shared store"): 4.0,
-    ("linear_small.cuh", "shared store"): 4.0,
     ("linear_tiled.cuh", "shared load"): 4.0,  # four neighbours a lane: as one load of 16 bytes it has none
     ("lora_grad.cuh", "shared store"): 8.0,  # eight neighbours a lane: likewise two stores
     ("product_any.cuh", "shared load"): 1.8,
