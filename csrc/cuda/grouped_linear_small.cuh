@@ -87,7 +87,8 @@ NF4_DEVICE void finish(const Sums<kTilesM>& sums, const ProductArgs& args, const
   for (int tile = 0; tile < kTilesN; ++tile)
     for (int m = 0; m < kTilesM; ++m)
       for (int i = 0; i < 4; ++i)
-        own[(8 * m + 2 * lane.t + i % 2) * kTileN + (16 * tile + lane.g + 8 * (i / 2) ^ 8 * lane.t)] = sums[tile][m][i];
+        own[(8 * m + 2 * lane.t + i % 2) * kTileN + ((16 * tile + lane.g + 8 * (i / 2)) ^ (8 * lane.t))] =
+            sums[tile][m][i];
   sync_block();
   Work own_part = work;
   own_part.split = kept().split;
