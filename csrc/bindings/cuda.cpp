@@ -91,10 +91,11 @@ void dequantize_out(const Tensor& packed, const Tensor& absmax, const OptionalTe
   dequantize_into(w, range, dtype, out, stride, Launch(op), op);
 }
 
-// One of csrc/cuda's kernels, a million rows of x at a time: a grid has at most 65,535 blocks in y.
+// One of csrc/cuda's kernels, half a million rows of x at a time: a grid has at most 65,535 blocks in y, and the smallest
+// tile has 16 rows.
 void multiply_fused(const Product& product, const nf4::cuda::Choice& choice, const Launch& launch) {
   using nf4::cuda::Path;
-  constexpr int64_t kMostM = 1 << 20;
+  constexpr int64_t kMostM = 1 << 19;
   const auto run = choice.path == Path::kSmall ? nf4::cuda::linear_small
                    : choice.path == Path::kTiled
                        ? (product.dgrad ? nf4::cuda::linear_dgrad_tiled : nf4::cuda::linear_tiled)
@@ -124,13 +125,16 @@ void multiply_fused(const Product& product, const nf4::cuda::Choice& choice, con
     partial = new_empty(product.in, {sums}, ScalarType::Float);
     args.partial = static_cast<float*>(partial->mutable_data_ptr());
   }
+  // The bias comes after the sum, whoever adds: then a second launch gives the bits of the last block to arrive.
+  const bool adds_later = args.splits > 1 && args.arrivals < 0;
+  if (adds_later) args.bias = nullptr;
   for (int64_t m = 0; m < M; m += kMostM) {
     args.M = std::min(M - m, kMostM);
     args.x = static_cast<const char*>(product.args.x) + m * product.depth * bytes;
     args.out = static_cast<char*>(product.args.out) + m * product.columns * bytes;
     if (args.rank > 0) args.lora_inner = static_cast<const char*>(product.args.lora_inner) + m * args.rank * bytes;
     check_launch(run(args, launch.stream), product.op);
-    if (args.splits > 1 && args.arrivals < 0) add_splits(args, product.columns, launch, product.op);
+    if (adds_later) add_splits(args, product.args.bias, product.columns, launch, product.op);
   }
 }
 
@@ -292,6 +296,7 @@ NF4_EXPORT const char* nf4kernels_cuda_tiles(bool dgrad) {
 // to be resident on a multiprocessor, in so many splits (0: in the best, which `splits` then tells).
 NF4_EXPORT float nf4kernels_cuda_tile_cycles(bool dgrad, bool scales_sums, int64_t M, int64_t N, int64_t K, int arch,
                                              int multiprocessors, int tile, int resident, int* splits) {
+  if (multiprocessors < 1 || resident < 1 || tile < 0 || tile >= nf4::cuda::tiles_of(dgrad).count) return 0;
   const nf4::cuda::TiledProblem p{dgrad, scales_sums, M, dgrad ? K : N, dgrad ? N : K, arch, multiprocessors};
   if (*splits == 0) *splits = nf4::cuda::parts_of(p, tile, resident).splits;
   return nf4::cuda::predicted_cycles(p, nf4::cuda::tiles_of(dgrad)[tile], resident, *splits);
@@ -374,12 +379,13 @@ NF4_EXPORT float nf4kernels_executor_cycles(bool dgrad, bool scales_sums, int64_
 }
 NF4_EXPORT void nf4kernels_executor_device(int arch, int multiprocessors) { pretended = {arch, multiprocessors}; }
 // Launches are on this stream from now on, or in this capture of it. Returns its slot of arrival counters.
+NF4_EXPORT void nf4kernels_executor_unknown_stream() { pretended_stream.is_known = false; }
 NF4_EXPORT int nf4kernels_executor_stream(uint64_t capture, uint64_t id) {
-  pretended_stream = {capture, id};
+  pretended_stream = {true, capture, id};
   return arrival_slots->of(capture, id);
 }
 NF4_EXPORT void nf4kernels_executor_forget_streams() {
-  pretended_stream = {};
+  pretended_stream = {true, 0, 0};
   arrival_slots = std::make_unique<nf4::cuda::ArrivalSlots>();
 }
 #endif

@@ -129,7 +129,8 @@ nf4::cuda::LoraTermArgs term_of(const nf4::cuda::ProductArgs& args, bool dgrad, 
 
 // out begins with the LoRA term, and with the bias, and the products are added to them. The term is then rounded once
 // more, by less than Ŵ is, which is within docs/design.md, section 7, unless Ŵ may be exact in the dtype and cancel the
-// term, or sums of a few products may: published formats and short contractions take `extend`. A bias alone is torch's to add where out is one slice; to a slice of out, whose
+// term, or sums of a few products may: published formats and short contractions take `extend`, and fp16, in which the
+// term alone may be too large a number. A bias alone is torch's to add where out is one slice; to a slice of out, whose
 // rows are apart, torch would copy it as well.
 void nf4::binding::dequantize_gemm(const Product& product, const Launch& launch) {
   const NoGrad no_grad;
@@ -137,7 +138,8 @@ void nf4::binding::dequantize_gemm(const Product& product, const Launch& launch)
   const int64_t columns = product.columns;
   const Tensor in = torch::stable::view(Tensor(product.in), {args.M, product.depth});
   constexpr int64_t kShort = 128;  // at 64 a sum that cancels to 2 % came to 1.04 of the bound, at 128 and more to 0.87
-  const bool extends = args.rank > 0 && (!cuda::scales_sums(args.weight) || product.depth < kShort);
+  const bool adds_term = cuda::scales_sums(args.weight) && product.depth >= kShort && args.dtype != Dtype::kFloat16;
+  const bool extends = args.rank > 0 && !adds_term;
   const Extended extended = extends ? extend(product.op, in, args, product.lora_term.factor, false, launch)
                                     : Extended{in, in, 0, 0, product.depth};
   const int64_t depth = extended.depth, along = product.dgrad ? 0 : 1;  // the slice's dimension along the contraction

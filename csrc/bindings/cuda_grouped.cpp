@@ -41,7 +41,7 @@ void multiply_fused(const GroupedProduct& product, const nf4::cuda::Choice& choi
     if (args.rank > 0)
       args.lora_inner = static_cast<const char*>(product.args.product.lora_inner) + m * args.rank * bytes;
     check_launch(run(grouped, launch.stream), product.op);
-    if (args.splits > 1) add_splits(args, product.columns, launch, product.op);
+    if (args.splits > 1) add_splits(args, nullptr, product.columns, launch, product.op);
   }
 }
 

@@ -48,9 +48,10 @@ inline Device pretended;  // what the choice of kernels sees
 inline Device device_of(const Op&) { return pretended; }
 
 struct Stream {
+  bool is_known;
   uint64_t capture, id;
 };
-inline Stream pretended_stream{};  // what arrival_slot sees
+inline Stream pretended_stream{true, 0, 0};  // what arrival_slot sees
 inline Stream stream_of(const Launch&) { return pretended_stream; }
 
 #else
@@ -95,26 +96,33 @@ inline Device device_of(const Op& op) {
 }
 
 struct Stream {
-  unsigned long long capture, id;  // capture: 0 where the stream is not being captured
+  bool is_known = false;
+  unsigned long long capture = 0, id = 0;  // capture: 0 where the stream is not being captured
 };
 inline Stream stream_of(const Launch& launch) {
-  Stream stream{};
   auto status = cudaStreamCaptureStatusNone;
-  // Where either call fails, so will the launch, which says why.
-  (void)cudaStreamGetId(launch.stream, &stream.id);
-  (void)cudaStreamGetCaptureInfo(launch.stream, &status, &stream.capture);
-  if (status == cudaStreamCaptureStatusNone) stream.capture = 0;
-  return stream;
+  unsigned long long capture = 0, id = 0;
+  if (cudaStreamGetCaptureInfo(launch.stream, &status, &capture) != cudaSuccess) return {};
+  // To ask a stream for its id would end its capture; within one its handle is no other stream's.
+  if (status == cudaStreamCaptureStatusActive) return {true, capture + 1, uintptr_t(launch.stream)};
+  if (status != cudaStreamCaptureStatusNone) return {};
+  // Nor may the question end a capture that another thread has under way.
+  auto mode = cudaStreamCaptureModeRelaxed;
+  if (cudaThreadExchangeStreamCaptureMode(&mode) != cudaSuccess) return {};
+  const cudaError_t error = cudaStreamGetId(launch.stream, &id);
+  const cudaError_t restored = cudaThreadExchangeStreamCaptureMode(&mode);
+  return {error == cudaSuccess && restored == cudaSuccess, 0, id};
 }
 
 #endif
 
 inline std::unique_ptr<cuda::ArrivalSlots> arrival_slots = std::make_unique<cuda::ArrivalSlots>();
 
-// The launch's slot of arrival counters, -1 where none is left: then a second launch adds the parts up.
+// The launch's slot of arrival counters, -1 where none is left or CUDA does not tell the stream: then a second launch
+// adds the parts up.
 inline int arrival_slot(const Launch& launch) {
   const Stream stream = stream_of(launch);
-  return arrival_slots->of(stream.capture, stream.id);
+  return stream.is_known ? arrival_slots->of(stream.capture, stream.id) : -1;
 }
 
 inline void check_launch(cudaError_t error, const Op& op) {

@@ -156,9 +156,10 @@ class CodeList {
 };
 inline CodeList known_codes;
 
-// Adds the splits' partial sums in args.partial up into args.out.
-inline void add_splits(const cuda::ProductArgs& args, int64_t columns, const Launch& launch, const Op& op) {
-  const cuda::ReduceArgs sums{args.partial, args.splits, args.M, columns, 1.f, args.dtype, args.out, false};
+// Adds the splits' partial sums in args.partial up into args.out, and then a bias that is in none of them, or null.
+inline void add_splits(const cuda::ProductArgs& args, const void* bias, int64_t columns, const Launch& launch,
+                       const Op& op) {
+  const cuda::ReduceArgs sums{args.partial, args.splits, args.M, columns, 1.f, args.dtype, args.out, false, bias};
   check_launch(cuda::reduce_splits(sums, launch.stream), op);
 }
 

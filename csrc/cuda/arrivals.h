@@ -1,12 +1,13 @@
 // Which of a kernel file's slots of arrival counters (arrivals.cuh) a launch may use, decided on the host. Pure: this
 // file knows no CUDA.
 //
-// Who: the binding asks with the ids that CUDA gives the launch's stream and, while it is captured, the capture. Such an
-//   id is never given twice in a process.
+// Who: the binding asks with the id that CUDA gives the launch's stream, or while it is captured with the capture's and
+//   the stream's handle. Ids are never given twice in a process.
 // Trick: launches of one stream follow each other, and so do those of one stream within a graph: they may share a slot.
 //   Two streams, or two graphs, may run at once and never share one. A launch needs no memory set to zero before it,
 //   since counters return to zero by themselves.
-// Needs: a captured graph must not be instantiated twice and both run at once (one instance never overlaps itself).
+// Needs: a captured graph must not be instantiated twice and both run at once (one instance never overlaps itself); nobody
+//   sets a capture's dependencies anew, and no launch is programmatically dependent on the one before.
 #pragma once
 
 #include <cstdint>

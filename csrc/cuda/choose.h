@@ -165,7 +165,8 @@ inline SplitLimits split_limits(const Problem& p, Path path, int tile) {
     const TiledProblem tiled = tiled_problem(p);
     const Tile& own = tiles_of(p.dgrad)[tile];
     const int64_t steps = tiled.steps(own);
-    return {int(tiled.least_splits(own)), int(steps < 1 ? 1 : steps)};
+    constexpr int64_t kMostInGrid = 65535;  // in z
+    return {int(tiled.least_splits(own)), int(steps < 1 ? 1 : steps < kMostInGrid ? steps : kMostInGrid)};
   }
   if (path != Path::kSmall) return {1, 1};
   const int64_t steps = ceil_quotient(p.K, kLinearSmallTile.K);

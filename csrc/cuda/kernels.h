@@ -226,7 +226,7 @@ cudaError_t grouped_lora_inner_any(const GroupedLoraInnerArgs& args, cudaStream_
 constexpr int64_t kLoraInnerDepth = 8 * 512 * 16;
 cudaError_t grouped_lora_inner(const GroupedLoraInnerArgs& args, cudaStream_t stream);
 
-// out = scaling * (sum over s, in order, of partial[s, rows, columns]), rounded once.
+// out = scaling * (sum over s, in order, of partial[s, rows, columns]) + bias, rounded once.
 struct ReduceArgs {
   const float* partial;
   int splits;
@@ -234,7 +234,8 @@ struct ReduceArgs {
   float scaling;
   Dtype dtype;
   void* out;
-  bool transposed;  // out is [columns, rows]
+  bool transposed;   // out is [columns, rows], and there is no bias
+  const void* bias;  // [columns] of dtype, or null
 };
 cudaError_t reduce_splits(const ReduceArgs& args, cudaStream_t stream);
 

@@ -59,9 +59,9 @@ cudaError_t lora_grad(const LoraGradArgs& args, cudaStream_t stream) {
   const cudaError_t error =
       args.dtype == Dtype::kBFloat16 ? launch_for<BFloat16>(own, stream) : launch_for<Float16>(own, stream);
   if (error != cudaSuccess || args.splits == 1 || own.arrivals >= 0) return error;
-  return reduce_splits(
-      {args.partial, args.splits, args.rank, args.columns, args.scaling, args.out_dtype, args.out, args.transposed},
-      stream);
+  return reduce_splits({args.partial, args.splits, args.rank, args.columns, args.scaling, args.out_dtype, args.out,
+                        args.transposed, nullptr},
+                       stream);
 }
 
 }  // namespace nf4::cuda

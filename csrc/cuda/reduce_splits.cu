@@ -1,4 +1,4 @@
-// reduce_splits: out[rows, columns] = scaling * sum over s of partial[s, rows, columns], or its transpose.
+// reduce_splits: out[rows, columns] = scaling * sum over s of partial[s, rows, columns] + bias[columns], or transposed.
 //
 // Who: a grid-stride loop, four elements a thread, or one where they are not aligned. Of the transpose a block takes
 //   elements of one row.
@@ -18,12 +18,17 @@ NF4_DEVICE void for_each(int64_t count, F&& f) {
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < count; i += int64_t(gridDim.x) * kThreads) f(i);
 }
 
+// `sum` with the bias of element i of out added.
 template <class T>
-NF4_DEVICE T total(const ReduceArgs& args, int64_t i) {
+NF4_DEVICE float with_bias(const ReduceArgs& args, int64_t i, float sum) {
+  return args.bias == nullptr ? sum : sum + to_float(static_cast<const T*>(args.bias)[i % args.columns]);
+}
+
+NF4_DEVICE float total(const ReduceArgs& args, int64_t i) {
   float sum = 0;
 #pragma unroll 4
   for (int s = 0; s < args.splits; ++s) sum += load_cached(args.partial + s * args.rows * args.columns + i);
-  return from_float<T>(sum * args.scaling);
+  return sum * args.scaling;
 }
 
 // kWidth: 4, where partial and out are aligned to 16 bytes and a split is whole vectors; or 1.
@@ -31,7 +36,8 @@ template <class T, int kWidth>
 __global__ void __launch_bounds__(kThreads) reduce_splits_kernel(const ReduceArgs args) {
   const int64_t count = args.rows * args.columns / kWidth;
   if constexpr (kWidth == 1) {
-    for_each(count, [&](int64_t i) { static_cast<T*>(args.out)[i] = total<T>(args, i); });
+    for_each(count,
+             [&](int64_t i) { static_cast<T*>(args.out)[i] = from_float<T>(with_bias<T>(args, i, total(args, i))); });
   } else {
     for_each(count, [&](int64_t i) {
       float sums[kWidth] = {};
@@ -43,7 +49,7 @@ __global__ void __launch_bounds__(kThreads) reduce_splits_kernel(const ReduceArg
         sums[2] += float_of(four.z);
         sums[3] += float_of(four.w);
       }
-      for (float& sum : sums) sum *= args.scaling;
+      for (int j = 0; j < kWidth; ++j) sums[j] = with_bias<T>(args, kWidth * i + j, sums[j] * args.scaling);
       if constexpr (std::is_same_v<T, float>)
         static_cast<uint4*>(args.out)[i] =
             make_uint4(bits_of(sums[0]), bits_of(sums[1]), bits_of(sums[2]), bits_of(sums[3]));
@@ -57,7 +63,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) reduce_splits_transposed_kernel(const ReduceArgs args) {
   for (int64_t row = blockIdx.y; row < args.rows; row += gridDim.y)
     for_each(args.columns, [&](int64_t column) {
-      static_cast<T*>(args.out)[column * args.rows + row] = total<T>(args, row * args.columns + column);
+      static_cast<T*>(args.out)[column * args.rows + row] = from_float<T>(total(args, row * args.columns + column));
     });
 }
 

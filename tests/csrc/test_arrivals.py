@@ -4,6 +4,11 @@ import ctypes
 import itertools
 
 import pytest
+import torch
+from support import cases
+from support.numerics import assert_same_bits
+
+from nf4kernels.backends import native
 
 SLOTS, CAPTURED = 256, 192
 
@@ -37,6 +42,23 @@ def test_graphs_leave_slots_for_streams(slot_of):
     assert slot_of(1, capture=CAPTURED + 1) == -1
     streams = [slot_of(stream) for stream in range(1, SLOTS - CAPTURED + 1)]
     assert sorted(captured + streams) == list(range(SLOTS))
+
+
+def test_a_stream_that_cuda_does_not_tell_gets_none(slot_of, executor_ops):
+    """Its sums take a second launch, with the same bits."""
+    library = executor_ops.executor.library
+    weight, x = cases.quantized(72, 1024), cases.activations(40, 1024, torch.bfloat16)
+    results = []
+    for is_known in (True, False):
+        slot_of(3)
+        if not is_known:
+            library.nf4kernels_executor_unknown_stream()
+        executor_ops.executor.reset()
+        with native.running_kernel(library, "tiled", 0, 2):
+            results.append(executor_ops.run("linear", x, *weight.op_args(), None))
+        names = [launch.kernel.partition("<")[0] for launch in executor_ops.launches()]
+        assert names == ["linear_tiled_kernel", *([] if is_known else ["reduce_splits_kernel"])]
+    assert_same_bits(*results, "a stream that is not known")
 
 
 def test_slots_can_be_given_again(slot_of, executor_ops):

@@ -29,11 +29,13 @@ def test_the_last_block_adds_what_a_second_launch_would(executor_ops, streams, o
     library = executor_ops.executor.library
     for stream in range(1, SLOTS + 1):
         assert streams(stream) >= 0
+    generator = torch.Generator().manual_seed(0)
     for tile, sizes in enumerate(native.cuda_tiles(library, op)):
         tile_m, tile_n, tile_k = map(int, sizes.split("x"))
         M = tile_m + 3 if tile_m < 128 else 70
         N, K = (tile_n * 2 - 8, tile_k * 4) if op == "linear" else (tile_n * 4, tile_k + 64)
-        qweight, bias = cases.quantized(N, K), torch.full((N,), 100.0, dtype=torch.bfloat16)
+        # As large as the sums, so that the order in which it is added shows.
+        qweight, bias = cases.quantized(N, K), (8 * torch.randn(N, generator=generator)).bfloat16()
         matrix = cases.dense(qweight).T if op == "linear" else cases.dense(qweight)
         a = cases.activations(M, len(matrix), torch.bfloat16)
         results = {}
