@@ -12,7 +12,6 @@ import csv
 import ctypes
 import itertools
 import math
-import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -28,7 +27,6 @@ from ..shapes import GPU_SHAPES
 from .cards import CARDS, DRIVER_SHARED, MULTIPROCESSORS, Card, architecture
 from .cuda_report import ROOT
 
-CHOOSE = ROOT / "csrc" / "cuda" / "choose.h"
 GOLDEN = ROOT / "tests" / "golden" / "cuda_launches.csv"
 FIGURES = (
     "capability",
@@ -110,7 +108,7 @@ def planned(executor, ops, product: Product) -> Plan:
 
     found, tile = launches(), (0, 0)
     if product.kernel == "small":
-        tile = SMALL_ROWS, int(re.search(r"(?:kSmallTileN = |kLinearSmallTile = \{\w+, )(\d+)", CHOOSE.read_text())[1])
+        tile = SMALL_ROWS, library.nf4kernels_cuda_small_tile_n(ctypes.c_int64(M))
     elif product.kernel == "tiled":
         tiles = native.cuda_tiles(library, product.op)
         rows, n, k = next(map(int, tiles[i].split("x")) for i in range(len(tiles)) if launches(i) == found)

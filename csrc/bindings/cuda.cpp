@@ -363,6 +363,13 @@ NF4_EXPORT int nf4kernels_cuda_small_blocks(int64_t M, int64_t N, int64_t K, int
   return nf4::cuda::small_blocks(M, N, K, multiprocessors);
 }
 
+// Columns of the product that a tile of linear_small has.
+NF4_EXPORT int nf4kernels_cuda_small_tile_n(int64_t M) { return nf4::cuda::small_tile_n(M); }
+
+// Streams and graphs may have the slots of arrival counters of all before. A measurement says so between its graphs, of
+// which there are more than slots: nothing may be running, and no earlier graph may be launched any more.
+NF4_EXPORT void nf4kernels_cuda_forget_streams() { arrival_slots->forget(); }
+
 #ifdef NF4_EXECUTOR
 // What tiles.h says of a tile on a card: blocks resident on a multiprocessor; cycles of a product in so many splits
 // (0: the splits that it predicts to take least, to which `splits` is set).
