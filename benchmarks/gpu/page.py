@@ -5,7 +5,7 @@ python -m benchmarks.gpu.page benchmarks/results/<gpu>.csv     the same, as <gpu
 
 import argparse
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..harness import BNB_DQ, DENSE, OURS, Row
@@ -106,12 +106,12 @@ def _goals(rows: list[Row], about: dict[str, str]) -> Iterator[str]:
         yield f"bitsandbytes: {about.get('bitsandbytes', 'missing')}; its column is empty."
 
 
-def write(timings: Path, more: Iterable[Record] = ()) -> Path:
+def write(timings: Path) -> Path:
     """The page of what is there by now; `timings` need not be."""
     rows, about = tables.read_csv(timings) if timings.exists() else ([], {})
     path = timings.with_suffix(".md")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page([*records.read(records_path(timings)), *more], rows, about))
+    path.write_text(page(records.read(records_path(timings)), rows, about))
     return path
 
 
