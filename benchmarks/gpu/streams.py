@@ -10,6 +10,7 @@ import argparse
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,57 +23,81 @@ from .exact import name_of
 from .records import OK, REFUSED, WRONG, Records
 from .reuse import REFUSAL, Forced
 
-SHAPE = (512, 4096)  # 16 to 32 tiles: with 4 splits a fraction of any card
+SHAPE = (512, 4096)  # at most 16 tiles, whose contraction several blocks share: a fraction of a large card
 REPETITIONS = 300
-FORCED = tuple(Forced("small", -1, splits) for splits in (0, 2, 4, 8)) + tuple(Forced("tiled", 0, s) for s in (0, 2, 4))
-Call = Callable[[], Tensor]
+INPUTS = 2  # of each product, in turn, so that what is left of the repetition before shows
+# Rows and kernel: the tiles of small have 8 rows or 16; it shares its contraction out by itself.
+FORCED = ((5, Forced("small")), (16, Forced("small")), *((32, Forced("tiled", 0, splits)) for splits in (0, 2, 4)))
+Call = Callable[[Tensor], Tensor]
 
 
-def products(ops, device: str, M: int, shape: tuple[int, int] = SHAPE) -> list[Call]:
+@dataclass(frozen=True)
+class Product:
+    call: Call
+    inputs: tuple[Tensor, ...]
+
+
+def products(ops, device: str, M: int, shape: tuple[int, int] = SHAPE) -> list[Product]:
     """Two, with weights and inputs of their own."""
-    calls = []
+    found = []
     for seed in (1, 2):
         generator = torch.Generator().manual_seed(seed)
         q = nf4.quantize(torch.randn(*shape, generator=generator).mul_(0.02).bfloat16()).to(device)
-        x = torch.randn(M, shape[1], generator=generator).bfloat16().to(device)
-        calls.append(lambda q=q, x=x: ops.linear(x, *q.op_args(), None))
-    return calls
+        inputs = tuple(torch.randn(M, shape[1], generator=generator).bfloat16().to(device) for _ in range(INPUTS))
+        found.append(Product(lambda x, q=q: ops.linear(x, *q.op_args(), None), inputs))
+    return found
+
+
+def alone(some: Sequence[Product], synchronize: Callable[[], None]) -> list[list[Tensor]]:
+    """The result of each product for each of its inputs, one after the other."""
+    right = []
+    for product in some:
+        right.append([])
+        for x in product.inputs:
+            right[-1].append(product.call(x).clone())
+            synchronize()
+    return right
 
 
 def check(
-    what: str, calls: Sequence[Call], streams: Sequence[Callable[[], AbstractContextManager]],
-    synchronize: Callable[[], None], records: Records, repetitions: int = REPETITIONS,
+    what: str, some: Sequence[Product], right: Sequence[Sequence[Tensor]],
+    streams: Sequence[Callable[[], AbstractContextManager]], synchronize: Callable[[], None], records: Records,
+    repetitions: int = REPETITIONS,
 ) -> None:  # fmt: skip
-    """Each call alone, then all at once, each on its stream."""
-    try:
-        alone = [call() for call in calls]
-    except RuntimeError as error:
-        if REFUSAL not in str(error):
-            raise
-        records.add(what, REFUSED, str(error).splitlines()[0][-120:])
-        return
-    synchronize()
-    results: list[list[Tensor]] = [[] for _ in calls]
-    for _ in range(repetitions):
-        for call, stream, found in zip(calls, streams, results):
+    """All at once, each on its stream, against the results that they have alone."""
+    results: list[list[Tensor]] = [[] for _ in some]
+    for i in range(repetitions):
+        for product, stream, found in zip(some, streams, results):
             with stream():
-                found.append(call().clone())
+                found.append(product.call(product.inputs[i % INPUTS]).clone())
     synchronize()
-    wrong = sum(not torch.equal(one, right) for found, right in zip(results, alone) for one in found)
-    records.add(what, WRONG if wrong else OK, f"{wrong} of {len(calls) * repetitions} differ" if wrong else "")
+    wrong = sum(
+        not torch.equal(one, expected[i % INPUTS])
+        for found, expected in zip(results, right)
+        for i, one in enumerate(found)
+    )
+    records.add(what, WRONG if wrong else OK, f"{wrong} of {len(some) * repetitions} differ" if wrong else "")
 
 
-def captured(call: Call, stream: torch.cuda.Stream) -> Call:
-    """The call as a graph, which writes into the same result each time."""
-    graph = torch.cuda.CUDAGraph()
+def captured(product: Product, stream: torch.cuda.Stream) -> Product:
+    """The product as a graph, which reads the same input and writes the same result each time."""
+    x, graph = product.inputs[0].clone(), torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
     with torch.cuda.graph(graph, stream=stream):
-        result = call()
+        result = product.call(x)
+    return Product(replaying(graph.replay, x, result), product.inputs)
 
-    def replay() -> Tensor:
-        graph.replay()
+
+def replaying(replay: Callable[[], None], x: Tensor, result: Tensor) -> Call:
+    """A function of what is to be in `x`; an element of the result that the replay does not write is NaN."""
+
+    def call(new: Tensor) -> Tensor:
+        x.copy_(new)
+        result.fill_(torch.nan)
+        replay()
         return result
 
-    return replay
+    return call
 
 
 def main() -> None:
@@ -84,22 +109,23 @@ def main() -> None:
     records, force, synchronize = Records("streams", args.records), sides.forcing(), torch.cuda.synchronize
     own = [torch.cuda.Stream() for _ in range(2)]
     streams = [lambda stream=stream: torch.cuda.stream(stream) for stream in own]
-    for forced in FORCED:
-        M = 16 if forced.kernel == "small" else 32
-        calls = products(torch.ops.nf4kernels, "cuda", M)
-        synchronize()
+    for M, forced in FORCED:
+        what = f"{name_of(forced)}, M={M}"
         if time.perf_counter() > deadline:
-            records.add(name_of(forced), REFUSED, "no time was left for it")
+            records.add(what, REFUSED, "no time was left for it")
             continue
+        some = products(torch.ops.nf4kernels, "cuda", M)
         with force(*forced):
-            check(name_of(forced), calls, streams, synchronize, records)
             try:
-                graphs = [captured(call, stream) for call, stream in zip(calls, own)]
+                right = alone(some, synchronize)
             except RuntimeError as error:
                 if REFUSAL not in str(error):
                     raise
+                records.add(what, REFUSED, str(error).splitlines()[0][-120:])
                 continue
-        check(f"{name_of(forced)}, in graphs", graphs, streams, synchronize, records)
+            check(what, some, right, streams, synchronize, records)
+            graphs = [captured(product, stream) for product, stream in zip(some, own)]
+        check(f"{what}, in graphs", graphs, right, streams, synchronize, records)
     print(f"two streams at once: {records}", flush=True)
     raise SystemExit(1 if records.wrong else 0)
 

@@ -170,26 +170,71 @@ def test_each_capture_has_a_process_and_a_time():
 # Two streams.
 
 
-def test_products_of_two_streams_have_the_bits_that_they_have_alone(executor_ops):
+def at_once(what: str, some: list[streams.Product], right=None, repetitions: int = 4) -> Records:
     records = Records("streams")
-    for forced in (Forced("small"), Forced("tiled", 0, 2)):
-        calls = streams.products(executor_ops.ops, "cpu", 5, (64, 2048))
+    right = right or streams.alone(some, lambda: None)
+    streams.check(what, some, right, [nullcontext] * 2, lambda: None, records, repetitions)
+    return records
+
+
+def faked(call) -> list[streams.Product]:
+    """Two products; `call` gets the number of one and its input."""
+    return [
+        streams.Product(partial(call, i), tuple(torch.full((4,), 10.0 * i + j) for j in range(streams.INPUTS)))
+        for i in range(2)
+    ]
+
+
+def test_products_of_two_streams_have_the_bits_that_they_have_alone(executor_ops):
+    for M, forced in ((5, Forced("small")), (5, Forced("tiled", 0, 2))):
+        some = streams.products(executor_ops.ops, "cpu", M, (64, 2048))
         with forcing(executor_ops)(*forced):
-            streams.check(exact.name_of(forced), calls, [nullcontext] * 2, lambda: None, records, repetitions=2)
-    assert (records.counts[OK], records.wrong) == (2, 0)
+            assert at_once(exact.name_of(forced), some).counts[OK] == 1
     ran = {launch.kernel.partition("<")[0] for launch in executor_ops.launches()}
     assert {"linear_small_kernel", "linear_tiled_kernel"} <= ran
 
 
+def test_the_products_of_two_streams_are_split(executor_ops):
+    """By every kernel, at the shape and rows that a GPU runs, on a large card, which has room for both."""
+    executor_ops.pretend(90, 132)
+    library = executor_ops.executor.library
+    tile_n = int(native.cuda_tiles(library, "linear")[0].split("x")[1])
+    for M, forced in streams.FORCED:
+        one, _ = streams.products(executor_ops.ops, "cpu", M)
+        executor_ops.reset()
+        with forcing(executor_ops)(*forced), executor_ops.executor.planning():
+            one.call(one.inputs[0])
+        (launch,) = executor_ops.launches()
+        columns = library.nf4kernels_cuda_small_tile_n(M) if forced.kernel == "small" else tile_n
+        assert streams.SHAPE[0] // columns < launch.blocks <= 132 // 2, f"{forced}: {launch}"
+
+
 def test_a_workspace_that_two_streams_share_shows():
     workspace = torch.zeros(4)
-    own = [lambda value=value: torch.full((4,), value) for value in (1.0, 2.0)]
-    sharing = [lambda value=value: workspace.add_(value).clone() for value in (1.0, 2.0)]
-    records = Records("streams")
-    streams.check("own", own, [nullcontext] * 2, lambda: None, records, repetitions=2)
-    assert (records.counts[OK], records.wrong) == (1, 0)
-    streams.check("sharing", sharing, [nullcontext] * 2, lambda: None, records, repetitions=2)
-    assert records.wrong == 1
+    assert at_once("own", faked(lambda i, x: x + 1)).counts[OK] == 1
+    assert at_once("sharing", faked(lambda i, x: workspace.add_(x).clone())).wrong == 1
+
+
+def test_results_are_compared_and_not_the_memory_that_they_are_in():
+    """As a graph's are, which all lie in one tensor."""
+    results = [torch.empty(4), torch.empty(4)]
+    assert at_once("right", faked(lambda i, x: results[i].copy_(x))).counts[OK] == 1
+    right = streams.alone(faked(lambda i, x: results[i].copy_(x)), lambda: None)
+    assert at_once("stale", faked(lambda i, x: results[i]), right).wrong == 1
+    assert at_once("the other's", faked(lambda i, x: results[0].copy_(x) if i else results[0]), right).wrong == 1
+
+
+def test_a_replay_that_leaves_a_part_of_its_result_shows():
+    def graph(written: slice):
+        def call(i, new):
+            x, result = torch.empty(4), expected[i][0].clone()
+            return streams.replaying(lambda: result[written].copy_(x[written]), x, result)(new)
+
+        return faked(call)
+
+    expected = streams.alone(faked(lambda i, x: x), lambda: None)
+    assert at_once("whole", graph(slice(4)), expected).counts[OK] == 1
+    assert at_once("a part", graph(slice(3)), expected, repetitions=1).wrong == 1
 
 
 # Versions.
