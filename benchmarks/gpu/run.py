@@ -7,7 +7,8 @@
 Runs on a bare checkout with a Python that has torch for CUDA, and nvcc. Each stage is a process with a time of its own:
 one that fails or runs out of time is said so and the next begins. The tests of a GPU come last and have what is left:
 `--only build tests triton` gives them all of it. Leaves, in benchmarks/results, <gpu>.csv with the times,
-<gpu>-checks.csv with what every stage found, and a page on both, <gpu>.md; each is written as the run goes on.
+<gpu>-checks.csv with what every stage found, and a page on both, <gpu>.md; each is written as the run goes on. What
+`nf4kernels tune` measures goes to <gpu>-tuned.json there: this user's cache of such tables is neither read nor written.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SANITIZED = [sys.executable, "-m", "benchmarks.gpu.sanitize"]
 SANITIZED_BEGINS = "every op once on"  # what `sanitize` prints before its first kernel
 GRACE_SECONDS = 8  # between asking a stage to end and killing it
+MARGIN_SECONDS = 10  # of a stage's time, kept for its imports and for the case under way when it says that time is out
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,8 @@ class Stage:
     leaves: float = 0.0  # seconds of the run for those that follow
 
 
-def stages(architecture: str) -> list[Stage]:
-    """All of them for a GPU of that architecture, in order."""
+def stages(architecture: str, tuned: Path = Path(os.devnull)) -> list[Stage]:
+    """All of them for a GPU of that architecture, in order; `tuned` is the table that is measured."""
     sanitizer = ["compute-sanitizer", "--error-exitcode", "1", "--tool"]
     tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k"]
     quiet = ["--report-api-errors", "no"]  # torch asks CUDA for functions that it may lack: no error of a kernel
@@ -51,14 +54,14 @@ def stages(architecture: str) -> list[Stage]:
         Stage("versions", own("versions"), 20),
         Stage("build", [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], 120,
               {"TORCH_CUDA_ARCH_LIST": architecture}, needs="nvcc"),
-        Stage("exact", own("exact", "--seconds", "{seconds}"), 60),
+        Stage("exact", own("exact", "--seconds", "{soft_seconds}"), 60),
         Stage("memcheck", [*sanitizer, "memcheck", *quiet, *SANITIZED], 50, uncached, "compute-sanitizer",
               SANITIZED_BEGINS),
         Stage("racecheck", [*sanitizer, "racecheck", *SANITIZED], 60, {}, "compute-sanitizer", SANITIZED_BEGINS),
         Stage("capture", own("capture"), 40),
-        Stage("streams", own("streams", "--seconds", "{seconds}"), 25),
+        Stage("streams", own("streams", "--seconds", "{soft_seconds}"), 25),
         Stage("benchmark", [*own("measure")[:-2], "--seconds", "{seconds}"], 240, leaves=60),
-        Stage("tune", [sys.executable, "-m", "nf4kernels", "tune", "--quick"], 60),
+        Stage("tune", [sys.executable, "-m", "nf4kernels", "tune", "--quick", "--output", str(tuned)], 60),
         Stage("tests", [*tests, "not triton"], 300),
         Stage("triton", [*tests, "triton"], 300),  # most of it Triton's compiler
     ]  # fmt: skip
@@ -103,11 +106,18 @@ def search_path() -> str:
     return os.pathsep.join([os.environ.get("PATH", ""), *(f"{home}/bin" for home in homes if home)])
 
 
+def formatted(stage: Stage, seconds: float, records: Path) -> list[str]:
+    soft = max(1, int(seconds) - MARGIN_SECONDS)
+    return [part.format(seconds=int(seconds), soft_seconds=soft, records=records) for part in stage.command]
+
+
 def run_stage(stage: Stage, seconds: float, records: Path = Path(os.devnull)) -> str:
     """Prints what the process prints; says how it ended."""
     begin = time.monotonic()
-    command = [part.format(seconds=int(seconds), records=records) for part in stage.command]
-    environment = os.environ | {"PATH": search_path(), "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    command = formatted(stage, seconds, records)
+    environment = os.environ | {
+        "PATH": search_path(), "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "NF4KERNELS_CACHE": "",
+    }  # fmt: skip
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment | stage.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, errors="replace", start_new_session=True,
@@ -124,9 +134,9 @@ def run_stage(stage: Stage, seconds: float, records: Path = Path(os.devnull)) ->
     try:
         process.wait(seconds)
     except subprocess.TimeoutExpired:
-        end_group(process)
         return f"OUT OF TIME after {seconds:.0f} s"
-    finally:
+    finally:  # also where this process is interrupted
+        end_group(process)
         reader.join(GRACE_SECONDS)
     took = f"{time.monotonic() - begin:.0f} s"
     if process.returncode == 0:
@@ -138,13 +148,21 @@ def run_stage(stage: Stage, seconds: float, records: Path = Path(os.devnull)) ->
 
 
 def end_group(process: subprocess.Popen) -> None:
-    """Asks the process and all that it started to end, then kills them."""
-    os.killpg(process.pid, signal.SIGTERM)
+    """Asks the process to end if it runs, with all that it started, then kills what is left of them."""
     try:
-        process.wait(GRACE_SECONDS / 2)
+        if process.poll() is None:
+            signal_group(process, signal.SIGTERM)
+            process.wait(GRACE_SECONDS / 2)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        pass
+    finally:
+        signal_group(process, signal.SIGKILL)
         process.wait()
+
+
+def signal_group(process: subprocess.Popen, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):  # all of them have ended
+        os.killpg(process.pid, number)
 
 
 def find_device() -> tuple[str, str]:
@@ -160,14 +178,20 @@ def find_device() -> tuple[str, str]:
     return name, architecture_of(torch.cuda.get_device_capability())
 
 
+def tuned_path(timings: Path) -> Path:
+    """Of the table of `nf4kernels tune`, beside the CSV of the times."""
+    return timings.with_name(f"{timings.stem}-tuned.json")
+
+
 def keep(timings: Path, chosen: Iterable[str]) -> Callable[[str, str], None]:
     """A function that records how a stage ended and writes the page anew; what the chosen ones left is deleted."""
     from benchmarks.gpu import page, records  # needs torch, which `find_device` has told of
 
     path, chosen = page.records_path(timings), set(chosen)
     before = [r for r in records.read(path) if (r.case if r.stage == page.STAGE else r.stage) not in chosen]
-    for old in (path, *([timings] if "benchmark" in chosen else [])):
-        old.unlink(missing_ok=True)
+    for stage, old in ((None, path), ("benchmark", timings), ("tune", tuned_path(timings))):
+        if stage is None or stage in chosen:
+            old.unlink(missing_ok=True)
     for record in before:
         records.append(path, record)
 
@@ -196,7 +220,7 @@ def main() -> None:
     from benchmarks.report.tables import csv_path
 
     timings = csv_path({"machine": name})
-    chosen = [stage for stage in stages(architecture) if stage.name in args.only]
+    chosen = [stage for stage in stages(architecture, tuned_path(timings)) if stage.name in args.only]
     note = keep(timings, args.only)
     ended = run_stages(chosen, args.seconds - (time.monotonic() - begin), records_path(timings), note)
     print(f"\nin {time.monotonic() - begin:.0f} s: " + "; ".join(f"{name}: {how}" for name, how in ended.items()))

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,9 +52,63 @@ def test_a_stage_that_takes_too_long_is_ended_with_what_it_started(tmp_path, cap
     assert ended["endless"] == "OUT OF TIME after 2 s"
     assert ended["after"].startswith("ok")
     assert "begun\n" in capsys.readouterr().out
+    assert_ended(alive)
+
+
+def endless_child(alive: Path, then: str) -> run.Stage:
+    """A stage that starts a process which touches `alive` for ever and refuses to end, and then does something else."""
+    child = "import time, signal, pathlib; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    child += f"while True: pathlib.Path({str(alive)!r}).touch(); time.sleep(0.05)"
+    code = "import os, subprocess, sys, time\n"
+    code += f"subprocess.Popen([sys.executable, '-c', {child!r}], stdout=subprocess.DEVNULL)\n"
+    code += f"while not os.path.exists({str(alive)!r}): time.sleep(0.01)\n{then}"
+    return python("parent", code)
+
+
+def assert_ended(alive: Path) -> None:
     before = alive.stat().st_mtime_ns
     time.sleep(0.3)
     assert alive.stat().st_mtime_ns == before, "what the stage started is still running"
+
+
+@pytest.mark.parametrize(("then", "how"), [("pass", "ok in"), ("sys.exit(3)", "FAILED with status 3")])
+def test_nothing_that_a_stage_started_runs_after_it(tmp_path, then, how):
+    assert run.run_stage(endless_child(tmp_path / "alive", then), 60).startswith(how)
+    assert_ended(tmp_path / "alive")
+
+
+def test_an_interrupted_run_ends_its_stage(tmp_path, monkeypatch):
+    alive, waited = tmp_path / "alive", subprocess.Popen.wait
+
+    def interrupted(process, timeout=None):
+        if timeout == 60:
+            while not alive.exists():
+                time.sleep(0.01)
+            raise KeyboardInterrupt
+        return waited(process, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.run_stage(endless_child(alive, "time.sleep(60)"), 60)
+    assert_ended(alive)
+
+
+def test_a_stage_has_time_to_say_that_time_is_out():
+    found = {stage.name: run.formatted(stage, 25.0, Path("r.csv")) for stage in run.stages("9.0a")}
+    for name in ("exact", "streams"):
+        assert found[name][-4:] == ["--seconds", str(25 - run.MARGIN_SECONDS), "--records", "r.csv"]
+    assert found["benchmark"][-2:] == ["--seconds", "25"], "it keeps more than that by itself"
+    assert run.formatted(python("short", "{soft_seconds}"), 3.0, Path("r.csv"))[-1] == "1"
+
+
+def test_no_stage_reads_or_writes_the_tables_of_this_user(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NF4KERNELS_CACHE", str(tmp_path))
+    run.run_stage(python("cache", "import os; print(repr(os.environ['NF4KERNELS_CACHE']))"), 60)
+    assert "''\n" in capsys.readouterr().out
+    tuned = run.tuned_path(tmp_path / "a-gpu.csv")
+    assert tuned == tmp_path / "a-gpu-tuned.json"
+    stages = {stage.name: stage for stage in run.stages("9.0a", tuned)}
+    assert stages["tune"].command[-2:] == ["--output", str(tuned)]
 
 
 def test_stages_share_the_time():
@@ -82,7 +137,7 @@ def test_the_stages_of_make_gpu():
     before = list(stages.values())[: list(stages).index("benchmark")]
     assert sum(stage.seconds for stage in before) + stages["benchmark"].leaves <= 440, "the times need 90 s"
     assert stages["memcheck"].begins_with == run.SANITIZED_BEGINS
-    assert stages["tune"].command[1:] == ["-m", "nf4kernels", "tune", "--quick"]
+    assert stages["tune"].command[1:] == ["-m", "nf4kernels", "tune", "--quick", "--output", os.devnull]
     assert (run.architecture_of((9, 0)), run.architecture_of((8, 6)), run.architecture_of((12, 0))) == (
         "9.0a", "8.6", "12.0",
     )  # fmt: skip
@@ -93,7 +148,7 @@ def test_the_stages_of_make_gpu():
 )
 def test_a_stages_command_is_one_that_its_module_takes(stage):
     """All but what it does: its arguments are parsed, and its own module is there."""
-    command = [part.format(seconds=1, records=os.devnull) for part in stage.command]
+    command = run.formatted(stage, 1, os.devnull)
     command = command[command.index(sys.executable) :]
     module = importlib.import_module(command[2])
     assert hasattr(module, "main")
@@ -121,14 +176,19 @@ def test_what_each_stage_found_is_kept_and_the_page_written_after_it(tmp_path):
                      (page.STAGE, "benchmark")]  # fmt: skip
     text = (tmp_path / "a-gpu.md").read_text()
     assert "FAILED with status 1" in text
+    tuned = run.tuned_path(timings)
+    tuned.touch()
     run.keep(timings, ["benchmark"])
     assert not timings.exists()
+    assert tuned.exists()
+    run.keep(timings, ["tune"])
+    assert not tuned.exists()
 
 
 def test_a_run_leaves_its_page_and_its_status(tmp_path, monkeypatch, capsys):
     stages = [python("exact", "print('checked')"), python("capture", "raise SystemExit(1)")]
     monkeypatch.setattr(run, "find_device", lambda: ("A Test GPU", "9.0a"))
-    monkeypatch.setattr(run, "stages", lambda architecture: stages)
+    monkeypatch.setattr(run, "stages", lambda *settings: stages)
     monkeypatch.setattr(tables, "csv_path", lambda about: tmp_path / f"{about['machine']}.csv")
     monkeypatch.setattr(sys, "argv", ["run.py"])
     with pytest.raises(SystemExit, match="1"):
