@@ -4,6 +4,7 @@ import itertools
 import math
 import subprocess
 import sys
+import time
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -180,22 +181,47 @@ def test_a_capture_that_is_refused_is_a_fault_of_ours_and_not_of_cublas():
     def refused(run):
         raise RuntimeError("operation not permitted when stream is capturing")
 
+    def verdict(case: str, **settings) -> str:
+        records = Records("capture")
+        assert capture.check(case, "cpu", refused, records, (64, 128), **settings) in (WRONG, REFUSED)
+        return WRONG if records.wrong else REFUSED
+
+    assert [verdict(case) for case in ("linear", "lora", "dense")] == [WRONG, WRONG, REFUSED]
+    assert [verdict(case, may_refuse=True) for case in ("linear", "lora", "dense")] == [WRONG, REFUSED, REFUSED]
+    assert [verdict(case, is_warm=True) for case in capture.ENDS_IN_CUBLAS] == [WRONG] * 3
+
+
+def process(code: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", code])
+
+
+@pytest.mark.parametrize(("dense", "failed"), [(OK, 0), (REFUSED, 0), (WRONG, 1)])
+def test_what_ends_in_cublas_may_be_refused_where_torch_is(dense, failed):
+    started = []
+
+    def start(*arguments: str) -> subprocess.Popen:
+        started.append(arguments)
+        return process(f"raise SystemExit({capture.STATUS[dense if arguments == ('--case', 'dense') else OK]})")
+
+    assert capture.check_each(start, Records("capture")) == failed
+    assert started[0] == ("--case", "dense"), "the others are told how it ended"
+    assert len(started) == len(set(started)) == len(capture.runs("cpu")) + len(capture.ENDS_IN_CUBLAS)
+    for arguments in started[1:]:
+        assert ("--may-refuse" in arguments) == (dense == REFUSED and "--warm" not in arguments)
+    assert {arguments[1] for arguments in started if "--warm" in arguments} == set(capture.ENDS_IN_CUBLAS)
+
+
+def test_all_captures_have_a_time_together():
     records = Records("capture")
-    for case in ("linear", "dense"):
-        capture.check(case, "cpu", refused, records, (64, 128))
-    assert (records.wrong, records.counts[REFUSED]) == (1, 1)
-
-
-def test_each_capture_has_a_process_and_a_time():
-    def process(code: str) -> subprocess.Popen:
-        return subprocess.Popen([sys.executable, "-c", code])
-
-    records = Records("capture")
-    assert capture.wait_for({"right": process("pass")}, records) == 0
+    assert capture.wait_for({"right": process("pass"), "refused": process("raise SystemExit(11)")}, records) == 0
+    assert capture.wait_for({"wrong": process("raise SystemExit(10)")}, records) == 1, "which it has recorded itself"
     assert records.wrong == 0
-    slow = {"slow": process("import time; time.sleep(60)"), "crash": process("import sys; sys.exit(139)")}
-    assert capture.wait_for(slow, records, seconds=0.5) == 1
-    assert records.wrong == 2
+    slow = {name: process("import time; time.sleep(60)") for name in ("slow", "slower")}
+    begin = time.monotonic()
+    crashed = {"crash": process("import sys; sys.exit(139)"), "killed": process("import os; os.abort()")}
+    assert capture.wait_for({**slow, **crashed}, records, seconds=0.5) == 1
+    assert time.monotonic() - begin < 5
+    assert records.wrong == 4
 
 
 # Two streams.
