@@ -6,7 +6,8 @@ shared-memory words and mma's through the SM that has the most blocks, and the c
 the main loop so many times and waits for memory where it has not asked for the next pass's bytes ahead of time.
 
 Counted: instructions, registers, shared memory (cuda_report), blocks (launches). Assumed, and marked so below: what a
-launch costs, a load's latency, how soon a warp issues its next instruction, and the L2's rate.
+launch costs, a load's latency, how soon a warp issues its next instruction, how long blocks of one tile wait for each
+other, and the L2's rate.
 """
 
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from .cuda_report import Kernel
 from .launches import Launch
 
 LAUNCH_MS = 0.0025  # of a kernel in a graph, from the end of the one before to its first data; assumed
+ARRIVAL_MS = 0.001  # of a launch that adds split sums, from a block's write to the last block's reads of it; assumed
 LATENCY_US = 0.7  # of a load that misses the L2 of a busy card; assumed
 ISSUE_GAP = 2  # cycles from one instruction of a warp to its next; assumed: of 4 to 6, half are filled
 L2_BYTES_A_CYCLE = 32  # and SM; assumed: half of what an L1 can take
@@ -35,6 +37,7 @@ class Work:
     l2_bytes: float = 0.0  # which the SMs read and write
     multiply_adds: float = 0.0
     table_bytes: float = 0.0  # of shared memory that each block fills before its first product
+    is_split: bool = False  # the last block of a tile adds what the others wrote in the L2
     passes_ahead: int = 1  # whose bytes are on their way during one pass; 0: a pass waits for its own
 
 
@@ -73,7 +76,8 @@ def launch_time(card: Card, kernel: Kernel, launch: Launch, work: Work) -> Time:
     starts = (full + bool(rest) - 1) * LATENCY_US / 1e3 / resident  # of later waves; other blocks hide most of it
     table = min(resident, -(-blocks // card.sms)) * work.table_bytes / (4 * SHARED_WORDS) / card.ghz / 1e6
     bound = max(longest, key=longest.get)
-    return Time(sum(longest.values()) + starts + table + LAUNCH_MS, bound, blocks / slots, resident)
+    arrival = ARRIVAL_MS if work.is_split else 0.0
+    return Time(sum(longest.values()) + starts + table + arrival + LAUNCH_MS, bound, blocks / slots, resident)
 
 
 def _wave(card: Card, kernel: Kernel, launch: Launch, work: Work, part: float, on_an_sm: int) -> dict[str, float]:

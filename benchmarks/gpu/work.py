@@ -21,10 +21,10 @@ def product_work(kernel: Kernel, plan: Plan, launch: Launch, product: Product) -
     of_product = next(other for other in plan.launches if is_product(other))
     tile_rows, tile_columns = plan.tile
     m_tiles, n_tiles = -(-M // tile_rows), -(-width // tile_columns)
-    splits = max(1, of_product.blocks / (m_tiles * n_tiles))
-    sums = 4 * M * width * splits if len(plan.launches) > 1 else 0
+    sums = split_sums(of_product, tile_rows * m_tiles, tile_columns, n_tiles, product)
+    is_added_here = bool(sums) and len(plan.launches) == 1
     if launch is not of_product:
-        return Work(0, 0, sums + 2 * M * width)
+        return Work(0, 0, 4 * sums + 2 * M * width)
     weight, x, y = WEIGHT_BYTES * N * K, 2 * M * depth, 2 * M * width
     at_once = MMA_M * max(1, round(kernel.loop_counts["HMMA"] * FRAGMENT_WEIGHTS / kernel.weights))
     is_small = product.kernel == "small"
@@ -32,11 +32,24 @@ def product_work(kernel: Kernel, plan: Plan, launch: Launch, product: Product) -
     return Work(
         passages=N * K * rows / at_once,
         nbytes=weight + x + y,
-        l2_bytes=weight * m_tiles + x * n_tiles + (sums or y),
+        l2_bytes=weight * m_tiles + x * n_tiles + (8 * sums + y if is_added_here else 4 * sums or y),
         multiply_adds=N * K * rows,
         table_bytes=min(launch.shared, SMALL_TABLE_BYTES) if is_small else TABLE_BYTES,
+        is_split=is_added_here,
         passes_ahead=2 if "LDGSTS" in kernel.loop_counts else 1,
     )
+
+
+def split_sums(launch: Launch, rows: int, tile_columns: int, n_tiles: int, product: Product) -> int:
+    """How many fp32 sums the product's blocks leave in the L2, as the library makes room for them; 0 if unsplit.
+
+    `rows` are those of all m tiles. Of small, some of whose blocks share a tile where the tiles cannot be dealt out
+    whole, two tiles a block; of tiled all tiles in each split.
+    """
+    if product.kernel == "small":
+        return 2 * launch.blocks * product.M * tile_columns if n_tiles % launch.blocks else 0
+    splits = launch.grid[2]
+    return rows * tile_columns * n_tiles * splits if splits > 1 else 0
 
 
 def is_product(launch: Launch) -> bool:

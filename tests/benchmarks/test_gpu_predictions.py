@@ -8,8 +8,9 @@ import pytest
 from benchmarks.gpu import bitsandbytes_kernels, cuda_report, launches, predictions
 from benchmarks.gpu.cards import CARDS, Card, card_of
 from benchmarks.gpu.cuda_report import Kernel
-from benchmarks.gpu.kernel_time import LATENCY_US, LAUNCH_MS, Work, launch_time, resident_blocks
+from benchmarks.gpu.kernel_time import ARRIVAL_MS, LATENCY_US, LAUNCH_MS, Work, launch_time, resident_blocks
 from benchmarks.gpu.launches import Launch, Product
+from benchmarks.gpu.work import product_work
 from benchmarks.shapes import GPU_SHAPES
 
 SMALL = "linear_small_kernel<BFloat16, 2, ScaledSums>"
@@ -104,17 +105,39 @@ def test_a_product_that_fills_half_of_the_card_is_not_predicted_by_ideal_divisio
 
 
 def test_a_second_launch_is_counted():
-    found = predictions.committed()
-    product = Product(90, 132, "linear", 4096, 4096, 1, "small")
-    name = "linear_small_kernel<BFloat16, 1, ScaledSums>"
-    once = launches.Plan((Launch(name, (128, 2, 1), 256, 32800),), True, (16, 32))
-    twice = replace(once, launches=(*once.launches, Launch("reduce_splits_kernel<BFloat16>", (16, 1, 1), 256, 0)))
+    product = Product(90, 132, "linear", 4096, 4096, 1, "tiled")
+    first, reduce = Launch(SMALL, (32, 1, 4), 128, 65536), Launch("reduce_splits_kernel<BFloat16>", (16, 1, 1), 256, 0)
+    kernels = {(SMALL, "sm_90a"): KERNEL, (reduce.kernel, "sm_90a"): replace(KERNEL, kernel=reduce.kernel)}
     one, two = (
-        predictions.by_kernel(H200, "linear", 4096, 4096, 1, replace(found, plans={product: plan}))["small"]
-        for plan in (once, twice)
-    )
+        predictions.by_kernel(
+            H200, "linear", 4096, 4096, 1,
+            predictions.Facts(kernels, {product: launches.Plan(launched, True, (32, 128))}),
+        )["tiled"]
+        for launched in ((first,), (first, reduce))
+    )  # fmt: skip
     assert (one.launches, two.launches) == (1, 2)
-    assert two.ms - one.ms == pytest.approx(LAUNCH_MS, rel=0.02)
+    assert two.ms - one.ms == pytest.approx(LAUNCH_MS - ARRIVAL_MS, rel=0.2)
+
+
+def test_split_sums_are_written_to_the_l2_and_read_there():
+    def work(kernel: str, tile: tuple[int, int], M: int, grid: tuple[int, ...], *more: Launch) -> list[Work]:
+        plan = launches.Plan((Launch(SMALL, grid, 256, 0), *more), True, tile)
+        product = Product(90, 132, "linear", 4096, 4096, M, kernel)
+        return [product_work(KERNEL, plan, each, product) for each in plan.launches]
+
+    (unsplit,), (split,) = (work("tiled", (32, 128), 40, (32, 2, splits)) for splits in (1, 4))
+    sums = 4 * 64 * 4096  # of whole tiles
+    assert (unsplit.is_split, split.is_split) == (False, True)
+    assert split.l2_bytes - unsplit.l2_bytes == 8 * sums
+    assert split.nbytes == unsplit.nbytes
+    first, second = work("tiled", (32, 128), 40, (32, 2, 4), Launch("reduce_splits_kernel<BFloat16>", (16,), 256, 0))
+    assert not first.is_split
+    assert unsplit.l2_bytes - 2 * 40 * 4096 + 4 * sums == first.l2_bytes
+    assert second.l2_bytes == 4 * sums + 2 * 40 * 4096
+    (whole,), (cut,) = (work("small", (16, 32), 4, (blocks, 1, 1)) for blocks in (128, 132))
+    assert (whole.is_split, cut.is_split) == (False, True)
+    assert cut.l2_bytes - whole.l2_bytes == 8 * 2 * 132 * 4 * 32, "of two tiles a block"
+    assert ms(Work(0, 1e6, is_split=True)) == pytest.approx(ms(Work(0, 1e6)) + ARRIVAL_MS)
 
 
 def test_slices_share_the_weight_by_their_blocks():
