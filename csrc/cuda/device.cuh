@@ -63,12 +63,22 @@ NF4_DEVICE void device_assert(bool ok, const char* message) {
   if (!ok) __assert_fail(message, __FILE__, __LINE__, "nf4kernels");
 }
 
-// The most shared memory that a block can have on the current device.
+// From sm_120 on, code is compiled for blocks of 99 KB: a kernel that needs more is empty there.
+constexpr int kSmallShared = 99 << 10;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kMostShared = kSmallShared;
+#else
+constexpr int kMostShared = 227 << 10;
+#endif
+
+// The most shared memory that a block can have on the current device, by the code that it runs.
 inline cudaError_t shared_limit(int* bytes) {
-  int device;
-  const cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  return cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  int device, major;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess && major >= 12 && *bytes > kSmallShared) *bytes = kSmallShared;
+  return error;
 }
 
 // Launches `grid` blocks. More than 48 KB of dynamic shared memory must be asked for first.

@@ -319,6 +319,7 @@ NF4_DEVICE void finish_tile(const ProductArgs& args, const Shares& shares, int t
 
 template <class T, int kTilesM, class Scaled, class S>
 __global__ void __launch_bounds__(S::kThreads, 1) linear_small_kernel(const ProductArgs args) {
+  if constexpr (S::kSharedBytes > kMostShared) return device_assert(false, "linear_small needs more shared memory");
   // Units to a sum: 512 terms, or mma's.
   constexpr int kLongest = S::kWarpsK * (kScalesSums<Scaled> ? 512 / kUnitBlocks : 128 / kUnitBlocks);
   const Weight& w = args.weight;

@@ -199,6 +199,7 @@ NF4_DEVICE void device_assert(bool ok, const char* message, executor::Site site 
   if (!ok) executor::fail(site, "%s", message);
 }
 
+constexpr int kMostShared = 227 << 10;
 inline cudaError_t shared_limit(int* bytes) {
   *bytes = executor::shared_limit();
   return cudaSuccess;
