@@ -97,14 +97,15 @@ def planned(executor, ops, product: Product) -> Plan:
     with _untouched_memory():
         weight = _weight(product.N, product.K)
         x = torch.empty(M, product.N if product.op == "linear_dgrad" else product.K, dtype=torch.bfloat16)
-    rest = () if product.op == "linear_dgrad" else (None,)  # no bias
+    bias = () if product.op == "linear_dgrad" else (None,)
 
     def launches(tile: int = -1) -> tuple[Launch, ...]:
         executor.reset()
         forced = native.running_kernel(library, product.kernel, tile)
         with executor.planning(), _untouched_memory(), forced, torch.no_grad():
-            getattr(ops, product.op)(x, *weight, *rest)
-        return tuple(Launch(*launch) for launch in executor.launches())
+            getattr(ops, product.op)(x, *weight, *bias)
+        # closing brackets of templates as cuda_report's names have them
+        return tuple(Launch(name.replace("> >", ">>"), *rest) for name, *rest in executor.launches())
 
     found, tile = launches(), (0, 0)
     if product.kernel == "small":
