@@ -110,19 +110,25 @@ def cuda_tiles(library: ctypes.CDLL, op: str) -> list[str]:
     return tiles(op.endswith("dgrad")).decode().split()
 
 
+def check_tiles(library: ctypes.CDLL, ops: Mapping[str, CudaOp]) -> None:
+    """ValueError as of `tune_cuda`."""
+    for op, own in ops.items():
+        tiles, found = cuda_tiles(library, op), [tile.tile for tile in own.tiles]
+        if found != tiles:
+            raise ValueError(f"must have the tiles {' '.join(tiles)} of this library's {op}, got {' '.join(found)}")
+
+
 def tune_cuda(library: ctypes.CDLL, device: int, ops: Mapping[str, CudaOp], why: str) -> None:
     """A device's products are chosen by what was measured of these ops, the others as predicted; of none: all are.
 
     ValueError where the tiles of an op are not the library's, with a message that goes on from the table's name.
     """
+    check_tiles(library, ops)
     tune = library.nf4kernels_cuda_tune
     tune.argtypes, tune.restype = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p], ctypes.c_char_p
     numbers: list[int] = []
     for op in CUDA_PRODUCTS:
         tiles, own = cuda_tiles(library, op), ops.get(op)
-        if own is not None and [tile.tile for tile in own.tiles] != tiles:
-            found = " ".join(tile.tile for tile in own.tiles)
-            raise ValueError(f"must have the tiles {' '.join(tiles)} of this library's {op}, got {found}")
         numbers += [0] * (3 + 3 * len(tiles)) if own is None else own.numbers()
     array = (ctypes.c_int64 * len(numbers))(*numbers)
     error = tune(device, array if ops else None, len(numbers), why.encode())

@@ -13,7 +13,7 @@ import functools
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -177,29 +177,49 @@ def found_tables(device_type: str) -> tuple[Found, ...]:
     return tuple(measured_table(card_of(device_type, index)) for index in range(count))
 
 
+def usable_tables(device_type: str) -> list[Found]:
+    """`found_tables`, without what was measured of other CUDA kernels than the library's."""
+    library = cuda_library()[0] if device_type == "cuda" and "native" in available(device_type) else None
+    return [found if library is None else _of_the_library(found, library) for found in found_tables(device_type)]
+
+
+def _of_the_library(found: Found, library: native.CudaLibrary) -> Found:
+    if found.table is None:
+        return found
+    try:
+        native.check_tiles(library.handle, found.table.cuda)
+    except ValueError as error:
+        name = f"the table of {found.table.card}, {found.table.origin}"
+        why = f"{name}, is ignored for CUDA's kernels and the choice between backends: it {error}"
+        table = replace(found.table, cuda={}, rules=())
+        return replace(found, table=table, ignored="; ".join(filter(None, [found.ignored, why])))
+    return found
+
+
 def measured_rules(device_type: str) -> list[Rule]:
     """The measured choices between backends for this machine's devices of a type; none where one is forced."""
-    tables = [] if FORCED else [found.table for found in found_tables(device_type)]
+    tables = [] if FORCED else [found.table for found in usable_tables(device_type)]
     if not tables or tables[0] is None or any(table != tables[0] for table in tables):
         return []
     return [rule for rule in tables[0].rules if _obstacle(rule.backend, device_type) is None]
 
 
 def ignored_tables(device_type: str) -> list[str]:
-    """Why files of the user's cache are ignored."""
-    return list(dict.fromkeys(found.ignored for found in found_tables(device_type) if found.ignored))
+    """Why files of the user's cache, or some of their rows, are ignored."""
+    return list(dict.fromkeys(found.ignored for found in usable_tables(device_type) if found.ignored))
 
 
 def _tune_cuda_library() -> None:
     """Tells the library what was measured on each device."""
     handle = _loaded_cuda_library().handle
-    for index, found in enumerate(found_tables("cuda")):
+    for index, found in enumerate(usable_tables("cuda")):
         if found.table is None:
             continue
         try:
             native.tune_cuda(handle, index, found.table.cuda, f"{found.source}, {found.table.origin}")
         except ValueError as error:
-            warnings.warn(f"nf4kernels: the table of {found.table.card} is ignored: it {error}", stacklevel=2)
+            text = f"the table of {found.table.card} is ignored for CUDA's kernels: it {error}"
+            warnings.warn(f"nf4kernels: {text}", stacklevel=2)
 
 
 def implement(device_type: str) -> Mapping[str, Callable] | None:

@@ -228,9 +228,12 @@ def test_a_table_of_other_tiles_is_ignored_with_a_warning(machine, found, cuda_l
     machine((9, 0))
     monkeypatch.setattr(cuda_library, "register", lambda name: None)
     own = CudaOp(8, 100, (Tile("1x2x3", 9),))
-    found(Found(Table("sm_90", "2026-11-29", "A Card", cuda={"linear": own}), HERE))
-    with pytest.warns(UserWarning, match="the table of A Card is ignored: it must have the tiles .* got 1x2x3"):
-        select.implement("cuda")
+    found(Found(Table("sm_90", "2026-11-29", "A Card", cuda={"linear": own}, rules=(RULES[0],)), HERE))
+    ignored = "the table of A Card, 2026-11-29, is ignored for CUDA's kernels and the choice between backends: it must"
+    with pytest.warns(UserWarning, match=f"{ignored} have the tiles .* got 1x2x3") as warned:
+        assert select.implement("cuda") == {}, "the library alone: the rules go with the kernels that they were for"
+    assert len(warned) == 1
+    assert [line.partition(" have the tiles")[0] for line in select.ignored_tables("cuda")] == [ignored]
     assert "predicted" in cuda_library.choice(0, False, 1, 4, 4096, 4096, 0, True, True, 90, 132)[3]
 
 
