@@ -324,13 +324,29 @@ def _kernel_lines(device_type: str, decision: Decision) -> Iterator[str]:
     """Measured choices between backends, and the kernels of a GPU's products by rows of x."""
     yield from ignored_tables(device_type)
     yield from map(str, measured_rules(device_type))
+    index, name = _shown_device(device_type)
+    if name and decision.backend in ("native", "triton"):
+        yield f"the rows below are those of {device_type}:{index}, {name}; other devices here may have others"
     if decision.backend == "triton":
-        yield from _triton().kernel_lines(torch.device(device_type))
+        yield from _triton().kernel_lines(torch.device(device_type, index))
     if decision.backend != "native" or device_type != "cuda":
         return
-    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+    capability = torch.cuda.get_device_capability(index)
+    multiprocessors = torch.cuda.get_device_properties(index).multi_processor_count
     for op in CUDA_PRODUCTS:
         dtypes, of_each = ("bf16", " of each expert") if op.startswith("grouped_") else ("bf16, fp16", "")
-        for rows, kernel, reason in _loaded_cuda_library().choices(op, 0, _capabilities()[0], multiprocessors):
+        for rows, kernel, reason in _loaded_cuda_library().choices(op, index, capability, multiprocessors):
             limit = f"up to {rows} rows{of_each}" if rows < native.MOST_ROWS else f"more rows{of_each}"
             yield f"{op} {dtypes}, {limit}: {kernel} ({reason})"
+
+
+def _shown_device(device_type: str) -> tuple[int, str]:
+    """(index, name) of the first device that kernels run on; "" where all devices are alike."""
+    module, tables = torch.get_device_module(device_type), usable_tables(device_type)
+    names = [module.get_device_name(index) for index in range(module.device_count())]
+    index = 0
+    if device_type == "cuda" and torch.version.hip is None:
+        able = (i for i in range(len(names)) if torch.cuda.get_device_capability(i) >= OLDEST)
+        index = next(able, 0)
+    are_alike = len(set(names)) <= 1 and all(table == tables[0] for table in tables)
+    return index, "" if are_alike else names[index]

@@ -202,6 +202,29 @@ def test_backend_info_shows_the_kernels_and_why(machine, found, monkeypatch):
     assert all(line in str(info) for line in lines)
 
 
+def test_info_says_of_which_device_the_rows_are(machine, found, cuda_library, monkeypatch):
+    """Each by its own capability: of the first that the kernels run on, where devices differ."""
+    asked = []
+    monkeypatch.setattr(cuda_library, "choices", lambda op, *device: asked.append(device) or [])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(multi_processor_count=100 + i))
+    monkeypatch.setattr(select.REGISTRATIONS["cuda"], "settle", lambda: None)
+    for capabilities, said, device in (
+        ([(9, 0), (9, 0)], "", (0, (9, 0), 100)),
+        ([(8, 9), (9, 0)], "the rows below are those of cuda:0, card (8, 9)", (0, (8, 9), 100)),
+        ([(7, 5), (9, 0)], "the rows below are those of cuda:1, card (9, 0)", (1, (9, 0), 101)),
+    ):
+        machine(*capabilities)
+        lines = nf4.backend_info().kernels["cuda"]
+        assert [line.partition(";")[0] for line in lines] == [said][: bool(said)]
+        assert set(asked) == {device}
+        asked.clear()
+    machine((9, 0), (9, 0))
+    found(Found(Table("sm_90", "one"), HERE), Found(None))
+    assert nf4.backend_info().kernels["cuda"][0].startswith("the rows below are those of cuda:0"), (
+        "measured differently"
+    )
+
+
 def test_info_says_of_each_row_how_it_is_known(machine, found, cuda_library, monkeypatch):
     """What was measured of linear here; and of experts, on such a card; the rest is predicted."""
     machine((9, 0))
@@ -260,8 +283,8 @@ def test_backend_info_shows_tritons_paths(machine, monkeypatch):
     monkeypatch.setattr(select.REGISTRATIONS["cuda"], "settle", lambda: True)
     info = nf4.backend_info()
     assert info.devices["cuda"][0] == "triton"
-    assert info.kernels["cuda"] == ["Triton's on cuda"]
-    assert "      Triton's on cuda" in str(info).splitlines()
+    assert info.kernels["cuda"] == ["Triton's on cuda:0"]
+    assert "      Triton's on cuda:0" in str(info).splitlines()
 
 
 @pytest.mark.parametrize(
