@@ -134,11 +134,17 @@ def measured_table(card: Card) -> Found:
             table = read(path)
             check_is_of(table, card)
             return Found(table, HERE)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             pass
         except (TableError, OSError) as error:
+            if isinstance(error, PermissionError) and not os.access(path.parent, os.X_OK):
+                return _shipped_table(card)  # another user's home: nobody tuned here
             why = error if isinstance(error, TableError) else f"cannot be read: {error.strerror}"
             ignored = f"{path} is ignored: it {why}"
+    return _shipped_table(card, ignored)
+
+
+def _shipped_table(card: Card, ignored: str = "") -> Found:
     try:
         table = read(SHIPPED / card.file_name)
     except FileNotFoundError:

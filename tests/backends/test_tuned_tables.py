@@ -165,6 +165,27 @@ def test_a_file_that_may_not_be_read_is_ignored(cache):
     assert measured_table(CARD).ignored == f"{cache} is ignored: it cannot be read: Permission denied"
 
 
+def test_a_folder_that_is_none_or_may_not_be_searched_has_no_table(cache, monkeypatch):
+    """As the home of a service has, or a user's that another one is given."""
+    (cache.parent.parent / "file").write_text("")
+    monkeypatch.setenv("NF4KERNELS_CACHE", str(cache.parent.parent / "file" / "cache"))
+    assert measured_table(CARD) == tuned_files.Found(None, PREDICTED, "")
+    monkeypatch.setenv("NF4KERNELS_CACHE", str(cache.parent))
+    cache.write_text(table_of().to_json())
+    read, may_search = tuned_files.read, False
+
+    def refused(path):
+        if path == cache:
+            raise PermissionError(13, "Permission denied")
+        return read(path)
+
+    monkeypatch.setattr(tuned_files, "read", refused)
+    monkeypatch.setattr(tuned_files.os, "access", lambda path, mode: may_search)
+    assert measured_table(CARD) == tuned_files.Found(None, PREDICTED, "")
+    may_search = True
+    assert measured_table(CARD).ignored == f"{cache} is ignored: it cannot be read: Permission denied"
+
+
 def test_where_the_cache_is(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     for variables, folder in (
