@@ -92,7 +92,9 @@ class Table:
     versions: Mapping[str, str] = field(default_factory=dict)  # of what the measurement depends on
     cuda: Mapping[str, CudaOp] = field(default_factory=dict)  # op -> what was measured of it
     triton: Mapping[str, Mapping[int, Config]] = field(default_factory=dict)  # op -> most rows -> configuration
-    dequantize_gemm_from: Mapping[str, int] = field(default_factory=dict)  # op -> least rows, in Triton's backend
+    dequantize_gemm_from: Mapping[str, int] = field(
+        default_factory=dict
+    )  # op -> least rows, of Triton; ANY_ROWS: never
     rules: tuple[Rule, ...] = ()  # fewest rows first
 
     def to_json(self) -> str:
@@ -116,7 +118,8 @@ class Table:
         parts = {
             "format": FORMAT, "card": self.card, "architecture": self.architecture, "origin": self.origin,
             "versions": dict(self.versions), "cuda": cuda, "triton": triton,
-            "triton_dequantize_gemm_from": dict(self.dequantize_gemm_from), "backends": rules,
+            "triton_dequantize_gemm_from": {op: _most(rows) for op, rows in self.dequantize_gemm_from.items()},
+            "backends": rules,
         }  # fmt: skip
         return "{\n" + ",\n".join(f"  {json.dumps(key)}: {_lines(value, 1)}" for key, value in parts.items()) + "\n}\n"
 

@@ -63,7 +63,8 @@ def _print_summary(path: Path, table: Table) -> None:
     for op, rows in table.triton.items():
         print(f"  {op} in Triton: configurations up to {', '.join(map(str, rows))} rows")
     for op, least in table.dequantize_gemm_from.items():
-        print(f"  {op} in Triton: dequantize + GEMM from {least} rows on")
+        from_rows = f"from {least} rows on" if least < ANY_ROWS else "with no number of rows"
+        print(f"  {op} in Triton: dequantize + GEMM {from_rows}")
     for rule in table.rules:
         print(f"  {rule}")
     print(f"wrote {path}")

@@ -21,7 +21,7 @@ def table_of(card: Card = CARD, **changes) -> Table:
         card.architecture, "2026-11-29, 98 s", card.name, card.versions(),
         cuda={"linear": CudaOp(16, 352, TILES), "grouped_linear": CudaOp(ANY_ROWS, ANY_ROWS, GROUPED_TILES)},
         triton={"linear": {4: Config(16, 64, 4, 5, 1024), 65536: Config(128, 64, 8, 3, 8192)}},
-        dequantize_gemm_from={"linear": 129},
+        dequantize_gemm_from={"linear": 129, "linear_dgrad": ANY_ROWS},
         rules=(Rule("linear", "bfloat16", 8, "native", "few"), Rule("linear", "bfloat16", ANY_ROWS, "triton", "all")),
     )  # fmt: skip
     return replace(table, **changes)

@@ -16,7 +16,8 @@ TABLE = Table(
     "sm_90", "2026-11-29, 98 s", "NVIDIA H200",
     cuda={"linear": CudaOp(16, 352, TILES), "grouped_linear": CudaOp(0, ANY_ROWS, GROUPED_TILES)},
     triton={"linear": {4: Config(16, 64, 4, 5, 1024), 16: Config(16, 64, 4, 5, 1024)}},
-    dequantize_gemm_from={"linear": 129}, rules=(Rule("linear", "bfloat16", 8, "triton", "measured: ..."),),
+    dequantize_gemm_from={"linear": 129, "linear_dgrad": ANY_ROWS},
+    rules=(Rule("linear", "bfloat16", 8, "triton", "measured: ..."),),
 )  # fmt: skip
 
 
@@ -64,6 +65,7 @@ def test_the_summary_says_what_was_found(monkeypatch, capsys):
         "  grouped_linear: 32x128x64 to 32, 128x128x64",
         "  linear in Triton: configurations up to 4, 16 rows",
         "  linear in Triton: dequantize + GEMM from 129 rows on",
+        "  linear_dgrad in Triton: dequantize + GEMM with no number of rows",
         "  linear bfloat16, up to 8 rows: triton (measured: ...)",
         "wrote /cache/a.json",
     ]

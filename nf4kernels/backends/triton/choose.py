@@ -15,7 +15,7 @@ import triton
 from triton.runtime.errors import TritonError
 
 from ..tuned_files import PREDICTED, Found, card_of, measured_table, predicted_table
-from ..tuned_table import LONGEST_DEPTH, PRODUCTS, Config
+from ..tuned_table import ANY_ROWS, LONGEST_DEPTH, PRODUCTS, Config
 
 PATHS = ("fused", "dequantize_gemm")
 REFUSALS = (TritonError, triton.CompilationError)  # of a configuration that the device or the compiler cannot take
@@ -94,8 +94,11 @@ def kernel_lines(device: torch.device) -> Iterator[str]:
     """Which path the 16-bit products take on a device by M, by which configurations, and why; for people."""
     table = table_on(device)
     for op, least in table.dequantize_gemm_from.items():
-        yield f"{op} bf16, fp16, up to {least - 1} rows: fused ({table.why[op]})"
-        yield f"{op} bf16, fp16, more rows: dequantize_gemm ({table.why[op]})"
+        if least < ANY_ROWS:
+            yield f"{op} bf16, fp16, up to {least - 1} rows: fused ({table.why[op]})"
+            yield f"{op} bf16, fp16, more rows: dequantize_gemm ({table.why[op]})"
+        else:
+            yield f"{op} bf16, fp16, any rows: fused ({table.why[op]})"
         if table.measured[op]:
             rows = ", ".join(map(str, table.measured[op]))
             yield f"{op}, configurations up to {rows} rows: {table.source}; others: {PREDICTED}"
