@@ -26,7 +26,10 @@ def add_parser(subparsers) -> None:
         help=f"one shape and no configurations of Triton: {QUICK_SECONDS:.0f} seconds instead of {SECONDS:.0f}",
     )  # fmt: skip
     parser.add_argument("--device", type=_parsed, metavar="DEVICE", help="cuda:1, for example; else the first GPU")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the table there, where nothing reads it")
+    parser.add_argument(
+        "--output", type=Path, metavar="PATH",
+        help="write the table to this file, or into this folder by the card's name, where nothing reads it",
+    )  # fmt: skip
     parser.set_defaults(func=run)
 
 
