@@ -12,7 +12,7 @@ from typing import Protocol
 
 from ..backends.tuned_table import ANY_ROWS, MOST_COST, CudaOp, Tile
 from .products import EXPERT_SHAPES, EXPERTS, SHAPES, Native, Product, Shape, Times, mean_logarithm
-from .search import Budget, OutOfTimeError, best_ranges, limit_between
+from .search import Budget, NoKernelError, OutOfTimeError, best_ranges, limit_between
 
 ROWS = (1, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048)
 EXPERT_ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -68,7 +68,7 @@ class OpSearch:
         self.measured[shape] = found
 
     def solve(self, budget: Budget) -> CudaOp | None:
-        """None: no shape was measured."""
+        """None: no shape was measured. Raises NoKernelError where what ran does not suffice."""
         if not self.measured:
             return None
         return self._solve_experts(budget) if self.experts else self._solve_weight(budget)
@@ -99,8 +99,8 @@ class OpSearch:
         blocks = [self._best_blocks(tile) for tile in range(len(self.tiles))]
         errors = [self._error(tile, blocks[tile]) for tile in range(len(self.tiles))]
         least = min(errors)
-        costs = (
-            min(round(1000 * math.exp(error - least)), MOST_COST) if error < math.inf else 1000 for error in errors
+        costs = (  # of a tile that nowhere ran: the most
+            min(round(1000 * math.exp(error - least)), MOST_COST) if error < math.inf else MOST_COST for error in errors
         )
         own = CudaOp(0, ANY_ROWS, tuple(map(Tile, self.tiles, [ANY_ROWS] * len(blocks), costs, blocks)))
 
@@ -154,17 +154,22 @@ class OpSearch:
         )
 
     def _limits(self, kernels: Mapping[Kernel, Callable[[Product], Native]], budget: Budget) -> dict[Kernel, int]:
-        """Each kernel's most rows; a kernel that is nowhere the fastest has those of the one before it."""
+        """Each kernel's most rows; a kernel that is nowhere the fastest has those of the one before it.
+
+        Where not all of `rows` were measured, what runs the last of them has no more, but for the last kernel.
+        """
         every_m = sorted(set.intersection(*(set(found) for found in self.measured.values())))
         costs = {kernel: self._costs(candidate_of, every_m) for kernel, candidate_of in kernels.items()}
         ranges = best_ranges(costs, list(kernels))
+        every_m = list(ranges)
         limits, last = {}, 0
         for kernel in kernels:
             own = [M for M in every_m if ranges[M] == kernel]
             if own:
                 after = next((M for M in every_m if own[-1] < M), None)
                 if after is None:
-                    last = ANY_ROWS
+                    has_any = every_m[-1] == self.rows[-1] or kernel == list(kernels)[-1]
+                    last = ANY_ROWS if has_any else own[-1]
                 else:
                     stays = partial(self._is_faster, kernels[kernel], kernels[ranges[after]], budget)
                     last = limit_between(own[-1], after, stays)
@@ -193,8 +198,13 @@ class OpSearch:
         return difference <= 0
 
 
-def tune_cuda(library: CudaLibrary, times: Times, ops: Sequence[str], shapes: int, budget: Budget) -> dict[str, CudaOp]:
-    """op -> its parameters, of the ops that there was time for: each with its first shape, then each with the next."""
+def tune_cuda(
+    library: CudaLibrary, times: Times, ops: Sequence[str], shapes: int, budget: Budget, say: Callable[[str], None]
+) -> dict[str, CudaOp]:
+    """op -> its parameters, of the ops that there was time for: each with its first shape, then each with the next.
+
+    An op whose kernels did not run is left out as well, and `say` is told.
+    """
     searches = [OpSearch(op, library, times) for op in ops]
     measuring = budget.part(0.8)
     try:
@@ -204,5 +214,13 @@ def tune_cuda(library: CudaLibrary, times: Times, ops: Sequence[str], shapes: in
                     search.measure(search.shapes[number], measuring)
     except OutOfTimeError:
         pass
-    solved = {search.op: search.solve(budget) for search in searches}
-    return {op: own for op, own in solved.items() if own is not None}
+    found: dict[str, CudaOp] = {}
+    for search in searches:
+        try:
+            own = search.solve(budget)
+        except NoKernelError as error:
+            say(f"{search.op} stays as predicted: {error}")
+        else:
+            if own is not None:
+                found[search.op] = own
+    return found

@@ -28,6 +28,10 @@ class OutOfTimeError(Exception):
     """The time for a measurement is over."""
 
 
+class NoKernelError(ValueError):
+    """No kernel could be measured that runs some M."""
+
+
 @dataclass
 class Budget:
     """Seconds of a clock, from now on."""
@@ -54,7 +58,9 @@ class Budget:
 def best_ranges(costs: Mapping[Kernel, Mapping[int, float]], order: Sequence[Kernel]) -> dict[int, Kernel]:
     """M -> the kernel that runs there; a kernel of `order` never runs after one that follows it in the order.
 
-    A cost is the logarithm of a time. M that a kernel has no cost for are not its own.
+    A cost is the logarithm of a time. M that a kernel has no cost for are not its own; M without any are left out.
+
+    Raises NoKernelError where nothing is left, or no order of the kernels runs it.
     """
     all_m = sorted({M for kernel in order for M in costs[kernel]})
     sums = [0.0] * len(order)  # of the ranges so far, if the last of them is this kernel's
@@ -69,8 +75,8 @@ def best_ranges(costs: Mapping[Kernel, Mapping[int, float]], order: Sequence[Ker
         before.append(from_kernel)
         sums = new
     last = min(range(len(order)), key=lambda i: sums[i])
-    if all_m and sums[last] == math.inf:
-        raise ValueError("every M must have a kernel that runs it, in the order of kernels")
+    if not all_m or sums[last] == math.inf:
+        raise NoKernelError("every M must have a kernel that runs it, in the order of kernels")
     ranges = {}
     for M, from_kernel in zip(reversed(all_m), reversed(before)):
         ranges[M] = order[last]

@@ -1,7 +1,8 @@
 """Times products on a GPU, fairly: random data, weights that no cache holds, candidates in turns, medians.
 
-A sample is a graph of as many calls as take about SAMPLE_MS, so that launches are not in it. Before a candidate is
-timed, what it computes is compared with a product in float64.
+A sample is a graph of as many calls as take about SAMPLE_MS, so that launches are not in it; without a graph where none
+can be captured. Before a candidate is timed, what it computes is compared with a product in float64; of experts it has
+to be finite.
 """
 
 import statistics
@@ -42,7 +43,8 @@ class Clock:
         self.module.synchronize()
         took = (time.perf_counter() - begin) * 1e3
         calls = max(1, round(SAMPLE_MS / max(took, 1e-3)), copies if took < 0.2 else 1)
-        repeated = self._captured(run, calls) if self.device.type == "cuda" else lambda: [run() for _ in range(calls)]
+        repeated = self._captured(run, calls) if self.device.type == "cuda" else None
+        repeated = repeated or (lambda: [run() for _ in range(calls)])
         first, last = (self.module.Event(enable_timing=True) for _ in range(2))
 
         def sample() -> float:
@@ -56,11 +58,16 @@ class Clock:
         return sample
 
     @staticmethod
-    def _captured(run: Callable[[], object], calls: int) -> Callable[[], object]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(calls):
-                run()
+    def _captured(run: Callable[[], object], calls: int) -> Callable[[], object] | None:
+        """None where a graph cannot capture it, as what waits for the device or sets itself up late."""
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph):
+                for _ in range(calls):
+                    run()
+        except RuntimeError:
+            torch.cuda.set_stream(stream)  # a capture that fails leaves its own the current one
+            return None
         return graph.replay
 
 
@@ -68,7 +75,8 @@ class Clock:
 class Timer:
     """`Times` on a device.
 
-    `product` gives the function of an op for a candidate, and what it must be run in.
+    `product` gives the function of an op for a candidate, and what it must be run in, anew at each call. A candidate
+    that raises one of `refusals` or a RuntimeError, as out of memory is one, has no time; of the latter `say` is told.
     """
 
     clock: Clock
@@ -85,25 +93,37 @@ class Timer:
             self.forget_graphs()
 
     def _times(self, product: Product, candidates: Sequence[Candidate], budget: Budget) -> dict[Candidate, float]:
-        samplers = self._samplers(product, candidates, budget)
+        try:
+            samplers = self._samplers(product, candidates, budget)
+        except torch.OutOfMemoryError as error:
+            self.say(f"{product} is not measured: {_first_line(error)}")
+            return {}
         samples: dict[Candidate, list[float]] = {candidate: [] for candidate in samplers}
         for _ in range(ROUNDS):
             budget.check()
-            for candidate, sample in samplers.items():
-                samples[candidate].append(sample())
+            for candidate in list(samples):
+                try:
+                    with self.product(product.op, candidate)[1]:  # also what is no graph runs by the candidate
+                        samples[candidate].append(samplers[candidate]())
+                except RuntimeError as error:
+                    self._say_why_not(product, candidate, error)
+                    del samples[candidate]
         return {candidate: statistics.median(values) for candidate, values in samples.items()}
+
+    def _say_why_not(self, product: Product, candidate: Candidate, error: Exception) -> None:
+        self.say(f"{product} by {candidate} is not used: {_first_line(error)}")
 
     def _samplers(
         self, product: Product, candidates: Sequence[Candidate], budget: Budget
     ) -> dict[Candidate, Callable[[], float]]:
         """Of the candidates that can run, and are right."""
         weights = self._weights(product)
-        x = torch.randn(product.rows, weights.columns(product.op), device=self.clock.device).bfloat16()
+        x, *offsets = weights.rows(product)
         samplers: dict[Candidate, Callable[[], float]] = {}
         for candidate in candidates:
             budget.check()
             function, running = self.product(product.op, candidate)
-            run = weights.call(function, product, x)
+            run = weights.call(function, product, x, *offsets)
             try:
                 with running:
                     if not weights.is_right(product.op, run(), x):
@@ -112,6 +132,8 @@ class Timer:
                     samplers[candidate] = self.clock.sampler(run, len(weights.copies))
             except self.refusals:
                 continue
+            except RuntimeError as error:
+                self._say_why_not(product, candidate, error)
         return samplers
 
     def _weights(self, product: Product) -> "Weights":
@@ -119,6 +141,10 @@ class Timer:
         if key not in self.weights:
             self.weights[key] = Weights(product.shape, product.experts, self.clock)
         return self.weights[key]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 class Weights:
@@ -131,20 +157,25 @@ class Weights:
         first: QuantizedWeight | QuantizedExperts = quantize_experts(dense) if experts else quantize(dense)
         number = max(2, -(-2 * clock.cache_bytes // first.packed.nbytes) + 1)
         self.copies = [first, *(replace(first, packed=first.packed.clone()) for _ in range(number - 1))]
-        self.offsets = None
         self.device = clock.device
         self._turn = count()
 
     def columns(self, op: str) -> int:
         return self.shape[0] if op.endswith("dgrad") else self.shape[1]
 
-    def call(self, function: Callable[..., Tensor], product: Product, x: Tensor) -> Callable[[], Tensor]:
+    def rows(self, product: Product) -> tuple[Tensor, ...]:
+        """x, and of experts the offsets that a router of equal chances gives: the same for all candidates."""
+        x = torch.randn(product.rows, self.columns(product.op), device=self.device).bfloat16()
+        if not self.experts:
+            return (x,)
+        owners = torch.randint(self.experts, (product.rows,), device=self.device)
+        return x, torch.bincount(owners, minlength=self.experts).cumsum(0).int()
+
+    def call(
+        self, function: Callable[..., Tensor], product: Product, x: Tensor, *offsets: Tensor
+    ) -> Callable[[], Tensor]:
         """The product with the next of the weights at each call."""
         bias = () if product.op.endswith("dgrad") else (None,)
-        offsets: tuple[Tensor, ...] = ()
-        if self.experts:  # as a router of equal chances gives them: each row an expert
-            owners = torch.randint(self.experts, (product.rows,), device=self.device)
-            offsets = (torch.bincount(owners, minlength=self.experts).cumsum(0).int(),)
 
         def run() -> Tensor:
             weight = self.copies[next(self._turn) % len(self.copies)]

@@ -2,11 +2,11 @@
 dequantize + GEMM is faster. Also who is faster where CUDA's kernels run as well."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from ..backends.tuned_table import PRODUCTS, Config, Rule
+from ..backends.tuned_table import ANY_ROWS, PRODUCTS, Config, Rule
 from .products import Native, Product, Shape, Times, Triton, mean_logarithm
-from .search import Budget, OutOfTimeError, best_config, best_ranges, limit_between
+from .search import Budget, NoKernelError, OutOfTimeError, best_config, best_ranges, limit_between
 
 GEMM_ROWS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048)
 MOST_M = 512  # that the last range is measured at
@@ -41,9 +41,16 @@ def tune_configs(
 
 
 def dequantize_gemm_from(
-    buckets: Mapping[str, Buckets], times: Times, shapes: Sequence[Shape], budget: Budget
+    buckets: Mapping[str, Buckets],
+    times: Times,
+    shapes: Sequence[Shape],
+    budget: Budget,
+    say: Callable[[str], None],
 ) -> dict[str, int]:
-    """op -> the least M from which on dequantize + GEMM is faster; beyond the last that is measured: it never is."""
+    """op -> the least M from which on dequantize + GEMM is faster; ANY_ROWS: it never is.
+
+    An op whose kernels did not run is left out, as one is that there was no time for, and `say` is told.
+    """
     found = {}
     for number, op in enumerate(buckets):
         own = budget.part(1 / (len(buckets) - number))
@@ -60,11 +67,15 @@ def dequantize_gemm_from(
         sides = {
             path: {M: ms[path] for M, ms in measured.items() if path in ms} for path in ("fused", "dequantize_gemm")
         }
-        ranges = best_ranges(sides, list(sides))
+        try:
+            ranges = best_ranges(sides, list(sides))
+        except NoKernelError as error:
+            say(f"{op} in Triton stays as predicted: {error}")
+            continue
         fused = [M for M, path in ranges.items() if path == "fused"]
         after = next((M for M, path in ranges.items() if path == "dequantize_gemm"), None)
         if after is None:
-            found[op] = GEMM_ROWS[-1] + 1
+            found[op] = ANY_ROWS
             continue
 
         def stays(M: int, costs=costs) -> bool:
@@ -86,7 +97,7 @@ def tune_backends(
             for M in RULE_ROWS:
                 triton = Triton("fused" if least[op] > M else "dequantize_gemm", config_of(buckets[op], M))
                 runs = [times(Product(op, M, shape), (Native(), triton), own) for shape in shapes]
-                every = [ms[triton] / ms[Native()] if triton in ms else math.inf for ms in runs]
+                every = [ms[triton] / ms[Native()] if {triton, Native()} <= set(ms) else math.inf for ms in runs]
                 ratios.append((M, math.exp(mean_logarithm(every))))
         except OutOfTimeError:
             continue

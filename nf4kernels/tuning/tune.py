@@ -43,14 +43,14 @@ class Machine:
 def measure(machine: Machine, quick: bool, budget: Budget, say: Callable[[str], None]) -> Table:
     """The table of what there was time for; what it lacks stays predicted.
 
-    Raises TuneError where there was time for nothing.
+    Raises TuneError where there was time for nothing, or nothing ran.
     """
     began, shapes = budget.left(), 1 if quick else len(SHAPES)
     cuda: dict[str, CudaOp] = {}
     if machine.cuda is not None:
         say("CUDA's kernels, tiles and splits")
         share = CUDA_SHARE if machine.configs else 1.0
-        cuda = tune_cuda(machine.cuda, machine.times, CUDA_PRODUCTS, shapes, budget.part(share))
+        cuda = tune_cuda(machine.cuda, machine.times, CUDA_PRODUCTS, shapes, budget.part(share), say)
         machine.use(cuda)
     found: dict[str, dict[int, Config]] = {}
     least: dict[str, int] = {}
@@ -62,12 +62,12 @@ def measure(machine: Machine, quick: bool, budget: Budget, say: Callable[[str], 
             found = tune_configs(machine.configs, machine.times, few[:1], budget.part(CONFIGS_SHARE))
         best = {op: {**buckets, **found.get(op, {})} for op, buckets in machine.configs.items()}
         say("Triton's kernels against dequantize + GEMM")
-        least = dequantize_gemm_from(best, machine.times, few, budget.part(0.5))
+        least = dequantize_gemm_from(best, machine.times, few, budget.part(0.5), say)
         if machine.cuda is not None:
             say("CUDA against Triton")
             rules = tune_backends(best, {**machine.gemm_from, **least}, machine.times, few, budget)
     if not (cuda or found or least or rules):
-        raise TuneError(f"must have time for one op at least, got none measured in {began:.0f} s")
+        raise TuneError(f"must have time for one op at least, whose kernels run, got none measured in {began:.0f} s")
     origin = f"{time.strftime('%Y-%m-%d')}, {began - budget.left():.0f} s" + (", --quick" if quick else "")
     return Table(
         machine.card.architecture, origin, machine.card.name, machine.card.versions(), cuda, found, least, rules
@@ -210,19 +210,25 @@ class Progress:
 
 
 def tune(device: torch.device, quick: bool = False, output: Path | None = None) -> tuple[Path, Table]:
-    """Measures a device, and writes its table to the user's cache or to `output`: (path, table).
+    """Measures a device, and writes its table to the user's cache or to `output`, a file or a folder: (path, table).
 
     Nothing is written before all is measured, so that an interrupted run leaves the former table.
 
     Raises TuneError.
     """
-    path = output or cache_path(card_of(device.type, device.index))
+    card = card_of(device.type, device.index)
+    path = output or cache_path(card)
+    if path is not None and path.is_dir():
+        path /= card.file_name
     if path is None:
         raise TuneError("must have a directory to write to, got an empty NF4KERNELS_CACHE or no home: give --output")
     check_writable(path)
     with Progress(Budget(QUICK_SECONDS if quick else SECONDS, time.monotonic)) as progress:
         machine = machine_of(device, progress.say)
         machine.times = progress.watch(machine.times)
-        table = measure(machine, quick, progress.budget, progress.say)
+        try:
+            table = measure(machine, quick, progress.budget, progress.say)
+        except RuntimeError as error:  # outside of a candidate: the device itself fails
+            raise TuneError(f"must have a device that runs what is measured, got {error}") from error
     save(table, path)
     return path, table

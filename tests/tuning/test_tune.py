@@ -5,7 +5,7 @@ import math
 import multiprocessing
 import os
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,14 +15,16 @@ import torch
 from support import cases
 from support.cuda_backend import NAMESPACE
 
+from nf4kernels import reference
 from nf4kernels.backends import native, select, tuned_files
 from nf4kernels.backends.tuned_files import Card
 from nf4kernels.backends.tuned_table import ANY_ROWS, CUDA_PRODUCTS, Config, CudaOp, Table
 from nf4kernels.tuning import cuda, tune
+from nf4kernels.tuning import timer as timer_module
 from nf4kernels.tuning.cuda import tune_cuda
 from nf4kernels.tuning.products import Native, Product, Triton
 from nf4kernels.tuning.search import Budget, OutOfTimeError
-from nf4kernels.tuning.timer import Timer
+from nf4kernels.tuning.timer import ROUNDS, Timer
 from nf4kernels.tuning.tune import Library, Machine, TuneError, check_writable, machine_of, measure, save
 
 CARD = Card("A Test GPU", "sm_90", "1.2.3")
@@ -93,7 +95,7 @@ def test_what_was_measured_chooses_the_kernels_from_then_on(executor_ops, librar
             return 2.0 if "M64" in launch.kernel and rows <= 40 else 5.0
         return 4.0 if rows > 16 else 9.0
 
-    found = tune_cuda(library, timer(formula), ["linear"], 1, Budget(math.inf, time.time))
+    found = tune_cuda(library, timer(formula), ["linear"], 1, Budget(math.inf, time.time), print)
     own = found["linear"]
     assert (own.small, own.tiled) == (8, 40)
     path = tmp_path / CARD.file_name
@@ -217,6 +219,133 @@ def test_what_the_device_refuses_is_left_out(timer):
     assert len(forgotten) == 2, "after each measurement, however it ends"
 
 
+class EagerClock:
+    """One without graphs: a sample is a run."""
+
+    device, cache_bytes = torch.device("cpu"), 1
+
+    def sampler(self, run, copies):
+        return lambda: run() is None or 2.0
+
+
+def eager(function, said: list, **options) -> Timer:
+    """By a function of the candidate that runs, which it does only within its own context."""
+    running = []
+
+    @contextmanager
+    def run_as(candidate):
+        running.append(candidate)
+        yield
+        running.pop()
+
+    def product(op, candidate):
+        def run(*arguments):
+            function(running[-1] if running else None)
+            return getattr(reference, op)(*arguments)
+
+        return run, run_as(candidate)
+
+    return Timer(EagerClock(), product, said.append, **options)
+
+
+def test_without_graphs_each_sample_runs_by_its_candidate():
+    ran = []
+    candidates = [Native("small"), Native("tiled"), Native("dequantize_gemm")]
+    product = Product("linear", 2, SHAPE)
+    assert eager(ran.append, [])(product, candidates, Budget(1e9, time.time)) == dict.fromkeys(candidates, 2.0)
+    assert ran == candidates + ROUNDS * candidates
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "in a sample"])
+def test_a_candidate_that_raises_is_left_out_and_said(late):
+    ran, said = [], []
+
+    def run(candidate):
+        ran.append(candidate)
+        if candidate.kernel == "tiled" and ran.count(candidate) > 2 * late:
+            raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED\nmore lines")
+
+    candidates, product = [Native("tiled"), Native("small")], Product("linear", 2, SHAPE)
+    assert eager(run, said)(product, candidates, Budget(1e9, time.time)) == {Native("small"): 2.0}
+    assert said == [f"{product} by {Native('tiled')} is not used: CUBLAS_STATUS_NOT_SUPPORTED"]
+
+
+def test_a_product_without_memory_is_not_measured(monkeypatch):
+    def allocate(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    said, times = [], eager(print, [])
+    times.say = said.append
+    monkeypatch.setattr(timer_module.Weights, "rows", allocate)
+    product = Product("linear", 2, SHAPE)
+    assert times(product, [Native("small")], Budget(1e9, time.time)) == {}
+    assert said == [f"{product} is not measured: CUDA out of memory"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_no_graph_captures_is_timed_without_one(monkeypatch, fails):
+    """A made-up device: a replay takes 1 ms a call, and a call 3."""
+    now, streams = [0.0], []
+
+    class Graph:
+        calls = 0
+
+        def replay(self):
+            now[0] += self.calls
+
+    class Event(SimpleNamespace):
+        def record(self):
+            self.time = now[0]
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, last):
+            return last.time - self.time
+
+    captured = []
+
+    @contextmanager
+    def capture(graph):
+        captured.append(graph)
+        yield
+        captured.pop()
+        if fails:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def run():
+        if captured:
+            captured[-1].calls += 1
+        else:
+            now[0] += 3.0
+
+    for name, value in (
+        ("CUDAGraph", Graph), ("graph", capture), ("current_stream", lambda: "mine"), ("set_stream", streams.append),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    clock = object.__new__(timer_module.Clock)
+    clock.device = torch.device("cuda", 0)
+    clock.module = SimpleNamespace(synchronize=lambda: None, Event=lambda **options: Event())
+    assert clock.sampler(run, 2)() == (3.0 if fails else 1.0)
+    assert streams == ["mine"] * fails, "which a failed capture leaves another one"
+
+
+def test_the_candidates_of_experts_have_the_same_rows():
+    seen = []
+
+    def product(op, candidate):
+        def run(*arguments):
+            seen.append(arguments[1])
+            return getattr(reference, op)(*arguments)
+
+        return run, nullcontext()
+
+    candidates = [Native("small"), Native("tiled")]
+    Timer(EagerClock(), product)(Product("grouped_linear", 3, SHAPE, 4), candidates, Budget(1e9, time.time))
+    assert all(offsets is seen[0] for offsets in seen)
+    assert seen[0][-1] == 12
+
+
 # The table of a run.
 
 BUCKETS = {
@@ -302,6 +431,24 @@ def test_one_backend_alone_is_measured():
     assert table.triton
 
 
+def test_a_run_in_which_nothing_runs_is_an_error(monkeypatch, tmp_path):
+    machine, said = Machine(CARD, lambda *arguments: {}, LIBRARY, BUCKETS, dict.fromkeys(BUCKETS, 99)), []
+    with pytest.raises(TuneError, match="must have time for one op at least, whose kernels run, got none"):
+        measure(machine, False, Budget(1e6, Counter()), said.append)
+    assert [line.partition(" stays as predicted")[0] for line in said if "stays" in line] == [
+        *CUDA_PRODUCTS, "linear in Triton", "linear_dgrad in Triton",
+    ]  # fmt: skip
+
+    def broken(*arguments):
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(tune, "card_of", lambda *device: CARD)
+    monkeypatch.setattr(tune, "machine_of", lambda device, say: Machine(CARD, broken, LIBRARY))
+    with pytest.raises(TuneError, match="must have a device that runs what is measured, got CUDA error: unspecified"):
+        tune.tune(torch.device("cpu", 0), output=tmp_path / "table.json")
+    assert os.listdir(tmp_path) == []
+
+
 def test_no_time_at_all_is_an_error():
     with pytest.raises(TuneError, match="must have time for one op at least"):
         measured(0, cuda=LIBRARY)
@@ -338,6 +485,9 @@ def test_the_former_table_stays_where_a_run_is_interrupted(table, tmp_path, monk
     assert tuned_files.read(path) == found
     other, _ = tune.tune(torch.device("cpu", 0), output=tmp_path / "elsewhere.json")
     assert tuned_files.read(other).cuda == found.cuda
+    into, _ = tune.tune(torch.device("cpu", 0), output=tmp_path)
+    assert into == tmp_path / CARD.file_name, "into a folder, by the card's name"
+    assert tuned_files.read(into).cuda == found.cuda
     monkeypatch.setattr(tune, "cache_path", lambda card: None)
     with pytest.raises(TuneError, match="must have a directory to write to, got an empty NF4KERNELS_CACHE"):
         tune.tune(torch.device("cpu", 0))
@@ -411,7 +561,9 @@ def made_up_gpu(executor_ops, library, interpreter, monkeypatch):
         monkeypatch.setattr(select, "available", lambda kind: list(backends))
         return machine_of(torch.device("cuda", 0), print)
 
-    return has
+    choose._table_on.cache_clear()
+    yield has
+    choose._table_on.cache_clear()  # which has the made-up GPU's table
 
 
 def test_the_backends_of_a_machine_are_timed_by_name(made_up_gpu, library, interpreter, monkeypatch):

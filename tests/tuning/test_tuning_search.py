@@ -6,9 +6,9 @@ import pytest
 
 from nf4kernels.backends.tuned_table import ANY_ROWS, MOST_COST, Config, CudaOp, Rule, Tile
 from nf4kernels.tuning import search
-from nf4kernels.tuning.cuda import ROWS, tune_cuda
+from nf4kernels.tuning.cuda import MANY_ROWS, ROWS, tune_cuda
 from nf4kernels.tuning.products import SHAPES, Native, Triton
-from nf4kernels.tuning.search import Budget, OutOfTimeError, best_config, best_ranges, limit_between
+from nf4kernels.tuning.search import Budget, NoKernelError, OutOfTimeError, best_config, best_ranges, limit_between
 from nf4kernels.tuning.triton import dequantize_gemm_from, tune_backends, tune_configs
 
 TILES = ["32x64x128", "64x64x128", "128x128x64"]
@@ -55,6 +55,8 @@ def test_one_slow_sample_moves_no_limit_far():
 def test_a_row_without_a_kernel_is_an_error():
     with pytest.raises(ValueError, match="every M must have a kernel"):
         best_ranges({"a": {2: 0.0}, "b": {1: 0.0}}, "ab")
+    with pytest.raises(NoKernelError, match="every M must have a kernel"):
+        best_ranges({"a": {}, "b": {}}, "ab")
 
 
 @pytest.mark.parametrize("crossing", [256, 264, 300, 352, 383])
@@ -179,9 +181,11 @@ def milliseconds(product, candidate: Native) -> float:
     return tiled * (2 if FUSED[product.op] >= product.M else 0.9)
 
 
-def tuned(seconds: float, ops=("linear", "linear_dgrad", "grouped_linear"), shapes: int = 3, formula=milliseconds):
+def tuned(
+    seconds: float, ops=("linear", "linear_dgrad", "grouped_linear"), shapes: int = 3, formula=milliseconds, say=print
+):
     clock = Clock()
-    return tune_cuda(LIBRARY, times_by(formula, clock), ops, shapes, Budget(seconds, clock)), clock.now
+    return tune_cuda(LIBRARY, times_by(formula, clock), ops, shapes, Budget(seconds, clock), say), clock.now
 
 
 def assert_close(limit: int, known: int) -> None:
@@ -244,6 +248,45 @@ def test_many_rows_are_not_measured_where_the_winner_is_clear():
     assert max(seen) == 256 < ROWS[-1]
 
 
+def test_tiled_has_no_more_rows_than_were_measured_of_every_shape():
+    """dequantize + GEMM is clearly faster on one of three shapes, where no more is measured; the mean says tiled."""
+
+    def formula(product, candidate):
+        if candidate.kernel == "dequantize_gemm":
+            return milliseconds(product, Native("tiled", 1, 4)) * (0.5 if product.shape == SHAPES[2] else 20)
+        return milliseconds(product, candidate)
+
+    own = tuned(math.inf, ["linear"], 3, formula)[0]["linear"]
+    assert own.tiled == MANY_ROWS
+    own = tuned(math.inf, ["linear"], 2, formula)[0]["linear"]
+    assert own.tiled == ANY_ROWS, "where all shapes are measured to the last"
+
+
+def test_an_op_whose_kernels_do_not_run_stays_predicted():
+    def formula(product, candidate):
+        if product.op == "linear_dgrad" or (product.op == "grouped_linear" and candidate.kernel == "tiled"):
+            return None
+        return milliseconds(product, candidate)
+
+    said = []
+    found, _ = tuned(math.inf, formula=formula, say=said.append)
+    assert set(found) == {"linear", "grouped_linear"}
+    assert found["grouped_linear"].tiled == found["grouped_linear"].small < ANY_ROWS, "small, then dequantize + GEMM"
+    assert said == ["linear_dgrad stays as predicted: every M must have a kernel that runs it, in the order of kernels"]
+
+
+def test_rows_and_tiles_that_nothing_ran_are_left_out():
+    """A tile that was wrong everywhere is not taken; an M without memory has no limit of its own."""
+
+    def formula(product, candidate):
+        is_wrong = candidate.kernel == "tiled" and candidate.tile == 1
+        return None if is_wrong or product.M in (1, 2048) else milliseconds(product, candidate)
+
+    own = tuned(math.inf, ["linear"], formula=formula)[0]["linear"]
+    assert [tile.cost for tile in own.tiles] == [1000, MOST_COST, round(1000 * ERRORS[2] / ERRORS[0])]
+    assert_close(own.small, SMALL["linear"])
+
+
 def triton_formula(product, candidate):
     if isinstance(candidate, Native):
         return 1.0
@@ -272,11 +315,15 @@ def test_the_rows_of_dequantize_gemm_are_found():
     clock = Clock()
     times = times_by(triton_formula, clock)
     best = {op: {65536: WANTED} for op in BUCKETS}
-    found = dequantize_gemm_from(best, times, SHAPES[:2], Budget(1e9, clock))
+    found = dequantize_gemm_from(best, times, SHAPES[:2], Budget(1e9, clock), print)
     assert 230 - 230 // 8 <= found["linear"] - 1 <= 230
-    assert found["linear_dgrad"] == 2049, "past the last that was measured"
+    assert found["linear_dgrad"] == ANY_ROWS, "it never is"
     clock.now = 0.0
-    assert dequantize_gemm_from(best, times, SHAPES[:2], Budget(40, clock)) == {}, "both were begun"
+    assert dequantize_gemm_from(best, times, SHAPES[:2], Budget(40, clock), print) == {}, "both were begun"
+    said = []
+    nothing_runs = times_by(lambda product, candidate: None, clock)
+    assert dequantize_gemm_from(best, nothing_runs, SHAPES[:2], Budget(1e9, clock), said.append) == {}
+    assert said[0].startswith("linear in Triton stays as predicted: every M must have")
 
 
 def test_rules_name_the_faster_backend():
@@ -295,6 +342,8 @@ def test_rules_name_the_faster_backend():
         Rule("linear", "bfloat16", 64, "triton", "measured: triton takes 0.90 of native's time"),
     )
     assert tune_backends(buckets, least, times_by(formula, clock), SHAPES[:2], Budget(3, clock)) == ()
+    one_side = times_by(lambda product, c: None if isinstance(c, Native) else 1.0, clock)
+    assert tune_backends(buckets, least, one_side, SHAPES[:2], Budget(1e9, clock)) == ()
 
 
 def test_a_candidate_s_parameters_leave_the_library_one_kernel():
