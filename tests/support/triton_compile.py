@@ -1,6 +1,7 @@
 """Compiles for one target, without its device, every kernel that a list of calls would launch, and prints JSON.
 
     python tests/support/triton_compile.py cuda:90
+    python tests/support/triton_compile.py cuda:90 FOLDER    the products as they run by the table, as cubins, instead
 
 The host functions run as they are, on CPU tensors; where they launch, Triton compiles for the target and nothing runs.
 In a process of its own: a kernel is either compiled or interpreted, from when it is defined on.
@@ -231,6 +232,31 @@ def run_calls_of_one(recorder: Recorder) -> None:
     OPS["quantize_absmax"](torch.zeros(1), torch.linspace(-1, 1, 256), True)
 
 
+def write_products(recorder: Recorder, table: choose.Table, folder: Path) -> None:
+    """FOLDER/*.cubin and kernels.json: each product's kernel for each bucket of the table, 4096 x 4096 in one run."""
+    N = K = 4096
+    rows_of = {}
+
+    def call(name: str, op: str, *arguments) -> None:
+        recorder.call = name
+        OPS[op](*arguments)
+
+    for op in table.configs:
+        for most, config in table.configs[op]:
+            rows_of[f"{op}, M <= {most}"] = rows_of[f"grouped_{op}, M <= {most} of 2"] = config.BLOCK_M
+            rows, bias = min(most, 256), (None,) if op == "linear" else ()
+            with choose.forcing("fused"):
+                call(f"{op}, M <= {most}", op, torch.zeros(rows, K, dtype=torch.bfloat16), *weight(N, K), *bias)
+            grouped_product(call, op, f"grouped_{op}, M <= {most}", 2, weights(2, N, K), rows, torch.bfloat16)
+    described = []
+    for function, name, kernel in recorder.kernels.values():
+        if name in rows_of and "linear" in function:  # not the sum of splits
+            cubin = f"{len(described)}.cubin"
+            (folder / cubin).write_bytes(kernel.asm["cubin"])
+            described.append({"name": name.removesuffix(" of 2"), "rows": rows_of[name], "cubin": cubin})
+    (folder / "kernels.json").write_text(json.dumps(described))
+
+
 def compilations_by_rows(recorder: Recorder) -> list[int]:
     """How many kernels serve all M of a bucket, of all buckets, and all numbers of rows of experts in a bucket."""
     counts = []
@@ -247,13 +273,16 @@ def compilations_by_rows(recorder: Recorder) -> list[int]:
     return [*counts, len(set(recorder.launched))]
 
 
-def main(name: str) -> None:
+def main(name: str, folder: str | None = None) -> None:
     target = target_of(name)
     triton.runtime.driver.set_active(Driver(target))
     architecture = f"sm_{target.arch}" if target.backend == "cuda" else target.arch
     choose.INTERPRETED = architecture
     table = choose.table_for(architecture)
     recorder = Recorder(target)
+    if folder is not None:
+        write_products(recorder, table, Path(folder))
+        return
     run_calls(recorder, table)
     if architecture == "sm_80":
         run_calls_of_one(recorder)
@@ -263,4 +292,4 @@ def main(name: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -29,6 +29,7 @@ ELEMENTS_M = 64
 FP32 = Config(BLOCK_M=16, BLOCK_N=32, warps=4, stages=1, depth=LONGEST_DEPTH)
 ELEMENTS = Config(BLOCK_M=16, BLOCK_N=32, warps=8, stages=1, depth=LONGEST_DEPTH)
 ELEMENTS_BLOCK_K = 32
+LONG_STEP = 128  # linear's, along K, for few rows: what a step costs beside decoding is spread over more weights
 
 
 @dataclass(frozen=True)
@@ -104,9 +105,10 @@ def kernel_lines(device: torch.device) -> Iterator[str]:
             yield f"{op}, configurations up to {rows} rows: {table.source}; others: {PREDICTED}"
 
 
-def whole_step(K: int, block_size: int) -> tuple[int, int]:
-    """(weights, their scales) of a step along a row, that is of whole blocks or within one: 64 or 32; (0, 0): fewer."""
-    step = 64 if K % 64 == 0 else 32 if K % 32 == 0 else 0
+def whole_step(K: int, block_size: int, longest: int = 64) -> tuple[int, int]:
+    """(weights, their scales) of a step along a row, that is of whole blocks or within one: `longest`, 64 or 32;
+    (0, 0): fewer."""
+    step = next((step for step in (longest, 64, 32) if K % step == 0), 0)
     return (step, max(step // block_size, 1)) if step else (0, 0)
 
 
@@ -147,7 +149,10 @@ def choose(op: str, M: int, K: int, block_size: int, dtype: torch.dtype, device:
     table = table_on(device)
     least = table.dequantize_gemm_from[op] if scales else ELEMENTS_M + 1
     path = _forced["path"] or ("dequantize_gemm" if least <= M else "fused")
-    return Choice(path, _forced["config"] or (table.config(op, M) if scales else ELEMENTS), BLOCK_K, scales)
+    config = _forced["config"] or (table.config(op, M) if scales else ELEMENTS)
+    if op == "linear" and config.BLOCK_M <= 16 and config.depth % LONG_STEP == 0:
+        step, scales = whole_step(K, block_size, LONG_STEP)
+    return Choice(path, config, step or ELEMENTS_BLOCK_K, scales)
 
 
 def choose_for_experts(

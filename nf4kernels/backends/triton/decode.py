@@ -25,6 +25,11 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager:
     return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
+def whole_words(packed: Tensor) -> Tensor:
+    """`packed` where its words of 32 bits can be loaded, else a copy that begins at one."""
+    return packed if packed.data_ptr() % 4 == 0 else packed.clone()
+
+
 @triton.jit
 def lookup(table, index, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """table[index] for a [ROWS, COLUMNS] index: one load from shared memory each, where a select tree takes 15."""

@@ -24,7 +24,7 @@ from torch import Tensor
 from ...quantized_weight import SUPERBLOCK
 from ..arguments import check_grouped_linear
 from .choose import LONGEST_DEPTH, LONGEST_FP32, choose_for_experts
-from .decode import LAUNCH, ceil_div, on_device_of
+from .decode import LAUNCH, ceil_div, on_device_of, whole_words
 from .linear import add_lora_term, add_runs, rank_step
 
 
@@ -114,8 +114,8 @@ def grouped_linear(
     scale_offset: Tensor | None, code: Tensor, scale_code: Tensor | None, N: int, K: int, block_size: int,
     bias: Tensor | None = None, lora_P: Tensor | None = None, lora_B: Tensor | None = None, scaling: float = 1.0,
 ) -> Tensor:  # fmt: skip
-    tensors = (packed, absmax, scale_absmax, scale_offset, code, scale_code)
-    check_grouped_linear(x, expert_offsets, *tensors, N, K, block_size, bias, lora_P, lora_B, scaling)
+    tensors = (absmax, scale_absmax, scale_offset, code, scale_code)
+    check_grouped_linear(x, expert_offsets, packed, *tensors, N, K, block_size, bias, lora_P, lora_B, scaling)
     T, E = x.shape[0], expert_offsets.shape[0]
     out = x.new_empty((T, N))
     if out.numel() == 0:
@@ -125,8 +125,8 @@ def grouped_linear(
     rank = 0 if lora_B is None else lora_B.shape[2]
     with on_device_of(x):
         grouped_linear_kernel[(tiles_n * most_tiles(T, E, config.BLOCK_M),)](
-            x.contiguous(), expert_offsets, *tensors, out, bias, lora_P, lora_B, scaling, T, E, N, K, rank,
-            block_size.bit_length() - 1, superblocks_of(N, K, block_size), tiles_n,
+            x.contiguous(), expert_offsets, whole_words(packed), *tensors, out, bias, lora_P, lora_B, scaling, T, E, N,
+            K, rank, block_size.bit_length() - 1, superblocks_of(N, K, block_size), tiles_n,
             EXPERTS=triton.next_power_of_2(E + 1), BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N,
             BLOCK_K=choice.BLOCK_K, SCALES=choice.scales, BLOCK_R=rank_step(rank), RUN=run_of(K, x.dtype),
             **config.launch, **LAUNCH,

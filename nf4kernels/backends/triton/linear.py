@@ -2,18 +2,25 @@
 
 Who       a program owns BLOCK_M x BLOCK_N of y and sums `depth` of K, BLOCK_K a step. A longer K is split: reduce.py
           adds the fp32 partial sums in order.
-Trick     W is the left operand of the dot, acc[N, M] = W @ x^T, so that it is decoded in registers. Of BLOCK_K weights
-          the high nibbles are the even k and the low ones the odd k: two dots, with x split the same way, need no
-          interleaving. A step of 64 weights has one scale, two (blocks of 32) or four (of 16), loaded once a row and
-          spread over the bytes by a reshape: 9 to 10 instructions a weight for each of them, where a step of one block
-          of 32 took 12. Ŵ is rounded to x's dtype once, as dense PyTorch on Ŵ would hold it. That costs one
-          multiplication a weight more than unscaled levels, whose common rounding errors do not average out (2.06 %
-          against 0.26 % of the output for x with a mean of one sigma) unless the host looks at the codebook and waits
-          for the device.
-Flops     2 M N K; reads 0.516 B a weight: 2.0 us for 4096 x 4096 at an H200's 4.3 TB/s. The loop has 10 instructions a
-          weight for each BLOCK_M rows of x (SASS of sm_90, up to 64), 7 of them to decode it, where an H200 can issue
-          3.2 at memory speed: 6.4 us. Not measured.
-Needs     nothing. Where K is not a multiple of 32, weights are decoded one by one: 52 instructions.
+Trick     W is the left operand of the dot, acc[N, M] = W @ x^T. A thread loads words of 8 weights, and joins of shifted
+          words put them into its registers in the order of k, so that x needs no reordering and 8 weights go through
+          shared memory to the tensor cores by one store. A step has a scale for each of its blocks, loaded once a row
+          and spread over the words by a reshape. Up to 16 rows a step is 128 weights, above it 64. Ŵ is rounded to x's
+          dtype once, as dense PyTorch on Ŵ would hold it: of unscaled levels the common rounding errors do not average
+          out (2.06 % against 0.26 % of the output for x with a mean of one sigma) unless the host looks at the codebook
+          and waits for the device.
+Rejected  By the SASS of sm_90, instructions a weight for up to 16 rows. Loads of bytes, with high and low nibbles in
+          two dots and x split alike: 9.8, a permute a weight more. A dot for each of a word's 8 nibbles: 8.8, 32
+          barriers a step. Words spread by a broadcast shift instead of joins: 10.1 in the order of k, 9.8 in that of
+          nibbles, as neighbouring weights land in different threads. 128 rows of W for 4 warps: 7.1, but 211
+          registers. Not compiled: a table of pairs (256 words, whose bank conflicts take 3.3 cycles a load), of
+          levels in two terms with the scale on the sums (1.5 instructions less, 1.5 more).
+Flops     2 M N K; reads 0.516 B a weight: 2.0 us for 4096 x 4096 at an H200's 4.3 TB/s. The loop has 7.8 instructions a
+          weight for up to 16 rows, 9.5 to 9.8 for each BLOCK_M rows above (SASS of sm_90), where an H200 can issue 3.2
+          at memory speed: 4.9 us. Of the 7.8 a shift, a mask, the address, the lookup, the scale and half a conversion
+          are 5.5. Not measured.
+Needs     nothing; a `packed` that begins between words of 32 bits is copied first. Where K is not a multiple of 32,
+          weights are decoded one by one: 52 instructions.
 """
 
 import torch
@@ -23,7 +30,7 @@ from torch import Tensor
 
 from ..arguments import check_linear
 from .choose import LONGEST_FP32, Choice, choose
-from .decode import LAUNCH, ceil_div, decode_elements, lookup, on_device_of, scales_of_bytes
+from .decode import LAUNCH, ceil_div, decode_elements, lookup, on_device_of, scales_of_bytes, whole_words
 from .dequantize_gemm import multiply_by_slices
 from .reduce import reduce_splits
 
@@ -50,21 +57,21 @@ def add_product(
     first = n * K
     x_rows = x + m[:, None] * K
     if SCALES > 0:
+        WORDS: tl.constexpr = BLOCK_K // 8
         table = tl.load(code + tl.arange(0, 16))
-        packed_rows = packed + (first >> 1)[:, None]
+        word_rows = packed.to(tl.pointer_type(tl.uint32)) + (first >> 3)[:, None]
         for k in range(begin, end, BLOCK_K):
-            byte = k // 2 + tl.arange(0, BLOCK_K // 2)
-            codes = tl.load(packed_rows + byte[None, :], mask=in_n[:, None], other=0).to(tl.int32)
+            word = tl.load(word_rows + (k // 8 + tl.arange(0, WORDS))[None, :], mask=in_n[:, None], other=0)
             block = (first + k) >> block_shift
-            scale = scales_of_bytes(
-                absmax, scale_absmax, scale_offset, scale_code, block, in_n, SCALES, BLOCK_N, BLOCK_K // 2
-            )
-            even = (lookup(table, codes >> 4, BLOCK_N, BLOCK_K // 2) * scale).to(dtype)
-            odd = (lookup(table, codes & 15, BLOCK_N, BLOCK_K // 2) * scale).to(dtype)
+            scale = scales_of_bytes(absmax, scale_absmax, scale_offset, scale_code, block, in_n, SCALES, BLOCK_N, WORDS)
+            codes = tl.join(word, word >> 16)
+            codes = tl.join(codes, codes >> 8)
+            codes = tl.join(codes >> 4, codes) & 15  # the high nibble of a byte is the even k
+            codes = tl.reshape(codes.to(tl.int32), [BLOCK_N, BLOCK_K])
+            scale = tl.reshape(tl.broadcast_to(scale[:, :, None], [BLOCK_N, WORDS, 8]), [BLOCK_N, BLOCK_K])
+            w = (lookup(table, codes, BLOCK_N, BLOCK_K) * scale).to(dtype)
             part = tl.load(x_rows + (k + tl.arange(0, BLOCK_K))[None, :], mask=in_m[:, None], other=0.0)
-            x_even, x_odd = tl.split(tl.reshape(part, [BLOCK_M, BLOCK_K // 2, 2]))
-            acc = tl.dot(even, tl.trans(x_even), acc, input_precision="ieee")
-            acc = tl.dot(odd, tl.trans(x_odd), acc, input_precision="ieee")
+            acc = tl.dot(w, tl.trans(part), acc, input_precision="ieee")
     else:
         for step in range(begin, end, BLOCK_K):
             k = step + tl.arange(0, BLOCK_K)
@@ -142,7 +149,7 @@ def multiply_fused(
     lora_factor: Tensor | None, scaling: float,
 ) -> None:  # fmt: skip
     """out[M, N] = x[M, K] @ Ŵ^T + the LoRA term + bias."""
-    *tensors, N, K, block_size = weight
+    packed, *tensors, N, K, block_size = weight
     config, M = choice.config, x.shape[0]
     splits = max(ceil_div(K, config.depth), 1) if x.dtype != torch.float32 else 1
     target = out if splits == 1 else x.new_empty((splits, M, N), dtype=torch.float32)
@@ -150,8 +157,8 @@ def multiply_fused(
     tiles_n = ceil_div(N, config.BLOCK_N)
     with on_device_of(x):
         linear_kernel[(tiles_n * ceil_div(M, config.BLOCK_M), splits)](
-            x, *tensors, target, bias if splits == 1 else None, lora_inner, lora_factor, scaling, M, N, K,
-            rank, block_size.bit_length() - 1, config.depth if splits > 1 else max(K, 1), tiles_n,
+            x, whole_words(packed), *tensors, target, bias if splits == 1 else None, lora_inner, lora_factor, scaling,
+            M, N, K, rank, block_size.bit_length() - 1, config.depth if splits > 1 else max(K, 1), tiles_n,
             BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=choice.BLOCK_K, SCALES=choice.scales,
             BLOCK_R=rank_step(rank), RUN=LONGEST_FP32 if x.dtype == torch.float32 else 0, **config.launch, **LAUNCH,
         )  # fmt: skip
