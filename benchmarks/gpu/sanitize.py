@@ -53,6 +53,7 @@ def cases(tiles: Tiles, multiprocessors: int) -> Iterator[Case]:
             yield from routing(what, K, dtype, 7)
     yield from scales()
     yield from routing("experts in two turns", 8, torch.float32, 300)
+    yield from splits_of_rows()
     for op in PIPELINED:
         for reuse in reuses(op, tiles[op], multiprocessors):
             yield Case(f"{reuse}", op, product(op, reuse), (reuse.kernel,))
@@ -71,6 +72,13 @@ def scales() -> Iterator[Case]:
         absmax = torch.rand(blocks, generator=generator) * 2.0**exponents
         code = nf4.codebook.SCALE_CODEBOOKS[name].clone()
         yield Case(f"{blocks} blocks", "quantize_absmax", (absmax, code, name == "e4m3"))
+
+
+def splits_of_rows() -> Iterator[Case]:
+    """M in parts, which the last block to arrive adds."""
+    small, wide = torch.randn(1100, 5).bfloat16(), torch.randn(1100, 64).bfloat16()
+    for is_transposed in (False, True):
+        yield Case(f"1100 rows, {is_transposed=}", "lora_grad", (small, wide, 2.0, torch.bfloat16, is_transposed))
 
 
 def routing(what: str, H: int, dtype: torch.dtype, experts: int) -> Iterator[Case]:

@@ -70,13 +70,9 @@ class Edit(NamedTuple):
 EDITS = (
     Edit(
         "every block adds all elements", "reduce_splits_kernel", "reduce_splits.cu",
-        "i = first; i < total.count; i += step",
-        "i = MUTANT ? int64_t(threadIdx.x) : first; i < total.count; i += MUTANT ? kThreads : step",
-    ),
-    Edit(
-        "every block adds all elements", "reduce_splits_wide_kernel", "reduce_splits.cu",
-        "i = first; i < vectors; i += step",
-        "i = MUTANT ? int64_t(threadIdx.x) : first; i < vectors; i += MUTANT ? kThreads : step",
+        "i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < count; i += int64_t(gridDim.x) * kThreads",
+        "i = (MUTANT ? 0 : int64_t(blockIdx.x) * kThreads) + threadIdx.x; i < count; "
+        "i += MUTANT ? kThreads : int64_t(gridDim.x) * kThreads",
     ),
     Edit(
         "every block adds all rows", "reduce_splits_transposed_kernel", "reduce_splits.cu",
