@@ -9,7 +9,6 @@ allocation is a tensor with a storage of its own that an op returns. Not counted
 """
 
 import argparse
-import ctypes
 import itertools
 import sys
 from collections import Counter
@@ -28,10 +27,11 @@ import nf4kernels as nf4
 from nf4kernels import autograd, functional, grouped
 from nf4kernels.model.report import table as aligned
 
+from .launches import slices_of_a_device
+
 ROOT = Path(__file__).parents[2]
 ROWS = (1, 16, 64, 2048)
 RANK, SCALING = 16, 2.0
-SLICE_BYTES = 24 << 20  # of dequantize + GEMM on a device; tests have smaller ones
 OPS = ("linear", "linear_dgrad", "lora_grad")
 ALLOCATING = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 PRODUCTS = ("mm", "addmm", "linear", "matmul")
@@ -139,13 +139,8 @@ Table = dict[tuple[int, bool, bool], tuple[Count, Count]]  # (M, LoRA, bias) -> 
 
 def table(executor: Any, namespace: str, N: int, K: int, rows: Sequence[int] = ROWS) -> Table:
     """Of double-quantized NF4 and x in bf16. The backward is that of x and of the adapter."""
-    slices = executor.library.nf4kernels_executor_slices
-    slices.argtypes, slices.restype = [ctypes.c_int64], ctypes.c_int64
-    before = slices(SLICE_BYTES)
-    try:
+    with slices_of_a_device(executor.library):
         return _table(executor, namespace, N, K, rows)
-    finally:
-        slices(before)
 
 
 def _table(executor: Any, namespace: str, N: int, K: int, rows: Sequence[int]) -> Table:

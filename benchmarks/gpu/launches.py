@@ -47,6 +47,7 @@ FIGURES = (
 ROWS = (1, 4, 16, 32, 64, 128, 256, 2048)
 SMALL_ROWS = 16  # the most of the small kernel
 KERNELS = ("small", "tiled", "dequantize_gemm")  # as they are forced
+SLICE_BYTES = 24 << 20  # of dequantize + GEMM on a device; tests have smaller ones
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def planned(executor, ops, product: Product) -> Plan:
     def launches(tile: int = -1) -> tuple[Launch, ...]:
         executor.reset()
         forced = native.running_kernel(library, product.kernel, tile)
-        with executor.planning(), _untouched_memory(), forced, torch.no_grad():
+        with executor.planning(), slices_of_a_device(library), _untouched_memory(), forced, torch.no_grad():
             getattr(ops, product.op)(x, *weight, *bias)
         # closing brackets of templates as cuda_report's names have them
         return tuple(Launch(name.replace("> >", ">>"), *rest) for name, *rest in executor.launches())
@@ -124,6 +125,18 @@ def chosen_kernel(library: ctypes.CDLL, product: Product) -> str:
     results = map(ctypes.byref, (ctypes.c_int(), ctypes.c_int(), ctypes.c_char_p()))
     problem = product.op == "linear_dgrad", native.BFLOAT16, product.M, product.N, product.K, 0, True, True
     return choose(-1, *problem, product.capability, product.sms, *results).decode()
+
+
+@contextmanager
+def slices_of_a_device(library: ctypes.CDLL) -> Iterator[None]:
+    """dequantize + GEMM has slices as large as on a GPU inside a `with` block."""
+    slices = library.nf4kernels_executor_slices
+    slices.argtypes, slices.restype = [ctypes.c_int64], ctypes.c_int64
+    before = slices(SLICE_BYTES)
+    try:
+        yield
+    finally:
+        slices(before)
 
 
 @contextmanager
