@@ -24,6 +24,15 @@ class TestLinear(ProductContract):
         inner, factor, scaling = lora or (None, None, 1.0)
         return a, *qweight.op_args(), bias, inner, None if factor is None else factor.T.contiguous(), scaling
 
+    @pytest.mark.ways("interpreter", "triton")
+    def test_packed_bytes_at_any_address(self, way):
+        """Words of 4 bytes are loaded: bytes that begin between them are copied first."""
+        qweight = cases.quantized(40, 128)
+        x, (packed, *rest) = self.inputs(qweight, 9, torch.bfloat16), qweight.op_args()
+        moved = torch.cat([packed.new_zeros(1), packed.view(-1)])[1:].view_as(packed)
+        assert moved.data_ptr() % 4
+        assert_same_bits(way.run("linear", x, moved, *rest, None), way.run("linear", x, packed, *rest, None), f"{way}")
+
     @pytest.mark.ways("cpu")
     @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
     @pytest.mark.parametrize("K", [16384 + 64, 33000, 40000 - 1])
