@@ -24,7 +24,17 @@ TORCH = [*STABLE_ABI, *(f"-isystem{path}" for path in include_paths())]
 def command(source: Path) -> list[str]:
     if source.suffix == ".cu" or source.stem.startswith("cuda"):  # as for the tests, which need no CUDA
         # there constructors name a parameter as the member that it fills
-        return [build.CXX, *build.FLAGS, *TORCH, *WARNINGS, "-Wshadow=local", "-x", "c++", str(source)]
+        return [
+            build.CXX,
+            *build.FLAGS,
+            f"-I{build.CSRC}",
+            *TORCH,
+            *WARNINGS,
+            "-Wshadow=local",
+            "-x",
+            "c++",
+            str(source),
+        ]
     isas = [isa for isa in ISA_FLAGS if source.stem.endswith(f"_{isa}")]
     return [build.CXX, *FLAGS, *TORCH, *(ISA_FLAGS[isas[0]] if isas else []), *WARNINGS, str(source)]
 
