@@ -137,6 +137,7 @@ def executor_ops(executor):
     executor.set(shared_limit=SM_86_SHARED)
     way.pretend(90, 4)
     executor.reset()
+    executor.library.nf4kernels_executor_forget_streams()
     yield way
     executor.set()
 

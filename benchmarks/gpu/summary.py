@@ -9,9 +9,8 @@ from ..report import plots
 from ..report import tables as report
 from ..report.goals import gpu_goals
 from . import sides
-from .grouped_cases import GROUPED
-from .sides import TRITON, forced_ms
-from .timing import LINE, Cuda, Run, line_of
+from .sides import forced_ms
+from .timing import LINE, Run, line_of
 
 SHOWN_ROWS = {  # by the summary; the CSV has all
     "linear": (1, 4, 16, 64, 256, 2048),

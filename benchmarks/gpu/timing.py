@@ -13,6 +13,7 @@ from ..limits import floor_ms
 from ..report.goals import WITHOUT_LORA
 from . import predictions
 from .cards import Card, card_of
+from .reuse import REFUSAL
 from .sides import FORCED, TRITON, Sides, forced_ms
 
 SAMPLE_MS = 2.0

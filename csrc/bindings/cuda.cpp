@@ -345,13 +345,13 @@ NF4_EXPORT const char* nf4kernels_cuda_tune(int device, const int64_t* numbers, 
 // (cuda/pair_table.cuh). Returns false where too many are known; one that is known already takes no room.
 NF4_EXPORT bool nf4kernels_cuda_know_codebook(const float* code) { return known_codes.add(code); }
 
-// The table's choice for a product (experts: 0, or how many share the M rows out): the kernel's name, its tile, the
-// splits, and why.
-NF4_EXPORT const char* nf4kernels_cuda_choose(bool dgrad, int32_t dtype, int64_t M, int64_t N, int64_t K,
+// The choice for a product (experts: 0, or how many share the M rows out) on a device as it is tuned, or by what is
+// predicted (-1): the kernel's name, its tile, the splits, and why.
+NF4_EXPORT const char* nf4kernels_cuda_choose(int device, bool dgrad, int32_t dtype, int64_t M, int64_t N, int64_t K,
                                               int64_t experts, bool scales_sums, bool aligned, int arch,
                                               int multiprocessors, int* tile, int* splits, const char** reason) {
-  const nf4::cuda::Choice choice =
-      nf4::cuda::choose({dgrad, Dtype(dtype), M, N, K, experts, scales_sums, aligned, arch, multiprocessors});
+  const nf4::cuda::Problem problem{dgrad, Dtype(dtype), M, N, K, experts, scales_sums, aligned, arch, multiprocessors};
+  const nf4::cuda::Choice choice = nf4::cuda::choose(problem, tunings.of(device, problem));
   *tile = choice.tile;
   *splits = choice.splits;
   *reason = choice.reason;

@@ -4,6 +4,7 @@
 
 #include "../format.h"
 #include "tiles.h"
+#include "tuning.h"
 
 namespace nf4::cuda {
 
@@ -25,6 +26,7 @@ struct Problem {
 
 struct Choice {
   Path path;
+  int tile;    // of the tiled kernel's: kLinearTiles or kDgradTiles
   int splits;  // parts of the contraction (split-K); 1 for linear_small, see small_blocks
   const char* reason;
 };
@@ -60,19 +62,22 @@ inline const Fused& fused_of(int arch) {
   return *found;
 }
 
-// What a thread block of the small kernel owns, as a Tile of tiles.h.
+// What a thread block of the grouped small kernel owns, as a Tile of tiles.h.
 struct SmallTile {
   int M, N, K;
   int warps;                      // that share the contraction, whose sums are added
   int blocks_per_multiprocessor;  // resident at once, at least
 };
-constexpr Tile kGroupedSmallTile = {kSmallM, 32, 1024, 8, 2};
-constexpr Tile kLinearTiles[] = {{32, 64, 128, 2, 1}, {64, 64, 128, 2, 1}, {128, 128, 64, 1, 1}};
-constexpr Tile kDgradTiles[] = {{16, 128, 128, 4, 1}, {64, 64, 128, 2, 1}, {128, 32, 256, 1, 1}};
-// The contraction of a tile without a split: 512 terms or mma's in a warp's sum, see docs/design.md, section 7. A term
-// is the sum of 64 k where sums are scaled, and else one mma's 16.
-inline int64_t longest_sum(const Problem& p, const Tile& tile) {
-  return int64_t{tile.warps} * 512 * (p.scales_sums && !p.dgrad ? 64 : 16);
+constexpr SmallTile kGroupedSmallTile = {kSmallM, 32, 1024, 8, 2};
+inline int64_t longest_small_sum(bool scales_sums) {
+  return int64_t{kGroupedSmallTile.warps} * 512 * (scales_sums ? 64 : 16);
+}
+
+static_assert(tiles_of(false).count <= kMostTiles && tiles_of(true).count <= kMostTiles, "a Tuning has room for each");
+
+// The problem of the tiled kernels.
+inline TiledProblem tiled_problem(const Problem& p) {
+  return {p.dgrad, p.scales_sums, p.M, p.dgrad ? p.K : p.N, p.dgrad ? p.N : p.K, p.arch, p.multiprocessors};
 }
 
 // Enough splits to fill the machine, but no more than there are steps, and not so many that the partial sums (8 bytes
@@ -103,11 +108,11 @@ inline const Fused* grouped_fused_of(int arch) {
   return nullptr;
 }
 
-// What is measured on a card replaces this (tuning.h). Each tile runs up to its own M, and split-K fills the blocks that
-// it says are resident.
+// What is measured on a card replaces this (tuning.h).
 inline Tuning predicted(const Problem& p) {
   const Fused* grouped = p.experts > 0 ? grouped_fused_of(p.arch) : nullptr;
   const Fused& fused = grouped ? *grouped : fused_of(p.arch);
+  const Tiles tiles = tiles_of(p.dgrad);
   Tuning t{};
   t.small = p.dgrad ? 0 : kSmallM;
   t.tiled = p.dgrad ? fused.linear_dgrad : fused.linear;
@@ -168,20 +173,43 @@ inline SplitLimits split_limits(const Problem& p, Path path, int tile) {
     constexpr int64_t kMostInGrid = 65535;  // in z
     return {int(tiled.least_splits(own)), int(steps < 1 ? 1 : steps < kMostInGrid ? steps : kMostInGrid)};
   }
-  if (path != Path::kSmall) return {1, 1};
-  const int64_t steps = ceil_quotient(p.K, kLinearSmallTile.K);
+  if (path != Path::kSmall || p.experts == 0) return {1, 1};
+  const int64_t steps = ceil_quotient(p.K, kGroupedSmallTile.K);
   const int64_t least = ceil_quotient(p.K, longest_small_sum(p.scales_sums));
   return {int(least < 1 ? 1 : least), int(steps < 1 ? 1 : steps)};
 }
 
 // Experts fill the machine unsplit (grouped_linear.cu): they are split where a sum would be too long, and nowhere else.
-inline int splits_of(const Problem& p, Path path) {
+inline int splits_of(const Problem& p, const Tuning& t, Path path, int tile) {
   if (path != Path::kSmall && path != Path::kTiled) return 1;
   if (p.experts > 0) return split_limits(p, path, tile).least;
   if (path == Path::kTiled) return parts_of(tiled_problem(p), tile, int(t.tile_blocks[tile])).splits;
-  return splits_for(ceil_quotient(p.N, kLinearSmallTile.N) * ceil_quotient(p.M, kLinearSmallTile.M),
-                    p.multiprocessors * kLinearSmallTile.blocks_per_multiprocessor, p.K, kLinearSmallTile.K,
-                    longest_small_sum(p.scales_sums), p.M);
+  return 1;  // small_blocks share the contraction out
+}
+
+// Why `path` cannot run this problem by this tile (-1: its own choice) in so many splits (0: its own choice); null if it
+// can.
+inline const char* obstacle(const Problem& p, const Tuning& t, Path path, int tile, int splits) {
+  if (const char* why = obstacle(p, path)) return why;
+  if (tile >= 0 && path != Path::kTiled) return "tiled alone has tiles to choose from";
+  if (tile >= tiles_of(p.dgrad).count) return "it has fewer tiles";
+  if (splits == 0) return nullptr;
+  if (path != Path::kSmall && path != Path::kTiled) return "small and tiled alone are split";
+  const SplitLimits limits = split_limits(p, path, tile < 0 ? tile_for(p, t) : tile);
+  if (splits < limits.least) return "a sum would be too long without more splits";
+  return splits > limits.most ? "a split would have no step of the contraction" : nullptr;
+}
+
+inline Choice choice_of(const Problem& p, const Tuning& t, Path path, const char* reason) {
+  const int tile = path == Path::kTiled ? tile_for(p, t) : 0;
+  return {path, tile, splits_of(p, t, path, tile), reason};
+}
+// What `obstacle` has passed; `path` alone is not left open.
+inline Choice forced_choice(const Problem& p, const Tuning& t, Path path, int tile, int splits) {
+  Choice choice = choice_of(p, t, path, "forced");
+  if (tile >= 0) choice = {path, tile, splits_of(p, t, path, tile), choice.reason};
+  if (splits > 0) choice.splits = splits;
+  return choice;
 }
 
 // linear_small of one weight shares units of 32 n (M > 8: 64 n) by 128 k out to one thread block a multiprocessor, but
@@ -204,35 +232,18 @@ inline int64_t small_partial_floats(int64_t M, int blocks) { return 2 * int64_t{
 
 constexpr int64_t kAnyM = 64;  // one tile of product_any, which decodes the weight once more for each further tile
 
-inline Choice choose_grouped(const Problem& p) {
-  if (p.dtype == Dtype::kFloat32) return choice_of(p, Path::kAny, "fp32: true fp32, no tensor cores");
+inline Choice choose(const Problem& p, const Tuning& t) {
+  if (p.dtype == Dtype::kFloat32) return choice_of(p, t, Path::kAny, "fp32: true fp32, no tensor cores");
   const bool has_gemm = obstacle(p, Path::kDequantizeGemm) == nullptr;
   if (!can_use_tensor_cores(p)) {
     if (has_gemm && m_per_weight(p) > kAnyM)
-      return choice_of(p, Path::kDequantizeGemm, "no tensor-core kernel for the shape, and rows enough for torch's product");
-    return choice_of(p, Path::kAny, "a shape or alignment without a tensor-core kernel");
+      return choice_of(p, t, Path::kDequantizeGemm, "no tensor-core kernel for the shape, and rows enough for a GEMM");
+    return choice_of(p, t, Path::kAny, "a shape or alignment without a tensor-core kernel");
   }
-  if (!p.dgrad && m_per_weight(p) <= kSmallM)
-    return choice_of(p, Path::kSmall, "at most 16 rows an expert");
-  if (!has_gemm) return choice_of(p, Path::kTiled, "torch has no product of experts for this");
-  const Fused& fused = *grouped_fused_of(p.arch);
-  if (m_per_weight(p) <= (p.dgrad ? fused.linear_dgrad : fused.linear))
-    return choice_of(p, Path::kTiled, fused.why);
-  return choice_of(p, Path::kDequantizeGemm, fused.why);
-}
-
-inline Choice choose(const Problem& p) {
-  if (p.experts > 0) return choose_grouped(p);
-  if (p.dtype == Dtype::kFloat32) return choice_of(p, Path::kAny, "fp32: true fp32, no tensor cores");
-  if (!can_use_tensor_cores(p)) {
-    if (p.M <= kAnyM) return choice_of(p, Path::kAny, "a shape or alignment without a tensor-core kernel");
-    return choice_of(p, Path::kDequantizeGemm, "no tensor-core kernel for the shape, and rows enough for cuBLAS");
-  }
-  if (!p.dgrad && p.M <= kSmallM) return choice_of(p, Path::kSmall, "at most 16 rows");
-  const Fused& fused = fused_of(p.arch);
-  if (p.M <= (p.dgrad ? fused.linear_dgrad : fused.linear))
-    return choice_of(p, Path::kTiled, fused.why);
-  return choice_of(p, Path::kDequantizeGemm, fused.why);
+  if (m_per_weight(p) <= t.small && obstacle(p, Path::kSmall) == nullptr)
+    return choice_of(p, t, Path::kSmall, t.why_small);
+  if (!has_gemm) return choice_of(p, t, Path::kTiled, "torch has no product of experts for this");
+  return choice_of(p, t, m_per_weight(p) <= t.tiled ? Path::kTiled : Path::kDequantizeGemm, t.why);
 }
 
 // lora_grad sums over M: a block owns 16 or 32 ranks by 64 columns, and its 8 warps take 16 of M each at a time.

@@ -74,7 +74,8 @@ struct ProductArgs {
   const void* lora_factor;  // B or A
   float scaling;
   int splits;         // split-K: each part of the contraction writes its own partial sums; reduce_splits adds them
-  float* partial;     // [splits, M, N or K], null where splits is 1; linear_small: parts of the tiles that are cut
+  float* partial;     // null where splits is 1; [splits, M, N or K], or with arrivals: of linear_small see
+                      // small_partial_floats, of tiled see split_sums.cuh
   KnownCodes known;   // for the tensor-core products
   int blocks;         // linear_small: thread blocks that share the work out
   int arrivals = -1;  // the stream's slot of arrival counters (arrivals.h); -1: none, and sums take a second launch

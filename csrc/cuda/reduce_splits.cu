@@ -3,7 +3,7 @@
 // Who: a grid-stride loop, four elements a thread, or one where they are not aligned. Of the transpose a block takes
 //   elements of one row.
 // Trick: the sum runs over s in order and gives the same bits every time. Rejected: atomics, which add in the order of
-//   arrival. Where blocks can count their arrivals the last one adds instead, in the same launch (arrivals.cuh).
+//   arrival. Where blocks can count their arrivals, the last one adds instead, in the same launch (split_sums.cuh).
 // Bytes: 4 splits + 2 an element, from the L2, where the product's launch has just written them.
 #include "product.cuh"
 

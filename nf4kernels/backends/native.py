@@ -167,22 +167,30 @@ class CudaLibrary:
         """The ops of this namespace are the library's for CUDA tensors from now on; once for a namespace."""
         register_cuda_ops(self.handle, namespace, "CUDA")
 
-    def choices(self, dgrad: bool, capability: tuple[int, int], multiprocessors: int) -> list[tuple[int, str, str]]:
-        """(most rows of x, kernel, reason) of 16-bit products with a 4096 x 4096 weight; the last takes any number."""
-        choose = self.handle.nf4kernels_cuda_choose
-        choose.restype = ctypes.c_char_p
-        arch, tile, splits = 10 * capability[0] + capability[1], ctypes.c_int(), ctypes.c_int()
-        reason = ctypes.c_char_p()
+    def choices(
+        self, op: str, device: int, capability: tuple[int, int], multiprocessors: int
+    ) -> list[tuple[int, str, str]]:
+        """(most rows of x, kernel, reason) of 16-bit products with a 4096 x 4096 weight; the last takes any number.
+
+        The rows of experts are those of each.
+        """
         found: list[tuple[int, str, str]] = []
         experts = EXPERTS if op.startswith("grouped_") else 0
         for rows in range(1, MOST_ROWS + 1):
-            sizes = map(ctypes.c_int64, (rows, 4096, 4096, 0))  # no experts
-            results = ctypes.byref(tile), ctypes.byref(splits), ctypes.byref(reason)
-            kernel = choose(dgrad, BFLOAT16, *sizes, True, True, arch, multiprocessors, *results)
-            if found and found[-1][1] == kernel.decode():
+            problem = op.endswith("dgrad"), BFLOAT16, rows * max(experts, 1), 4096, 4096, experts, True, True
+            kernel, _, _, reason = self.choice(device, *problem, 10 * capability[0] + capability[1], multiprocessors)
+            if found and found[-1][1] == kernel:
                 found.pop()
             found.append((rows, kernel, reason))
         return found
+
+    def choice(self, device: int, *problem) -> tuple[str, int, int, str]:
+        """(kernel, its tile, splits, why) of a product, with the arguments of CHOOSE_ARGUMENTS."""
+        choose = self.handle.nf4kernels_cuda_choose
+        choose.argtypes, choose.restype = [ctypes.c_int, *CHOOSE_ARGUMENTS, *[ctypes.c_void_p] * 3], ctypes.c_char_p
+        tile, splits, reason = ctypes.c_int(), ctypes.c_int(), ctypes.c_char_p()
+        kernel = choose(device, *problem, *map(ctypes.byref, (tile, splits, reason)))
+        return kernel.decode(), tile.value, splits.value, (reason.value or b"").decode()
 
     @property
     def driver_version(self) -> int:

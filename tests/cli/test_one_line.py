@@ -224,6 +224,6 @@ def test_no_other_verb_computes():
     """A new verb belongs in the tests of this file."""
     from nf4kernels import cli
 
-    assert [verb.__name__.rpartition(".")[2] for verb in cli.VERBS] == ["info", "demo", "quantize", "convert"]
+    assert [verb.__name__.rpartition(".")[2] for verb in cli.VERBS] == ["info", "demo", "quantize", "convert", "tune"]
     assert {demo, quantize} < set(cli.VERBS)
     assert torch.get_default_device().type == "cpu"

@@ -344,7 +344,8 @@ class GroupedContract:
         kernel, choose, function = LaunchRecorder(), way.backend.choose, getattr(way.ops, self.op)
         monkeypatch.setitem(function.__globals__, f"{self.op}_kernel", kernel)
         monkeypatch.setitem(function.__globals__, "on_device_of", lambda tensor: contextlib.nullcontext())
-        monkeypatch.setattr(choose, "architecture_of", lambda device: choose.INTERPRETED)
+        table = choose.table_on(a.device)
+        monkeypatch.setattr(choose, "table_on", lambda device: table)
         offsets = torch.empty(E, dtype=torch.int32, device="meta")
         function(a.to("meta"), offsets, *qweights.to("meta").op_args())
         (((programs,), options),) = kernel.launches

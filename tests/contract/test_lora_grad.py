@@ -151,7 +151,7 @@ def test_the_last_block_adds_the_splits_as_a_second_launch_would(way):
             for schedule in SCHEDULES:
                 way.executor.set(schedule, shared_limit=SM_86_SHARED)
                 results.append(lora_grad(way, small, wide, torch.bfloat16, transposed))
-            assert ("reduce_splits_kernel" in way.kernel_names()) == (streams > 0)
+            assert any(name.startswith("reduce_splits") for name in way.kernel_names()) == (streams > 0)
         library.nf4kernels_executor_forget_streams()
         for other in results[1:]:
             assert_same_bits(other, results[0], f"lora_grad r={r}")

@@ -69,7 +69,7 @@ def test_splits_keep_the_bias_once(executor_ops):
     a = cases.activations(12, 2048, torch.bfloat16)
     with executor_ops.running("tiled"):
         y = executor_ops.run("linear", a, *qweight.op_args(), bias)
-    assert any(launch.kernel.startswith("reduce_splits") for launch in executor_ops.launches())
+    assert any(launch.kernel.startswith("reduce_splits") or launch.grid[2] > 1 for launch in executor_ops.launches())
     assert_product_within_bound(y, a, cases.dense(qweight).T, "tiled", bias)
 
 

@@ -16,10 +16,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 EXECUTOR = Path(__file__).parent
+CSRC = ROOT / "csrc"
 CXX = os.environ.get("CXX", "g++")
 # -ffp-contract=off: as nvcc's -fmad=false. -fno-ipa-icf: merged functions would have one name in the launch log.
 FLAGS = ["-std=c++17", "-O2", "-g", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-ipa-icf"]
-FLAGS += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DNF4_EXECUTOR", f"-I{ROOT / 'csrc'}", f"-I{EXECUTOR}"]
+FLAGS += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DNF4_EXECUTOR", f"-I{EXECUTOR}"]
 ASAN_FLAGS = ["-fsanitize=address,alignment", "-fno-sanitize-recover=alignment", "-fno-omit-frame-pointer"]
 # The compiler calls races.cpp before each load and store of the kernels, and leaves them as the source has them.
 RACES_FLAGS = ["-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0", "-fno-tree-sra"]
@@ -34,15 +35,17 @@ def build(
     link: Iterable[str] = (),
     asan: bool = False,
     races: bool = False,
+    csrc: Path = CSRC,
 ) -> Path:
     """The library build/executor/<name>/<name>-<hash>.so of these .cu and .cpp files and the executor.
 
     asan: with AddressSanitizer. races: with the race detector, for which no other process environment is needed.
+    csrc: the folder of which headers are taken.
     """
     folder = ROOT / "build" / "executor" / "-".join([name] + ["asan"] * asan + ["races"] * races)
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder / "lock"):
-        return _build(folder, name, sources, flags, link, asan, races)
+        return _build(folder, name, sources, [*flags, f"-I{csrc}"], link, asan, races)
 
 
 @contextmanager
@@ -54,7 +57,13 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _build(
-    folder: Path, name: str, sources: Iterable[Path], flags: Iterable[str], link: Iterable[str], asan: bool, races: bool
+    folder: Path,
+    name: str,
+    sources: Iterable[Path],
+    flags: Iterable[str],
+    link: Iterable[str],
+    asan: bool,
+    races: bool,
 ) -> Path:
     flags = [*FLAGS, *flags, *(ASAN_FLAGS if asan else []), *(["-DNF4_EXECUTOR_RACES"] if races else [])]
     executor = sorted([*EXECUTOR.glob("*.cpp"), *(EXECUTOR.glob("races/*.cpp") if races else [])])

@@ -19,6 +19,7 @@
 
 #include "races/counts.h"
 #include "races/races.h"
+#include "sites.h"
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
@@ -409,13 +410,15 @@ void load(void* to, const void* from, size_t bytes, Access access, const char* w
   std::memcpy(to, from, bytes);
 }
 
-void fence_device(Site) {
+void fence_device(Site site) {
+  if (reach("fence_device", site) == Change::kRemoved) return;
   if constexpr (kRaces) races::fence_device();
 }
 
 // Blocks run one after the other: what one wrote the next ones see.
 uint32_t arrive(uint32_t* counter, uint32_t last, Site site) {
   check_global(counter, sizeof *counter, "arrive", site);
+  if (reach("arrive", site) == Change::kRemoved) return last;
   if constexpr (kRaces) {
     touch(counter, sizeof *counter, Access::kArrive, __builtin_return_address(0));
     races::arrive(counter);
@@ -425,7 +428,10 @@ uint32_t arrive(uint32_t* counter, uint32_t last, Site site) {
   return before;
 }
 
-void copy_async_wait(int pending, Site) {
+void copy_async_wait(int pending, Site site) {
+  const Change change = reach("copy_async_wait", site);
+  if (change == Change::kRemoved) return;
+  if (change == Change::kShort) ++pending;
   Thread& self = threads[current];
   const auto unfinished = [&](const Copy& copy) { return copy.group >= self.groups - pending; };
   for (const Copy& copy : self.copies) {
@@ -505,6 +511,7 @@ void copy_async_16(void* shared, const void* global, bool valid, executor::Site 
   auto* to = static_cast<unsigned char*>(shared);
   if (reinterpret_cast<uintptr_t>(to) % 16 != 0) fail(site, "copy_async_16 to misaligned %p", shared);
   if (to < arena || to + 16 > arena + arena_bytes) fail(site, "copy_async_16 to an address outside shared memory");
+  sites_copy(shared);
   if constexpr (kRaces) {
     if (valid) touch(global, 16, Access::kReadOnly, __builtin_return_address(0));
     touch(shared, 16, Access::kCopy, __builtin_return_address(0));

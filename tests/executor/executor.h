@@ -18,8 +18,8 @@
 #include <functional>
 #include <tuple>
 
-#include "../../csrc/element.h"
-#include "../../csrc/format.h"
+#include "element.h"
+#include "format.h"
 
 // CUDA's syntax.
 
@@ -93,6 +93,7 @@ enum class Change {
   kShort,      // copy_async_wait: leaves one group more unfinished
 };
 Change reach(const char* what, Site site);
+extern int source_mutant;  // which of the mutants that mutants.py has compiled into a copy of csrc is on
 
 void sync_block(Site site);
 void sync_warp(Site site);

@@ -1,7 +1,9 @@
 """Controls a library that `build.build` made for the host executor: settings, errors, launch log."""
 
 import ctypes
-from collections.abc import Iterator
+import subprocess
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -33,14 +35,43 @@ class Accesses(NamedTuple):
     actual: int  # and that they take
 
 
+class Pipeline(NamedTuple):
+    """A kernel's stages of copies in the background, and the fewest and most steps of a thread that copied."""
+
+    kernel: str
+    stages: int
+    fewest: int
+    most: int
+
+    @property
+    def is_reused(self) -> bool:
+        """Whether a stage is filled again by some thread while others may still read what was in it."""
+        return self.most >= self.stages + 2
+
+
+class Site(NamedTuple):
+    """A call that a mutant can change: of sync_block, copy_async_wait or another name of device.cuh, by this kernel."""
+
+    kernel: str
+    what: str
+    place: str  # "<path>:<line>"
+
+
+# How a mutant changes the calls at a site, in the order of executor.h's enum.
+CHANGES = ("none", "removed", "unordered", "late", "short")
+
+
 class Executor:
     def __init__(self, library: Path):
         self.path = library
         self.library = ctypes.CDLL(str(library))
-        self.library.nf4_executor_set.argtypes = [ctypes.c_int, ctypes.c_uint, ctypes.c_bool, ctypes.c_size_t]
+        settings = [ctypes.c_int, ctypes.c_uint, ctypes.c_bool, ctypes.c_size_t, ctypes.c_bool]
+        self.library.nf4_executor_set.argtypes = settings
         self.library.nf4_executor_plan.argtypes = [ctypes.c_bool]
         self.library.nf4_executor_last_error.restype = ctypes.c_char_p
         self.library.nf4_executor_launches.restype = ctypes.c_char_p
+        self.library.nf4_executor_sites.restype = ctypes.c_char_p
+        self.library.nf4_executor_pipelines.restype = ctypes.c_char_p
         self.library.nf4_executor_kernels.restype = ctypes.c_char_p
 
     def set(self, schedule="ascending", copies="late", seed=0, shared_limit=SM_90_SHARED, sums="rounded") -> None:
@@ -51,15 +82,7 @@ class Executor:
                 raise ValueError(f"{name} must be one of {known}, got {given}")
         late, truncated = copies == "late", sums == "truncated"
         self.library.nf4_executor_set(SCHEDULES.index(schedule), seed, late, shared_limit, truncated)
-
-    @contextmanager
-    def planning(self) -> Iterator[None]:
-        """Launches inside a `with` block are checked and logged, and not run: of whatever size, and writing nothing."""
-        self.library.nf4_executor_plan(True)
-        try:
-            yield
-        finally:
-            self.library.nf4_executor_plan(False)
+        self.limit_grid(0)
 
     @contextmanager
     def planning(self) -> Iterator[None]:
@@ -77,6 +100,37 @@ class Executor:
     def launches(self) -> list[Launch]:
         """The launches that ran to their end since reset, equal ones counted together."""
         return [_launch(line) for line in self.library.nf4_executor_launches().decode().splitlines()]
+
+    def sites(self) -> dict[Site, bool]:
+        """What was reached since reset, and whether it is a barrier after which copies begin before the next."""
+        lines = [line.split(" ", 2) for line in self.library.nf4_executor_sites().decode().splitlines()]
+        sites = {Site(kernel, what, place): False for what, place, kernel in lines}
+        return {
+            site: Site(site.kernel, f"{site.what}-copies", site.place) in sites
+            for site in sites
+            if not site.what.endswith("-copies")
+        }
+
+    def pipelines(self) -> list[Pipeline]:
+        """Of every kernel launched since reset that copied in the background."""
+        lines = [line.split(" ", 3) for line in self.library.nf4_executor_pipelines().decode().splitlines()]
+        return [Pipeline(kernel, *map(int, counts)) for *counts, kernel in lines]
+
+    def change(self, site: Site, change: str) -> None:
+        """From now on this kernel's calls at this site are changed so."""
+        self.library.nf4_executor_change(*(text.encode() for text in site), CHANGES.index(change))
+
+    @contextmanager
+    def changed(self, site: Site, change: str) -> Iterator[None]:
+        self.change(site, change)
+        try:
+            yield
+        finally:
+            self.change(site, "none")
+
+    def limit_grid(self, blocks: int) -> None:
+        """Run at most so many blocks along x and y, of kernels whose blocks loop over the grid; 0: all."""
+        self.library.nf4_executor_limit_grid(blocks)
 
     def kernels(self) -> list[str]:
         """The kernels that have run to their end since the library was loaded, whatever was reset."""

@@ -13,6 +13,7 @@ import faulthandler
 import itertools
 import os
 import re
+import shutil
 import signal
 import sys
 import time

@@ -8,6 +8,9 @@
 #include <vector>
 
 namespace nf4::cuda::executor {
+
+int source_mutant = 0;
+
 namespace {
 
 // A call of this launch, found by its pointers, so that no string is made of it.
@@ -134,3 +137,6 @@ NF4_EXECUTOR_API const char* nf4_executor_pipelines() {
 NF4_EXECUTOR_API void nf4_executor_change(const char* kernel, const char* what, const char* site, int change) {
   nf4::cuda::executor::mutant = {kernel, what, site, nf4::cuda::executor::Change(change)};
 }
+
+// Of the mutants in a copy of csrc, from 1 on; 0: none is on.
+NF4_EXECUTOR_API void nf4_executor_source_mutant(int number) { nf4::cuda::executor::source_mutant = number; }

@@ -1,9 +1,10 @@
 """The CUDA kernels, launchers and bindings on a CPU, as torch.ops.nf4kernels_executor."""
 
+from pathlib import Path
+
 import torch
 from executor import build
 from executor.executor import Executor
-from support.paths import ROOT
 from torch.utils import cpp_extension
 
 from nf4kernels import ops
@@ -15,18 +16,18 @@ RACES_VARIABLE = "NF4KERNELS_EXECUTOR_RACES"  # 1: under the race detector
 KERNELS_VARIABLE = "NF4KERNELS_EXECUTOR_KERNELS"  # a file to which the names of all kernels that ran are written
 
 
-def load(asan: bool = False, races: bool = False) -> Executor:
+def load(asan: bool = False, races: bool = False, csrc: Path = build.CSRC) -> Executor:
     """Builds csrc/cuda and its binding for the host executor, and registers the ops for CPU tensors: once a process.
 
     With asan under AddressSanitizer, which the process must have been started with: `executor.build.asan_environment`.
-    With races under the race detector.
+    With races under the race detector. Of `csrc`, or of a copy of it.
     """
-    sources = [*sorted(ROOT.glob("csrc/cuda/*.cu")), *sorted(ROOT.glob("csrc/bindings/cuda*.cpp"))]
-    sources.append(ROOT / "csrc/rounded_code.cpp")
+    sources = [*sorted(csrc.glob("cuda/*.cu")), *sorted(csrc.glob("bindings/cuda*.cpp")), csrc / "rounded_code.cpp"]
     flags = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     flags += [f"-isystem{path}" for path in cpp_extension.include_paths()]
     link = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch", "-ltorch_cpu", "-lc10"]
-    path = build.build("cuda", sources, flags, link, asan, races)
+    name = "cuda" if csrc == build.CSRC else csrc.parent.name
+    path = build.build(name, sources, flags, link, asan, races, csrc)
     library = torch.library.Library(NAMESPACE, "DEF")
     for schema in ops.SCHEMAS:
         library.define(schema)
