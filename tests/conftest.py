@@ -10,7 +10,6 @@ import logging
 import os
 import platform
 import shutil
-from pathlib import Path
 
 # Read when torch loads OpenMP. Threads that spin while they wait make a test 200 times slower on a loaded machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -123,10 +122,7 @@ def executor():
     if platform.machine() != "x86_64" or shutil.which(cuda_backend.build.CXX) is None:
         pytest.skip(f"the host executor needs an x86-64 machine with a C++ compiler ({cuda_backend.build.CXX})")
     variants = {"asan": cuda_backend.ASAN_VARIABLE, "races": cuda_backend.RACES_VARIABLE}
-    executor = cuda_backend.load(**{name: os.environ.get(variable) == "1" for name, variable in variants.items()})
-    yield executor
-    if path := os.environ.get(cuda_backend.KERNELS_VARIABLE):
-        Path(path).write_text("\n".join(executor.kernels()))
+    return cuda_backend.load(**{name: os.environ.get(variable) == "1" for name, variable in variants.items()})
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@
 #include <new>
 #include <numeric>
 #include <random>
-#include <set>
 #include <string>
 #include <vector>
 
@@ -124,7 +123,6 @@ Settings settings;
 unsigned grid_limit = 0;
 std::string last_error;
 std::map<std::string, int> launches;  // line of the log -> how many launches
-std::set<std::string> kernels;        // that have run to their end, whatever was reset
 
 const std::function<void()>* kernel_call;
 std::vector<Thread> threads;
@@ -497,7 +495,6 @@ cudaError_t run(const void* kernel, dim3 grid, int thread_count, size_t shared_b
     return cudaErrorLaunchFailure;
   }
   ++launches[shape + " " + name];
-  kernels.insert(name);
   return cudaSuccess;
 }
 
@@ -560,13 +557,6 @@ NF4_EXECUTOR_API const char* nf4_executor_launches() {
   static std::string text;
   text.clear();
   for (const auto& [launch, count] : nf4::cuda::executor::launches) text += std::to_string(count) + " " + launch + "\n";
-  return text.c_str();
-}
-
-NF4_EXECUTOR_API const char* nf4_executor_kernels() {
-  static std::string text;
-  text.clear();
-  for (const std::string& kernel : nf4::cuda::executor::kernels) text += kernel + "\n";
   return text.c_str();
 }
 

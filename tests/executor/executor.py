@@ -72,7 +72,6 @@ class Executor:
         self.library.nf4_executor_launches.restype = ctypes.c_char_p
         self.library.nf4_executor_sites.restype = ctypes.c_char_p
         self.library.nf4_executor_pipelines.restype = ctypes.c_char_p
-        self.library.nf4_executor_kernels.restype = ctypes.c_char_p
 
     def set(self, schedule="ascending", copies="late", seed=0, shared_limit=SM_90_SHARED, sums="rounded") -> None:
         """Which runnable thread goes on, when a copy_async_16's bytes arrive, a block's limit of shared memory, and how
@@ -131,10 +130,6 @@ class Executor:
     def limit_grid(self, blocks: int) -> None:
         """Run at most so many blocks along x and y, of kernels whose blocks loop over the grid; 0: all."""
         self.library.nf4_executor_limit_grid(blocks)
-
-    def kernels(self) -> list[str]:
-        """The kernels that have run to their end since the library was loaded, whatever was reset."""
-        return self.library.nf4_executor_kernels().decode().splitlines()
 
     def reset(self) -> None:
         self.library.nf4_executor_reset()

@@ -13,7 +13,6 @@ from nf4kernels.backends import native
 NAMESPACE = "nf4kernels_executor"
 ASAN_VARIABLE = "NF4KERNELS_EXECUTOR_ASAN"  # 1: the tests of this process run the kernels under AddressSanitizer
 RACES_VARIABLE = "NF4KERNELS_EXECUTOR_RACES"  # 1: under the race detector
-KERNELS_VARIABLE = "NF4KERNELS_EXECUTOR_KERNELS"  # a file to which the names of all kernels that ran are written
 
 
 def load(asan: bool = False, races: bool = False, csrc: Path = build.CSRC) -> Executor:
