@@ -60,7 +60,9 @@ STANDARD_HEADERS = {
         extern "C" void __assert_fail(const char*, const char*, unsigned, const char*);
         template <class F> cudaError_t cudaFuncSetAttribute(F*, cudaFuncAttribute, int) { return cudaSuccess; }
         template <class... P, class... A>
-        cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t*, void (*)(P...), A&&...) { return cudaSuccess; }""",
+        cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t*, void (*)(P...), A&&...) { return cudaSuccess; }
+        inline cudaError_t cudaGetDevice(int*) { return cudaSuccess; }
+        inline cudaError_t cudaDeviceGetAttribute(int*, cudaDeviceAttr, int) { return cudaSuccess; }""",
 }
 
 
