@@ -393,6 +393,6 @@ NF4_EXPORT int nf4kernels_executor_stream(uint64_t capture, uint64_t id) {
 }
 NF4_EXPORT void nf4kernels_executor_forget_streams() {
   pretended_stream = {true, 0, 0};
-  arrival_slots = std::make_unique<nf4::cuda::ArrivalSlots>();
+  arrival_slots = std::make_unique<ArrivalSlots>();
 }
 #endif

@@ -10,8 +10,8 @@
 #include <cstdint>
 #include <memory>
 
-#include "../cuda/arrivals.h"
 #include "../cuda/kernels.h"
+#include "arrival_slots.h"
 #include "checks.h"
 
 #ifdef NF4_EXECUTOR
@@ -116,7 +116,7 @@ inline Stream stream_of(const Launch& launch) {
 
 #endif
 
-inline std::unique_ptr<cuda::ArrivalSlots> arrival_slots = std::make_unique<cuda::ArrivalSlots>();
+inline std::unique_ptr<ArrivalSlots> arrival_slots = std::make_unique<ArrivalSlots>();
 
 // The launch's slot of arrival counters, -1 where none is left or CUDA does not tell the stream: then a second launch
 // adds the parts up.

@@ -2,7 +2,7 @@
 // from the start, that wrap to zero by themselves.
 //
 // Who: thread 0 of a block arrives for the block.
-// Trick: a slot (arrivals.h) belongs to one stream, so that no two launches count in it at once. Every kernel file has
+// Trick: a slot (bindings/arrival_slots.h) belongs to one stream, so that no two launches count in it at once. Every kernel file has
 //   counters of its own, so that it asks the host for no address. Rejected: counters in a workspace, which a launch of
 //   its own would set to zero; waiting for a block by a flag, which hangs where not all blocks are resident.
 #pragma once

@@ -78,7 +78,7 @@ struct ProductArgs {
                       // small_partial_floats, of tiled see split_sums.cuh
   KnownCodes known;   // for the tensor-core products
   int blocks;         // linear_small: thread blocks that share the work out
-  int arrivals = -1;  // the stream's slot of arrival counters (arrivals.h); -1: none, and sums take a second launch
+  int arrivals = -1;  // the stream's slot of arrival counters (arrivals.cuh); -1: none, and sums take a second launch
 };
 
 // Whether every 64 consecutive weights of a row share a scale, in a form that the kernels which scale sums know. Else the
@@ -166,7 +166,7 @@ struct LoraGradArgs {
   bool transposed;
   int splits;         // of M; lora_grad alone
   float* partial;     // [splits, rank, columns], null where splits is 1
-  int arrivals = -1;  // the stream's slot of arrival counters (arrivals.h); -1: none, and sums take a second launch
+  int arrivals = -1;  // the stream's slot of arrival counters (arrivals.cuh); -1: none, and sums take a second launch
 };
 cudaError_t lora_grad_any(const LoraGradArgs& args, cudaStream_t stream);
 cudaError_t lora_grad(const LoraGradArgs& args, cudaStream_t stream);  // bf16 or fp16, columns % 8 == 0, aligned to 16

@@ -200,7 +200,7 @@ class CudaLibrary:
     def forget_graphs(self) -> None:
         """Nothing runs, and no CUDA graph of before is launched any more: its arrival counters may be given again.
 
-        A measurement has more graphs than the library has counters for (csrc/cuda/arrivals.h).
+        A measurement has more graphs than the library has counters for (csrc/bindings/arrival_slots.h).
         """
         self.handle.nf4kernels_cuda_forget_streams()
 

@@ -1,4 +1,4 @@
-"""csrc/cuda/arrivals.h: launches that may run at once never share a slot of counters."""
+"""csrc/bindings/arrival_slots.h: launches that may run at once never share a slot of counters."""
 
 import ctypes
 import itertools
