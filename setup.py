@@ -81,7 +81,9 @@ def cuda_architectures(nvcc: str) -> list[str]:
     """
     asked = os.environ.get(ARCHITECTURES_VARIABLE, "").replace(";", " ").split()
     if not asked:
-        listed = subprocess.run([nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout.split()
+        listed = subprocess.run(
+            [nvcc, "--list-gpu-arch"], check=True, capture_output=True, encoding="utf-8"
+        ).stdout.split()
         known = known_architectures([name.removeprefix("compute_") for name in listed])
         if "80" not in known:
             sys.exit(f"nf4kernels: the CUDA kernels need an nvcc that knows sm_80; {nvcc} knows {' '.join(listed)}")
@@ -134,7 +136,7 @@ def compile_changed(commands: dict[str, list[str]], folder: Path) -> list[str]:
 
 def included_files(makefile: Path) -> list[str]:
     """What the object depends on by the rule that the compiler wrote: the source and every header, the system's too."""
-    _, _, files = makefile.read_text().partition(": ")
+    _, _, files = makefile.read_text(encoding="utf-8").partition(": ")
     return shlex.split(files.replace("\\\n", " "))
 
 

@@ -40,7 +40,7 @@ def command(source: Path) -> list[str]:
 
 
 def warnings_of(source: Path) -> str:
-    return subprocess.run(command(source), stderr=subprocess.PIPE, text=True, check=False).stderr
+    return subprocess.run(command(source), stderr=subprocess.PIPE, encoding="utf-8", check=False).stderr
 
 
 if len(ISA_FLAGS) == 1:

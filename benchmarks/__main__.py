@@ -133,7 +133,7 @@ def main() -> None:
     args = parse()
     if args.docs:
         for document in report.SECTIONS:
-            document.write_text(report.with_section(document, args.csv))
+            document.write_text(report.with_section(document, args.csv), encoding="utf-8")
         return
     torch.manual_seed(0)
     about = machine()

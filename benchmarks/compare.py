@@ -37,7 +37,7 @@ def built(base: str) -> Iterator[Path]:
         try:
             # build_clib makes the static libraries that some versions link
             command = [sys.executable, "setup.py", "-q", "build_clib", "build_ext", "--inplace"]
-            done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
+            done = subprocess.run(command, cwd=tree, capture_output=True, encoding="utf-8", check=False)
             if done.returncode:
                 raise SystemExit(f"building {base} failed:\n{done.stderr[-2000:]}")
             yield tree
@@ -46,7 +46,7 @@ def built(base: str) -> Iterator[Path]:
 
 
 def git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, encoding="utf-8", check=False)
     if done.returncode:
         raise SystemExit(f"git {' '.join(arguments)}: {done.stderr.strip()}")
     return done.stdout.strip()
@@ -59,7 +59,7 @@ class Worker:
         environment = {**os.environ, "PYTHONPATH": str(tree)}
         self.process = subprocess.Popen(
             [sys.executable, str(WORKER)], cwd=tree, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            text=True,
+            encoding="utf-8",
         )  # fmt: skip
         package, self.implementation, reason = self._answer().split("\t")
         if Path(package) != tree.resolve() / "nf4kernels":

@@ -97,7 +97,9 @@ def watch_others(own: Callable[[], float] = time.process_time) -> Callable[[], f
         return lambda: None
 
     def busy_elsewhere() -> float:
-        user, nice, system, _idle, _waiting, *interrupted = map(int, STAT.read_text().split("\n")[0].split()[1:9])
+        user, nice, system, _idle, _waiting, *interrupted = map(
+            int, STAT.read_text(encoding="utf-8").split("\n")[0].split()[1:9]
+        )
         return (user + nice + system + sum(interrupted)) / os.sysconf("SC_CLK_TCK") - own()
 
     begin, busy = time.perf_counter(), busy_elsewhere()
@@ -199,7 +201,7 @@ def commit() -> str:
     """Of this checkout, with "-dirty" where it was changed; "unknown" without git."""
     command = ["git", "describe", "--always", "--dirty"]
     try:
-        described = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+        described = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=ROOT, check=False)
     except OSError:
         return "unknown"
     return described.stdout.strip() or "unknown"
@@ -223,7 +225,9 @@ def machine() -> dict[str, str]:
     info = Path("/proc/cpuinfo")
     if info.exists():
         fields = dict(
-            (part.strip() for part in line.split(":", 1)) for line in info.read_text().splitlines() if ":" in line
+            (part.strip() for part in line.split(":", 1))
+            for line in info.read_text(encoding="utf-8").splitlines()
+            if ":" in line
         )
         cpu = f"{fields.get('model name', cpu)} family {fields.get('cpu family')} model {fields.get('model')}"
     waiting = [f"{name}={os.environ[name]} " for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if name in os.environ]

@@ -13,7 +13,7 @@ L3_SIZE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 @functools.cache
 def cache_bytes() -> int:
     """What no cache holds: three times the L3, and 96 MiB at least."""
-    l3 = int(L3_SIZE.read_text().strip().removesuffix("K")) << 10 if L3_SIZE.exists() else 0
+    l3 = int(L3_SIZE.read_text(encoding="utf-8").strip().removesuffix("K")) << 10 if L3_SIZE.exists() else 0
     return max(96 << 20, 3 * l3)
 
 

@@ -75,7 +75,7 @@ def third_party(module: str) -> set[str]:
 
 def imports(module: str, file: Path):
     """(line, imported module, is it inside a function) of every import statement, relative ones resolved."""
-    tree = ast.parse(file.read_text())
+    tree = ast.parse(file.read_text(encoding="utf-8"))
     nested = {
         inner
         for outer in ast.walk(tree)
@@ -96,7 +96,7 @@ def imports(module: str, file: Path):
 
 
 def dynamic_imports(file: Path):
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call):
             name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             if name in ("import_module", "__import__"):
@@ -138,7 +138,8 @@ def test_the_rule_bites(tmp_path):
         "import nf4kernels.cli\n"
         "def f():\n"
         "    from . import codebook\n"
-        "    __import__('peft')\n"
+        "    __import__('peft')\n",
+        encoding="utf-8",
     )
     found = violations("nf4kernels.reference", source)
     assert [v.split(" imports ")[0].split(":")[1] for v in found] == ["1", "2", "3", "4", "6", "7"]
@@ -146,7 +147,9 @@ def test_the_rule_bites(tmp_path):
 
 def test_the_rule_bites_on_frameworks(tmp_path):
     source = tmp_path / "quantize.py"
-    source.write_text("import torch\nimport transformers\ndef f():\n    import transformers\n    import peft\n")
+    source.write_text(
+        "import torch\nimport transformers\ndef f():\n    import transformers\n    import peft\n", encoding="utf-8"
+    )
     found = violations("nf4kernels.cli.quantize", source)
     assert [v.split(" imports ")[0].split(":")[1] for v in found] == ["2", "5"]
     assert violations("nf4kernels.integrations.peft", source) == []
@@ -165,8 +168,33 @@ def test_banned_names():
 def test_importing_the_package_imports_no_framework():
     """None of the optional frameworks, nor any of their seconds, comes with `import nf4kernels`."""
     code = "import sys, nf4kernels; print(*sorted({m.split('.')[0] for m in sys.modules}))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
     loaded = set(result.stdout.split())
     assert "nf4kernels" in loaded
     frameworks = {"transformers", "peft", "bitsandbytes", "matplotlib", "gguf", "pytest", "accelerate", "triton"}
     assert not loaded & frameworks
+
+
+def reads_by_the_locale(file: Path) -> list[int]:
+    """Lines that read or write text in the locale's encoding, which on some machines is ASCII."""
+    found = []
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call) or any(keyword.arg == "encoding" for keyword in node.keywords):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        mode = next((word.value for word in node.keywords if word.arg == "mode"), None)
+        mode = mode or next((arg for arg in node.args[:2] if isinstance(arg, ast.Constant)), ast.Constant("r"))
+        in_text = name == "open" and "b" not in str(getattr(mode, "value", "b"))
+        of_os = name == "open" and getattr(getattr(node.func, "value", None), "id", "") in ("os", "Image")
+        if name in ("read_text", "write_text") or (in_text and not of_os):
+            found.append(node.lineno)
+        pipe = getattr(getattr(node.func, "value", None), "id", "") == "subprocess"
+        found += [node.lineno for word in node.keywords if pipe and word.arg == "text"]
+    return found
+
+
+@pytest.mark.parametrize("folder", ["nf4kernels", "tests", "benchmarks", ".ci"])
+def test_text_names_its_encoding(folder):
+    files = sorted((PACKAGE.parent / folder).rglob("*.py"))
+    assert files
+    assert {str(file): lines for file in files if (lines := reads_by_the_locale(file))} == {}

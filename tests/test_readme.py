@@ -24,17 +24,17 @@ each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: 
 
 
 def python_blocks(document: Path) -> list[str]:
-    return [code for language, code in FENCE.findall(document.read_text()) if language == "python"]
+    return [code for language, code in FENCE.findall(document.read_text(encoding="utf-8")) if language == "python"]
 
 
 def prose(document: Path) -> str:
     """The text without its blocks."""
-    return FENCE.sub("", document.read_text())
+    return FENCE.sub("", document.read_text(encoding="utf-8"))
 
 
 def commands(document: Path) -> list[str]:
     """Lines of shell blocks and code within sentences, comments removed."""
-    blocks = [code for language, code in FENCE.findall(document.read_text()) if language == ""]
+    blocks = [code for language, code in FENCE.findall(document.read_text(encoding="utf-8")) if language == ""]
     code = [*"\n".join(blocks).splitlines(), *re.findall(r"`([^`]+)`", prose(document))]
     return [re.sub(r"\s+#.*", "", " ".join(line.split())) for line in code]
 
@@ -66,17 +66,17 @@ def test_python_blocks_run(document, tmp_path, monkeypatch):
     if document.name == "README.md":
         for directory in ("adapter", "native"):
             assert (tmp_path / directory / "adapter_model.safetensors").exists()
-        assert "quantization_config" not in (tmp_path / "merged" / "config.json").read_text()
+        assert "quantization_config" not in (tmp_path / "merged" / "config.json").read_text(encoding="utf-8")
         assert names["y"].shape == (3, 1024)
 
 
 @each_document
 def test_names_of_the_package_exist(document):
-    text = re.sub(r"^```text\n.*?^```$", "", document.read_text(), flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"^```text\n.*?^```$", "", document.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     names = set(re.findall(r"\bnf4\.(\w+)", text))
     assert not {name for name in names if not hasattr(nf4, name)}
     sources = [ROOT / "setup.py", *ROOT.glob("nf4kernels/**/*.py"), *ROOT.glob("tests/**/*.py")]
-    known = set(re.findall(r"NF4KERNELS_\w+", "\n".join(path.read_text() for path in sources)))
+    known = set(re.findall(r"NF4KERNELS_\w+", "\n".join(path.read_text(encoding="utf-8") for path in sources)))
     assert set(re.findall(r"NF4KERNELS_\w+\b(?!\*)", text)) <= known
 
 
@@ -99,7 +99,7 @@ def test_files_that_are_named_exist(document):
 
 @each_document
 def test_commands_exist(document):
-    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
     verbs = {verb.__name__.rpartition(".")[2] for verb in cli.VERBS}
     assert {rest.split()[0] for rest in arguments(document, "make ")} <= targets
     assert {rest.split()[0] for rest in arguments(document, "nf4kernels ")} <= verbs
@@ -109,7 +109,7 @@ def test_commands_exist(document):
         assert spec is not None, rest
         file = Path(spec.origin)
         if ROOT in file.parents:
-            source = (file.with_name("__main__.py") if file.name == "__init__.py" else file).read_text()
+            source = (file.with_name("__main__.py") if file.name == "__init__.py" else file).read_text(encoding="utf-8")
             assert all(f'"{option}"' in source for option in options if option.startswith("--") and option != "--help")
     for rest in arguments(document, r"python (?=[\w/]+\.py)"):
         assert (ROOT / rest.split()[0]).exists(), rest

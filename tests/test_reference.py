@@ -86,7 +86,9 @@ def quotients_of_numbers(source: str) -> list[str]:
 def test_no_number_is_divided_by_a_tensor(folder):
     """torch computes `448 / t` as `t.reciprocal() * 448`, two roundings; `t.new_tensor(448) / t` has one."""
     assert quotients_of_numbers("448 / scale") == ["448 / scale"]
-    found = {str(file): quotients_of_numbers(file.read_text()) for file in (ROOT / folder).rglob("*.py")}
+    found = {
+        str(file): quotients_of_numbers(file.read_text(encoding="utf-8")) for file in (ROOT / folder).rglob("*.py")
+    }
     assert {file: lines for file, lines in found.items() if lines} == {}
 
 

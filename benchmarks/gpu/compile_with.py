@@ -166,15 +166,19 @@ def parse_binding(kit: Toolkit, source: str) -> str:
     includes = [f"-isystem{path}" for path in (*kit.includes, *include_paths())]
     flags = [*FLAGS, "-Werror", "-fsyntax-only", *STABLE_ABI, '-DNF4_CUDA_ARCHITECTURES=""']
     command = [os.environ.get("CXX", "c++"), *flags, *includes, source]
-    return subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, check=False).stderr
+    return subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, encoding="utf-8", check=False).stderr
 
 
 def undeclared(kit: Toolkit) -> list[str]:
     """Names of the CUDA runtime that csrc uses and this version's headers do not have."""
     ours = [*map(Path, CUDA_BINDINGS), *(p.relative_to(ROOT) for p in (ROOT / "csrc/cuda").iterdir())]
-    used = {name for path in ours for name in re.findall(r"\bcuda[A-Z]\w+", (ROOT / path).read_text())}
+    used = {name for path in ours for name in re.findall(r"\bcuda[A-Z]\w+", (ROOT / path).read_text(encoding="utf-8"))}
     headers = [path for include in kit.includes for path in include.glob("*.h")]
-    declared = {name for path in headers for name in re.findall(r"\bcuda[A-Z]\w+", path.read_text(errors="ignore"))}
+    declared = {
+        name
+        for path in headers
+        for name in re.findall(r"\bcuda[A-Z]\w+", path.read_text(errors="ignore", encoding="utf-8"))
+    }
     return sorted(used - declared)
 
 

@@ -266,14 +266,14 @@ def distinct_fragments(loop: list[Instruction]) -> int:
 
 def write_csv(path: Path, kernels: Iterable[Kernel]) -> None:
     path.parent.mkdir(exist_ok=True)
-    with path.open("w", newline="") as file:
+    with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Kernel)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(kernel) for kernel in kernels)
 
 
 def read_csv(path: Path = BASELINE) -> list[Kernel]:
-    with path.open(newline="") as file:
+    with path.open(encoding="utf-8", newline="") as file:
         return [
             Kernel(**{field.name: field.type(line[field.name]) for field in fields(Kernel)})
             for line in csv.DictReader(file)
@@ -316,7 +316,7 @@ def table(kernels: Iterable[Kernel]) -> str:
 
 
 def output(*command, input: str | None = None, cwd: str | None = None, env: dict | None = None) -> str:
-    done = subprocess.run(command, input=input, cwd=cwd, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, input=input, cwd=cwd, env=env, capture_output=True, encoding="utf-8", check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))} ended with {done.returncode}:\n{done.stderr}")
     return done.stdout

@@ -165,7 +165,7 @@ def products(cards: Iterable[Card] = CARDS) -> Iterator[Product]:
 
 
 def write_csv(path: Path, plans: Plans) -> None:
-    with path.open("w", newline="") as file:
+    with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(FIGURES)
         for product, plan in plans.items():
@@ -177,7 +177,7 @@ def write_csv(path: Path, plans: Plans) -> None:
 
 def read_csv(path: Path = GOLDEN) -> Plans:
     plans: Plans = {}
-    with path.open(newline="") as file:
+    with path.open(encoding="utf-8", newline="") as file:
         for line in csv.DictReader(file):
             numbers = {name: int(line[name]) for name in ("capability", "sms", "N", "K", "M")}
             product = Product(**numbers, op=line["op"], kernel=line["kernel"])

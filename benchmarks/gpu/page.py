@@ -111,7 +111,7 @@ def write(timings: Path) -> Path:
     rows, about = tables.read_csv(timings) if timings.exists() else ([], {})
     path = timings.with_suffix(".md")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page(records.read(records_path(timings)), rows, about))
+    path.write_text(page(records.read(records_path(timings)), rows, about), encoding="utf-8")
     return path
 
 

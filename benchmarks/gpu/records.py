@@ -39,7 +39,7 @@ class Records:
 def append(path: Path, record: Record) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     is_new = not path.exists()
-    with path.open("a", newline="") as file:
+    with path.open("a", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         if is_new:
             writer.writerow(field.name for field in fields(Record))
@@ -50,6 +50,6 @@ def read(path: Path) -> list[Record]:
     """Nothing where there is no such file; a line that was cut off is left out."""
     if not path.exists():
         return []
-    with path.open(newline="") as file:
+    with path.open(encoding="utf-8", newline="") as file:
         lines = list(csv.DictReader(file))
     return [Record(**line) for line in lines if None not in line.values() and None not in line]

@@ -120,7 +120,7 @@ def run_stage(stage: Stage, seconds: float, records: Path = Path(os.devnull)) ->
     }  # fmt: skip
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment | stage.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, errors="replace", start_new_session=True,
+        encoding="utf-8", errors="replace", start_new_session=True,
     )  # fmt: skip
     printed: list[str] = []
 

@@ -39,7 +39,7 @@ def kernels_compiled(arch: str) -> list[Kernel]:
     with tempfile.TemporaryDirectory() as folder:
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         output(sys.executable, str(COMPILER), f"cuda:{arch}", folder, env=environment)
-        rows = json.loads((Path(folder) / "kernels.json").read_text())
+        rows = json.loads((Path(folder) / "kernels.json").read_text(encoding="utf-8"))
         return [kernel_of(row["name"], row["rows"], Path(folder) / row["cubin"]) for row in rows]
 
 

@@ -54,7 +54,7 @@ def ask(*command: str) -> str:
     if shutil.which(command[0]) is None:
         return MISSING
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"{MISSING}: {error}"
     return done.stdout if done.returncode == 0 else MISSING

@@ -115,7 +115,9 @@ def check_losses(losses: dict[str, float]) -> None:
 
 def peak_mib(side: str, threads: int) -> float:
     command = [sys.executable, "-m", "benchmarks.model.bench_model", side, str(threads)]
-    return float(subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1])
+    return float(
+        subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, encoding="utf-8", check=True).stdout.split()[-1]
+    )
 
 
 def rows(plan: Plan) -> Iterator[Row]:
@@ -153,7 +155,7 @@ def main(side: str, threads: str) -> None:
     for _ in range(PEAK_STEPS):
         step()
     # not ru_maxrss: a process starts with that of the one that started it
-    print(int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024)
+    print(int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))[1]) / 1024)
 
 
 if __name__ == "__main__":

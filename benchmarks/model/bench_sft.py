@@ -152,7 +152,7 @@ def turn_taker(report: Callable):
 
 def peak_mib() -> float:
     # not ru_maxrss: a process starts with that of the one that started it
-    return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+    return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))[1]) / 1024
 
 
 class Side:
@@ -162,7 +162,7 @@ class Side:
         command = [sys.executable, "-m", "benchmarks.model.bench_sft", "--side", side, "--steps", str(steps)]
         self.name, self.errors = side, errors
         self.process = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, encoding="utf-8"
         )
         self.read()
 
@@ -185,7 +185,7 @@ class Side:
 @contextlib.contextmanager
 def started(steps: int) -> Iterator[list[Side]]:
     """The sides' processes, each ready for its first step: they load one after the other."""
-    with tempfile.TemporaryFile("w+") as errors:
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
         sides: list[Side] = []
         try:
             for name in SIDES:
@@ -201,7 +201,7 @@ def cpu_seconds(sides: list[Side]) -> float:
     """That the sides' processes have used."""
     ticks = 0
     for side in sides:
-        fields = Path(f"/proc/{side.process.pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{side.process.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         ticks += int(fields[11]) + int(fields[12])
     return ticks / os.sysconf("SC_CLK_TCK")
 

@@ -58,8 +58,8 @@ def write_data(folder: Path) -> None:
     """WordNet's training examples, and the file by which LLaMA-Factory finds them."""
     examples, _ = read_examples(WORDNET)
     rows = [{"instruction": each.prompt, "input": "", "output": each.answer.strip()} for each in examples]
-    (folder / f"{DATASET}.json").write_text(json.dumps(rows))
-    (folder / "dataset_info.json").write_text(json.dumps({DATASET: {"file_name": f"{DATASET}.json"}}))
+    (folder / f"{DATASET}.json").write_text(json.dumps(rows), encoding="utf-8")
+    (folder / "dataset_info.json").write_text(json.dumps({DATASET: {"file_name": f"{DATASET}.json"}}), encoding="utf-8")
 
 
 def environment(way: str) -> dict[str, str]:
@@ -74,7 +74,7 @@ def environment(way: str) -> dict[str, str]:
 def check_ways(python: Path) -> None:
     """SystemExit where the variable does not decide whether bitsandbytes is patched."""
     for way, value in WAYS.items():
-        done = subprocess.run([python, "-c", IS_PATCHED], env=environment(way), capture_output=True, text=True)
+        done = subprocess.run([python, "-c", IS_PATCHED], env=environment(way), capture_output=True, encoding="utf-8")
         if done.stdout.strip() != value:
             raise SystemExit(
                 f"{python} must have bitsandbytes and an installed nf4kernels, whose {VARIABLE} works:"
@@ -90,10 +90,10 @@ def train(python: Path, way: str, folder: Path, steps: int) -> tuple[list[float]
             **OPTIONS, "model_name_or_path": model, "dataset_dir": str(folder), "output_dir": out, "max_steps": steps,
         }  # fmt: skip
         settings = folder / "settings.yaml"
-        settings.write_text(json.dumps(options))  # which is YAML too
+        settings.write_text(json.dumps(options), encoding="utf-8")  # which is YAML too
         process = subprocess.Popen(
             [python, "-m", "llamafactory.cli", "train", settings], env=environment(way), cwd=folder,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
         )  # fmt: skip
         losses, times, said = [], [], []
         for line in process.stdout:

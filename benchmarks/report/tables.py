@@ -39,7 +39,7 @@ def csv_path(about: dict[str, str], folder: Path = RESULTS) -> Path:
 
 def write_csv(path: Path, rows: Iterable[Row], about: dict[str, str]) -> None:
     """One line a row and side; ours carries the floor, every line carries `about`."""
-    with path.open("w", newline="") as file:
+    with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, [*FIGURES, *about])
         writer.writeheader()
         for row in rows:
@@ -68,7 +68,7 @@ def read_csv(path: Path) -> tuple[list[Row], dict[str, str]]:
     """(rows, about) as `write_csv` got them, to the digits it wrote."""
     rows: dict[tuple, Row] = {}
     about: dict[str, str] = {}
-    with path.open(newline="") as file:
+    with path.open(encoding="utf-8", newline="") as file:
         for line in csv.DictReader(file):
             key = tuple(line[name] for name in FIGURES[:5])
             about = {name: value for name, value in line.items() if name not in FIGURES}
@@ -193,7 +193,7 @@ MARKED = re.compile(r"<!-- speed: (\S+) -->\n.*?\n<!-- end of speed -->", flags=
 
 def named_in(document: Path) -> Path:
     """The CSV that a document's speed section is made of."""
-    return RESULTS / MARKED.search(document.read_text())[1]
+    return RESULTS / MARKED.search(document.read_text(encoding="utf-8"))[1]
 
 
 def with_section(document: Path, path: Path | None = None) -> str:
@@ -201,4 +201,4 @@ def with_section(document: Path, path: Path | None = None) -> str:
     path = named_in(document) if path is None else path
     section = "\n\n".join(SECTIONS[document](*read_csv(path), path, document.parent))
     marked = f"<!-- speed: {path.name} -->\n{section}\n<!-- end of speed -->"
-    return MARKED.sub(lambda _: marked, document.read_text())
+    return MARKED.sub(lambda _: marked, document.read_text(encoding="utf-8"))

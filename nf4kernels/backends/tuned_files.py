@@ -63,7 +63,7 @@ def triton_version() -> str:
 def driver_version() -> str:
     """The NVIDIA driver's release, else what torch knows of the driver or of ROCm."""
     try:
-        release = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)", NVIDIA_DRIVER.read_text())
+        release = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)", NVIDIA_DRIVER.read_text(encoding="utf-8"))
     except OSError:
         release = None
     if release:

@@ -26,7 +26,7 @@ def entries(directory: Path) -> list[tuple[str, str, str]]:
     found = []
     for suffix, kind in KINDS.items():
         data = (directory / f"data.{suffix}").read_bytes()
-        for line in (directory / f"index.{suffix}").read_text().splitlines():
+        for line in (directory / f"index.{suffix}").read_text(encoding="utf-8").splitlines():
             if line.startswith(" "):  # the licence
                 continue
             word, _, synsets, pointers, *rest = line.split()
@@ -58,7 +58,7 @@ def main(directory: str, out: str) -> None:
         if position >= TRAIN:
             line["split"] = "held-out"
         lines.append(json.dumps(line))
-    Path(out).write_text("\n".join(lines) + "\n")
+    Path(out).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def may_replace(out: Path) -> bool:
     if not any(out.iterdir()):
         return True
     try:
-        return json.loads((out / RESULTS).read_text())["made_by"] == MADE_BY
+        return json.loads((out / RESULTS).read_text(encoding="utf-8"))["made_by"] == MADE_BY
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

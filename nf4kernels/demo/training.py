@@ -82,7 +82,7 @@ def train(
 def resident_bytes() -> int:
     """Memory that this process holds now."""
     try:
-        with open("/proc/self/statm") as statm:
+        with open("/proc/self/statm", encoding="utf-8") as statm:
             return int(statm.read().split()[1]) * resource.getpagesize()
     except OSError:
         return 0

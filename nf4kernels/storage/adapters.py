@@ -92,7 +92,7 @@ def save_adapters(model: nn.Module, directory: str | Path, name: str | None = No
     directory.mkdir(parents=True, exist_ok=True)
     with replacing(directory / WEIGHTS) as weights, replacing(directory / CONFIG) as text:
         save_file({f"{PREFIX}{key}": tensor for key, tensor in (tensors | beside).items()}, weights, {"format": "pt"})
-        text.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        text.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 @outside_inference_mode

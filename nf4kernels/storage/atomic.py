@@ -72,7 +72,7 @@ def replacing_directory(path: Path) -> Iterator[Path]:
 
 def write_json(path: Path, content: dict) -> None:
     with replacing(path) as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n")
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def copy_file(source: Path, path: Path) -> None:

@@ -189,7 +189,7 @@ def _quantized(choice: Choice, matrices: Mapping[str, Matrix]) -> dict[str, Matr
 def _read_config(in_dir: Path, words: Words) -> dict[str, Any]:
     file = in_dir / "config.json"
     try:
-        config = json.loads(file.read_text())
+        config = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConversionError(
             f"{words.who}: {words.in_dir} must be a Hugging Face model directory, got {error}"
@@ -226,7 +226,7 @@ def _read_headers(in_dir: Path, who: str) -> dict[str, list[Header]]:
             raise ConversionError(f"{who}: {file} must be a whole safetensors file, got {error}") from None
     index = in_dir / INDEX
     if index.exists():
-        listed = json.loads(index.read_text())["weight_map"]
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         found = {header.name: file for file, shard in shards.items() for header in shard}
         for name in sorted(listed.keys() ^ found.keys()):
             raise ConversionError(

@@ -224,7 +224,7 @@ def _read_json(file: Path, words: Words) -> dict[str, Any]:
             f"{words.who}: {words.in_dir} must bring the model's configuration, got a GGUF file alone"
         )
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConversionError(f"{words.who}: {words.in_dir} must be a Hugging Face directory, got {error}") from None
     if not isinstance(content, dict):

@@ -128,7 +128,7 @@ def read_config(file: Path, who: str) -> dict[str, Any]:
     is on, or settings, are refused.
     """
     try:
-        config: dict[str, Any] = json.loads(file.read_text())
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         patterns = [config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}]
         usable = all(isinstance(pattern, dict) for pattern in patterns) and config["r"]
         usable = usable and isinstance(config["lora_alpha"], int | float)

@@ -20,7 +20,7 @@ def checkpoint_files(path: Path, who: str) -> list[Path]:
     index = path / INDEX
     if index.exists():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()), key=str)
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()), key=str)
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"{who}: {index} must hold a weight_map in JSON, got {error!r}") from None
         missing = [name for name in names if not isinstance(name, str) or not (path / name).is_file()]

@@ -180,7 +180,7 @@ def save(table: Table, path: Path) -> None:
     """The file appears whole, in the place of the former one, or not at all. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
-        partial.write_text(table.to_json())
+        partial.write_text(table.to_json(), encoding="utf-8")
 
 
 @dataclass

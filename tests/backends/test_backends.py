@@ -17,7 +17,7 @@ INFO = "import nf4kernels; print(nf4kernels.backend_info())"
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
     env = os.environ | {"PYTHONWARNINGS": "ignore"} | environment
-    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, encoding="utf-8", check=False)
 
 
 @pytest.mark.parametrize("level", cases.ISAS)
@@ -35,7 +35,9 @@ def test_the_library_knows_no_instruction_set_that_is_not_tested(native_library)
 def test_the_best_instruction_set_is_the_default(native_library):
     environment = {k: v for k, v in os.environ.items() if k != "NF4KERNELS_CPU_ISA"}
     code = "from nf4kernels.backends.select import CPU_LIBRARY as L; print(L.isa, *L.isas)"
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, encoding="utf-8", check=True
+    )
     first, *isas = result.stdout.split()
     assert first == isas[0]
 
@@ -112,7 +114,7 @@ def test_the_cuda_library_loads_beside_this_torch_without_a_warning(cuda_library
     )
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONWARNINGS"}
     command = [sys.executable, "-W", "error", "-c", code]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", check=False)
     assert (result.returncode, result.stdout, result.stderr) == (0, "loaded\n", "")
 
 

@@ -22,7 +22,7 @@ def reports():
     def report(target: str) -> dict:
         env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         command = [sys.executable, TESTS / "support" / "triton_compile.py", target]
-        result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        result = subprocess.run(command, env=env, capture_output=True, encoding="utf-8", check=False)
         assert result.returncode == 0, result.stderr
         return json.loads(result.stdout)
 

@@ -477,7 +477,7 @@ def results_of(tmp_path_factory):
         environment |= python_path() | {"OMP_WAIT_POLICY": "passive"}
         environment |= {"TRITON_INTERPRET": "1"} if backend == "triton" else {"NF4KERNELS_BACKEND": backend}
         command = [sys.executable, every_op.__file__, str(path)]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        result = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", check=False)
         assert result.returncode == 0, result.stderr[-3000:]
         assert backend == "triton" or re.search(rf"cpu   {backend}.*forced by NF4KERNELS_BACKEND", result.stdout)
         return torch.load(path)
@@ -528,5 +528,5 @@ def test_triton_is_refused_on_the_cpu(monkeypatch):
 def test_an_instruction_set_is_not_forced_beside_another_backend(backend):
     environment = os.environ | {"NF4KERNELS_BACKEND": backend, "NF4KERNELS_CPU_ISA": "scalar"}
     command = [sys.executable, "-c", "import nf4kernels"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", check=False)
     assert f"NF4KERNELS_CPU_ISA must be unset where NF4KERNELS_BACKEND={backend} is set" in result.stderr

@@ -41,7 +41,7 @@ def test_every_table_that_is_shipped_is_sound():
     assert len(names) >= 8
     for name in names:
         table = tuned_files.read(SHIPPED / name)
-        assert table.to_json() == (SHIPPED / name).read_text()
+        assert table.to_json() == (SHIPPED / name).read_text(encoding="utf-8")
         is_predicted = name == f"{table.architecture}.json"
         assert is_predicted == (table.card == "") == table.origin.startswith("predicted, not measured")
         assert is_predicted or name == Card(table.card, table.architecture, "").file_name
@@ -103,9 +103,9 @@ def cache(tmp_path, monkeypatch):
 def test_this_machine_s_table_comes_before_the_shipped_one(cache):
     assert measured_table(CARD) == tuned_files.Found(None, PREDICTED, "")
     shipped = table_of(versions={"driver": "1"}, origin="elsewhere")
-    (tuned_files.SHIPPED / CARD.file_name).write_text(shipped.to_json())
+    (tuned_files.SHIPPED / CARD.file_name).write_text(shipped.to_json(), encoding="utf-8")
     assert measured_table(CARD) == tuned_files.Found(shipped, ON_SUCH_A_CARD, "")
-    cache.write_text(table_of().to_json())
+    cache.write_text(table_of().to_json(), encoding="utf-8")
     assert measured_table(CARD) == tuned_files.Found(table_of(), HERE, "")
 
 
@@ -149,7 +149,7 @@ def test_a_file_that_cannot_speak_for_the_card_is_ignored_and_said(cache, conten
 
 def test_another_triton_is_nothing_to_what_was_measured_of_cuda_alone(cache):
     table = table_of(versions=CARD.versions() | {"triton": "1.0"}, triton={}, dequantize_gemm_from={}, rules=())
-    cache.write_text(table.to_json())
+    cache.write_text(table.to_json(), encoding="utf-8")
     assert measured_table(CARD).source == HERE
 
 
@@ -160,18 +160,18 @@ def test_a_directory_in_its_place_is_ignored(cache):
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
 def test_a_file_that_may_not_be_read_is_ignored(cache):
-    cache.write_text(table_of().to_json())
+    cache.write_text(table_of().to_json(), encoding="utf-8")
     cache.chmod(0)
     assert measured_table(CARD).ignored == f"{cache} is ignored: it cannot be read: Permission denied"
 
 
 def test_a_folder_that_is_none_or_may_not_be_searched_has_no_table(cache, monkeypatch):
     """As the home of a service has, or a user's that another one is given."""
-    (cache.parent.parent / "file").write_text("")
+    (cache.parent.parent / "file").write_text("", encoding="utf-8")
     monkeypatch.setenv("NF4KERNELS_CACHE", str(cache.parent.parent / "file" / "cache"))
     assert measured_table(CARD) == tuned_files.Found(None, PREDICTED, "")
     monkeypatch.setenv("NF4KERNELS_CACHE", str(cache.parent))
-    cache.write_text(table_of().to_json())
+    cache.write_text(table_of().to_json(), encoding="utf-8")
     read, may_search = tuned_files.read, False
 
     def refused(path):
@@ -209,7 +209,7 @@ def test_the_driver_s_release_is_read(monkeypatch, tmp_path):
         "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.14  Thu Feb 22 01:44:30 UTC 2024\nGCC version: 12.2.0",
         "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  550.54.14  Release Build\n",
     ):
-        (tmp_path / "version").write_text(text)
+        (tmp_path / "version").write_text(text, encoding="utf-8")
         assert tuned_files.driver_version() == "550.54.14"
     (tmp_path / "version").unlink()
     assert tuned_files.driver_version()

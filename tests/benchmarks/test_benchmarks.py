@@ -99,11 +99,13 @@ def test_a_row_is_disturbed_by_what_other_processes_use(tmp_path, monkeypatch):
     stat = tmp_path / "stat"
     monkeypatch.setattr(harness, "STAT", stat)
     assert harness.watch_others()() is None
-    stat.write_text("cpu  1000 0 0 5000 70 0 0 0 0 0\ncpu0 1 1 1 1\n")
+    stat.write_text("cpu  1000 0 0 5000 70 0 0 0 0 0\ncpu0 1 1 1 1\n", encoding="utf-8")
     others = harness.watch_others()
-    stat.write_text("cpu  1000 0 0 9000 90 0 0 0 0 0\n")  # idle and waiting for a disk
+    stat.write_text("cpu  1000 0 0 9000 90 0 0 0 0 0\n", encoding="utf-8")  # idle and waiting for a disk
     assert not harness.is_disturbed(others())
-    stat.write_text("cpu  900000 0 0 9000 90 0 0 100000 0 0\n")  # in use, and stolen from this virtual machine
+    stat.write_text(
+        "cpu  900000 0 0 9000 90 0 0 100000 0 0\n", encoding="utf-8"
+    )  # in use, and stolen from this virtual machine
     assert harness.is_disturbed(others())
 
 
@@ -155,7 +157,7 @@ def test_csv_gives_the_rows_back(tmp_path):
     assert len(back) == len(rows())
     for was, now in zip(rows(), back):
         assert now == was
-    header = path.read_text().splitlines()[0].split(",")
+    header = path.read_text(encoding="utf-8").splitlines()[0].split(",")
     assert {"command", "commit", "machine", "torch", "threads", "cache", "date"} <= set(header)
 
 
@@ -176,7 +178,7 @@ def test_nothing_is_drawn_without_rows_for_it(tmp_path):
 @pytest.mark.parametrize("document", report.SECTIONS, ids=lambda path: path.name)
 def test_a_document_shows_the_csv_that_it_names(document):
     """`python -m benchmarks --docs` mends it."""
-    text = document.read_text()
+    text = document.read_text(encoding="utf-8")
     assert report.with_section(document) == text
     picture = report.named_in(document).with_suffix("").name + "-speed.png"
     assert f"benchmarks/results/{picture})" in text
@@ -275,7 +277,7 @@ def test_one_small_run_prints_its_row_and_writes_its_csv(tmp_path):
     path = tmp_path / "small.csv"
     command = [sys.executable, "-m", "benchmarks", "linear", "--shapes", "64x128", "--rows", "4", "--threads", "1"]
     command += ["--cache", "in", "--seconds", "0.01", "--csv", str(path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr
     assert "linear           64x128          4  1t in" in done.stdout
     (row,), about = report.read_csv(path)

@@ -25,7 +25,7 @@ def test_what_was_found_stays_when_the_process_is_killed(tmp_path):
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
     assert records.read(path) == [Record("exact", 'one, "two"', OK), Record("exact", "three", WRONG, "a\nb")]
-    path.write_text(path.read_text() + "exact,cut o")
+    path.write_text(path.read_text(encoding="utf-8") + "exact,cut o", encoding="utf-8")
     assert len(records.read(path)) == 2
     assert records.read(tmp_path / "none") == []
 
@@ -40,8 +40,8 @@ def test_the_page_says_what_was_predicted_and_what_came(tmp_path):
     checks.add("third", REFUSED)
     Records("versions", page.records_path(timings)).add("driver_version", NOTE, "580.1")
     records.append(page.records_path(timings), Record(page.STAGE, "exact", "FAILED with status 1 in 3 s"))
-    text = page.write(timings).read_text()
-    assert (tmp_path / "a-gpu.md").read_text() == text
+    text = page.write(timings).read_text(encoding="utf-8")
+    assert (tmp_path / "a-gpu.md").read_text(encoding="utf-8") == text
     assert text.startswith("# A GPU\n")
     for expected in (
         "| driver_version | 580.1 |",
@@ -63,6 +63,6 @@ def test_the_page_says_what_was_predicted_and_what_came(tmp_path):
 
 def test_a_page_can_be_made_of_what_there_is(tmp_path):
     timings = tmp_path / "a-gpu.csv"
-    assert page.write(timings).read_text() == "# a GPU\n"
+    assert page.write(timings).read_text(encoding="utf-8") == "# a GPU\n"
     tables.write_csv(timings, [row(1, 0.01, None)], {"machine": "A GPU", "bitsandbytes": "missing"})
-    assert "bitsandbytes: missing; its column is empty." in page.write(timings).read_text()
+    assert "bitsandbytes: missing; its column is empty." in page.write(timings).read_text(encoding="utf-8")

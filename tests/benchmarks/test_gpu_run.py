@@ -159,12 +159,12 @@ def test_a_stages_command_is_one_that_its_module_takes(stage):
 def test_what_each_stage_found_is_kept_and_the_page_written_after_it(tmp_path):
     timings = tmp_path / "a-gpu.csv"
     checks = page.records_path(timings)
-    timings.write_text("of the last run")
+    timings.write_text("of the last run", encoding="utf-8")
     for stage in ("exact", "streams"):
         records.append(checks, records.Record(stage, "old", records.OK))
         records.append(checks, records.Record(page.STAGE, stage, "ok in 1 s"))
     note = run.keep(timings, ["exact"])
-    assert timings.read_text() == "of the last run", "no benchmark is to run: its last one stays"
+    assert timings.read_text(encoding="utf-8") == "of the last run", "no benchmark is to run: its last one stays"
     assert [r.stage for r in records.read(checks)] == ["streams", page.STAGE]
     timings.unlink()
     code = "import sys; from pathlib import Path; from benchmarks.gpu.records import Records; "
@@ -174,7 +174,7 @@ def test_what_each_stage_found_is_kept_and_the_page_written_after_it(tmp_path):
     found = [(r.stage, r.case) for r in records.read(checks)]
     assert found == [("streams", "old"), (page.STAGE, "streams"), ("exact", "new"), (page.STAGE, "exact"),
                      (page.STAGE, "benchmark")]  # fmt: skip
-    text = (tmp_path / "a-gpu.md").read_text()
+    text = (tmp_path / "a-gpu.md").read_text(encoding="utf-8")
     assert "FAILED with status 1" in text
     tuned = run.tuned_path(timings)
     tuned.touch()
@@ -193,7 +193,7 @@ def test_a_run_leaves_its_page_and_its_status(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["run.py"])
     with pytest.raises(SystemExit, match="1"):
         run.main()
-    text = (tmp_path / "A Test GPU.md").read_text()
+    text = (tmp_path / "A Test GPU.md").read_text(encoding="utf-8")
     assert "| exact   | ok in" in text
     assert "| capture | FAILED with status 1" in text
     monkeypatch.setattr(sys, "argv", ["run.py", "--only", "exact"])
@@ -214,7 +214,7 @@ def test_the_tests_of_a_gpu_are_those_that_are_marked(pytestconfig):
     arguments = ["--collect-only", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/contract/test_dequantize.py"]
     for expression, ids in (("not triton", {"cuda"}), ("triton", {"triton"})):
         command = [sys.executable, "-m", "pytest", *arguments, "-k", expression]
-        result = subprocess.run(command, cwd=pytestconfig.rootpath, capture_output=True, text=True, check=True)
+        result = subprocess.run(command, cwd=pytestconfig.rootpath, capture_output=True, encoding="utf-8", check=True)
         found = [line for line in result.stdout.splitlines() if "::" in line]
         assert len(found) > 30
         assert {re.split(r"[-\]]", line.partition("[")[2])[0] for line in found} == ids

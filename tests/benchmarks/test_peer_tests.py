@@ -20,7 +20,7 @@ def test_other(): assert False
 def test_both_ways_are_run_and_compared(tmp_path, monkeypatch, capfd):
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests/__init__.py").touch()
-    (tmp_path / "tests/test_ops.py").write_text(TESTS)
+    (tmp_path / "tests/test_ops.py").write_text(TESTS, encoding="utf-8")
     peer = peer_tests.Peer(("tests/test_ops.py",), "4bit", "os.environ['OURS'] = '1'")
     monkeypatch.setattr(peer_tests, "PEERS", {"other": peer})
     monkeypatch.setattr(sys, "argv", ["peer_tests", "other", str(tmp_path)])

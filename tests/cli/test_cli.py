@@ -50,7 +50,7 @@ def test_tensors_are_those_of_quantize(flags, options, shard_size, tmp_path, cap
     index = tmp_path / "out" / "model.safetensors.index.json"
     assert index.exists() == (shard_size == "60KB")
     if index.exists():
-        content = json.loads(index.read_text())
+        content = json.loads(index.read_text(encoding="utf-8"))
         assert content["weight_map"].keys() == expected.keys()
         assert content["metadata"]["total_size"] == sum(tensor.nbytes for tensor in expected.values())
         for name, file in content["weight_map"].items():
@@ -65,7 +65,7 @@ def test_other_files_come_along(in_dir, tmp_path):
     expected = ["config.json", "generation_config.json", "model.safetensors", "templates", "templates/chat.jinja",
                 "tokenizer.json"]  # fmt: skip
     assert tree(tmp_path / "out") == expected
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"] == {
+    assert json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["quantization_config"] == {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
         "load_in_8bit": False,
@@ -134,7 +134,7 @@ def test_dtype_casts_what_stays_dense(in_dir, tmp_path):
     expected = nf4.quantize(all_tensors(in_dir)[name])
     assert torch.equal(qweight.packed, expected.packed)
     assert torch.equal(qweight.absmax, expected.absmax)
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
     assert config["dtype"] == "float16"
     assert config["quantization_config"]["bnb_4bit_compute_dtype"] == "float16"
 
@@ -151,7 +151,7 @@ def test_tied_head_is_not_quantized_even_unskipped(tmp_path, monkeypatch):
     tiny_llama(tmp_path / "in", tie_word_embeddings=True)
     monkeypatch.setattr(convert, "SKIP", ())
     assert command(tmp_path / "in", tmp_path / "out") == 0
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
     assert config["quantization_config"]["llm_int8_skip_modules"] == ["lm_head"]
 
 
@@ -168,13 +168,15 @@ def test_layer_that_the_loader_would_leave_dense_is_left_dense(tmp_path):
 
 
 def test_names_decide_where_transformers_does_not_know_the_model(in_dir, tmp_path, capsys):
-    config = json.loads((in_dir / "config.json").read_text())
-    (in_dir / "config.json").write_text(json.dumps({**config, "architectures": ["SomethingNew"]}))
+    config = json.loads((in_dir / "config.json").read_text(encoding="utf-8"))
+    (in_dir / "config.json").write_text(json.dumps({**config, "architectures": ["SomethingNew"]}), encoding="utf-8")
     assert command(in_dir, tmp_path / "out") == 0
     output = capsys.readouterr().out
     assert "does not know SomethingNew" in output
     assert "all quantized (14)" in output
-    skipped = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["llm_int8_skip_modules"]
+    skipped = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["quantization_config"][
+        "llm_int8_skip_modules"
+    ]
     assert skipped == ["lm_head", "model.embed_tokens"]
 
 
@@ -212,7 +214,7 @@ def test_info_needs_no_framework():
         f"import runpy, torch; torch.set_num_threads({torch.get_num_threads()})\n"
         "runpy.run_module('nf4kernels', run_name='__main__')\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8", cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"nf4kernels {nf4.__version__}\n{nf4.backend_info()}\n"
     assert done.stderr == ""

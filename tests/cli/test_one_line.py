@@ -50,7 +50,7 @@ def environment(**changes):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_a_wrong_variable_ends_every_verb_in_one_line(tmp_path):
     script = tmp_path / "nf4kernels"
-    script.write_text(SCRIPT)
+    script.write_text(SCRIPT, encoding="utf-8")
     # the import fails before any verb is looked at: each variable and each verb twice or so stand for all pairs
     starts = [
         ["NF4KERNELS_CPU_ISA", "foo", "module", ["info"]],
@@ -64,7 +64,7 @@ def test_a_wrong_variable_ends_every_verb_in_one_line(tmp_path):
     starts += [["NF4KERNELS_BACKEND", "triton", "script", ["demo"]]]
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(FORKS), json.dumps(starts), script],
-        capture_output=True, text=True, env=environment(), cwd=tmp_path, check=True,
+        capture_output=True, encoding="utf-8", env=environment(), cwd=tmp_path, check=True,
     )  # fmt: skip
     ends = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(ends) == len(starts)
@@ -80,7 +80,7 @@ def test_a_wrong_variable_ends_the_module_in_one_line():
     """As above, by a Python that really was started so."""
     done = subprocess.run(
         [sys.executable, "-m", "nf4kernels", "info"], env=environment(NF4KERNELS_CPU_ISA="foo"), cwd=ROOT,
-        capture_output=True, text=True, check=False,
+        capture_output=True, encoding="utf-8", check=False,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (2, "")
     assert len(done.stderr.splitlines()) == 1
@@ -90,7 +90,7 @@ def test_a_wrong_variable_ends_the_module_in_one_line():
 def test_a_program_gets_the_error_of_its_import():
     done = subprocess.run(
         [sys.executable, "-c", "import nf4kernels"], env=environment(NF4KERNELS_CUDA="foo"),
-        capture_output=True, text=True, check=False,
+        capture_output=True, encoding="utf-8", check=False,
     )  # fmt: skip
     assert done.returncode == 1
     assert "ValueError: nf4kernels: NF4KERNELS_CUDA must be" in done.stderr
@@ -177,12 +177,12 @@ FLAGS = {
 @pytest.fixture
 def demo_directory(tmp_path, monkeypatch):
     """Where the demo's stages must not begin, with what its flags name."""
-    (tmp_path / "data.jsonl").write_text(4 * DATA)
-    (tmp_path / "one-line").write_text(DATA)
+    (tmp_path / "data.jsonl").write_text(4 * DATA, encoding="utf-8")
+    (tmp_path / "one-line").write_text(DATA, encoding="utf-8")
     (tmp_path / "binary").write_bytes(bytes(range(256)))
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "config.json").write_text("{")
+    (tmp_path / "broken" / "config.json").write_text("{", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pipeline.smollm2, "fetch", lambda cache: pytest.fail("the demo began"))
     return tmp_path
@@ -207,7 +207,7 @@ def test_a_wrong_flag_of_the_demo(demo_directory, capsys, flag):
 
 def test_a_model_that_transformers_does_not_load(demo_directory, capsys, monkeypatch):
     """Config and all, but no weights: transformers' error, in one line that begins with the flag."""
-    (demo_directory / "empty" / "config.json").write_text('{"model_type": "llama"}')
+    (demo_directory / "empty" / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
     assert main(["demo", "--data", "data.jsonl", "--model", "empty", "--out", "out"]) == 2
     assert "nf4kernels: demo: --model must be a causal language model" in capsys.readouterr().err
     assert not (demo_directory / "out").exists()

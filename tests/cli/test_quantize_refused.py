@@ -35,15 +35,15 @@ def truncate(in_dir):
 
 def edit_config(**changes):
     def edit(in_dir):
-        config = json.loads((in_dir / "config.json").read_text())
-        (in_dir / "config.json").write_text(json.dumps({**config, **changes}))
+        config = json.loads((in_dir / "config.json").read_text(encoding="utf-8"))
+        (in_dir / "config.json").write_text(json.dumps({**config, **changes}), encoding="utf-8")
 
     return edit
 
 
 def odd_index(in_dir):
     index = {"weight_map": {"model.norm.weight": "model.safetensors"}}
-    (in_dir / "model.safetensors.index.json").write_text(json.dumps(index))
+    (in_dir / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
 def set_nan(tensors):
@@ -54,15 +54,21 @@ BAD_INPUT = {
     "truncated": (truncate, "model.safetensors must be a whole safetensors file"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "path must have model.safetensors or its index"),
     "no config": (lambda d: (d / "config.json").unlink(), "IN_DIR must be a Hugging Face model directory"),
-    "damaged config": (lambda d: (d / "config.json").write_text("{"), "config.json must hold JSON"),
-    "list config": (lambda d: (d / "config.json").write_text("[]"), "config.json must hold a JSON object"),
+    "damaged config": (lambda d: (d / "config.json").write_text("{", encoding="utf-8"), "config.json must hold JSON"),
+    "list config": (
+        lambda d: (d / "config.json").write_text("[]", encoding="utf-8"),
+        "config.json must hold a JSON object",
+    ),
     "wrong config": (edit_config(num_attention_heads="many"), "config.json must describe a LlamaForCausalLM"),
     "quantized": (
         edit_config(quantization_config={"quant_method": "gptq"}),
         "IN_DIR must hold a dense model, got one quantized by gptq",
     ),
     "odd index": (odd_index, "must list the tensors of its files"),
-    "damaged index": (lambda d: (d / "model.safetensors.index.json").write_text("{"), "must hold a weight_map in JSON"),
+    "damaged index": (
+        lambda d: (d / "model.safetensors.index.json").write_text("{", encoding="utf-8"),
+        "must hold a weight_map in JSON",
+    ),
     "nan": (edit_tensors(set_nan), r"layer model.layers.1.mlp.up_proj: .* weight must be finite, got nan at row 3"),
     "unknown layers": (
         edit_tensors(lambda t: [t.update({"x." + n: t.pop(n)}) for n in list(t)]),
@@ -104,7 +110,7 @@ def test_what_fits_the_dtype_is_cast(in_dir, tmp_path):
 def test_existing_output_needs_overwrite(in_dir, tmp_path, capsys):
     out = tmp_path / "out"
     assert command(in_dir, out, "--block-size", "128") == 0
-    (out / "old file").write_text("")
+    (out / "old file").write_text("", encoding="utf-8")
     before = tree(out)
     assert command(in_dir, out) == 2
     assert "OUT_DIR must not exist (or say --overwrite)" in capsys.readouterr().err
@@ -116,7 +122,7 @@ def test_existing_output_needs_overwrite(in_dir, tmp_path, capsys):
 
 def test_overwrite_replaces_model_directories_only(in_dir, tmp_path, capsys):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.tex").write_text("")
+    (tmp_path / "out" / "thesis.tex").write_text("", encoding="utf-8")
     assert command(in_dir, tmp_path / "out", "--overwrite") == 2
     assert "must be a model directory to be overwritten" in capsys.readouterr().err
     assert tree(tmp_path / "out") == ["thesis.tex"]
@@ -181,7 +187,7 @@ def test_killed_run_leaves_no_output_and_the_next_one_cleans_up(tmp_path, capsys
     tiny_llama(tmp_path / "in", "60KB")
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED, tmp_path / "in", tmp_path / "out"],
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8", cwd=ROOT,
     )  # fmt: skip
     try:
         assert process.stdout.readline() == "half way\n"
@@ -199,14 +205,14 @@ def test_killed_run_leaves_no_output_and_the_next_one_cleans_up(tmp_path, capsys
 
 def test_overwrite_wants_a_model_and_not_any_config(in_dir, tmp_path, capsys):
     (tmp_path / "project" / "src").mkdir(parents=True)
-    (tmp_path / "project" / "config.json").write_text("{}")
+    (tmp_path / "project" / "config.json").write_text("{}", encoding="utf-8")
     assert command(in_dir, tmp_path / "project", "--overwrite") == 2
     assert "OUT_DIR must be a model directory to be overwritten" in capsys.readouterr().err
     assert (tmp_path / "project" / "src").is_dir()
 
 
 def test_output_that_cannot_be_made(in_dir, tmp_path, capsys):
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     with (
         pytest.raises(TargetError, match="must be a path that can be made"),
         replacing_directory(tmp_path / "file" / "out"),

@@ -84,7 +84,7 @@ extern "C" __attribute__((visibility("default"))) int far_quantize_absmax(
 
 def far_function(tmp_path, source):
     path = tmp_path / "far.cpp"
-    path.write_text(source)
+    path.write_text(source, encoding="utf-8")
     return ctypes.CDLL(str(build.build(path.parent.name, [path], [f"-I{ROOT / 'csrc'}"])))
 
 

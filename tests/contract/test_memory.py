@@ -32,7 +32,9 @@ def peak_mb():  # of this process alone: ru_maxrss begins with the parent's
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess:
     env = os.environ | python_path() | {"OMP_WAIT_POLICY": "passive"} | environment
-    return subprocess.run([sys.executable, "-c", PREAMBLE + code], env=env, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", PREAMBLE + code], env=env, capture_output=True, encoding="utf-8", check=False
+    )
 
 
 def report(result: subprocess.CompletedProcess) -> str:

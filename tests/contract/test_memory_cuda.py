@@ -30,6 +30,6 @@ def test_no_kernel_reads_or_writes_outside_of_its_tensors(executor, stem):
     env = os.environ | asan_environment() | {cuda_backend.ASAN_VARIABLE: "1"}
     env.pop("PYTEST_XDIST_WORKER", None)
     command.append(f"tests/contract/test_{stem}.py")
-    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, encoding="utf-8", check=False)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert re.search(r"^\d+ passed", result.stdout.splitlines()[-1]), "none ran"

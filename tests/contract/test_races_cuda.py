@@ -27,6 +27,6 @@ def test_no_kernel_has_a_race():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", SCRIPT]
     env = os.environ | {cuda_backend.RACES_VARIABLE: "1"}
     env.pop("PYTEST_XDIST_WORKER", None)
-    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, encoding="utf-8", check=False)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert re.search(r"^1 passed", result.stdout.splitlines()[-1]), result.stdout

@@ -27,7 +27,7 @@ def test_isa_files_export_no_weak_symbol(isa, tmp_path):
         target = tmp_path / "kernel.o"
         flags = [*SETUP.FLAGS, *SETUP.ISA_FLAGS[isa]]
         subprocess.run(["c++", *flags, "-O1", "-c", ROOT / source, "-o", target], check=True)
-        symbols = subprocess.run(["nm", target], check=True, capture_output=True, text=True).stdout
+        symbols = subprocess.run(["nm", target], check=True, capture_output=True, encoding="utf-8").stdout
         weak = [line for line in symbols.splitlines() if line.split()[-2] in ("W", "V", "u")]
         assert not weak, f"{source}: {weak}"
 
@@ -37,13 +37,17 @@ def test_isa_files_include_no_standard_library():
     allowed = {"<cstdint>", "<cstring>", "<immintrin.h>"}
     for path in (ROOT / "csrc/cpu").iterdir():
         if path.suffix == ".h" or any(path.stem.endswith(f"_{isa}") for isa in SETUP.ISA_FLAGS):
-            includes = {line.split()[1] for line in path.read_text().splitlines() if line.startswith("#include <")}
+            includes = {
+                line.split()[1]
+                for line in path.read_text(encoding="utf-8").splitlines()
+                if line.startswith("#include <")
+            }
             assert includes <= allowed, f"{path.name} includes {includes - allowed}"
 
 
 def test_wheel_is_one_for_every_python_and_carries_its_data(tmp_path):
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    built = subprocess.run([*command, "--wheel-dir", tmp_path, ROOT], capture_output=True, text=True)
+    built = subprocess.run([*command, "--wheel-dir", tmp_path, ROOT], capture_output=True, encoding="utf-8")
     assert built.returncode == 0, built.stderr
     (wheel,) = tmp_path.iterdir()
     assert "-cp310-abi3-" in wheel.name, wheel.name
@@ -85,7 +89,7 @@ def nvcc(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     path = tmp_path / "bin" / "nvcc"
     path.parent.mkdir()
-    path.write_text(FAKE_NVCC)
+    path.write_text(FAKE_NVCC, encoding="utf-8")
     path.chmod(0o755)
     return path
 
@@ -93,20 +97,22 @@ def nvcc(tmp_path, monkeypatch):
 def build_with(nvcc: Path) -> list[str]:
     """What nvcc was called with to build the library."""
     log = Path(f"{nvcc}.log")
-    log.write_text("")
+    log.write_text("", encoding="utf-8")
     torch = {"include_dirs": ["torch/include"], "library_dirs": ["torch/lib"], "libraries": ["torch_cpu"]}
     SETUP.build_cuda(str(nvcc), Extension("nf4kernels._cuda", [], **torch))
-    return log.read_text().splitlines()
+    return log.read_text(encoding="utf-8").splitlines()
 
 
 def test_the_cuda_library_needs_no_cuda_library_and_shows_no_name_of_the_runtime():
     if not CUDA_LIBRARY.exists():
         pytest.skip("nf4kernels/_cuda.abi3.so was not built: no nvcc?")
-    needed = subprocess.run(["readelf", "-d", CUDA_LIBRARY], check=True, capture_output=True, text=True).stdout
+    needed = subprocess.run(["readelf", "-d", CUDA_LIBRARY], check=True, capture_output=True, encoding="utf-8").stdout
     needed = [line.split("[")[1].rstrip("]") for line in needed.splitlines() if "(NEEDED)" in line]
     assert needed
     assert not [name for name in needed if "cud" in name], needed
-    symbols = subprocess.run(["nm", "-D", "--defined-only", CUDA_LIBRARY], check=True, capture_output=True, text=True)
+    symbols = subprocess.run(
+        ["nm", "-D", "--defined-only", CUDA_LIBRARY], check=True, capture_output=True, encoding="utf-8"
+    )
     functions = [line.split()[-1] for line in symbols.stdout.splitlines() if line.split()[-2] == "T"]
     assert functions
     assert all(name.startswith("nf4kernels_cuda_") for name in functions), functions
@@ -143,20 +149,20 @@ def tree(tmp_path, monkeypatch):
     """compile(*flags): what the machine's compiler was asked to compile in a tree of two sources and three headers."""
     monkeypatch.setattr(SETUP, "ROOT", tmp_path)
     compiler = tmp_path / "c++"
-    compiler.write_text(LOGGED_CXX)
+    compiler.write_text(LOGGED_CXX, encoding="utf-8")
     compiler.chmod(0o755)
-    (tmp_path / "both.h").write_text("#pragma once\n")
-    (tmp_path / "first.h").write_text('#include "inside first.h"\n#include "both.h"\n')
-    (tmp_path / "inside first.h").write_text("#include <cstdint>\n")
-    (tmp_path / "first.cpp").write_text('#include "first.h"\n')
-    (tmp_path / "second.cpp").write_text('#include "both.h"\n')
+    (tmp_path / "both.h").write_text("#pragma once\n", encoding="utf-8")
+    (tmp_path / "first.h").write_text('#include "inside first.h"\n#include "both.h"\n', encoding="utf-8")
+    (tmp_path / "inside first.h").write_text("#include <cstdint>\n", encoding="utf-8")
+    (tmp_path / "first.cpp").write_text('#include "first.h"\n', encoding="utf-8")
+    (tmp_path / "second.cpp").write_text('#include "both.h"\n', encoding="utf-8")
     log = Path(f"{compiler}.log")
 
     def compile(*flags):
-        log.write_text("")
+        log.write_text("", encoding="utf-8")
         commands = {source: [str(compiler), *flags] for source in ("first.cpp", "second.cpp")}
         SETUP.compile_changed(commands, tmp_path / "objects")
-        return sorted(re.findall(r"-c (\S+)", log.read_text()))
+        return sorted(re.findall(r"-c (\S+)", log.read_text(encoding="utf-8")))
 
     compile.root = tmp_path
     return compile
@@ -176,7 +182,7 @@ def test_a_header_s_edit_compiles_only_what_includes_it(tree):
 def test_other_flags_or_a_header_that_went_compile_again(tree):
     tree()
     assert tree("-O1") == ["first.cpp", "second.cpp"]
-    (tree.root / "first.cpp").write_text("")
+    (tree.root / "first.cpp").write_text("", encoding="utf-8")
     (tree.root / "inside first.h").unlink()
     assert tree("-O1") == ["first.cpp"]
     assert tree("-O1") == []
@@ -201,7 +207,7 @@ def test_an_object_depends_on_the_system_s_headers_too(tree):
 )
 def test_architectures_by_default(nvcc, monkeypatch, cpu, known, architectures):
     listed = " ".join(f"compute_{number}" for number in known.split())
-    nvcc.write_text(FAKE_NVCC.replace("compute_75 compute_80 compute_90", listed))
+    nvcc.write_text(FAKE_NVCC.replace("compute_75 compute_80 compute_90", listed), encoding="utf-8")
     monkeypatch.setattr("platform.machine", lambda: cpu)
     spec = importlib.util.spec_from_file_location("nf4kernels_setup_elsewhere", ROOT / "setup.py")
     setup = importlib.util.module_from_spec(spec)
@@ -210,7 +216,7 @@ def test_architectures_by_default(nvcc, monkeypatch, cpu, known, architectures):
 
 
 def test_an_nvcc_too_old_is_an_error(nvcc):
-    nvcc.write_text(FAKE_NVCC.replace("compute_80", "compute_61").replace("compute_90", "compute_70"))
+    nvcc.write_text(FAKE_NVCC.replace("compute_80", "compute_61").replace("compute_90", "compute_70"), encoding="utf-8")
     with pytest.raises(SystemExit, match="need an nvcc that knows sm_80"):
         SETUP.cuda_architectures(str(nvcc))
 
@@ -237,7 +243,7 @@ def test_architectures_refused(nvcc, monkeypatch, asked, message):
 
 
 def test_a_failing_nvcc_is_an_error(nvcc):
-    nvcc.write_text(FAKE_NVCC + "exit 1")
+    nvcc.write_text(FAKE_NVCC + "exit 1", encoding="utf-8")
     with pytest.raises(CompileError, match=r"failed.*NF4KERNELS_CUDA=0"):
         build_with(nvcc)
     assert not (SETUP.BUILD / "cuda" / "_cuda.so").exists()
@@ -259,6 +265,6 @@ def test_where_nvcc_is_found(nvcc, monkeypatch):
 
 def test_the_bindings_use_macros_that_torch_2_10_has():
     """The newest torch compiles them here; an older one is only seen where somebody has it."""
-    text = "".join(path.read_text() for path in sorted((ROOT / "csrc/bindings").iterdir()))
+    text = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "csrc/bindings").iterdir()))
     used = set(re.findall(r"\b(?:STABLE_|AOTI_)?TORCH_[A-Z_]+\b", text))
     assert used <= {"STABLE_TORCH_LIBRARY_IMPL", "TORCH_BOX", "TORCH_ABI_VERSION", "TORCH_ERROR_CODE_CHECK"}

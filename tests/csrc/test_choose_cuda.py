@@ -67,7 +67,7 @@ def test_dgrad_on_tensor_cores_needs_n_in_eights(choose):
 
 
 def test_the_break_even_of_each_architecture_is_the_tables(choose):
-    text = (ROOT / "csrc/cuda/choose.h").read_text()
+    text = (ROOT / "csrc/cuda/choose.h").read_text(encoding="utf-8")
     table = re.findall(r'\{(\d+), (\d+), (\d+), "predicted', text)
     assert len(table) == 6
     for arch, linear, dgrad in ((int(a), int(b), int(c)) for a, b, c in table):
@@ -81,7 +81,10 @@ def test_the_break_even_of_each_architecture_is_the_tables(choose):
 
 
 def test_the_docs_show_the_table():
-    choose_h, docs = (ROOT / "csrc/cuda/choose.h").read_text(), (ROOT / "docs/choosing.md").read_text()
+    choose_h, docs = (
+        (ROOT / "csrc/cuda/choose.h").read_text(encoding="utf-8"),
+        (ROOT / "docs/choosing.md").read_text(encoding="utf-8"),
+    )
     table = re.findall(r'\{(\d+), (\d+), (\d+), "(predicted.*?)"\}', choose_h)
     assert re.findall(r"^\| sm_(\d+) \| (\d+) \| (\d+) \| (.*?) \|$", docs, re.MULTILINE) == table
     table = re.findall(r'\{(\d+), (\d+), (\d+), "experts, (predicted.*?)"\}', choose_h)
@@ -111,7 +114,9 @@ def test_experts_get_a_kernel_by_the_mean_of_their_rows(choose):
 
 
 def test_the_break_even_of_experts_is_the_tables(choose):
-    table = re.findall(r'\{(\d+), (\d+), (\d+), "experts, predicted', (ROOT / "csrc/cuda/choose.h").read_text())
+    table = re.findall(
+        r'\{(\d+), (\d+), (\d+), "experts, predicted', (ROOT / "csrc/cuda/choose.h").read_text(encoding="utf-8")
+    )
     assert len(table) == 2
     for arch, linear, dgrad in ((int(a), int(b), int(c)) for a, b, c in table):
         for is_dgrad, rows in ((False, linear), (True, dgrad)):

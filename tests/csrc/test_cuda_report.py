@@ -186,7 +186,7 @@ def test_a_kernel_that_spills_is_found(tools, tmp_path: Path):
     except cuda_report.MissingToolError as error:
         pytest.skip(str(error))
     source, cubin = tmp_path / "keeps.cu", tmp_path / "keeps.cubin"
-    source.write_text(SOURCE)
+    source.write_text(SOURCE, encoding="utf-8")
     cuda_report.output(nvcc, "-cubin", "-gencode=arch=compute_90a,code=sm_90a", "-o", str(cubin), str(source))
     found = {kernel.kernel: kernel for kernel in cuda_report.kernels_of([cubin])}
     few, many = found["keeps_kernel<8>"], found["keeps_kernel<96>"]

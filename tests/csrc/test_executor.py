@@ -183,16 +183,16 @@ def test_settings_are_checked(executor):
 
 def test_a_library_is_built_anew_only_when_a_source_changed(tmp_path, monkeypatch, request):
     source = tmp_path / "one.cu"
-    source.write_text('extern "C" __attribute__((visibility("default"))) int one() { return 1; }')
+    source.write_text('extern "C" __attribute__((visibility("default"))) int one() { return 1; }', encoding="utf-8")
     name = f"one-{os.getpid()}"
     request.addfinalizer(lambda: shutil.rmtree(ROOT / "build" / "executor" / name))
     first = build(name, [source])
     with monkeypatch.context() as patch:
         patch.setattr("executor.build._run", lambda *_: pytest.fail("compiled again"))
         assert build(name, [source]) == first
-    source.write_text(source.read_text().replace("1", "2"))
+    source.write_text(source.read_text(encoding="utf-8").replace("1", "2"), encoding="utf-8")
     assert ctypes.CDLL(str(build(name, [source]))).one() == 2
-    source.write_text("int one() { return nothing; }")
+    source.write_text("int one() { return nothing; }", encoding="utf-8")
     with pytest.raises(RuntimeError, match="was not declared"):
         build(name, [source])
 
@@ -200,7 +200,7 @@ def test_a_library_is_built_anew_only_when_a_source_changed(tmp_path, monkeypatc
 def test_processes_that_build_at_once_compile_once(tmp_path, request):
     compiler, log, source = tmp_path / "compiler", tmp_path / "log", tmp_path / "one.cu"
     touches = 'while [ $# -gt 1 ]; do [ "$1" = -MF ] && touch "$2"; shift; done; touch "$1"'
-    compiler.write_text(f"#!/bin/sh\necho x >> {log}\nsleep 0.2\n{touches}\n")
+    compiler.write_text(f"#!/bin/sh\necho x >> {log}\nsleep 0.2\n{touches}\n", encoding="utf-8")
     compiler.chmod(0o755)
     source.touch()
     name = f"locked-{os.getpid()}"
@@ -210,7 +210,7 @@ def test_processes_that_build_at_once_compile_once(tmp_path, request):
     processes = [subprocess.Popen([sys.executable, "-c", script], env=env) for _ in range(3)]
     assert [process.wait() for process in processes] == [0, 0, 0]
     compiled = [*EXECUTOR.glob("*.cpp"), source]
-    assert len(log.read_text().splitlines()) == len(compiled) + 1, "each once, and the link"
+    assert len(log.read_text(encoding="utf-8").splitlines()) == len(compiled) + 1, "each once, and the link"
 
 
 # That it can fail: barriers and memory.
@@ -436,7 +436,11 @@ def asan_library():
 def test_an_access_out_of_bounds_is_caught_by_address_sanitizer(asan_library, call, report):
     env = os.environ | asan_environment() | python_path()
     result = subprocess.run(
-        [sys.executable, "-c", OVERRUN, str(asan_library), call], env=env, capture_output=True, text=True, check=False
+        [sys.executable, "-c", OVERRUN, str(asan_library), call],
+        env=env,
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
     )
     assert result.stdout == "correct\n", result.stderr[-3000:]
     assert result.returncode != 0

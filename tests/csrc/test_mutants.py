@@ -189,14 +189,14 @@ class Raced:
 def raced():
     csrc = mutants.copy_with_edits(ROOT / "build" / "executor" / "mutants-scales")
     launchers = csrc.parent / "launchers.cpp"
-    launchers.write_text(LAUNCHERS)
+    launchers.write_text(LAUNCHERS, encoding="utf-8")
     sources = [launchers, *(csrc / "cuda" / f"{name}.cu" for name in ("quantize", "quantize_absmax", "reduce_splits"))]
     return Raced(build("mutants-scales", sources, races=True, csrc=csrc))
 
 
 def lines_of(path, function):
     """The numbers of the lines of a function, from its head to the brace at the start of a line."""
-    lines = path.read_text().splitlines()
+    lines = path.read_text(encoding="utf-8").splitlines()
     begin = next(i for i, line in enumerate(lines) if f" {function}(" in line and line[0] not in " /")
     end = next(i for i in range(begin, len(lines)) if lines[i].startswith("}"))
     return range(begin + 1, end + 2)
@@ -250,7 +250,7 @@ def test_blocks_that_all_add_all_elements_are_noticed(raced, columns, transposed
 
 def test_the_edits_are_of_the_source_as_it_is(tmp_path, monkeypatch):
     copy = mutants.copy_with_edits(tmp_path)
-    edited = {path.name for path in copy.glob("cuda/*") if "source_mutant" in path.read_text()}
+    edited = {path.name for path in copy.glob("cuda/*") if "source_mutant" in path.read_text(encoding="utf-8")}
     assert edited == {edit.file for edit in mutants.EDITS}
     monkeypatch.setattr(mutants, "EDITS", (mutants.EDITS[0]._replace(old="nothing of the kind"),))
     with pytest.raises(SystemExit, match=r"must have once what mutants\.py edits: nothing of the kind"):

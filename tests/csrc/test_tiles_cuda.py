@@ -20,7 +20,7 @@ OPS = {"linear": False, "linear_dgrad": True}
 
 def tiles(op: str) -> list[dict[str, int]]:
     """The rows of the table."""
-    text = (ROOT / "csrc/cuda/tiles.h").read_text()
+    text = (ROOT / "csrc/cuda/tiles.h").read_text(encoding="utf-8")
     name = "kDgradTiles" if OPS[op] else "kLinearTiles"
     table = re.search(rf"{name}\[\] = (.*?);", text, re.DOTALL)[1]
     names = ("M", "N", "K", "warps", "summing", "shared", "blocks", "sums", "levels")

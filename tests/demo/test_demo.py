@@ -27,15 +27,15 @@ def run_cli(*arguments: object, cwd: Path, env: dict[str, str] | None = None) ->
     root = Path(nf4.__file__).parent.parent
     environment = {**os.environ, "PYTHONPATH": str(root), **(env or {})}
     command = [sys.executable, "-m", "nf4kernels", "demo", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, encoding="utf-8", check=False)
 
 
 @pytest.fixture(scope="module")
 def small_data(tmp_path_factory) -> Path:
     """64 examples to train on and 16 held out, of WordNet's file."""
-    lines = data.WORDNET.read_text().splitlines()
+    lines = data.WORDNET.read_text(encoding="utf-8").splitlines()
     path = tmp_path_factory.mktemp("data") / "small.jsonl"
-    path.write_text("\n".join(lines[:64] + lines[-16:]) + "\n")
+    path.write_text("\n".join(lines[:64] + lines[-16:]) + "\n", encoding="utf-8")
     return path
 
 
@@ -73,7 +73,7 @@ def test_wordnet_splits_share_no_word_and_no_definition():
 
 
 def test_wordnet_licence_stands_beside_the_data():
-    licence = (data.WORDNET.parent / "WORDNET_LICENSE").read_text()
+    licence = (data.WORDNET.parent / "WORDNET_LICENSE").read_text(encoding="utf-8")
     assert "WordNet 3.0 Copyright 2006 by Princeton University.  All rights reserved." in licence
     assert "Permission to use, copy, modify and distribute" in licence
 
@@ -114,7 +114,7 @@ def test_evaluation_batches_keep_every_row_within_the_token_limit():
 )
 def test_a_bad_data_line_is_named(tmp_path, text, message):
     path = tmp_path / "bad.jsonl"
-    path.write_text('{"prompt": "a", "answer": "b"}\n' + text + "\n")
+    path.write_text('{"prompt": "a", "answer": "b"}\n' + text + "\n", encoding="utf-8")
     with pytest.raises(ValueError, match="--data") as error:
         data.read_examples(path)
     assert message in str(error.value)
@@ -122,7 +122,7 @@ def test_a_bad_data_line_is_named(tmp_path, text, message):
 
 def test_data_without_a_split_holds_out_a_tenth(tmp_path):
     path = tmp_path / "own.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"p{i}", "answer": "a"}) + "\n" for i in range(50)))
+    path.write_text("".join(json.dumps({"prompt": f"p{i}", "answer": "a"}) + "\n" for i in range(50)), encoding="utf-8")
     train, held_out = data.read_examples(path)
     assert (len(train), len(held_out)) == (45, 5)
     assert not {x.prompt for x in train} & {x.prompt for x in held_out}
@@ -142,7 +142,7 @@ def test_data_without_a_split_holds_out_a_tenth(tmp_path):
 )
 def test_a_bad_option_gives_one_clear_line(tmp_path, options, message):
     (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "diary.txt").write_text("dear diary")
+    (tmp_path / "full" / "diary.txt").write_text("dear diary", encoding="utf-8")
     done = run_cli(*options, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.strip() == f"nf4kernels: demo: {message}"
@@ -170,16 +170,16 @@ def test_a_failed_fetch_leaves_nothing_in_the_cache(tmp_path, monkeypatch):
 def test_an_interrupted_run_leaves_the_earlier_output(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    (out / "results.json").write_text("earlier")
+    (out / "results.json").write_text("earlier", encoding="utf-8")
 
     def interrupted() -> None:
         with replacing_directory(out) as fresh:
-            (fresh / "results.json").write_text("half")
+            (fresh / "results.json").write_text("half", encoding="utf-8")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    assert (out / "results.json").read_text() == "earlier"
+    assert (out / "results.json").read_text(encoding="utf-8") == "earlier"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -205,9 +205,9 @@ def test_without_network_the_run_says_so_and_writes_everything(offline_run):
     for name in ("loss.png", "weight_error.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in out.parent.iterdir()} == {"demo-output", ".cache"}
-    adapter = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    adapter = json.loads((out / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     assert Path(adapter["base_model_name_or_path"]) == Path("demo-output", "byte-model")
-    for loss in json.loads((out / "results.json").read_text())["loss"].values():
+    for loss in json.loads((out / "results.json").read_text(encoding="utf-8"))["loss"].values():
         assert f"{loss:.3f}" in text
 
 
@@ -215,7 +215,7 @@ def test_the_run_says_what_the_dense_parts_compute_in(offline_run):
     out, text = offline_run
     dtype = str(training_dtype("cpu")).removeprefix("torch.")
     assert text.count(f"dense parts compute in {dtype}") == 1
-    assert json.loads((out / "results.json").read_text())["compute_dtype"] == dtype
+    assert json.loads((out / "results.json").read_text(encoding="utf-8"))["compute_dtype"] == dtype
 
 
 def stored_dtypes(directory: Path) -> set[torch.dtype]:
@@ -233,16 +233,16 @@ def test_a_run_in_fp32_writes_16_bits(small_data, tmp_path, offline_run):
     assert done.returncode == 0, done.stderr
     assert "dense parts compute in float32" in done.stdout
     assert stored_dtypes(laptop / "merged") == stored_dtypes(usual / "merged") == {torch.bfloat16}
-    assert json.loads((laptop / "merged" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert json.loads((laptop / "merged" / "config.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
     one, other = (load_file(out / "nf4" / "model.safetensors") for out in (usual, laptop))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], tensor) for name, tensor in other.items())
-    loss, found = (json.loads((out / "results.json").read_text())["loss"] for out in (usual, laptop))
+    loss, found = (json.loads((out / "results.json").read_text(encoding="utf-8"))["loss"] for out in (usual, laptop))
     assert all(abs(found[name] - value) < 0.02 for name, value in loss.items()), (loss, found)
 
 
 def test_the_fine_tuning_lowers_the_loss_and_survives_merging(offline_run):
-    results = json.loads((offline_run[0] / "results.json").read_text())
+    results = json.loads((offline_run[0] / "results.json").read_text(encoding="utf-8"))
     training, loss = results["training_loss"], results["loss"]
     assert sum(training[-5:]) < sum(training[:5])
     gain = loss[pipeline.QUANTIZED] - loss[pipeline.TUNED]
@@ -253,7 +253,7 @@ def test_the_fine_tuning_lowers_the_loss_and_survives_merging(offline_run):
 
 def test_the_files_give_back_the_losses_of_the_table(offline_run, small_data):
     out, _ = offline_run
-    loss = json.loads((out / "results.json").read_text())["loss"]
+    loss = json.loads((out / "results.json").read_text(encoding="utf-8"))["loss"]
     tuned, tokenizer = load_tuned(out)
     tests = byte_model_tests(tokenizer, small_data)
     assert evaluate(tuned, tests, "tuned") == loss[pipeline.TUNED]

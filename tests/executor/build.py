@@ -51,7 +51,7 @@ def build(
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Holds an exclusive lock on the file, which ends with the process at the latest."""
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -96,7 +96,9 @@ def _build(
 def asan_environment() -> dict[str, str]:
     """The environment of a python that loads a library built with asan=True: the sanitizer must be loaded first."""
     preload = [
-        subprocess.run([CXX, f"-print-file-name={library}"], capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run(
+            [CXX, f"-print-file-name={library}"], capture_output=True, encoding="utf-8", check=True
+        ).stdout.strip()
         for library in ("libasan.so", "libstdc++.so.6")
     ]
     return {"LD_PRELOAD": " ".join(preload), "ASAN_OPTIONS": "detect_leaks=0"}
@@ -106,10 +108,12 @@ def _object(included: Path, source: Path) -> Path | None:
     """The object of the source and of what it includes, as the compiler listed it when it last compiled it."""
     if not included.exists():
         return None
-    files = [source, *map(Path, included.read_text().replace("\\\n", " ").split()[1:])]
+    files = [source, *map(Path, included.read_text(encoding="utf-8").replace("\\\n", " ").split()[1:])]
     if not all(file.exists() for file in files):
         return None
-    return included.with_name(f"{source.name}-{_hash(included.name, *(file.read_text() for file in files))}.o")
+    return included.with_name(
+        f"{source.name}-{_hash(included.name, *(file.read_text(encoding='utf-8') for file in files))}.o"
+    )
 
 
 def _hash(*texts: str) -> str:
@@ -119,7 +123,7 @@ def _hash(*texts: str) -> str:
 def _run(target: Path, command: list[str]) -> None:
     """Writes target whole or not at all, so that an interrupted build leaves nothing that looks finished."""
     unfinished = target.with_suffix(f".unfinished{target.suffix}")
-    result = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True, check=False)
+    result = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, encoding="utf-8", check=False)
     if result.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr}")
     if result.stderr:

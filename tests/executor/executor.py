@@ -161,7 +161,7 @@ def _source_lines(library: Path, places: Iterable[int]) -> dict[int, str]:
     # -i: the function that was inlined comes first, and those that it was inlined into after it.
     command = ["addr2line", "-a", "-i", "-e", str(library)]
     asked = "".join(f"{place - 1:#x}\n" for place in places)
-    output = subprocess.run(command, input=asked, capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(command, input=asked, capture_output=True, encoding="utf-8", check=True).stdout
     lines, place = {}, 0
     for line in output.splitlines():
         if line.startswith("0x"):

@@ -25,7 +25,9 @@ def run(executor: Executor, kernel: str, *args) -> int:
 
 def line_of(text: str, occurrence: int = 0) -> str:
     """The place of a line of faults.cu, as the executor reports it."""
-    lines = [i for i, line in enumerate((EXECUTOR / "faults.cu").read_text().splitlines(), 1) if text in line]
+    lines = [
+        i for i, line in enumerate((EXECUTOR / "faults.cu").read_text(encoding="utf-8").splitlines(), 1) if text in line
+    ]
     return f"faults.cu:{lines[occurrence]}"
 
 

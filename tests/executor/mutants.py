@@ -117,11 +117,11 @@ def copy_with_edits(folder: Path) -> Path:
     shutil.copytree(build.CSRC, copy, dirs_exist_ok=True)
     for number, edit in enumerate(EDITS, 1):
         path = copy / "cuda" / edit.file
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         if text.count(edit.old) != 1:
             raise SystemExit(f"{edit.file} must have once what mutants.py edits: {edit.old}")
         is_on = f"(executor::source_mutant == {number})"
-        path.write_text(text.replace(edit.old, edit.new.replace("MUTANT", is_on)))
+        path.write_text(text.replace(edit.old, edit.new.replace("MUTANT", is_on)), encoding="utf-8")
     return copy
 
 
@@ -140,7 +140,7 @@ class Mutant(NamedTuple):
     def line(self) -> str:
         """The source at the site, without its comment."""
         path, _, number = self.site.place.rpartition(":")
-        return Path(path).read_text().splitlines()[int(number) - 1].partition("//")[0].strip()
+        return Path(path).read_text(encoding="utf-8").splitlines()[int(number) - 1].partition("//")[0].strip()
 
     @property
     def place(self) -> str:
@@ -340,7 +340,7 @@ def unreached(calls: Iterable[Call], csrc: Path = build.CSRC) -> list[str]:
         f"{path.name}:{number}"
         for path in sorted((csrc / "cuda").glob("*.cu*"))
         if path.name != "device.cuh"
-        for number, line in enumerate(path.read_text().splitlines(), 1)
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
         if named.search(line.partition("//")[0]) and f"{path}:{number}" not in reached
     ]
 

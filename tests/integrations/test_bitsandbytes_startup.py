@@ -35,7 +35,7 @@ def test_the_installed_file_runs_startup(tmp_path):
     prelude = f"import site; site.addsitedir({str(tmp_path)!r}); site.addsitedir({str(tmp_path)!r})"
     environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent), VARIABLE: "1"}
     command = [sys.executable, "-W", "error::ResourceWarning", "-c", f"{prelude}\n{PROGRAM}"]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    process = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", check=False)
     assert process.stdout.splitlines() == ["[] nf4kernels.integrations.bitsandbytes.replacements", "True"], (
         process.stderr
     )
@@ -75,13 +75,13 @@ def test_pip_installs_the_file(tmp_path, editable):
     venv.create(tmp_path / "venv")
     python = tmp_path / "venv/bin/python"
     packages = tmp_path / "venv" / Path(sysconfig.get_path("purelib")).relative_to(sys.prefix)
-    (packages / "zz_these.pth").write_text(sysconfig.get_path("purelib"))
+    (packages / "zz_these.pth").write_text(sysconfig.get_path("purelib"), encoding="utf-8")
     options = ["--no-build-isolation", "--no-deps", "--quiet", *(["--editable"] if editable else [])]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PATH": str(tmp_path / "nothing")}
     subprocess.run([python, "-m", "pip", "install", *options, source], env=environment, check=True, capture_output=True)
     for value, module in (("1", "nf4kernels.integrations.bitsandbytes.replacements"), ("0", "bitsandbytes.functional")):
         process = subprocess.run(
-            [python, "-c", PROGRAM], cwd=tmp_path, env=environment | {VARIABLE: value}, capture_output=True, text=True,
-            check=True,
+            [python, "-c", PROGRAM], cwd=tmp_path, env=environment | {VARIABLE: value}, capture_output=True,
+            encoding="utf-8", check=True,
         )  # fmt: skip
         assert process.stdout.splitlines() == [f"[] {module}", str(value == "1")]

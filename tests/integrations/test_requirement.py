@@ -54,7 +54,7 @@ def test_a_library_that_is_not_there(monkeypatch):
 def test_the_import_says_it():
     """Before anything of the library is imported."""
     result = subprocess.run(
-        [sys.executable, "-c", IMPORTS], env=python_path(), capture_output=True, text=True, check=True
+        [sys.executable, "-c", IMPORTS], env=python_path(), capture_output=True, encoding="utf-8", check=True
     )
     lines = result.stdout.splitlines()
     assert len(lines) == len(RELEASES)

@@ -46,15 +46,15 @@ def test_the_same_weights(tmp_path, family, double_quant, storage):
     assert {layer.scale_codebook for layer in layers.values()} == {"dynamic8" if double_quant else None}
     assert logits(model).isfinite().all()
     model.save_pretrained(tmp_path / "again")
-    assert json.loads((tmp_path / "again/config.json").read_text())["quantization_config"]["quant_method"] == (
-        "nf4kernels"
-    )
+    assert json.loads((tmp_path / "again/config.json").read_text(encoding="utf-8"))["quantization_config"][
+        "quant_method"
+    ] == ("nf4kernels")
     assert same_state(load(tmp_path / "again"), model)
 
 
 def test_without_bitsandbytes_nothing_need_be_said(tmp_path, without_bitsandbytes):
     assert main(["quantize", str(dense_directory(tmp_path / "dense")), str(tmp_path / "saved")]) == 0
-    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    config = json.loads((tmp_path / "saved" / "config.json").read_text(encoding="utf-8"))
     assert config["quantization_config"]["quant_method"] == "bitsandbytes"
     model = load(tmp_path / "saved")
     expected = load(tmp_path / "dense", quantization_config=Nf4Config())
@@ -95,9 +95,9 @@ def test_experts_of_the_command_line(tmp_path):
 
 def test_8_bits_are_refused(tmp_path):
     directory = dense_directory(tmp_path)
-    config = json.loads((directory / "config.json").read_text())
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}
-    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(ValueError, match=r"Nf4Config: the checkpoint must be dense or in 4 bits, got bitsandbytes' 8"):
         load(directory, quantization_config=Nf4Config())
 

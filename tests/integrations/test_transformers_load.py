@@ -206,7 +206,7 @@ def test_one_dense_tensor_at_a_time(tmp_path):
     malloc = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [sys.executable, "-c", MEASURE, *(str(tmp_path / name) for name in beside)],
-        env=os.environ | python_path() | malloc, capture_output=True, text=True, check=False,
+        env=os.environ | python_path() | malloc, capture_output=True, encoding="utf-8", check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
     for largest, line in zip(beside.values(), result.stdout.splitlines(), strict=True):

@@ -93,9 +93,9 @@ def test_who_does_not_ask_gets_what_transformers_has(tmp_path):
     config = transformers.AutoConfig.from_pretrained(tmp_path)
     quantizer, *_ = transformers.quantizers.auto.get_hf_quantizer(config, None, None, True, {})
     assert isinstance(quantizer, Mxfp4HfQuantizer)
-    stored = json.loads((tmp_path / "config.json").read_text())
+    stored = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     stored["quantization_config"] = {"quant_method": "gptq", "bits": 4}
-    (tmp_path / "config.json").write_text(json.dumps(stored))
+    (tmp_path / "config.json").write_text(json.dumps(stored), encoding="utf-8")
     with pytest.raises(ImportError, match="optimum"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
 

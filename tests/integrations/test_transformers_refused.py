@@ -42,10 +42,10 @@ def experts(tmp_path_factory):
 def copy_with(directory, target, tensors=None, **fields):
     """A copy, its tensors changed by a function and its quantization_config by fields."""
     shutil.copytree(directory, target)
-    config = json.loads((target / "config.json").read_text())
+    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
     if fields:
         config["quantization_config"].update(fields)
-        (target / "config.json").write_text(json.dumps(config))
+        (target / "config.json").write_text(json.dumps(config), encoding="utf-8")
     if tensors is not None:
         state = load_file(target / "model.safetensors")
         tensors(state)

@@ -22,7 +22,7 @@ def stored(directory):
 
 
 def quantization(directory):
-    return json.loads((directory / "config.json").read_text()).get("quantization_config")
+    return json.loads((directory / "config.json").read_text(encoding="utf-8")).get("quantization_config")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

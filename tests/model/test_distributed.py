@@ -96,7 +96,7 @@ def test_ddp_of_two_processes(tmp_path):
     environment = os.environ | python_path() | {"OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen([sys.executable, "-c", textwrap.dedent(TWO_RANKS), str(rank)], cwd=tmp_path, env=environment,
-                         stderr=subprocess.PIPE, text=True)
+                         stderr=subprocess.PIPE, encoding="utf-8")
         for rank in range(2)
     ]  # fmt: skip
     for process in ranks:

@@ -132,7 +132,7 @@ def test_peft_loads_what_is_saved(tmp_path, name, changes):
     """On the dense model of Ŵ; with [64, 64] weights, too, whose factors' shapes tell nothing."""
     model = filled(name, **changes)
     nf4.save_adapters(model, tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["target_parameters"] == ["experts.down_proj", "experts.gate_up_proj"]
     base = adapted(name, lora=None, **changes)
     nf4.merge_model(base)
@@ -180,8 +180,8 @@ def test_a_file_of_peft_0_18_is_read(tmp_path):
         tensors[key] = B.mT.flatten(0, 1).contiguous()
         tensors[other] = A.permute(2, 1, 0).flatten(1).contiguous()
     nf4.storage.adapters.save_file(tensors, file, {"format": "pt"})
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "peft_version": "0.18.1"}))
+    config = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "peft_version": "0.18.1"}), encoding="utf-8")
     again = adapted(lora=None)
     nf4.load_adapters(again, tmp_path)
     torch.testing.assert_close(logits(again), right)
@@ -190,7 +190,7 @@ def test_a_file_of_peft_0_18_is_read(tmp_path):
 def test_a_dropout_that_peft_has_not_is_said(tmp_path):
     with pytest.warns(UserWarning, match="save_adapters: PEFT has no dropout beside adapters on experts"):
         nf4.save_adapters(filled(lora=nf4.LoraConfig(r=4, dropout=0.1)), tmp_path)
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_dropout"] == 0
+    assert json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))["lora_dropout"] == 0
 
 
 BAD = {
@@ -205,8 +205,8 @@ BAD = {
 def test_a_file_that_does_not_fit_changes_nothing(tmp_path, changes, message):
     model = filled()
     nf4.save_adapters(model, tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+    config = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **changes}), encoding="utf-8")
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(ValueError, match=f"nf4kernels.load_adapters: .*{message}"):
         nf4.load_adapters(model, tmp_path)

@@ -97,11 +97,11 @@ def test_the_demo_does_not_replace_what_it_reads(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     inside = tmp_path / "out" / "merged"
     inside.mkdir(parents=True)
-    (inside / "config.json").write_text("{}")
+    (inside / "config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match="--model must lie outside --out"):
         Settings(out=tmp_path / "out", model=inside)
     with pytest.raises(ValueError, match="--out must be a directory of its own"):
         Settings(out=tmp_path)
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(ValueError, match="--out must be a directory that can be made"):
         Settings(out=tmp_path / "file" / "out")

@@ -30,7 +30,7 @@ def prepared(tmp_path, **environment):
     """(standard output, the warnings in standard error) of PREPARE in a process of its own."""
     clean = {k: v for k, v in os.environ.items() if k not in AVX2}
     result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(PREPARE)], capture_output=True, text=True, cwd=tmp_path,
+        [sys.executable, "-c", textwrap.dedent(PREPARE)], capture_output=True, encoding="utf-8", cwd=tmp_path,
         env=clean | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-500:]

@@ -56,12 +56,18 @@ def test_the_environment_of_a_laptop_is_seen():
     """The variables are read when torch and the library are loaded, so in a process of its own."""
     code = "from nf4kernels.model.training import training_dtype; print(training_dtype())"
     done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | python_path() | AVX2, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        env=os.environ | python_path() | AVX2,
+        capture_output=True,
+        encoding="utf-8",
+        check=True,
     )
     assert done.stdout == "torch.float32\n"
 
 
 def test_the_readme_gives_the_time_for_each_kind_of_machine():
-    paragraph = next(p for p in (ROOT / "README.md").read_text().split("\n\n") if "The demo fetches" in p)
+    paragraph = next(
+        p for p in (ROOT / "README.md").read_text(encoding="utf-8").split("\n\n") if "The demo fetches" in p
+    )
     assert "AVX2" in paragraph
     assert "TO-MEASURE" not in paragraph, "run `make demo` with AVX2 forced and write down how long it took"

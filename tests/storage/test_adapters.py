@@ -130,7 +130,7 @@ def test_names_metadata_and_settings(tmp_path):
         assert opened.metadata() == {"format": "pt"}
         names = set(opened.keys())
     assert names == {f"base_model.model.{layer}.lora_{factor}.weight" for layer in LAYERS for factor in "AB"}
-    config = json.loads((tmp_path / "new" / "directory" / CONFIG).read_text())
+    config = json.loads((tmp_path / "new" / "directory" / CONFIG).read_text(encoding="utf-8"))
     expected = {
         "peft_type": "LORA", "r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "use_rslora": False, "bias": "none",
         "target_modules": ["down_proj", "q_proj", "up_proj"], "init_lora_weights": "gaussian", "rank_pattern": {},

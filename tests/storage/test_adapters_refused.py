@@ -16,8 +16,8 @@ import nf4kernels as nf4
 
 def config_with(**changes):
     def damage(directory):
-        config = json.loads((directory / CONFIG).read_text())
-        (directory / CONFIG).write_text(json.dumps({**config, **changes}))
+        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        (directory / CONFIG).write_text(json.dumps({**config, **changes}), encoding="utf-8")
 
     return damage
 
@@ -41,9 +41,18 @@ def cut(directory):
 
 Q = "blocks.0.q_proj"
 BAD = {
-    "not json": (lambda d: (d / CONFIG).write_text("{"), "adapter_config.json must hold PEFT's configuration"),
-    "json list": (lambda d: (d / CONFIG).write_text("[]"), "adapter_config.json must hold PEFT's configuration"),
-    "no rank": (lambda d: (d / CONFIG).write_text('{"peft_type": "LORA"}'), "must hold PEFT's configuration"),
+    "not json": (
+        lambda d: (d / CONFIG).write_text("{", encoding="utf-8"),
+        "adapter_config.json must hold PEFT's configuration",
+    ),
+    "json list": (
+        lambda d: (d / CONFIG).write_text("[]", encoding="utf-8"),
+        "adapter_config.json must hold PEFT's configuration",
+    ),
+    "no rank": (
+        lambda d: (d / CONFIG).write_text('{"peft_type": "LORA"}', encoding="utf-8"),
+        "must hold PEFT's configuration",
+    ),
     "other type": (config_with(peft_type="IA3"), "peft_type in .* must be 'LORA'"),
     "dora": (config_with(use_dora=True), "use_dora in .* must be unset"),
     "lora_bias": (config_with(lora_bias=True), "lora_bias in .* must be unset"),

@@ -12,12 +12,12 @@ def test_overwrite_killed_between_its_renames(target_is_there, tmp_path):
     """The old directory stands under another name: it comes back, or goes if the new one was in place already."""
     target, replaced = tmp_path / "out", tmp_path / ".out.replaced"
     replaced.mkdir()
-    (replaced / "config.json").write_text("old")
+    (replaced / "config.json").write_text("old", encoding="utf-8")
     if target_is_there:
         target.mkdir()
-        (target / "config.json").write_text("new")
-        (target / "model.safetensors").write_text("")
+        (target / "config.json").write_text("new", encoding="utf-8")
+        (target / "model.safetensors").write_text("", encoding="utf-8")
     with pytest.raises(RuntimeError, match="stop"), replacing_directory(target):
         raise RuntimeError("stop")
     assert os.listdir(tmp_path) == ["out"]
-    assert (target / "config.json").read_text() == ("new" if target_is_there else "old")
+    assert (target / "config.json").read_text(encoding="utf-8") == ("new" if target_is_there else "old")

@@ -118,7 +118,9 @@ def sharded(tensors, directory: Path):
     for file, part in files.items():
         save_file({name: tensors[name] for name in part}, directory / file)
     weight_map = {name: file for file, part in files.items() for name in part}
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (directory / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8"
+    )
 
 
 def test_sharded_directory_loads_even_when_a_weight_is_split(tmp_path):
@@ -155,7 +157,7 @@ def index_without_file(directory, file):
 
 
 def index_damaged(directory, file):
-    (directory / "model.safetensors.index.json").write_text('{"weight_map": 3')
+    (directory / "model.safetensors.index.json").write_text('{"weight_map": 3', encoding="utf-8")
     return directory
 
 

@@ -15,7 +15,7 @@ def in_dir(tmp_path):
     (tmp_path / "in").mkdir()
     tensors = {"a.weight": torch.randn(8, 64), "embed.weight": torch.randn(4, 64), "a.bias": torch.randn(8)}
     save_file(tensors, tmp_path / "in" / "model.safetensors")
-    (tmp_path / "in" / "config.json").write_text("{}")
+    (tmp_path / "in" / "config.json").write_text("{}", encoding="utf-8")
     return tmp_path / "in"
 
 

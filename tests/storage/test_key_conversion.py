@@ -196,7 +196,7 @@ def test_experts_across_shards(tmp_path):
     saved(model, tmp_path / "in", max_shard_size="60KB")
     assert len(list((tmp_path / "in").glob("*.safetensors"))) > 4
     assert quantize(tmp_path) == 0
-    listed = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
+    listed = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"]
     for file in (tmp_path / "out").glob("*.safetensors"):
         with safe_open(file, framework="pt") as opened:
             assert set(opened.keys()) == {name for name, at in listed.items() if at == file.name}
@@ -213,7 +213,7 @@ def test_transformers_does_not_make_up_experts(tmp_path, monkeypatch):
     monkeypatch.delitem(methods, "nf4kernels", raising=False)  # as where integrations.transformers was not imported
     saved(experts_model(), tmp_path / "in")
     assert quantize(tmp_path) == 0
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
     assert config["quantization_config"]["quant_method"] == "nf4kernels"
     with pytest.raises(RuntimeError, match="mismatch"):
         tiny.transformers().MixtralForCausalLM.from_pretrained(tmp_path / "out")

@@ -119,7 +119,7 @@ def adapter(tmp_path):
 
 def configure(directory, **fields):
     path = directory / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | fields), encoding="utf-8")
 
 
 HARMLESS = {

@@ -129,7 +129,7 @@ def with_terms(model):
 @pytest.mark.parametrize(("family", "layout"), [("Llama", "compressed_mxfp4"), ("gpt-oss", "gpt_oss")])
 def test_mxfp4_is_converted_there_and_back_byte_for_byte(tmp_path, capsys, family, layout):
     directory, twin = published_pair(tmp_path / "published", family, layout)
-    (directory / "tokenizer_config.json").write_text("{}")
+    (directory / "tokenizer_config.json").write_text("{}", encoding="utf-8")
     for file in (directory / "names").iterdir():
         file.unlink()
     assert main(["convert", str(directory), str(tmp_path / "ours")]) == 0

@@ -112,7 +112,7 @@ def damaged(directories, tmp_path, layout, damage):
     tensors = load_file(source / "model.safetensors")
     damage(tensors)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text((source / "config.json").read_text())
+    (tmp_path / "config.json").write_text((source / "config.json").read_text(encoding="utf-8"), encoding="utf-8")
     return tmp_path
 
 
@@ -151,9 +151,9 @@ def test_a_missing_part_is_named(directories, tmp_path, capsys, layout, ending, 
 def test_a_method_that_is_unknown_is_named(directories, tmp_path, capsys):
     (tmp_path / "in").mkdir()
     directory = damaged(directories, tmp_path / "in", "gptq", lambda tensors: None)
-    config = json.loads((directory / "config.json").read_text())
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = {"quant_method": "quark"}
-    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
     assert_refused(directory, "quant_method must be one of mxfp4, .*, got 'quark'", capsys)
 
 
@@ -181,7 +181,7 @@ def test_the_command_line_ends_in_one_line(tmp_path, capsys, case):
         source = tmp_path / "in.gguf"
         source.write_bytes(b"GGUF")
     elif case in ("no JSON", "a list"):
-        (source / "config.json").write_text("[]" if case == "a list" else "")
+        (source / "config.json").write_text("[]" if case == "a list" else "", encoding="utf-8")
     elif case == "DST exists":
         out.mkdir()
     assert main(["convert", str(source), str(out), *options]) == 2
@@ -204,12 +204,12 @@ def test_from_pretrained_says_the_same(directories, tmp_path):
     directory = damaged(directories, tmp_path, "compressed_nvfp4", lambda t: change(t, ".weight_scale", nan))
     with pytest.raises(ValueError, match=r"nf4kernels\.Nf4Config: .*weight_scale must be E4M3 numbers, got NaN"):
         transformers.AutoModelForCausalLM.from_pretrained(directory, **options)
-    config = json.loads((directory / "config.json").read_text())
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     for fields, sentence in (CONFIGS["awq"], CONFIGS["unknown"], CONFIGS["modelopt-fp8"]):
-        (directory / "config.json").write_text(json.dumps({**config, "quantization_config": fields}))
+        (directory / "config.json").write_text(json.dumps({**config, "quantization_config": fields}), encoding="utf-8")
         with pytest.raises(ValueError, match=r"nf4kernels\.Nf4Config: " + sentence):
             transformers.AutoModelForCausalLM.from_pretrained(directory, **options)
-    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(
         ValueError, match="codebook must be left out for a checkpoint that is in 4 bits already, got 'fp4'"
     ):

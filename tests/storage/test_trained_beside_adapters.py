@@ -49,7 +49,7 @@ def test_modules_come_back_by_us_and_by_peft(tmp_path, names, modules):
     peft = pytest.importorskip("peft", reason="peft is not installed: nothing is compared to it")
     model = trained(tiny.quantized_llama(lora=LORA), *names)
     nf4.save_adapters(model, tmp_path)
-    assert sorted(json.loads((tmp_path / CONFIG).read_text())["modules_to_save"]) == sorted(modules)
+    assert sorted(json.loads((tmp_path / CONFIG).read_text(encoding="utf-8"))["modules_to_save"]) == sorted(modules)
     fresh = tiny.quantized_llama().requires_grad_(False)
     nf4.load_adapters(fresh, tmp_path)
     for name in names:
@@ -81,7 +81,7 @@ def test_biases_of_4_bit_layers_come_back_by_us_and_by_peft(tmp_path):
             layer.add_lora(LORA)
     trained(model, *names)
     nf4.save_adapters(model, tmp_path)
-    assert json.loads((tmp_path / CONFIG).read_text())["bias"] == "all"
+    assert json.loads((tmp_path / CONFIG).read_text(encoding="utf-8"))["bias"] == "all"
     fresh = tiny.make("Qwen2ForCausalLM")
     nf4.quantize_model(fresh, progress=False)
     nf4.load_adapters(fresh, tmp_path)
@@ -114,7 +114,7 @@ def test_a_module_whose_name_ends_anothers_is_not_given_to_peft(tmp_path):
     nf4.quantize_model(model, lora=LORA, progress=False)
     model.norm.requires_grad_(True)
     nf4.save_adapters(model, tmp_path)
-    assert json.loads((tmp_path / CONFIG).read_text())["modules_to_save"] is None
+    assert json.loads((tmp_path / CONFIG).read_text(encoding="utf-8"))["modules_to_save"] is None
     assert f"{PREFIX}norm.weight" in load_file(tmp_path / WEIGHTS)
 
 
@@ -126,7 +126,7 @@ def test_prepare_for_training_freezes_all_but_adapters(tmp_path):
     assert all("lora_" in name for name in trainable)
     nf4.save_adapters(model, tmp_path)
     assert {name.removeprefix(PREFIX) for name in load_file(tmp_path / WEIGHTS)} == trainable
-    assert json.loads((tmp_path / CONFIG).read_text())["modules_to_save"] is None
+    assert json.loads((tmp_path / CONFIG).read_text(encoding="utf-8"))["modules_to_save"] is None
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

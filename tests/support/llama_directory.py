@@ -23,12 +23,12 @@ def tiny_llama(directory: Path, shard_size="5GB", dtype=torch.bfloat16, **change
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**options, **changes})).to(dtype)
     model.save_pretrained(directory, max_shard_size=shard_size)
-    (directory / "tokenizer.json").write_text("{}")
+    (directory / "tokenizer.json").write_text("{}", encoding="utf-8")
     (directory / "pytorch_model.bin").write_bytes(b"another format")
     (directory / ".cache").mkdir()
-    (directory / ".cache" / "hidden").write_text("")
+    (directory / ".cache" / "hidden").write_text("", encoding="utf-8")
     (directory / "templates").mkdir()
-    (directory / "templates" / "chat.jinja").write_text("text")
+    (directory / "templates" / "chat.jinja").write_text("text", encoding="utf-8")
     return model
 
 

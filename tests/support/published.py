@@ -174,6 +174,8 @@ def publish(directory, dense, layout):
         (directory / "names" / "model.safetensors", decoded),
     ):
         save_file({name: tensor.contiguous().clone() for name, tensor in content.items()}, where, {"format": "pt"})
-    config = json.loads((directory / "names" / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(config | {"quantization_config": CONFIGS[layout]}))
+    config = json.loads((directory / "names" / "config.json").read_text(encoding="utf-8"))
+    (directory / "config.json").write_text(
+        json.dumps(config | {"quantization_config": CONFIGS[layout]}), encoding="utf-8"
+    )
     return type(dense).from_pretrained(directory / "names", dtype=dense.dtype).eval()

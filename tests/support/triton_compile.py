@@ -64,7 +64,7 @@ def resources(kernel, target: GPUTarget) -> dict:
         file.write(kernel.asm["cubin"])
         file.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
     return {"registers": int(found[1]), "spilled": int(found[2]) + int(found[3])}
 
@@ -254,7 +254,7 @@ def write_products(recorder: Recorder, table: choose.Table, folder: Path) -> Non
             cubin = f"{len(described)}.cubin"
             (folder / cubin).write_bytes(kernel.asm["cubin"])
             described.append({"name": name.removesuffix(" of 2"), "rows": rows_of[name], "cubin": cubin})
-    (folder / "kernels.json").write_text(json.dumps(described))
+    (folder / "kernels.json").write_text(json.dumps(described), encoding="utf-8")
 
 
 def compilations_by_rows(recorder: Recorder) -> list[int]:

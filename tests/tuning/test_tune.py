@@ -494,7 +494,7 @@ def test_the_former_table_stays_where_a_run_is_interrupted(table, tmp_path, monk
 
 
 def test_a_cache_that_cannot_be_written_is_said_before_anything_is_measured(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     for path in (tmp_path / "file" / "table.json", tmp_path / "file" / "deeper" / "table.json"):
         with pytest.raises(TuneError, match=f"must write {path}, got Not a directory|got File exists"):
             check_writable(path)

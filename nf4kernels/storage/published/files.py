@@ -209,7 +209,7 @@ def quantization_of(directory: Path) -> dict[str, Any] | None:
     """The quantization_config that a directory's files tell; None where there is none, or it is our own."""
     for name in CONFIGS:
         try:
-            content = json.loads((directory / name).read_text())
+            content = json.loads((directory / name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
         if not isinstance(content, dict):
@@ -225,7 +225,7 @@ def quantization_of(directory: Path) -> dict[str, Any] | None:
 def dtype_of(directory: Path) -> torch.dtype:
     """What config.json says that dense weights are; bfloat16 where it does not."""
     try:
-        return dtype_in(json.loads((directory / CONFIGS[0]).read_text()))
+        return dtype_in(json.loads((directory / CONFIGS[0]).read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return torch.bfloat16
 
