@@ -33,11 +33,12 @@ LEVELS = {
     "nf4kernels.optim": 5,
     "nf4kernels.recover": 5,
     "nf4kernels.integrations": 6,
-    "nf4kernels.entry": 7,
-    "nf4kernels.cli": 7,
-    "nf4kernels.demo": 7,
-    "nf4kernels.__main__": 7,
-    "nf4kernels": 7,  # the front door: it re-exports, and nothing below imports it
+    "nf4kernels.stages": 7,
+    "nf4kernels.entry": 8,
+    "nf4kernels.cli": 8,
+    "nf4kernels.demo": 8,
+    "nf4kernels.__main__": 8,
+    "nf4kernels": 8,  # the front door: it re-exports, and nothing below imports it
 }
 # The third-party packages that a folder may import; first match wins, and what has no line may import torch alone.
 # Levels 0 to 5 together need torch, numpy, scipy, safetensors and tqdm, which are what pyproject.toml requires.
@@ -49,11 +50,27 @@ THIRD_PARTY = {
     "nf4kernels.tuning": {"torch", "tqdm"},
     "nf4kernels.recover": {"torch", "numpy", "tqdm"},
     "nf4kernels.integrations": {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "deepspeed"},
+    "nf4kernels.stages": {
+        "torch",
+        "numpy",
+        "tqdm",
+        "safetensors",
+        "yaml",
+        "transformers",
+        "peft",
+        "trl",
+        "datasets",
+        "accelerate",
+        "matplotlib",
+        "gradio",
+        "lm_eval",
+        "huggingface_hub",
+    },
     "nf4kernels.cli": {"torch", "transformers"},
     "nf4kernels.demo": {"torch", "tqdm", "transformers", "matplotlib"},
 }
-# Above integrations/ only inside a function: every verb of the command line is imported with the others.
-FRAMEWORKS = {"transformers", "peft", "bitsandbytes", "accelerate", "deepspeed", "matplotlib", "gguf"}
+# Above stages/ only inside a function: every verb of the command line is imported with the others.
+FRAMEWORKS = {"transformers", "peft", "trl", "bitsandbytes", "accelerate", "deepspeed", "matplotlib", "gguf", "gradio"}
 OWN = "nf4kernels"
 # Imported when it is chosen: it brings Triton, which need not be there.
 LATE = {("nf4kernels.backends.select", "nf4kernels.backends.triton")}
@@ -115,7 +132,7 @@ def violations(module: str, file: Path) -> list[str]:
                 found.append(f"{where}: level {level(imported)} from level {own}")
         elif root not in allowed and root not in sys.stdlib_module_names:
             found.append(f"{where}: it may import {', '.join(sorted(allowed))} alone")
-        elif root in FRAMEWORKS and own > 6 and not inside:
+        elif root in FRAMEWORKS and own > 7 and not inside:
             found.append(f"{where} outside a function")
         if inside and own <= 5 and (module, imported) not in LATE:
             found.append(f"{where} inside a function")

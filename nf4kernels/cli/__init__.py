@@ -1,32 +1,45 @@
 """The command line, one verb a file.
 
 A verb's module has `add_parser(subparsers)`, which adds its parser with `run` as the default of `func`, and
-`run(args)`, which does the work, may return an exit code, and raises CommandError for what the user can put right.
-Frameworks like transformers and matplotlib are imported inside `run`, so that the other verbs work without them.
+`run(args)`, which calls the stage, prints what came of it, may return an exit code, and raises CommandError for what
+the user can put right. Stages and frameworks are imported inside `run`, so that the other verbs work without them.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
 
+from ..stages.errors import StageError
 from . import convert, demo, info, quantize, tune
 from .errors import CommandError
 
-VERBS = (info, demo, quantize, convert, tune)
+VERBS = (
+    info,
+    tune,
+    quantize,
+    convert,
+    demo,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; its exit code, 2 after an error of the user's, 130 after an interrupt."""
     parser = argparse.ArgumentParser(prog="nf4kernels", description="4-bit NormalFloat weights for PyTorch.")
-    subparsers = parser.add_subparsers(metavar="VERB", required=True)
+    subparsers = parser.add_subparsers(metavar="VERB", dest="verb", required=True)
     for verb in VERBS:
         verb.add_parser(subparsers)
     args = parser.parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a locale without Ŵ, or a name that is no UTF-8
     try:
         return args.func(args) or 0
     except CommandError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        print(f"{parser.prog} {error}", file=sys.stderr)
+        return 2
+    except StageError as error:
+        print(f"{parser.prog} {args.verb}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        print(f"{parser.prog} {args.verb}: interrupted", file=sys.stderr)
         return 130

@@ -200,7 +200,7 @@ def test_usage_errors(arguments, capsys):
 
 def test_missing_input(tmp_path, capsys):
     assert command(tmp_path / "nowhere", tmp_path / "out") == 2
-    assert "nf4kernels: quantize: IN_DIR must be a Hugging Face model directory" in capsys.readouterr().err
+    assert "nf4kernels quantize: IN_DIR must be a Hugging Face model directory" in capsys.readouterr().err
     assert os.listdir(tmp_path) == []
 
 

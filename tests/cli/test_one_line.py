@@ -145,7 +145,7 @@ def test_a_broken_directory(in_dir, tmp_path, capsys, kind):
     BROKEN[kind](in_dir)
     capsys.readouterr()
     assert main(["quantize", str(in_dir), str(tmp_path / "out")]) == 2
-    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("nf4kernels: quantize: "))
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("nf4kernels quantize: "))
     assert "must" in line or "directory" in line
     assert os.listdir(tmp_path) == ["in"]
 
@@ -154,7 +154,7 @@ def test_a_broken_directory(in_dir, tmp_path, capsys, kind):
 def test_an_output_that_cannot_be(in_dir, tmp_path, capsys, monkeypatch, out):
     monkeypatch.chdir(tmp_path)
     assert main(["quantize", "in", out]) == 2
-    assert "nf4kernels: quantize: " in capsys.readouterr().err
+    assert "nf4kernels quantize: " in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["in"]
 
 
@@ -209,7 +209,7 @@ def test_a_model_that_transformers_does_not_load(demo_directory, capsys, monkeyp
     """Config and all, but no weights: transformers' error, in one line that begins with the flag."""
     (demo_directory / "empty" / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
     assert main(["demo", "--data", "data.jsonl", "--model", "empty", "--out", "out"]) == 2
-    assert "nf4kernels: demo: --model must be a causal language model" in capsys.readouterr().err
+    assert "nf4kernels demo: --model must be a causal language model" in capsys.readouterr().err
     assert not (demo_directory / "out").exists()
 
 

@@ -31,7 +31,7 @@ def test_without_a_gpu_it_is_an_error(monkeypatch, capsys):
     assert main(["tune"]) == 2
     error = capsys.readouterr().err
     why = backend_info().devices["cuda"][1]
-    assert error == f"nf4kernels: tune: there must be a GPU to measure, got none: {why}\n"
+    assert error == f"nf4kernels tune: there must be a GPU to measure, got none: {why}\n"
     assert len(error.splitlines()) == 1
 
 
@@ -74,9 +74,9 @@ def test_the_summary_says_what_was_found(monkeypatch, capsys):
 def test_an_error_and_an_interrupt_end_in_a_line(monkeypatch, capsys):
     has_gpus(monkeypatch, 1)
     for error, status, text in (
-        (TuneError("must write /cache/a.json, got Read-only file system"), 2, "nf4kernels: tune: must write /cache"),
+        (TuneError("must write /cache/a.json, got Read-only file system"), 2, "nf4kernels tune: must write /cache"),
         (OSError(28, "No space left on device"), 2, "No space left on device"),
-        (KeyboardInterrupt(), 130, "nf4kernels: interrupted"),
+        (KeyboardInterrupt(), 130, "nf4kernels tune: interrupted"),
     ):
 
         def fails(*arguments, error=error):

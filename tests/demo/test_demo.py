@@ -145,7 +145,7 @@ def test_a_bad_option_gives_one_clear_line(tmp_path, options, message):
     (tmp_path / "full" / "diary.txt").write_text("dear diary", encoding="utf-8")
     done = run_cli(*options, cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr.strip() == f"nf4kernels: demo: {message}"
+    assert done.stderr.strip() == f"nf4kernels demo: {message}"
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 

@@ -125,7 +125,7 @@ def assert_refused(directory, sentence, capsys):
     out = directory / "out" if directory.is_file() else directory.parent / "out"
     assert main(["convert", str(directory), str(out)]) == 2
     assert not out.exists()
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nf4kernels: convert: ")]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nf4kernels convert: ")]
     assert line
 
 
@@ -187,13 +187,13 @@ def test_the_command_line_ends_in_one_line(tmp_path, capsys, case):
     assert main(["convert", str(source), str(out), *options]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nf4kernels: ")]
     assert len(lines) == 1
-    assert re.match(f"nf4kernels: convert: {sentence}", lines[0])
+    assert re.match(f"nf4kernels convert: {sentence}", lines[0])
 
 
 def test_a_target_that_cannot_be_made_is_named(directories, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert main(["convert", str(directories("gptq")), str(tmp_path / "file" / "out")]) == 2
-    assert "nf4kernels: convert: DST must be a path that can be made, got " in capsys.readouterr().err
+    assert "nf4kernels convert: DST must be a path that can be made, got " in capsys.readouterr().err
 
 
 def test_from_pretrained_says_the_same(directories, tmp_path):
