@@ -185,7 +185,7 @@ def test_the_command_line_ends_in_one_line(tmp_path, capsys, case):
     elif case == "DST exists":
         out.mkdir()
     assert main(["convert", str(source), str(out), *options]) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nf4kernels: ")]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nf4kernels convert: ")]
     assert len(lines) == 1
     assert re.match(f"nf4kernels convert: {sentence}", lines[0])
 
