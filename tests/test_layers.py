@@ -66,11 +66,22 @@ THIRD_PARTY = {
         "lm_eval",
         "huggingface_hub",
     },
-    "nf4kernels.cli": {"torch", "transformers"},
+    "nf4kernels.cli": {"torch", "transformers", "shtab"},
     "nf4kernels.demo": {"torch", "tqdm", "transformers", "matplotlib"},
 }
 # Above stages/ only inside a function: every verb of the command line is imported with the others.
-FRAMEWORKS = {"transformers", "peft", "trl", "bitsandbytes", "accelerate", "deepspeed", "matplotlib", "gguf", "gradio"}
+FRAMEWORKS = {
+    "transformers",
+    "peft",
+    "trl",
+    "bitsandbytes",
+    "accelerate",
+    "deepspeed",
+    "matplotlib",
+    "gguf",
+    "gradio",
+    "shtab",
+}
 OWN = "nf4kernels"
 # Imported when it is chosen: it brings Triton, which need not be there.
 LATE = {("nf4kernels.backends.select", "nf4kernels.backends.triton")}

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from ..stages.errors import StageError
-from . import convert, demo, info, quantize, tune
+from . import completion, convert, demo, info, quantize, tune
 from .errors import CommandError
 
 VERBS = (
@@ -19,12 +19,14 @@ VERBS = (
     quantize,
     convert,
     demo,
+    completion,
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; its exit code, 2 after an error of the user's, 130 after an interrupt."""
     parser = argparse.ArgumentParser(prog="nf4kernels", description="4-bit NormalFloat weights for PyTorch.")
+    parser.set_defaults(parser=parser)  # completion describes it
     subparsers = parser.add_subparsers(metavar="VERB", dest="verb", required=True)
     for verb in VERBS:
         verb.add_parser(subparsers)

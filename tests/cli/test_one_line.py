@@ -224,6 +224,7 @@ def test_no_other_verb_computes():
     """A new verb belongs in the tests of this file."""
     from nf4kernels import cli
 
-    assert [verb.__name__.rpartition(".")[2] for verb in cli.VERBS] == ["info", "demo", "quantize", "convert", "tune"]
+    names = [verb.__name__.rpartition(".")[2] for verb in cli.VERBS]
+    assert names == ["info", "tune", "quantize", "convert", "demo", "completion"]
     assert {demo, quantize} < set(cli.VERBS)
     assert torch.get_default_device().type == "cpu"

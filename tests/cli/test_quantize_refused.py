@@ -83,7 +83,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(case, in_dir, tmp_path, capsys
     damage(in_dir)
     capsys.readouterr()
     assert command(in_dir, tmp_path / "out") == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nf4kernels: ")]
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nf4kernels quantize: ")]
     assert len(errors) == 1
     assert re.search(message, errors[0])
     assert_only_input(tmp_path)
