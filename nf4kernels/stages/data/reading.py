@@ -1,0 +1,175 @@
+"""Files of examples, read and split into those to train on and those held out."""
+
+import json
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import Dataset
+
+from ..errors import StageError
+from .examples import ExampleError, example
+
+LONGEST_LINE = 1_000_000  # bytes: beyond it a file is no list of examples, one a line
+SUFFIXES = (".jsonl", ".json", ".parquet")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file of examples, and how often an epoch sees each: 2 is twice, 0.5 half of them, drawn by the seed."""
+
+    path: Path
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Split:
+    """Examples to train on and held-out ones, in TRL's columns; `form` is text, prompt or messages."""
+
+    train: Dataset
+    held_out: Dataset
+    form: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """One example of a file, or what is wrong at its place."""
+
+    where: str
+    form: str = ""
+    row: dict[str, Any] | None = None
+    problem: str = ""
+
+
+def read(sources: Sequence[Source], held_out: float | int = 0.1, seed: int = 0) -> Split:
+    """All examples of `sources` in one form, in order, split by `seed`.
+
+    `held_out` is a share below 1, or a number of examples, of the distinct ones: an example that stands several times,
+    in one file or in several, is on one side alone. 0 holds none out.
+
+    Raises:
+        StageError: a source is not there or holds no examples, one of them is broken (the message names its line), two
+            have different forms, or nothing is left to train on.
+    """
+    if held_out < 0 or (held_out >= 1 and held_out != int(held_out)):
+        raise StageError(f"held_out must be a share below 1 or a number of examples, got {held_out}")
+    drawn: list[dict[str, Any]] = []
+    distinct: dict[str, dict[str, Any]] = {}
+    form = first = ""
+    draw = random.Random(seed)
+    for source in sources:
+        if not (math.isfinite(source.weight) and source.weight > 0):
+            raise StageError(f"the weight of {source.path} must be above 0, got {source.weight}")
+        rows: list[dict[str, Any]] = []
+        for found in walk(source.path):
+            if found.row is None:
+                raise StageError(f"{found.where}: {found.problem}")
+            form, first = form or found.form, first or found.where
+            if found.form != form:
+                raise StageError(f"{found.where} must be {form} as {first} is, got {found.form}")
+            rows.append(found.row)
+            distinct.setdefault(identity(found.row), found.row)
+        if not rows:
+            raise StageError(f"{source.path} must hold examples, got none")
+        drawn += _weighted(rows, source.weight, draw)
+    if not distinct:
+        raise StageError("there must be a file of examples, got none")
+    count = int(held_out) if held_out >= 1 else math.ceil(held_out * len(distinct))
+    if count >= len(distinct):
+        raise StageError(f"held_out must leave examples to train on, got {held_out} of {len(distinct)} distinct ones")
+    apart = set(random.Random(seed).sample(list(distinct), count))
+    train = [row for row in drawn if identity(row) not in apart]
+    if not train:
+        raise StageError("the weights must leave examples to train on, got none")
+    kept = [row for key, row in distinct.items() if key in apart]
+    return Split(Dataset.from_list(train), Dataset.from_list(kept, features=Dataset.from_list(train).features), form)
+
+
+def walk(path: Path) -> Iterator[Example]:
+    """Each example of a JSONL or Parquet file, or of a directory that `datasets` saved, with its place.
+
+    Raises:
+        StageError: the file is not there, or is none of these.
+    """
+    if not path.exists():
+        raise StageError(f"{path} must be a file of examples, got nothing there")
+    if path.is_dir():
+        records = _rows(path, lambda: datasets.load_from_disk(str(path)), "a directory that datasets saved")
+    elif path.suffix == ".parquet":
+        records = _rows(path, lambda: Dataset.from_parquet(str(path), keep_in_memory=True), "a Parquet file")
+    elif path.suffix in SUFFIXES:
+        records = _lines(path)
+    else:
+        raise StageError(f"{path} must end in {', '.join(SUFFIXES)}, or be a directory that datasets saved")
+    for where, record in records:
+        if isinstance(record, ExampleError):
+            yield Example(where, problem=str(record))
+            continue
+        try:
+            form, row = example(record)
+        except ExampleError as error:
+            yield Example(where, problem=str(error))
+        else:
+            yield Example(where, form, row)
+
+
+def identity(row: dict[str, Any]) -> str:
+    """Equal for equal examples."""
+    return json.dumps(row, sort_keys=True, default=str)
+
+
+def _lines(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise StageError(f"{path} must be a readable file, got {error.strerror}") from None
+    with file:
+        start = 0
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), 1):
+            where, begin = f"{path} line {number}", start
+            start += len(line)
+            if len(line) > LONGEST_LINE:
+                while line and not line.endswith(b"\n"):  # to the line's end
+                    line = file.readline(LONGEST_LINE)
+                    start += len(line)
+                length = start - begin
+                yield where, ExampleError(f"must be one example of at most {LONGEST_LINE} bytes, got {length}")
+                continue
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                byte = f"byte {begin + error.start} of the file is 0x{line[error.start]:02x}"
+                yield where, ExampleError(f"must be UTF-8, but {byte}")
+                continue
+            if not text.strip():
+                continue
+            try:
+                yield where, json.loads(text)
+            except json.JSONDecodeError as error:
+                yield where, ExampleError(f"must be JSON: {error.msg} at column {error.colno}")
+            except RecursionError:
+                yield where, ExampleError("must be JSON of a few levels, got too many")
+
+
+def _rows(path: Path, load, expected: str) -> Iterator[tuple[str, Any]]:
+    try:
+        table = load()
+    except Exception as error:  # what datasets and pyarrow raise about a file has no common type
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise StageError(f"{path} must be {expected}, got {first}") from None
+    if isinstance(table, datasets.DatasetDict):
+        if len(table) != 1:
+            raise StageError(f"{path} must hold one split, got {', '.join(table)}: name its folder")
+        (table,) = table.values()
+    for number, record in enumerate(table, 1):
+        yield f"{path} row {number}", record
+
+
+def _weighted(rows: list, weight: float, draw: random.Random) -> list:
+    whole = int(weight)
+    part = draw.sample(range(len(rows)), round((weight - whole) * len(rows)))
+    return rows * whole + [rows[i] for i in sorted(part)]
