@@ -4,6 +4,11 @@ from typing import Any
 
 FORMS = ("messages", "prompt", "text")
 ROLES = ("system", "user", "assistant", "tool")
+BEFORE = {  # whose turn comes before it; "" is the beginning
+    "assistant": ("user", "tool"),
+    "user": ("", "system", "assistant"),
+    "tool": ("assistant", "tool"),
+}
 EXPECTED = "text, prompt and completion, messages, or instruction and output"
 # The prompt of Stanford Alpaca (tatsu-lab/stanford_alpaca, README), which its data was made for.
 WITH_INPUT = (
@@ -30,7 +35,7 @@ def example(record: Any) -> tuple[str, dict[str, Any]]:
     if not isinstance(record, dict):
         raise ExampleError(f"must be an object with {EXPECTED}, got {type(record).__name__}")
     if record.get("messages") is not None:
-        _check_messages("messages", record["messages"], answers=True)
+        _check_messages("messages", record["messages"])
         return "messages", {"messages": [_turn(turn) for turn in record["messages"]]}
     if record.get("prompt") is not None and record.get("completion") is not None:
         return "prompt", _prompt_and_completion(record)
@@ -52,7 +57,7 @@ def example(record: Any) -> tuple[str, dict[str, Any]]:
 def _prompt_and_completion(record: dict) -> dict[str, Any]:
     prompt, completion = record["prompt"], record["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
-        _check_messages("prompt and completion", prompt + completion, answers=True)
+        _check_messages("prompt and completion", prompt + completion)
         if not completion:
             raise ExampleError("completion must hold the assistant's turn, got an empty list")
         return {"prompt": [_turn(turn) for turn in prompt], "completion": [_turn(turn) for turn in completion]}
@@ -68,7 +73,7 @@ def _check_text(name: str, value: Any) -> None:
         raise ExampleError(f"{name} must not be empty")
 
 
-def _check_messages(name: str, turns: Any, answers: bool) -> None:
+def _check_messages(name: str, turns: Any) -> None:
     if not isinstance(turns, list) or not turns:
         raise ExampleError(f"{name} must be a list of turns, got {'an empty one' if turns == [] else repr(turns)[:40]}")
     last = ""
@@ -82,12 +87,12 @@ def _check_messages(name: str, turns: Any, answers: bool) -> None:
             _check_text(f"the content of {where}", turn.get("content"))
         if role == "system" and number > 1:
             raise ExampleError(f"{where} must not be the system's, which is the first or none")
-        if role == "assistant" and last in ("", "system", "assistant") or role == "user" and last in ("user", "tool"):
+        if last not in BEFORE.get(role, (last,)):
             raise ExampleError(
-                f"{where} must not be the {role}'s after {last or 'nothing'}: user and assistant alternate"
+                f"{where} must follow {' or '.join(filter(None, BEFORE[role]))}, got {role} after {last or 'nothing'}"
             )
         last = role
-    if answers and last != "assistant":
+    if last != "assistant":
         raise ExampleError(f"{name} must end with the assistant's turn, which is learned, got the {last}'s")
 
 

@@ -86,7 +86,8 @@ def read(sources: Sequence[Source], held_out: float | int = 0.1, seed: int = 0) 
     if not train:
         raise StageError("the weights must leave examples to train on, got none")
     kept = [row for key, row in distinct.items() if key in apart]
-    return Split(Dataset.from_list(train), Dataset.from_list(kept, features=Dataset.from_list(train).features), form)
+    both = Dataset.from_list(train + kept)  # of one schema, also where one side is empty
+    return Split(both.select(range(len(train))), both.select([*range(len(train), len(both))]), form)
 
 
 def walk(path: Path) -> Iterator[Example]:
@@ -101,6 +102,8 @@ def walk(path: Path) -> Iterator[Example]:
         records = _rows(path, lambda: datasets.load_from_disk(str(path)), "a directory that datasets saved")
     elif path.suffix == ".parquet":
         records = _rows(path, lambda: Dataset.from_parquet(str(path), keep_in_memory=True), "a Parquet file")
+    elif path.suffix == ".json":
+        records = _rows(path, lambda: _array(path), "an array of objects in JSON")
     elif path.suffix in SUFFIXES:
         records = _lines(path)
     else:
@@ -148,7 +151,7 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
             if not text.strip():
                 continue
             try:
-                yield where, json.loads(text)
+                yield where, json.loads(text.rstrip("\r\n"))
             except json.JSONDecodeError as error:
                 yield where, ExampleError(f"must be JSON: {error.msg} at column {error.colno}")
             except RecursionError:
@@ -167,6 +170,13 @@ def _rows(path: Path, load, expected: str) -> Iterator[tuple[str, Any]]:
         (table,) = table.values()
     for number, record in enumerate(table, 1):
         yield f"{path} row {number}", record
+
+
+def _array(path: Path) -> list:
+    records = json.loads(path.read_bytes())
+    if not isinstance(records, list):
+        raise ValueError(type(records).__name__)
+    return records
 
 
 def _weighted(rows: list, weight: float, draw: random.Random) -> list:
