@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from ..stages.errors import StageError
-from . import convert, demo, info, merge, quantize, tune
+from . import convert, demo, export, info, merge, quantize, tune
 from .errors import CommandError
 
 VERBS = (
@@ -19,6 +19,7 @@ VERBS = (
     quantize,
     convert,
     merge,
+    export,
     demo,
 )
 

@@ -155,7 +155,7 @@ def read_tensors(
     factors: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
     adapter_names = set()
-    for key, tensor in _stored_tensors(file, who).items():
+    for key, tensor in read_stored_tensors(file, who).items():
         match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])(?:\.([^.]+))?\.weight", key)
         if match is not None:
             factors.setdefault(match[1], {})[match[2]] = tensor
@@ -192,7 +192,7 @@ def stored_lora(
     return StoredLora(found, A, B)
 
 
-def _stored_tensors(file: Path, who: str) -> dict[str, Tensor]:
+def read_stored_tensors(file: Path, who: str) -> dict[str, Tensor]:
     if file.name == WEIGHTS:
         try:
             return load_file(file)

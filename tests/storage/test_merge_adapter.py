@@ -224,7 +224,9 @@ BAD = {
         "of linear layers alone .* got model.embed_tokens.lora_embedding_A",
     ),
     "quantized by others": (
-        lambda a, b: (b / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}', "utf-8"),
+        lambda a, b: (b / "config.json").write_text(
+            '{"quantization_config": {"quant_method": "gptq"}}', encoding="utf-8"
+        ),
         "must be dense or in 4 bits of nf4kernels or bitsandbytes, got one quantized by gptq",
     ),
 }
