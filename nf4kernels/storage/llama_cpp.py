@@ -8,7 +8,6 @@ from pathlib import Path
 from .atomic import replacing
 
 SCRIPT = "convert_hf_to_gguf.py"
-LAST = 5  # lines of the converter's own message
 
 
 def find_converter(directory: Path | None, who: str) -> Path:
@@ -33,7 +32,7 @@ def convert_to_gguf(script: Path, source: Path, out_file: Path, outtype: str, wh
         command = [sys.executable, str(script), str(source), "--outfile", str(partial), "--outtype", outtype]
         done = subprocess.run(command, stderr=subprocess.PIPE, encoding="utf-8", errors="replace", check=False)
         if done.returncode:
-            last = " / ".join(done.stderr.strip().splitlines()[-LAST:])
+            last = next(iter(done.stderr.strip().splitlines()[-1:]), "no message")
             raise ValueError(f"{who}: {script} must convert {source}, got exit code {done.returncode}: {last}")
         if not partial.stat().st_size:
             raise ValueError(f"{who}: {script} must write the file that it is told, got none")

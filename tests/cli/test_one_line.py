@@ -215,7 +215,8 @@ def test_a_model_that_transformers_does_not_load(demo_directory, capsys, monkeyp
 
 def test_every_verb_that_computes_looks_for_a_backend(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("nf4kernels.backends.select.FORCED", "triton")
-    for arguments in (["quantize", str(tmp_path), str(tmp_path / "out")], ["demo"]):
+    paths = [str(tmp_path), str(tmp_path / "out")]
+    for arguments in (["quantize", *paths], ["demo"], ["merge", *paths], ["export", *paths, "--to", "peft"]):
         assert main(arguments) == 2
         assert "the CPU must have a backend, got none: NF4KERNELS_BACKEND=triton" in capsys.readouterr().err
 
@@ -224,6 +225,7 @@ def test_no_other_verb_computes():
     """A new verb belongs in the tests of this file."""
     from nf4kernels import cli
 
-    assert [verb.__name__.rpartition(".")[2] for verb in cli.VERBS] == ["info", "demo", "quantize", "convert", "tune"]
+    verbs = {verb.__name__.rpartition(".")[2] for verb in cli.VERBS}
+    assert verbs == {"info", "demo", "quantize", "convert", "tune", "merge", "export"}
     assert {demo, quantize} < set(cli.VERBS)
     assert torch.get_default_device().type == "cpu"
