@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from ..stages.errors import StageError
-from . import completion, convert, data, demo, info, quantize, tune
+from . import completion, convert, data, demo, export, info, merge, quantize, tune
 from .errors import CommandError
 
 VERBS = (
@@ -19,6 +19,8 @@ VERBS = (
     quantize,
     convert,
     data,
+    merge,
+    export,
     demo,
     completion,
 )

@@ -2,25 +2,24 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..model.plan import is_conv1d
 from .atomic import TargetError, replacing_directory, write_json
 from .bitsandbytes_format import names_of_weight, stored_weight, stored_weights, weight_from_tensors
-from .checkpoint import write_tensors
 from .convert import CALLED, ConversionError, Words, check_outside, check_target, copy_rest
 from .experts_format import experts_from_tensors, stored_experts
 from .published import mxfp4
 from .published.files import PublishedFiles, dtype_in
 from .published.opening import GGUF, open_published
-from .tensor_files import INDEX, TensorFiles, checkpoint_files
+from .shards import Source, write_shards
+from .tensor_files import TensorFiles, checkpoint_files
 
 SHARD = 4 << 30  # bytes of a file, at most
 NOT_COPIED = ("hf_quant_config.json", "quantize_config.json", "quantization_config.json")  # of the layout left behind
@@ -89,7 +88,7 @@ def convert_published(
                 "modules_to_not_convert": _dense_layers(model, files),
             }  # fmt: skip
             with replacing_directory(out_dir) as staging:
-                nbytes = _write(((name, files.on_meta(name), files.read) for name in files.names), staging, progress)
+                nbytes = write_shards(_as_they_are(files), staging, SHARD, progress, "convert")
                 write_json(staging / "config.json", config | {"quantization_config": quantization})
                 if source.is_dir():
                     copy_rest(source, staging, NOT_COPIED)
@@ -128,7 +127,7 @@ def convert_to_mxfp4(
             dense = [name for name in files.names if not any(_is_of(name, key) for key in (*experts, *linear))]
             tensors += [(name, files.on_meta(name), files.read) for name in dense]
             with replacing_directory(out_dir) as staging:
-                nbytes = _write(tensors, staging, progress)
+                nbytes = write_shards(tensors, staging, SHARD, progress, "convert")
                 quantization = _mxfp4_config(bool(experts), files, dense)
                 write_json(staging / "config.json", config | {"quantization_config": quantization})
                 copy_rest(source, staging)
@@ -139,7 +138,8 @@ def convert_to_mxfp4(
         raise ConversionError(str(error)) from None
 
 
-Source = tuple[str, Tensor, Callable[[str], Tensor]]  # a tensor's name, its shape on meta, and what reads it
+def _as_they_are(files: PublishedFiles) -> list[Source]:
+    return [(name, files.on_meta(name), files.read) for name in files.names]
 
 
 def _in_mxfp4(files: TensorFiles, experts: list[str], linear: list[str]) -> list[Source]:
@@ -185,37 +185,6 @@ def _mxfp4_config(has_experts: bool, files: TensorFiles, dense: Iterable[str]) -
         "quant_method": "compressed-tensors", "format": "mxfp4-pack-quantized", "quantization_status": "compressed",
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}, "ignore": sorted(layers),
     }  # fmt: skip
-
-
-def _write(tensors: Iterable[Source], staging: Path, progress: bool) -> int:
-    """Files of at most SHARD bytes, or one tensor, and the index of several; how many bytes."""
-    sources = list(tensors)
-    shards: list[list[Source]] = [[]]
-    filled = total = 0
-    for source in sources:
-        if filled and filled + source[1].nbytes > SHARD:
-            shards.append([])
-            filled = 0
-        shards[-1].append(source)
-        filled += source[1].nbytes
-        total += source[1].nbytes
-    weight_map: dict[str, str] = {}
-    with tqdm(total=len(sources), desc="convert", unit="tensor", disable=not progress) as bar:
-        for number, shard in enumerate(shards, 1):
-            file = "model.safetensors"
-            if len(shards) > 1:
-                file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-            write_tensors(dict(_read_all(shard, bar)), staging / file)
-            weight_map.update({name: file for name, *_ in shard})
-    if len(shards) > 1:
-        write_json(staging / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-    return total
-
-
-def _read_all(shard: Iterable[Source], bar: Any) -> Iterator[tuple[str, Tensor]]:
-    for name, _, read in shard:
-        yield name, read(name)
-        bar.update()
 
 
 def _read_json(file: Path, words: Words) -> dict[str, Any]:

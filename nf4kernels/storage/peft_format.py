@@ -121,11 +121,11 @@ def _matches(name: str, targets: Iterable[str]) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
-def read_config(file: Path, who: str) -> dict[str, Any]:
+def read_config(file: Path, who: str, known: Collection[str] = ()) -> dict[str, Any]:
     """The configuration, if it is of a LoRA without what changes the product in a way that this package does not know.
 
     Of an unknown field a value that means "not used" is passed over, a word or a number is warned of, and a switch that
-    is on, or settings, are refused.
+    is on, or settings, are refused. `known`: further fields that the caller gives a meaning to.
     """
     try:
         config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -140,7 +140,7 @@ def read_config(file: Path, who: str) -> dict[str, Any]:
         came = config["init_lora_weights"]
         raise ValueError(f"{who}: init_lora_weights in {file} must leave the base weight as it is, got {came!r}")
     for name, value in config.items():
-        if not value or name in READ | WITHOUT_EFFECT:
+        if not value or name in known or name in READ | WITHOUT_EFFECT:
             continue
         if name in UNSUPPORTED or value is True or not isinstance(value, str | int | float):
             raise ValueError(f"{who}: {name} in {file} must be unset, it is not supported; got {value!r}")
@@ -155,7 +155,7 @@ def read_tensors(
     factors: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
     adapter_names = set()
-    for key, tensor in _stored_tensors(file, who).items():
+    for key, tensor in read_stored_tensors(file, who).items():
         match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])(?:\.([^.]+))?\.weight", key)
         if match is not None:
             factors.setdefault(match[1], {})[match[2]] = tensor
@@ -192,7 +192,7 @@ def stored_lora(
     return StoredLora(found, A, B)
 
 
-def _stored_tensors(file: Path, who: str) -> dict[str, Tensor]:
+def read_stored_tensors(file: Path, who: str) -> dict[str, Tensor]:
     if file.name == WEIGHTS:
         try:
             return load_file(file)

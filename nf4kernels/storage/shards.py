@@ -1,0 +1,61 @@
+"""Output files of a size: which tensors go together, and writing them one file after the other."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from .atomic import write_json
+from .checkpoint import write_tensors
+from .tensor_files import INDEX
+
+Source = tuple[str, Tensor, Callable[[str], Tensor]]  # a tensor's name, its shape on meta, and what reads it
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_size(text: str) -> int:
+    """The bytes of "5GB", "500MB" or "2GiB", as transformers' max_shard_size takes them; ValueError for other text."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip(), re.IGNORECASE)
+    factor = UNITS.get(match[2].upper()) if match else None
+    size = int(float(match[1]) * factor) if match and factor else 0
+    if size < 1:
+        raise ValueError(f"must be a size such as 5GB, 500MB or 2GiB, got {text!r}")
+    return size
+
+
+def write_shards(sources: Iterable[Source], directory: Path, size: int, progress: bool, what: str) -> int:
+    """model.safetensors, or files of at most `size` bytes (or one tensor) and their index; how many bytes in all.
+
+    Each tensor is read when its file is being filled, so that beside that file one tensor is in memory.
+    """
+    sources = list(sources)
+    shards: list[list[Source]] = [[]]
+    filled = total = 0
+    for source in sources:
+        if filled and filled + source[1].nbytes > size:
+            shards.append([])
+            filled = 0
+        shards[-1].append(source)
+        filled += source[1].nbytes
+        total += source[1].nbytes
+    weight_map: dict[str, str] = {}
+    with tqdm(total=len(sources), desc=what, unit="tensor", disable=not progress) as bar:
+        for number, shard in enumerate(shards, 1):
+            file = "model.safetensors"
+            if len(shards) > 1:
+                file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+            write_tensors(dict(_read_all(shard, bar)), directory / file)
+            weight_map.update({name: file for name, *_ in shard})
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(directory / INDEX, index)
+    return total
+
+
+def _read_all(shard: Iterable[Source], bar: Any) -> Iterator[tuple[str, Tensor]]:
+    for name, _, read in shard:
+        yield name, read(name)
+        bar.update()
