@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from ..stages.errors import StageError
-from . import completion, convert, demo, info, quantize, tune
+from . import completion, convert, demo, estimate, info, quantize, tune
 from .errors import CommandError
 
 VERBS = (
@@ -18,6 +18,7 @@ VERBS = (
     tune,
     quantize,
     convert,
+    estimate,
     demo,
     completion,
 )
