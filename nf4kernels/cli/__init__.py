@@ -10,12 +10,13 @@ import sys
 from collections.abc import Sequence
 
 from ..stages.errors import StageError
-from . import completion, convert, data, demo, export, info, merge, quantize, tune
+from . import completion, convert, data, demo, estimate, export, info, merge, quantize, tune
 from .errors import CommandError
 
 VERBS = (
     info,
     tune,
+    estimate,
     quantize,
     convert,
     data,

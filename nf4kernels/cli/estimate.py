@@ -1,0 +1,114 @@
+"""nf4kernels estimate: the memory to load, to train and to serve a model, from its config.json alone."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from .errors import CommandError
+
+GIB = 2**30
+CARDS = (24, 48, 80)
+PARTS = (
+    ("4-bit weights", "weights"), ("scales", "scales"), ("dense rest", "dense"), ("adapters", "adapters"),
+    ("gradients at the peak", "gradients"), ("optimizer", "optimizer"), ("activations", "activations"),
+    ("logits", "logits"), ("decoded weight", "workspace"), ("gathered from other ranks", "gathered"),
+)  # fmt: skip
+
+
+def add_parser(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "estimate",
+        help="the memory to load, train and serve a model, from its config.json",
+        description="Says what a causal language model takes in 4 bits: to load it, to train adapters on it and to "
+        "serve it. Only the configuration is read: one training step and one prefill are run without values, and what "
+        "is alive at their peaks is counted. CUDA's own context and the allocator's rounding come on top.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("config", metavar="CONFIG", type=Path, help="a config.json, or the directory of a model")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="sequences in a micro-batch")
+    parser.add_argument("--length", type=int, nargs="+", default=[512], help="tokens in a sequence")
+    parser.add_argument("--rank", type=int, nargs="+", default=[16], help="of the adapters on every linear layer")
+    parser.add_argument("--experts", action="store_true", help="adapters on the experts of a mixture, too")
+    parser.add_argument("--codebook", default="nf4", help="as of nf4kernels quantize")
+    parser.add_argument("--block-size", type=int, default=None, help="weights that share a scale")
+    parser.add_argument("--no-double-quant", action="store_true", help="keep the scales in fp32")
+    parser.add_argument("--scale-codebook", default="e4m3", help="of double quantization: e4m3 or dynamic8")
+    parser.add_argument("--skip", metavar="PATTERN", action="append", default=[], help="leave these layers dense")
+    parser.add_argument("--dtype", default="bfloat16", help="of activations and dense weights")
+    parser.add_argument("--adapter-dtype", default="float32", help="of adapters and their gradients")
+    parser.add_argument("--optimizer", default="adamw_torch_fused", help="by the name that transformers has for it")
+    parser.add_argument("--no-checkpointing", action="store_true", help="keep all activations for the backward pass")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches in a step")
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs that share the model; the figures are of one")
+    parser.add_argument("--shard", default="fsdp2", help="how they share it: fsdp2 or zero3")
+    parser.add_argument("--device", default="cuda", help="cuda or cpu")
+    parser.add_argument("--json", action="store_true", help="bytes as JSON, for programs")
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    try:
+        from ..stages import estimate as stage
+    except ImportError as error:
+        raise CommandError(
+            f"estimate: {error.name or error} must be installed, run: pip install 'nf4kernels[finetune]'"
+        ) from None
+    options = stage.Options(
+        experts=args.experts, codebook=args.codebook, block_size=args.block_size,
+        double_quant=not args.no_double_quant, scale_codebook=args.scale_codebook, skip=tuple(args.skip),
+        dtype=args.dtype, adapter_dtype=args.adapter_dtype, optimizer=args.optimizer,
+        checkpointing=not args.no_checkpointing, accumulation=args.accumulation, gpus=args.gpus, shard=args.shard,
+        device=args.device,
+    )  # fmt: skip
+    found = list(stage.estimates(args.config, args.batch, args.length, args.rank, options))
+    if args.json:
+        cards = {f"{use}_fits_gib": None for use in ("train", "serve")}
+        print(json.dumps([{**each.as_dict(), **{k: _fitting(each, k) for k in cards}} for each in found], indent=2))
+        return
+    _print_tables(found)
+
+
+def _fitting(each: Any, key: str) -> list[int]:
+    return [card for card in CARDS if getattr(each, key.partition("_")[0]) <= card * GIB]
+
+
+def _print_tables(found: list) -> None:
+    first = found[0]
+    ranks = f", one of {first.options.gpus} GPUs under {first.options.shard}" if first.options.gpus > 1 else ""
+    checkpoints = "with" if first.options.checkpointing else "without"
+    print(f"{first.parameters / 1e9:.2f} billion parameters in {first.options.codebook}{ranks}; GiB")
+    print(f"{_gib(first.load)} to load the model on one GPU\n")
+    header = ("batch", "length", "rank", "train", "serve", *(f"{card} GB" for card in CARDS))
+    rows = [header]
+    for each in found:
+        told = each.options
+        fits = [_fits(each, card) for card in CARDS]
+        rows.append((str(told.batch), str(told.length), str(told.rank), _gib(each.train), _gib(each.serve), *fits))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    for row in rows:
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths)))
+    largest = max(found, key=lambda each: each.train)
+    told = largest.options
+    print(f"\ntraining at batch {told.batch}, length {told.length}, rank {told.rank}, {checkpoints} checkpointing:")
+    for label, name in PARTS:
+        if getattr(largest, name):
+            print(f"  {label.ljust(26)}{_gib(getattr(largest, name)).rjust(8)}")
+    if largest.optimizer_on_host:
+        print(f"  {'optimizer, on the host'.ljust(26)}{_gib(largest.optimizer_on_host).rjust(8)}")
+    longest = max(found, key=lambda each: each.cache)
+    print(f"serving {longest.options.batch} x {longest.options.length} tokens: {_gib(longest.cache)} of cache")
+    for card in CARDS:
+        trains = "fits" if largest.train <= card * GIB else "does not fit"
+        serves = "fits" if longest.serve <= card * GIB else "does not fit"
+        print(f"{card} GB: training {trains}, serving {serves}")
+
+
+def _fits(each: Any, card: int) -> str:
+    return {(True, True): "both", (True, False): "train", (False, True): "serve", (False, False): "-"}[
+        each.train <= card * GIB, each.serve <= card * GIB
+    ]
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / GIB:.2f}"
