@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from ..stages.errors import StageError
-from . import convert, demo, info, quantize, tune
+from . import compare, convert, demo, info, inspect, quantize, tune
 from .errors import CommandError
 
 VERBS = (
@@ -18,6 +18,8 @@ VERBS = (
     tune,
     quantize,
     convert,
+    inspect,
+    compare,
     demo,
 )
 
