@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ..codebook import DOUBLE_QUANT_CODEBOOKS, FORMATS
 from ..functional import dequantize, quantize
 from ..model.heads import SKIP
-from ..model.plan import plan_layers
+from ..model.plan import plan_layers, unmatched
 from ..model.quantize import squared_error
 from ..model.report import table
 from ..model.training import training_dtype
@@ -253,7 +253,11 @@ def compare_directory(
     if tokens < 1 or length < 2:
         raise StageError(f"--tokens and --length must be at least 1 and 2, got {tokens} and {length}")
     documents = list(read_documents(text, tokens * LONGEST_TOKEN))
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA fails an assertion
+        raise StageError(f"--device must be one that is there, got {device}: {str(error).splitlines()[0]}") from None
     model, tokenizer = _loaded(path)
     rows = windows(documents, tokenizer, length, tokens)
     if not rows:
@@ -306,6 +310,9 @@ def compare_model(
     Raises:
         StageError: the model has no layer to quantize, a weight is not finite, or the dense model's loss is not.
     """
+    skip = tuple(skip)
+    for pattern in unmatched(model, skip):
+        raise StageError(f"--skip must match a layer, got {pattern!r}")
     targets, _ = plan_layers(model, (*SKIP, *skip), BLOCK_SIZES[0])
     if not targets:
         raise StageError("MODEL must have a linear layer to quantize, got none")

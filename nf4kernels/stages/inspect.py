@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ..functional import quantize, quantize_experts
 from ..model.heads import SKIP
+from ..model.plan import skips
 from ..model.quantize import squared_error
 from ..model.report import table
 from ..nn.experts_layout import as_rows
@@ -213,6 +214,9 @@ def _of_dense(
         like = files.on_meta(name)
         headers.append(Header(name, tuple(like.shape), like.dtype if like.dtype in WEIGHT_DTYPES else None))
     matrices = matrices_of(units_of(model, headers), experts=model is not None)
+    for pattern in patterns[len(SKIP) :]:
+        if not any(skips(pattern, name) for name in matrices):
+            raise StageError(f"--skip must match a layer, got {pattern!r}")
     block_size = quantize(torch.empty(0, 4096), *options).block_size
     choice = choose(model, source, config, matrices, patterns, block_size)
     chosen = {name: matrices[name] for name in choice.layers if matrices[name].unit.can_be_quantized}

@@ -144,6 +144,8 @@ def test_command(directory, tmp_path, capsys):
     ("flags", "expected"),
     [
         (["--text", "absent.txt"], "--text must be a file that can be read"),
+        (["--skip", "absent"], "--skip must match a layer, got 'absent'"),
+        (["--device", "abacus"], "--device must be one that is there, got abacus"),
         (["--tokens", "0"], "--tokens and --length must be at least 1 and 2, got 0 and 512"),
         (["--plot", "picture.bmp"], "--plot must end with .png"),
         (["--plot", "absent/picture.png"], "--plot must be a file in a directory that exists"),
@@ -154,10 +156,9 @@ def test_refused(directory, tmp_path, capsys, monkeypatch, flags, expected):
     Path("text.txt").write_text(TEXT, encoding="utf-8")
     before = sorted(tmp_path.rglob("*"))
     assert main(["compare", str(directory), "--text", "text.txt", *flags]) == 2
-    error = capsys.readouterr().err
+    *_, error = capsys.readouterr().err.splitlines()  # after transformers' progress bar
     assert error.startswith("nf4kernels compare: ")
     assert expected in error
-    assert error.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -180,7 +181,7 @@ def test_smollm2_on_held_out_definitions(tmp_path):
 
     settings = Settings()
     try:
-        directory = smollm2.fetch(settings.cache)
+        directory = smollm2.fetch(Path(__file__).parents[2] / ".cache")  # where the demo has it, too
     except smollm2.FetchError as error:
         pytest.skip(str(error))
     text = tmp_path / "held_out.txt"

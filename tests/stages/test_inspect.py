@@ -126,6 +126,7 @@ def test_refused(directory, tmp_path, capsys):
     )
     assert "--plot must end with" in error_of(directory, "--plot", tmp_path / "plot")
     assert "DIR must have a linear layer to quantize, got none" in error_of(directory, "--skip", "model")
+    assert "--skip must match a layer, got 'absent'" in error_of(directory, "--skip", "absent")
     weight = torch.ones(64, 64)
     weight[3, 5] = math.nan
     change(directory, q_proj=weight)
