@@ -10,15 +10,17 @@ import sys
 from collections.abc import Sequence
 
 from ..stages.errors import StageError
-from . import completion, convert, data, demo, estimate, export, info, merge, quantize, tune
+from . import compare, completion, convert, data, demo, estimate, export, info, inspect, merge, quantize, tune
 from .errors import CommandError
 
 VERBS = (
     info,
     tune,
     estimate,
+    inspect,
     quantize,
     convert,
+    compare,
     data,
     merge,
     export,
