@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from ..stages.errors import StageError
-from . import completion, convert, demo, info, quantize, tune
+from . import chat, completion, convert, demo, info, quantize, tune
 from .errors import CommandError
 
 VERBS = (
@@ -19,6 +19,7 @@ VERBS = (
     quantize,
     convert,
     demo,
+    chat,
     completion,
 )
 

@@ -62,6 +62,7 @@ def test_a_wrong_variable_ends_every_verb_in_one_line(tmp_path):
     # a valid word that leaves the CPU without a backend
     starts += [["NF4KERNELS_BACKEND", "triton", "module", ["quantize", "in", "out"]]]
     starts += [["NF4KERNELS_BACKEND", "triton", "script", ["demo"]]]
+    starts += [["NF4KERNELS_BACKEND", "triton", "module", ["chat", "model"]]]
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(FORKS), json.dumps(starts), script],
         capture_output=True, encoding="utf-8", env=environment(), cwd=tmp_path, check=True,
@@ -225,6 +226,6 @@ def test_no_other_verb_computes():
     from nf4kernels import cli
 
     names = [verb.__name__.rpartition(".")[2] for verb in cli.VERBS]
-    assert names == ["info", "tune", "quantize", "convert", "demo", "completion"]
+    assert names == ["info", "tune", "quantize", "convert", "demo", "chat", "completion"]
     assert {demo, quantize} < set(cli.VERBS)
     assert torch.get_default_device().type == "cpu"
