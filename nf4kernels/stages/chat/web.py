@@ -96,7 +96,9 @@ def build(session: Session) -> gradio.Blocks:
             chatbot=gradio.Chatbot(
                 show_label=False, scale=1, buttons=["copy"], placeholder=_placeholder(session), latex_delimiters=[]
             ),
-            textbox=gradio.Textbox(show_label=False, placeholder="Type a message...", submit_btn=True, stop_btn=True),
+            textbox=gradio.Textbox(
+                show_label=False, placeholder="Type a message...", submit_btn=True, stop_btn=True, elem_id="question"
+            ),
             additional_inputs=options,
             analytics_enabled=False,
             api_visibility="private",
