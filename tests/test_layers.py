@@ -65,6 +65,7 @@ THIRD_PARTY = {
         "gradio",
         "lm_eval",
         "huggingface_hub",
+        "jinja2",
     },
     "nf4kernels.cli": {"torch", "transformers", "shtab"},
     "nf4kernels.demo": {"torch", "tqdm", "transformers", "matplotlib"},

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from ..stages.errors import StageError
-from . import compare, completion, convert, data, demo, estimate, export, info, inspect, merge, quantize, tune
+from . import chat, compare, completion, convert, data, demo, estimate, export, info, inspect, merge, quantize, tune
 from .errors import CommandError
 
 VERBS = (
@@ -24,6 +24,7 @@ VERBS = (
     data,
     merge,
     export,
+    chat,
     demo,
     completion,
 )

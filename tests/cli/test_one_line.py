@@ -62,6 +62,7 @@ def test_a_wrong_variable_ends_every_verb_in_one_line(tmp_path):
     # a valid word that leaves the CPU without a backend
     starts += [["NF4KERNELS_BACKEND", "triton", "module", ["quantize", "in", "out"]]]
     starts += [["NF4KERNELS_BACKEND", "triton", "script", ["demo"]]]
+    starts += [["NF4KERNELS_BACKEND", "triton", "module", ["chat", "model"]]]
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(FORKS), json.dumps(starts), script],
         capture_output=True, encoding="utf-8", env=environment(), cwd=tmp_path, check=True,
@@ -224,10 +225,15 @@ def test_no_other_verb_computes():
     """A new verb belongs in the tests of this file."""
     from nf4kernels import cli
 
+<<<<<<< HEAD
     names = " ".join(verb.__name__.rpartition(".")[2] for verb in cli.VERBS)
     assert names == (
         "info tune quantize convert data merge export demo "
         "completion"
     )
+=======
+    names = [verb.__name__.rpartition(".")[2] for verb in cli.VERBS]
+    assert names == ["info", "tune", "quantize", "convert", "demo", "chat", "completion"]
+>>>>>>> chat
     assert {demo, quantize} < set(cli.VERBS)
     assert torch.get_default_device().type == "cpu"

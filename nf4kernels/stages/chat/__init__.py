@@ -1,0 +1,1 @@
+"""Talking to a model: loading it with its adapters, answering, the terminal and the page."""
