@@ -225,15 +225,7 @@ def test_no_other_verb_computes():
     """A new verb belongs in the tests of this file."""
     from nf4kernels import cli
 
-<<<<<<< HEAD
     names = " ".join(verb.__name__.rpartition(".")[2] for verb in cli.VERBS)
-    assert names == (
-        "info tune quantize convert data merge export demo "
-        "completion"
-    )
-=======
-    names = [verb.__name__.rpartition(".")[2] for verb in cli.VERBS]
-    assert names == ["info", "tune", "quantize", "convert", "demo", "chat", "completion"]
->>>>>>> chat
+    assert names == ("info tune estimate inspect quantize convert compare data merge export chat demo completion")
     assert {demo, quantize} < set(cli.VERBS)
     assert torch.get_default_device().type == "cpu"

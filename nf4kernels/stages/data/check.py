@@ -53,7 +53,9 @@ def check(paths: Sequence[Path], model: Path | None = None, max_length: int | No
         StageError: a file is not there or is none of examples, or `model` has no tokenizer.
     """
     tokenizer = None if model is None else _tokenizer(model)
-    report, rows, forms = Report({}, {}), [], Counter()
+    report = Report({}, {})
+    rows: list[tuple[str, str, dict[str, Any]]] = []
+    forms: Counter[str] = Counter()
     for path in paths:
         before = len(rows)
         for found in walk(path):
