@@ -10,7 +10,23 @@ import sys
 from collections.abc import Sequence
 
 from ..stages.errors import StageError
-from . import chat, compare, completion, convert, data, demo, estimate, export, info, inspect, merge, quantize, tune
+from . import (
+    chat,
+    compare,
+    completion,
+    convert,
+    data,
+    demo,
+    estimate,
+    export,
+    finetune,
+    info,
+    inspect,
+    merge,
+    quantize,
+    recipes,
+    tune,
+)
 from .errors import CommandError
 
 VERBS = (
@@ -22,6 +38,8 @@ VERBS = (
     convert,
     compare,
     data,
+    recipes,
+    finetune,
     merge,
     export,
     chat,

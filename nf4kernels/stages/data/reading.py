@@ -78,7 +78,8 @@ def read(sources: Sequence[Source], held_out: float | int = 0.1, seed: int = 0) 
         drawn += _weighted(rows, source.weight, draw)
     if not distinct:
         raise StageError("there must be a file of examples, got none")
-    count = int(held_out) if held_out >= 1 else math.ceil(held_out * len(distinct))
+    share = max(1, round(held_out * len(distinct))) if held_out else 0
+    count = int(held_out) if held_out >= 1 else share
     if count >= len(distinct):
         raise StageError(f"held_out must leave examples to train on, got {held_out} of {len(distinct)} distinct ones")
     apart = set(random.Random(seed).sample(list(distinct), count))

@@ -1,0 +1,57 @@
+"""nf4kernels finetune: train LoRA adapters on a model's weights in 4 bits."""
+
+import argparse
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from .errors import CommandError, check_cpu_computes
+
+NEEDED = ("transformers", "peft", "accelerate", "trl", "datasets", "matplotlib", "yaml")
+
+
+def add_parser(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "finetune",
+        help="train LoRA adapters on a model's weights in 4 bits",
+        usage="nf4kernels finetune [--config RECIPE.yaml] --model DIR --data FILE ... --output_dir DIR [--FIELD VALUE]",
+        description="Train LoRA adapters on the model in DIR with its weights in 4 bits, on files of examples, and "
+        "write them to OUTPUT_DIR with log.csv, loss.png, a model card and the recipe. The same command again goes on "
+        "from the last checkpoint.",
+        epilog="Every field of TRL's SFTConfig and ModelConfig and of PEFT's LoraConfig is a FIELD, in a recipe and as "
+        "a flag, which wins: --learning_rate 2e-4 --num_train_epochs 3 --max_length 1024 --packing true --lora_r 16 "
+        "--save_steps 100. Ours are --data, --weights, --held_out, --codebook, --block_size, --double_quant, "
+        "--scale_codebook and --skip. nf4kernels recipes lists ready recipes.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="RECIPE.yaml", type=Path, help="lines FIELD: VALUE")
+    parser.add_argument("--help-fields", action="store_true", help="print every FIELD with what it does")
+    parse = parser.parse_known_args
+
+    def parse_and_keep_the_rest(args=None, namespace=None):
+        found, rest = parse(args, namespace)
+        found.fields = rest
+        return found, []
+
+    parser.parse_known_args = parse_and_keep_the_rest
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    check_cpu_computes("finetune")
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise CommandError(f"finetune: {', '.join(missing)} must be installed, run: pip install 'nf4kernels[finetune]'")
+    from ..stages.finetune.recipe import field_help, read_recipe
+    from ..stages.finetune.run import finetune
+
+    if args.help_fields:
+        print(field_help())
+        return
+    recipe = read_recipe(args.config, args.fields)
+    try:
+        out = finetune(recipe)
+    except KeyboardInterrupt:
+        print("\nthe same command goes on from the last checkpoint", file=sys.stderr)
+        raise
+    print(f"wrote {out}: adapters, log.csv, loss.png and README.md")

@@ -1,0 +1,81 @@
+"""The examples as the trainer is to get them, and as a person is shown them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+
+from ..errors import StageError
+
+IGNORED = -100  # the label of a token without a loss
+SHOWN = 400  # characters of the example shown
+
+
+@dataclass
+class Counts:
+    """Of one set of examples, before they were cut to max_length: rows, tokens, rows that were longer."""
+
+    examples: int
+    tokens: int
+    cut: int
+
+
+def in_chat_form(rows: Dataset, form: str, tokenizer: Any) -> Dataset:
+    """Rows of a form that the model knows: turns of a chat where it has a template, plain text with BOS elsewhere.
+
+    TRL appends the EOS token to plain text; BOS is put first here where the tokenizer does not do that by itself.
+
+    Raises:
+        StageError: messages for a model without a chat template.
+    """
+    if form == "messages":
+        if not tokenizer.chat_template:
+            raise StageError(
+                "--chat_template_path must be a Jinja file or a model with a template: the data is chat messages, and"
+                " the model's tokenizer has no chat template"
+            )
+        return rows
+    if form == "prompt" and isinstance(rows[0]["prompt"], str) and tokenizer.chat_template:
+        return rows.map(_as_turns)
+    column = "prompt" if form == "prompt" else "text"
+    begin = tokenizer.bos_token
+    if begin is None or not isinstance(rows[0][column], str) or _begins_by_itself(tokenizer):
+        return rows
+    return rows.map(_begin, fn_kwargs={"column": column, "begin": begin})
+
+
+def counts(rows: Dataset, max_length: int | None) -> Counts:
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    return Counts(len(lengths), sum(lengths), sum(max_length is not None and length > max_length for length in lengths))
+
+
+def marked(row: dict[str, Any], tokenizer: Any) -> str:
+    """The text of a tokenized row, what has a loss between ⟦ and ⟧."""
+    ids = row["input_ids"]
+    has_loss = [label != IGNORED for label in row["labels"]] if "labels" in row else row.get("completion_mask")
+    has_loss = has_loss or row.get("assistant_masks") or [1] * len(ids)
+    text, start = "", 0
+    for end in range(1, len(ids) + 1):
+        if end == len(ids) or bool(has_loss[end]) != bool(has_loss[start]):
+            piece = tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
+            text += f"⟦{piece}⟧" if has_loss[start] else piece
+            start = end
+    if len(text) <= SHOWN:
+        return text
+    return f"{text[: SHOWN // 2]} ... {text[-SHOWN // 2 :]}"
+
+
+def _as_turns(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "prompt": [{"role": "user", "content": row["prompt"]}],
+        "completion": [{"role": "assistant", "content": row["completion"]}],
+    }
+
+
+def _begins_by_itself(tokenizer: Any) -> bool:
+    return tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+def _begin(row: dict[str, Any], column: str, begin: str) -> dict[str, Any]:
+    text = row[column]
+    return {column: text if text.startswith(begin) else begin + text}

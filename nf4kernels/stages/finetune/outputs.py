@@ -1,0 +1,82 @@
+"""What a person reads of a fine-tune: its log, the picture of it, and the model card."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import yaml
+
+from ...storage.atomic import replacing
+from ...version import VERSION
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot
+
+LOG, PICTURE, CARD, RECIPE = "log.csv", "loss.png", "README.md", "recipe.yaml"
+# Of the trainer's log, what is the same however often a run was resumed; times and speeds are not.
+COLUMNS = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy", "entropy")
+
+
+def write_log(path: Path, history: list[dict[str, Any]]) -> None:
+    with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        table.writeheader()
+        table.writerows(entry for entry in history if "loss" in entry or "eval_loss" in entry)
+
+
+def write_picture(path: Path, history: list[dict[str, Any]], before: float | None, after: float | None) -> None:
+    """Training loss and held-out loss over the steps."""
+    steps = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    evaluated = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
+    if before is not None:
+        evaluated = [(0, before), *evaluated]
+    if after is not None:
+        evaluated.append((max((step for step, _ in steps), default=0), after))
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for points, label, style in ((steps, "training", "-"), (sorted(set(evaluated)), "held out", "o--")):
+        if points:
+            axes.plot(*zip(*points), style, label=label)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats a token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)
+    pyplot.close(figure)
+
+
+def write_card(
+    path: Path, base: str, given: dict[str, Any], facts: dict[str, Any], samples: list[tuple[str, str, str]]
+) -> None:
+    """README.md of the adapter: what Hugging Face's hub reads on top, then the losses, samples and the recipe.
+
+    Args:
+        facts: a row of the table each.
+        samples: prompt, what the data has as its answer, what the model answers.
+    """
+    top = yaml.safe_dump(
+        {"base_model": base, "library_name": "peft", "pipeline_tag": "text-generation", "tags": ["lora", "nf4kernels"]},
+        sort_keys=False,
+    )
+    lines = [
+        f"---\n{top}---", f"# LoRA adapters for {Path(base).name or base}",
+        f"Trained on weights in 4 bits by nf4kernels {VERSION} with TRL and PEFT.",
+        "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in facts.items()),
+        f"![loss]({PICTURE})",
+    ]  # fmt: skip
+    if samples:
+        lines.append("## Answers on held-out examples")
+    for prompt, expected, answer in samples:
+        lines.append(f"{_block('asked', prompt)}\n{_block('in the data', expected)}\n{_block('answered', answer)}")
+    text = yaml.safe_dump(given, sort_keys=True, allow_unicode=True)
+    lines.append(f"## Recipe\n\n```yaml\n{text}```\n\n`nf4kernels finetune --config {RECIPE}` runs it again.")
+    with replacing(path) as partial:
+        partial.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _block(title: str, text: str) -> str:
+    """Text of any kind, indented, so that no mark in it counts."""
+    return f"{title}:\n\n" + "\n".join(f"    {line}" for line in text.splitlines() or [""]) + "\n"

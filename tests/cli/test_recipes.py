@@ -1,0 +1,46 @@
+"""`nf4kernels recipes` lists and copies recipes, and each of them is one that finetune takes."""
+
+import pytest
+import yaml
+
+from nf4kernels.cli import main
+from nf4kernels.stages.finetune.shipped import recipes
+
+
+def test_every_recipe_is_listed_with_what_it_is_for(capsys):
+    assert main(["recipes"]) == 0
+    listed = capsys.readouterr().out
+    for recipe in recipes():
+        assert recipe.name in listed
+        assert recipe.about in listed
+    assert {"qlora-7b", "qlora-13b", "qlora-33b", "qlora-65b", "cpu-small", "mixture-of-experts"} == {
+        recipe.name for recipe in recipes()
+    }
+
+
+def test_a_recipe_is_copied_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["recipes", "copy", "qlora-7b"]) == 0
+    assert yaml.safe_load((tmp_path / "qlora-7b.yaml").read_text(encoding="utf-8"))["r"] == 64
+    assert main(["recipes", "copy", "qlora-7b"]) == 2
+    assert main(["recipes", "copy", "qlora-8b"]) == 2
+    assert main(["recipes", "copy", "qlora-7b", "no/such/directory.yaml"]) == 2
+    assert "nf4kernels recipes: FILE must be in a directory that exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", recipes(), ids=lambda recipe: recipe.name)
+def test_finetune_takes_it(recipe, tmp_path):
+    pytest.importorskip("trl", reason="trl is not installed: no recipe is read")
+    from nf4kernels.stages.finetune.recipe import read_recipe
+
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.text, encoding="utf-8")
+    read = read_recipe(path, ["--model", "m", "--data", "d", "--output_dir", str(tmp_path / "out"), "--use_cpu=true"])
+    if recipe.name.startswith("qlora"):
+        size = int(recipe.name.removeprefix("qlora-").removesuffix("b"))
+        assert read.training.learning_rate == (2e-4 if size <= 13 else 1e-4)
+        assert read.lora.lora_dropout == (0.1 if size <= 13 else 0.05)
+        assert (read.lora.r, read.lora.lora_alpha, read.training.max_grad_norm) == (64, 16, 0.3)
+        assert read.training.per_device_train_batch_size * read.training.gradient_accumulation_steps == 16
+    if recipe.name == "mixture-of-experts":
+        assert read.lora.target_parameters

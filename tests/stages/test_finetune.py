@@ -1,0 +1,259 @@
+"""`nf4kernels finetune` on a small random Llama with a tokenizer of its own: it learns, resumes and refuses."""
+
+import csv
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from support.chat_model import chat_model, facts
+
+for needed in ("peft", "trl", "datasets", "matplotlib", "yaml"):
+    pytest.importorskip(needed, reason=f"{needed} is not installed: nothing is fine-tuned")
+
+from nf4kernels.cli import main  # noqa: E402
+from nf4kernels.stages.finetune.outputs import LOG  # noqa: E402
+from nf4kernels.stages.finetune.run import WHOLE  # noqa: E402
+
+STEPS = 8
+FIELDS = {
+    "max_steps": STEPS, "learning_rate": 5e-3, "logging_steps": 1, "save_steps": 2, "per_device_train_batch_size": 4,
+    "lora_r": 4, "lora_dropout": 0.1, "gradient_checkpointing": False, "disable_tqdm": True, "dtype": "float32",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("models")
+    chat_model(directory / "chat", num_hidden_layers=1)
+    chat_model(directory / "base", template=None, num_hidden_layers=1)
+    return directory
+
+
+def write_rows(path: Path, rows) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    return write_rows(tmp_path / "prompts.jsonl", [{"prompt": q, "completion": a} for q, a in facts(32)])
+
+
+def arguments(model, data, out, /, **changes) -> list[str]:
+    fields = {"model": model, "data": data, "output_dir": out, **FIELDS, **changes}
+    return ["finetune", *(f"--{name}={value}" for name, value in fields.items())]
+
+
+def read_log(out: Path) -> list[dict[str, str]]:
+    with (out / LOG).open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))
+
+
+def test_it_learns_and_writes_what_it_says(models, prompts, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(arguments(models / "chat", prompts, out)) == 0
+    said = capsys.readouterr().out
+    assert "training: 29 examples" in said
+    assert "held out: 3 examples" in said
+    assert "<|im_start|>assistant\n⟦The " in said
+    assert ".<|im_end|>⟧" in said.replace("\n⟧", "⟧")
+    assert said.count("answered: ") == 3
+    before, after = (float(said.split(f"loss {when}: ")[1].split()[0]) for when in ("before", "after"))
+    assert after < before - 0.2
+    losses = [float(row["loss"]) for row in read_log(out)]
+    assert len(losses) == STEPS
+    assert losses[-1] < losses[0] - 0.3
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    card = (out / "README.md").read_text(encoding="utf-8")
+    for part in (f"{before:.4f}", f"{after:.4f}", "max_steps: 8", "base_model:", "answered:"):
+        assert part in card
+    assert yaml.safe_load((out / "recipe.yaml").read_text(encoding="utf-8"))["lora_r"] == 4
+    assert json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))["r"] == 4
+    assert main(arguments(models / "chat", prompts, out)) == 2, "a finished run is not trained again"
+    assert "finished" in capsys.readouterr().err
+
+
+def train_in_child(argv: list[str], out: Path) -> None:
+    os.dup2(os.open(out.with_name("child.txt"), os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+    os._exit(main(argv))
+
+
+def killed(argv: list[str], out: Path, when) -> bool:
+    """Run it in a process that is killed as soon as `when()` holds; False where it ended before."""
+    child = multiprocessing.get_context("fork").Process(target=train_in_child, args=(argv, out))
+    child.start()
+    while child.is_alive() and not when():
+        time.sleep(0.002)
+    if child.is_alive():
+        os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    return child.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_killed_and_resumed_it_gives_the_same_log(models, prompts, tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert main(arguments(models / "chat", prompts, whole)) == 0
+    argv = arguments(models / "chat", prompts, out)
+    assert killed(argv, out, lambda: (out / "checkpoint-4" / WHOLE).exists())
+    assert not (out / "loss.png").exists()
+    assert main(argv) == 0
+    assert (out / LOG).read_bytes() == (whole / LOG).read_bytes()
+    adapters = "adapter_model.safetensors"
+    assert (out / adapters).read_bytes() == (whole / adapters).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.parametrize(
+    "changes", [{}, {"train_sampling_strategy": "group_by_length"}, {"packing": True, "max_length": 64}]
+)
+def test_killed_at_ten_random_moments(models, prompts, tmp_path, changes):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    changes = {**changes, "max_steps": 20, "save_steps": 1}
+    begun = time.monotonic()
+    assert main(arguments(models / "chat", prompts, whole, **changes)) == 0
+    took = time.monotonic() - begun
+    argv, draw, kills = arguments(models / "chat", prompts, out, **changes), random.Random(0), 0
+    for _ in range(10):
+        until = time.monotonic() + draw.uniform(0.3, 0.7) * took
+        kills += killed(argv, out, lambda until=until: time.monotonic() > until)
+        if (out / "loss.png").exists():
+            break
+    assert kills >= 3
+    if "finished" not in (out / "started.json").read_text(encoding="utf-8"):
+        assert main(argv) == 0
+    assert (out / LOG).read_bytes() == (whole / LOG).read_bytes()
+
+
+def test_a_half_written_checkpoint_is_passed_over(models, prompts, tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert main(arguments(models / "chat", prompts, whole, max_steps=4)) == 0
+    argv = arguments(models / "chat", prompts, out, max_steps=4)
+    assert killed(argv, out, lambda: (out / "checkpoint-2" / WHOLE).exists())
+    partial = out / "checkpoint-9"
+    partial.mkdir()
+    (partial / "trainer_state.json").write_text("{", encoding="utf-8")
+    assert main(argv) == 0
+    assert not partial.exists()
+    assert (out / LOG).read_bytes() == (whole / LOG).read_bytes()
+
+
+def test_messages_learn_the_answers_alone(models, tmp_path, capsys):
+    rows = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in facts(16)]
+    data, out = write_rows(tmp_path / "messages.jsonl", rows), tmp_path / "out"
+    assert main(arguments(models / "chat", data, out, max_steps=1)) == 0
+    said = capsys.readouterr().out
+    assert "assistant\n⟦The " in said
+    assert "<|im_end|>⟧" in said
+
+
+def test_plain_text_gets_both_ends_and_all_of_it_is_learned(models, tmp_path, capsys):
+    data = write_rows(tmp_path / "text.jsonl", [{"text": f"{q} {a}"} for q, a in facts(16)])
+    assert main(arguments(models / "base", data, tmp_path / "out", max_steps=1, max_length=12)) == 0
+    said = capsys.readouterr().out
+    assert "⟦<|begin|>" in said
+    assert "of them cut to 12" in said
+
+
+def test_prompts_for_a_base_model_end_in_eos(models, prompts, tmp_path, capsys):
+    assert main(arguments(models / "base", prompts, tmp_path / "out", max_steps=1)) == 0
+    shown = capsys.readouterr().out.split("between ⟦ and ⟧:\n")[1].splitlines()[0]
+    assert shown.startswith("<|begin|>")
+    assert shown.endswith("<|end|>⟧")
+    assert "⟦The" in shown
+
+
+def test_a_recipe_and_flags_that_win_over_it(models, prompts, tmp_path):
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    fields = {**FIELDS, "model": str(models / "chat"), "data": [str(prompts)], "weights": [1.0], "max_steps": 9, "r": 2}
+    fields.update(learning_rate="1e-3", target_modules=["q_proj", "v_proj"], rank_pattern={"q_proj": 3}, codebook="fp4")
+    recipe.write_text(yaml.safe_dump(fields), encoding="utf-8")
+    assert main(["finetune", "--config", str(recipe), "--output_dir", str(out), "--max_steps", "1"]) == 0
+    adapter = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))
+    assert (adapter["r"], adapter["rank_pattern"]) == (2, {"q_proj": 3})
+    assert set(adapter["target_modules"]) == {"q_proj", "v_proj"}
+    assert len(read_log(out)) == 1
+    assert "fp4" in (out / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"lerning_rate": 1}, "did you mean --learning_rate?"),
+        ({"load_in_4bit": True}, "must be left out"),
+        ({"learning_rate": "fast"}, "invalid float value: 'fast'"),
+        ({"lora_r": "2.5"}, "invalid int value: '2.5'"),
+        ({"rank_pattern": "[1]"}, "rank_pattern"),
+        ({"codebook": "nf5"}, "codebook must be"),
+        ({"weights": "1 2"}, "weights"),
+        ({"held_out": -1}, "--held_out must be"),
+        ({"save_total_limit": 1}, "--save_total_limit must be 2 or more"),
+        ({"model": "nowhere/at/all"}, "--model_name_or_path must be"),
+        ({"data": "missing.jsonl"}, "missing.jsonl"),
+        ({"assistant_only_loss": True}, "--assistant_only_loss must be left out"),
+        ({"target_modules": "no_such_layer"}, "no_such_layer"),
+    ],
+)
+def test_what_is_wrong_is_said_and_changes_nothing(models, prompts, tmp_path, capsys, monkeypatch, changes, expected):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    had = names(tmp_path)
+    assert main(arguments(models / "chat", prompts, tmp_path / "out", **changes)) == 2
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1].startswith("nf4kernels finetune: ")
+    assert expected in error
+    assert names(tmp_path) == had
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("lerning_rate: 1\n", "did you mean learning_rate?"),
+        ("learning_rate: fast\n", "invalid float value"),
+        ("- 1\n", "lines NAME: VALUE"),
+        ("a: [1\n", "must be a YAML file"),
+    ],
+)
+def test_a_wrong_recipe_is_named(tmp_path, capsys, text, expected):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text, encoding="utf-8")
+    assert main(["finetune", "--config", str(recipe)]) == 2
+    error = capsys.readouterr().err
+    assert "recipe.yaml" in error
+    assert expected in error
+
+
+def test_bad_data_changes_nothing(models, tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n', encoding="utf-8")
+    assert main(arguments(models / "chat", data, tmp_path / "out")) == 2
+    assert "line 2" in capsys.readouterr().err
+    assert names(tmp_path) == ["data.jsonl"]
+
+
+def test_messages_without_a_template_are_refused(models, tmp_path, capsys):
+    rows = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in facts(16)]
+    data = write_rows(tmp_path / "messages.jsonl", rows)
+    assert main(arguments(models / "base", data, tmp_path / "out")) == 2
+    assert "--chat_template_path must be" in capsys.readouterr().err
+    assert names(tmp_path) == ["messages.jsonl"]
+
+
+def test_another_recipe_in_the_directory_is_refused(models, prompts, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert killed(arguments(models / "chat", prompts, out), out, lambda: (out / "checkpoint-2" / WHOLE).exists())
+    had = names(tmp_path)
+    assert main(arguments(models / "chat", prompts, out, lora_r=8)) == 2
+    assert "whose run has lora_r=4 where this one has 8" in capsys.readouterr().err
+    assert names(tmp_path) == had
