@@ -38,6 +38,8 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(f"data: {', '.join(missing)} must be installed, run: pip install 'nf4kernels[finetune]'")
     if args.max_length is not None and args.model is None:
         raise CommandError("data: --max-length must come with --model, whose tokenizer counts the tokens")
+    if args.max_length is not None and args.max_length < 1:
+        raise CommandError(f"data: --max-length must be 1 or more, got {args.max_length}")
     from ..stages.data.check import check
 
     report = check(args.files, args.model, args.max_length)
@@ -52,12 +54,10 @@ def _print(report, max_length: int | None) -> None:
     for path, count in report.files.items():
         print(f"{path}: {count} examples")
     print(f"form: {', '.join(f'{form} ({count})' for form, count in report.forms.items()) or 'none'}")
-    if len(report.forms) > 1:
-        print("broken: all examples must have one form")
     print(f"exact duplicates: {report.duplicates}")
     for name, lengths in (("characters", report.characters), ("tokens", report.tokens)):
         if lengths:
-            middle = f"median {lengths.median:g}, 95 % up to {lengths.p95}"
+            middle = f"median {str(lengths.median).removesuffix('.0')}, 95 % up to {lengths.p95}"
             print(f"{name} of an example: {lengths.least} to {lengths.most}, {middle}")
     if report.token_count is not None:
         print(f"tokens in all: {report.token_count}")

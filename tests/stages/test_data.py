@@ -7,7 +7,7 @@ import pytest
 datasets = pytest.importorskip("datasets", reason="datasets is not installed: no examples are read")
 trl = pytest.importorskip("trl", reason="trl is not installed: no example is shown as the model sees it")
 
-from support.chat_model import chat_tokenizer  # noqa: E402
+from support.chat_model import CHAT_TEMPLATE, chat_model, chat_tokenizer  # noqa: E402
 
 from nf4kernels.cli import main  # noqa: E402
 from nf4kernels.stages.data.reading import Source, identity, read  # noqa: E402
@@ -82,9 +82,11 @@ BROKEN = {
     "wrong keys": (b'{"question": "a", "answer": "b"}\n', "line 2: must have the keys text, prompt and completion"),
     "not UTF-8": (b'{"prompt": "\xe9", "completion": "b"}\n', "line 2: must be UTF-8, but byte 47 of the file is 0xe9"),
     "no object": (b"[1]\n", "line 2: must be an object with text"),
-    "other form": (b'{"text": "a"}\n', "line 2 must be prompt as"),
+    "other form": (b'{"text": "a"}\n', "line 2: must be prompt as"),
     "number": (b'{"prompt": 3, "completion": "b"}\n', "line 2: prompt must be a string, got int"),
     "deep": (b"[" * 100_000 + b"\n", "line 2: must be JSON of a few levels"),
+    "turns after text": (json.dumps({"prompt": TURNS[:1], "completion": TURNS[1:]}).encode(), "got prompt of turns"),
+    "half a pair": (b'{"prompt": "a", "completion": "b\\ud83d"}\n', "must be text, got half a surrogate pair"),
     "no answer": (b'{"messages": [{"role": "user", "content": "a"}]}\n', "must end with the assistant's turn"),
     "two users": (
         json.dumps({"messages": [TURNS[0], *TURNS]}).encode(), "turn 2 of messages must follow system or assistant",
@@ -104,9 +106,7 @@ def test_broken_data_is_named_with_its_place(kind, tmp_path, capsys):
     assert len(str(raised.value).splitlines()) == 1
     assert main(["data", "check", str(path)]) == 1
     printed = capsys.readouterr().out
-    assert "broken: " in printed
-    if kind != "other form":
-        assert f"broken: {raised.value}" in printed
+    assert f"broken: {raised.value}" in printed
 
 
 @pytest.mark.parametrize(
@@ -121,6 +121,7 @@ def test_no_data(content, sentence, tmp_path, capsys):
         read([Source(path)])
     assert main(["data", "check", str(path)]) == (2 if content is None else 1)
     captured = capsys.readouterr()
+    assert content is None or f"broken: {path} {sentence}\n" in captured.out
     assert content is not None or captured.err == f"nf4kernels data: {path} {sentence}\n"
 
 
@@ -181,9 +182,71 @@ def test_check_tells_what_is_there(tmp_path, capsys):
 
 def test_a_template_that_refuses_is_named(tmp_path, capsys):
     tokenizer = chat_tokenizer(
-        "{{ raise_exception('no system here') if messages[0]['role'] == 'system' }}{{ messages[0].role }}"
+        "{{ raise_exception('no system here') if messages[0]['role'] == 'system' }}" + CHAT_TEMPLATE
     )
     tokenizer.save_pretrained(tmp_path / "model")
     path = lines(tmp_path / "data.jsonl", [{"messages": [{"role": "system", "content": "Be brief."}, *TURNS]}])
     assert main(["data", "check", str(path), "--model", str(tmp_path / "model")]) == 1
     assert f"broken: {path} line 1: the chat template refuses an example: no system here" in capsys.readouterr().out
+
+
+def test_marks_that_no_template_has_are_asked_for(tmp_path, capsys):
+    unmarked = CHAT_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    chat_tokenizer(unmarked).save_pretrained(tmp_path / "model")
+    path = lines(tmp_path / "data.jsonl", [RECORDS["messages"]])
+    assert main(["data", "check", str(path), "--model", str(tmp_path / "model")]) == 1
+    printed = capsys.readouterr().out
+    assert "broken: the model's chat template must mark the answers by {% generation %}" in printed
+    assert "exact duplicates: 0" in printed
+
+
+def test_a_byte_order_mark_and_a_byte_after_it(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\n')
+    assert read([Source(path)], held_out=0).train[0] == {"text": "a"}
+    path.write_bytes(b'\xef\xbb\xbf{"text": "\xe9"}\n')
+    with pytest.raises(StageError, match="line 1: must be UTF-8, but byte 13 of the file is 0xe9"):
+        read([Source(path)])
+
+
+def test_turns_keep_their_own_keys(tmp_path):
+    def called(arguments):
+        call = {"type": "function", "function": {"name": "look", "arguments": arguments}}
+        turns = [TURNS[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+        return {"messages": [*turns, {"role": "tool", "name": "look", "content": "White."}, TURNS[1]]}
+
+    records = [called({"at": "snow"}), called({"far": 3}), called("all"), {"messages": TURNS}]
+    assert read([Source(lines(tmp_path / "data.jsonl", records))], held_out=0).train.to_list() == records
+
+
+SEEN = {
+    **{kind: [record] for kind, record in RECORDS.items()},
+    "ended text": [{"text": "Snow is white.<|im_end|>"}],
+    "begun text": [{"text": "<|begin|>Snow is white."}],
+    "two answers": [{"messages": [*TURNS, *TURNS]}, RECORDS["messages"]],
+    "turns before": [{"prompt": [*TURNS, TURNS[0]], "completion": TURNS[1:]}],
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "chat"),
+    [(kind, True) for kind in SEEN]
+    + [(kind, False) for kind in SEEN if isinstance(next(iter(SEEN[kind][0].values())), str)],
+)
+def test_the_trainer_sees_the_same(kind, chat, tmp_path):
+    pytest.importorskip("peft", reason="peft is not installed: nothing is fine-tuned")
+    from nf4kernels.stages.finetune.recipe import read_recipe
+    from nf4kernels.stages.finetune.run import _trainer
+
+    chat_model(tmp_path / "model", CHAT_TEMPLATE if chat else None, num_hidden_layers=1)
+    path = lines(tmp_path / "data.jsonl", SEEN[kind])
+    fields = {"model": tmp_path / "model", "data": path, "output_dir": tmp_path / "out", "held_out": 0}
+    recipe = read_recipe(None, [f"--{name}={value}" for name, value in fields.items()])
+    split, tokenizer = read([Source(path)], held_out=0), chat_tokenizer(CHAT_TEMPLATE if chat else None)
+    trained = _trainer(recipe, split, tokenizer).train_dataset
+    viewer = Viewer(tokenizer, split.form)
+    for row, seen in zip(split.train, trained, strict=True):
+        view = viewer.view(row)
+        assert view.ids == seen["input_ids"]
+        labels = seen.get("labels") or seen["input_ids"]
+        assert view.has_loss == [label != -100 for label in labels]

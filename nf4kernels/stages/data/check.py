@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from ..errors import StageError
-from .reading import identity, walk
+from .reading import Example, identity, other_shape, walk
 from .view import Viewer
 
 LISTED = 5  # broken examples that are named
@@ -28,7 +28,8 @@ class Lengths:
 
 @dataclass
 class Report:
-    """What `check` found: `broken` names the first few, `cut` counts examples of more than max_length tokens."""
+    """What `check` found: `broken` names the first few of `broken_count`, `cut` counts examples of more than max_length
+    tokens, `duplicates` those that are there before."""
 
     files: dict[str, int]
     forms: dict[str, int]
@@ -43,7 +44,7 @@ class Report:
 
     @property
     def good(self) -> bool:
-        return not self.broken_count and len(self.forms) == 1
+        return not self.broken_count
 
 
 def check(paths: Sequence[Path], model: Path | None = None, max_length: int | None = None) -> Report:
@@ -55,17 +56,23 @@ def check(paths: Sequence[Path], model: Path | None = None, max_length: int | No
     tokenizer = None if model is None else _tokenizer(model)
     report = Report({}, {})
     rows: list[tuple[str, str, dict[str, Any]]] = []
-    forms: Counter[str] = Counter()
+    shapes: Counter[str] = Counter()
+    first: Example | None = None
     for path in paths:
-        before = len(rows)
+        before, broken = len(rows), report.broken_count
         for found in walk(path):
             if found.row is None:
                 _note(report, f"{found.where}: {found.problem}")
-            else:
-                forms[found.form] += 1
-                rows.append((found.where, found.form, found.row))
+                continue
+            first = first or found
+            if found.shape != first.shape and found.shape not in shapes:  # one line a shape, not one an example
+                _note(report, f"{found.where}: {other_shape(found, first)}")
+            shapes[found.shape] += 1
+            rows.append((found.where, found.form, found.row))
         report.files[str(path)] = len(rows) - before
-    report.forms = dict(forms)
+        if len(rows) == before and report.broken_count == broken:
+            _note(report, f"{path} must hold examples, got none")
+    report.forms = dict(shapes)
     report.duplicates = len(rows) - len({identity(row) for _, _, row in rows})
     if rows:
         report.characters = _lengths([_characters(row) for _, _, row in rows])
@@ -75,9 +82,16 @@ def check(paths: Sequence[Path], model: Path | None = None, max_length: int | No
 
 
 def _view(report: Report, rows: list, tokenizer: Any, max_length: int | None) -> None:
-    viewers = {form: Viewer(tokenizer, form) for form in report.forms}
+    viewers: dict[str, Viewer] = {}
+    for form in {form for _, form, _ in rows}:
+        try:
+            viewers[form] = Viewer(tokenizer, form)
+        except StageError as error:
+            _note(report, str(error))
     lengths = []
     for where, form, row in rows:
+        if form not in viewers:
+            continue
         try:
             view = viewers[form].view(row)
         except StageError as error:

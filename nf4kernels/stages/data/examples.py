@@ -43,8 +43,8 @@ def example(record: Any) -> tuple[str, dict[str, Any]]:
         for name in ("instruction", "output"):
             _check_text(name, record[name])
         given = record.get("input") or ""
-        if not isinstance(given, str):
-            raise ExampleError(f"input must be a string, got {type(given).__name__}")
+        if given != "":
+            _check_text("input", given, may_be_blank=True)
         prompt = WITH_INPUT if given.strip() else WITHOUT_INPUT
         parts = {"instruction": record["instruction"], "input": given}
         return "prompt", {"prompt": prompt.format_map(parts), "completion": record["output"]}
@@ -66,11 +66,15 @@ def _prompt_and_completion(record: dict) -> dict[str, Any]:
     return {"prompt": prompt, "completion": completion}
 
 
-def _check_text(name: str, value: Any) -> None:
+def _check_text(name: str, value: Any, may_be_blank: bool = False) -> None:
     if not isinstance(value, str):
         raise ExampleError(f"{name} must be a string, got {type(value).__name__}")
-    if not value.strip():
+    if not may_be_blank and not value.strip():
         raise ExampleError(f"{name} must not be empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ExampleError(f"{name} must be text, got half a surrogate pair at character {error.start + 1}") from None
 
 
 def _check_messages(name: str, turns: Any) -> None:
@@ -85,6 +89,8 @@ def _check_messages(name: str, turns: Any) -> None:
         role = turn["role"]
         if not (turn.get("tool_calls") and role == "assistant"):
             _check_text(f"the content of {where}", turn.get("content"))
+        if turn.get("name"):
+            _check_text(f"the name of {where}", turn["name"])
         if role == "system" and number > 1:
             raise ExampleError(f"{where} must not be the system's, which is the first or none")
         if last not in BEFORE.get(role, (last,)):

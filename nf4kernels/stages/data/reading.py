@@ -1,5 +1,6 @@
 """Files of examples, read and split into those to train on and those held out."""
 
+import codecs
 import json
 import math
 import random
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import Dataset
+from datasets import Dataset, Features, Json, List
 
 from ..errors import StageError
 from .examples import ExampleError, example
@@ -44,6 +45,12 @@ class Example:
     row: dict[str, Any] | None = None
     problem: str = ""
 
+    @property
+    def shape(self) -> str:
+        """What all examples must have in common: their form, and whether a prompt is text or the turns of a chat."""
+        is_chat = self.form == "prompt" and self.row is not None and isinstance(self.row["prompt"], list)
+        return "prompt of turns" if is_chat else self.form
+
 
 def read(sources: Sequence[Source], held_out: float | int = 0.1, seed: int = 0) -> Split:
     """All examples of `sources` in one form, in order, split by `seed`.
@@ -59,7 +66,7 @@ def read(sources: Sequence[Source], held_out: float | int = 0.1, seed: int = 0) 
         raise StageError(f"held_out must be a share below 1 or a number of examples, got {held_out}")
     drawn: list[dict[str, Any]] = []
     distinct: dict[str, dict[str, Any]] = {}
-    form = first = ""
+    first: Example | None = None
     draw = random.Random(seed)
     for source in sources:
         if not (math.isfinite(source.weight) and source.weight > 0):
@@ -68,15 +75,15 @@ def read(sources: Sequence[Source], held_out: float | int = 0.1, seed: int = 0) 
         for found in walk(source.path):
             if found.row is None:
                 raise StageError(f"{found.where}: {found.problem}")
-            form, first = form or found.form, first or found.where
-            if found.form != form:
-                raise StageError(f"{found.where} must be {form} as {first} is, got {found.form}")
+            first = first or found
+            if found.shape != first.shape:
+                raise StageError(f"{found.where}: {other_shape(found, first)}")
             rows.append(found.row)
             distinct.setdefault(identity(found.row), found.row)
         if not rows:
             raise StageError(f"{source.path} must hold examples, got none")
         drawn += _weighted(rows, source.weight, draw)
-    if not distinct:
+    if first is None:
         raise StageError("there must be a file of examples, got none")
     share = max(1, round(held_out * len(distinct))) if held_out else 0
     count = int(held_out) if held_out >= 1 else share
@@ -87,8 +94,8 @@ def read(sources: Sequence[Source], held_out: float | int = 0.1, seed: int = 0) 
     if not train:
         raise StageError("the weights must leave examples to train on, got none")
     kept = [row for key, row in distinct.items() if key in apart]
-    both = Dataset.from_list(train + kept)  # of one schema, also where one side is empty
-    return Split(both.select(range(len(train))), both.select([*range(len(train), len(both))]), form)
+    both = _table(train + kept)  # of one schema, also where one side is empty
+    return Split(both.select(range(len(train))), both.select([*range(len(train), len(both))]), first.form)
 
 
 def walk(path: Path) -> Iterator[Example]:
@@ -121,6 +128,11 @@ def walk(path: Path) -> Iterator[Example]:
             yield Example(where, form, row)
 
 
+def other_shape(found: Example, first: Example) -> str:
+    """What is wrong with `found`, whose shape is not that of `first`."""
+    return f"must be {first.shape} as {first.where} is, got {found.shape}"
+
+
 def identity(row: dict[str, Any]) -> str:
     """Equal for equal examples."""
     return json.dumps(row, sort_keys=True, default=str)
@@ -136,6 +148,8 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
         for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), 1):
             where, begin = f"{path} line {number}", start
             start += len(line)
+            if number == 1 and line.startswith(codecs.BOM_UTF8):
+                line, begin = line.removeprefix(codecs.BOM_UTF8), len(codecs.BOM_UTF8)
             if len(line) > LONGEST_LINE:
                 while line and not line.endswith(b"\n"):  # to the line's end
                     line = file.readline(LONGEST_LINE)
@@ -144,7 +158,7 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
                 yield where, ExampleError(f"must be one example of at most {LONGEST_LINE} bytes, got {length}")
                 continue
             try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                text = line.decode("utf-8")
             except UnicodeDecodeError as error:
                 byte = f"byte {begin + error.start} of the file is 0x{line[error.start]:02x}"
                 yield where, ExampleError(f"must be UTF-8, but {byte}")
@@ -178,6 +192,15 @@ def _array(path: Path) -> list:
     if not isinstance(records, list):
         raise ValueError(type(records).__name__)
     return records
+
+
+def _table(rows: list[dict[str, Any]]) -> Dataset:
+    """Arrow gives all turns the same keys, None where one had none, which chat templates trip over: those are kept as
+    JSON where turns differ in more than role and content."""
+    names = [name for name, value in rows[0].items() if isinstance(value, list)]
+    if all(turn.keys() == {"role", "content"} for row in rows for name in names for turn in row[name]):
+        return Dataset.from_list(rows)
+    return Dataset.from_list(rows, features=Features({name: List(Json()) for name in names}))
 
 
 def _weighted(rows: list, weight: float, draw: random.Random) -> list:

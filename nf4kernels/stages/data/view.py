@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-from trl.chat_template_utils import get_training_chat_template
-from trl.data_utils import is_conversational
+from jinja2 import TemplateError
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+from trl.data_utils import common_prefix_length
 
 from ..errors import StageError
 
@@ -21,7 +22,8 @@ class Viewer:
     """Tokenizes rows as TRL's SFTTrainer does with the loss on answers alone.
 
     Raises:
-        StageError: the rows are chat messages, and the tokenizer has no chat template, or a broken one.
+        StageError: the rows are chat messages, and the tokenizer has no chat template, or one whose answers neither it
+            nor TRL's version of it marks.
     """
 
     def __init__(self, tokenizer: Any, form: str) -> None:
@@ -29,27 +31,36 @@ class Viewer:
         self.template = None
         if form == "messages" and not tokenizer.chat_template:
             raise StageError("the model's tokenizer must have a chat template for chat messages, got none")
-        if form == "messages":
+        if form == "messages" and not has_generation_markers(tokenizer.chat_template):
             try:
-                self.template = get_training_chat_template(tokenizer) or tokenizer.chat_template
-            except ValueError:  # TRL has no version of it that marks the answers: then all has a loss
-                self.template = tokenizer.chat_template
+                self.template = get_training_chat_template(tokenizer)
+            except (ValueError, TemplateError):
+                raise StageError(
+                    "the model's chat template must mark the answers by {% generation %}, and TRL has no version of it"
+                    " that does: give finetune one that does as --chat_template_path, or --assistant_only_loss false"
+                ) from None
 
     def view(self, row: dict[str, Any]) -> View:
         """Tokens of one row, before any is cut; StageError where the chat template refuses it."""
-        if self.form == "messages" or is_conversational(row):
-            return self._of_turns(row.get("messages") or row["prompt"] + row["completion"])
-        if self.form == "prompt" and self.tokenizer.chat_template:
-            turns = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
-            return self._of_turns(turns, asked=turns[:1])
+        if self.form == "messages":
+            done = self._of_turns(row["messages"], return_assistant_tokens_mask=True)
+            if not any(done["assistant_masks"]):
+                raise StageError("the chat template must mark an answer by {% generation %}, got none in this example")
+            return View(done["input_ids"], [bool(token) for token in done["assistant_masks"]])
         end = self.tokenizer.eos_token or ""
-        if self.form == "prompt":
-            prompt = self._ids(row["prompt"])
-            ids = self._ids(row["prompt"] + row["completion"] + end)
-            shared = next((i for i, (a, b) in enumerate(zip(prompt, ids)) if a != b), min(len(prompt), len(ids)))
-            return View(ids, [i >= shared for i in range(len(ids))])
-        ids = self._ids(row["text"] + end)
-        return View(ids, [True] * len(ids))
+        if self.form == "text":
+            ids = self._of_text(row["text"].removesuffix(end) + end)
+            return View(ids, [True] * len(ids))
+        asked, answer = row["prompt"], row["completion"]
+        if isinstance(asked, str) and self.tokenizer.chat_template:
+            asked, answer = [{"role": "user", "content": asked}], [{"role": "assistant", "content": answer}]
+        if isinstance(asked, str):
+            prompt, ids = self._of_text(asked), self._of_text(asked + answer.removesuffix(end) + end)
+        else:
+            prompt = self._of_turns(asked, add_generation_prompt=True)["input_ids"]
+            ids = self._of_turns(asked + answer)["input_ids"]
+        shared = common_prefix_length(prompt, ids)
+        return View(ids, [place >= shared for place in range(len(ids))])
 
     def marked(self, view: View) -> str:
         """The text of `view`, what has a loss between ⟦ and ⟧."""
@@ -61,25 +72,18 @@ class Viewer:
                 start = end
         return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} ... {text[-SHOWN // 2 :]}"
 
-    def _ids(self, text: str) -> list[int]:
+    def _of_text(self, text: str) -> list[int]:
         begin = self.tokenizer.bos_token
         ids = self.tokenizer(text)["input_ids"]
         if begin is not None and ids[:1] != [self.tokenizer.bos_token_id]:
             ids = self.tokenizer(begin + text)["input_ids"]
         return ids
 
-    def _of_turns(self, turns: list[dict], asked: list[dict] | None = None) -> View:
-        options = {"chat_template": self.template, "tokenize": True, "return_dict": True}
+    def _of_turns(self, turns: list[dict], **options: Any) -> dict[str, list[int]]:
         try:
-            if asked is not None:
-                prompt = self.tokenizer.apply_chat_template(asked, add_generation_prompt=True, **options)["input_ids"]
-                ids = self.tokenizer.apply_chat_template(turns, **options)["input_ids"]
-                shared = next((i for i, (a, b) in enumerate(zip(prompt, ids)) if a != b), min(len(prompt), len(ids)))
-                return View(ids, [i >= shared for i in range(len(ids))])
-            done = self.tokenizer.apply_chat_template(turns, return_assistant_tokens_mask=True, **options)
+            return self.tokenizer.apply_chat_template(
+                turns, chat_template=self.template, tokenize=True, return_dict=True, **options
+            )
         except Exception as error:  # what a Jinja template raises has no common type
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise StageError(f"the chat template refuses an example: {first}") from None
-        mask = done.get("assistant_masks") or []
-        has_loss = [bool(token) for token in mask] if any(mask) else [True] * len(done["input_ids"])
-        return View(done["input_ids"], has_loss)
