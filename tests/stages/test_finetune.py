@@ -5,11 +5,13 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from support.chat_model import chat_model, facts
 
@@ -17,8 +19,13 @@ for needed in ("peft", "trl", "datasets", "matplotlib", "yaml"):
     pytest.importorskip(needed, reason=f"{needed} is not installed: nothing is fine-tuned")
 
 from nf4kernels.cli import main  # noqa: E402
+from nf4kernels.stages.data.reading import read  # noqa: E402
+from nf4kernels.stages.finetune import run  # noqa: E402
 from nf4kernels.stages.finetune.outputs import LOG  # noqa: E402
+from nf4kernels.stages.finetune.recipe import read_recipe  # noqa: E402
 from nf4kernels.stages.finetune.run import WHOLE  # noqa: E402
+
+ADAPTERS = "adapter_model.safetensors"
 
 STEPS = 8
 FIELDS = {
@@ -109,8 +116,7 @@ def test_killed_and_resumed_it_gives_the_same_log(models, prompts, tmp_path):
     assert not (out / "loss.png").exists()
     assert main(argv) == 0
     assert (out / LOG).read_bytes() == (whole / LOG).read_bytes()
-    adapters = "adapter_model.safetensors"
-    assert (out / adapters).read_bytes() == (whole / adapters).read_bytes()
+    assert (out / ADAPTERS).read_bytes() == (whole / ADAPTERS).read_bytes()
 
 
 @pytest.mark.slow
@@ -120,22 +126,72 @@ def test_killed_and_resumed_it_gives_the_same_log(models, prompts, tmp_path):
 )
 def test_killed_at_ten_random_moments(models, prompts, tmp_path, changes):
     whole, out = tmp_path / "whole", tmp_path / "out"
-    changes = {**changes, "max_steps": 20, "save_steps": 1}
-    begun = time.monotonic()
+    changes = {**changes, "max_steps": 60, "save_steps": 1}
     assert main(arguments(models / "chat", prompts, whole, **changes)) == 0
-    took = time.monotonic() - begun
     argv, draw, kills = arguments(models / "chat", prompts, out, **changes), random.Random(0), 0
-    for _ in range(10):
-        until = time.monotonic() + draw.uniform(0.3, 0.7) * took
-        kills += killed(argv, out, lambda until=until: time.monotonic() > until)
+    for turn in range(10):
+        moment = Moment(out, draw.uniform(0, 0.4), True) if turn < 2 else Moment(out, draw.uniform(0, 0.1), False)
+        kills += killed(argv, out, moment.has_come)
         if (out / "loss.png").exists():
             break
-    assert kills >= 3
-    if "finished" not in (out / "started.json").read_text(encoding="utf-8"):
-        assert main(argv) == 0
+    assert kills >= 8
+    assert last_step(out) > 0
+    assert main(argv) == 0
     assert (out / LOG).read_bytes() == (whole / LOG).read_bytes()
+    assert (out / ADAPTERS).read_bytes() == (whole / ADAPTERS).read_bytes()
 
 
+def last_step(out: Path) -> int:
+    return max((int(file.parent.name.rpartition("-")[2]) for file in out.glob(f"checkpoint-*/{WHOLE}")), default=0)
+
+
+class Moment:
+    """`wait` seconds after now, or after the run in `out` has a checkpoint more than now."""
+
+    def __init__(self, out: Path, wait: float, is_from_now: bool) -> None:
+        self.out, self.wait, self.had = out, wait, last_step(out)
+        self.since = time.monotonic() if is_from_now else None
+
+    def has_come(self) -> bool:
+        if self.since is None and last_step(self.out) > self.had:
+            self.since = time.monotonic()
+        return self.since is not None and time.monotonic() > self.since + self.wait
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_killed_after_its_last_step_it_only_finishes(models, prompts, tmp_path, monkeypatch):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert main(arguments(models / "chat", prompts, whole, max_steps=4)) == 0
+    argv = arguments(models / "chat", prompts, out, max_steps=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "write_picture", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        assert killed(argv, out, lambda: False)
+    shutil.rmtree(out / "checkpoint-2")
+    (out / ADAPTERS).unlink()
+    assert main(argv) == 0
+    for name in (LOG, ADAPTERS, "README.md"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes().replace(b"/whole", b"/out"), name
+
+
+def test_packed_examples_do_not_see_each_other(models, prompts, tmp_path):
+    recipe = read_recipe(None, arguments(models / "chat", prompts, tmp_path / "out", packing=True, max_length=64)[1:])
+    split = read(recipe.sources, recipe.held_out)
+    trainer = run._trainer(recipe, split, run._tokenizer(recipe))
+    model, batch = trainer.model.eval(), next(iter(trainer.get_train_dataloader()))
+    ids, positions = batch["input_ids"], batch["position_ids"]
+    starts = (positions[0] == 0).nonzero().flatten().tolist()
+    assert len(starts) > 2
+    with torch.no_grad():
+        together = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        alone = model(input_ids=ids[:, starts[1] : starts[2]], use_cache=False).logits
+        mixed = model(input_ids=ids[:, : starts[2]], use_cache=False).logits[:, starts[1] :]
+    assert torch.allclose(together[:, starts[1] : starts[2]], alone, atol=1e-5)
+    assert not torch.allclose(mixed, alone, atol=1e-3), "the check does not tell one from the other"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_a_half_written_checkpoint_is_passed_over(models, prompts, tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert main(arguments(models / "chat", prompts, whole, max_steps=4)) == 0

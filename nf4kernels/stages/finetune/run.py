@@ -15,7 +15,10 @@ import torch
 import yaml
 from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar, enable_progress_bar
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
+from peft import load_peft_weights, set_peft_model_state_dict
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
@@ -44,6 +47,12 @@ class _Trainer(SFTTrainer):
         self.first_row: dict[str, Any] = {}
         super().__init__(*args, **kwargs)
 
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if not isinstance(sampler, LengthGroupedSampler):
+            return sampler
+        return _ByLength(sampler, self.args.seed if self.args.data_seed is None else self.args.data_seed)
+
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         uncut = copy.copy(args)
         uncut.max_length = None
@@ -53,6 +62,21 @@ class _Trainer(SFTTrainer):
             self.first_row = {name: value[: args.max_length] for name, value in rows[0].items() if _is_ids(value)}
         rows = rows.remove_columns([name for name in rows.column_names if not _is_ids(rows[0][name])])
         return super()._prepare_dataset(rows, processing_class, args, packing, formatting_func, dataset_name)
+
+
+class _ByLength(LengthGroupedSampler):
+    """Draws an epoch's order by its number, so that an epoch gone on with has the order that it began with."""
+
+    def __init__(self, sampler: LengthGroupedSampler, seed: int) -> None:
+        super().__init__(sampler.batch_size, lengths=sampler.lengths)
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return super().__iter__()
 
 
 class _Keeper(TrainerCallback):
@@ -74,7 +98,7 @@ class _Keeper(TrainerCallback):
             seconds, tokens = time.monotonic() - self.began[0], logs["num_tokens"] - self.began[1]
             logs["tokens/s"] = round(tokens / max(seconds, 1e-9), 1)
             self.began = (time.monotonic(), logs["num_tokens"])
-        if state.is_world_process_zero:
+        if state.is_world_process_zero and (self.out / START).exists():  # else it is the held-out loss before
             write_log(self.out / LOG, state.log_history)
 
 
@@ -110,7 +134,10 @@ def finetune(recipe: Recipe, say: Say = print) -> Path:
         say(f"held-out loss before: {before:.4f}")
     say(f"going on from {checkpoint}" if checkpoint else f"writing to {recipe.out}")
     set_seed(recipe.training.seed)  # what was drawn until here, a resumed run does not draw
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if checkpoint is not None and _is_last(checkpoint):
+        _take(trainer, checkpoint)
+    else:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     history = list(trainer.state.log_history)
     after = _held_out_loss(trainer)
     if after is not None:
@@ -261,6 +288,18 @@ def _last_whole(out: Path) -> Path | None:
         else:
             shutil.rmtree(directory)
     return max(found)[1] if found else None
+
+
+def _is_last(checkpoint: Path) -> bool:
+    """Whether nothing is left to train after it: the trainer would do one step more."""
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    return state.global_step >= state.max_steps
+
+
+def _take(trainer: _Trainer, checkpoint: Path) -> None:
+    """The checkpoint's adapters and log, as they are after training."""
+    set_peft_model_state_dict(trainer.model, load_peft_weights(str(checkpoint), device="cpu"))
+    trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
 
 def _samples(trainer: _Trainer, split: Split, tokenizer: Any) -> list[tuple[str, str, str]]:
