@@ -2,10 +2,9 @@
 
 import argparse
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
-from .errors import CommandError, check_cpu_computes
+from .errors import check_cpu_computes, check_installed
 
 PACKAGES = ("transformers", "peft", "accelerate")
 
@@ -39,9 +38,7 @@ def add_parser(subparsers) -> None:
 
 def run(args: argparse.Namespace) -> None:
     check_cpu_computes("chat")
-    missing = [package for package in (*PACKAGES, *(["gradio"] if args.web else [])) if find_spec(package) is None]
-    if missing:
-        raise CommandError(f"chat: {', '.join(missing)} must be installed, run: pip install 'nf4kernels[chat]'")
+    check_installed("chat", (*PACKAGES, "gradio") if args.web else PACKAGES, "chat")
     from ..stages.chat.loading import load
     from ..stages.chat.session import Sampling
 

@@ -1,9 +1,8 @@
 """nf4kernels completion: what a shell reads to complete verbs, flags and their choices."""
 
 import argparse
-from importlib.util import find_spec
 
-from .errors import CommandError
+from .errors import check_installed
 
 SHELLS = ("bash", "zsh", "tcsh")
 
@@ -23,8 +22,7 @@ def add_parser(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if find_spec("shtab") is None:
-        raise CommandError("completion: shtab must be installed, run: pip install 'nf4kernels[completion]'")
+    check_installed("completion", ["shtab"], "completion")
     import shtab
 
     print(shtab.complete(args.parser, args.shell))

@@ -1,6 +1,7 @@
 """nf4kernels convert: a model that others publish in 4 bits to a directory of ours, and MXFP4 back."""
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from ..storage.convert import ConversionError, Words
@@ -10,6 +11,7 @@ from .errors import CommandError
 from .meta_model import gguf_config, meta_model, save_gguf_tokenizer
 
 WORDS = Words("convert", "SRC", "DST", "", "--overwrite")
+MODEL_OF = partial(meta_model, verb="convert")
 
 
 def add_parser(subparsers) -> None:
@@ -40,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
         else:
             from_gguf = is_gguf(args.source)
             config = gguf_config(args.source) if from_gguf else None
-            done = convert_published(args.source, args.out_dir, _model_of, config, args.overwrite, words=WORDS)
+            done = convert_published(args.source, args.out_dir, MODEL_OF, config, args.overwrite, words=WORDS)
             if from_gguf:
                 save_gguf_tokenizer(args.source, args.out_dir)
     except ConversionError as error:
@@ -48,10 +50,6 @@ def run(args: argparse.Namespace) -> None:
     except OSError as error:
         raise CommandError(f"convert: {error}") from error
     _print_summary(done, args)
-
-
-def _model_of(source: Path, config: dict):
-    return meta_model(source, config, "convert")
 
 
 def _print_summary(done: Published, args: argparse.Namespace) -> None:

@@ -3,10 +3,9 @@
 import argparse
 import dataclasses
 import json
-from importlib.util import find_spec
 from pathlib import Path
 
-from .errors import CommandError
+from .errors import CommandError, check_installed
 
 NEEDED = ("transformers", "datasets", "trl")
 
@@ -33,9 +32,7 @@ def add_parser(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    missing = [name for name in NEEDED if find_spec(name) is None]
-    if missing:
-        raise CommandError(f"data: {', '.join(missing)} must be installed, run: pip install 'nf4kernels[finetune]'")
+    check_installed("data", NEEDED, "finetune")
     if args.max_length is not None and args.model is None:
         raise CommandError("data: --max-length must come with --model, whose tokenizer counts the tokens")
     if args.max_length is not None and args.max_length < 1:

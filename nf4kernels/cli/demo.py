@@ -3,9 +3,9 @@
 import argparse
 from pathlib import Path
 
-from ..demo.settings import Settings, missing_packages
+from ..demo.settings import PACKAGES, Settings
 from ..storage.atomic import TargetError
-from .errors import CommandError, check_cpu_computes
+from .errors import CommandError, check_cpu_computes, check_installed
 
 
 def add_parser(subparsers) -> None:
@@ -33,9 +33,7 @@ def add_parser(subparsers) -> None:
 
 def run(args: argparse.Namespace) -> None:
     check_cpu_computes("demo")
-    missing = missing_packages()
-    if missing:
-        raise CommandError(f"demo: {', '.join(missing)} must be installed, run: pip install 'nf4kernels[demo]'")
+    check_installed("demo", PACKAGES, "demo")
     from ..demo import pipeline
 
     options = {name: value for name, value in vars(args).items() if name in Settings.__dataclass_fields__}

@@ -1,4 +1,7 @@
-"""The error that a verb ends with, and the one that every verb which computes may end with."""
+"""The error that a verb ends with, and the one those that several verbs may end with."""
+
+from collections.abc import Iterable
+from importlib.util import find_spec
 
 from ..backends.select import decide
 
@@ -12,3 +15,11 @@ def check_cpu_computes(verb: str) -> None:
     decision = decide("cpu")
     if decision.backend is None:
         raise CommandError(f"{verb}: the CPU must have a backend, got none: {decision.reason}")
+
+
+def check_installed(verb: str, packages: Iterable[str], extra: str) -> None:
+    """CommandError that names those of `packages` that are not installed; `extra` of this package brings them."""
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        install = f"run: pip install 'nf4kernels[{extra}]'"
+        raise CommandError(f"{verb}: {', '.join(missing)} must be installed, {install}")

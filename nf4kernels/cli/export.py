@@ -2,18 +2,20 @@
 
 import argparse
 import tempfile
+from functools import partial
 from pathlib import Path
 
-from ..storage.convert import ConversionError, Words, convert_directory
+from ..storage.convert import ConversionError, Words, convert_directory, read_model_config
 from ..storage.export_directory import export_adapter, export_bitsandbytes, export_dense
 from ..storage.llama_cpp import convert_to_gguf, find_converter
-from ..storage.merge_adapter import quantization_of, read_model_config
+from ..storage.merge_adapter import quantization_of
 from ..storage.peft_format import CONFIG
 from .errors import CommandError, check_cpu_computes
 from .merge import size
 from .meta_model import meta_model
 
 WORDS = Words("export", "DIR", "OUT")
+MODEL_OF = partial(meta_model, verb="export")
 TO = ("safetensors", "bitsandbytes", "gguf", "peft")
 OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0")
 
@@ -55,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
         elif args.to == "gguf":
             _to_gguf(args)
         elif quantization_of(read_model_config(args.source, WORDS), WORDS) is None:
-            convert_directory(args.source, args.out, model_of=_model_of, words=WORDS)
+            convert_directory(args.source, args.out, model_of=MODEL_OF, words=WORDS)
         else:
             export_bitsandbytes(args.source, args.out, args.max_shard_size, words=WORDS)
     except ConversionError as error:
@@ -64,10 +66,6 @@ def run(args: argparse.Namespace) -> None:
         raise CommandError(f"export: {error}") from error
     files = [args.out] if args.out.is_file() else args.out.glob("*.safetensors")
     print(f"wrote {args.out}: {sum(file.stat().st_size for file in files) / 2**20:.1f} MiB")
-
-
-def _model_of(directory: Path, config: dict):
-    return meta_model(directory, config, "export")
 
 
 def _to_gguf(args: argparse.Namespace) -> None:

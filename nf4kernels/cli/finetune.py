@@ -2,10 +2,9 @@
 
 import argparse
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
-from .errors import CommandError, check_cpu_computes
+from .errors import check_cpu_computes, check_installed
 
 NEEDED = ("transformers", "peft", "accelerate", "trl", "datasets", "matplotlib", "yaml")
 
@@ -39,9 +38,7 @@ def add_parser(subparsers) -> None:
 
 def run(args: argparse.Namespace) -> None:
     check_cpu_computes("finetune")
-    missing = [name for name in NEEDED if find_spec(name) is None]
-    if missing:
-        raise CommandError(f"finetune: {', '.join(missing)} must be installed, run: pip install 'nf4kernels[finetune]'")
+    check_installed("finetune", NEEDED, "finetune")
     from ..stages.finetune.recipe import field_help, read_recipe
     from ..stages.finetune.run import finetune
 

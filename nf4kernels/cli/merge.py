@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 from ..quantized_weight import BLOCK_SIZES
@@ -13,6 +14,7 @@ from .errors import CommandError, check_cpu_computes
 from .meta_model import meta_model
 
 WORDS = Words("merge", "--base", "OUT")
+MODEL_OF = partial(meta_model, verb="merge")
 WORST = 5  # layers in the table
 
 
@@ -65,17 +67,13 @@ def run(args: argparse.Namespace) -> None:
         base = base_directory(args.base, args.adapter, "merge")
         merged = merge_adapter(
             args.adapter, base, args.out_dir, args.into, args.max_shard_size, None if recipe == Recipe() else recipe,
-            lambda survival: _agreed(survival, args.yes), _model_of, words=WORDS,
+            lambda survival: _agreed(survival, args.yes), MODEL_OF, words=WORDS,
         )  # fmt: skip
     except ConversionError as error:
         raise CommandError(str(error)) from None
     except OSError as error:
         raise CommandError(f"merge: {error}") from error
     _print_summary(merged, base, args)
-
-
-def _model_of(directory: Path, config: dict):
-    return meta_model(directory, config, "merge")
 
 
 def _agreed(survival: Survival, yes: bool) -> bool:

@@ -2,12 +2,12 @@
 
 import json
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 from .data import WORDNET, Example, read_examples
 
 MADE_BY = "nf4kernels demo"
+PACKAGES = ("transformers", "accelerate", "gguf", "matplotlib")  # of the [demo] extra
 RESULTS = "results.json"
 # Of what a run can mean: a day's steps, a batch and a rank that fit a small machine, torch's seeds.
 LIMITS = {
@@ -83,8 +83,3 @@ def may_replace(out: Path) -> bool:
         return json.loads((out / RESULTS).read_text(encoding="utf-8"))["made_by"] == MADE_BY
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def missing_packages() -> list[str]:
-    """Packages of the [demo] extra that are not installed."""
-    return [name for name in ("transformers", "accelerate", "gguf", "matplotlib") if find_spec(name) is None]

@@ -26,12 +26,12 @@ def replacing(path: Path) -> Iterator[Path]:
         mode = (path if path.exists() else partial).stat().st_mode
         yield partial
         partial.chmod(mode)  # a writer may have made a private file in its place, as safetensors does
-        _flush(partial)
+        flush(partial)
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    _flush(path.parent)
+    flush(path.parent)
 
 
 @contextmanager
@@ -57,11 +57,11 @@ def replacing_directory(path: Path) -> Iterator[Path]:
             if replaced.exists():  # a run was killed between its two renames, or before it had tidied up
                 shutil.rmtree(replaced) if path.exists() else replaced.rename(path)
             yield staging
-            _flush(staging)
+            flush(staging)
             if path.exists():
                 path.rename(replaced)
             staging.rename(path)
-            _flush(path.parent)
+            flush(path.parent)
             shutil.rmtree(replaced, ignore_errors=True)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
@@ -81,7 +81,7 @@ def copy_file(source: Path, path: Path) -> None:
         shutil.copyfile(source, partial)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """fsync of a file or a directory: what it holds survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

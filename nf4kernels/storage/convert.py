@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,20 @@ class Words:
 
 
 CALLED = Words()
+
+
+@contextmanager
+def conversion_errors(words: Words) -> Iterator[None]:
+    """Within it a ValueError becomes a ConversionError that begins with the function's name, and names out_dir."""
+    try:
+        yield
+    except TargetError as error:
+        raise ConversionError(f"{words.who}: {words.out_dir} {error}") from None
+    except ConversionError:
+        raise
+    except ValueError as error:
+        text = str(error)
+        raise ConversionError(text if text.startswith(words.who) else f"{words.who}: {text}") from None
 
 
 @dataclass(frozen=True)
@@ -133,7 +147,7 @@ def convert_directory(
     weight_to_tensors(options.quantize(torch.empty(0, block_size)), bitsandbytes=True)  # every check of an option
     if dtype is not None and dtype not in WEIGHT_DTYPES:
         raise TypeError(f"{words.who}: dtype must be float32, bfloat16, float16 or None, got {dtype}")
-    config = _read_config(in_dir, words)
+    config = _read_dense_config(in_dir, words)
     check_outside(in_dir, out_dir, words)
     shards = _read_headers(in_dir, words.who)
     model, source = (None, "their names") if model_of is None else model_of(in_dir, config)
@@ -186,7 +200,8 @@ def _quantized(choice: Choice, matrices: Mapping[str, Matrix]) -> dict[str, Matr
     return {n: matrix for n, matrix in found.items() if not matrix.is_experts or pairs[n.rpartition(".")[0]] == 2}
 
 
-def _read_config(in_dir: Path, words: Words) -> dict[str, Any]:
+def read_model_config(in_dir: Path, words: Words) -> dict[str, Any]:
+    """config.json's content; ConversionError where there is none."""
     file = in_dir / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -198,12 +213,18 @@ def _read_config(in_dir: Path, words: Words) -> dict[str, Any]:
         raise ConversionError(f"{words.who}: {file} must hold JSON, got {error}") from None
     if not isinstance(config, dict):
         raise ConversionError(f"{words.who}: {file} must hold a JSON object, got {type(config).__name__}")
+    return config
+
+
+def _read_dense_config(in_dir: Path, words: Words) -> dict[str, Any]:
+    config = read_model_config(in_dir, words)
     quantization = config.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise ConversionError(f"{words.who}: {words.in_dir} must hold a dense model, got one quantized by {method}")
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        file = in_dir / "config.json"
         raise ConversionError(f"{words.who}: architectures in {file} must be a list of names, got {architectures!r}")
     return config
 

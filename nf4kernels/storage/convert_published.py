@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..model.plan import is_conv1d
-from .atomic import TargetError, replacing_directory, write_json
+from .atomic import replacing_directory, write_json
 from .bitsandbytes_format import names_of_weight, stored_weight, stored_weights, weight_from_tensors
-from .convert import CALLED, ConversionError, Words, check_outside, check_target, copy_rest
+from .convert import CALLED, ConversionError, Words, check_outside, check_target, conversion_errors, copy_rest
 from .experts_format import experts_from_tensors, stored_experts
 from .published import mxfp4
 from .published.files import PublishedFiles, dtype_in
@@ -78,25 +78,20 @@ def convert_published(
     config = _read_json(source / "config.json", words) if config is None else dict(config)
     model, _ = model_of(source, dict(config))
     check_target(out_dir, overwrite, words)
-    try:
-        with open_published(source, model, words.who, dtype_in(config)) as files:
-            if files is None:
-                raise ValueError(f"{words.who}: {words.in_dir} must be published in 4 bits by others, got {source}")
-            codebook, block_size = files.format
-            quantization = {
-                "quant_method": "nf4kernels", "codebook": codebook, "block_size": block_size, "double_quant": False,
-                "modules_to_not_convert": _dense_layers(model, files),
-            }  # fmt: skip
-            with replacing_directory(out_dir) as staging:
-                nbytes = write_shards(_as_they_are(files), staging, SHARD, progress, "convert")
-                write_json(staging / "config.json", config | {"quantization_config": quantization})
-                if source.is_dir():
-                    copy_rest(source, staging, NOT_COPIED)
-            return Published(len(_keys(files)), codebook, nbytes, files.ignored)
-    except TargetError as error:
-        raise ConversionError(f"{words.who}: {words.out_dir} {error}") from None
-    except ValueError as error:
-        raise ConversionError(str(error)) from None
+    with conversion_errors(words), open_published(source, model, words.who, dtype_in(config)) as files:
+        if files is None:
+            raise ValueError(f"{words.who}: {words.in_dir} must be published in 4 bits by others, got {source}")
+        codebook, block_size = files.format
+        quantization = {
+            "quant_method": "nf4kernels", "codebook": codebook, "block_size": block_size, "double_quant": False,
+            "modules_to_not_convert": _dense_layers(model, files),
+        }  # fmt: skip
+        with replacing_directory(out_dir) as staging:
+            nbytes = write_shards(_as_they_are(files), staging, SHARD, progress, "convert")
+            write_json(staging / "config.json", config | {"quantization_config": quantization})
+            if source.is_dir():
+                copy_rest(source, staging, NOT_COPIED)
+        return Published(len(_keys(files)), codebook, nbytes, files.ignored)
 
 
 def convert_to_mxfp4(
@@ -111,31 +106,24 @@ def convert_to_mxfp4(
     check_outside(source, out_dir, words)
     config = _read_json(source / "config.json", words)
     check_target(out_dir, overwrite, words)
-    try:
-        with TensorFiles(checkpoint_files(source, words.who), words.who) as files:
-            experts, linear = stored_experts(files.names), stored_weights(files.names)
-            if bool(experts) == bool(linear):
-                came = "both" if experts else "neither"
-                raise ValueError(
-                    f"{words.who}: {words.in_dir} must have experts or linear layers in 4 bits, got {came}"
-                )
-            for key in linear:
-                found = stored_weight(files.names, files.read, key, words.who)
-                if found.codebook != "mxfp4" or found.has_column_order:
-                    raise ValueError(f"{words.who}: {key} must be in mxfp4 to be written so, got {found.codebook}")
-            tensors = _in_mxfp4(files, experts, linear)
-            dense = [name for name in files.names if not any(_is_of(name, key) for key in (*experts, *linear))]
-            tensors += [(name, files.on_meta(name), files.read) for name in dense]
-            with replacing_directory(out_dir) as staging:
-                nbytes = write_shards(tensors, staging, SHARD, progress, "convert")
-                quantization = _mxfp4_config(bool(experts), files, dense)
-                write_json(staging / "config.json", config | {"quantization_config": quantization})
-                copy_rest(source, staging)
-            return Published(len(experts) + len(linear), "mxfp4", nbytes, [])
-    except TargetError as error:
-        raise ConversionError(f"{words.who}: {words.out_dir} {error}") from None
-    except ValueError as error:
-        raise ConversionError(str(error)) from None
+    with conversion_errors(words), TensorFiles(checkpoint_files(source, words.who), words.who) as files:
+        experts, linear = stored_experts(files.names), stored_weights(files.names)
+        if bool(experts) == bool(linear):
+            came = "both" if experts else "neither"
+            raise ValueError(f"{words.who}: {words.in_dir} must have experts or linear layers in 4 bits, got {came}")
+        for key in linear:
+            found = stored_weight(files.names, files.read, key, words.who)
+            if found.codebook != "mxfp4" or found.has_column_order:
+                raise ValueError(f"{words.who}: {key} must be in mxfp4 to be written so, got {found.codebook}")
+        tensors = _in_mxfp4(files, experts, linear)
+        dense = [name for name in files.names if not any(_is_of(name, key) for key in (*experts, *linear))]
+        tensors += [(name, files.on_meta(name), files.read) for name in dense]
+        with replacing_directory(out_dir) as staging:
+            nbytes = write_shards(tensors, staging, SHARD, progress, "convert")
+            quantization = _mxfp4_config(bool(experts), files, dense)
+            write_json(staging / "config.json", config | {"quantization_config": quantization})
+            copy_rest(source, staging)
+        return Published(len(experts) + len(linear), "mxfp4", nbytes, [])
 
 
 def _as_they_are(files: PublishedFiles) -> list[Source]:

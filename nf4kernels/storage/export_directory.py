@@ -4,12 +4,21 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .atomic import TargetError, replacing_directory, write_json
+from .atomic import replacing_directory, write_json
 from .bitsandbytes_format import names_of_weight, weight_to_tensors
 from .checkpoint import write_tensors
-from .convert import CALLED, ConversionError, Words, check_outside, check_target, copy_rest
+from .convert import (
+    CALLED,
+    ConversionError,
+    Words,
+    check_outside,
+    check_target,
+    conversion_errors,
+    copy_rest,
+    read_model_config,
+)
 from .dense_tensors import DenseTensors
-from .merge_adapter import SIZE, quantization_of, read_adapter_directory, read_model_config
+from .merge_adapter import SIZE, quantization_of, read_adapter_directory
 from .peft_format import WEIGHTS, read_stored_tensors
 from .shards import Source, write_shards
 from .tensor_files import TensorFiles, checkpoint_files
@@ -40,16 +49,11 @@ def export_dense(
     quantization_of(config, words)
     check_outside(source, out_dir, words)
     check_target(out_dir, False, words)
-    try:
-        with TensorFiles(checkpoint_files(source, words.who), words.who) as files:
-            dense = DenseTensors(files, words.who)
-            sources: list[Source] = [(name, dense.on_meta(name), dense.read) for name in dense.names]
-            new = {name: value for name, value in config.items() if name != "quantization_config"}
-            return _write(sources, new, source, out_dir, max_shard_size, progress)
-    except TargetError as error:
-        raise ConversionError(f"{words.who}: {words.out_dir} {error}") from None
-    except ValueError as error:
-        raise ConversionError(str(error)) from None
+    with conversion_errors(words), TensorFiles(checkpoint_files(source, words.who), words.who) as files:
+        dense = DenseTensors(files, words.who)
+        sources: list[Source] = [(name, dense.on_meta(name), dense.read) for name in dense.names]
+        new = {name: value for name, value in config.items() if name != "quantization_config"}
+        return _write(sources, new, source, out_dir, max_shard_size, progress)
 
 
 def export_bitsandbytes(
@@ -70,25 +74,19 @@ def export_bitsandbytes(
         raise ConversionError(f"{words.who}: {words.in_dir} must be in 4 bits, got a dense model")
     check_outside(source, out_dir, words)
     check_target(out_dir, False, words)
-    try:
-        with TensorFiles(checkpoint_files(source, words.who), words.who) as files:
-            dense = DenseTensors(files, words.who)
-            if not dense.packed:
-                raise ValueError(f"{words.who}: {words.in_dir} must have a weight in 4 bits, got none")
-            for key in dense.packed:  # every one is read before anything is written
-                weight_to_tensors(dense.read_packed(key), key, bitsandbytes=True)
-            inner = {name for key in dense.packed for name in names_of_weight(files.names, key)}
-            sources: list[Source] = [
-                (name, files.on_meta(name), files.read) for name in files.names
-                if name in inner or name in dense.names
-            ]  # fmt: skip
-            new = dict(config) | {"quantization_config": _bitsandbytes_config(dense, config)}
-            return _write(sources, new, source, out_dir, max_shard_size, progress)
-    except TargetError as error:
-        raise ConversionError(f"{words.who}: {words.out_dir} {error}") from None
-    except ValueError as error:
-        text = str(error)
-        raise ConversionError(text if text.startswith(words.who) else f"{words.who}: {text}") from None
+    with conversion_errors(words), TensorFiles(checkpoint_files(source, words.who), words.who) as files:
+        dense = DenseTensors(files, words.who)
+        if not dense.packed:
+            raise ValueError(f"{words.who}: {words.in_dir} must have a weight in 4 bits, got none")
+        for key in dense.packed:  # every one is read before anything is written
+            weight_to_tensors(dense.read_packed(key), key, bitsandbytes=True)
+        inner = {name for key in dense.packed for name in names_of_weight(files.names, key)}
+        sources: list[Source] = [
+            (name, files.on_meta(name), files.read) for name in files.names
+            if name in inner or name in dense.names
+        ]  # fmt: skip
+        new = dict(config) | {"quantization_config": _bitsandbytes_config(dense, config)}
+        return _write(sources, new, source, out_dir, max_shard_size, progress)
 
 
 def export_adapter(source: str | Path, out_dir: str | Path, words: Words = CALLED) -> int:
@@ -100,17 +98,13 @@ def export_adapter(source: str | Path, out_dir: str | Path, words: Words = CALLE
     known = ("use_dora", "fan_in_fan_out", "lora_bias", "trainable_token_indices")  # they stay as they are
     check_outside(source, out_dir, words)
     check_target(out_dir, False, words)
-    try:
+    with conversion_errors(words):
         _, weights = read_adapter_directory(source, words.who, known)
         tensors = read_stored_tensors(weights, words.who)
         with replacing_directory(out_dir) as staging:
             write_tensors(tensors, staging / WEIGHTS)
             copy_rest(source, staging)
         return len(tensors)
-    except TargetError as error:
-        raise ConversionError(f"{words.who}: {words.out_dir} {error}") from None
-    except ValueError as error:
-        raise ConversionError(str(error)) from None
 
 
 def _write(

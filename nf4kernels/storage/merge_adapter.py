@@ -1,6 +1,5 @@
 """A PEFT LoRA adapter added into its base model, on disk, tensor by tensor."""
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
@@ -17,8 +16,18 @@ from ..model.heads import SKIP
 from ..model.plan import is_conv1d, skips
 from ..nn.casts import cast
 from ..quantized_weight import WEIGHT_DTYPES, QuantizedWeight
-from .atomic import TargetError, replacing_directory, write_json
-from .convert import CALLED, ConversionError, Words, check_outside, check_target, convert_directory, copy_rest
+from .atomic import replacing_directory, write_json
+from .convert import (
+    CALLED,
+    ConversionError,
+    Words,
+    check_outside,
+    check_target,
+    conversion_errors,
+    convert_directory,
+    copy_rest,
+    read_model_config,
+)  # fmt: skip
 from .dense_tensors import DenseTensors
 from .matrices import Header, units_of
 from .names import fit_of_part
@@ -176,7 +185,7 @@ def merge_adapter(
     who = words.who
     if into not in INTO:
         raise ConversionError(f"{who}: into must be one of {', '.join(INTO)}, got {into!r}")
-    try:
+    with conversion_errors(words):
         stored = _read_adapter(adapter, who)
         config = read_model_config(base, words)
         packed = quantization_of(config, words)
@@ -216,13 +225,6 @@ def merge_adapter(
                     quantized.rmdir()
                 else:
                     nbytes = _write(plan, config, base, staging, max_shard_size, progress)
-    except TargetError as error:
-        raise ConversionError(f"{who}: {words.out_dir} {error}") from None
-    except ConversionError:
-        raise
-    except ValueError as error:
-        text = str(error)
-        raise ConversionError(text if text.startswith(who) else f"{who}: {text}") from None
     return Merged(len(plan.loras), sorted(plan.others), sorted(plan.untied), nbytes, survival)
 
 
@@ -265,19 +267,6 @@ def _read_adapter(directory: Path, who: str) -> _Adapter:
     loras = {name: stored_lora(config, name, A, B, directory / CONFIG, who) for name, (A, B) in factors.items()}
     tied = bool(config.get("ensure_weight_tying"))
     return _Adapter(loras, others, bool(config.get("fan_in_fan_out")), tied)
-
-
-def read_model_config(directory: Path, words: Words) -> dict[str, Any]:
-    """config.json's content; ConversionError where there is none."""
-    file = directory / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        what = f"{words.in_dir} must be a Hugging Face model directory"
-        raise ConversionError(f"{words.who}: {what}, got {error}") from None
-    if not isinstance(config, dict):
-        raise ConversionError(f"{words.who}: {file} must hold a JSON object, got {type(config).__name__}")
-    return config
 
 
 def quantization_of(config: Mapping[str, Any], words: Words) -> dict[str, Any] | None:

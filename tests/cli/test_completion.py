@@ -36,7 +36,7 @@ def test_bash_completes_with_it(tmp_path, capsys):
 
 
 def test_completion_says_what_to_install(capsys, monkeypatch):
-    monkeypatch.setattr("nf4kernels.cli.completion.find_spec", lambda name: None)
+    monkeypatch.setattr("nf4kernels.cli.errors.find_spec", lambda name: None)
     assert main(["completion", "bash"]) == 2
     error = capsys.readouterr().err
     assert error == "nf4kernels completion: shtab must be installed, run: pip install 'nf4kernels[completion]'\n"

@@ -11,7 +11,7 @@ from support.chat_model import CHAT_TEMPLATE, chat_model, chat_tokenizer  # noqa
 
 from nf4kernels.cli import main  # noqa: E402
 from nf4kernels.stages.data.reading import Source, identity, read  # noqa: E402
-from nf4kernels.stages.data.view import Viewer  # noqa: E402
+from nf4kernels.stages.data.view import Viewer, marked  # noqa: E402
 from nf4kernels.stages.errors import StageError  # noqa: E402
 
 TURNS = [{"role": "user", "content": "What colour is snow?"}, {"role": "assistant", "content": "White."}]
@@ -156,7 +156,7 @@ def test_the_answer_alone_has_a_loss(form, chat):
         "messages": f"White.{tokenizer.eos_token}",
     }[form]
     assert learned == expected
-    assert f"⟦{expected}⟧" in viewer.marked(view)
+    assert f"⟦{expected}⟧" in marked(view, tokenizer)
 
 
 def test_check_tells_what_is_there(tmp_path, capsys):

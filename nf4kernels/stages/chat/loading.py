@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ...integrations.transformers import Nf4Config
-from ..errors import StageError
+from ..errors import StageError, first_line
 from .session import NO_ADAPTER, Sampling, Session
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -52,7 +52,7 @@ def load(
             else:
                 network = PeftModel.from_pretrained(network, str(directory), adapter_name=name)
         except (ValueError, RuntimeError, OSError, KeyError) as error:
-            raise StageError(f"the adapter {directory} must fit {base}: {_first_line(error)}") from None
+            raise StageError(f"the adapter {directory} must fit {base}: {first_line(error)}") from None
     if chosen:
         network.set_adapter(next(iter(chosen)))
     return Session(network.eval(), tokenizer, list(chosen), system, sampling)
@@ -92,7 +92,7 @@ def _base_of(adapter: Path) -> Path | str:
     try:
         name = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (ValueError, AttributeError) as error:
-        raise StageError(f"{file} must be a JSON object: {_first_line(error)}") from None
+        raise StageError(f"{file} must be a JSON object: {first_line(error)}") from None
     if not name or not isinstance(name, str):
         raise StageError(f"{file} must name its base, got {name!r}: give the base as MODEL and this as --adapter")
     for directory in (Path(name), adapter / name):
@@ -117,7 +117,7 @@ def _load_base(base: Path | str, dense: bool) -> Any:
     except StageError:
         raise
     except (OSError, ValueError, KeyError) as error:
-        raise StageError(f"MODEL must be a causal language model, got {base}: {_first_line(error)}") from None
+        raise StageError(f"MODEL must be a causal language model, got {base}: {first_line(error)}") from None
 
 
 def _quantization(base: Path | str, stored: Any, dense: bool) -> Nf4Config | None:
@@ -143,14 +143,10 @@ def _load_tokenizer(directories: Sequence[Path | str]) -> Any:
         try:
             tokenizer = AutoTokenizer.from_pretrained(directory)
         except (OSError, ValueError) as error:
-            raise StageError(f"the tokenizer in {directory} must load: {_first_line(error)}") from None
+            raise StageError(f"the tokenizer in {directory} must load: {first_line(error)}") from None
         if tokenizer.chat_template:
             return tokenizer
         found.append(tokenizer)
     if not found:
         raise StageError(f"MODEL must have a tokenizer beside it, got {directories[0]}")
     return found[0]
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

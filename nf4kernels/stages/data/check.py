@@ -9,9 +9,9 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from ..errors import StageError
+from ..errors import StageError, first_line
 from .reading import Example, identity, other_shape, walk
-from .view import Viewer
+from .view import Viewer, marked
 
 LISTED = 5  # broken examples that are named
 
@@ -99,7 +99,7 @@ def _view(report: Report, rows: list, tokenizer: Any, max_length: int | None) ->
             continue
         lengths.append(len(view.ids))
         if report.example is None:
-            report.example = viewers[form].marked(view)
+            report.example = marked(view, tokenizer)
     if lengths:
         report.tokens, report.token_count = _lengths(lengths), sum(lengths)
         report.cut = None if max_length is None else sum(length > max_length for length in lengths)
@@ -117,8 +117,7 @@ def _tokenizer(model: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(model)
     except Exception as error:  # what transformers raises about a directory has no common type
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise StageError(f"--model must be a directory with a tokenizer, got {model}: {first}") from None
+        raise StageError(f"--model must be a directory with a tokenizer, got {model}: {first_line(error)}") from None
 
 
 def _characters(row: Any) -> int:

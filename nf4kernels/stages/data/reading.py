@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 from datasets import Dataset, Features, Json, List
 
-from ..errors import StageError
+from ..errors import StageError, first_line
 from .examples import ExampleError, example
 
 LONGEST_LINE = 1_000_000  # bytes: beyond it a file is no list of examples, one a line
@@ -177,8 +177,7 @@ def _rows(path: Path, load, expected: str) -> Iterator[tuple[str, Any]]:
     try:
         table = load()
     except Exception as error:  # what datasets and pyarrow raise about a file has no common type
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise StageError(f"{path} must be {expected}, got {first}") from None
+        raise StageError(f"{path} must be {expected}, got {first_line(error)}") from None
     if isinstance(table, datasets.DatasetDict):
         if len(table) != 1:
             raise StageError(f"{path} must hold one split, got {', '.join(table)}: name its folder")

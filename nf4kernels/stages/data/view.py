@@ -7,7 +7,7 @@ from jinja2 import TemplateError
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.data_utils import common_prefix_length
 
-from ..errors import StageError
+from ..errors import StageError, first_line
 
 SHOWN = 400  # characters of an example that is shown
 
@@ -28,7 +28,7 @@ class Viewer:
 
     def __init__(self, tokenizer: Any, form: str) -> None:
         self.tokenizer, self.form = tokenizer, form
-        self.template = None
+        self.template, self.beginning = None, missing_beginning(tokenizer)
         if form == "messages" and not tokenizer.chat_template:
             raise StageError("the model's tokenizer must have a chat template for chat messages, got none")
         if form == "messages" and not has_generation_markers(tokenizer.chat_template):
@@ -62,22 +62,8 @@ class Viewer:
         shared = common_prefix_length(prompt, ids)
         return View(ids, [place >= shared for place in range(len(ids))])
 
-    def marked(self, view: View) -> str:
-        """The text of `view`, what has a loss between ⟦ and ⟧."""
-        text, start = "", 0
-        for end in range(1, len(view.ids) + 1):
-            if end == len(view.ids) or view.has_loss[end] != view.has_loss[start]:
-                piece = self.tokenizer.decode(view.ids[start:end], clean_up_tokenization_spaces=False)
-                text += f"⟦{piece}⟧" if view.has_loss[start] else piece
-                start = end
-        return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} ... {text[-SHOWN // 2 :]}"
-
     def _of_text(self, text: str) -> list[int]:
-        begin = self.tokenizer.bos_token
-        ids = self.tokenizer(text)["input_ids"]
-        if begin is not None and ids[:1] != [self.tokenizer.bos_token_id]:
-            ids = self.tokenizer(begin + text)["input_ids"]
-        return ids
+        return self.tokenizer(begun(text, self.beginning))["input_ids"]
 
     def _of_turns(self, turns: list[dict], **options: Any) -> dict[str, list[int]]:
         try:
@@ -85,5 +71,26 @@ class Viewer:
                 turns, chat_template=self.template, tokenize=True, return_dict=True, **options
             )
         except Exception as error:  # what a Jinja template raises has no common type
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise StageError(f"the chat template refuses an example: {first}") from None
+            raise StageError(f"the chat template refuses an example: {first_line(error)}") from None
+
+
+def marked(view: View, tokenizer: Any) -> str:
+    """The text of `view`, what has a loss between ⟦ and ⟧."""
+    text, start = "", 0
+    for end in range(1, len(view.ids) + 1):
+        if end == len(view.ids) or view.has_loss[end] != view.has_loss[start]:
+            piece = tokenizer.decode(view.ids[start:end], clean_up_tokenization_spaces=False)
+            text += f"⟦{piece}⟧" if view.has_loss[start] else piece
+            start = end
+    return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} ... {text[-SHOWN // 2 :]}"
+
+
+def missing_beginning(tokenizer: Any) -> str:
+    """The BOS token as text where the tokenizer has one and does not put it first by itself, else ""."""
+    begin = tokenizer.bos_token
+    return "" if begin is None or tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else begin
+
+
+def begun(text: str, beginning: str) -> str:
+    """`text` with `beginning` first, once."""
+    return text if text.startswith(beginning) else beginning + text

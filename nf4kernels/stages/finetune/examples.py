@@ -5,10 +5,10 @@ from typing import Any
 
 from datasets import Dataset
 
+from ..data.view import View, begun, marked, missing_beginning
 from ..errors import StageError
 
 IGNORED = -100  # the label of a token without a loss
-SHOWN = 400  # characters of the example shown
 
 
 @dataclass
@@ -38,10 +38,10 @@ def in_chat_form(rows: Dataset, form: str, tokenizer: Any) -> Dataset:
     if form == "prompt" and isinstance(rows[0]["prompt"], str) and tokenizer.chat_template:
         return rows.map(_as_turns)
     column = "prompt" if form == "prompt" else "text"
-    begin = tokenizer.bos_token
-    if begin is None or not isinstance(rows[0][column], str) or _begins_by_itself(tokenizer):
+    beginning = missing_beginning(tokenizer)
+    if not beginning or not isinstance(rows[0][column], str):
         return rows
-    return rows.map(_begin, fn_kwargs={"column": column, "begin": begin})
+    return rows.map(lambda row: {column: begun(row[column], beginning)})
 
 
 def counts(rows: Dataset, max_length: int | None) -> Counts:
@@ -49,20 +49,12 @@ def counts(rows: Dataset, max_length: int | None) -> Counts:
     return Counts(len(lengths), sum(lengths), sum(max_length is not None and length > max_length for length in lengths))
 
 
-def marked(row: dict[str, Any], tokenizer: Any) -> str:
-    """The text of a tokenized row, what has a loss between ⟦ and ⟧."""
+def shown(row: dict[str, Any], tokenizer: Any) -> str:
+    """The text of a row that the trainer tokenized, what has a loss between ⟦ and ⟧."""
     ids = row["input_ids"]
     has_loss = [label != IGNORED for label in row["labels"]] if "labels" in row else row.get("completion_mask")
     has_loss = has_loss or row.get("assistant_masks") or [1] * len(ids)
-    text, start = "", 0
-    for end in range(1, len(ids) + 1):
-        if end == len(ids) or bool(has_loss[end]) != bool(has_loss[start]):
-            piece = tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
-            text += f"⟦{piece}⟧" if has_loss[start] else piece
-            start = end
-    if len(text) <= SHOWN:
-        return text
-    return f"{text[: SHOWN // 2]} ... {text[-SHOWN // 2 :]}"
+    return marked(View(ids, [bool(has) for has in has_loss]), tokenizer)
 
 
 def _as_turns(row: dict[str, Any]) -> dict[str, Any]:
@@ -70,12 +62,3 @@ def _as_turns(row: dict[str, Any]) -> dict[str, Any]:
         "prompt": [{"role": "user", "content": row["prompt"]}],
         "completion": [{"role": "assistant", "content": row["completion"]}],
     }
-
-
-def _begins_by_itself(tokenizer: Any) -> bool:
-    return tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-
-
-def _begin(row: dict[str, Any], column: str, begin: str) -> dict[str, Any]:
-    text = row[column]
-    return {column: text if text.startswith(begin) else begin + text}

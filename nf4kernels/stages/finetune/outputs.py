@@ -4,15 +4,11 @@ import csv
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import yaml
+from matplotlib.figure import Figure
 
 from ...storage.atomic import replacing
 from ...version import VERSION
-
-matplotlib.use("Agg")
-
-from matplotlib import pyplot
 
 LOG, PICTURE, CARD, RECIPE = "log.csv", "loss.png", "README.md", "recipe.yaml"
 # Of the trainer's log, what is the same however often a run was resumed; times and speeds are not.
@@ -34,7 +30,8 @@ def write_picture(path: Path, history: list[dict[str, Any]], before: float | Non
         evaluated = [(0, before), *evaluated]
     if after is not None:
         evaluated.append((max((step for step, _ in steps), default=0), after))
-    figure, axes = pyplot.subplots(figsize=(7, 4))
+    figure = Figure(figsize=(7, 4))
+    axes = figure.subplots()
     for points, label, style in ((steps, "training", "-"), (sorted(set(evaluated)), "held out", "o--")):
         if points:
             axes.plot(*zip(*points), style, label=label)
@@ -45,7 +42,6 @@ def write_picture(path: Path, history: list[dict[str, Any]], before: float | Non
     figure.tight_layout()
     with replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=120)
-    pyplot.close(figure)
 
 
 def write_card(

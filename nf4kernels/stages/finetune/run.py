@@ -3,7 +3,6 @@
 import copy
 import logging
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +12,6 @@ from typing import Any
 
 import torch
 import yaml
-from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar, enable_progress_bar
 from peft import load_peft_weights, set_peft_model_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainerState, set_seed
@@ -23,10 +21,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
 from ...model.prepare import prepare_for_training
-from ...storage.atomic import TargetError, replacing, write_json
+from ...storage.atomic import TargetError, flush, replacing, write_json
 from ..data.reading import Split, read
+from ..data.view import begun, missing_beginning
 from ..errors import StageError
-from .examples import Counts, counts, in_chat_form, marked
+from .examples import Counts, counts, in_chat_form, shown
 from .outputs import CARD, LOG, PICTURE, RECIPE, write_card, write_log, write_picture
 from .recipe import Recipe
 
@@ -90,7 +89,7 @@ class _Keeper(TrainerCallback):
         directory = self.out / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if state.is_world_process_zero and directory.is_dir():
             for file in directory.iterdir():
-                _flush(file)
+                flush(file)
             write_json(directory / WHOLE, {"step": state.global_step})
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -259,7 +258,7 @@ def _announce(trainer: _Trainer, recipe: Recipe, tokenizer: Any, say: Say) -> No
             say(f"{called}: {count.examples} examples, {count.tokens} tokens{cut}")
     trained, of = trainer.model.get_nb_trainable_parameters()
     say(f"trainable: {trained} of {of} parameters; {steps} steps, dense parts in {str(recipe.dtype)[6:]}")
-    say(f"one example as the model sees it, what is learned between ⟦ and ⟧:\n{marked(trainer.first_row, tokenizer)}")
+    say(f"one example as the model sees it, what is learned between ⟦ and ⟧:\n{shown(trainer.first_row, tokenizer)}")
 
 
 def _steps(trainer: _Trainer) -> int:
@@ -328,8 +327,7 @@ def _prompt(row: dict[str, Any], form: str, tokenizer: Any) -> tuple[list[int], 
     if form == "prompt" and isinstance(row["prompt"], str):
         asked, expected = row["prompt"], row["completion"]
         if not tokenizer.chat_template:
-            begins = tokenizer.bos_token if in_chat_form(Dataset.from_list([row]), form, tokenizer)[0] != row else ""
-            return tokenizer(begins + asked)["input_ids"], asked, expected
+            return tokenizer(begun(asked, missing_beginning(tokenizer)))["input_ids"], asked, expected
         turns = [{"role": "user", "content": asked}]
     else:
         turns, last = (row["prompt"], row["completion"]) if form == "prompt" else (row["messages"], [])
@@ -366,14 +364,6 @@ def _quiet_maps() -> Iterator[None]:
 
 def _is_ids(value: Any) -> bool:
     return isinstance(value, list) and (not value or isinstance(value[0], int))
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _line(error: BaseException) -> str:
