@@ -29,7 +29,11 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1], help="sequences in a micro-batch")
     parser.add_argument("--length", type=int, nargs="+", default=[512], help="tokens in a sequence")
     parser.add_argument("--rank", type=int, nargs="+", default=[16], help="of the adapters on every linear layer")
-    parser.add_argument("--experts", action="store_true", help="adapters on the experts of a mixture, too")
+    parser.add_argument(
+        "--experts",
+        action="store_true",
+        help="adapters on the experts of a mixture, too (PEFT has them anyway on Mixtral, Qwen2 and 3)",
+    )
     parser.add_argument("--codebook", default="nf4", help="as of nf4kernels quantize")
     parser.add_argument("--block-size", type=int, default=None, help="weights that share a scale")
     parser.add_argument("--no-double-quant", action="store_true", help="keep the scales in fp32")

@@ -1,5 +1,6 @@
 """The memory estimate against what a real step saves, a process takes, and the QLoRA paper reports."""
 
+import json
 import os
 import subprocess
 import sys
@@ -160,17 +161,29 @@ def test_qlora_fits_where_its_paper_says(shapes, card):
     assert 0.6 * card * GIB < found.train < card * GIB
 
 
+# The SmolLM2 models (Allal et al. 2025), of whose shapes a config.json tells everything that memory depends on.
+SMOLLM2 = {
+    size: {
+        "model_type": "llama", "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads, "intermediate_size": intermediate, "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    }
+    for size, hidden, layers, heads, kv_heads, intermediate in (
+        ("135M", 576, 30, 9, 3, 1536), ("360M", 960, 32, 15, 5, 2560), ("1.7B, four layers", 2048, 4, 32, 32, 8192),
+    )
+}  # fmt: skip
+
 REAL = """
-import ctypes, gc, sys
+import ctypes, gc, json, sys
 import torch, transformers, peft
 import nf4kernels.integrations.peft
 from nf4kernels.model.quantize import quantize_model
 
-directory, batch, length, checkpointing = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "True"
+config, batch, length, checkpointing = json.loads(sys.argv[1])
 torch.set_num_threads(1)
 libc = ctypes.CDLL("libc.so.6")
 libc.mallopt(-3, 65536)  # M_MMAP_THRESHOLD: what is freed goes back to the system
-model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+model = transformers.LlamaForCausalLM._from_config(transformers.LlamaConfig(**config), dtype=torch.bfloat16)
 quantize_model(model, progress=False)
 model = peft.get_peft_model(model, peft.LoraConfig(r=16, target_modules="all-linear"))
 if checkpointing:
@@ -200,15 +213,23 @@ print(status("VmHWM") - before)
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(("batch", "length", "checkpointing"), [(1, 256, False), (1, 256, True), (2, 256, False)])
-def test_peak_of_smollm2(batch, length, checkpointing):
+@pytest.mark.parametrize(
+    ("size", "batch", "length", "checkpointing"),
+    [
+        *(("135M", 1, length, False) for length in (256, 512, 1024)),
+        *(("360M", 1, length, True) for length in (256, 512, 1024)),
+        *(("1.7B, four layers", 1, length, False) for length in (256, 512, 1024)),
+        ("135M", 2, 256, False),
+    ],
+)
+def test_peak_of_a_real_step(size, batch, length, checkpointing):
     """Within 10 % of how much the resident set of a real step's process grows."""
-    directory = os.environ.get("NF4KERNELS_SMOLLM2", ".cache/SmolLM2-135M-Instruct")
-    if not Path(directory, "config.json").exists():
-        pytest.skip("SmolLM2-135M-Instruct is not at hand: make demo downloads it")
-    arguments = [sys.executable, "-c", REAL, directory, *map(str, (batch, length, checkpointing))]
+    config = SMOLLM2[size]
+    arguments = [sys.executable, "-c", REAL, json.dumps([config, batch, length, checkpointing])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(arguments, capture_output=True, encoding="utf-8", check=True, env=environment)
     grown = int(ran.stdout.split()[-1])
-    found = estimate(Path(directory), Options(batch, length, 16, checkpointing=checkpointing, device="cpu"))
-    assert found.activations + found.logits + found.gradients == pytest.approx(grown, rel=0.1)
+    found = estimate(config, Options(batch, length, 16, checkpointing=checkpointing, device="cpu"))
+    expected = found.activations + found.logits + found.gradients
+    print(f"SmolLM2-{size} {batch} x {length}: {expected / 1e6:.0f} MB estimated, {grown / 1e6:.0f} MB measured")
+    assert expected == pytest.approx(grown, rel=0.1)
