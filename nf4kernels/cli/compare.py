@@ -51,7 +51,7 @@ def add_parser(subparsers) -> None:
 def run(args: argparse.Namespace) -> None:
     check_cpu_computes("compare")
     try:
-        from ..stages import compare
+        from ..stages.compare import text as compare
 
         if args.plot is not None:
             from ..stages.plots import check_plot, plot_comparison

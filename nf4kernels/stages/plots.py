@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ..storage.atomic import replacing
-from .compare import Comparison
+from .compare.text import Comparison
 from .errors import StageError
 from .inspect import Inspection, kinds_of
 

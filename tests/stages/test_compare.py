@@ -10,7 +10,7 @@ from support.compared_model import TEXT, small_model, transformers
 
 import nf4kernels
 from nf4kernels.cli import main
-from nf4kernels.stages import compare
+from nf4kernels.stages.compare import text as compare
 from nf4kernels.stages.errors import StageError
 
 CPU = torch.device("cpu")

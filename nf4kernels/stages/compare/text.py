@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..codebook import DOUBLE_QUANT_CODEBOOKS, FORMATS
-from ..functional import dequantize, quantize
-from ..model.heads import SKIP
-from ..model.plan import plan_layers, unmatched
-from ..model.quantize import squared_error
-from ..model.report import table
-from ..model.training import training_dtype
-from ..model.walk import get_submodule
-from ..nn.experts_layout import dense_weights
-from ..quantized_weight import BLOCK_SIZES
-from .errors import StageError
+from ...codebook import DOUBLE_QUANT_CODEBOOKS, FORMATS
+from ...functional import dequantize, quantize
+from ...model.heads import SKIP
+from ...model.plan import plan_layers, unmatched
+from ...model.quantize import squared_error
+from ...model.report import table
+from ...model.training import training_dtype
+from ...model.walk import get_submodule
+from ...nn.experts_layout import dense_weights
+from ...quantized_weight import BLOCK_SIZES
+from ..errors import StageError
 
 CODEBOOKS = ("nf4", "fp4", "int4", "af4", "mxfp4", "nvfp4")
 SCALES = (*DOUBLE_QUANT_CODEBOOKS, "float32")  # double quantization by that codebook, or none
