@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> None:
     check_cpu_computes("compare")
     try:
         from ..stages.compare import text as compare
+        from ..stages.compare.variants import variants
 
         if args.plot is not None:
             from ..stages.plots import check_plot, plot_comparison
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
         check_plot(args.plot)
     scales = ["float32"] if args.no_double_quant else args.scales
     wanted = (CODEBOOKS, BLOCK_SIZES, SCALES) if args.all else (args.codebooks, args.block_sizes, scales)
-    compared = compare.variants(*wanted)
+    compared = variants(*wanted)
     comparison = compare.compare_directory(
         args.model, args.text, compared, args.tokens, args.length, args.skip, args.device
     )
