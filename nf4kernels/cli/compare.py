@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -179,6 +180,7 @@ def _on_text(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 def _on_tasks(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from ..stages.compare.tasks import compare_tasks
 
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns at every model that is loaded already
     comparison = compare_tasks(
         args.model, args.tasks, _compared(args), args.tasks_path, args.tasks_limit, args.tasks_fewshot, args.skip,
         args.device,

@@ -4,6 +4,7 @@ import gc
 import hashlib
 import json
 import shutil
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -76,11 +77,11 @@ def compare_finetunes(
     plans = plan_finetunes(model, data, out, codebooks, block_sizes, scales, seeds, config, flags)
     found = [_finished(plan) for plan in plans]
     done = sum(each is not None for each in found)
-    with _begun(out, plans[0].recipe), _quiet_loading(), _Bar(done, len(plans), progress) as bar:
+    with _begun(out, plans[0].recipe), _quiet_libraries(), _Bar(done, len(plans), progress) as bar:
         for i, plan in enumerate(plans):
             if found[i] is None:
                 bar.begin(plan)
-                finetune(plan.recipe, say=lambda text: None, progress=bar)
+                finetune(plan.recipe, say=lambda text: None, progress=bar, samples=0)
                 found[i] = _finished(plan)
                 for checkpoint in plan.recipe.out.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
                     shutil.rmtree(checkpoint)
@@ -252,12 +253,14 @@ class _Bar(TrainerCallback):
 
 
 @contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """transformers has a bar of its own for each model that it reads."""
+def _quiet_libraries() -> Iterator[None]:
+    """transformers has a bar of its own for each model that it reads, and a warning at PEFT in each run."""
     was_shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            yield
     finally:
         if was_shown:
             transformers_logging.enable_progress_bar()

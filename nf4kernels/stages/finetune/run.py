@@ -103,7 +103,7 @@ class _Keeper(TrainerCallback):
             write_log(self.out / LOG, state.log_history)
 
 
-def finetune(recipe: Recipe, say: Say = print, progress: TrainerCallback | None = None) -> Path:
+def finetune(recipe: Recipe, say: Say = print, progress: TrainerCallback | None = None, samples: int = SAMPLES) -> Path:
     """Train adapters as `recipe` says, and write them to its output_dir with log.csv, loss.png, README.md, recipe.yaml.
 
     A directory that holds a part of the same run is gone on with, from its last whole checkpoint: on one process the
@@ -112,6 +112,7 @@ def finetune(recipe: Recipe, say: Say = print, progress: TrainerCallback | None 
     Args:
         say: gets what is to be told, some lines at a time.
         progress: takes the place of TRL's own bar or printed log.
+        samples: how many held-out examples the trained model answers.
 
     Returns:
         The directory, which PEFT loads.
@@ -154,11 +155,11 @@ def finetune(recipe: Recipe, say: Say = print, progress: TrainerCallback | None 
     if trainer.is_world_process_zero():
         write_log(recipe.out / LOG, history)
         write_picture(recipe.out / PICTURE, history, before, after)
-        samples = _samples(trainer, split, tokenizer)
+        answers = _samples(trainer, split, tokenizer, samples)
         base = str(recipe.model.model_name_or_path)
-        write_card(recipe.out / CARD, base, recipe.given, _facts(trainer, recipe, before, after), samples)
+        write_card(recipe.out / CARD, base, recipe.given, _facts(trainer, recipe, before, after), answers)
         write_json(recipe.out / START, {**started, "held_out_loss_after": after, "finished": True})
-        for prompt, _, answer in samples:
+        for prompt, _, answer in answers:
             say(f"asked: {prompt}\nanswered: {answer}")
     return recipe.out
 
@@ -339,11 +340,11 @@ def _take(trainer: _Trainer, checkpoint: Path) -> None:
     trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
 
-def _samples(trainer: _Trainer, split: Split, tokenizer: Any) -> list[tuple[str, str, str]]:
+def _samples(trainer: _Trainer, split: Split, tokenizer: Any, count: int) -> list[tuple[str, str, str]]:
     """(asked, in the data, answered) of the first examples held out, by greedy decoding."""
     rows = split.held_out if len(split.held_out) else split.train
     made = []
-    for row in rows.select(range(min(SAMPLES, len(rows)))):
+    for row in rows.select(range(min(count, len(rows)))):
         ids, asked, expected = _prompt(row, split.form, tokenizer)
         inputs = torch.tensor([ids], device=trainer.model.device)
         trainer.model.eval()
