@@ -115,13 +115,16 @@ def run(args: argparse.Namespace) -> None:
 
         check_plot(args.plot)
     result: dict[str, Any] = {"model": str(args.model)}
-    said = []
+    between = ""
     for wanted, part in ((args.text, _on_text), (args.tasks, _on_tasks), (args.finetune, _after_lora)):
         if wanted:
             made, text = part(args)
             result |= made
-            said.append(text)
-    print(json.dumps(result, indent=2) if args.json else "\n\n".join(said))
+            if not args.json:  # each when it is there: the next may take hours
+                print(between + text, flush=True)
+                between = "\n"
+    if args.json:
+        print(json.dumps(result, indent=2))
 
 
 def _check(args: argparse.Namespace) -> None:

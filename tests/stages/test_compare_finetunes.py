@@ -118,7 +118,7 @@ def test_dense_adapters_are_peft_s(model, compared):
     assert "dense" in (compared / "out" / "dense-seed0" / "README.md").read_text(encoding="utf-8")
 
 
-def test_goes_on_where_it_was_killed(model, compared, tmp_path, monkeypatch):
+def test_goes_on_where_it_was_killed(model, compared, tmp_path, monkeypatch, capsys):
     """An interrupt in the second run's training: the first is kept as it is, and the result is the same."""
     out = tmp_path / "out"
     data = compared / "facts.jsonl"
@@ -134,12 +134,15 @@ def test_goes_on_where_it_was_killed(model, compared, tmp_path, monkeypatch):
     monkeypatch.setattr(finetunes, "finetune", interrupted)
     assert main(command(model, data, out)) == 130
     kept = (out / RUNS[0] / finetune_run.START).stat().st_mtime_ns
-    assert main(command(model, data, out)) == 0
+    capsys.readouterr()
+    assert main(command(model, data, out, "--json")) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["finetune"].items() <= result_of(out).items()
     assert trained == [RUNS[0], RUNS[1], *RUNS[1:]]
     assert (out / RUNS[0] / finetune_run.START).stat().st_mtime_ns == kept
     assert result_of(out) == result_of(compared / "out")
     trained.clear()
-    assert main(command(model, data, out, "--json")) == 0  # all is there: nothing is trained
+    assert main(command(model, data, out)) == 0  # all is there: nothing is trained
     assert main([*command(model, data, out), "--seeds", "1"]) == 0
     assert trained == []
     assert [run["seed"] for run in result_of(out)["variants"][0]["runs"]] == [1]
