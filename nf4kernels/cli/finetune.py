@@ -19,8 +19,8 @@ def add_parser(subparsers) -> None:
         "from the last checkpoint.",
         epilog="Every field of TRL's SFTConfig and ModelConfig and of PEFT's LoraConfig is a FIELD, in a recipe and as "
         "a flag, which wins: --learning_rate 2e-4 --num_train_epochs 3 --max_length 1024 --packing true --lora_r 16 "
-        "--save_steps 100. Ours are --data, --weights, --held_out, --codebook, --block_size, --double_quant, "
-        "--scale_codebook and --skip. nf4kernels recipes lists ready recipes.",
+        "--save_steps 100. Ours are --data, --weights, --held_out, --split_seed, --codebook, --block_size, "
+        "--double_quant, --scale_codebook and --skip. nf4kernels recipes lists ready recipes.",
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="RECIPE.yaml", type=Path, help="lines FIELD: VALUE")

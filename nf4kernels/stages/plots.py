@@ -1,5 +1,6 @@
 """The pictures of `inspect` and `compare`, each written whole or not at all."""
 
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ..storage.atomic import replacing
-from .compare import Comparison
+from .compare.losses import TunedComparison, mean_and_spread
+from .compare.text import Comparison
 from .errors import StageError
 from .inspect import Inspection, kinds_of
 
@@ -75,9 +77,41 @@ def plot_comparison(path: Path, comparison: Comparison) -> None:
     _save(figure, [axes], path)
 
 
-def _save(figure: Any, all_axes: Sequence[Any], path: Path) -> None:
-    for axes in all_axes:
+def plot_finetunes(path: Path, comparison: TunedComparison) -> None:
+    """Held-out loss before and after; and after, over the dense weights' of the same seed: mean, std, each seed."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    both: Any
+    over: Any
+    both, over = figure.subplots(1, 2)
+    labels = ["\n".join(filter(None, row.label)) for row in comparison.rows]
+    places = range(len(labels))
+    before = [mean_and_spread([run.before for run in row.runs]) for row in comparison.rows]
+    after = [mean_and_spread(row.after) for row in comparison.rows]
+    for losses, label, marker in ((before, "before", "o"), (after, "after", "D")):
+        both.errorbar(
+            places, [mean for mean, _ in losses], [std or 0 for _, std in losses], label=label, fmt=marker, capsize=4
+        )
+    for place, row in enumerate(comparison.rows):
+        values = comparison.over_dense(row)
+        mean, std = mean_and_spread(values)
+        over.errorbar(place, mean, std or 0, fmt="D", color="C1", capsize=6)
+        shifts = random.Random(0)
+        over.scatter([place + shifts.uniform(0.1, 0.25) for _ in values], values, color="0.4", s=10)
+    over.axhline(0, color="0.6", linewidth=0.8)
+    seeds = f"{len(comparison.seeds)} seed{'s' if len(comparison.seeds) > 1 else ''}"
+    both.set(ylabel="held-out loss, nats a token", title=f"before and after LoRA; mean and std over {seeds}")
+    over.set(ylabel="nats a token", title="after, over dense weights with the same seed")
+    for axes in (both, over):
+        axes.set_xticks(places, labels)
+        axes.set_xlim(-0.5, len(labels) - 0.5)
+    _save(figure, [both], path)
+
+
+def _save(figure: Any, legends: Sequence[Any], path: Path) -> None:
+    """Write the figure; `legends` are the axes that have one."""
+    for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
+    for axes in legends:
         axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     with replacing(path) as partial:
         figure.savefig(partial, dpi=150, format=path.suffix[1:].lower())

@@ -10,7 +10,9 @@ from support.compared_model import TEXT, small_model, transformers
 
 import nf4kernels
 from nf4kernels.cli import main
-from nf4kernels.stages import compare
+from nf4kernels.quantized_weight import BLOCK_SIZES
+from nf4kernels.stages.compare import text as compare
+from nf4kernels.stages.compare.variants import CODEBOOKS, SCALES, Variant, variants
 from nf4kernels.stages.errors import StageError
 
 CPU = torch.device("cpu")
@@ -31,7 +33,7 @@ def ids_of(directory, text=TEXT):
 )
 def test_numbers_are_those_of_quantize_model(directory, variant):
     """Loss, KL and agreement in float64, of the model that `quantize_model` makes, a window at a time."""
-    variant = compare.Variant(*variant)
+    variant = Variant(*variant)
     ids = ids_of(directory)
     assert len(ids) > 30
     rows = [ids[:20], ids[20:31]]
@@ -67,7 +69,7 @@ def test_dense_weights_come_back(directory):
     model = transformers.AutoModelForCausalLM.from_pretrained(directory)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     batches = compare.batches_of([ids_of(directory)[:9]], CPU)
-    compared = compare.variants(["nf4", "nvfp4"], [64], ["float32"])
+    compared = variants(["nf4", "nvfp4"], [64], ["float32"])
     first = compare.compare_model(model, batches, compared, progress=False)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     again = compare.compare_model(model, batches, compared[::-1], progress=False)
@@ -75,7 +77,7 @@ def test_dense_weights_come_back(directory):
 
 
 def test_every_variant():
-    every = compare.variants(compare.CODEBOOKS, compare.BLOCK_SIZES, compare.SCALES)
+    every = variants(CODEBOOKS, BLOCK_SIZES, SCALES)
     assert len(every) == len(set(every)) == 4 * 9 * 3 + 2
     for variant in every:
         weight = nf4kernels.quantize(torch.ones(1, 4096), **variant.quantize_options())
@@ -98,7 +100,7 @@ def test_padding_changes_nothing(directory):
     (together,) = compare.batches_of(rows, CPU)
     alone = [batch for row in rows for batch in compare.batches_of([row], CPU)]
     model = transformers.AutoModelForCausalLM.from_pretrained(directory)
-    compared = compare.variants(["nf4"], [64], ["e4m3"])
+    compared = variants(["nf4"], [64], ["e4m3"])
     padded, unpadded = (compare.compare_model(model, b, compared, progress=False) for b in ([together], alone))
     assert padded.tokens == unpadded.tokens == 23
     assert padded.rows[0].kl == pytest.approx(unpadded.rows[0].kl, rel=1e-4)
@@ -187,8 +189,8 @@ def test_smollm2_on_held_out_definitions(tmp_path):
     text = tmp_path / "held_out.txt"
     _, held_out = settings.read_examples()
     text.write_text("\n".join(x.prompt + x.answer for x in held_out), encoding="utf-8")
-    compared = compare.variants(["nf4", "fp4", "int4"], [64], ["e4m3"])
-    compared += compare.variants(["nf4"], [1024], ["e4m3"])
+    compared = variants(["nf4", "fp4", "int4"], [64], ["e4m3"])
+    compared += variants(["nf4"], [1024], ["e4m3"])
     got = compare.compare_directory(directory, text, compared, tokens=512, progress=False)
     nf4, fp4, int4, large = got.rows
     assert 2 < got.dense_loss < 3.5

@@ -59,7 +59,7 @@ def write_card(
     )
     lines = [
         f"---\n{top}---", f"# LoRA adapters for {Path(base).name or base}",
-        f"Trained on weights in 4 bits by nf4kernels {VERSION} with TRL and PEFT.",
+        f"Trained by nf4kernels {VERSION} with TRL and PEFT.",
         "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in facts.items()),
         f"![loss]({PICTURE})",
     ]  # fmt: skip

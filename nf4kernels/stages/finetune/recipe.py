@@ -26,6 +26,7 @@ from ..data.reading import Source
 from ..errors import StageError
 
 LEARNING_RATE = 2e-4  # QLoRA's; TRL's 2e-5 is for training all weights
+DENSE = "dense"  # beside the codebooks: the weights stay as they are stored
 CHECKPOINTS = 2  # kept, so that one is whole at every moment
 ALIASES = {"model": "model_name_or_path", "attn": "attn_implementation", "out": "output_dir"}
 PLAIN = (int, float, bool, str)
@@ -61,7 +62,13 @@ class DataOptions:
     held_out: float = field(
         default=0.1, metadata={"help": "examples kept out of the training: a share below 1, or a count."}
     )
-    codebook: str = field(default="nf4", metadata={"help": f"of the 4-bit weights: one of {', '.join(CODEBOOKS)}."})
+    split_seed: int | None = field(
+        default=None, metadata={"help": "draws the examples that are held out; the same as seed where it is not said."}
+    )
+    codebook: str = field(
+        default="nf4",
+        metadata={"help": f"of the 4-bit weights: one of {', '.join(CODEBOOKS)}; or dense, for LoRA without 4 bits."},
+    )
     block_size: int | None = field(default=None, metadata={"help": "weights that share a scale; the codebook's own."})
     double_quant: bool = field(default=True, metadata={"help": "quantize the scales, too."})
     scale_codebook: str = field(default="e4m3", metadata={"help": "of the scales: e4m3 or dynamic8."})
@@ -100,14 +107,18 @@ class _Parser(TrlParser):
 
 @dataclass
 class Recipe:
-    """What is to be done, checked, and `given`: what of it differs from the defaults, by name."""
+    """What is to be done, checked, and `given`: what of it differs from the defaults, by name.
+
+    `quantization` is None where the weights stay dense.
+    """
 
     training: SFTConfig
     model: ModelConfig
     lora: LoraConfig
-    quantization: Nf4Config
+    quantization: Nf4Config | None
     sources: list[Source]
     held_out: float | int
+    split_seed: int
     dtype: torch.dtype
     given: dict[str, Any]
     is_answers_only: bool | None  # None: where the data has answers
@@ -225,7 +236,7 @@ def _recipe(values: dict[str, Any], given: dict[str, Any]) -> Recipe:
         "use_cpu": values["use_cpu"] or not torch.accelerator.is_available(),
     }  # fmt: skip
     try:
-        quantization = Nf4Config(
+        quantization = None if values["codebook"] == DENSE else Nf4Config(
             values["codebook"], values["block_size"], values["double_quant"], values["scale_codebook"],
             skip=values["skip"] or (),
         )  # fmt: skip
@@ -237,7 +248,8 @@ def _recipe(values: dict[str, Any], given: dict[str, Any]) -> Recipe:
     except (TypeError, ValueError) as error:
         raise StageError(" ".join(str(error).split())) from None
     sources = [Source(Path(path), weight) for path, weight in zip(values["data"], weights)]
-    return Recipe(training, model, lora, quantization, sources, held_out, dtype, given, is_answers_only)
+    split_seed = training.seed if values["split_seed"] is None else values["split_seed"]
+    return Recipe(training, model, lora, quantization, sources, held_out, split_seed, dtype, given, is_answers_only)
 
 
 def _of(kind: Any, values: dict[str, Any]) -> dict[str, Any]:

@@ -15,19 +15,21 @@ import yaml
 from datasets.utils.logging import disable_progress_bar, enable_progress_bar
 from peft import load_peft_weights, set_peft_model_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainerState, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
 from ...model.prepare import prepare_for_training
+from ...model.training import training_dtype
 from ...storage.atomic import TargetError, flush, replacing, write_json
 from ..data.reading import Split, read
 from ..data.view import begun, missing_beginning
 from ..errors import StageError
 from .examples import Counts, counts, in_chat_form, shown
 from .outputs import CARD, LOG, PICTURE, RECIPE, write_card, write_log, write_picture
-from .recipe import Recipe
+from .recipe import DENSE, Recipe
 
 START = "started.json"  # what the run began with; beside it the checkpoints
 WHOLE = "whole.json"  # in a checkpoint, written when all the rest of it is on disk
@@ -101,11 +103,16 @@ class _Keeper(TrainerCallback):
             write_log(self.out / LOG, state.log_history)
 
 
-def finetune(recipe: Recipe, say: Say = print) -> Path:
+def finetune(recipe: Recipe, say: Say = print, progress: TrainerCallback | None = None, samples: int = SAMPLES) -> Path:
     """Train adapters as `recipe` says, and write them to its output_dir with log.csv, loss.png, README.md, recipe.yaml.
 
     A directory that holds a part of the same run is gone on with, from its last whole checkpoint: on one process the
     log is then the same, bit for bit, as of a run that nothing stopped. Bad input leaves everything as it was.
+
+    Args:
+        say: gets what is to be told, some lines at a time.
+        progress: takes the place of TRL's own bar or printed log.
+        samples: how many held-out examples the trained model answers.
 
     Returns:
         The directory, which PEFT loads.
@@ -114,14 +121,17 @@ def finetune(recipe: Recipe, say: Say = print) -> Path:
         StageError: the recipe, the data, the model or the directory must be another.
     """
     started = _started(recipe)
-    split = read(recipe.sources, recipe.held_out, recipe.training.seed)
+    split = read(recipe.sources, recipe.held_out, recipe.split_seed)
     tokenizer = _tokenizer(recipe)
     trainer = _trainer(recipe, split, tokenizer)
+    if progress is not None:
+        trainer.remove_callback(PrinterCallback if recipe.training.disable_tqdm else DEFAULT_PROGRESS_CALLBACK)
+        trainer.add_callback(progress)
     checkpoint = _last_whole(recipe.out)
     _announce(trainer, recipe, tokenizer, say)
     begun = {"examples": trainer.counted["train"].examples, "tokens": trainer.counted["train"].tokens}
     if started is None:
-        started = {**begun, "held_out_loss": _held_out_loss(trainer)}
+        started = {**begun, "held_out_examples": len(split.held_out), "held_out_loss": _held_out_loss(trainer)}
         with replacing(recipe.out / RECIPE) as partial:
             partial.write_text(yaml.safe_dump(recipe.given, allow_unicode=True), encoding="utf-8")
         write_json(recipe.out / START, started)
@@ -145,17 +155,38 @@ def finetune(recipe: Recipe, say: Say = print) -> Path:
     if trainer.is_world_process_zero():
         write_log(recipe.out / LOG, history)
         write_picture(recipe.out / PICTURE, history, before, after)
-        samples = _samples(trainer, split, tokenizer)
+        answers = _samples(trainer, split, tokenizer, samples)
         base = str(recipe.model.model_name_or_path)
-        write_card(recipe.out / CARD, base, recipe.given, _facts(trainer, recipe, before, after), samples)
+        write_card(recipe.out / CARD, base, recipe.given, _facts(trainer, recipe, before, after), answers)
         write_json(recipe.out / START, {**started, "held_out_loss_after": after, "finished": True})
-        for prompt, _, answer in samples:
+        for prompt, _, answer in answers:
             say(f"asked: {prompt}\nanswered: {answer}")
     return recipe.out
 
 
+def finished(recipe: Recipe) -> dict[str, Any] | None:
+    """What came of the run of `recipe` in its output_dir; None where it is not there, or not at its end.
+
+    `examples`, `tokens` are those trained on, and `held_out_examples` those held out; `held_out_loss` and
+    `held_out_loss_after` are nats a token, None where nothing was held out.
+
+    Raises:
+        StageError: the directory holds something else.
+    """
+    stored = _stored(recipe)
+    return stored if stored is not None and stored.get("finished") else None
+
+
 def _started(recipe: Recipe) -> dict[str, Any] | None:
-    """What the run in the directory began with; None where there is none, and StageError where it is another's."""
+    """What the run to go on with began with; None where there is none, and StageError where it is another's."""
+    stored = _stored(recipe)
+    if stored is not None and stored.get("finished"):
+        raise StageError(f"--output_dir must be new, got {recipe.out}, which holds this run, finished")
+    return stored
+
+
+def _stored(recipe: Recipe) -> dict[str, Any] | None:
+    """What the run in the directory noted; None where there is none, and StageError where it is another's."""
     out = recipe.out
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
@@ -173,8 +204,6 @@ def _started(recipe: Recipe) -> dict[str, Any] | None:
             f"--output_dir must hold a run of this recipe, got {out}, whose run has {name}="
             f"{stored.get(name, 'the default')} where this one has {recipe.given.get(name, 'the default')}"
         )
-    if started.get("finished"):
-        raise StageError(f"--output_dir must be new, got {out}, which holds this run, finished")
     return started
 
 
@@ -198,25 +227,34 @@ def _tokenizer(recipe: Recipe) -> Any:
 
 
 def _model(recipe: Recipe) -> Any:
-    """In 4 bits: quantized as it is read, or as a 4-bit directory has it; where the trainer wants it."""
+    """In 4 bits: quantized as it is read, or as a 4-bit directory has it; or dense; where the trainer wants it."""
     options = {
         "revision": recipe.model.model_revision, "trust_remote_code": recipe.training.trust_remote_code,
     }  # fmt: skip
     where = recipe.model.model_name_or_path
     try:
         stored = getattr(AutoConfig.from_pretrained(where, **options), "quantization_config", None)
-        if stored is None:
+        if recipe.quantization is None and stored is not None:
+            raise StageError(
+                f"--codebook must be left out for a model that is stored in 4 bits, got {DENSE} for {where}"
+            )
+        if stored is None and recipe.quantization is not None:
             options["quantization_config"] = recipe.quantization
         device = recipe.training.device
         if device.type != "cpu":
             options["device_map"] = {"": device}
-        return AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             where, dtype=recipe.dtype, attn_implementation=recipe.model.attn_implementation, **options
         )
+    except StageError:
+        raise
     except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
         raise StageError(
             f"--model_name_or_path must be a model that can be loaded, got {where}: {_line(error)}"
         ) from None
+    if recipe.quantization is None:  # PEFT freezes it, and the trainer turns its checkpointing on
+        return model.float() if training_dtype(device) == torch.float32 else model
+    return prepare_for_training(model, checkpointing=recipe.training.gradient_checkpointing)
 
 
 def _trainer(recipe: Recipe, split: Split, tokenizer: Any) -> _Trainer:
@@ -235,7 +273,8 @@ def _trainer(recipe: Recipe, split: Split, tokenizer: Any) -> _Trainer:
         raise StageError("--assistant_only_loss must be left out unless the data is chat messages")
     if args.eval_strategy != "no" and held_out is None:
         raise StageError(f"--eval_strategy must be no where nothing is held out, got {args.eval_strategy}")
-    model = prepare_for_training(_model(recipe), checkpointing=args.gradient_checkpointing)
+    model = _model(recipe)
+    set_seed(args.seed)  # of the adapters' first values
     had = recipe.out.exists()
     try:
         with _quiet_maps():
@@ -301,11 +340,11 @@ def _take(trainer: _Trainer, checkpoint: Path) -> None:
     trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
 
-def _samples(trainer: _Trainer, split: Split, tokenizer: Any) -> list[tuple[str, str, str]]:
+def _samples(trainer: _Trainer, split: Split, tokenizer: Any, count: int) -> list[tuple[str, str, str]]:
     """(asked, in the data, answered) of the first examples held out, by greedy decoding."""
     rows = split.held_out if len(split.held_out) else split.train
     made = []
-    for row in rows.select(range(min(SAMPLES, len(rows)))):
+    for row in rows.select(range(min(count, len(rows)))):
         ids, asked, expected = _prompt(row, split.form, tokenizer)
         inputs = torch.tensor([ids], device=trainer.model.device)
         trainer.model.eval()
@@ -340,14 +379,14 @@ def _prompt(row: dict[str, Any], form: str, tokenizer: Any) -> tuple[list[int], 
 
 
 def _facts(trainer: _Trainer, recipe: Recipe, before: float | None, after: float | None) -> dict[str, Any]:
-    train = trainer.counted["train"]
+    train, weights = trainer.counted["train"], recipe.quantization
     return {
         "held-out loss before": "-" if before is None else f"{before:.4f}",
         "held-out loss after": "-" if after is None else f"{after:.4f}",
         "training examples": train.examples, "training tokens": train.tokens, "cut": train.cut,
         "held-out examples": trainer.counted["eval"].examples if "eval" in trainer.counted else 0,
         "steps": trainer.state.global_step,
-        "weights": f"{recipe.quantization.codebook_name}, blocks of {recipe.quantization.block_size}",
+        "weights": DENSE if weights is None else f"{weights.codebook_name}, blocks of {weights.block_size}",
         "rank": recipe.lora.r,
     }  # fmt: skip
 

@@ -4,7 +4,6 @@ import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,41 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..codebook import DOUBLE_QUANT_CODEBOOKS, FORMATS
-from ..functional import dequantize, quantize
-from ..model.heads import SKIP
-from ..model.plan import plan_layers, unmatched
-from ..model.quantize import squared_error
-from ..model.report import table
-from ..model.training import training_dtype
-from ..model.walk import get_submodule
-from ..nn.experts_layout import dense_weights
-from ..quantized_weight import BLOCK_SIZES
-from .errors import StageError
+from ...model.report import table
+from ..errors import StageError
+from .dense import DenseWeights, load_dense, open_device
+from .variants import Variant
 
-CODEBOOKS = ("nf4", "fp4", "int4", "af4", "mxfp4", "nvfp4")
-SCALES = (*DOUBLE_QUANT_CODEBOOKS, "float32")  # double quantization by that codebook, or none
 BATCH_TOKENS = 1024
 CHUNK = 256  # tokens whose log-probabilities are in fp32 at a time
 LONGEST_TOKEN = 64  # characters: so many times the tokens wanted, and no more of a text is tokenized
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to store the weights; `scales` is one of SCALES, or the own kind of a format that fixes it."""
-
-    codebook: str
-    block_size: int
-    scales: str
-
-    def quantize_options(self) -> dict[str, Any]:
-        options: dict[str, Any] = {"codebook": self.codebook, "block_size": self.block_size}
-        if self.codebook not in FORMATS:
-            double = self.scales in DOUBLE_QUANT_CODEBOOKS
-            options |= {"double_quant": double} | ({"scale_codebook": self.scales} if double else {})
-        return options
 
 
 @dataclass(frozen=True)
@@ -103,29 +76,6 @@ class Comparison:
                 f"{row.loss:.4f}", f"{row.loss - self.dense_loss:+.4f}", f"{row.kl:.5f}", f"{100 * row.top1:.2f} %",
             ))  # fmt: skip
         return table(rows, left=(0, 2))
-
-
-def variants(codebooks: Iterable[str], block_sizes: Iterable[int], scales: Iterable[str]) -> list[Variant]:
-    """Every combination; a codebook whose format fixes block size and scales comes once.
-
-    Raises:
-        StageError: a name or a size is none of CODEBOOKS, BLOCK_SIZES and SCALES.
-    """
-    block_sizes, scales = list(block_sizes), list(scales)
-    for given, known, what in ((block_sizes, BLOCK_SIZES, "--block-sizes"), (scales, SCALES, "--scales")):
-        for value in given:
-            if value not in known:
-                raise StageError(f"{what} must be of {', '.join(map(str, known))}, got {value}")
-    found = []
-    for codebook in codebooks:
-        if codebook not in CODEBOOKS:
-            raise StageError(f"--codebooks must be of {', '.join(CODEBOOKS)}, got {codebook}")
-        if codebook in FORMATS:
-            own = FORMATS[codebook]
-            found.append(Variant(codebook, own.block_size or 64, own.scale_codebook or own.scales[0]))
-        else:
-            found += [Variant(codebook, size, scale) for size in block_sizes for scale in scales]
-    return list(dict.fromkeys(found))
 
 
 def read_documents(path: Path, most: int) -> Iterator[str]:
@@ -253,34 +203,12 @@ def compare_directory(
     if tokens < 1 or length < 2:
         raise StageError(f"--tokens and --length must be at least 1 and 2, got {tokens} and {length}")
     documents = list(read_documents(text, tokens * LONGEST_TOKEN))
-    try:
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA fails an assertion
-        raise StageError(f"--device must be one that is there, got {device}: {str(error).splitlines()[0]}") from None
-    model, tokenizer = _loaded(path)
+    device = open_device(device)
+    model, tokenizer = load_dense(path)
     rows = windows(documents, tokenizer, length, tokens)
     if not rows:
         raise StageError(f"{text} must hold at least two tokens, got fewer")
     return compare_model(model.to(device), batches_of(rows, device), compared, skip, progress=progress)
-
-
-def _loaded(path: Path) -> tuple[Any, Any]:
-    expected = "MODEL must be the directory of a causal language model with its tokenizer"
-    if not (path / "config.json").is_file():
-        raise StageError(f"{expected}, got {path} without config.json")
-    try:
-        quantization = json.loads((path / "config.json").read_text(encoding="utf-8")).get("quantization_config")
-        if quantization:
-            method = quantization.get("quant_method")
-            raise StageError(f"MODEL must be dense, got one quantized by {method}: compare makes the variants itself")
-        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", local_files_only=True)
-        return model.eval(), AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except StageError:
-        raise
-    except Exception as error:  # what transformers raises about a directory has no common type
-        first, *_ = str(error).strip().splitlines() or [""]
-        raise StageError(f"{expected}, got {path}: {type(error).__name__}: {first}") from None
 
 
 @torch.no_grad()
@@ -294,44 +222,30 @@ def compare_model(
 ) -> Comparison:
     """Loss, KL and agreement of each variant, whose weights Ŵ take the places of the dense ones in turn.
 
-    The dense model's logits are computed once and kept, `[tokens, vocabulary]` in `compute_dtype`; of the dense
-    weights to quantize there is one copy. Layers are those of `nf4kernels.quantize_model`; experts are quantized one
-    by one, so that blocks may be longer than their rows. The model is left in `compute_dtype` with its dense weights.
+    The dense model's logits are computed once and kept, `[tokens, vocabulary]` in `compute_dtype`. The model is left in
+    `compute_dtype` with its dense weights.
 
     Args:
         model: whose call gives `.logits` `[B, T, vocabulary]`, evaluating, in float32, bfloat16 or float16.
         batches: on the model's device.
         compared: as `variants` makes them.
-        skip: layers to leave dense.
-        compute_dtype: of the dense parts and of Ŵ; None is bfloat16 where the device is fast in it, else float32, and
-            float32 for a float32 model.
+        skip, compute_dtype: as `skip` and `dtype` of DenseWeights.
         progress: show a progress bar on stderr.
 
     Raises:
         StageError: the model has no layer to quantize, a weight is not finite, or the dense model's loss is not.
     """
-    skip = tuple(skip)
-    for pattern in unmatched(model, skip):
-        raise StageError(f"--skip must match a layer, got {pattern!r}")
-    targets, _ = plan_layers(model, (*SKIP, *skip), BLOCK_SIZES[0])
-    if not targets:
-        raise StageError("MODEL must have a linear layer to quantize, got none")
-    dense = {name: tensor.detach().clone() for name, tensor in _matrices(model, targets)}
-    weights = sum(tensor.numel() for tensor in dense.values())
-    if compute_dtype is None:
-        first = next(iter(dense.values()))
-        compute_dtype = torch.float32 if first.dtype == torch.float32 else training_dtype(first.device)
-    model.to(compute_dtype)
+    dense = DenseWeights(model, skip, compute_dtype)
     tokens = sum(int(batch.predicts.sum()) for batch in batches)
     references = [_logits(model, batch) for batch in batches]
     dense_loss = sum(_losses(logits, _next(batch)) for logits, batch in zip(references, batches)) / tokens
     if not math.isfinite(dense_loss):
         raise StageError(f"MODEL must have a finite loss on the text, got {dense_loss}")
     rows = []
-    with _restored(model, targets, dense):
+    with dense:
         for variant in tqdm(compared, desc="compare", unit="variant", disable=not progress):
             began = time.perf_counter()
-            nbytes, rms_error = _put(model, targets, dense, variant, compute_dtype)
+            bits, rms_error = dense.put(variant)
             loss = kl = agree = 0.0
             for batch, reference in zip(batches, references):
                 logits = _logits(model, batch)
@@ -339,46 +253,8 @@ def compare_model(
                 kl += _divergences(reference, logits)
                 agree += int((reference.argmax(-1) == logits.argmax(-1)).sum())
             measured = (loss / tokens, kl / tokens, agree / tokens)
-            rows.append(Row(variant, 8 * nbytes / weights, rms_error, *measured, time.perf_counter() - began))
-    return Comparison(tokens, len(dense), weights, dense_loss, rows)
-
-
-def _matrices(model: nn.Module, targets: Iterable[Sequence[str]]) -> Iterator[tuple[str, Tensor]]:
-    """(name, `[N, K]`) of every weight to quantize, of experts each matrix; views of the parameters."""
-    for name, *_ in targets:
-        module: Any = get_submodule(model, name)
-        if isinstance(module, nn.Linear):
-            yield name, module.weight
-            continue
-        for leaf, weight in dense_weights(module).items():
-            for expert, matrix in enumerate(weight):
-                yield f"{name}.{leaf}.{expert}", matrix
-
-
-@contextmanager
-def _restored(model: nn.Module, targets: Sequence[Sequence[str]], dense: dict[str, Tensor]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for name, matrix in _matrices(model, targets):
-            matrix.copy_(dense[name])
-
-
-def _put(
-    model: nn.Module, targets: Sequence[Sequence[str]], dense: dict[str, Tensor], variant: Variant, dtype: torch.dtype
-) -> tuple[int, float]:
-    """(bytes, |Ŵ - W| / |W|) of all weights, each of which is now in the model as the variant has it."""
-    nbytes, error, total = 0, 0.0, 0.0
-    for name, matrix in _matrices(model, targets):
-        try:
-            qweight = quantize(dense[name], **variant.quantize_options())
-        except ValueError as problem:
-            text = str(problem).removeprefix("nf4kernels.quantize: ")
-            raise StageError(f"MODEL: layer {name}: {text}") from None
-        of_matrix, of_weight = squared_error(qweight, dense[name])
-        nbytes, error, total = nbytes + qweight.nbytes, error + of_matrix, total + of_weight
-        matrix.copy_(dequantize(qweight, dtype))
-    return nbytes, math.sqrt(error / total) if total else 0.0
+            rows.append(Row(variant, bits, rms_error, *measured, time.perf_counter() - began))
+    return Comparison(tokens, dense.layers, dense.weights, dense_loss, rows)
 
 
 def _logits(model: Any, batch: Batch) -> Tensor:
