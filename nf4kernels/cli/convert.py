@@ -1,55 +1,77 @@
-"""nf4kernels convert: a model that others publish in 4 bits to a directory of ours, and MXFP4 back."""
+"""nf4kernels convert: a directory of others to one of ours, or back; no weight changes."""
 
 import argparse
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from ..storage.convert import ConversionError, Words
+from ..storage.convert import ConversionError, Words, read_model_config
+from ..storage.convert_bitsandbytes import convert_bitsandbytes, convert_to_bitsandbytes
 from ..storage.convert_published import Published, convert_published, convert_to_mxfp4
+from ..storage.export_directory import export_adapter
+from ..storage.model_directory import is_of_bitsandbytes
+from ..storage.peft_format import CONFIG
 from ..storage.published.opening import is_gguf
 from .errors import CommandError
 from .meta_model import gguf_config, meta_model, save_gguf_tokenizer
 
 WORDS = Words("convert", "SRC", "DST", "", "--overwrite")
 MODEL_OF = partial(meta_model, verb="convert")
+TO = ("nf4kernels", "bitsandbytes", "mxfp4")
 
 
 def add_parser(subparsers) -> None:
     parser = subparsers.add_parser(
         "convert",
-        help="a model published in 4 bits (MXFP4, NVFP4, INT4, GGUF) to this package's files, losslessly",
+        help="a model in 4 bits of others (bitsandbytes, MXFP4, NVFP4, INT4, GGUF) to this package's files, losslessly",
         description="Write the model in SRC to DST with its codes and scales unchanged. SRC is a Hugging Face model "
-        "that is published in 4 bits (gpt-oss's MXFP4; NVFP4 of modelopt or compressed-tensors; symmetric INT4 of "
-        "compressed-tensors, GPTQ or AutoRound) or a GGUF file (Q4_0, IQ4_NL). nf4kernels.load_checkpoint loads the "
-        "result, and so does transformers with nf4kernels.integrations.transformers. One weight is in memory at a "
-        "time, or one layer's experts, beside the output file being filled. DST appears when it is complete, or not "
-        "at all.",
+        "that transformers saved with bitsandbytes in 4 bits, or one that is published in 4 bits (gpt-oss's MXFP4; "
+        "NVFP4 of modelopt or compressed-tensors; symmetric INT4 of compressed-tensors, GPTQ or AutoRound), or a GGUF "
+        "file (Q4_0, IQ4_NL). nf4kernels.load_checkpoint loads the result, and so does transformers with "
+        "nf4kernels.integrations.transformers. One weight is in memory at a time, or one layer's experts, beside the "
+        "output file being filled. SRC may also be an adapter of PEFT's, whose tensors are written in safetensors "
+        "where an old one has them in .bin. DST appears when it is complete, or not at all.",
     )
     parser.add_argument("source", metavar="SRC", type=Path)
     parser.add_argument("out_dir", metavar="DST", type=Path)
     parser.add_argument(
-        "--to", choices=("nf4kernels", "mxfp4"), default="nf4kernels",
-        help="mxfp4: SRC is a directory of ours in MXFP4, which is written as it was published, byte for byte",
+        "--to", choices=TO, default="nf4kernels",
+        help="bitsandbytes: SRC is a directory of ours in NF4 or FP4, which transformers then loads with bitsandbytes. "
+        "mxfp4: SRC is one of ours in MXFP4, which is written as it was published, byte for byte",
     )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace DST if it holds a model")
     parser.set_defaults(func=run)
 
 
 def run(args: argparse.Namespace) -> None:
+    is_adapter = (args.source / CONFIG).is_file()
+    if is_adapter and (args.overwrite or args.to != "nf4kernels"):
+        raise CommandError("convert: SRC must be a model with --to or --overwrite, got an adapter")
     try:
-        if args.to == "mxfp4":
-            done = convert_to_mxfp4(args.source, args.out_dir, args.overwrite, words=WORDS)
+        if is_adapter:
+            count = export_adapter(args.source, args.out_dir, replace(WORDS, overwrite=""))
+            print(f"{count} tensors in safetensors, none of them changed\nwrote {args.out_dir}")
         else:
-            from_gguf = is_gguf(args.source)
-            config = gguf_config(args.source) if from_gguf else None
-            done = convert_published(args.source, args.out_dir, MODEL_OF, config, args.overwrite, words=WORDS)
-            if from_gguf:
-                save_gguf_tokenizer(args.source, args.out_dir)
+            _print_summary(_convert_model(args), args)
     except ConversionError as error:
         raise CommandError(str(error)) from None
     except OSError as error:
         raise CommandError(f"convert: {error}") from error
-    _print_summary(done, args)
+
+
+def _convert_model(args: argparse.Namespace) -> Published:
+    if args.to == "mxfp4":
+        return convert_to_mxfp4(args.source, args.out_dir, args.overwrite, words=WORDS)
+    if args.to == "bitsandbytes":
+        return convert_to_bitsandbytes(args.source, args.out_dir, MODEL_OF, args.overwrite, words=WORDS)
+    if is_gguf(args.source):
+        config = gguf_config(args.source)
+        done = convert_published(args.source, args.out_dir, MODEL_OF, config, args.overwrite, words=WORDS)
+        save_gguf_tokenizer(args.source, args.out_dir)
+        return done
+    if is_of_bitsandbytes(read_model_config(args.source, WORDS)):
+        return convert_bitsandbytes(args.source, args.out_dir, MODEL_OF, args.overwrite, words=WORDS)
+    return convert_published(args.source, args.out_dir, MODEL_OF, None, args.overwrite, words=WORDS)
 
 
 def _print_summary(done: Published, args: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from .base_directory import base_directory
 from .errors import CommandError, check_cpu_computes
 from .meta_model import meta_model
 
-WORDS = Words("merge", "--base", "OUT")
+WORDS = Words("merge", "--base", "OUT", overwrite="")
 MODEL_OF = partial(meta_model, verb="merge")
 WORST = 5  # layers in the table
 

@@ -7,7 +7,14 @@ from torch import Tensor
 
 from ..functional import dequantize
 from ..quantized_weight import QuantizedWeight
-from .bitsandbytes_format import StoredWeight, names_of_weight, stored_weight, stored_weights, weight_from_tensors
+from .bitsandbytes_format import (
+    StoredWeight,
+    check_no_lone_part,
+    names_of_weight,
+    stored_weight,
+    stored_weights,
+    weight_from_tensors,
+)
 from .experts_format import stored_experts
 from .tensor_files import TensorFiles
 
@@ -32,6 +39,7 @@ class DenseTensors:
                 " nf4kernels.merge_model does these on the loaded model"
             )
         keys = stored_weights(files.names)
+        check_no_lone_part(files.names, keys, who)
         self.packed: dict[str, StoredWeight] = {key: stored_weight(files.names, files.read, key, who) for key in keys}
         self._parts = {key: names_of_weight(files.names, key) for key in keys}
         inner = {name for parts in self._parts.values() for name in parts} - set(keys)
@@ -54,4 +62,4 @@ class DenseTensors:
         try:
             return weight_from_tensors({each: self._files.read(each) for each in self._parts[name]}, name)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{self._who}: {error}") from None
+            raise ValueError(f"{self._who}: {str(error).removeprefix('nf4kernels.weight_from_tensors: ')}") from None

@@ -30,13 +30,13 @@ from .convert import (
 )  # fmt: skip
 from .dense_tensors import DenseTensors
 from .matrices import Header, units_of
+from .model_directory import SIZE, quantization_of
 from .names import fit_of_part
 from .peft_format import CONFIG, OLD_WEIGHTS, WEIGHTS, StoredLora, read_config, read_tensors, stored_lora
 from .shards import Source, write_shards
 from .tensor_files import TensorFiles, checkpoint_files
 
 INTO = ("base", "dequantized", "4bit")
-SIZE = 5 * 10**9  # bytes of a file, at most
 ENDS_OF_MODELS = {"embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out"}  # which models may tie
 ModelOf = Callable[[Path, dict], tuple[nn.Module | None, str]]
 
@@ -267,20 +267,6 @@ def _read_adapter(directory: Path, who: str) -> _Adapter:
     loras = {name: stored_lora(config, name, A, B, directory / CONFIG, who) for name, (A, B) in factors.items()}
     tied = bool(config.get("ensure_weight_tying"))
     return _Adapter(loras, others, bool(config.get("fan_in_fan_out")), tied)
-
-
-def quantization_of(config: Mapping[str, Any], words: Words) -> dict[str, Any] | None:
-    """quantization_config of a model in 4 bits that `DenseTensors` reads, None of a dense one; ConversionError else."""
-    quantization = config.get("quantization_config")
-    if not quantization:
-        return None
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    if method == "nf4kernels" or (method == "bitsandbytes" and quantization.get("load_in_4bit")):
-        return dict(quantization)
-    raise ConversionError(
-        f"{words.who}: {words.in_dir} must be dense or in 4 bits of nf4kernels or bitsandbytes, got one quantized by"
-        f" {method}"
-    )
 
 
 def _dense_config(config: Mapping[str, Any], is_untied: bool) -> dict[str, Any]:

@@ -32,6 +32,16 @@ def checkpoint_files(path: Path, who: str) -> list[Path]:
     return [path / "model.safetensors"]
 
 
+def check_index(path: Path, names: Collection[str], who: str) -> None:
+    """ValueError where a directory has an index that lists other tensors than its files hold."""
+    index = path / INDEX
+    if not index.exists():
+        return
+    listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    for name in sorted(listed.keys() ^ set(names)):
+        raise ValueError(f"{who}: {INDEX} must list the tensors of its files, {name} is in one of the two only")
+
+
 class TensorFiles:
     """What safetensors files hold by their headers; files of other kinds are left out.
 
