@@ -7,9 +7,9 @@ from pathlib import Path
 
 from ..storage.convert import ConversionError, Words, read_model_config
 from ..storage.convert_bitsandbytes import convert_bitsandbytes, convert_to_bitsandbytes
-from ..storage.convert_published import Published, convert_published, convert_to_mxfp4
-from ..storage.export_directory import export_adapter
-from ..storage.model_directory import is_of_bitsandbytes
+from ..storage.convert_published import convert_published, convert_to_mxfp4
+from ..storage.export_directory import export_adapter, export_dense
+from ..storage.model_directory import has_bin_files, is_of_bitsandbytes
 from ..storage.peft_format import CONFIG
 from ..storage.published.opening import is_gguf
 from .errors import CommandError
@@ -29,8 +29,8 @@ def add_parser(subparsers) -> None:
         "NVFP4 of modelopt or compressed-tensors; symmetric INT4 of compressed-tensors, GPTQ or AutoRound), or a GGUF "
         "file (Q4_0, IQ4_NL). nf4kernels.load_checkpoint loads the result, and so does transformers with "
         "nf4kernels.integrations.transformers. One weight is in memory at a time, or one layer's experts, beside the "
-        "output file being filled. SRC may also be an adapter of PEFT's, whose tensors are written in safetensors "
-        "where an old one has them in .bin. DST appears when it is complete, or not at all.",
+        "output file being filled. SRC may also be an adapter of PEFT's or a dense model that has its tensors in .bin "
+        "files, which are written in safetensors. DST appears when it is complete, or not at all.",
     )
     parser.add_argument("source", metavar="SRC", type=Path)
     parser.add_argument("out_dir", metavar="DST", type=Path)
@@ -52,29 +52,32 @@ def run(args: argparse.Namespace) -> None:
             count = export_adapter(args.source, args.out_dir, replace(WORDS, overwrite=""))
             print(f"{count} tensors in safetensors, none of them changed\nwrote {args.out_dir}")
         else:
-            _print_summary(_convert_model(args), args)
+            _convert_model(args)
     except ConversionError as error:
         raise CommandError(str(error)) from None
     except OSError as error:
         raise CommandError(f"convert: {error}") from error
 
 
-def _convert_model(args: argparse.Namespace) -> Published:
+def _convert_model(args: argparse.Namespace) -> None:
+    places, overwrite = (args.source, args.out_dir), args.overwrite
     if args.to == "mxfp4":
-        return convert_to_mxfp4(args.source, args.out_dir, args.overwrite, words=WORDS)
-    if args.to == "bitsandbytes":
-        return convert_to_bitsandbytes(args.source, args.out_dir, MODEL_OF, args.overwrite, words=WORDS)
-    if is_gguf(args.source):
-        config = gguf_config(args.source)
-        done = convert_published(args.source, args.out_dir, MODEL_OF, config, args.overwrite, words=WORDS)
-        save_gguf_tokenizer(args.source, args.out_dir)
-        return done
-    if is_of_bitsandbytes(read_model_config(args.source, WORDS)):
-        return convert_bitsandbytes(args.source, args.out_dir, MODEL_OF, args.overwrite, words=WORDS)
-    return convert_published(args.source, args.out_dir, MODEL_OF, None, args.overwrite, words=WORDS)
-
-
-def _print_summary(done: Published, args: argparse.Namespace) -> None:
+        done = convert_to_mxfp4(*places, overwrite, words=WORDS)
+    elif args.to == "bitsandbytes":
+        done = convert_to_bitsandbytes(*places, MODEL_OF, overwrite, words=WORDS)
+    elif is_gguf(args.source):
+        done = convert_published(*places, MODEL_OF, gguf_config(args.source), overwrite, words=WORDS)
+        save_gguf_tokenizer(*places)
+    else:
+        config = read_model_config(args.source, WORDS)
+        if not config.get("quantization_config") and has_bin_files(args.source):
+            nbytes = export_dense(*places, overwrite=overwrite, words=WORDS)
+            print(f"wrote {args.out_dir}: {nbytes / 2**20:.1f} MiB in safetensors, no tensor changed")
+            return
+        if is_of_bitsandbytes(config):
+            done = convert_bitsandbytes(*places, MODEL_OF, overwrite, words=WORDS)
+        else:
+            done = convert_published(*places, MODEL_OF, None, overwrite, words=WORDS)
     print(f"{done.weights} weights in {done.codebook}, none of them changed")
     if done.ignored:
         print(f"left out: {len(done.ignored)} scales of activations ({done.ignored[0]}, ...), which stay in 16 bits")

@@ -246,7 +246,7 @@ def _read_headers(in_dir: Path, who: str) -> dict[str, list[Header]]:
         except (SafetensorError, OSError) as error:
             raise ConversionError(f"{who}: {file} must be a whole safetensors file, got {error}") from None
     try:
-        check_index(in_dir, [header.name for shard in shards.values() for header in shard], who)
+        check_index(in_dir / INDEX, [header.name for shard in shards.values() for header in shard], who)
     except ValueError as error:
         raise ConversionError(str(error)) from None
     return shards

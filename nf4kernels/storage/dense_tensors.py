@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..functional import dequantize
 from ..quantized_weight import QuantizedWeight
+from .bin_files import BinFiles
 from .bitsandbytes_format import (
     StoredWeight,
     check_no_lone_part,
@@ -30,7 +31,7 @@ class DenseTensors:
             tell; `who` names the caller.
     """
 
-    def __init__(self, files: TensorFiles, who: str) -> None:
+    def __init__(self, files: TensorFiles | BinFiles, who: str) -> None:
         self._files, self._who = files, who
         experts = stored_experts(files.names)
         if experts:

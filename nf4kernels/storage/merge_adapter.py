@@ -32,7 +32,7 @@ from .dense_tensors import DenseTensors
 from .matrices import Header, units_of
 from .model_directory import SIZE, quantization_of
 from .names import fit_of_part
-from .peft_format import CONFIG, OLD_WEIGHTS, WEIGHTS, StoredLora, read_config, read_tensors, stored_lora
+from .peft_format import CONFIG, StoredLora, adapter_weights, read_config, read_tensors, stored_lora
 from .shards import Source, write_shards
 from .tensor_files import TensorFiles, checkpoint_files
 
@@ -244,17 +244,9 @@ def _quantize(
     )  # fmt: skip
 
 
-def read_adapter_directory(directory: Path, who: str, known: tuple[str, ...] = ()) -> tuple[dict[str, Any], Path]:
-    """(its configuration, its file of tensors); ValueError where one of the two is missing, or not a LoRA's."""
-    weights = directory / (WEIGHTS if (directory / WEIGHTS).is_file() else OLD_WEIGHTS)
-    for file, expected in ((directory / CONFIG, CONFIG), (weights, WEIGHTS)):
-        if not file.is_file():
-            raise ValueError(f"{who}: ADAPTER must be a directory of PEFT's with {expected}, got {directory}")
-    return read_config(directory / CONFIG, who, known), weights
-
-
 def _read_adapter(directory: Path, who: str) -> _Adapter:
-    config, weights = read_adapter_directory(directory, who, ("fan_in_fan_out",))
+    weights = adapter_weights(directory, who)
+    config = read_config(directory / CONFIG, who, ("fan_in_fan_out",))
     if config.get("target_parameters"):
         raise ValueError(
             f"{who}: ADAPTER must be of linear layers alone to be merged file by file, got one of experts"

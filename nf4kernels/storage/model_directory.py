@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .atomic import replacing_directory, write_json
+from .bin_files import BIN, BIN_INDEX, BinFiles, bin_files
 from .convert import (
     ConversionError,
     Words,
@@ -18,7 +19,7 @@ from .convert import (
 )
 from .dense_tensors import DenseTensors
 from .shards import Source, write_shards
-from .tensor_files import TensorFiles, check_index, checkpoint_files
+from .tensor_files import INDEX, TensorFiles, check_index, checkpoint_files
 
 SIZE = 5 * 10**9  # bytes of a file, at most
 
@@ -38,7 +39,7 @@ class ModelDirectory:
     out_dir: Path
     config: dict[str, Any]
     quantization: dict[str, Any] | None
-    files: TensorFiles
+    files: TensorFiles | BinFiles
     dense: DenseTensors
 
     def write(
@@ -67,9 +68,22 @@ def opened_model(source: str | Path, out_dir: str | Path, overwrite: bool, words
     quantization = quantization_of(config, words)
     check_outside(source, out_dir, words)
     check_target(out_dir, overwrite, words)
-    with conversion_errors(words), TensorFiles(checkpoint_files(source, words.who), words.who) as files:
-        check_index(source, files.names, words.who)
+    with conversion_errors(words), _opened_files(source, words.who) as files:
         yield ModelDirectory(source, out_dir, config, quantization, files, DenseTensors(files, words.who))
+
+
+def has_bin_files(directory: Path) -> bool:
+    """Whether the model's tensors are in `.bin` files, and in no safetensors."""
+    is_new = any((directory / name).exists() for name in (INDEX, "model.safetensors"))
+    return not is_new and any((directory / name).exists() for name in (BIN, BIN_INDEX))
+
+
+def _opened_files(source: Path, who: str) -> TensorFiles | BinFiles:
+    """The tensors in safetensors, or where there are none in `.bin`."""
+    old = bin_files(source, who) if has_bin_files(source) else []
+    files = BinFiles(old, who) if old else TensorFiles(checkpoint_files(source, who), who)
+    check_index(source / (BIN_INDEX if old else INDEX), files.names, who)
+    return files
 
 
 def quantization_of(config: Mapping[str, Any], words: Words) -> dict[str, Any] | None:
