@@ -36,6 +36,7 @@ from .peft_format import CONFIG, StoredLora, adapter_weights, read_config, read_
 from .shards import Source, write_shards
 from .tensor_files import TensorFiles, checkpoint_files
 
+NOT_MERGED = "not merged, nothing was written"
 INTO = ("base", "dequantized", "4bit")
 ENDS_OF_MODELS = {"embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out"}  # which models may tie
 ModelOf = Callable[[Path, dict], tuple[nn.Module | None, str]]
@@ -152,6 +153,7 @@ def merge_adapter(
     max_shard_size: int = SIZE,
     recipe: Recipe | None = None,
     confirm: Callable[[Survival], bool] | None = None,
+    accept: Callable[[Survival, Path], bool] | None = None,
     model_of: ModelOf | None = None,
     progress: bool = True,
     words: Words = CALLED,
@@ -171,14 +173,16 @@ def merge_adapter(
         max_shard_size: bytes of an output file, at most, unless one tensor is larger.
         recipe: how a dense base is quantized; None is as `nf4kernels.quantize` has it, and of a base in 4 bits its own.
         confirm: with "4bit", asked before anything is written.
+        accept: with "4bit", asked when all is written, given a directory beside `out_dir` that holds it, and that
+            `out_dir` becomes or that is removed.
         model_of: given a directory and its config, (the model without its weights, on the meta device, and its class),
             or (None, why not). The model tells which of its tensors are tied, renamed or transposed in the file.
         progress: show progress bars on stderr.
         words: what messages call all this; its `in_dir` is base.
 
     Raises:
-        ConversionError: an argument, the adapter or base is not as it must be, the two do not fit, or `confirm` said
-            no; nothing was written.
+        ConversionError: an argument, the adapter or base is not as it must be, the two do not fit, or `confirm` or
+            `accept` said no; nothing was written.
         OSError: reading or writing failed.
     """
     adapter, base, out_dir = Path(adapter).resolve(), Path(base).resolve(), Path(out_dir).resolve()
@@ -205,7 +209,7 @@ def merge_adapter(
                 recipe = recipe or (Recipe() if packed is None else _recipe_of(packed, plan.dense, who))
                 survival = _survival(plan, recipe, progress)
                 if confirm is not None and not confirm(survival):
-                    raise ValueError(f"{who}: not merged, nothing was written")
+                    raise ValueError(f"{who}: {NOT_MERGED}")
             with replacing_directory(out_dir) as staging:
                 if into == "dequantized" and packed is None:
                     quantized = staging / "quantized"
@@ -223,6 +227,8 @@ def merge_adapter(
                     for entry in quantized.iterdir():
                         entry.rename(staging / entry.name)
                     quantized.rmdir()
+                    if survival is not None and accept is not None and not accept(survival, staging):
+                        raise ValueError(f"{who}: {NOT_MERGED}")
                 else:
                     nbytes = _write(plan, config, base, staging, max_shard_size, progress)
     return Merged(len(plan.loras), sorted(plan.others), sorted(plan.untied), nbytes, survival)
