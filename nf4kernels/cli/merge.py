@@ -129,7 +129,9 @@ def _agreed(survival: Survival, yes: bool) -> bool:
 
 def _print_summary(merged: Merged, base: Path, args: argparse.Namespace) -> None:
     where = {"base": "the weights", "dequantized": "the decoded 4-bit weights", "4bit": "4 bits"}[args.into]
-    print(f"merged the adapter's {merged.layers} layers into {where} of {base}")
+    parts = [f"{merged.layers} layers"] if merged.layers or not merged.experts else []
+    parts += [f"{merged.experts} weights of experts"] if merged.experts else []
+    print(f"merged the adapter's {' and '.join(parts)} into {where} of {base}")
     if merged.replaced:
         print(f"replaced as they were trained whole: {', '.join(merged.replaced)}")
     if merged.untied:

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -71,6 +72,25 @@ def group_tensors(model: nn.Module | None, names: Iterable[str], known: Collecti
         else:
             groups[target] = Group({name: ""}, target)
     return list(groups.values())
+
+
+def take_apart(model: nn.Module, group: Group, tensor: Tensor) -> dict[str, Tensor]:
+    """The file's tensors of which `group` makes `tensor`, as transformers' `save_pretrained` would write them.
+
+    Raises:
+        ValueError: transformers' rules back give other names, or tensors that do not become `tensor` again.
+    """
+    if group.converter is None:
+        return {next(iter(group.sources)): tensor}
+    loading = sys.modules["transformers.core_model_loading"]
+    found: dict[str, Tensor] = loading.revert_weight_conversion(model, {group.target: tensor})
+    expected = f"{group.target} must be taken apart as the files have it by transformers' rules"
+    if found.keys() != group.sources.keys():
+        raise ValueError(f"{expected}, got {min(found)} for {min(group.sources)} and the like")
+    again = group.convert(model, [found[name] for name in group.sources])
+    if not torch.equal(again[group.target], tensor):
+        raise ValueError(f"{expected}, got other values")
+    return found
 
 
 def _rules(model: nn.Module) -> tuple[Any, list[Any]] | None:

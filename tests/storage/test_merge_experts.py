@@ -1,0 +1,143 @@
+"""Adapters of fused experts (PEFT's target_parameters) merged file by file, against PEFT's products in the model."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.directories import dense_directory, load
+from support.llama_directory import all_tensors, tree
+from support.peft_adapter import peft, save_adapter
+from transformers import core_model_loading
+
+import nf4kernels as nf4
+from nf4kernels.cli import main
+from nf4kernels.cli.meta_model import meta_model
+from nf4kernels.storage.convert import ConversionError, convert_directory
+from nf4kernels.storage.merge_adapter import Recipe, merge_adapter
+
+BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+FAMILIES = ("Mixtral", "Qwen3-MoE", "gpt-oss")
+
+
+def merge(adapter, base, out, **options):
+    return merge_adapter(adapter, base, out, **{"model_of": meta_model, "progress": False, **options})
+
+
+def save_experts_adapter(base, directory, targets=tuple(BOTH), **settings):
+    options = {"target_modules": ["q_proj"], "target_parameters": list(targets), **settings}
+    return save_adapter(base, directory, scale=0.2, **options)
+
+
+def expected_model(base, adapter, dtype):
+    """The dense model plus PEFT's own products, summed in fp32 and rounded once."""
+    model = peft.PeftModel.from_pretrained(load(base, dtype=torch.float32), adapter)
+    return model.merge_and_unload().to(dtype)
+
+
+def saved_tensors(model, directory):
+    """As transformers writes the model's files."""
+    model.save_pretrained(directory)
+    return all_tensors(directory)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("targets", [BOTH, BOTH[:1]], ids=["both", "one"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_is_what_peft_makes_of_the_model(family, targets, dtype, tmp_path):
+    base = dense_directory(tmp_path / "base", family, dtype)
+    adapter = save_experts_adapter(base, tmp_path / "adapter", targets)
+    done = merge(adapter, base, tmp_path / "out", max_shard_size=100_000)
+    assert (done.layers, done.experts) == (2, 2 * len(targets))
+    found, before = all_tensors(tmp_path / "out"), all_tensors(base)
+    expected = saved_tensors(expected_model(base, adapter, dtype), tmp_path / "expected")
+    assert found.keys() == expected.keys() == before.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == dtype
+        torch.testing.assert_close(found[name], tensor, rtol=8e-3 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+    changed = [name for name in before if not torch.equal(found[name], before[name])]
+    of_experts = [name for name in before if "experts" in name and "bias" not in name]
+    share = 1 if len(targets) == 2 else 2 / 3 if family != "gpt-oss" else 1 / 2
+    assert len(changed) == 2 + round(share * len(of_experts))
+    assert tree(tmp_path / "out").count("model.safetensors.index.json") == 1
+    load(tmp_path / "out")
+
+
+def test_into_4_bits_measures_the_experts(tmp_path):
+    base = dense_directory(tmp_path / "base", "Mixtral")
+    adapter = save_experts_adapter(base, tmp_path / "adapter")
+    done = merge(adapter, base, tmp_path / "out", into="4bit", recipe=Recipe(block_size=32))
+    merge(adapter, base, tmp_path / "dense")
+    convert_directory(tmp_path / "dense", tmp_path / "expected", block_size=32, model_of=meta_model, progress=False)
+    found, expected = all_tensors(tmp_path / "out"), all_tensors(tmp_path / "expected")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert done.survival.unmeasured == []
+    name = "model.layers.1.mlp.experts.down_proj"
+    before, after = (load(tmp_path / each).get_parameter(name).detach() for each in ("base", "dense"))
+    delta = torch.zeros_like(before, dtype=torch.float32)
+    stored = load_file(adapter / "adapter_model.safetensors")
+    key = "base_model.model.model.layers.1.mlp.experts"  # the outer wrapper is that of the last parameter
+    A, B = stored[f"{key}.lora_A.weight"].unflatten(0, (4, -1)), stored[f"{key}.lora_B.weight"].unflatten(1, (-1, 4))
+    delta = torch.einsum("nre,erk->enk", B, A) * 2
+    change = sum(
+        sign * torch.stack([nf4.dequantize(q, torch.float32) for q in nf4.quantize_experts(w, block_size=32)])
+        for sign, w in ((1, after), (-1, before))
+    )
+    assert done.survival.layers[name] == pytest.approx(((change - delta).norm() / delta.norm()).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["names", "values"])
+def test_rules_that_do_not_lead_back_are_refused(kind, tmp_path, monkeypatch):
+    """What transformers takes apart is put together again and compared, so that no matrix lands in another's place."""
+    base = dense_directory(tmp_path / "base", "Mixtral")
+    adapter = save_experts_adapter(base, tmp_path / "adapter")
+    original = core_model_loading.revert_weight_conversion
+
+    def revert(model, state):
+        found = original(model, state)
+        names = sorted(found)
+        renamed = dict(zip(names, [*names[1:], names[0]])) if kind == "values" else {n: f"{n}.other" for n in names}
+        return {renamed[name]: tensor for name, tensor in found.items()}
+
+    monkeypatch.setattr(core_model_loading, "revert_weight_conversion", revert)
+    with pytest.raises(ConversionError, match="must be taken apart as the files have it by transformers' rules, got"):
+        merge(adapter, base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def damage(adapter, change):
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, adapter / "adapter_model.safetensors")
+
+
+def test_refused(tmp_path, capsys):
+    base = dense_directory(tmp_path / "base", "Mixtral")
+    adapter = save_experts_adapter(base, tmp_path / "adapter")
+    other = dense_directory(tmp_path / "other", "Mixtral", intermediate_size=64)
+    llama = dense_directory(tmp_path / "llama")
+    before = tree(tmp_path)
+    capsys.readouterr()
+    for given, message in (
+        (other, "mlp.experts.gate_up_proj must have an adapter of shapes"),
+        (llama, "must name weights of the model's experts that have an adapter in the file"),
+    ):
+        assert main(["merge", str(adapter), str(tmp_path / "out"), "--base", str(given)]) == 2
+        assert message in capsys.readouterr().err
+    with pytest.raises(ConversionError, match="transformers must be installed and know the model to merge an adapter"):
+        merge(adapter, base, tmp_path / "out", model_of=None)
+    assert main(["merge", str(adapter), str(tmp_path / "out"), "--into", "dequantized"]) == 2
+    assert "nf4kernels.merge_model does these on the loaded model" in capsys.readouterr().err
+    damage(adapter, lambda t: t.pop("base_model.model.model.layers.1.mlp.experts.base_layer.lora_A.weight"))
+    assert main(["merge", str(adapter), str(tmp_path / "out")]) == 2
+    assert "must hold lora_A and lora_B of model.layers.1.mlp.experts.base_layer" in capsys.readouterr().err
+    assert tree(tmp_path) == before
+
+
+def test_the_command_says_what_was_merged(tmp_path, capsys):
+    base = dense_directory(tmp_path / "base", "Mixtral")
+    adapter = save_experts_adapter(base, tmp_path / "adapter", target_modules=[])
+    assert main(["merge", str(adapter), str(tmp_path / "out")]) == 0
+    assert "merged the adapter's 4 weights of experts into the weights of" in capsys.readouterr().out
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
