@@ -228,3 +228,18 @@ def test_what_bitsandbytes_has_no_format_for(tmp_path, capsys):
     assert convert(tmp_path / "dense", tmp_path / "out", "--to", "bitsandbytes") == 2
     assert "SRC must be in 4 bits, got a dense model: nf4kernels quantize makes one" in capsys.readouterr().err
     assert sorted(os.listdir(tmp_path)) == ["dense", "ours"]
+
+
+@pytest.mark.slow
+def test_smollm2_there_and_back(tmp_path):
+    """A real model of 210 layers with tied embeddings, quantized by bitsandbytes: not a bit changes."""
+    dense = os.environ.get("NF4KERNELS_SMOLLM2", ".cache/SmolLM2-135M-Instruct")
+    if not os.path.isdir(dense):
+        pytest.skip("SmolLM2-135M-Instruct is not at hand: make demo downloads it")
+    expected = saved_by_bitsandbytes(dense, tmp_path / "theirs", shard_size="50MB", bnb_4bit_use_double_quant=True)
+    assert convert(tmp_path / "theirs", tmp_path / "ours") == 0
+    layers = tiny.layers(load(tmp_path / "ours"))
+    assert len(layers) == len(expected) == 210
+    assert all(torch.equal(layers[name].dequantize(torch.bfloat16), expected[name]) for name in layers)
+    assert convert(tmp_path / "ours", tmp_path / "again", "--to", "bitsandbytes") == 0
+    assert_same_tensors(all_tensors(tmp_path / "again"), all_tensors(tmp_path / "theirs"))
