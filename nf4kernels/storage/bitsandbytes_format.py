@@ -133,7 +133,7 @@ def weight_from_tensors(tensors: dict[str, Tensor], key: str = "weight") -> Quan
     packed = tensors[key].contiguous().reshape(-1).view(torch.uint8)
     packed = _shaped(packed, packed_shape(N, K), key, who)
     absmax = tensors[f"{key}.absmax"]
-    if absmax.dim() == 2 and absmax.shape[0] > 1 and _owner(state) == "bitsandbytes":
+    if list(absmax.shape) == [K // block_size, N] and min(absmax.shape) > 1 and _owner(state) == "bitsandbytes":
         raise ValueError(f"{who}: {key}.absmax must have one dimension, got {list(absmax.shape)}, {REPACKED}")
     absmax = _shaped(absmax, absmax_shape(N, K, block_size), f"{key}.absmax", who)
     scale_absmax = scale_offset = scale_code = scale_codebook = None

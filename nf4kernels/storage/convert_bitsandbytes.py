@@ -11,7 +11,7 @@ from ..codebook import DOUBLE_QUANT_CODEBOOKS
 from ..model.heads import left_dense_by_loader
 from ..model.plan import is_conv1d
 from ..quantized_weight import QuantizedWeight
-from .bitsandbytes_format import names_of_weight, weight_to_tensors
+from .bitsandbytes_format import weight_to_tensors
 from .convert import CALLED, Words
 from .convert_published import Published
 from .key_conversion import group_tensors
@@ -67,7 +67,7 @@ def convert_bitsandbytes(
         quantization = {
             "quant_method": "nf4kernels", "codebook": codebook, "block_size": block_size, "double_quant": double_quant,
             "scale_codebook": named[0] if named else "dynamic8",
-            "modules_to_not_convert": _dense_layers(directory, model, words),
+            "modules_to_not_convert": _layers(directory, model, words)[1],
         }  # fmt: skip
         return _write(directory, quantization, max_shard_size, progress)
 
@@ -93,6 +93,12 @@ def convert_to_bitsandbytes(
             )
         model = _model(directory, model_of)
         _checked(directory, lambda weight, key: weight_to_tensors(weight, key, bitsandbytes=True), words)
+        packed, dense = _layers(directory, model, words)
+        clash = next((name for name in packed if left_dense_by_loader(name, dense)), None)
+        if clash is not None:
+            raise ValueError(
+                f"{words.who}: {clash} must not end with the name of a dense layer, which transformers goes by"
+            )
         first = next(iter(directory.dense.packed.values()))
         config = directory.config
         quantization = {
@@ -103,7 +109,7 @@ def convert_to_bitsandbytes(
             "bnb_4bit_use_double_quant": first.double_quant,
             "bnb_4bit_compute_dtype": config.get("dtype") or config.get("torch_dtype") or "bfloat16",
             "bnb_4bit_quant_storage": "uint8",
-            "llm_int8_skip_modules": _dense_layers(directory, model, words),
+            "llm_int8_skip_modules": dense,
         }
         return _write(directory, quantization, max_shard_size, progress)
 
@@ -120,8 +126,8 @@ def _checked(directory: ModelDirectory, check: Callable[[QuantizedWeight, str], 
     return [check(directory.dense.read_packed(key), key) for key in packed]
 
 
-def _dense_layers(directory: ModelDirectory, model: nn.Module | None, words: Words) -> list[str]:
-    """The linear layers that are dense, by the model's names; ValueError where a loader would take others for such."""
+def _layers(directory: ModelDirectory, model: nn.Module | None, words: Words) -> tuple[list[str], list[str]]:
+    """(the linear layers in 4 bits, those that are dense), by the model's names; ValueError where it has others."""
     packed = directory.dense.packed
     if model is None:  # an output layer may be tied, and then the files do not have it
         own = {key.removesuffix(".weight") for key in packed}
@@ -139,24 +145,18 @@ def _dense_layers(directory: ModelDirectory, model: nn.Module | None, words: Wor
             own.add(group.target.removesuffix(".weight"))
         linear = [name for name, each in model.named_modules() if isinstance(each, nn.Linear) or is_conv1d(each)]
         dense = set(linear) - own
-    clash = next((name for name in sorted(own) if left_dense_by_loader(name, dense)), None)
-    if clash is not None:
-        raise ValueError(
-            f"{words.who}: {clash} must not end with the name of a dense layer, which transformers would take it for"
-        )
-    return sorted(dense)
+    return sorted(own), sorted(dense)
 
 
 def _write(directory: ModelDirectory, quantization: dict[str, Any], size: int, progress: bool) -> Published:
-    packed = directory.dense.packed
-    inner = {name for key in packed for name in names_of_weight(directory.files.names, key)}
+    packed, files = directory.dense.packed, directory.files
     sources: list[Source] = []
-    for name in directory.files.names:
+    for name in files.names:
         if name in packed:
-            nbytes = directory.files.on_meta(name).nbytes
-            sources.append((name, torch.empty(nbytes, 1, dtype=torch.uint8, device="meta"), _as_bytes(directory)))
-        elif name in inner or name in directory.dense.names:
-            sources.append((name, directory.files.on_meta(name), directory.files.read))
+            on_meta = torch.empty(files.on_meta(name).nbytes, 1, dtype=torch.uint8, device="meta")
+            sources.append((name, on_meta, _as_bytes(directory)))
+        else:
+            sources.append((name, files.on_meta(name), files.read))
     nbytes = directory.write(sources, quantization, size, progress, "convert")
     return Published(len(packed), next(iter(packed.values())).codebook, nbytes, [])
 

@@ -21,7 +21,8 @@ def checkpoint_files(path: Path, who: str) -> list[Path]:
     if index.exists():
         return indexed_files(index, who)
     if not (path / "model.safetensors").exists():
-        raise ValueError(f"{who}: path must have model.safetensors or its index, got {path}")
+        hint = " (nf4kernels convert makes them of .bin files)" if any(path.glob("pytorch_model*.bin")) else ""
+        raise ValueError(f"{who}: path must have model.safetensors or its index{hint}, got {path}")
     return [path / "model.safetensors"]
 
 

@@ -76,6 +76,10 @@ def test_a_dense_model(shards, base, tmp_path, capsys):
     assert "in safetensors, no tensor changed" in capsys.readouterr().out
     assert_same_tensors(all_tensors(tmp_path / "out"), expected)
     assert not [name for name in tree(tmp_path / "out") if ".bin" in name]
+    assert main(["quantize", str(base), str(tmp_path / "packed")]) == 2
+    assert "must have model.safetensors or its index (nf4kernels convert makes them of .bin files), got" in (
+        capsys.readouterr().err
+    )
     assert same_state(load(tmp_path / "out"), before)
 
 
@@ -129,9 +133,8 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("of", ["adapter", "model"])
-@pytest.mark.parametrize("kind", BAD)
-def test_refused_in_one_line(kind, of, base, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(("of", "kind"), [*(("adapter", kind) for kind in BAD), ("model", "code"), ("model", "cut")])
+def test_refused_in_one_line(of, kind, base, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write, message = BAD[kind]
     if of == "adapter":

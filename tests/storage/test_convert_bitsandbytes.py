@@ -218,6 +218,17 @@ def test_experts_one_by_one_in_4_bits(tmp_path, capsys):
     assert sorted(os.listdir(tmp_path)) == ["dense", "theirs"]
 
 
+def test_a_layer_that_transformers_would_leave_dense(theirs, tmp_path):
+    """It goes by the ends of names, too; without a model they are the file's."""
+    tensors = all_tensors(theirs)
+    tensors["proj.weight"] = torch.zeros(3, 3)
+    save_file(tensors, theirs / "model.safetensors")
+    with pytest.raises(ConversionError, match="proj must not end with the name of a dense layer"):
+        convert_to_bitsandbytes(theirs, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+    assert convert_bitsandbytes(theirs, tmp_path / "out", progress=False).weights == 14
+
+
 def test_what_bitsandbytes_has_no_format_for(tmp_path, capsys):
     ours = load(dense_directory(tmp_path / "dense"), quantization_config=Nf4Config(codebook="af4"))
     ours.save_pretrained(tmp_path / "ours")

@@ -42,8 +42,7 @@ def saved_tensors(model, directory):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("targets", [BOTH, BOTH[:1]], ids=["both", "one"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("targets", "dtype"), [(BOTH, torch.float32), (BOTH[:1], torch.bfloat16)], ids=["both", "one"])
 def test_is_what_peft_makes_of_the_model(family, targets, dtype, tmp_path):
     base = dense_directory(tmp_path / "base", family, dtype)
     adapter = save_experts_adapter(base, tmp_path / "adapter", targets)
