@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
         if args.to == "peft":
             export_adapter(args.source, args.out, WORDS)
         elif args.to == "safetensors":
-            export_dense(args.source, args.out, args.max_shard_size, words=WORDS)
+            export_dense(args.source, args.out, MODEL_OF, args.max_shard_size, words=WORDS)
         elif args.to == "gguf":
             _to_gguf(args)
         elif quantization_of(read_model_config(args.source, WORDS), WORDS) is None:
@@ -82,7 +82,7 @@ def _to_gguf(args: argparse.Namespace) -> None:
             return
         with tempfile.TemporaryDirectory(dir=args.out.resolve().parent, prefix=".nf4kernels-export-") as directory:
             dense = Path(directory) / args.source.resolve().name
-            export_dense(args.source, dense, args.max_shard_size, words=WORDS)
+            export_dense(args.source, dense, MODEL_OF, args.max_shard_size, words=WORDS)
             convert_to_gguf(script, dense, args.out.resolve(), args.outtype, "export")
     except ConversionError:
         raise

@@ -15,10 +15,8 @@ from .bitsandbytes_format import weight_to_tensors
 from .convert import CALLED, Words
 from .convert_published import Published
 from .key_conversion import group_tensors
-from .model_directory import SIZE, ModelDirectory, is_of_bitsandbytes, opened_model
+from .model_directory import SIZE, ModelDirectory, ModelOf, is_of_bitsandbytes, opened_model
 from .shards import Source
-
-ModelOf = Callable[[Path, dict], tuple[nn.Module | None, str]]
 
 
 def convert_bitsandbytes(
@@ -51,11 +49,10 @@ def convert_bitsandbytes(
             nothing was written.
         OSError: reading or writing failed.
     """
-    with opened_model(source, out_dir, overwrite, words) as directory:
+    with opened_model(source, out_dir, model_of, overwrite, words) as directory:
         if not is_of_bitsandbytes(directory.config):
             came = "a dense model" if directory.quantization is None else "one of nf4kernels"
             raise ValueError(f"{words.who}: {words.in_dir} must be in 4 bits of bitsandbytes, got {came}")
-        model = _model(directory, model_of)
         scale_codebooks = _checked(directory, lambda weight, key: weight.scale_codebook, words)
         kinds = sorted({(w.codebook, w.block_size, w.double_quant) for w in directory.dense.packed.values()})
         if len(kinds) != 1:
@@ -67,7 +64,7 @@ def convert_bitsandbytes(
         quantization = {
             "quant_method": "nf4kernels", "codebook": codebook, "block_size": block_size, "double_quant": double_quant,
             "scale_codebook": named[0] if named else "dynamic8",
-            "modules_to_not_convert": _layers(directory, model, words)[1],
+            "modules_to_not_convert": _layers(directory, words)[1],
         }  # fmt: skip
         return _write(directory, quantization, max_shard_size, progress)
 
@@ -86,14 +83,13 @@ def convert_to_bitsandbytes(
     Arguments, result and errors are those of `convert_bitsandbytes`, of a directory of ours; ConversionError too for
     weights that bitsandbytes has no format for.
     """
-    with opened_model(source, out_dir, overwrite, words) as directory:
+    with opened_model(source, out_dir, model_of, overwrite, words) as directory:
         if directory.quantization is None:
             raise ValueError(
                 f"{words.who}: {words.in_dir} must be in 4 bits, got a dense model: nf4kernels quantize makes one"
             )
-        model = _model(directory, model_of)
         _checked(directory, lambda weight, key: weight_to_tensors(weight, key, bitsandbytes=True), words)
-        packed, dense = _layers(directory, model, words)
+        packed, dense = _layers(directory, words)
         clash = next((name for name in packed if left_dense_by_loader(name, dense)), None)
         if clash is not None:
             raise ValueError(
@@ -114,21 +110,22 @@ def convert_to_bitsandbytes(
         return _write(directory, quantization, max_shard_size, progress)
 
 
-def _model(directory: ModelDirectory, model_of: ModelOf | None) -> nn.Module | None:
-    return None if model_of is None else model_of(directory.source, dict(directory.config))[0]
-
-
 def _checked(directory: ModelDirectory, check: Callable[[QuantizedWeight, str], Any], words: Words) -> list[Any]:
     """What `check` says of every weight in 4 bits, each of which is read; ValueError where there is none."""
-    packed = directory.dense.packed
+    packed, experts = directory.dense.packed, directory.dense.experts
+    if experts:
+        raise ValueError(
+            f"{words.who}: {words.in_dir} must have no experts in 4 bits, for which bitsandbytes has no format, got"
+            f" {min(experts)}"
+        )
     if not packed:
         raise ValueError(f"{words.who}: {words.in_dir} must have a weight in 4 bits, got none")
     return [check(directory.dense.read_packed(key), key) for key in packed]
 
 
-def _layers(directory: ModelDirectory, model: nn.Module | None, words: Words) -> tuple[list[str], list[str]]:
+def _layers(directory: ModelDirectory, words: Words) -> tuple[list[str], list[str]]:
     """(the linear layers in 4 bits, those that are dense), by the model's names; ValueError where it has others."""
-    packed = directory.dense.packed
+    packed, model = directory.dense.packed, directory.model
     if model is None:  # an output layer may be tied, and then the files do not have it
         own = {key.removesuffix(".weight") for key in packed}
         names = [name for name in directory.dense.names if name.endswith(".weight") and name not in packed]

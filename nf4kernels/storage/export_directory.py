@@ -6,7 +6,7 @@ from pathlib import Path
 from .atomic import replacing_directory
 from .checkpoint import write_tensors
 from .convert import CALLED, Words, check_outside, check_target, conversion_errors, copy_rest
-from .model_directory import SIZE, opened_model
+from .model_directory import SIZE, ModelOf, opened_model
 from .peft_format import CONFIG, WEIGHTS, adapter_weights, read_stored_tensors
 from .shards import Source
 
@@ -14,6 +14,7 @@ from .shards import Source
 def export_dense(
     source: str | Path,
     out_dir: str | Path,
+    model_of: ModelOf | None = None,
     max_shard_size: int = SIZE,
     overwrite: bool = False,
     progress: bool = True,
@@ -22,18 +23,19 @@ def export_dense(
     """Write a model directory with its 4-bit weights decoded, in files of at most `max_shard_size` bytes.
 
     Dense tensors stay as they are, so that a dense directory is cut into other files, or an old one gets safetensors
-    for what it has in pytorch_model.bin. One tensor is in memory at a time
-    beside the output file being filled. The rest of the directory is copied. `out_dir` appears when it is complete.
+    for what it has in pytorch_model.bin. One tensor is in memory at a time, or one layer's experts, beside the output
+    file being filled. The rest of the directory is copied. `out_dir` appears when it is complete.
 
     Returns:
         The bytes of all tensors.
 
     Raises:
-        ConversionError: `source` is damaged, has experts in 4 bits or another quantization, or `out_dir` exists;
+        ConversionError: `source` is damaged, has experts in 4 bits that `model_of` does not know, or another
+            quantization, or `out_dir` exists;
             nothing was written.
         OSError: reading or writing failed.
     """
-    with opened_model(source, out_dir, overwrite, words) as directory:
+    with opened_model(source, out_dir, model_of, overwrite, words) as directory:
         dense = directory.dense
         sources: list[Source] = [(name, dense.on_meta(name), dense.read) for name in dense.names]
         return directory.write(sources, None, max_shard_size, progress, "export")

@@ -74,22 +74,20 @@ def group_tensors(model: nn.Module | None, names: Iterable[str], known: Collecti
     return list(groups.values())
 
 
-def take_apart(model: nn.Module, group: Group, tensor: Tensor) -> dict[str, Tensor]:
-    """The file's tensors of which `group` makes `tensor`, as transformers' `save_pretrained` would write them.
+def put_back(model: nn.Module, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """The tensors of a file that transformers' `save_pretrained` would write of the model's tensor `name`."""
+    rules = _rules(model)
+    found: dict[str, Tensor] = {name: tensor}
+    return found if rules is None else rules[0].revert_weight_conversion(model, found)
 
-    Raises:
-        ValueError: transformers' rules back give other names, or tensors that do not become `tensor` again.
-    """
-    if group.converter is None:
-        return {next(iter(group.sources)): tensor}
-    loading = sys.modules["transformers.core_model_loading"]
-    found: dict[str, Tensor] = loading.revert_weight_conversion(model, {group.target: tensor})
-    expected = f"{group.target} must be taken apart as the files have it by transformers' rules"
-    if found.keys() != group.sources.keys():
-        raise ValueError(f"{expected}, got {min(found)} for {min(group.sources)} and the like")
-    again = group.convert(model, [found[name] for name in group.sources])
-    if not torch.equal(again[group.target], tensor):
-        raise ValueError(f"{expected}, got other values")
+
+def take_apart(model: nn.Module, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """`put_back`, with a check that these tensors become `tensor` again; ValueError where they do not."""
+    found = put_back(model, name, tensor)
+    groups = group_tensors(model, found, model.state_dict(keep_vars=True))
+    again = groups[0].convert(model, [found[each] for each in groups[0].sources]) if len(groups) == 1 else {}
+    if name not in again or not torch.equal(again[name], tensor):
+        raise ValueError(f"{name} must be put together again from {min(found)} and the like by transformers' rules")
     return found
 
 

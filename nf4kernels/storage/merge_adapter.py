@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from ..functional import dequantize, quantize
@@ -30,13 +30,12 @@ from .convert import (
 from .dense_tensors import DenseTensors
 from .merge_experts import AdaptedExperts
 from .merge_plan import Plan, layer_of, make_plan, read_adapter
-from .model_directory import SIZE, quantization_of
+from .model_directory import SIZE, ModelOf, quantization_of
 from .shards import write_shards
 from .tensor_files import TensorFiles, checkpoint_files
 
 NOT_MERGED = "not merged, nothing was written"
 INTO = ("base", "dequantized", "4bit")
-ModelOf = Callable[[Path, dict], tuple[nn.Module | None, str]]
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,7 @@ def merge_adapter(
         check_target(out_dir, False, words)
         model, _ = (None, "") if model_of is None else model_of(base, config)
         with TensorFiles(checkpoint_files(base, who), who) as files:
-            plan = make_plan(DenseTensors(files, who), stored, model, config, words)
+            plan = make_plan(DenseTensors(files, who, model), stored, model, config, words)
             survival = None
             if into == "4bit":
                 recipe = recipe or (Recipe() if packed is None else _recipe_of(packed, plan.dense, who))
@@ -165,7 +164,7 @@ def merge_adapter(
                     quantized = staging / "quantized"
                     _quantize(base, quantized, recipe or Recipe(), model_of, progress, words)
                     with TensorFiles(checkpoint_files(quantized, who), who) as decoded:
-                        plan = make_plan(DenseTensors(decoded, who), stored, model, config, words)
+                        plan = make_plan(DenseTensors(decoded, who, model), stored, model, config, words)
                         nbytes = _write(plan, config, base, staging, max_shard_size, progress)
                     shutil.rmtree(quantized)
                 elif into == "4bit":
@@ -218,7 +217,8 @@ def _recipe_of(quantization: Mapping[str, Any], dense: DenseTensors, who: str) -
         )
     codebook, block_size, double_quant = kinds.pop()
     scale_codebook = dense.read_packed(next(iter(dense.packed))).scale_codebook or "e4m3"
-    stay = [n.removesuffix(".weight") for n in dense.names if n.endswith(".weight") and n not in dense.packed]
+    packed = {*dense.packed, *dense.experts}
+    stay = [n.removesuffix(".weight") for n in dense.names if n.endswith(".weight") and n not in packed]
     two_d = tuple(n for n in stay if dense.on_meta(f"{n}.weight").dim() == 2)
     return Recipe(codebook, block_size, double_quant, scale_codebook, two_d)
 
@@ -261,6 +261,7 @@ def _changes_of_experts(plan: Plan, experts: AdaptedExperts, recipe: Recipe) -> 
     """The same of one weight of experts, expert by expert."""
     names = [experts.name, *map(layer_of, experts.names)]
     is_skipped = any(skips(pattern, name) for pattern in (*SKIP, *recipe.skip) for name in names)
-    if plan.dense.packed or is_skipped or experts.stays_dense(recipe.block_size):
+    stays = (plan.dense.packed or plan.dense.experts) and not experts.is_packed(plan.dense)
+    if stays or is_skipped or experts.stays_dense(recipe.block_size):
         return None
     return experts.changes(plan.dense, recipe.options)

@@ -62,32 +62,49 @@ class AdaptedExperts:
         return self._made.pop(name)
 
     def _merged(self, dense: DenseTensors) -> dict[str, Tensor]:
-        merged = self._weight(dense)
-        for expert, rows in enumerate(as_rows(self._module, merged)):
-            total = cast(self.delta(expert).add_(rows), rows.dtype, f"the merged {self.name}")
-            if not all(bound.isfinite() for bound in total.aminmax()):
+        weight = self._weight(dense)
+        merged = torch.empty(weight.shape, dtype=self._unit.headers[0].dtype)
+        for expert, (rows, into) in enumerate(zip(as_rows(self._module, weight), as_rows(self._module, merged))):
+            into.copy_(cast(self.delta(expert).add_(rows), merged.dtype, f"the merged {self.name}"))
+            if not all(bound.isfinite() for bound in into.aminmax()):
                 raise ValueError(f"{self._who}: the merged {self.name} must be finite, got nan or inf in {expert}")
-            rows.copy_(total)
+        del weight
+        if self._unit.group.converter is None:
+            return {self.names[0]: merged}
         try:
-            return take_apart(self._model, self._unit.group, merged)
+            found = take_apart(self._model, self.name, merged)
         except ValueError as error:
             raise ValueError(f"{self._who}: {error}") from None
+        if found.keys() != {*self.names}:
+            raise ValueError(
+                f"{self._who}: {self.name} must be taken apart as the files have it by transformers' rules, got"
+                f" {min(found)} for {min(self.names)} and the like"
+            )
+        return found
 
     def _weight(self, dense: DenseTensors) -> Tensor:
-        """The weight as the model has it, in memory of its own."""
-        tensors = [dense.read(name) for name in self.names]
-        return self._unit.group.convert(self._model, tensors)[self.name].clone(memory_format=torch.contiguous_format)
+        """The weight as the model has it; in fp32 where it is decoded."""
+        tensors = [dense.read(name, torch.float32) for name in self.names]
+        return self._unit.group.convert(self._model, tensors)[self.name]
 
     def changes(self, dense: DenseTensors, options: Mapping[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
         """(Ŵ' - Ŵ, the adapter's product) of every expert, fp32 `[N, K]`, Ŵ quantized before the merge and Ŵ' after.
 
-        `options` are those of `nf4kernels.quantize`.
+        Experts that are in 4 bits are Ŵ already. `options` are those of `nf4kernels.quantize`.
         """
+        dtype = self._unit.headers[0].dtype
+
+        def rounded(weight: Tensor) -> Tensor:
+            return dequantize(quantize_experts(weight[None].contiguous(), **options)[0], torch.float32)
+
         for expert, rows in enumerate(as_rows(self._module, self._weight(dense))):
             delta = self.delta(expert)
-            merged = (delta + rows).to(rows.dtype)
-            before, after = (quantize_experts(w[None].contiguous(), **options)[0] for w in (rows, merged))
-            yield dequantize(after, torch.float32).sub_(dequantize(before, torch.float32)), delta
+            before = rows if self.is_packed(dense) else rounded(rows)
+            yield rounded((delta + rows).to(dtype)).sub_(before), delta
+
+    def is_packed(self, dense: DenseTensors) -> bool:
+        """Whether the files have it in 4 bits."""
+        return self.names[0] in dense.experts
 
     def stays_dense(self, block_size: int) -> bool:
         """Whether `nf4kernels.quantize_model` would leave it."""

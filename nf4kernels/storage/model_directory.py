@@ -1,10 +1,12 @@
 """A model directory, dense or in 4 bits, opened to be written as another one."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from .atomic import replacing_directory, write_json
 from .bin_files import BIN, BIN_INDEX, BinFiles, bin_files
@@ -21,6 +23,7 @@ from .dense_tensors import DenseTensors
 from .shards import Source, write_shards
 from .tensor_files import INDEX, TensorFiles, check_index, checkpoint_files
 
+ModelOf = Callable[[Path, dict], tuple[nn.Module | None, str]]
 SIZE = 5 * 10**9  # bytes of a file, at most
 
 
@@ -33,6 +36,7 @@ class ModelDirectory:
         quantization: its quantization_config, None of a dense model.
         files: the tensors as they are stored.
         dense: the same, those in 4 bits decoded.
+        model: without its weights, where it is known.
     """
 
     source: Path
@@ -41,6 +45,7 @@ class ModelDirectory:
     quantization: dict[str, Any] | None
     files: TensorFiles | BinFiles
     dense: DenseTensors
+    model: nn.Module | None
 
     def write(
         self, sources: list[Source], quantization: Mapping[str, Any] | None, size: int, progress: bool, what: str
@@ -57,11 +62,13 @@ class ModelDirectory:
 
 
 @contextmanager
-def opened_model(source: str | Path, out_dir: str | Path, overwrite: bool, words: Words) -> Iterator[ModelDirectory]:
+def opened_model(
+    source: str | Path, out_dir: str | Path, model_of: ModelOf | None, overwrite: bool, words: Words
+) -> Iterator[ModelDirectory]:
     """`source`, to be written to `out_dir`, which is checked; errors of both are ConversionErrors.
 
     Raises:
-        ConversionError: `source` is damaged, has experts in 4 bits or another quantization, or `out_dir` exists.
+        ConversionError: `source` is damaged or has another quantization, or `out_dir` exists.
     """
     source, out_dir = Path(source).resolve(), Path(out_dir).resolve()
     config = read_model_config(source, words)
@@ -69,7 +76,9 @@ def opened_model(source: str | Path, out_dir: str | Path, overwrite: bool, words
     check_outside(source, out_dir, words)
     check_target(out_dir, overwrite, words)
     with conversion_errors(words), _opened_files(source, words.who) as files:
-        yield ModelDirectory(source, out_dir, config, quantization, files, DenseTensors(files, words.who))
+        model = None if model_of is None else model_of(source, dict(config))[0]
+        dense = DenseTensors(files, words.who, model)
+        yield ModelDirectory(source, out_dir, config, quantization, files, dense, model)
 
 
 def has_bin_files(directory: Path) -> bool:

@@ -13,6 +13,7 @@ from transformers import core_model_loading
 import nf4kernels as nf4
 from nf4kernels.cli import main
 from nf4kernels.cli.meta_model import meta_model
+from nf4kernels.integrations.transformers import Nf4Config
 from nf4kernels.storage.convert import ConversionError, convert_directory
 from nf4kernels.storage.merge_adapter import Recipe, merge_adapter
 
@@ -100,8 +101,85 @@ def test_rules_that_do_not_lead_back_are_refused(kind, tmp_path, monkeypatch):
         return {renamed[name]: tensor for name, tensor in found.items()}
 
     monkeypatch.setattr(core_model_loading, "revert_weight_conversion", revert)
-    with pytest.raises(ConversionError, match="must be taken apart as the files have it by transformers' rules, got"):
+    with pytest.raises(ConversionError, match=r"must be put together again from .* by transformers' rules"):
         merge(adapter, base, tmp_path / "out")
+    monkeypatch.setattr("nf4kernels.storage.merge_experts.take_apart", lambda model, name, tensor: {name: tensor})
+    with pytest.raises(ConversionError, match=r"must be taken apart as the files have it .* got model\.layers\.0\.mlp"):
+        merge(adapter, base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def packed_directory(base, directory, by):
+    """The base in 4 bits, with the file's names around the experts or with the model's."""
+    if by == "quantize":
+        assert main(["quantize", str(base), str(directory), "--block-size", "32"]) == 0
+    else:
+        load(base, quantization_config=Nf4Config(block_size=32)).save_pretrained(directory)
+    return directory
+
+
+def decoded(directory):
+    """The model with Ŵ in fp32."""
+    model = load(directory)
+    nf4.merge_model(model, dtype=torch.float32)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float()
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("by", ["quantize", "save_pretrained"])
+def test_experts_in_4_bits_are_decoded(family, by, tmp_path):
+    """By export, and by a merge into them, which adds to Ŵ in fp32 and rounds once."""
+    base = dense_directory(tmp_path / "base", family)
+    adapter = save_experts_adapter(base, tmp_path / "adapter")
+    packed = packed_directory(base, tmp_path / "packed", by)
+    assert main(["export", str(packed), str(tmp_path / "dense"), "--to", "safetensors"]) == 0
+    expected = decoded(packed)
+    found = all_tensors(tmp_path / "dense")
+    if by == "quantize":
+        assert found.keys() == all_tensors(base).keys()
+    assert all(tensor.dtype == torch.bfloat16 for tensor in found.values())
+    state, wanted = load(tmp_path / "dense").state_dict(), expected.state_dict()
+    assert all(torch.equal(state[name], tensor.bfloat16()) for name, tensor in wanted.items())
+
+    done = merge(adapter, packed, tmp_path / "out", into="dequantized")
+    assert (done.layers, done.experts) == (2, 4)
+    model = peft.PeftModel.from_pretrained(expected, adapter).merge_and_unload().bfloat16()
+    state = load(tmp_path / "out").state_dict()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(state[name], tensor, rtol=8e-3, atol=1e-6)
+    if by == "quantize":
+        merge(adapter, base, tmp_path / "other", into="dequantized", recipe=Recipe(block_size=32))
+        other = all_tensors(tmp_path / "other")
+        assert all(torch.equal(other[name], tensor) for name, tensor in all_tensors(tmp_path / "out").items())
+
+
+def test_experts_in_4_bits_are_rounded_again(tmp_path, capsys):
+    base = dense_directory(tmp_path / "base", "Mixtral")
+    adapter = save_experts_adapter(base, tmp_path / "adapter")
+    packed = packed_directory(base, tmp_path / "packed", "quantize")
+    done = merge(adapter, packed, tmp_path / "out", into="4bit")
+    merge(adapter, packed, tmp_path / "dense", into="dequantized")
+    convert_directory(tmp_path / "dense", tmp_path / "expected", block_size=32, model_of=meta_model, progress=False)
+    found, expected = all_tensors(tmp_path / "out"), all_tensors(tmp_path / "expected")
+    assert found.keys() == expected.keys()
+    assert "model.layers.0.mlp.experts.down_proj.weight" in found
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert len(done.survival.layers) == 6
+    assert 0 < done.survival.error < 1
+    assert main(["convert", str(packed), str(tmp_path / "theirs"), "--to", "bitsandbytes"]) == 2
+    assert "SRC must have no experts in 4 bits, for which bitsandbytes has no format" in capsys.readouterr().err
+
+
+def test_damaged_experts_in_4_bits(tmp_path, capsys):
+    packed = packed_directory(dense_directory(tmp_path / "base", "Mixtral"), tmp_path / "packed", "quantize")
+    key = "model.layers.0.mlp.experts.down_proj"
+    tensors = load_file(packed / "model.safetensors")
+    tensors[f"{key}.absmax"] = tensors[f"{key}.absmax"][:, :-1].contiguous()
+    save_file(tensors, packed / "model.safetensors")
+    assert main(["export", str(packed), str(tmp_path / "out"), "--to", "safetensors"]) == 2
+    assert f"nf4kernels export: {key}: " in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -126,8 +204,6 @@ def test_refused(tmp_path, capsys):
         assert message in capsys.readouterr().err
     with pytest.raises(ConversionError, match="transformers must be installed and know the model to merge an adapter"):
         merge(adapter, base, tmp_path / "out", model_of=None)
-    assert main(["merge", str(adapter), str(tmp_path / "out"), "--into", "dequantized"]) == 2
-    assert "nf4kernels.merge_model does these on the loaded model" in capsys.readouterr().err
     damage(adapter, lambda t: t.pop("base_model.model.model.layers.1.mlp.experts.base_layer.lora_A.weight"))
     assert main(["merge", str(adapter), str(tmp_path / "out")]) == 2
     assert "must hold lora_A and lora_B of model.layers.1.mlp.experts.base_layer" in capsys.readouterr().err
