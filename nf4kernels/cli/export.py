@@ -6,15 +6,16 @@ from functools import partial
 from pathlib import Path
 
 from ..storage.convert import ConversionError, Words, convert_directory, read_model_config
-from ..storage.export_directory import export_adapter, export_bitsandbytes, export_dense
+from ..storage.convert_bitsandbytes import convert_to_bitsandbytes
+from ..storage.export_directory import export_adapter, export_dense
 from ..storage.llama_cpp import convert_to_gguf, find_converter
-from ..storage.merge_adapter import quantization_of
+from ..storage.model_directory import quantization_of
 from ..storage.peft_format import CONFIG
 from .errors import CommandError, check_cpu_computes
 from .merge import size
 from .meta_model import meta_model
 
-WORDS = Words("export", "DIR", "OUT")
+WORDS = Words("export", "DIR", "OUT", overwrite="")
 MODEL_OF = partial(meta_model, verb="export")
 TO = ("safetensors", "bitsandbytes", "gguf", "peft")
 OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0")
@@ -53,13 +54,13 @@ def run(args: argparse.Namespace) -> None:
         if args.to == "peft":
             export_adapter(args.source, args.out, WORDS)
         elif args.to == "safetensors":
-            export_dense(args.source, args.out, args.max_shard_size, words=WORDS)
+            export_dense(args.source, args.out, MODEL_OF, args.max_shard_size, words=WORDS)
         elif args.to == "gguf":
             _to_gguf(args)
         elif quantization_of(read_model_config(args.source, WORDS), WORDS) is None:
             convert_directory(args.source, args.out, model_of=MODEL_OF, words=WORDS)
         else:
-            export_bitsandbytes(args.source, args.out, args.max_shard_size, words=WORDS)
+            convert_to_bitsandbytes(args.source, args.out, MODEL_OF, max_shard_size=args.max_shard_size, words=WORDS)
     except ConversionError as error:
         raise CommandError(str(error)) from None
     except OSError as error:
@@ -81,7 +82,7 @@ def _to_gguf(args: argparse.Namespace) -> None:
             return
         with tempfile.TemporaryDirectory(dir=args.out.resolve().parent, prefix=".nf4kernels-export-") as directory:
             dense = Path(directory) / args.source.resolve().name
-            export_dense(args.source, dense, args.max_shard_size, words=WORDS)
+            export_dense(args.source, dense, MODEL_OF, args.max_shard_size, words=WORDS)
             convert_to_gguf(script, dense, args.out.resolve(), args.outtype, "export")
     except ConversionError:
         raise

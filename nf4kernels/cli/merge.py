@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -9,11 +10,10 @@ from ..quantized_weight import BLOCK_SIZES
 from ..storage.convert import ConversionError, Words
 from ..storage.merge_adapter import INTO, Merged, Recipe, Survival, merge_adapter
 from ..storage.shards import parse_size
-from .base_directory import base_directory
-from .errors import CommandError, check_cpu_computes
+from .errors import CommandError, check_cpu_computes, check_installed
 from .meta_model import meta_model
 
-WORDS = Words("merge", "--base", "OUT")
+WORDS = Words("merge", "--base", "OUT", overwrite="")
 MODEL_OF = partial(meta_model, verb="merge")
 WORST = 5  # layers in the table
 
@@ -43,6 +43,12 @@ def add_parser(subparsers) -> None:
     parser.add_argument(
         "--max-shard-size", metavar="SIZE", type=size, default="5GB", help="of an output file (default 5GB)"
     )
+    parser.add_argument(
+        "--text", metavar="FILE", type=Path,
+        help="with --into 4bit, measure the loss on this text first, of the base, with the adapter and merged: a .txt, "
+        'or a .jsonl of objects with "text", which the adapter was not trained on',
+    )  # fmt: skip
+    parser.add_argument("--tokens", metavar="N", type=int, default=2048, help="of --text, at most (default 2048)")
     parser.add_argument("--yes", action="store_true", help="with --into 4bit, go on without asking")
     recipe = parser.add_argument_group("how a 16-bit base is quantized, with --into dequantized or 4bit")
     recipe.add_argument("--codebook", choices=("nf4", "fp4"), default="nf4")
@@ -62,18 +68,42 @@ def size(text: str) -> int:
 
 def run(args: argparse.Namespace) -> None:
     check_cpu_computes("merge")
+    from ..stages.base_directory import base_directory
+
+    if args.text is not None and args.into != "4bit":
+        raise CommandError(f"merge: --text must be left out but for --into 4bit, got --into {args.into}")
     recipe = Recipe(args.codebook, args.block_size, not args.no_double_quant, args.scale_codebook, tuple(args.skip))
+    base = base_directory(args.base, args.adapter)
+    measured = args.text is not None
     try:
-        base = base_directory(args.base, args.adapter, "merge")
         merged = merge_adapter(
             args.adapter, base, args.out_dir, args.into, args.max_shard_size, None if recipe == Recipe() else recipe,
-            lambda survival: _agreed(survival, args.yes), MODEL_OF, words=WORDS,
+            None if measured else lambda survival: _agreed(survival, args.yes),
+            _measured_question(args, base) if measured else None, MODEL_OF, words=WORDS,
         )  # fmt: skip
     except ConversionError as error:
         raise CommandError(str(error)) from None
     except OSError as error:
         raise CommandError(f"merge: {error}") from error
     _print_summary(merged, base, args)
+
+
+def _measured_question(args: argparse.Namespace, base: Path) -> Callable[[Survival, Path], bool]:
+    """What shows the losses, given the directory that the merge has written, and asks; the text is read now."""
+    check_installed("merge", ("transformers", "peft", "accelerate"), "chat")
+    from ..stages.merge import loss_of, losses_with_adapter, tokenized_text
+
+    text = tokenized_text(args.text, base, args.adapter, args.tokens)
+
+    def ask(survival: Survival, directory: Path) -> bool:
+        alone, adapted = losses_with_adapter(base, args.adapter, text)
+        merged = loss_of(directory, text)
+        print(f"The loss on {text.tokens} tokens of {args.text}, in nats a token:")
+        for what, loss in (("the base alone", alone), ("with the adapter", adapted), ("merged into 4 bits", merged)):
+            print(f"  {what:18}  {loss:8.4f}  {loss - adapted:+8.4f}")
+        return _agreed(survival, args.yes)
+
+    return ask
 
 
 def _agreed(survival: Survival, yes: bool) -> bool:
@@ -99,7 +129,9 @@ def _agreed(survival: Survival, yes: bool) -> bool:
 
 def _print_summary(merged: Merged, base: Path, args: argparse.Namespace) -> None:
     where = {"base": "the weights", "dequantized": "the decoded 4-bit weights", "4bit": "4 bits"}[args.into]
-    print(f"merged the adapter's {merged.layers} layers into {where} of {base}")
+    parts = [f"{merged.layers} layers"] if merged.layers or not merged.experts else []
+    parts += [f"{merged.experts} weights of experts"] if merged.experts else []
+    print(f"merged the adapter's {' and '.join(parts)} into {where} of {base}")
     if merged.replaced:
         print(f"replaced as they were trained whole: {', '.join(merged.replaced)}")
     if merged.untied:

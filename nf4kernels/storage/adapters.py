@@ -21,7 +21,7 @@ from ..nn.quant_linear import QuantLinear
 from ..nn.quant_module import QuantModule
 from .atomic import replacing
 from .names import fit_of_part
-from .peft_experts import experts_loras, to_peft, wrapped_module, wrapper_names
+from .peft_experts import ExpertsShapes, experts_loras, to_peft, wrapped_module, wrapper_names
 from .peft_format import (
     CONFIG,
     OLD_WEIGHTS,
@@ -130,7 +130,8 @@ def load_adapters(model: nn.Module, directory: str | Path, name: str = "default"
     factors, beside = read_tensors(weights, config, who)
     layers, state = _layers(model), _dense_state(model)
     fit = fit_of_part({*(wrapped_module(path)[0] for path in factors), *beside}, {*_dense_modules(model), *state})
-    experts = {path: module for path, module in named_modules(model) if isinstance(module, QuantExperts)}
+    modules = {path: module for path, module in named_modules(model) if isinstance(module, QuantExperts)}
+    experts = {path: shapes for path, module in modules.items() if (shapes := ExpertsShapes.of(module)) is not None}
     adapters = experts_loras(factors, experts, fit, config, directory / CONFIG, who)
     for path, (A, B) in factors.items():
         if (fit(wrapped_module(path)[0]) or wrapped_module(path)[0]) not in experts:

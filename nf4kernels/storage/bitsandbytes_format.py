@@ -6,7 +6,7 @@ in the name of its metadata.
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,11 @@ from ..quantized_weight import SUPERBLOCK, WEIGHT_DTYPES, QuantizedWeight, absma
 BITSANDBYTES_CODEBOOKS = ("nf4", "fp4")
 STATE = ".quant_state."
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "column_order")
+# bitsandbytes 0.50 undoes that order when it saves, but not the scales', and then decodes other weights itself
+REPACKED = (
+    "as bitsandbytes leaves a weight that it has reordered for a CPU with AVX512-BF16: save the model before its first"
+    " forward"
+)
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,10 @@ def weight_from_tensors(tensors: dict[str, Tensor], key: str = "weight") -> Quan
 
     packed = tensors[key].contiguous().reshape(-1).view(torch.uint8)
     packed = _shaped(packed, packed_shape(N, K), key, who)
-    absmax = _shaped(tensors[f"{key}.absmax"], absmax_shape(N, K, block_size), f"{key}.absmax", who)
+    absmax = tensors[f"{key}.absmax"]
+    if list(absmax.shape) == [K // block_size, N] and min(absmax.shape) > 1 and _owner(state) == "bitsandbytes":
+        raise ValueError(f"{who}: {key}.absmax must have one dimension, got {list(absmax.shape)}, {REPACKED}")
+    absmax = _shaped(absmax, absmax_shape(N, K, block_size), f"{key}.absmax", who)
     scale_absmax = scale_offset = scale_code = scale_codebook = None
     if "nested_offset" in metadata:
         for name in [f"{key}.nested_absmax", f"{key}.nested_quant_map"]:
@@ -188,6 +196,19 @@ def _state_of(names: Iterable[str], key: str, who: str) -> str:
     return states[0]
 
 
+def _owner(state: str) -> str:
+    """Whose format the metadata of that name is of."""
+    return state.rpartition(STATE)[2].partition("__")[0]
+
+
+def check_no_lone_part(names: Collection[str], keys: Collection[str], who: str) -> None:
+    """ValueError where a tensor has a part of a 4-bit weight beside it and is none of `keys`, which have metadata."""
+    for name in names:
+        key, _, part = name.rpartition(".")
+        if part in PARTS and key in names and key not in keys:
+            raise ValueError(f"{who}: the checkpoint must have {key}{STATE}* beside {name}, got none")
+
+
 def names_of_weight(names: Iterable[str], key: str) -> list[str]:
     """Those of `names` that belong to the weight `key`."""
     own = {key, *(f"{key}.{part}" for part in PARTS)}
@@ -210,7 +231,7 @@ def _read_metadata(tensor: Tensor, name: str, who: str) -> dict:
         raise ValueError(f"{who}: shape in {name} must be [N, K], got {shape}")
     if dtype not in WEIGHT_DTYPES:
         raise ValueError(f"{who}: dtype in {name} must be float32, bfloat16 or float16, got {metadata['dtype']!r}")
-    owner, _, codebook = name.rpartition(STATE)[2].partition("__")
+    owner, codebook = _owner(name), name.rpartition("__")[2]
     names = BITSANDBYTES_CODEBOOKS if owner == "bitsandbytes" else (*CODEBOOKS, "custom")
     if owner not in ("bitsandbytes", "nf4kernels") or codebook not in names or quant_type != codebook:
         raise ValueError(f"{who}: quant_type in {name} must be a known codebook and match the key, got {quant_type!r}")
@@ -222,9 +243,10 @@ def _read_metadata(tensor: Tensor, name: str, who: str) -> dict:
         if not isinstance(offset, (int, float)) or not math.isfinite(offset):
             raise ValueError(f"{who}: nested_offset in {name} must be finite, got {offset!r}")
         if group != SUPERBLOCK or metadata.get("nested_dtype") != "float32":
+            cause = f", {REPACKED}" if metadata.get("nested_dtype") == "bfloat16" else ""
             raise ValueError(
                 f"{who}: nested_blocksize and nested_dtype in {name} must be {SUPERBLOCK} and float32,"
-                f" got {group!r} and {metadata.get('nested_dtype')!r}"
+                f" got {group!r} and {metadata.get('nested_dtype')!r}{cause}"
             )
     elif "scale_codebook" in metadata:
         own = FORMATS[codebook].scale_codebook if codebook in FORMATS else None

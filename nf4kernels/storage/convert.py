@@ -27,7 +27,7 @@ from .checkpoint import write_tensors
 from .experts_format import experts_to_tensors
 from .layer_choice import Choice, choose
 from .matrices import Header, Matrix, Unit, matrices_of, units_of
-from .tensor_files import INDEX, checkpoint_files
+from .tensor_files import INDEX, check_index, checkpoint_files
 
 STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # by the words of safetensors' headers
 OTHER_WEIGHTS = (
@@ -245,14 +245,10 @@ def _read_headers(in_dir: Path, who: str) -> dict[str, list[Header]]:
                 ]
         except (SafetensorError, OSError) as error:
             raise ConversionError(f"{who}: {file} must be a whole safetensors file, got {error}") from None
-    index = in_dir / INDEX
-    if index.exists():
-        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        found = {header.name: file for file, shard in shards.items() for header in shard}
-        for name in sorted(listed.keys() ^ found.keys()):
-            raise ConversionError(
-                f"{who}: {INDEX} must list the tensors of its files, {name} is in one of the two only"
-            )
+    try:
+        check_index(in_dir / INDEX, [header.name for shard in shards.values() for header in shard], who)
+    except ValueError as error:
+        raise ConversionError(str(error)) from None
     return shards
 
 
@@ -266,7 +262,8 @@ def check_target(target: Path, overwrite: bool, words: Words) -> None:
     if not target.exists():
         return
     if not overwrite:
-        raise ConversionError(f"{words.who}: {words.out_dir} must not exist (or say {words.overwrite}), got {target}")
+        unless = f" (or say {words.overwrite})" if words.overwrite else ""
+        raise ConversionError(f"{words.who}: {words.out_dir} must not exist{unless}, got {target}")
     weights = any(target.glob("*.safetensors")) if target.is_dir() else False
     if not weights or not (target / "config.json").is_file():
         expected = f"{words.out_dir} must be a model directory to be overwritten"

@@ -1,6 +1,5 @@
 """What others publish in 4 bits to a directory of ours, and MXFP4 back to what it came as; no weight changes."""
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -13,7 +12,16 @@ from torch import Tensor, nn
 from ..model.plan import is_conv1d
 from .atomic import replacing_directory, write_json
 from .bitsandbytes_format import names_of_weight, stored_weight, stored_weights, weight_from_tensors
-from .convert import CALLED, ConversionError, Words, check_outside, check_target, conversion_errors, copy_rest
+from .convert import (
+    CALLED,
+    ConversionError,
+    Words,
+    check_outside,
+    check_target,
+    conversion_errors,
+    copy_rest,
+    read_model_config,
+)
 from .experts_format import experts_from_tensors, stored_experts
 from .published import mxfp4
 from .published.files import PublishedFiles, dtype_in
@@ -75,7 +83,7 @@ def convert_published(
     """
     source, out_dir = Path(source).resolve(), Path(out_dir).resolve()
     check_outside(source, out_dir, words)
-    config = _read_json(source / "config.json", words) if config is None else dict(config)
+    config = _read_config(source, words) if config is None else dict(config)
     model, _ = model_of(source, dict(config))
     check_target(out_dir, overwrite, words)
     with conversion_errors(words), open_published(source, model, words.who, dtype_in(config)) as files:
@@ -104,7 +112,7 @@ def convert_to_mxfp4(
     """
     source, out_dir = Path(source).resolve(), Path(out_dir).resolve()
     check_outside(source, out_dir, words)
-    config = _read_json(source / "config.json", words)
+    config = _read_config(source, words)
     check_target(out_dir, overwrite, words)
     with conversion_errors(words), TensorFiles(checkpoint_files(source, words.who), words.who) as files:
         experts, linear = stored_experts(files.names), stored_weights(files.names)
@@ -175,18 +183,12 @@ def _mxfp4_config(has_experts: bool, files: TensorFiles, dense: Iterable[str]) -
     }  # fmt: skip
 
 
-def _read_json(file: Path, words: Words) -> dict[str, Any]:
-    if file.parent.suffix == GGUF:
+def _read_config(source: Path, words: Words) -> dict[str, Any]:
+    if source.suffix == GGUF:
         raise ConversionError(
             f"{words.who}: {words.in_dir} must bring the model's configuration, got a GGUF file alone"
         )
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"{words.who}: {words.in_dir} must be a Hugging Face directory, got {error}") from None
-    if not isinstance(content, dict):
-        raise ConversionError(f"{words.who}: {file} must hold a JSON object, got {type(content).__name__}")
-    return content
+    return read_model_config(source, words)
 
 
 def _keys(files: PublishedFiles) -> list[str]:

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -71,6 +72,23 @@ def group_tensors(model: nn.Module | None, names: Iterable[str], known: Collecti
         else:
             groups[target] = Group({name: ""}, target)
     return list(groups.values())
+
+
+def put_back(model: nn.Module, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """The tensors of a file that transformers' `save_pretrained` would write of the model's tensor `name`."""
+    rules = _rules(model)
+    found: dict[str, Tensor] = {name: tensor}
+    return found if rules is None else rules[0].revert_weight_conversion(model, found)
+
+
+def take_apart(model: nn.Module, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """`put_back`, with a check that these tensors become `tensor` again; ValueError where they do not."""
+    found = put_back(model, name, tensor)
+    groups = group_tensors(model, found, model.state_dict(keep_vars=True))
+    again = groups[0].convert(model, [found[each] for each in groups[0].sources]) if len(groups) == 1 else {}
+    if name not in again or not torch.equal(again[name], tensor):
+        raise ValueError(f"{name} must be put together again from {min(found)} and the like by transformers' rules")
+    return found
 
 
 def _rules(model: nn.Module) -> tuple[Any, list[Any]] | None:

@@ -2,20 +2,19 @@
 
 import math
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from ..functional import dequantize, quantize
 from ..model.heads import SKIP
-from ..model.plan import is_conv1d, skips
-from ..nn.casts import cast
-from ..quantized_weight import WEIGHT_DTYPES, QuantizedWeight
+from ..model.plan import skips
+from ..quantized_weight import QuantizedWeight
 from .atomic import replacing_directory, write_json
 from .convert import (
     CALLED,
@@ -29,16 +28,14 @@ from .convert import (
     read_model_config,
 )  # fmt: skip
 from .dense_tensors import DenseTensors
-from .matrices import Header, units_of
-from .names import fit_of_part
-from .peft_format import CONFIG, OLD_WEIGHTS, WEIGHTS, StoredLora, read_config, read_tensors, stored_lora
-from .shards import Source, write_shards
+from .merge_experts import AdaptedExperts
+from .merge_plan import Plan, layer_of, make_plan, read_adapter
+from .model_directory import SIZE, ModelOf, quantization_of
+from .shards import write_shards
 from .tensor_files import TensorFiles, checkpoint_files
 
+NOT_MERGED = "not merged, nothing was written"
 INTO = ("base", "dequantized", "4bit")
-SIZE = 5 * 10**9  # bytes of a file, at most
-ENDS_OF_MODELS = {"embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out"}  # which models may tie
-ModelOf = Callable[[Path, dict], tuple[nn.Module | None, str]]
 
 
 @dataclass(frozen=True)
@@ -51,8 +48,13 @@ class Recipe:
     scale_codebook: str = "e4m3"
     skip: tuple[str, ...] = ()
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of `nf4kernels.quantize`."""
+        return {name: value for name, value in vars(self).items() if name != "skip"}
+
     def quantize(self, weight: Tensor) -> QuantizedWeight:
-        return quantize(weight, self.codebook, self.block_size, self.double_quant, self.scale_codebook)
+        return quantize(weight, **self.options)
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ class Merged:
     """What `merge_adapter` wrote.
 
     Attributes:
-        layers: how many layers had a LoRA merged.
+        layers: how many linear layers had a LoRA merged.
+        experts: how many weights of fused experts had one merged; a layer has two.
         replaced: the tensors that were trained whole and took the place of base's (modules_to_save, biases).
         untied: the tensors that base ties to another one, and that differ from it now.
         nbytes: of all tensors as they were merged, dense.
@@ -84,64 +87,11 @@ class Merged:
     """
 
     layers: int
+    experts: int
     replaced: list[str]
     untied: list[str]
     nbytes: int
     survival: Survival | None = None
-
-
-@dataclass(frozen=True)
-class _Adapter:
-    factors: dict[str, StoredLora]  # by the model's names of layers
-    others: dict[str, Tensor]  # what was trained whole, by the model's names of tensors
-    fan_in_fan_out: bool  # of layers that no model tells of
-    is_kept_tied: bool
-
-
-@dataclass
-class _Plan:
-    """How the tensors of a base become the merged ones, by their names in its files."""
-
-    dense: DenseTensors
-    loras: dict[str, StoredLora] = field(default_factory=dict)
-    others: dict[str, Tensor] = field(default_factory=dict)
-    conv1d: set[str] = field(default_factory=set)  # weights that files have as [in, out]
-    untied: dict[str, str] = field(default_factory=dict)  # new tensor -> the one that it was tied to
-    is_untied: bool = False
-    repeated: set[str] = field(default_factory=set)  # what the adapter holds again under a tied name
-
-    def sources(self) -> list[Source]:
-        names = [*self.dense.names, *self.untied]
-        return [(name, self.dense.on_meta(self._stored(name)), self.read) for name in names]
-
-    def read(self, name: str) -> Tensor:
-        """The merged tensor: the sum in fp32, rounded once, as PEFT does it."""
-        stored = self._stored(name)
-        dtype, packed = self.dense.on_meta(stored).dtype, stored in self.dense.packed
-        if name in self.others and name not in self.loras:
-            return cast(self.others[name], dtype, f"the adapter's {name}")
-        if name not in self.loras:
-            weight = self.dense.read(stored)
-            return weight.t() if packed and name in self.conv1d else weight
-        if name in self.others:  # PEFT stores the weight under an adapter of the output layer, too
-            weight = cast(self.others[name], dtype, f"the adapter's {name}")
-        else:
-            weight = self.dense.read(stored, torch.float32)
-        delta = self.delta(name)
-        if name in self.conv1d and not packed:
-            delta = delta.t()
-        merged = cast(delta.add_(weight), dtype, f"the merged {name}")
-        if not all(bound.isfinite() for bound in merged.aminmax()):
-            raise ValueError(f"the merged {name} must be finite, got {'nan' if merged.isnan().any() else 'inf'}")
-        return merged.t() if name in self.conv1d and packed else merged
-
-    def delta(self, name: str) -> Tensor:
-        """scaling * B @ A, fp32 [N, K]."""
-        lora = self.loras[name]
-        return (lora.B.float() @ lora.A.float()).mul_(lora.config.scaling)
-
-    def _stored(self, name: str) -> str:
-        return self.untied.get(name, name)
 
 
 def merge_adapter(
@@ -152,6 +102,7 @@ def merge_adapter(
     max_shard_size: int = SIZE,
     recipe: Recipe | None = None,
     confirm: Callable[[Survival], bool] | None = None,
+    accept: Callable[[Survival, Path], bool] | None = None,
     model_of: ModelOf | None = None,
     progress: bool = True,
     words: Words = CALLED,
@@ -171,14 +122,16 @@ def merge_adapter(
         max_shard_size: bytes of an output file, at most, unless one tensor is larger.
         recipe: how a dense base is quantized; None is as `nf4kernels.quantize` has it, and of a base in 4 bits its own.
         confirm: with "4bit", asked before anything is written.
+        accept: with "4bit", asked when all is written, given a directory beside `out_dir` that holds it, and that
+            `out_dir` becomes or that is removed.
         model_of: given a directory and its config, (the model without its weights, on the meta device, and its class),
             or (None, why not). The model tells which of its tensors are tied, renamed or transposed in the file.
         progress: show progress bars on stderr.
         words: what messages call all this; its `in_dir` is base.
 
     Raises:
-        ConversionError: an argument, the adapter or base is not as it must be, the two do not fit, or `confirm` said
-            no; nothing was written.
+        ConversionError: an argument, the adapter or base is not as it must be, the two do not fit, or `confirm` or
+            `accept` said no; nothing was written.
         OSError: reading or writing failed.
     """
     adapter, base, out_dir = Path(adapter).resolve(), Path(base).resolve(), Path(out_dir).resolve()
@@ -186,7 +139,7 @@ def merge_adapter(
     if into not in INTO:
         raise ConversionError(f"{who}: into must be one of {', '.join(INTO)}, got {into!r}")
     with conversion_errors(words):
-        stored = _read_adapter(adapter, who)
+        stored = read_adapter(adapter, who)
         config = read_model_config(base, words)
         packed = quantization_of(config, words)
         if packed is not None and into == "base":
@@ -199,19 +152,19 @@ def merge_adapter(
         check_target(out_dir, False, words)
         model, _ = (None, "") if model_of is None else model_of(base, config)
         with TensorFiles(checkpoint_files(base, who), who) as files:
-            plan = _plan(DenseTensors(files, who), stored, model, config, words)
+            plan = make_plan(DenseTensors(files, who, model), stored, model, config, words)
             survival = None
             if into == "4bit":
                 recipe = recipe or (Recipe() if packed is None else _recipe_of(packed, plan.dense, who))
                 survival = _survival(plan, recipe, progress)
                 if confirm is not None and not confirm(survival):
-                    raise ValueError(f"{who}: not merged, nothing was written")
+                    raise ValueError(f"{who}: {NOT_MERGED}")
             with replacing_directory(out_dir) as staging:
                 if into == "dequantized" and packed is None:
                     quantized = staging / "quantized"
                     _quantize(base, quantized, recipe or Recipe(), model_of, progress, words)
                     with TensorFiles(checkpoint_files(quantized, who), who) as decoded:
-                        plan = _plan(DenseTensors(decoded, who), stored, model, config, words)
+                        plan = make_plan(DenseTensors(decoded, who, model), stored, model, config, words)
                         nbytes = _write(plan, config, base, staging, max_shard_size, progress)
                     shutil.rmtree(quantized)
                 elif into == "4bit":
@@ -223,12 +176,14 @@ def merge_adapter(
                     for entry in quantized.iterdir():
                         entry.rename(staging / entry.name)
                     quantized.rmdir()
+                    if survival is not None and accept is not None and not accept(survival, staging):
+                        raise ValueError(f"{who}: {NOT_MERGED}")
                 else:
                     nbytes = _write(plan, config, base, staging, max_shard_size, progress)
-    return Merged(len(plan.loras), sorted(plan.others), sorted(plan.untied), nbytes, survival)
+    return Merged(len(plan.loras), len(plan.experts), sorted(plan.others), sorted(plan.untied), nbytes, survival)
 
 
-def _write(plan: _Plan, config: dict[str, Any], base: Path, directory: Path, size: int, progress: bool) -> int:
+def _write(plan: Plan, config: dict[str, Any], base: Path, directory: Path, size: int, progress: bool) -> int:
     nbytes = write_shards(plan.sources(), directory, size, progress, "merge")
     write_json(directory / "config.json", _dense_config(config, plan.is_untied))
     copy_rest(base, directory)
@@ -242,45 +197,6 @@ def _quantize(
         source, target, recipe.codebook, recipe.block_size, recipe.double_quant, recipe.scale_codebook,
         skip=recipe.skip, model_of=model_of, progress=progress, words=words,
     )  # fmt: skip
-
-
-def read_adapter_directory(directory: Path, who: str, known: tuple[str, ...] = ()) -> tuple[dict[str, Any], Path]:
-    """(its configuration, its file of tensors); ValueError where one of the two is missing, or not a LoRA's."""
-    weights = directory / (WEIGHTS if (directory / WEIGHTS).is_file() else OLD_WEIGHTS)
-    for file, expected in ((directory / CONFIG, CONFIG), (weights, WEIGHTS)):
-        if not file.is_file():
-            raise ValueError(f"{who}: ADAPTER must be a directory of PEFT's with {expected}, got {directory}")
-    return read_config(directory / CONFIG, who, known), weights
-
-
-def _read_adapter(directory: Path, who: str) -> _Adapter:
-    config, weights = read_adapter_directory(directory, who, ("fan_in_fan_out",))
-    if config.get("target_parameters"):
-        raise ValueError(
-            f"{who}: ADAPTER must be of linear layers alone to be merged file by file, got one of experts"
-            f" (target_parameters); nf4kernels.merge_model does these on the loaded model"
-        )
-    factors, others = read_tensors(weights, config, who)
-    unknown = next((name for name in others if ".lora_" in f".{name}"), None)
-    if unknown is not None:
-        raise ValueError(f"{who}: ADAPTER must be of linear layers alone to be merged file by file, got {unknown}")
-    loras = {name: stored_lora(config, name, A, B, directory / CONFIG, who) for name, (A, B) in factors.items()}
-    tied = bool(config.get("ensure_weight_tying"))
-    return _Adapter(loras, others, bool(config.get("fan_in_fan_out")), tied)
-
-
-def quantization_of(config: Mapping[str, Any], words: Words) -> dict[str, Any] | None:
-    """quantization_config of a model in 4 bits that `DenseTensors` reads, None of a dense one; ConversionError else."""
-    quantization = config.get("quantization_config")
-    if not quantization:
-        return None
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    if method == "nf4kernels" or (method == "bitsandbytes" and quantization.get("load_in_4bit")):
-        return dict(quantization)
-    raise ConversionError(
-        f"{words.who}: {words.in_dir} must be dense or in 4 bits of nf4kernels or bitsandbytes, got one quantized by"
-        f" {method}"
-    )
 
 
 def _dense_config(config: Mapping[str, Any], is_untied: bool) -> dict[str, Any]:
@@ -301,114 +217,51 @@ def _recipe_of(quantization: Mapping[str, Any], dense: DenseTensors, who: str) -
         )
     codebook, block_size, double_quant = kinds.pop()
     scale_codebook = dense.read_packed(next(iter(dense.packed))).scale_codebook or "e4m3"
-    stay = [n.removesuffix(".weight") for n in dense.names if n.endswith(".weight") and n not in dense.packed]
+    packed = {*dense.packed, *dense.experts}
+    stay = [n.removesuffix(".weight") for n in dense.names if n.endswith(".weight") and n not in packed]
     two_d = tuple(n for n in stay if dense.on_meta(f"{n}.weight").dim() == 2)
     return Recipe(codebook, block_size, double_quant, scale_codebook, two_d)
 
 
-def _plan(
-    dense: DenseTensors, adapter: _Adapter, model: nn.Module | None, config: Mapping[str, Any], words: Words
-) -> _Plan:
-    """What becomes of each tensor; ValueError where the adapter has what base has not, or in another shape."""
-    who, base = words.who, words.in_dir
-    in_file = _names_in_file(model, dense)
-    fit = fit_of_part([*adapter.factors, *adapter.others], {*in_file, *(_layer(name) for name in in_file)})
-    plan = _Plan(dense)
-    touched = {f"{fit(name) or name}.weight": lora for name, lora in adapter.factors.items()}
-    whole = {fit(name) or name: tensor for name, tensor in adapter.others.items()}
-    _untie(plan, in_file, {*touched, *whole}, model, adapter.is_kept_tied, who)
-    modules = {} if model is None else dict(model.named_modules(remove_duplicate=False))
-    for name in sorted({*touched, *whole} - plan.repeated):
-        key = in_file.get(name, name if name in plan.untied else None)
-        if key is None:
-            raise ValueError(f"{who}: {base} must have the tensor {name}, which the adapter is for, got none")
-        stored = plan.untied.get(key, key)
-        meta = dense.on_meta(stored)
-        shape = tuple(meta.shape)
-        if name in whole:
-            plan.others[key] = whole[name]
-            _check_shape(tuple(whole[name].shape), shape, name, words)
-        if name in touched:
-            if meta.dtype not in WEIGHT_DTYPES:
-                raise ValueError(f"{who}: {name} in {base} must be float32, bfloat16 or float16, got {meta.dtype}")
-            transposed = is_conv1d(modules[_layer(name)]) if _layer(name) in modules else adapter.fan_in_fan_out
-            plan.loras[key] = touched[name]
-            came = (touched[name].B.shape[0], touched[name].A.shape[1])
-            _check_shape(came, shape[::-1] if transposed and stored not in dense.packed else shape, name, words)
-    named = {in_file[f"{n}.weight"] for n, m in modules.items() if is_conv1d(m) and f"{n}.weight" in in_file}
-    of_adapter = set(plan.loras) if model is None and adapter.fan_in_fan_out else set()
-    plan.conv1d = named | of_adapter
-    return plan
-
-
-def _check_shape(came: tuple[int, ...], shape: tuple[int, ...], name: str, words: Words) -> None:
-    if came != shape:
-        raise ValueError(
-            f"{words.who}: {name} must have shape {list(shape)} as in {words.in_dir}, the adapter's is {list(came)}"
-        )
-
-
-def _layer(name: str) -> str:
-    return name.removesuffix(".weight")
-
-
-def _names_in_file(model: nn.Module | None, dense: DenseTensors) -> dict[str, str]:
-    """The model's name -> the file's, of tensors that are the same in both."""
-    if model is None:
-        return {name: name for name in dense.names}
-    metas = {name: dense.on_meta(name) for name in dense.names}
-    headers = [Header(name, tuple(meta.shape), meta.dtype) for name, meta in metas.items()]
-    return {u.group.target: u.headers[0].name for u in units_of(model, headers) if u.group.converter is None}
-
-
-def _untie(
-    plan: _Plan, in_file: Mapping[str, str], touched: set[str], model: nn.Module | None, is_kept: bool, who: str
-) -> None:
-    """Give each of several names that the model ties its own tensor where the adapter changes one of them.
-
-    Written into `plan.untied`; a name of the model that the file has not is written under that name.
-    """
-    if model is None:
-        missing = ENDS_OF_MODELS - {_layer(name).rpartition(".")[2] for name in in_file}
-        ends = sorted(name for name in touched if _layer(name).rpartition(".")[2] in ENDS_OF_MODELS)
-        if ends and "lm_head" in missing:
-            raise ValueError(
-                f"{who}: transformers must be installed and know the model to tell whether {ends[0]} is tied"
-            )
-        return
-    groups: dict[int, list[str]] = {}
-    for name, parameter in model.state_dict(keep_vars=True).items():
-        groups.setdefault(id(parameter), []).append(name)
-    for names in groups.values():
-        changed = touched.intersection(names)
-        stored = [name for name in names if name in in_file]
-        if len(names) < 2 or not changed or not stored:
-            continue
-        if not is_kept:
-            plan.is_untied = True
-            plan.untied |= {name: in_file[stored[0]] for name in names if name not in in_file}
-        elif stored[0] in changed:
-            plan.repeated |= changed - {stored[0]}
-        else:
-            raise ValueError(f"{who}: the adapter must hold {stored[0]}, to which the model ties {min(changed)}")
-
-
-def _survival(plan: _Plan, recipe: Recipe, progress: bool) -> Survival:
+def _survival(plan: Plan, recipe: Recipe, progress: bool) -> Survival:
     """Every adapted layer before and after, one at a time; nothing is written."""
     errors: dict[str, float] = {}
     unmeasured = []
     error = total = 0.0
-    for key in tqdm(plan.loras, desc="measure", unit="layer", disable=not progress):
-        stays = plan.dense.packed and key not in plan.dense.packed
-        if stays or key in plan.conv1d or any(skips(pattern, _layer(key)) for pattern in (*SKIP, *recipe.skip)):
-            unmeasured.append(_layer(key))
+    layers = {layer_of(key): _changes(plan, key, recipe) for key in plan.loras}
+    layers |= {each.name: _changes_of_experts(plan, each, recipe) for each in plan.experts}
+    for name, changes in tqdm(layers.items(), desc="measure", unit="layer", disable=not progress):
+        if changes is None:
+            unmeasured.append(name)
             continue
-        before = plan.dense.read_packed(key) if key in plan.dense.packed else recipe.quantize(plan.dense.read(key))
-        after = recipe.quantize(plan.read(key))
-        change = dequantize(after, torch.float32).sub_(dequantize(before, torch.float32))
-        delta = plan.delta(key)
-        lost = torch.linalg.vector_norm(change.sub_(delta), dtype=torch.float64).item()
-        norm = torch.linalg.vector_norm(delta, dtype=torch.float64).item()
-        errors[_layer(key)] = lost / norm if norm else 0.0
-        error, total = error + lost**2, total + norm**2
+        lost = norm = 0.0
+        for change, delta in changes:
+            lost += torch.linalg.vector_norm(change.sub_(delta), dtype=torch.float64).item() ** 2
+            norm += torch.linalg.vector_norm(delta, dtype=torch.float64).item() ** 2
+        errors[name] = math.sqrt(lost / norm) if norm else 0.0
+        error, total = error + lost, total + norm
     return Survival(errors, math.sqrt(error / total) if total else 0.0, unmeasured)
+
+
+def _changes(plan: Plan, key: str, recipe: Recipe) -> Iterator[tuple[Tensor, Tensor]] | None:
+    """(Ŵ' - Ŵ, the adapter's product) of a linear layer; None of one that stays dense."""
+    stays = plan.dense.packed and key not in plan.dense.packed
+    if stays or key in plan.conv1d or any(skips(pattern, layer_of(key)) for pattern in (*SKIP, *recipe.skip)):
+        return None
+    return _changes_of_layer(plan, key, recipe)
+
+
+def _changes_of_layer(plan: Plan, key: str, recipe: Recipe) -> Iterator[tuple[Tensor, Tensor]]:
+    before = plan.dense.read_packed(key) if key in plan.dense.packed else recipe.quantize(plan.dense.read(key))
+    after = recipe.quantize(plan.read(key))
+    yield dequantize(after, torch.float32).sub_(dequantize(before, torch.float32)), plan.delta(key)
+
+
+def _changes_of_experts(plan: Plan, experts: AdaptedExperts, recipe: Recipe) -> Iterator[tuple[Tensor, Tensor]] | None:
+    """The same of one weight of experts, expert by expert."""
+    names = [experts.name, *map(layer_of, experts.names)]
+    is_skipped = any(skips(pattern, name) for pattern in (*SKIP, *recipe.skip) for name in names)
+    stays = (plan.dense.packed or plan.dense.experts) and not experts.is_packed(plan.dense)
+    if stays or is_skipped or experts.stays_dense(recipe.block_size):
+        return None
+    return experts.changes(plan.dense, recipe.options)

@@ -7,17 +7,36 @@ lora_A holds what is B here.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..nn.grouped_quant_linear import GroupedQuantLinear
+from ..nn.experts_layout import dense_weights, weight_names
 from ..nn.quant_experts import QuantExperts
 from .peft_format import StoredLora, stored_lora
 
 WRAPPED = ".base_layer"
+
+
+@dataclass(frozen=True)
+class ExpertsShapes:
+    """The two weights of fused experts: name -> (E, N, K), and whether the dense module has them as [E, K, N]."""
+
+    weights: dict[str, tuple[int, ...]]
+    is_transposed: bool
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "ExpertsShapes | None":
+        """Of experts, dense or in 4 bits; None of another module."""
+        if isinstance(module, QuantExperts):
+            shapes = {name: getattr(module, name).weight_shape for name in module.weight_names}
+            return cls(shapes, module.is_transposed)
+        if any(getattr(module._parameters.get(name), "ndim", 0) != 3 for name in weight_names(module)):
+            return None
+        shapes = {name: tuple(weight.shape) for name, weight in dense_weights(module).items()}
+        return cls(shapes, bool(getattr(module, "is_transposed", False)))
 
 
 def wrapper_names(path: str, count: int) -> list[str]:
@@ -38,9 +57,12 @@ def to_peft(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     return A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
 
 
-def from_peft(stored: StoredLora, part: GroupedQuantLinear, holds_out_first: bool) -> StoredLora:
-    """The adapter with a factor for each expert; `holds_out_first`: whether a square one has lora_A of N columns."""
-    E, N, K = part.weight_shape
+def from_peft(stored: StoredLora, shape: tuple[int, ...], holds_out_first: bool) -> StoredLora:
+    """The adapter of a weight of `shape` with a factor for each expert.
+
+    `holds_out_first`: whether a square one has lora_A of N columns.
+    """
+    E, N, K = shape
     A, B = stored.A.unflatten(0, (E, -1)), stored.B.unflatten(1, (-1, E))
     is_older = (A.shape[2], B.shape[0]) == (N, K) and (N != K or holds_out_first)
     down, up = (B.permute(2, 1, 0), A.mT) if is_older else (A, B.permute(2, 0, 1))
@@ -48,15 +70,17 @@ def from_peft(stored: StoredLora, part: GroupedQuantLinear, holds_out_first: boo
 
 
 def experts_loras(
-    factors: Mapping[str, tuple[Tensor, Tensor]], experts: Mapping[str, QuantExperts], fit: Callable[[str], str | None],
-    config: dict[str, Any], file: Path, who: str,
+    factors: Mapping[str, tuple[Tensor, Tensor]], experts: Mapping[str, ExpertsShapes],
+    fit: Callable[[str], str | None], config: dict[str, Any], file: Path, who: str,
+    called: str = "experts in 4 bits",
 ) -> dict[str, StoredLora]:  # fmt: skip
     """weight of experts -> its adapter, of the factors in a file that are of experts; ValueError where they do not fit.
 
     Args:
         factors: name in the file -> lora_A and lora_B.
-        experts: name in the model -> module.
+        experts: name in the model -> what they are.
         fit: the model's name for one in the file.
+        called: what the model's experts are called in a message.
     """
     found: dict[str, StoredLora] = {}
     targets = tuple(config.get("target_parameters") or ())
@@ -65,22 +89,22 @@ def experts_loras(
         module = experts.get(fit(path) or path)
         if module is None:
             continue
-        names = [name for name in module.weight_names if _is_target(f"{path}.{name}", targets)]
+        names = [name for name in module.weights if _is_target(f"{path}.{name}", targets)]
         if len(names) != count:
             raise ValueError(
                 f"{who}: target_parameters in {file} must name the {count} weights of {path} that it has adapters of,"
                 f" got {list(targets)}"
             )
         for wrapper, name in zip(wrapper_names(path, count), names):
-            part: Any = getattr(module, name)
+            shape = module.weights[name]
             A, B = factors[wrapper]
-            stored = stored_lora(config, f"{path}.{name}", A, B, file, who, module.num_experts)
-            found[f"{fit(path) or path}.{name}"] = from_peft(stored, part, _holds_out_first(config, module))
+            stored = stored_lora(config, f"{path}.{name}", A, B, file, who, shape[0])
+            found[f"{fit(path) or path}.{name}"] = from_peft(stored, shape, _holds_out_first(config, module))
             known.append(f"{path}.{name}")
     for target in targets:
         if not any(_is_target(name, (target,)) for name in known):
             raise ValueError(
-                f"{who}: target_parameters in {file} must name weights of the model's experts in 4 bits that have an"
+                f"{who}: target_parameters in {file} must name weights of the model's {called} that have an"
                 f" adapter in the file, got {target!r}"
             )
     return found
@@ -99,7 +123,7 @@ def _is_target(name: str, targets: tuple[str, ...]) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
-def _holds_out_first(config: dict[str, Any], module: QuantExperts) -> bool:
+def _holds_out_first(config: dict[str, Any], module: ExpertsShapes) -> bool:
     """Whether the PEFT that wrote the file took the weights' dimensions the wrong way round."""
     version = str(config.get("peft_version") or "")
     return version == "0.19.0" or (version.startswith(("0.17.", "0.18.")) and not module.is_transposed)

@@ -1,7 +1,6 @@
 """PEFT's adapter files: what their configuration says, how their tensors are called."""
 
 import json
-import pickle
 import re
 import warnings
 from collections import Counter
@@ -10,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..nn.lora import LoraConfig
+from .bin_files import read_bin
 
 CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
@@ -121,6 +120,15 @@ def _matches(name: str, targets: Iterable[str]) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
+def adapter_weights(directory: Path, who: str, called: str = "ADAPTER") -> Path:
+    """An adapter's file of tensors; ValueError, in which `directory` is `called`, where that or CONFIG is missing."""
+    weights = directory / (WEIGHTS if (directory / WEIGHTS).is_file() else OLD_WEIGHTS)
+    for file, expected in ((directory / CONFIG, CONFIG), (weights, WEIGHTS)):
+        if not file.is_file():
+            raise ValueError(f"{who}: {called} must be a directory of PEFT's with {expected}, got {directory}")
+    return weights
+
+
 def read_config(file: Path, who: str, known: Collection[str] = ()) -> dict[str, Any]:
     """The configuration, if it is of a LoRA without what changes the product in a way that this package does not know.
 
@@ -198,14 +206,7 @@ def read_stored_tensors(file: Path, who: str) -> dict[str, Tensor]:
             return load_file(file)
         except SafetensorError as error:
             raise ValueError(f"{who}: {file} must be a whole safetensors file, got {error}") from None
-    try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        first = str(error).partition("\n")[0]
-        raise ValueError(f"{who}: {file} must hold tensors alone (weights_only=True), got {first}") from None
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise ValueError(f"{who}: {file} must hold tensors by name, got {type(tensors).__name__}")
-    return tensors
+    return read_bin(file, who)
 
 
 def _check_others(config: dict[str, Any], others: Collection[str], file: Path, who: str) -> None:

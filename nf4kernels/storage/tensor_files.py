@@ -19,17 +19,32 @@ def checkpoint_files(path: Path, who: str) -> list[Path]:
         return [path]
     index = path / INDEX
     if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()), key=str)
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{who}: {index} must hold a weight_map in JSON, got {error!r}") from None
-        missing = [name for name in names if not isinstance(name, str) or not (path / name).is_file()]
-        if missing:
-            raise ValueError(f"{who}: {index} must name files that exist, got {missing[0]}")
-        return [path / name for name in names]
+        return indexed_files(index, who)
     if not (path / "model.safetensors").exists():
-        raise ValueError(f"{who}: path must have model.safetensors or its index, got {path}")
+        hint = " (nf4kernels convert makes them of .bin files)" if any(path.glob("pytorch_model*.bin")) else ""
+        raise ValueError(f"{who}: path must have model.safetensors or its index{hint}, got {path}")
     return [path / "model.safetensors"]
+
+
+def indexed_files(index: Path, who: str) -> list[Path]:
+    """The files that an index names; ValueError where it is damaged or one of them is missing."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()), key=str)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{who}: {index} must hold a weight_map in JSON, got {error!r}") from None
+    missing = [name for name in names if not isinstance(name, str) or not (index.parent / name).is_file()]
+    if missing:
+        raise ValueError(f"{who}: {index} must name files that exist, got {missing[0]}")
+    return [index.parent / name for name in names]
+
+
+def check_index(index: Path, names: Collection[str], who: str) -> None:
+    """ValueError where there is an index that lists other tensors than its files hold."""
+    if not index.exists():
+        return
+    listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    for name in sorted(listed.keys() ^ set(names)):
+        raise ValueError(f"{who}: {index.name} must list the tensors of its files, {name} is in one of the two only")
 
 
 class TensorFiles:

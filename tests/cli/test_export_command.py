@@ -148,7 +148,7 @@ def test_existing_output_and_wrong_source(to, in_dir, quantized, tmp_path, capsy
     assert export(source, tmp_path / "out", "--to", to) == 2
     assert "nf4kernels export: OUT must not exist" in capsys.readouterr().err
     assert export(quantized if to == "peft" else adapter, tmp_path / "new", "--to", to) == 2
-    assert "got an adapter" in (said := capsys.readouterr().err) or "ADAPTER must be a directory of PEFT's" in said
+    assert "got an adapter" in (said := capsys.readouterr().err) or "DIR must be a directory of PEFT's" in said
     assert tree(tmp_path) == before
 
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from support import tiny
-from support.directories import dense_directory, load, logits, same_state, transformers
+from support.directories import dense_directory, load, logits, same_state, saved_by_bitsandbytes, transformers
 
 import nf4kernels as nf4
 from nf4kernels.cli import main
@@ -18,18 +18,6 @@ def without_bitsandbytes(monkeypatch):
     """As where it is not installed: neither transformers' question nor an import finds it."""
     monkeypatch.setattr(hooks, "is_bitsandbytes_available", lambda: False)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-
-
-def saved_by_bitsandbytes(dense, directory, quant_type="nf4", **options):
-    """A directory that transformers saved with bitsandbytes; name of a layer -> what bitsandbytes decodes there."""
-    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: it saves no directory")
-    config = transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type=quant_type, bnb_4bit_compute_dtype=torch.bfloat16, **options
-    )
-    model = load(dense, quantization_config=config)
-    model.save_pretrained(directory)
-    layers = {n: m.weight for n, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
-    return {name: bnb.functional.dequantize_4bit(w.data, w.quant_state) for name, w in layers.items()}
 
 
 @pytest.mark.parametrize("family", ["Llama", "GPT-2"])

@@ -231,6 +231,28 @@ def test_an_adapter_alone_finds_its_base(made, session):
     assert say(alone) == say(session)
 
 
+def test_an_adapter_names_its_base_beside_it(made, tmp_path):
+    """A path that is seen from the adapter, as of two directories that were moved together."""
+    shutil.copytree(made["first"], tmp_path / "tuned")
+    shutil.copytree(made["model"], tmp_path / "base")
+    file = tmp_path / "tuned" / "adapter_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**config, "base_model_name_or_path": "../base"}), encoding="utf-8")
+    assert load(tmp_path / "tuned").adapters == ["tuned"]
+    assert main(["merge", str(tmp_path / "tuned"), str(tmp_path / "merged")]) == 0
+    file.write_text(json.dumps({**config, "base_model_name_or_path": None}), encoding="utf-8")
+    with pytest.raises(StageError, match="must name its base, got None: give the base as MODEL"):
+        load(tmp_path / "tuned")
+
+
+def test_fp4_of_bitsandbytes_format_is_loaded_as_it_is(made, tmp_path):
+    assert (
+        main(["quantize", str(made["model"]), str(tmp_path / "fp4"), "--codebook", "fp4", "--block-size", "128"]) == 0
+    )
+    layer = load(tmp_path / "fp4").model.model.layers[0].mlp.up_proj
+    assert (layer.codebook, layer.block_size) == ("fp4", 128)
+
+
 def test_the_template_of_a_fine_tune_is_used(made, session, tmp_path):
     """The base has none, the adapter brought one."""
     shutil.copytree(made["first"], tmp_path / "tuned")

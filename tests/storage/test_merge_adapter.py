@@ -211,7 +211,10 @@ BAD = {
     "no base config": (lambda a, b: (b / "config.json").unlink(), "must be a Hugging Face model directory"),
     "dora": (lambda a, b: set_config(a, use_dora=True), "use_dora in .* must be unset, it is not supported"),
     "pissa": (lambda a, b: set_config(a, init_lora_weights="pissa"), "must leave the base weight as it is"),
-    "experts": (lambda a, b: set_config(a, target_parameters=["experts.up"]), "of linear layers alone"),
+    "experts": (
+        lambda a, b: set_config(a, target_parameters=["experts.up"]),
+        "weights of the model's experts .* got 'experts.up'",
+    ),
     "nan": (
         lambda a, b: edit(a / WEIGHTS, lambda tensors: next(iter(tensors.values())).fill_(float("nan"))),
         r"the merged model\.layers\.\d\..*weight must be finite, got nan",
@@ -221,7 +224,7 @@ BAD = {
             a / WEIGHTS,
             lambda t: t.update({"base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(4, 96)}),
         ),
-        "of linear layers alone .* got model.embed_tokens.lora_embedding_A",
+        "of linear layers and experts alone, got model.embed_tokens.lora_embedding_A",
     ),
     "quantized by others": (
         lambda a, b: (b / "config.json").write_text(

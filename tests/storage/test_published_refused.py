@@ -159,8 +159,8 @@ def test_a_method_that_is_unknown_is_named(directories, tmp_path, capsys):
 
 # what is in the way -> (the arguments beside SRC and DST, the line)
 LINES = {
-    "no source": ([], r"SRC must be a Hugging Face directory, got .*No such file"),
-    "no JSON": ([], r"SRC must be a Hugging Face directory, got Expecting value"),
+    "no source": ([], r"SRC must be a Hugging Face model directory, got .*No such file"),
+    "no JSON": ([], r".*config\.json must hold JSON, got Expecting value"),
     "a list": ([], r".*config\.json must hold a JSON object, got list"),
     "dense": ([], r"SRC must be published in 4 bits by others, got .*"),
     "DST exists": ([], r"DST must not exist \(or say --overwrite\), got .*"),

@@ -1,5 +1,6 @@
 """Tiny models of transformers in directories of their own, dense and in 4 bits, and how tests look at them."""
 
+import pytest
 import torch
 from support import tiny
 
@@ -29,6 +30,18 @@ def load(directory, **options):
     model, info = transformers.AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True, **options)
     assert not any(info.values()), info
     return model
+
+
+def saved_by_bitsandbytes(dense, directory, quant_type="nf4", shard_size="5GB", **options):
+    """A directory that transformers saved with bitsandbytes; name of a layer -> what bitsandbytes decodes there."""
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: it saves no directory")
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=quant_type, bnb_4bit_compute_dtype=torch.bfloat16, **options
+    )
+    model = load(dense, quantization_config=config)
+    model.save_pretrained(directory, max_shard_size=shard_size)
+    layers = {n: m.weight for n, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
+    return {name: bnb.functional.dequantize_4bit(w.data, w.quant_state) for name, w in layers.items()}
 
 
 def logits(model):

@@ -17,7 +17,7 @@ from ...nn.experts_layout import dense_weights, layout_problem
 from ...nn.grouped_quant_linear import GroupedQuantLinear
 from ...nn.quant_module import OTHER_BUFFERS
 from ...quantized_weight import WEIGHT_DTYPES
-from ...storage.bitsandbytes_format import PARTS, STATE, StoredWeight, stored_weight, stored_weights
+from ...storage.bitsandbytes_format import StoredWeight, check_no_lone_part, stored_weight, stored_weights
 from ...storage.experts_format import experts_from_tensors, stored_experts
 from ...storage.key_conversion import group_tensors
 from ...storage.published.files import PublishedFiles
@@ -76,10 +76,7 @@ def _stored_weights(files: AnyFiles) -> dict[str, StoredWeight]:
     for name in names:
         for key in stored_weights([name]):
             metadata.setdefault(key, []).append(name)
-    for name in names:
-        key, _, part = name.rpartition(".")
-        if part in PARTS and key in names and key not in metadata:
-            raise ValueError(f"{WHO}: the checkpoint must have {key}{STATE}* beside {name}, got none")
+    check_no_lone_part(names, metadata, WHO)
     stored = {key: stored_weight(states, files.read, key, WHO) for key, states in metadata.items()}
     for key, weight in stored.items():
         for name, size in weight.sizes(key).items():

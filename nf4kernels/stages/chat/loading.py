@@ -1,19 +1,15 @@
 """A directory, and the adapters on it, to the session that answers."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from ...integrations.transformers import Nf4Config
+from ...storage.peft_format import CONFIG
+from ..base_directory import directory_of, named_base
+from ..causal_model import load_causal_model, load_tokenizer
 from ..errors import StageError, first_line
 from .session import NO_ADAPTER, Sampling, Session
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
 def load(
@@ -37,14 +33,14 @@ def load(
     """
     chosen = adapter_directories(adapters)
     base: Path | str = model
-    if (model / "adapter_config.json").is_file():
+    if (model / CONFIG).is_file():
         base = _base_of(model)
         if model.resolve() not in {directory.resolve() for directory in chosen.values()}:
             chosen = _with_names([(None, model), *chosen.items()])
     elif not (model / "config.json").is_file():
         raise StageError(f"MODEL must be a directory with a config.json or an adapter_config.json, got {model}")
-    network = _load_base(base, dense)
-    tokenizer = _load_tokenizer([model, base, *chosen.values()])
+    network = load_causal_model(base, dense)
+    tokenizer = load_tokenizer([model, base, *chosen.values()])
     for name, directory in chosen.items():
         try:
             if isinstance(network, PeftModel):
@@ -71,8 +67,8 @@ def _with_names(pairs: Sequence[tuple[str | None, Path]]) -> dict[str, Path]:
     chosen: dict[str, Path] = {}
     for given, directory in pairs:
         name = directory.resolve().name.replace(".", "_") if given is None else given
-        if not (directory / "adapter_config.json").is_file():
-            raise StageError(f"--adapter must be a directory with an adapter_config.json, got {directory}")
+        if not (directory / CONFIG).is_file():
+            raise StageError(f"--adapter must be a directory with an {CONFIG}, got {directory}")
         if not name or "." in name or name == NO_ADAPTER:
             raise StageError(
                 f"--adapter NAME=DIR: NAME must have no dots and not be {NO_ADAPTER!r}, got {name!r} for {directory}"
@@ -88,65 +84,12 @@ def _with_names(pairs: Sequence[tuple[str | None, Path]]) -> dict[str, Path]:
 
 def _base_of(adapter: Path) -> Path | str:
     """A directory where there is one of that name, and else what the Hub calls it."""
-    file = adapter / "adapter_config.json"
+    instead = ": give the base as MODEL and this as --adapter"
     try:
-        name = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
-        raise StageError(f"{file} must be a JSON object: {first_line(error)}") from None
-    if not name or not isinstance(name, str):
-        raise StageError(f"{file} must name its base, got {name!r}: give the base as MODEL and this as --adapter")
-    for directory in (Path(name), adapter / name):
-        if (directory / "config.json").is_file():
-            return directory
-    if Path(name).is_absolute() or name.startswith("."):
-        raise StageError(
-            f"{file} must name its base, got {name}, where no config.json is: give the base as MODEL and this as "
-            "--adapter"
-        )
-    return name
-
-
-def _load_base(base: Path | str, dense: bool) -> Any:
-    try:
-        stored = getattr(AutoConfig.from_pretrained(str(base)), "quantization_config", None)
-        quantization = _quantization(base, stored, dense)
-        options: dict[str, Any] = {"device_map": "auto"} if torch.cuda.is_available() else {}
-        if quantization is not None:  # transformers takes None for a wish to forget the stored one
-            options["quantization_config"] = quantization
-        return AutoModelForCausalLM.from_pretrained(str(base), dtype="auto", **options)
-    except StageError:
-        raise
-    except (OSError, ValueError, KeyError) as error:
-        raise StageError(f"MODEL must be a causal language model, got {base}: {first_line(error)}") from None
-
-
-def _quantization(base: Path | str, stored: Any, dense: bool) -> Nf4Config | None:
-    if stored is None:
-        return None if dense else Nf4Config()
-    if dense:
-        raise StageError(f"--dense must be left out for a model that is in 4 bits already, got {base}")
-    fields: Mapping[str, Any] = stored if isinstance(stored, Mapping) else stored.to_dict()
-    if fields.get("quant_method") == "nf4kernels":
-        return None
-    config = Nf4Config()
-    if fields.get("load_in_4bit"):
-        config.block_size = None  # bitsandbytes' configuration does not say it, the weights do
-    return config
-
-
-def _load_tokenizer(directories: Sequence[Path | str]) -> Any:
-    """The first that has a chat template, for a fine-tune may have brought one, or else the first."""
-    found = []
-    for directory in dict.fromkeys(map(str, directories)):
-        if Path(directory).is_dir() and not any((Path(directory) / file).is_file() for file in TOKENIZER_FILES):
-            continue
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(directory)
-        except (OSError, ValueError) as error:
-            raise StageError(f"the tokenizer in {directory} must load: {first_line(error)}") from None
-        if tokenizer.chat_template:
-            return tokenizer
-        found.append(tokenizer)
-    if not found:
-        raise StageError(f"MODEL must have a tokenizer beside it, got {directories[0]}")
-    return found[0]
+        name, _ = named_base(adapter)
+    except StageError as error:
+        raise StageError(f"{error}{instead}") from None
+    directory = directory_of(name, adapter)
+    if directory is None and (Path(name).is_absolute() or name.startswith(".")):
+        raise StageError(f"{adapter / CONFIG} must name its base, got {name}, where no config.json is{instead}")
+    return name if directory is None else directory
