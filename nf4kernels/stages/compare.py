@@ -194,34 +194,47 @@ def windows(documents: Iterable[str], tokenizer: Any, length: int, tokens: int) 
 
 @dataclass(frozen=True)
 class Batch:
-    """ids, mask: `[B, T]`, padded on the right; `mask` is 1 on tokens of the text."""
+    """ids, mask: `[B, T]`, padded on the right; `mask` is 1 on tokens of the text.
+
+    predicts: bool `[B, T-1]`, the positions whose next token is to be predicted.
+    """
 
     ids: Tensor
     mask: Tensor
-
-    @property
-    def predicts(self) -> Tensor:
-        """bool `[B, T-1]`: the positions whose next token is one of the text."""
-        return self.mask[:, 1:].bool()
+    predicts: Tensor
 
 
-def batches_of(rows: Sequence[list[int]], device: torch.device) -> list[Batch]:
-    """Every window once, those of similar length together, at most BATCH_TOKENS a batch or one window."""
-    groups: list[list[list[int]]] = []
-    for row in sorted(rows, key=len):
-        if not groups or (len(groups[-1]) + 1) * len(row) > BATCH_TOKENS:
+def batches_of(
+    rows: Sequence[list[int]], device: torch.device, has_loss: Sequence[Sequence[bool]] | None = None
+) -> list[Batch]:
+    """Every window once, those of similar length together, at most BATCH_TOKENS a batch or one window.
+
+    `has_loss` says of each token whether it is to be predicted; None is all of them.
+    """
+    groups: list[list[tuple[list[int], Sequence[bool]]]] = []
+    pairs = zip(rows, [[True] * len(row) for row in rows] if has_loss is None else has_loss)
+    for pair in sorted(pairs, key=lambda pair: len(pair[0])):
+        if not groups or (len(groups[-1]) + 1) * len(pair[0]) > BATCH_TOKENS:
             groups.append([])
-        groups[-1].append(row)
+        groups[-1].append(pair)
     return [_collated(group, device) for group in groups]
 
 
-def _collated(rows: list[list[int]], device: torch.device) -> Batch:
-    width = max(map(len, rows))
-    ids, mask = torch.zeros(2, len(rows), width, dtype=torch.long)
-    for i, row in enumerate(rows):
+def _collated(rows: list[tuple[list[int], Sequence[bool]]], device: torch.device) -> Batch:
+    width = max(len(row) for row, _ in rows)
+    ids, mask, predicts = torch.zeros(3, len(rows), width, dtype=torch.long)
+    for i, (row, has_loss) in enumerate(rows):
         ids[i, : len(row)] = torch.tensor(row)
         mask[i, : len(row)] = 1
-    return Batch(ids.to(device), mask.to(device))
+        predicts[i, : len(row)] = torch.tensor(has_loss)
+    return Batch(ids.to(device), mask.to(device), predicts[:, 1:].bool().to(device))
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
+    """Nats a token to predict, over all batches together; NaN where there is none."""
+    tokens = sum(int(batch.predicts.sum()) for batch in batches)
+    return sum(_losses(_logits(model, batch), _next(batch)) for batch in batches) / tokens if tokens else math.nan
 
 
 def compare_directory(

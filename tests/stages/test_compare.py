@@ -105,6 +105,27 @@ def test_padding_changes_nothing(directory):
     assert padded.dense_loss == pytest.approx(unpadded.dense_loss, rel=1e-5)
 
 
+def test_every_row_is_in_one_batch_of_few_tokens():
+    rows = [[i] * (2 + i % 50) for i in range(200)]
+    batches = compare.batches_of(rows, CPU)
+    assert sorted(int(i) for batch in batches for i in batch.ids[:, 0]) == [*range(200)]
+    assert all(batch.ids.numel() <= compare.BATCH_TOKENS for batch in batches)
+
+
+def test_the_loss_is_of_the_chosen_tokens_alone(directory):
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory)
+    ids = ids_of(directory)
+    rows, chosen = [ids[:9], ids[9:14]], [[False] * 4 + [True] * 5, [False, True, False, True, True]]
+    expected = []
+    for row, has_loss in zip(rows, chosen):
+        with torch.no_grad():
+            log_p = model(torch.tensor([row])).logits[0].log_softmax(-1)
+        expected += [-float(log_p[i - 1, row[i]]) for i in range(1, len(row)) if has_loss[i]]
+    loss = compare.held_out_loss(model, compare.batches_of(rows, CPU, chosen))
+    assert loss == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+    assert len(expected) == 8
+
+
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
@@ -177,16 +198,15 @@ def test_models_refused(directory, tmp_path, capsys):
 def test_smollm2_on_held_out_definitions(tmp_path):
     """The data-type comparison of QLoRA on a real model: nf4 before fp4 and int4, and larger blocks cost more."""
     from nf4kernels.demo import smollm2
-    from nf4kernels.demo.settings import Settings
+    from nf4kernels.demo.data import HELD_OUT, definitions
 
-    settings = Settings()
     try:
         directory = smollm2.fetch(Path(__file__).parents[2] / ".cache")  # where the demo has it, too
     except smollm2.FetchError as error:
         pytest.skip(str(error))
     text = tmp_path / "held_out.txt"
-    _, held_out = settings.read_examples()
-    text.write_text("\n".join(x.prompt + x.answer for x in held_out), encoding="utf-8")
+    held_out = definitions()[-HELD_OUT:]
+    text.write_text("\n".join(row["prompt"] + row["completion"] for row in held_out), encoding="utf-8")
     compared = compare.variants(["nf4", "fp4", "int4"], [64], ["e4m3"])
     compared += compare.variants(["nf4"], [1024], ["e4m3"])
     got = compare.compare_directory(directory, text, compared, tokens=512, progress=False)
