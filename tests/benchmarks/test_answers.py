@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("transformers", reason="transformers is not installed: no table is made")
 
-from benchmarks.model import answers  # noqa: E402
+from benchmarks.model import answers
 
 
 def test_training_batches_use_every_row_before_one_comes_again():
