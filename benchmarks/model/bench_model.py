@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import nf4kernels as nf4
-from nf4kernels.demo import pipeline, smollm2
-from nf4kernels.demo.data import WORDNET, read_examples
+from nf4kernels.demo import loading, smollm2
+from nf4kernels.demo.data import definitions
 
 from ..harness import BNB, DENSE, OURS, ROOT, Plan, Row
 from ..peers import ALPHA, RANK, add_peft_lora, bitsandbytes_linear
@@ -37,14 +37,13 @@ LOSS_BOUND_4BIT = 0.1
 
 def load() -> tuple[nn.Module, Tensor, str]:
     """(model in bf16, token ids [BATCH, LENGTH], name); random weights, and a name that says so, without it."""
-    pipeline.quiet_transformers()
+    loading.quiet_transformers()
     try:
-        model, tokenizer = pipeline.load(smollm2.fetch(ROOT / ".cache"))
+        model, tokenizer = loading.load(smollm2.fetch(ROOT / ".cache"))
     except smollm2.FetchError as error:
         print(f"{error}; measuring a random model of the same sizes", file=sys.stderr)
         return _random_model(), torch.randint(49152, (BATCH, LENGTH)), f"{smollm2.DIRECTORY}, random weights"
-    examples, _ = read_examples(WORDNET)
-    text = "\n".join(example.prompt + example.answer for example in examples[:200])
+    text = "\n".join(row["prompt"] + row["completion"] for row in definitions()[:200])
     ids = tokenizer(text, return_tensors="pt").input_ids[0, : BATCH * LENGTH]
     return model, ids.view(BATCH, LENGTH), smollm2.DIRECTORY
 

@@ -24,8 +24,8 @@ from typing import TextIO
 
 import torch
 
-from nf4kernels.demo import pipeline, smollm2
-from nf4kernels.demo.data import WORDNET, read_examples
+from nf4kernels.demo import loading, smollm2
+from nf4kernels.demo.data import HELD_OUT, definitions
 
 from ..harness import BNB_DQ, DENSE, OURS, ROOT, Row, machine, row_of, spread, watch_others
 from ..report.tables import write_csv
@@ -83,11 +83,11 @@ def make_trainer(side: str, steps: int, out: str):
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
-    pipeline.quiet_transformers()
+    loading.quiet_transformers()
     model, tokenizer = load(side)
     train, held_out = (
-        Dataset.from_list([{"text": example.prompt + example.answer} for example in examples])
-        for examples in read_examples(WORDNET)
+        Dataset.from_list([{"text": row["prompt"] + row["completion"]} for row in rows])
+        for rows in (definitions()[:-HELD_OUT], definitions()[-HELD_OUT:])
     )
     config = SFTConfig(
         out, max_steps=steps, learning_rate=RATE, lr_scheduler_type="constant", per_device_train_batch_size=BATCH,

@@ -16,25 +16,27 @@ import torch
 from torch import nn
 
 import nf4kernels as nf4
-from nf4kernels.demo import data, smollm2
-from nf4kernels.demo.pipeline import cast_parameters, load, quiet_transformers
+from nf4kernels.demo import smollm2
+from nf4kernels.demo.loading import cast_parameters, load, quiet_transformers
 from nf4kernels.demo.settings import Settings
-from nf4kernels.demo.training import evaluate, train
 from nf4kernels.integrations.peft import merge_into
 from nf4kernels.model.training import training_dtype
+from nf4kernels.stages.text_loss import Batch, held_out_loss
 
-MAX_LENGTH, HELD_OUT = 64, 128
+from .answers import batched, encode, train, train_and_held_out, training_batches
+
+MAX_LENGTH = 64
 
 
-def encoded(tokenizer: Any, steps: int) -> tuple[list[data.Batch], list[data.Batch]]:
+def encoded(tokenizer: Any, steps: int) -> tuple[list[Batch], list[Batch]]:
     """(batches for `steps` of training, held-out batches) of the demo's word definitions."""
-    examples, held_out = data.read_examples(data.WORDNET, 0)
-    rows = [data.encode(example, tokenizer, MAX_LENGTH) for example in examples]
-    batches = data.training_batches(rows, Settings.batch, steps, Settings.seed)
-    return batches, data.evaluation_batches([data.encode(x, tokenizer, MAX_LENGTH) for x in held_out[:HELD_OUT]])
+    examples, held_out = train_and_held_out()
+    rows = [encode(example, tokenizer, MAX_LENGTH) for example in examples]
+    batches = training_batches(rows, Settings.batch, steps, Settings.seed)
+    return batches, batched(encode(example, tokenizer, MAX_LENGTH) for example in held_out)
 
 
-def fine_tuned(base: nn.Module, batches: list[data.Batch], rank: int, learning_rate: float) -> nn.Module:
+def fine_tuned(base: nn.Module, batches: list[Batch], rank: int, learning_rate: float) -> nn.Module:
     """PEFT's model of `base`, quantized in place, its adapter trained."""
     nf4.quantize_model(base)
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.05, target_modules="all-linear")
@@ -44,19 +46,19 @@ def fine_tuned(base: nn.Module, batches: list[data.Batch], rank: int, learning_r
 
 
 def merge_losses(
-    base: nn.Module, batches: list[data.Batch], tests: list[data.Batch], rank: int = 8, learning_rate: float = 1e-3
+    base: nn.Module, batches: list[Batch], tests: list[Batch], rank: int = 8, learning_rate: float = 1e-3
 ) -> dict[str, float]:
     """Row -> mean loss of an answer's token in `tests`; `base` is the dense model and stays as it is."""
-    losses = {"16-bit base": evaluate(base, tests, "base")}
+    losses = {"16-bit base": held_out_loss(base, tests)}
     model = fine_tuned(copy.deepcopy(base), batches, rank, learning_rate)
     with model.disable_adapter():
-        losses["NF4"] = evaluate(model, tests, "NF4")
-    losses["NF4 + LoRA"] = evaluate(model, tests, "NF4 + LoRA")
+        losses["NF4"] = held_out_loss(model, tests)
+    losses["NF4 + LoRA"] = held_out_loss(model, tests)
     targets = {"merged into Ŵ": "dequantized", "merged into the base": base, "merged back into 4 bits": "4bit"}
     for row, target in targets.items():
         with merge_into(target):
             merged = copy.deepcopy(model).merge_and_unload(safe_merge=True)
-        losses[row] = evaluate(merged, tests, row)
+        losses[row] = held_out_loss(merged, tests)
     return losses
 
 

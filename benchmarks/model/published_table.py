@@ -22,12 +22,13 @@ import torch
 from torch import nn
 
 import nf4kernels as nf4
-from nf4kernels.demo import data, smollm2
-from nf4kernels.demo.pipeline import cast_parameters, load, quiet_transformers
-from nf4kernels.demo.training import evaluate, train
+from nf4kernels.demo import smollm2
+from nf4kernels.demo.loading import cast_parameters, load, quiet_transformers
 from nf4kernels.model.training import training_dtype
 from nf4kernels.nn.quant_linear import QuantLinear
+from nf4kernels.stages.text_loss import Batch, held_out_loss
 
+from .answers import train
 from .merge_table import encoded
 from .requantize_gguf import TYPES, requantize
 
@@ -104,14 +105,14 @@ def bits_of(model: nn.Module) -> float:
     )
 
 
-def fine_tuned_loss(model: nn.Module, batches: list[data.Batch], tests: list[data.Batch], row: str) -> float:
+def fine_tuned_loss(model: nn.Module, batches: list[Batch], tests: list[Batch], row: str) -> float:
     torch.manual_seed(0)
     model.requires_grad_(False)
     for layer in model.modules():
         if isinstance(layer, QuantLinear):
             layer.add_lora(LORA)
     train(model, batches, 1e-3, row)
-    return evaluate(model.eval(), tests, row)
+    return held_out_loss(model.eval(), tests)
 
 
 def main() -> None:
@@ -127,9 +128,9 @@ def main() -> None:
     cast_parameters(base, training_dtype("cpu"))  # 16-bit arithmetic is slow on some CPUs; what it holds stays the same
     batches, tests = encoded(tokenizer, arguments.steps)
     print(f"| SmolLM2-135M | bits a weight | held-out loss | after {arguments.steps} steps of LoRA |\n|{' --- |' * 4}")
-    print(f"| 16 bits | 16 | {evaluate(base, tests, '16 bits'):.3f} | |", flush=True)
+    print(f"| 16 bits | 16 | {held_out_loss(base, tests):.3f} | |", flush=True)
     for row, model in bases(base, arguments.gguf):
-        before = evaluate(model, tests, row)
+        before = held_out_loss(model, tests)
         after = fine_tuned_loss(model, batches, tests, row)
         print(f"| {row} | {bits_of(model):.2f} | {before:.3f} | {after:.3f} |", flush=True)
     print(f"\n{torch.get_num_threads()} threads, {training_dtype('cpu')}")

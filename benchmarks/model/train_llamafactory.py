@@ -18,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from nf4kernels.demo import smollm2
-from nf4kernels.demo.data import WORDNET, read_examples
+from nf4kernels.demo.data import HELD_OUT, definitions
 
 from ..harness import ROOT, ratios, spread
 
@@ -56,8 +56,10 @@ def parse() -> argparse.Namespace:
 
 def write_data(folder: Path) -> None:
     """WordNet's training examples, and the file by which LLaMA-Factory finds them."""
-    examples, _ = read_examples(WORDNET)
-    rows = [{"instruction": each.prompt, "input": "", "output": each.answer.strip()} for each in examples]
+    rows = [
+        {"instruction": row["prompt"], "input": "", "output": row["completion"].strip()}
+        for row in definitions()[:-HELD_OUT]
+    ]
     (folder / f"{DATASET}.json").write_text(json.dumps(rows), encoding="utf-8")
     (folder / "dataset_info.json").write_text(json.dumps({DATASET: {"file_name": f"{DATASET}.json"}}), encoding="utf-8")
 

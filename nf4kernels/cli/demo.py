@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..demo.settings import PACKAGES, Settings
 from ..storage.atomic import TargetError
+from ..storage.convert import ConversionError
 from .errors import CommandError, check_cpu_computes, check_installed
 
 
@@ -19,7 +20,7 @@ def add_parser(subparsers) -> None:
     )
     default = Settings()
     parser.add_argument("--model", type=Path, metavar="DIR", help="Hugging Face directory of a causal language model")
-    parser.add_argument("--data", type=Path, metavar="FILE.jsonl", help='lines of {"prompt": ..., "answer": ...}')
+    parser.add_argument("--data", type=Path, metavar="FILE", help="examples, as finetune takes them")
     parser.add_argument("--out", type=Path, metavar="DIR", default=default.out, help="directory to write")
     parser.add_argument("--cache", type=Path, metavar="DIR", default=default.cache, help="keeps the downloaded model")
     parser.add_argument("--steps", type=int, default=default.steps, help="fine-tuning steps")
@@ -34,17 +35,15 @@ def add_parser(subparsers) -> None:
 def run(args: argparse.Namespace) -> None:
     check_cpu_computes("demo")
     check_installed("demo", PACKAGES, "demo")
-    from ..demo import pipeline
-
     options = {name: value for name, value in vars(args).items() if name in Settings.__dataclass_fields__}
     try:
         settings = Settings(**options)
-        examples = settings.read_examples()
-    except (ValueError, OSError) as error:
-        raise CommandError(f"demo: {error}") from None
-    try:
-        pipeline.run(settings, *examples)
+        from ..demo import pipeline
+
+        pipeline.run(settings)
+    except ConversionError as error:
+        raise CommandError(str(error)) from None
     except TargetError as error:
         raise CommandError(f"demo: --out {error}") from None
-    except (pipeline.ModelError, OSError) as error:
+    except OSError as error:
         raise CommandError(f"demo: {error}") from None

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 KINDS = {"noun": "noun", "verb": "verb", "adj": "adjective", "adv": "adverb"}
-TRAIN, HELD_OUT = 4000, 128
+COUNT = 4128
 ANSWER_CHARACTERS = range(20, 141)
 UNWANTED = ("offensive", "derogat", "disparag", "ethnic slur", "obscene", "sexual", "genital", "prostitut")
 
@@ -53,11 +53,8 @@ def sample(found: list[tuple[str, str, str]], count: int) -> list[tuple[str, str
 
 def main(directory: str, out: str) -> None:
     lines = []
-    for position, (word, kind, gloss) in enumerate(sample(entries(Path(directory)), TRAIN + HELD_OUT)):
-        line = {"prompt": f"The definition of the {kind} {word} is", "answer": f" {gloss}."}
-        if position >= TRAIN:
-            line["split"] = "held-out"
-        lines.append(json.dumps(line))
+    for word, kind, gloss in sample(entries(Path(directory)), COUNT):
+        lines.append(json.dumps({"prompt": f"The definition of the {kind} {word} is", "completion": f" {gloss}."}))
     Path(out).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

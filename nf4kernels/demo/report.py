@@ -1,5 +1,6 @@
-"""What the demonstration shows: stages with their times, tables, and two figures."""
+"""What the demonstration prints: stages with their times, and tables."""
 
+import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +8,6 @@ from pathlib import Path
 from textwrap import indent
 
 from ..model.report import QuantizeReport, relative_rms_error, table
-from .training import peak_bytes
 
 MARGIN = "  "
 
@@ -75,49 +75,6 @@ def time_table(seconds: dict[str, float], apart: str) -> str:
     return indent(table(rows), MARGIN) + f"\n\n  most memory held at any moment: {mib(peak_bytes())}"
 
 
-def plot_loss(path: Path, training: list[float], losses: dict[str, float]) -> None:
-    """The loss of every step, its running mean, and the held-out losses as horizontal lines with their values."""
-    figure, axes = _axes("step", "loss, nats a token", "LoRA fine-tuning through 4-bit weights")
-    steps = range(1, len(training) + 1)
-    window = max(1, len(training) // 10)
-    smooth = [sum(training[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(training))]
-    axes.plot(steps, training, color="0.75", linewidth=0.8, label="training, each step")
-    axes.plot(steps, smooth, color="black", linewidth=2, label=f"training, mean of {window} steps")
-    for i, (name, loss) in enumerate(losses.items()):
-        style = "-" if i % 2 else "--"
-        axes.axhline(loss, color=f"C{i}", linestyle=style, linewidth=1.2, label=f"held out, {name}: {loss:.3f}")
-    axes.set_xlim(1, max(2, len(training)))
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    _save(figure, axes, path)
-
-
-def plot_weight_error(path: Path, report: QuantizeReport) -> None:
-    """Relative RMS error of every layer, one line a kind, over the depth of the model."""
-    title = "What rounding to 4 bits costs: |Ŵ - W| / |W|"
-    figure, axes = _axes("layer, from input to output", "relative RMS error, %", title)
-    for kind, layers in report.by_kind().items():
-        axes.plot([100 * x.rms_error for x in layers], marker="o", markersize=3, linewidth=0.8, label=kind)
-    mean = 100 * report.rms_error
-    axes.axhline(mean, color="0.4", linestyle="--", linewidth=1.2, label=f"all layers: {mean:.2f} %")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    _save(figure, axes, path)
-
-
-def _axes(x: str, y: str, title: str):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    axes = figure.subplots()
-    axes.set(xlabel=x, ylabel=y, title=title)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _save(figure, axes, path: Path) -> None:
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-    figure.savefig(path, dpi=150)
-
-
 def sample_text(samples: list[dict]) -> str:
     """Each sample's prompt, the data's own answer, and the model's before and after the fine-tuning."""
     lines = []
@@ -130,7 +87,7 @@ def sample_text(samples: list[dict]) -> str:
 def file_table(out: Path) -> str:
     """Every file and directory written, with its size and what it is."""
     kinds = {
-        "adapter": "the LoRA adapters, in PEFT's format", "nf4": "the 4-bit weights",
+        "adapter": "the LoRA adapters, in PEFT's format, with their recipe and log", "nf4": "the 4-bit weights",
         "merged": "a 16-bit Hugging Face model, adapters merged into the original base",
         "byte-model": "the 16-bit base that was trained here",
         "loss.png": "the fine-tuning", "weight_error.png": "the cost of rounding to 4 bits, layer by layer",
@@ -141,3 +98,8 @@ def file_table(out: Path) -> str:
         size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")))
         rows.append((str(path), mib(size), kinds.get(path.name, "")))
     return indent(table(rows, left=(0, 2)), MARGIN)
+
+
+def peak_bytes() -> int:
+    """The most memory that this process ever held, of Linux's ru_maxrss."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

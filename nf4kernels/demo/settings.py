@@ -4,14 +4,15 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from .data import WORDNET, Example, read_examples
+from ..stages.errors import StageError
 
 MADE_BY = "nf4kernels demo"
-PACKAGES = ("transformers", "accelerate", "gguf", "matplotlib")  # of the [demo] extra
+# Of the [demo] extra.
+PACKAGES = ("transformers", "peft", "accelerate", "trl", "datasets", "gguf", "matplotlib", "yaml")
 RESULTS = "results.json"
-# Of what a run can mean: a day's steps, a batch and a rank that fit a small machine, torch's seeds.
+# Of what a run can mean: a day's steps, a batch and a rank that fit a small machine, numpy's seeds.
 LIMITS = {
-    "steps": (1, 10**5), "batch": (1, 10**4), "rank": (1, 10**4), "seed": (0, 2**63 - 1), "byte_steps": (1, 10**5),
+    "steps": (1, 10**5), "batch": (1, 10**4), "rank": (1, 10**4), "seed": (0, 2**32 - 1), "byte_steps": (1, 10**5),
 }  # fmt: skip
 
 
@@ -23,12 +24,12 @@ class Settings:
         out: the directory to write; an earlier demonstration's is replaced.
         cache: where the downloaded model stays.
         model: a Hugging Face directory of a causal language model; None is SmolLM2-135M-Instruct.
-        data: a `.jsonl` file of prompts and answers; None is WordNet's definitions.
+        data: a file of examples, as `nf4kernels finetune` takes it; None is WordNet's definitions.
         steps, batch, lr, rank, seed: of the fine-tuning. alpha is twice the rank.
         byte_steps: how long the byte model trains where SmolLM2 cannot be had.
 
     Raises:
-        ValueError: one of them is out of its range; the message names the option.
+        StageError: one of them is out of its range; the message names the option.
     """
 
     out: Path = Path("demo-output")
@@ -45,30 +46,28 @@ class Settings:
     def __post_init__(self) -> None:
         for name, (least, most) in LIMITS.items():
             if not least <= getattr(self, name) <= most:
-                raise ValueError(f"--{name.replace('_', '-')} must be {least} to {most}, got {getattr(self, name)}")
+                raise StageError(f"--{name.replace('_', '-')} must be {least} to {most}, got {getattr(self, name)}")
         if not 0 < self.lr < 1:
-            raise ValueError(f"--lr must be between 0 and 1, got {self.lr}")
+            raise StageError(f"--lr must be between 0 and 1, got {self.lr}")
         if self.model is not None and not (self.model / "config.json").is_file():
-            raise ValueError(f"--model must be a Hugging Face directory with a config.json, got {self.model}")
-        if self.data is not None and not self.data.is_file():
-            raise ValueError(f"--data must be a .jsonl file, got {self.data}")
+            raise StageError(f"--model must be a Hugging Face directory with a config.json, got {self.model}")
+        if self.data is not None and not self.data.exists():
+            raise StageError(f"--data must be a file of examples, got {self.data}")
         if self.cache.exists() and not self.cache.is_dir():
-            raise ValueError(f"--cache must be a directory, got {self.cache}")
+            raise StageError(f"--cache must be a directory, got {self.cache}")
         out = self.out.resolve()
         if out == Path.cwd() or out in Path.cwd().parents:
-            raise ValueError(f"--out must be a directory of its own, got {self.out}")
+            raise StageError(f"--out must be a directory of its own, got {self.out}")
         if any(parent.exists() and not parent.is_dir() for parent in out.parents):
-            raise ValueError(f"--out must be a directory that can be made, got {self.out}")
+            raise StageError(f"--out must be a directory that can be made, got {self.out}")
         for name in ("model", "data", "cache"):
             path = getattr(self, name)
             if path is not None and out in (path.resolve(), *path.resolve().parents):
-                raise ValueError(f"--{name} must lie outside --out, which is replaced, got {path}")
+                raise StageError(f"--{name} must lie outside --out, which is replaced, got {path}")
+        if self.model is not None and self.model.resolve() in out.parents:
+            raise StageError(f"--out must lie outside --model, got {self.out}")
         if not may_replace(self.out):
-            raise ValueError(f"--out must be new, empty or written by an earlier demo, got {self.out}")
-
-    def read_examples(self) -> tuple[list[Example], list[Example]]:
-        """(train, held out) of `data`; ValueError for a file that is not as it must be."""
-        return read_examples(WORDNET if self.data is None else self.data, self.seed)
+            raise StageError(f"--out must be new, empty or written by an earlier demo, got {self.out}")
 
 
 def may_replace(out: Path) -> bool:

@@ -10,8 +10,8 @@ import torch
 from peft import PeftModel
 
 from .causal_model import load_causal_model, load_tokenizer
-from .compare.text import LONGEST_TOKEN, _logits, _losses, _next, batches_of, read_documents, windows
 from .errors import StageError, first_line
+from .text_loss import LONGEST_TOKEN, batches_of, read_documents, windows
 
 LENGTH = 512  # tokens of a window
 
@@ -69,10 +69,8 @@ def _is_quantized(directory: Path) -> bool:
     return bool(json.loads((directory / "config.json").read_text(encoding="utf-8")).get("quantization_config"))
 
 
-@torch.no_grad()
 def _loss(model: Any, text: Text) -> float:
-    batches = batches_of(text.windows, model.device)
-    return sum(_losses(_logits(model, batch), _next(batch)) for batch in batches) / text.tokens
+    return held_out_loss(model, batches_of(text.windows, model.device))
 
 
 def _free() -> None:

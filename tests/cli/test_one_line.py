@@ -159,7 +159,7 @@ def test_an_output_that_cannot_be(in_dir, tmp_path, capsys, monkeypatch, out):
     assert os.listdir(tmp_path) == ["in"]
 
 
-DATA = '{"prompt": "a", "answer": "b"}\n'
+DATA = '{"prompt": "a", "completion": "b"}\n'
 FLAGS = {
     "--data": ("no-such-file.jsonl", ".", "binary", "one-line", "x" * 5000),
     "--model": ("no-such-dir", "data.jsonl", "empty", "broken"),
@@ -178,7 +178,7 @@ FLAGS = {
 @pytest.fixture
 def demo_directory(tmp_path, monkeypatch):
     """Where the demo's stages must not begin, with what its flags name."""
-    (tmp_path / "data.jsonl").write_text(4 * DATA, encoding="utf-8")
+    (tmp_path / "data.jsonl").write_text(DATA + DATA.replace("a", "c"), encoding="utf-8")
     (tmp_path / "one-line").write_text(DATA, encoding="utf-8")
     (tmp_path / "binary").write_bytes(bytes(range(256)))
     (tmp_path / "empty").mkdir()

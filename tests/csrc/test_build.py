@@ -54,7 +54,7 @@ def test_wheel_is_one_for_every_python_and_carries_its_data(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert ("nf4kernels/_cuda.abi3.so" in names) == (SETUP.find_nvcc() is not None)
     data = [f"backends/tuned/{path.name}" for path in (ROOT / "nf4kernels/backends/tuned").iterdir()]
-    data += ["demo/wordnet.jsonl", "demo/WORDNET_LICENSE"]
+    data += ["demo/wordnet.jsonl", "demo/plain.jinja", "demo/WORDNET_LICENSE"]
     for name in ("_cpu.abi3.so", "cli/demo.py", "backends/triton/linear.py", *data):
         assert f"nf4kernels/{name}" in names
     assert not [name for name in names if name.startswith(("csrc", "tests", "benchmarks"))]

@@ -15,10 +15,17 @@ from safetensors.torch import load_file
 from support.laptop import AVX2
 
 import nf4kernels as nf4
-from nf4kernels.demo import byte_model, data, pipeline, smollm2
-from nf4kernels.demo.training import evaluate
+from nf4kernels.demo import byte_model, data, loading, smollm2
 from nf4kernels.model.training import training_dtype
 from nf4kernels.storage.atomic import replacing_directory
+
+for needed in ("peft", "trl", "datasets", "matplotlib", "yaml"):
+    pytest.importorskip(needed, reason=f"{needed} is not installed: the demo does not run")
+
+from nf4kernels.demo import pipeline  # noqa: E402
+from nf4kernels.demo.settings import Settings  # noqa: E402
+from nf4kernels.stages.data.view import Viewer  # noqa: E402
+from nf4kernels.stages.text_loss import Batch, batches_of, held_out_loss  # noqa: E402
 
 OFFLINE = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}  # pip then finds nothing at all
 
@@ -49,27 +56,30 @@ def offline_run(small_data, tmp_path_factory) -> tuple[Path, str]:
     return directory / "demo-output", done.stdout
 
 
-def byte_model_tests(tokenizer, small_data: Path) -> list[data.Batch]:
-    _, held_out = data.read_examples(small_data)
-    return data.evaluation_batches([data.encode(x, tokenizer, pipeline.MAX_LENGTH) for x in held_out])
+def byte_model_tests(tokenizer, small_data: Path) -> list[Batch]:
+    split, _ = pipeline.read_split(Settings(data=small_data))
+    views = [Viewer(tokenizer, split.form).view(row) for row in split.held_out]
+    return batches_of([view.ids for view in views], torch.device("cpu"), [view.has_loss for view in views])
 
 
 def load_tuned(out: Path):
     """(model with the 4-bit weights and adapters, tokenizer), read back from their files."""
-    model, tokenizer = pipeline.load(out / "byte-model")
-    nf4.load_checkpoint(model, out / "nf4" / "model.safetensors")
+    model, tokenizer = loading.load(out / "byte-model")
+    nf4.load_checkpoint(model, out / "nf4")
     nf4.load_adapters(model, out / "adapter")
-    pipeline.cast_parameters(model, training_dtype("cpu"))  # as the demo computes
+    loading.cast_parameters(model, training_dtype("cpu"))  # as the demo computes
     return model, tokenizer
 
 
-def test_wordnet_splits_share_no_word_and_no_definition():
-    train, held_out = data.read_examples(data.WORDNET)
-    assert (len(train), len(held_out)) == (4000, 128)
-    words = [x.prompt.removesuffix(" is").split()[-1] for x in train + held_out]
-    assert len(set(words)) == len(words)
-    assert len({x.answer for x in train + held_out}) == len(words)
+def test_wordnet_has_no_word_and_no_definition_twice():
+    """So that whichever are held out are new in both."""
+    rows = data.definitions()
+    assert len(rows) == 4128
+    assert len({row["prompt"].removesuffix(" is").split()[-1] for row in rows}) == len(rows)
+    assert len({row["completion"] for row in rows}) == len(rows)
     assert data.WORDNET.stat().st_size < 600_000
+    split, held_out = pipeline.read_split(Settings())
+    assert (len(split.train), len(split.held_out), held_out) == (4000, 128, 128)
 
 
 def test_wordnet_licence_stands_beside_the_data():
@@ -78,54 +88,42 @@ def test_wordnet_licence_stands_beside_the_data():
     assert "Permission to use, copy, modify and distribute" in licence
 
 
-def test_targets_are_the_answer_and_the_end_only():
-    rows = [([5, 6, 7, 8, 1], 2), ([5, 9, 1], 1)]
-    batch = data.collate(rows)
-    no = data.IGNORED
-    assert batch.targets.tolist() == [[no, 7, 8, 1, no], [9, 1, no, no, no]]
-    assert batch.mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
-    assert batch.tokens == 8
-
-
-def test_training_batches_use_every_row_before_one_comes_again():
-    rows = [([i] * (2 + i % 5), 1) for i in range(70)]
-    batches = data.training_batches(rows, batch=5, steps=14, seed=0)
-    assert sorted(int(i) for batch in batches for i in batch.ids[:, 0]) == sorted([*range(70)])
-    again = data.training_batches(rows, batch=5, steps=14, seed=0)
-    assert all(torch.equal(a.ids, b.ids) for a, b in zip(batches, again))
-
-
-def test_evaluation_batches_keep_every_row_within_the_token_limit():
-    rows = [([i] * (2 + i % 50), 1) for i in range(200)]
-    batches = data.evaluation_batches(rows)
-    assert sorted(int(i) for batch in batches for i in batch.ids[:, 0]) == [*range(200)]
-    assert all(batch.ids.numel() <= data.EVALUATION_TOKENS for batch in batches)
+def test_the_answer_and_the_end_alone_are_learned():
+    """Without a word of a chat's, on any tokenizer: the template of the models that the demo brings."""
+    tokenizer = pytest.importorskip("transformers").ByT5Tokenizer(
+        extra_ids=0, chat_template=data.PLAIN.read_text(encoding="utf-8")
+    )
+    view = Viewer(tokenizer, "prompt").view({"prompt": "What is", "completion": " it?\nYes."})
+    assert tokenizer.decode(view.ids) == "What is it?\nYes.</s>"
+    assert view.has_loss == [False] * len("What is") + [True] * len(" it?\nYes.E")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{nothing", "line 2, must be JSON"),
-        ("[1]", "line 2, must be an object with prompt and answer, got list"),
-        ('{"prompt": "a"}', "line 2,: answer must be a non-empty string, got None"),
-        ('{"prompt": " ", "answer": "b"}', "line 2,: prompt must be a non-empty string, got ' '"),
-        ('{"prompt": "a", "answer": "b", "split": "dev"}', "line 2,: split must be 'train' or 'held-out', got 'dev'"),
+        ("{nothing", "bad.jsonl line 2: must be JSON"),
+        ("[1]", "bad.jsonl line 2: must be an object with"),
+        ('{"prompt": "a"}', "bad.jsonl line 2: must have the keys text, prompt and completion"),
+        ('{"prompt": " ", "completion": "b"}', "bad.jsonl line 2: prompt must not be empty"),
+        ('{"text": "b"}', "bad.jsonl line 2: must be prompt as"),
     ],
 )
 def test_a_bad_data_line_is_named(tmp_path, text, message):
     path = tmp_path / "bad.jsonl"
-    path.write_text('{"prompt": "a", "answer": "b"}\n' + text + "\n", encoding="utf-8")
+    path.write_text('{"prompt": "a", "completion": "b"}\n' + text + "\n", encoding="utf-8")
     with pytest.raises(ValueError, match="--data") as error:
-        data.read_examples(path)
+        pipeline.run(Settings(data=path, out=tmp_path / "out"))
     assert message in str(error.value)
+    assert not (tmp_path / "out").exists()
 
 
-def test_data_without_a_split_holds_out_a_tenth(tmp_path):
+@pytest.mark.parametrize(("count", "held_out"), [(2, 1), (50, 5), (2000, 128)])
+def test_own_data_holds_out_a_tenth_and_128_at_most(tmp_path, count, held_out):
     path = tmp_path / "own.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"p{i}", "answer": "a"}) + "\n" for i in range(50)), encoding="utf-8")
-    train, held_out = data.read_examples(path)
-    assert (len(train), len(held_out)) == (45, 5)
-    assert not {x.prompt for x in train} & {x.prompt for x in held_out}
+    path.write_text("".join(json.dumps({"text": f"t{i}"}) + "\n" for i in range(count)), encoding="utf-8")
+    split, _ = pipeline.read_split(Settings(data=path))
+    assert (len(split.train), len(split.held_out)) == (count - held_out, held_out)
+    assert not set(split.train["text"]) & set(split.held_out["text"])
 
 
 @pytest.mark.parametrize(
@@ -135,7 +133,7 @@ def test_data_without_a_split_holds_out_a_tenth(tmp_path):
         (("--rank", -1), "--rank must be 1 to 10000, got -1"),
         (("--lr", "nan"), "--lr must be between 0 and 1, got nan"),
         (("--model", "nowhere"), "--model must be a Hugging Face directory with a config.json, got nowhere"),
-        (("--data", "nowhere.jsonl"), "--data must be a .jsonl file, got nowhere.jsonl"),
+        (("--data", "nowhere.jsonl"), "--data must be a file of examples, got nowhere.jsonl"),
         (("--out", "full"), "--out must be new, empty or written by an earlier demo, got full"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
@@ -185,9 +183,9 @@ def test_an_interrupted_run_leaves_the_earlier_output(tmp_path):
 
 def test_the_byte_model_learns_its_text(tmp_path):
     """25 steps are enough for letter frequencies at least: below halfway from uniform bytes to their entropy."""
-    train, _ = data.read_examples(data.WORDNET)
-    losses = byte_model.make(tmp_path / "byte-model", train, steps=25, seed=0)
-    letters = Counter("".join(x.answer.strip().capitalize() + "\n" for x in train).encode())
+    answers = [row["completion"] for row in data.definitions()]
+    losses = byte_model.make(tmp_path / "byte-model", answers, steps=25, seed=0)
+    letters = Counter("".join(answer.strip().capitalize() + "\n" for answer in answers).encode())
     entropy = -sum(n / letters.total() * math.log(n / letters.total()) for n in letters.values())
     assert losses[-1] < (math.log(256) + entropy) / 2
 
@@ -198,7 +196,8 @@ def test_without_network_the_run_says_so_and_writes_everything(offline_run):
     assert "goes on with a small model over bytes" in text
     written = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     assert written >= {
-        "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "byte-model/model.safetensors",
+        "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/log.csv", "adapter/README.md",
+        "adapter/recipe.yaml", "byte-model/model.safetensors",
         "loss.png", "merged/config.json", "merged/model.safetensors", "nf4/config.json", "nf4/model.safetensors",
         "results.json", "weight_error.png",
     }  # fmt: skip
@@ -207,6 +206,8 @@ def test_without_network_the_run_says_so_and_writes_everything(offline_run):
     assert {path.name for path in out.parent.iterdir()} == {"demo-output", ".cache"}
     adapter = json.loads((out / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     assert Path(adapter["base_model_name_or_path"]) == Path("demo-output", "byte-model")
+    for name in ("adapter_config.json", "README.md", "recipe.yaml"):
+        assert ".partial" not in (out / "adapter" / name).read_text(encoding="utf-8")
     for loss in json.loads((out / "results.json").read_text(encoding="utf-8"))["loss"].values():
         assert f"{loss:.3f}" in text
 
@@ -244,6 +245,7 @@ def test_a_run_in_fp32_writes_16_bits(small_data, tmp_path, offline_run):
 def test_the_fine_tuning_lowers_the_loss_and_survives_merging(offline_run):
     results = json.loads((offline_run[0] / "results.json").read_text(encoding="utf-8"))
     training, loss = results["training_loss"], results["loss"]
+    assert len(training) == 30
     assert sum(training[-5:]) < sum(training[:5])
     gain = loss[pipeline.QUANTIZED] - loss[pipeline.TUNED]
     assert gain > 0
@@ -256,10 +258,10 @@ def test_the_files_give_back_the_losses_of_the_table(offline_run, small_data):
     loss = json.loads((out / "results.json").read_text(encoding="utf-8"))["loss"]
     tuned, tokenizer = load_tuned(out)
     tests = byte_model_tests(tokenizer, small_data)
-    assert evaluate(tuned, tests, "tuned") == loss[pipeline.TUNED]
-    merged, _ = pipeline.load(out / "merged")
-    pipeline.cast_parameters(merged, training_dtype("cpu"))
-    assert evaluate(merged, tests, "merged") == loss[pipeline.MERGED_BASE]
+    assert held_out_loss(tuned, tests) == loss[pipeline.TUNED]
+    merged, _ = loading.load(out / "merged")
+    loading.cast_parameters(merged, training_dtype("cpu"))
+    assert held_out_loss(merged, tests) == loss[pipeline.MERGED_BASE]
 
 
 def test_merging_in_fp32_changes_no_logit(offline_run, small_data):
@@ -283,9 +285,9 @@ def test_merging_in_fp32_changes_no_logit(offline_run, small_data):
 def test_peft_reads_the_adapter_and_merges_it_to_the_same_model(offline_run):
     peft = pytest.importorskip("peft")
     out, _ = offline_run
-    base, _ = pipeline.load(out / "byte-model")
+    base, _ = loading.load(out / "byte-model")
     theirs = peft.PeftModel.from_pretrained(base, out / "adapter").merge_and_unload().state_dict()
-    ours = pipeline.load(out / "merged")[0].state_dict()
+    ours = loading.load(out / "merged")[0].state_dict()
     assert theirs.keys() == ours.keys()
     for name, weight in ours.items():
         # both round base + delta to bf16, PEFT after rounding delta as well: two roundings of half a unit each, and one

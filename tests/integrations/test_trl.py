@@ -8,7 +8,7 @@ import torch
 from support import tiny, words
 
 from nf4kernels.demo import smollm2
-from nf4kernels.demo.data import WORDNET, read_examples
+from nf4kernels.demo.data import definitions
 
 transformers = tiny.transformers()
 peft, datasets, trl = (
@@ -159,8 +159,7 @@ def test_smollm2_learns_definitions(tmp_path):
         directory = smollm2.fetch(Path(__file__).parents[2] / ".cache")
     except smollm2.FetchError as error:
         pytest.skip(f"needs SmolLM2-135M: {error}")
-    examples, _ = read_examples(WORDNET)
-    data = datasets.Dataset.from_list([{"prompt": e.prompt, "completion": e.answer} for e in examples[:64]])
+    data = datasets.Dataset.from_list(definitions()[:64])
     trainer = trl.SFTTrainer(
         transformers.AutoModelForCausalLM.from_pretrained(
             directory, quantization_config=Nf4Config(), dtype=torch.bfloat16, attn_implementation="eager"

@@ -11,6 +11,7 @@ from support.compared_model import TEXT, small_model, transformers
 import nf4kernels
 from nf4kernels.cli import main
 from nf4kernels.quantized_weight import BLOCK_SIZES
+from nf4kernels.stages import text_loss
 from nf4kernels.stages.compare import text as compare
 from nf4kernels.stages.compare.variants import CODEBOOKS, SCALES, Variant, variants
 from nf4kernels.stages.errors import StageError
@@ -38,7 +39,7 @@ def test_numbers_are_those_of_quantize_model(directory, variant):
     assert len(ids) > 30
     rows = [ids[:20], ids[20:31]]
     model = transformers.AutoModelForCausalLM.from_pretrained(directory)
-    got = compare.compare_model(model, compare.batches_of(rows, CPU), [variant], progress=False)
+    got = compare.compare_model(model, text_loss.batches_of(rows, CPU), [variant], progress=False)
 
     dense = transformers.AutoModelForCausalLM.from_pretrained(directory)
     quantized = transformers.AutoModelForCausalLM.from_pretrained(directory)
@@ -68,7 +69,7 @@ def test_numbers_are_those_of_quantize_model(directory, variant):
 def test_dense_weights_come_back(directory):
     model = transformers.AutoModelForCausalLM.from_pretrained(directory)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    batches = compare.batches_of([ids_of(directory)[:9]], CPU)
+    batches = text_loss.batches_of([ids_of(directory)[:9]], CPU)
     compared = variants(["nf4", "nvfp4"], [64], ["float32"])
     first = compare.compare_model(model, batches, compared, progress=False)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
@@ -89,22 +90,43 @@ def test_windows_count_predicted_tokens():
     def tokenizer(text):
         return {"input_ids": list(map(int, text.split()))}
 
-    assert compare.windows(["1 2 3 4 5", "6", "7 8"], tokenizer, 3, 99) == [[1, 2, 3], [4, 5], [7, 8]]
-    assert compare.windows(["1 2 3 4 5", "6", "7 8"], tokenizer, 3, 3) == [[1, 2, 3], [4, 5]]
-    assert compare.windows(["1 2 3 4 5"], tokenizer, 9, 2) == [[1, 2, 3]]
+    assert text_loss.windows(["1 2 3 4 5", "6", "7 8"], tokenizer, 3, 99) == [[1, 2, 3], [4, 5], [7, 8]]
+    assert text_loss.windows(["1 2 3 4 5", "6", "7 8"], tokenizer, 3, 3) == [[1, 2, 3], [4, 5]]
+    assert text_loss.windows(["1 2 3 4 5"], tokenizer, 9, 2) == [[1, 2, 3]]
 
 
 def test_padding_changes_nothing(directory):
     ids = ids_of(directory)
     rows = [ids[:20], ids[20:25]]
-    (together,) = compare.batches_of(rows, CPU)
-    alone = [batch for row in rows for batch in compare.batches_of([row], CPU)]
+    (together,) = text_loss.batches_of(rows, CPU)
+    alone = [batch for row in rows for batch in text_loss.batches_of([row], CPU)]
     model = transformers.AutoModelForCausalLM.from_pretrained(directory)
     compared = variants(["nf4"], [64], ["e4m3"])
     padded, unpadded = (compare.compare_model(model, b, compared, progress=False) for b in ([together], alone))
     assert padded.tokens == unpadded.tokens == 23
     assert padded.rows[0].kl == pytest.approx(unpadded.rows[0].kl, rel=1e-4)
     assert padded.dense_loss == pytest.approx(unpadded.dense_loss, rel=1e-5)
+
+
+def test_every_row_is_in_one_batch_of_few_tokens():
+    rows = [[i] * (2 + i % 50) for i in range(200)]
+    batches = text_loss.batches_of(rows, CPU)
+    assert sorted(int(i) for batch in batches for i in batch.ids[:, 0]) == [*range(200)]
+    assert all(batch.ids.numel() <= text_loss.BATCH_TOKENS for batch in batches)
+
+
+def test_the_loss_is_of_the_chosen_tokens_alone(directory):
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory)
+    ids = ids_of(directory)
+    rows, chosen = [ids[:9], ids[9:14]], [[False] * 4 + [True] * 5, [False, True, False, True, True]]
+    expected = []
+    for row, has_loss in zip(rows, chosen):
+        with torch.no_grad():
+            log_p = model(torch.tensor([row])).logits[0].log_softmax(-1)
+        expected += [-float(log_p[i - 1, row[i]]) for i in range(1, len(row)) if has_loss[i]]
+    loss = text_loss.held_out_loss(model, text_loss.batches_of(rows, CPU, chosen))
+    assert loss == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+    assert len(expected) == 8
 
 
 @pytest.mark.parametrize(
@@ -121,7 +143,7 @@ def test_padding_changes_nothing(directory):
 def test_bad_text(tmp_path, name, content, expected):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(StageError) as error:
-        list(compare.read_documents(tmp_path / name, 1000))
+        list(text_loss.read_documents(tmp_path / name, 1000))
     assert expected in str(error.value)
     assert name in str(error.value)
 
@@ -179,16 +201,15 @@ def test_models_refused(directory, tmp_path, capsys):
 def test_smollm2_on_held_out_definitions(tmp_path):
     """The data-type comparison of QLoRA on a real model: nf4 before fp4 and int4, and larger blocks cost more."""
     from nf4kernels.demo import smollm2
-    from nf4kernels.demo.settings import Settings
+    from nf4kernels.demo.data import HELD_OUT, definitions
 
-    settings = Settings()
     try:
         directory = smollm2.fetch(Path(__file__).parents[2] / ".cache")  # where the demo has it, too
     except smollm2.FetchError as error:
         pytest.skip(str(error))
     text = tmp_path / "held_out.txt"
-    _, held_out = settings.read_examples()
-    text.write_text("\n".join(x.prompt + x.answer for x in held_out), encoding="utf-8")
+    held_out = definitions()[-HELD_OUT:]
+    text.write_text("\n".join(row["prompt"] + row["completion"] for row in held_out), encoding="utf-8")
     compared = variants(["nf4", "fp4", "int4"], [64], ["e4m3"])
     compared += variants(["nf4"], [1024], ["e4m3"])
     got = compare.compare_directory(directory, text, compared, tokens=512, progress=False)

@@ -264,16 +264,14 @@ def test_variants_come_from_flags_or_the_recipe(model, tmp_path):
 def test_smollm2(tmp_path):
     """LoRA on a real model: NF4 costs something before, and training lowers the loss on both kinds of weights."""
     from nf4kernels.demo import smollm2
-    from nf4kernels.demo.settings import Settings
+    from nf4kernels.demo.data import definitions
 
     try:
         directory = smollm2.fetch(Path(__file__).parents[2] / ".cache")  # where the demo has it, too
     except smollm2.FetchError as error:
         pytest.skip(str(error))
-    train, _ = Settings().read_examples()
     data = tmp_path / "data.jsonl"
-    rows = [{"prompt": each.prompt, "completion": each.answer} for each in train[:48]]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data.write_text("".join(json.dumps(row) + "\n" for row in definitions()[:48]), encoding="utf-8")
     fields = ["--max_steps=4", "--per_device_train_batch_size=4", "--lora_r=8", "--held_out=8"]
     flags = ["--codebooks", "nf4", "--seeds", "0", *fields, "--learning_rate=1e-3", "--gradient_checkpointing=false"]
     out = tmp_path / "out"

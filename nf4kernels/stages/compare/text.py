@@ -1,9 +1,8 @@
 """What 4-bit data types cost a model on a text: loss, KL to the dense model and top-1 agreement, a variant a row."""
 
-import json
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,19 @@ from tqdm import tqdm
 
 from ...model.report import table
 from ..errors import StageError
+from ..text_loss import (
+    CHUNK,
+    LONGEST_TOKEN,
+    Batch,
+    batches_of,
+    logits_of,
+    read_documents,
+    summed_losses,
+    targets_of,
+    windows,
+)
 from .dense import DenseWeights, load_dense, open_device
 from .variants import Variant
-
-BATCH_TOKENS = 1024
-CHUNK = 256  # tokens whose log-probabilities are in fp32 at a time
-LONGEST_TOKEN = 64  # characters: so many times the tokens wanted, and no more of a text is tokenized
 
 
 @dataclass(frozen=True)
@@ -76,102 +82,6 @@ class Comparison:
                 f"{row.loss:.4f}", f"{row.loss - self.dense_loss:+.4f}", f"{row.kl:.5f}", f"{100 * row.top1:.2f} %",
             ))  # fmt: skip
         return table(rows, left=(0, 2))
-
-
-def read_documents(path: Path, most: int) -> Iterator[str]:
-    """The documents of a text file: all of a .txt, or the `text` of each line of a .jsonl; about `most` characters.
-
-    Raises:
-        StageError: the file is missing, empty or not UTF-8, or a line is not an object with `text` (its number is
-            named).
-    """
-    lines = path.suffix in (".jsonl", ".json")
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            if not lines:
-                text = file.read(most)
-                if not text.strip():
-                    raise StageError(f"{path} must hold text, got an empty file")
-                yield text
-                return
-            read = 0
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                yield _text_of(line, f"{path} line {number}")
-                read += len(line)
-                if read >= most:
-                    return
-            if not read:
-                raise StageError(f"{path} must hold text, got an empty file")
-    except UnicodeDecodeError as error:
-        raise StageError(f"{path} must be UTF-8, got {error}") from None
-    except OSError as error:
-        raise StageError(f"--text must be a file that can be read, got {error}") from None
-
-
-def _text_of(line: str, where: str) -> str:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise StageError(f"{where}: must hold JSON, got {error}") from None
-    text = record.get("text") if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        came = sorted(record) if isinstance(record, dict) else type(record).__name__
-        raise StageError(f'{where}: must be an object with a string "text", got {came}')
-    return text
-
-
-def windows(documents: Iterable[str], tokenizer: Any, length: int, tokens: int) -> list[list[int]]:
-    """Token ids, cut into windows of at most `length`, until `tokens` of them are to be predicted.
-
-    A document begins with what the tokenizer begins a text with. The first token of each window is context alone, so
-    that a window of n tokens has n - 1 to predict; windows of one token are left out. Too few tokens are all of them.
-    """
-    found: list[list[int]] = []
-    left = tokens
-    for document in documents:
-        ids = tokenizer(document)["input_ids"]
-        for start in range(0, len(ids), length):
-            window = ids[start : start + length][: left + 1]
-            if len(window) >= 2:
-                found.append(window)
-                left -= len(window) - 1
-            if left <= 0:
-                return found
-    return found
-
-
-@dataclass(frozen=True)
-class Batch:
-    """ids, mask: `[B, T]`, padded on the right; `mask` is 1 on tokens of the text."""
-
-    ids: Tensor
-    mask: Tensor
-
-    @property
-    def predicts(self) -> Tensor:
-        """bool `[B, T-1]`: the positions whose next token is one of the text."""
-        return self.mask[:, 1:].bool()
-
-
-def batches_of(rows: Sequence[list[int]], device: torch.device) -> list[Batch]:
-    """Every window once, those of similar length together, at most BATCH_TOKENS a batch or one window."""
-    groups: list[list[list[int]]] = []
-    for row in sorted(rows, key=len):
-        if not groups or (len(groups[-1]) + 1) * len(row) > BATCH_TOKENS:
-            groups.append([])
-        groups[-1].append(row)
-    return [_collated(group, device) for group in groups]
-
-
-def _collated(rows: list[list[int]], device: torch.device) -> Batch:
-    width = max(map(len, rows))
-    ids, mask = torch.zeros(2, len(rows), width, dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = 1
-    return Batch(ids.to(device), mask.to(device))
 
 
 def compare_directory(
@@ -237,8 +147,8 @@ def compare_model(
     """
     dense = DenseWeights(model, skip, compute_dtype)
     tokens = sum(int(batch.predicts.sum()) for batch in batches)
-    references = [_logits(model, batch) for batch in batches]
-    dense_loss = sum(_losses(logits, _next(batch)) for logits, batch in zip(references, batches)) / tokens
+    references = [logits_of(model, batch) for batch in batches]
+    dense_loss = sum(summed_losses(logits, targets_of(batch)) for logits, batch in zip(references, batches)) / tokens
     if not math.isfinite(dense_loss):
         raise StageError(f"MODEL must have a finite loss on the text, got {dense_loss}")
     rows = []
@@ -248,32 +158,13 @@ def compare_model(
             bits, rms_error = dense.put(variant)
             loss = kl = agree = 0.0
             for batch, reference in zip(batches, references):
-                logits = _logits(model, batch)
-                loss += _losses(logits, _next(batch))
+                logits = logits_of(model, batch)
+                loss += summed_losses(logits, targets_of(batch))
                 kl += _divergences(reference, logits)
                 agree += int((reference.argmax(-1) == logits.argmax(-1)).sum())
             measured = (loss / tokens, kl / tokens, agree / tokens)
             rows.append(Row(variant, bits, rms_error, *measured, time.perf_counter() - began))
     return Comparison(tokens, dense.layers, dense.weights, dense_loss, rows)
-
-
-def _logits(model: Any, batch: Batch) -> Tensor:
-    """`[tokens to predict, vocabulary]`."""
-    logits: Tensor = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
-    return logits[:, :-1][batch.predicts]
-
-
-def _next(batch: Batch) -> Tensor:
-    return batch.ids[:, 1:][batch.predicts]
-
-
-def _losses(logits: Tensor, targets: Tensor) -> float:
-    """The sum of -log p(target) over tokens: log-softmax in fp32, sums in fp64."""
-    total = 0.0
-    for part, target in zip(logits.split(CHUNK), targets.split(CHUNK)):
-        chosen = part.float().log_softmax(-1).gather(1, target[:, None])
-        total -= chosen.double().sum().item()
-    return total
 
 
 def _divergences(reference: Tensor, logits: Tensor) -> float:
