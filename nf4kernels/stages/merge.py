@@ -11,7 +11,7 @@ from peft import PeftModel
 
 from .causal_model import load_causal_model, load_tokenizer
 from .errors import StageError, first_line
-from .text_loss import LONGEST_TOKEN, batches_of, read_documents, windows
+from .text_loss import LONGEST_TOKEN, batches_of, held_out_loss, read_documents, windows
 
 LENGTH = 512  # tokens of a window
 
