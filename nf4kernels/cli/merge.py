@@ -24,8 +24,8 @@ def add_parser(subparsers) -> None:
         help="a LoRA adapter into its base model",
         description="Write the model that ADAPTER, a directory of PEFT's, was trained for to OUT with the adapter's "
         "products added to its weights: a model that loads without PEFT. The sum is taken in fp32 and rounded "
-        "once. One tensor is in memory at a time beside the adapter and the output file being filled. OUT appears when "
-        "it is complete, or not at all.",
+        "once. One tensor is in memory at a time, or one layer's experts, beside the adapter and the output file being "
+        "filled. OUT appears when it is complete, or not at all.",
     )
     parser.add_argument("adapter", metavar="ADAPTER", type=Path)
     parser.add_argument("out_dir", metavar="OUT", type=Path)
