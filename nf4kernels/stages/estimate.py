@@ -236,7 +236,7 @@ class _Built:
         self.dense_parameters = sum(p.nbytes for p in dense.parameters()) - self.weights
         width = DTYPES[options.dtype].itemsize
         self.largest = width * max(math.prod(part.weight_shape) for part in matrices)
-        self.decoded = width * max(_one_matrix(part.weight_shape) for part in matrices)
+        self.decoded = width * max(one_matrix(part.weight_shape) for part in matrices)
         self.layer, self.root = _layer_and_root(dense)
 
         experts = {
@@ -331,7 +331,7 @@ class _Built:
             raise StageError(f"a {kind} cannot be estimated, its code needs values: {line}") from None
 
 
-def _one_matrix(shape: Sequence[int]) -> int:
+def one_matrix(shape: Sequence[int]) -> int:
     """The numbers of one matrix of a weight `[.., N, K]`."""
     return shape[-2] * shape[-1]
 
