@@ -9,6 +9,7 @@ from argparse import SUPPRESS
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -236,8 +237,15 @@ def _recipe(values: dict[str, Any], given: dict[str, Any]) -> Recipe:
         lora = _lora(values)
     except (TypeError, ValueError) as error:
         raise StageError(" ".join(str(error).split())) from None
+    if _is_of_bitsandbytes(training.optim.value) and find_spec("bitsandbytes") is None:
+        raise StageError(f"--optim {training.optim.value} needs bitsandbytes, run: pip install bitsandbytes, or say"
+                         " adamw_torch")  # fmt: skip
     sources = [Source(Path(path), weight) for path, weight in zip(values["data"], weights)]
     return Recipe(training, model, lora, quantization, sources, held_out, dtype, given, is_answers_only)
+
+
+def _is_of_bitsandbytes(optimizer: str) -> bool:
+    return "torch" not in optimizer and any(mark in optimizer for mark in ("paged", "8bit", "bnb"))
 
 
 def _of(kind: Any, values: dict[str, Any]) -> dict[str, Any]:
