@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer import utils as heads
 
 from ...model.plan import QUANTIZED, parts
-from ..estimate import OPTIMIZERS, one_matrix
+from ..estimate import OPTIMIZERS, gathered, layer_and_root, one_matrix, share
 from ..traced_memory import peak_of_training
 from .trainer import Trainer
 
@@ -72,6 +73,11 @@ def forecast_memory(trainer: Trainer, program: int) -> Memory:
     states = OPTIMIZERS.get(str(args.optim.value))
     optimizer = 2 * adapters if states is None else round(states * numbers)
     optimizer = 0 if "paged" in args.optim.value and device.type != "cpu" else optimizer
+    weights = sum(each.nbytes for each in frozen.values())
+    if args.fsdp or is_deepspeed_zero3_enabled():
+        shard, ranks = ("fsdp2" if args.fsdp else "zero3"), args.world_size
+        weights = share(weights, ranks) + gathered(model, *layer_and_root(model), ranks, shard)
+        adapters, optimizer = share(adapters, ranks), share(optimizer, ranks)
     matrices = [part for module in model.modules() if isinstance(module, QUANTIZED) for part in parts(module)]
     decoded = 0 if device.type == "cpu" else max(2 * one_matrix(part.weight_shape) for part in matrices)
     with _fused_head(device.type):
@@ -80,7 +86,7 @@ def forecast_memory(trainer: Trainer, program: int) -> Memory:
             args.gradient_accumulation_steps, _loss,
         )  # fmt: skip
     return Memory(
-        sum(each.nbytes for each in frozen.values()), adapters + optimizer, peak.total + decoded,
+        weights, adapters + optimizer, peak.total + decoded,
         program if device.type == "cpu" else 0, machine_memory(device),
     )  # fmt: skip
 

@@ -25,6 +25,7 @@ from ...integrations.transformers import Nf4Config
 from ...model.training import training_dtype
 from ..data.reading import Source
 from ..errors import StageError
+from .processes import sharing
 
 LEARNING_RATE = 2e-4  # QLoRA's; TRL's 2e-5 is for training all weights
 CHECKPOINTS = 2  # kept, so that one is whole at every moment
@@ -224,6 +225,7 @@ def _recipe(values: dict[str, Any], given: dict[str, Any]) -> Recipe:
         **values, "assistant_only_loss": bool(is_answers_only),
         "bf16": dtype == torch.bfloat16 if values["bf16"] is None else values["bf16"],
         "use_cpu": values["use_cpu"] or not torch.accelerator.is_available(),
+        **sharing(values["deepspeed"], values["fsdp"], values["fsdp_config"], values["use_cpu"]),
     }  # fmt: skip
     try:
         quantization = Nf4Config(

@@ -14,6 +14,7 @@ from peft import load_peft_weights, set_peft_model_state_dict
 from transformers import ProgressCallback, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils.logging import disable_progress_bar as disable_loading_bar
 
 from ...model.prepare import prepare_for_training
 from ...storage.atomic import TargetError, replacing, write_json
@@ -24,6 +25,7 @@ from .examples import in_chat_form, shown
 from .forecast import forecast_memory, resident
 from .loading import in_one_line, load_model, load_tokenizer
 from .outputs import CARD, LOG, PICTURE, RECIPE, write_card, write_log, write_picture
+from .processes import is_main
 from .progress import Clock, Progress
 from .recipe import Recipe
 from .trainer import START, WHOLE, Keeper, Trainer
@@ -43,22 +45,24 @@ def finetune(recipe: Recipe, say: Say = print) -> Path:
     Raises:
         StageError: the recipe, the data, the model or the directory must be another.
     """
+    if not is_main():
+        say = _silent
+        disable_loading_bar()
     program = resident()
     started = _started(recipe)
     split = read(recipe.sources, recipe.held_out, recipe.training.seed)
     tokenizer = load_tokenizer(recipe)
     trainer = _trainer(recipe, split, tokenizer)
-    is_main = trainer.is_world_process_zero()
-    say = say if is_main else _silent
-    checkpoint = _last_whole(recipe.out, is_main)
+    checkpoint = _last_whole(recipe.out)
     _announce(trainer, recipe, tokenizer, say)
     _announce_memory(trainer, program, say)
     begun = {"examples": trainer.counted["train"].examples, "tokens": trainer.counted["train"].tokens}
     if started is None:
         since = time.monotonic()
-        started = {**begun, "held_out_loss": _held_out_loss(trainer)}
-        started["held_out_seconds"] = 0.0 if started["held_out_loss"] is None else time.monotonic() - since
-        if is_main:
+        loss = None if _is_distributed(trainer) else _held_out_loss(trainer)
+        started = {**begun, "held_out_loss": loss}
+        started["held_out_seconds"] = 0.0 if loss is None else time.monotonic() - since
+        if is_main():
             with replacing(recipe.out / RECIPE) as partial:
                 partial.write_text(yaml.safe_dump(recipe.given, allow_unicode=True), encoding="utf-8")
             write_json(recipe.out / START, started)
@@ -74,19 +78,27 @@ def finetune(recipe: Recipe, say: Say = print) -> Path:
     if checkpoint is not None and _is_last(checkpoint):
         _take(trainer, checkpoint)
     else:
+        # accelerate wraps a model once, for training or for evaluation, where several processes share the work: there
+        # the loss before comes from within the training, as a row of the log.
+        has_no_loss = _is_distributed(trainer) and checkpoint is None
+        trainer.args.eval_on_start = has_no_loss and trainer.eval_dataset is not None
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     history = list(trainer.state.log_history)
+    if _is_distributed(trainer):
+        before = next((row["eval_loss"] for row in history if row["step"] == 0 and "eval_loss" in row), None)
+        if before is not None:
+            say(f"held-out loss before: {before:.4f}")
     after = _held_out_loss(trainer)
     if after is not None:
         say(f"held-out loss after: {after:.4f}")
     trainer.save_model(str(recipe.out))
     samples = answers(trainer.model, split, tokenizer)  # on every process, where each has a part of the model
-    if is_main:
+    if is_main():
         write_log(recipe.out / LOG, history)
         write_picture(recipe.out / PICTURE, history, before, after)
         base = str(recipe.model.model_name_or_path)
         write_card(recipe.out / CARD, base, recipe.given, _facts(trainer, recipe, before, after), samples)
-        write_json(recipe.out / START, {**started, "held_out_loss_after": after, "finished": True})
+        write_json(recipe.out / START, {**started, "held_out_loss": before, "held_out_loss_after": after, "finished": True})
         for prompt, _, answer in samples:
             say(f"asked: {prompt}\nanswered: {answer}")
     return recipe.out
@@ -167,7 +179,7 @@ def _announce(trainer: Trainer, recipe: Recipe, tokenizer: Any, say: Say) -> Non
 
 
 def _announce_memory(trainer: Trainer, program: int, say: Say) -> None:
-    if not trainer.is_world_process_zero():
+    if not is_main():
         return
     try:
         say(str(forecast_memory(trainer, program)))
@@ -183,6 +195,10 @@ def _steps(trainer: Trainer) -> int:
     return math.ceil(math.ceil(batches / args.gradient_accumulation_steps) * args.num_train_epochs)
 
 
+def _is_distributed(trainer: Trainer) -> bool:
+    return trainer.args.world_size > 1 or trainer.is_deepspeed_enabled
+
+
 def _held_out_loss(trainer: Trainer) -> float | None:
     if trainer.eval_dataset is None:
         return None
@@ -192,13 +208,13 @@ def _held_out_loss(trainer: Trainer) -> float | None:
     return loss
 
 
-def _last_whole(out: Path, is_main: bool) -> Path | None:
+def _last_whole(out: Path) -> Path | None:
     """The last checkpoint that was written to its end; the main process removes those that were not."""
     found = []
     for directory in out.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         if (directory / WHOLE).is_file():
             found.append((int(directory.name.rpartition("-")[2]), directory))
-        elif is_main:
+        elif is_main():
             shutil.rmtree(directory)
     return max(found)[1] if found else None
 
