@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from support.chat_model import chat_model, facts
+from support.chat_model import CHAT_TEMPLATE, chat_model, facts
 from support.finetune_run import FIELDS, STEPS, arguments, names, write_rows
 
 for needed in ("peft", "trl", "datasets", "matplotlib", "yaml"):
@@ -41,6 +41,12 @@ def models(tmp_path_factory):
 @pytest.fixture
 def prompts(tmp_path):
     return write_rows(tmp_path / "prompts.jsonl", [{"prompt": q, "completion": a} for q, a in facts(32)])
+
+
+def conversations(count: int) -> list[dict]:
+    return [
+        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in facts(count)
+    ]
 
 
 def read_log(out: Path) -> list[dict[str, str]]:
@@ -298,6 +304,57 @@ def test_messages_without_a_template_are_refused(models, tmp_path, capsys):
     assert main(arguments(models / "base", data, tmp_path / "out")) == 2
     assert "--chat_template_path must be" in capsys.readouterr().err
     assert names(tmp_path) == ["messages.jsonl"]
+
+
+def test_messages_for_a_model_without_a_template_take_the_given_one(models, tmp_path, capsys):
+    data, out = write_rows(tmp_path / "messages.jsonl", conversations(16)), tmp_path / "out"
+    template = tmp_path / "template.jinja"
+    template.write_text(CHAT_TEMPLATE, encoding="utf-8")
+    assert main(arguments(models / "base", data, out, max_steps=1, chat_template_path=template)) == 0
+    assert "assistant\n⟦The " in capsys.readouterr().out
+    assert (out / "chat_template.jinja").read_text(encoding="utf-8") == CHAT_TEMPLATE
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("missing.jinja", None, "--chat_template_path must be"),
+        ("broken.jinja", "{% for message in messages %}", "template"),
+        ("unmarked.jinja", "{% for message in messages %}{{ message['content'] }}{% endfor %}", "generation"),
+    ],
+)
+def test_a_template_that_cannot_be_used_is_named(models, tmp_path, capsys, monkeypatch, name, content, expected):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    data, template = write_rows(tmp_path / "messages.jsonl", conversations(16)), tmp_path / name
+    if content is not None:
+        template.write_text(content, encoding="utf-8")
+    had = names(tmp_path)
+    assert main(arguments(models / "base", data, tmp_path / "out", chat_template_path=template)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("nf4kernels finetune: ")
+    assert expected in error
+    assert names(tmp_path) == had
+
+
+@pytest.mark.slow
+def test_smollm2_learns_from_messages_by_either_remedy(tmp_path, capsys, monkeypatch):
+    """Its template has no {% generation %}: a template with it, or a loss on all turns."""
+    directory = Path(os.environ.get("NF4KERNELS_SMOLLM2", ".cache/SmolLM2-135M-Instruct"))
+    if not (directory / "config.json").exists():
+        pytest.skip("SmolLM2-135M-Instruct is not at hand: make demo downloads it")
+    monkeypatch.setattr(run, "answers", lambda *_: [])
+    data = write_rows(tmp_path / "messages.jsonl", conversations(4))
+    fields = {"max_steps": 1, "held_out": 0, "per_device_train_batch_size": 1}
+    assert main(arguments(directory, data, tmp_path / "refused", **fields)) == 2
+    error = capsys.readouterr().err
+    assert "--chat_template_path" in error
+    assert "--assistant_only_loss false" in error
+    template = tmp_path / "template.jinja"
+    template.write_text(CHAT_TEMPLATE, encoding="utf-8")
+    assert main(arguments(directory, data, tmp_path / "marked", **fields, chat_template_path=template)) == 0
+    assert "<|im_start|>assistant\n⟦The apple is red.<|im_end|>⟧" in capsys.readouterr().out
+    assert main(arguments(directory, data, tmp_path / "all", **fields, assistant_only_loss=False)) == 0
+    assert "⟦<|im_start|>system" in capsys.readouterr().out
 
 
 def test_another_recipe_in_the_directory_is_refused(models, prompts, tmp_path, capsys):

@@ -19,6 +19,7 @@ from transformers.utils.logging import disable_progress_bar as disable_loading_b
 from ...model.prepare import prepare_for_training
 from ...storage.atomic import TargetError, replacing, write_json
 from ..data.reading import Split, read
+from ..data.view import marking_template
 from ..errors import StageError, first_line
 from .answers import answers
 from .examples import in_chat_form, shown
@@ -98,7 +99,8 @@ def finetune(recipe: Recipe, say: Say = print) -> Path:
         write_picture(recipe.out / PICTURE, history, before, after)
         base = str(recipe.model.model_name_or_path)
         write_card(recipe.out / CARD, base, recipe.given, _facts(trainer, recipe, before, after), samples)
-        write_json(recipe.out / START, {**started, "held_out_loss": before, "held_out_loss_after": after, "finished": True})
+        losses = {"held_out_loss": before, "held_out_loss_after": after}
+        write_json(recipe.out / START, {**started, **losses, "finished": True})
         for prompt, _, answer in samples:
             say(f"asked: {prompt}\nanswered: {answer}")
     return recipe.out
@@ -146,6 +148,8 @@ def _trainer(recipe: Recipe, split: Split, tokenizer: Any) -> Trainer:
         args.chat_template_path = None  # the tokenizer has it
     if args.assistant_only_loss and not is_conversation:
         raise StageError("--assistant_only_loss must be left out unless the data is chat messages")
+    if args.assistant_only_loss:
+        marking_template(tokenizer)  # else its sentence, before the model is read
     if args.eval_strategy != "no" and held_out is None:
         raise StageError(f"--eval_strategy must be no where nothing is held out, got {args.eval_strategy}")
     model = prepare_for_training(load_model(recipe), checkpointing=args.gradient_checkpointing)
