@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from ..stages.errors import StageError
 from .errors import check_cpu_computes, check_installed
 
 NEEDED = ("transformers", "peft", "accelerate", "trl", "datasets", "matplotlib", "yaml")
@@ -20,7 +21,9 @@ def add_parser(subparsers) -> None:
         epilog="Every field of TRL's SFTConfig and ModelConfig and of PEFT's LoraConfig is a FIELD, in a recipe and as "
         "a flag, which wins: --learning_rate 2e-4 --num_train_epochs 3 --max_length 1024 --packing true --lora_r 16 "
         "--save_steps 100. Ours are --data, --weights, --held_out, --split_seed, --codebook, --block_size, "
-        "--double_quant, --scale_codebook and --skip. nf4kernels recipes lists ready recipes.",
+        "--double_quant, --scale_codebook and --skip. --attn sdpa is short for --attn_implementation. On several GPUs: "
+        "torchrun --nproc-per-node N -m nf4kernels finetune ..., each with the whole model, or with --fsdp or --deepspeed zero2 "
+        "(zero3, or a file of DeepSpeed's), which share it. nf4kernels recipes lists ready recipes.",
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="RECIPE.yaml", type=Path, help="lines FIELD: VALUE")
@@ -36,19 +39,25 @@ def add_parser(subparsers) -> None:
     parser.set_defaults(func=run)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
     check_cpu_computes("finetune")
     check_installed("finetune", NEEDED, "finetune")
+    from ..stages.finetune.processes import is_main
     from ..stages.finetune.recipe import field_help, read_recipe
     from ..stages.finetune.run import finetune
 
     if args.help_fields:
         print(field_help())
-        return
-    recipe = read_recipe(args.config, args.fields)
+        return 0
     try:
-        out = finetune(recipe)
+        out = finetune(read_recipe(args.config, args.fields))
     except KeyboardInterrupt:
         print("\nthe same command goes on from the last checkpoint", file=sys.stderr)
         raise
-    print(f"wrote {out}: adapters, log.csv, loss.png and README.md")
+    except StageError:
+        if is_main():
+            raise
+        return 2  # of several processes one says what is wrong
+    if is_main():
+        print(f"wrote {out}: adapters, log.csv, loss.png and README.md")
+    return 0

@@ -17,9 +17,10 @@ from ..model.training import training_dtype
 from ..stages.data.reading import Source, Split, read
 from ..stages.data.view import Viewer
 from ..stages.errors import StageError, first_line
+from ..stages.finetune.answers import prompt_of
 from ..stages.finetune.outputs import CARD, LOG, RECIPE, write_picture
 from ..stages.finetune.recipe import Recipe, read_recipe
-from ..stages.finetune.run import finetune, prompt_of
+from ..stages.finetune.run import finetune
 from ..stages.inspect import inspect_directory
 from ..stages.plots import plot_inspection
 from ..stages.text_loss import Batch, batches_of, held_out_loss

@@ -236,8 +236,8 @@ class _Built:
         self.dense_parameters = sum(p.nbytes for p in dense.parameters()) - self.weights
         width = DTYPES[options.dtype].itemsize
         self.largest = width * max(math.prod(part.weight_shape) for part in matrices)
-        self.decoded = width * max(_one_matrix(part.weight_shape) for part in matrices)
-        self.layer, self.root = _layer_and_root(dense)
+        self.decoded = width * max(one_matrix(part.weight_shape) for part in matrices)
+        self.layer, self.root = layer_and_root(dense)
 
         experts = {
             name.rpartition(".")[2] for name, module in dense.named_modules() if isinstance(module, QuantExperts)
@@ -274,38 +274,21 @@ class _Built:
         return Estimate(
             options=options,
             parameters=self.parameters,
-            weights=_share(self.weights, ranks),
+            weights=share(self.weights, ranks),
             scales=self.scales,
-            dense=_share(self.dense_parameters, ranks) + self.dense - self.dense_parameters,
+            dense=share(self.dense_parameters, ranks) + self.dense - self.dense_parameters,
             largest=self.largest,
-            adapters=_share(self.adapters, ranks),
-            gradients=_share(training.gradients, ranks),
-            optimizer=0 if paged else _share(optimizer, ranks),
-            optimizer_on_host=_share(optimizer, ranks) if paged else 0,
+            adapters=share(self.adapters, ranks),
+            gradients=share(training.gradients, ranks),
+            optimizer=0 if paged else share(optimizer, ranks),
+            optimizer_on_host=share(optimizer, ranks) if paged else 0,
             activations=training.activations,
             logits=training.logits,
             workspace=self.decoded if options.device == "cuda" else 0,
-            gathered=self._gathered(options),
+            gathered=gathered(self.peft, self.layer, self.root, options.gpus, options.shard),
             cache=cache,
             prefill=max(prefill.total - cache, 0),
         )
-
-    def _gathered(self, options: Options) -> int:
-        """What of other ranks' parameters is there at once.
-
-        FSDP2 holds the layer in use and the next, and what is in no layer throughout. ZeRO-3 holds up to
-        `stage3_max_live_parameters` numbers.
-        """
-        if options.gpus == 1:
-            return 0
-        parameters = list(self.peft.parameters())
-        whole = sum(parameter.nbytes for parameter in parameters)
-        if options.shard == "fsdp2":
-            live = min(2 * self.layer + self.root, whole)
-        else:
-            numbers = sum(parameter.numel() for parameter in parameters)
-            live = round(whole * min(1.0, ZERO3_LIVE / numbers))
-        return live - _share(live, options.gpus)
 
     def _peak_of_training(self, options: Options) -> Peak:
         if options.checkpointing:
@@ -331,12 +314,12 @@ class _Built:
             raise StageError(f"a {kind} cannot be estimated, its code needs values: {line}") from None
 
 
-def _one_matrix(shape: Sequence[int]) -> int:
+def one_matrix(shape: Sequence[int]) -> int:
     """The numbers of one matrix of a weight `[.., N, K]`."""
     return shape[-2] * shape[-1]
 
 
-def _layer_and_root(model: nn.Module) -> tuple[int, int]:
+def layer_and_root(model: nn.Module) -> tuple[int, int]:
     """(bytes of the parameters of the largest decoder layer, of those in no layer)."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     sizes = [[sum(p.nbytes for p in layer.parameters()) for layer in layers] for layers in lists if len(layers)]
@@ -344,5 +327,23 @@ def _layer_and_root(model: nn.Module) -> tuple[int, int]:
     return max(layers), sum(p.nbytes for p in model.parameters()) - sum(layers)
 
 
-def _share(nbytes: int, ranks: int) -> int:
+def gathered(model: nn.Module, layer: int, root: int, ranks: int, shard: str) -> int:
+    """Bytes of other ranks' parameters that are there at once.
+
+    FSDP2 holds the layer in use and the next, and what is in no layer throughout. ZeRO-3 holds up to
+    `stage3_max_live_parameters` numbers.
+    """
+    if ranks == 1:
+        return 0
+    parameters = list(model.parameters())
+    whole = sum(parameter.nbytes for parameter in parameters)
+    if shard == "fsdp2":
+        live = min(2 * layer + root, whole)
+    else:
+        numbers = sum(parameter.numel() for parameter in parameters)
+        live = round(whole * min(1.0, ZERO3_LIVE / numbers))
+    return live - share(live, ranks)
+
+
+def share(nbytes: int, ranks: int) -> int:
     return -(-nbytes // ranks)

@@ -6,7 +6,7 @@ step has it. What an operator allocates within itself is not seen.
 """
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -41,15 +41,18 @@ class Peak:
         return self.activations + self.logits + self.gradients + self.cache
 
 
-def peak_of_training(model: Any, batch: int, length: int, accumulation: int = 1) -> Peak:
+def peak_of_training(
+    model: Any, batch: int, length: int, accumulation: int = 1, loss: Callable[[Any, Tensor], Tensor] | None = None
+) -> Peak:
     """The peak of one forward and backward of a causal language model on the meta device, in its present mode.
 
-    With `accumulation` above 1 it is that of the second micro-batch, which finds every gradient in place.
+    With `accumulation` above 1 it is that of the second micro-batch, which finds every gradient in place. `loss` of
+    model and token ids [batch, length] is the model's own where it is None.
     """
     ids = torch.zeros(batch, length, dtype=torch.long, device="meta")
 
     def step() -> None:
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        (loss or _own_loss)(model, ids).backward()
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
@@ -67,6 +70,10 @@ def peak_of_training(model: Any, batch: int, length: int, accumulation: int = 1)
     if accumulation > 1:
         return Peak(peak.activations, peak.logits, peak.gradients + held, 0)
     return peak
+
+
+def _own_loss(model: Any, ids: Tensor) -> Tensor:
+    return model(input_ids=ids, labels=ids, use_cache=False).loss
 
 
 @torch.no_grad()

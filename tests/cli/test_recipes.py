@@ -29,10 +29,12 @@ def test_a_recipe_is_copied_once(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("recipe", recipes(), ids=lambda recipe: recipe.name)
-def test_finetune_takes_it(recipe, tmp_path):
+def test_finetune_takes_it(recipe, tmp_path, monkeypatch):
     pytest.importorskip("trl", reason="trl is not installed: no recipe is read")
+    from nf4kernels.stages.finetune import recipe as reading
     from nf4kernels.stages.finetune.recipe import read_recipe
 
+    monkeypatch.setattr(reading, "find_spec", lambda name: name)  # as if bitsandbytes were there
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe.text, encoding="utf-8")
     read = read_recipe(path, ["--model", "m", "--data", "d", "--output_dir", str(tmp_path / "out"), "--use_cpu=true"])
@@ -40,7 +42,22 @@ def test_finetune_takes_it(recipe, tmp_path):
         size = int(recipe.name.removeprefix("qlora-").removesuffix("b"))
         assert read.training.learning_rate == (2e-4 if size <= 13 else 1e-4)
         assert read.lora.lora_dropout == (0.1 if size <= 13 else 0.05)
-        assert (read.lora.r, read.lora.lora_alpha, read.training.max_grad_norm) == (64, 16, 0.3)
-        assert read.training.per_device_train_batch_size * read.training.gradient_accumulation_steps == 16
+        assert (read.lora.r, read.lora.lora_alpha, read.lora.target_modules) == (64, 16, "all-linear")
+        training = read.training
+        assert (training.max_steps, training.max_length, training.max_grad_norm) == (1875, 512, 0.3)
+        assert (training.adam_beta2, training.weight_decay, training.lr_scheduler_type) == (0.999, 0.0, "constant")
+        assert (training.optim, training.train_sampling_strategy) == ("paged_adamw_32bit", "group_by_length")
+        assert training.per_device_train_batch_size * training.gradient_accumulation_steps == 16
     if recipe.name == "mixture-of-experts":
         assert read.lora.target_parameters
+
+
+def test_an_optimizer_of_bitsandbytes_without_it(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("trl", reason="trl is not installed: no recipe is read")
+    from nf4kernels.stages.finetune import recipe as reading
+
+    monkeypatch.setattr(reading, "find_spec", lambda name: None)
+    assert main(["recipes", "copy", "qlora-7b", str(tmp_path / "recipe.yaml")]) == 0
+    argv = ["finetune", "--config", str(tmp_path / "recipe.yaml"), "--model", "m", "--data", "d", "--output_dir", "o"]
+    assert main(argv) == 2
+    assert "--optim paged_adamw_32bit needs bitsandbytes, run: pip install bitsandbytes" in capsys.readouterr().err

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from support.chat_model import chat_model, facts
+from support.chat_model import CHAT_TEMPLATE, chat_model, facts
+from support.finetune_run import FIELDS, STEPS, arguments, names, write_rows
 
 for needed in ("peft", "trl", "datasets", "matplotlib", "yaml"):
     pytest.importorskip(needed, reason=f"{needed} is not installed: nothing is fine-tuned")
@@ -21,17 +22,12 @@ for needed in ("peft", "trl", "datasets", "matplotlib", "yaml"):
 from nf4kernels.cli import main  # noqa: E402
 from nf4kernels.stages.data.reading import read  # noqa: E402
 from nf4kernels.stages.finetune import run  # noqa: E402
+from nf4kernels.stages.finetune.loading import load_tokenizer  # noqa: E402
 from nf4kernels.stages.finetune.outputs import LOG  # noqa: E402
 from nf4kernels.stages.finetune.recipe import read_recipe  # noqa: E402
-from nf4kernels.stages.finetune.run import WHOLE  # noqa: E402
+from nf4kernels.stages.finetune.trainer import WHOLE  # noqa: E402
 
 ADAPTERS = "adapter_model.safetensors"
-
-STEPS = 8
-FIELDS = {
-    "max_steps": STEPS, "learning_rate": 5e-3, "logging_steps": 1, "save_steps": 2, "per_device_train_batch_size": 4,
-    "lora_r": 4, "lora_dropout": 0.1, "gradient_checkpointing": False, "disable_tqdm": True, "dtype": "float32",
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -42,28 +38,20 @@ def models(tmp_path_factory):
     return directory
 
 
-def write_rows(path: Path, rows) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
 @pytest.fixture
 def prompts(tmp_path):
     return write_rows(tmp_path / "prompts.jsonl", [{"prompt": q, "completion": a} for q, a in facts(32)])
 
 
-def arguments(model, data, out, /, **changes) -> list[str]:
-    fields = {"model": model, "data": data, "output_dir": out, **FIELDS, **changes}
-    return ["finetune", *(f"--{name}={value}" for name, value in fields.items())]
+def conversations(count: int) -> list[dict]:
+    return [
+        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in facts(count)
+    ]
 
 
 def read_log(out: Path) -> list[dict[str, str]]:
     with (out / LOG).open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
-
-
-def names(directory: Path) -> list[str]:
-    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))
 
 
 def test_it_learns_and_writes_what_it_says(models, prompts, tmp_path, capsys):
@@ -177,7 +165,7 @@ def test_killed_after_its_last_step_it_only_finishes(models, prompts, tmp_path, 
 def test_packed_examples_do_not_see_each_other(models, prompts, tmp_path):
     recipe = read_recipe(None, arguments(models / "chat", prompts, tmp_path / "out", packing=True, max_length=64)[1:])
     split = read(recipe.sources, recipe.held_out)
-    trainer = run._trainer(recipe, split, run._tokenizer(recipe))
+    trainer = run._trainer(recipe, split, load_tokenizer(recipe))
     model, batch = trainer.model.eval(), next(iter(trainer.get_train_dataloader()))
     ids, positions = batch["input_ids"], batch["position_ids"]
     starts = (positions[0] == 0).nonzero().flatten().tolist()
@@ -290,6 +278,18 @@ def test_a_wrong_recipe_is_named(tmp_path, capsys, text, expected):
     assert expected in error
 
 
+def test_answers_beyond_max_length_are_counted_and_never_all(models, tmp_path, capsys):
+    rows = [{"prompt": q * (6 if i % 2 else 1), "completion": a} for i, (q, a) in enumerate(facts(16))]
+    data = write_rows(tmp_path / "data.jsonl", rows)
+    changes = {"max_steps": 1, "held_out": 0}
+    assert main(arguments(models / "chat", data, tmp_path / "out", **changes, max_length=40)) == 0
+    assert "8 of them cut to 40, 8 left out" in capsys.readouterr().out
+    had = names(tmp_path)
+    assert main(arguments(models / "chat", data, tmp_path / "none", **changes, max_length=8)) == 2
+    assert "--max_length must leave something to learn, got 8" in capsys.readouterr().err
+    assert names(tmp_path) == had
+
+
 def test_bad_data_changes_nothing(models, tmp_path, capsys):
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n', encoding="utf-8")
@@ -304,6 +304,57 @@ def test_messages_without_a_template_are_refused(models, tmp_path, capsys):
     assert main(arguments(models / "base", data, tmp_path / "out")) == 2
     assert "--chat_template_path must be" in capsys.readouterr().err
     assert names(tmp_path) == ["messages.jsonl"]
+
+
+def test_messages_for_a_model_without_a_template_take_the_given_one(models, tmp_path, capsys):
+    data, out = write_rows(tmp_path / "messages.jsonl", conversations(16)), tmp_path / "out"
+    template = tmp_path / "template.jinja"
+    template.write_text(CHAT_TEMPLATE, encoding="utf-8")
+    assert main(arguments(models / "base", data, out, max_steps=1, chat_template_path=template)) == 0
+    assert "assistant\n⟦The " in capsys.readouterr().out
+    assert (out / "chat_template.jinja").read_text(encoding="utf-8") == CHAT_TEMPLATE
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("missing.jinja", None, "--chat_template_path must be"),
+        ("broken.jinja", "{% for message in messages %}", "template"),
+        ("unmarked.jinja", "{% for message in messages %}{{ message['content'] }}{% endfor %}", "generation"),
+    ],
+)
+def test_a_template_that_cannot_be_used_is_named(models, tmp_path, capsys, monkeypatch, name, content, expected):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    data, template = write_rows(tmp_path / "messages.jsonl", conversations(16)), tmp_path / name
+    if content is not None:
+        template.write_text(content, encoding="utf-8")
+    had = names(tmp_path)
+    assert main(arguments(models / "base", data, tmp_path / "out", chat_template_path=template)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("nf4kernels finetune: ")
+    assert expected in error
+    assert names(tmp_path) == had
+
+
+@pytest.mark.slow
+def test_smollm2_learns_from_messages_by_either_remedy(tmp_path, capsys, monkeypatch):
+    """Its template has no {% generation %}: a template with it, or a loss on all turns."""
+    directory = Path(os.environ.get("NF4KERNELS_SMOLLM2", ".cache/SmolLM2-135M-Instruct"))
+    if not (directory / "config.json").exists():
+        pytest.skip("SmolLM2-135M-Instruct is not at hand: make demo downloads it")
+    monkeypatch.setattr(run, "answers", lambda *_: [])
+    data = write_rows(tmp_path / "messages.jsonl", conversations(4))
+    fields = {"max_steps": 1, "held_out": 0, "per_device_train_batch_size": 1}
+    assert main(arguments(directory, data, tmp_path / "refused", **fields)) == 2
+    error = capsys.readouterr().err
+    assert "--chat_template_path" in error
+    assert "--assistant_only_loss false" in error
+    template = tmp_path / "template.jinja"
+    template.write_text(CHAT_TEMPLATE, encoding="utf-8")
+    assert main(arguments(directory, data, tmp_path / "marked", **fields, chat_template_path=template)) == 0
+    assert "<|im_start|>assistant\n⟦The apple is red.<|im_end|>⟧" in capsys.readouterr().out
+    assert main(arguments(directory, data, tmp_path / "all", **fields, assistant_only_loss=False)) == 0
+    assert "⟦<|im_start|>system" in capsys.readouterr().out
 
 
 def test_another_recipe_in_the_directory_is_refused(models, prompts, tmp_path, capsys):

@@ -31,14 +31,8 @@ class Viewer:
         self.template, self.beginning = None, missing_beginning(tokenizer)
         if form == "messages" and not tokenizer.chat_template:
             raise StageError("the model's tokenizer must have a chat template for chat messages, got none")
-        if form == "messages" and not has_generation_markers(tokenizer.chat_template):
-            try:
-                self.template = get_training_chat_template(tokenizer)
-            except (ValueError, TemplateError):
-                raise StageError(
-                    "the model's chat template must mark the answers by {% generation %}, and TRL has no version of it"
-                    " that does: give finetune one that does as --chat_template_path, or --assistant_only_loss false"
-                ) from None
+        if form == "messages":
+            self.template = marking_template(tokenizer)
 
     def view(self, row: dict[str, Any]) -> View:
         """Tokens of one row, before any is cut; StageError where the chat template refuses it."""
@@ -72,6 +66,23 @@ class Viewer:
             )
         except Exception as error:  # what a Jinja template raises has no common type
             raise StageError(f"the chat template refuses an example: {first_line(error)}") from None
+
+
+def marking_template(tokenizer: Any) -> str | None:
+    """TRL's version of the tokenizer's chat template, which marks the answers; None where its own does.
+
+    Raises:
+        StageError: neither does.
+    """
+    if has_generation_markers(tokenizer.chat_template):
+        return None
+    try:
+        return get_training_chat_template(tokenizer)
+    except (ValueError, TemplateError):
+        raise StageError(
+            "the model's chat template must mark the answers by {% generation %}, and TRL has no version of it that"
+            " does: give finetune one that does as --chat_template_path, or --assistant_only_loss false"
+        ) from None
 
 
 def marked(view: View, tokenizer: Any) -> str:

@@ -13,11 +13,16 @@ IGNORED = -100  # the label of a token without a loss
 
 @dataclass
 class Counts:
-    """Of one set of examples, before they were cut to max_length: rows, tokens, rows that were longer."""
+    """Of one set of examples, before they were cut to max_length: rows, tokens, rows that were longer, most in a row.
+
+    `lost` rows have nothing to learn after the cut, and are left out.
+    """
 
     examples: int
     tokens: int
     cut: int
+    longest: int
+    lost: int = 0
 
 
 def in_chat_form(rows: Dataset, form: str, tokenizer: Any) -> Dataset:
@@ -46,7 +51,8 @@ def in_chat_form(rows: Dataset, form: str, tokenizer: Any) -> Dataset:
 
 def counts(rows: Dataset, max_length: int | None) -> Counts:
     lengths = [len(ids) for ids in rows["input_ids"]]
-    return Counts(len(lengths), sum(lengths), sum(max_length is not None and length > max_length for length in lengths))
+    cut = sum(max_length is not None and length > max_length for length in lengths)
+    return Counts(len(lengths), sum(lengths), cut, max(lengths))
 
 
 def shown(row: dict[str, Any], tokenizer: Any) -> str:

@@ -9,6 +9,7 @@ from argparse import SUPPRESS
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -24,6 +25,7 @@ from ...integrations.transformers import Nf4Config
 from ...model.training import training_dtype
 from ..data.reading import Source
 from ..errors import StageError
+from .processes import sharing
 
 LEARNING_RATE = 2e-4  # QLoRA's; TRL's 2e-5 is for training all weights
 DENSE = "dense"  # beside the codebooks: the weights stay as they are stored
@@ -234,6 +236,7 @@ def _recipe(values: dict[str, Any], given: dict[str, Any]) -> Recipe:
         **values, "assistant_only_loss": bool(is_answers_only),
         "bf16": dtype == torch.bfloat16 if values["bf16"] is None else values["bf16"],
         "use_cpu": values["use_cpu"] or not torch.accelerator.is_available(),
+        **sharing(values["deepspeed"], values["fsdp"], values["fsdp_config"], values["use_cpu"]),
     }  # fmt: skip
     try:
         quantization = None if values["codebook"] == DENSE else Nf4Config(
@@ -247,9 +250,16 @@ def _recipe(values: dict[str, Any], given: dict[str, Any]) -> Recipe:
         lora = _lora(values)
     except (TypeError, ValueError) as error:
         raise StageError(" ".join(str(error).split())) from None
+    if _is_of_bitsandbytes(training.optim.value) and find_spec("bitsandbytes") is None:
+        raise StageError(f"--optim {training.optim.value} needs bitsandbytes, run: pip install bitsandbytes, or say"
+                         " adamw_torch")  # fmt: skip
     sources = [Source(Path(path), weight) for path, weight in zip(values["data"], weights)]
     split_seed = training.seed if values["split_seed"] is None else values["split_seed"]
     return Recipe(training, model, lora, quantization, sources, held_out, split_seed, dtype, given, is_answers_only)
+
+
+def _is_of_bitsandbytes(optimizer: str) -> bool:
+    return "torch" not in optimizer and any(mark in optimizer for mark in ("paged", "8bit", "bnb"))
 
 
 def _of(kind: Any, values: dict[str, Any]) -> dict[str, Any]:

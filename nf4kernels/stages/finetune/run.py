@@ -1,7 +1,5 @@
 """A fine-tune, from its recipe to the directory of its adapters."""
 
-import copy
-import logging
 import math
 import shutil
 import time
@@ -10,97 +8,30 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from datasets.utils.logging import disable_progress_bar, enable_progress_bar
 from peft import load_peft_weights, set_peft_model_state_dict
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainerState, set_seed
-from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, TRAINER_STATE_NAME
+from transformers import ProgressCallback, TrainerCallback, TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import SFTTrainer
+from transformers.utils.logging import disable_progress_bar as disable_loading_bar
 
-from ...model.prepare import prepare_for_training
-from ...model.training import training_dtype
-from ...storage.atomic import TargetError, flush, replacing, write_json
+from ...storage.atomic import TargetError, replacing, write_json
 from ..data.reading import Split, read
-from ..data.view import begun, missing_beginning
-from ..errors import StageError
-from .examples import Counts, counts, in_chat_form, shown
+from ..data.view import marking_template
+from ..errors import StageError, first_line
+from .answers import SAMPLES, answers
+from .examples import in_chat_form, shown
+from .forecast import forecast_memory, resident
+from .loading import in_one_line, load_model, load_tokenizer
 from .outputs import CARD, LOG, PICTURE, RECIPE, write_card, write_log, write_picture
+from .processes import is_main
+from .progress import Clock, Progress
 from .recipe import DENSE, Recipe
+from .trainer import START, WHOLE, Keeper, Trainer
 
-START = "started.json"  # what the run began with; beside it the checkpoints
-WHOLE = "whole.json"  # in a checkpoint, written when all the rest of it is on disk
-SAMPLES = 3
-ANSWER_TOKENS = 64
-PROMPT_TOKENS = 16  # of a plain text, to go on from
-logger = logging.getLogger(__name__)
 Say = Callable[[str], None]
-
-
-class _Trainer(SFTTrainer):
-    """TRL's, which also counts what is cut, and keeps the first example, whole."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.counted: dict[str, Counts] = {}
-        self.first_row: dict[str, Any] = {}
-        super().__init__(*args, **kwargs)
-
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        sampler = super()._get_train_sampler(*args, **kwargs)
-        if not isinstance(sampler, LengthGroupedSampler):
-            return sampler
-        return _ByLength(sampler, self.args.seed if self.args.data_seed is None else self.args.data_seed)
-
-    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        uncut = copy.copy(args)
-        uncut.max_length = None
-        rows = super()._prepare_dataset(dataset, processing_class, uncut, False, formatting_func, dataset_name)
-        self.counted[dataset_name] = counts(rows, args.max_length)
-        if dataset_name == "train":
-            self.first_row = {name: value[: args.max_length] for name, value in rows[0].items() if _is_ids(value)}
-        rows = rows.remove_columns([name for name in rows.column_names if not _is_ids(rows[0][name])])
-        return super()._prepare_dataset(rows, processing_class, args, packing, formatting_func, dataset_name)
-
-
-class _ByLength(LengthGroupedSampler):
-    """Draws an epoch's order by its number, so that an epoch gone on with has the order that it began with."""
-
-    def __init__(self, sampler: LengthGroupedSampler, seed: int) -> None:
-        super().__init__(sampler.batch_size, lengths=sampler.lengths)
-        self.seed, self.epoch = seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        return super().__iter__()
-
-
-class _Keeper(TrainerCallback):
-    """Marks whole checkpoints, keeps log.csv up to date, and shows the speed in the progress bar's line."""
-
-    def __init__(self, out: Path) -> None:
-        self.out = out
-        self.began = (time.monotonic(), 0)
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        directory = self.out / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        if state.is_world_process_zero and directory.is_dir():
-            for file in directory.iterdir():
-                flush(file)
-            write_json(directory / WHOLE, {"step": state.global_step})
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if logs is not None and "num_tokens" in logs and "loss" in logs:
-            seconds, tokens = time.monotonic() - self.began[0], logs["num_tokens"] - self.began[1]
-            logs["tokens/s"] = round(tokens / max(seconds, 1e-9), 1)
-            self.began = (time.monotonic(), logs["num_tokens"])
-        if state.is_world_process_zero and (self.out / START).exists():  # else it is the held-out loss before
-            write_log(self.out / LOG, state.log_history)
 
 
 def finetune(recipe: Recipe, say: Say = print, progress: TrainerCallback | None = None, samples: int = SAMPLES) -> Path:
@@ -120,21 +51,30 @@ def finetune(recipe: Recipe, say: Say = print, progress: TrainerCallback | None 
     Raises:
         StageError: the recipe, the data, the model or the directory must be another.
     """
+    if not is_main():
+        say = _silent
+        disable_loading_bar()
+    program = resident()
     started = _started(recipe)
     split = read(recipe.sources, recipe.held_out, recipe.split_seed)
-    tokenizer = _tokenizer(recipe)
+    tokenizer = load_tokenizer(recipe)
     trainer = _trainer(recipe, split, tokenizer)
     if progress is not None:
-        trainer.remove_callback(PrinterCallback if recipe.training.disable_tqdm else DEFAULT_PROGRESS_CALLBACK)
+        trainer.remove_callback(PrinterCallback if recipe.training.disable_tqdm else Progress)
         trainer.add_callback(progress)
     checkpoint = _last_whole(recipe.out)
     _announce(trainer, recipe, tokenizer, say)
+    _announce_memory(trainer, program, say)
     begun = {"examples": trainer.counted["train"].examples, "tokens": trainer.counted["train"].tokens}
     if started is None:
-        started = {**begun, "held_out_examples": len(split.held_out), "held_out_loss": _held_out_loss(trainer)}
-        with replacing(recipe.out / RECIPE) as partial:
-            partial.write_text(yaml.safe_dump(recipe.given, allow_unicode=True), encoding="utf-8")
-        write_json(recipe.out / START, started)
+        since = time.monotonic()
+        loss = None if _is_distributed(trainer) else _held_out_loss(trainer)
+        started = {**begun, "held_out_examples": len(split.held_out), "held_out_loss": loss}
+        started["held_out_seconds"] = 0.0 if loss is None else time.monotonic() - since
+        if is_main():
+            with replacing(recipe.out / RECIPE) as partial:
+                partial.write_text(yaml.safe_dump(recipe.given, allow_unicode=True), encoding="utf-8")
+            write_json(recipe.out / START, started)
     elif {name: started.get(name) for name in begun} != begun:
         raise StageError(f"--output_dir must hold a run on the same data, got {recipe.out}, whose run has"
                          f" {started.get('examples')} examples of {started.get('tokens')} tokens")  # fmt: skip
@@ -142,26 +82,40 @@ def finetune(recipe: Recipe, say: Say = print, progress: TrainerCallback | None 
     if before is not None:
         say(f"held-out loss before: {before:.4f}")
     say(f"going on from {checkpoint}" if checkpoint else f"writing to {recipe.out}")
+    trainer.add_callback(Clock(say, started.get("held_out_seconds", 0.0)))
     set_seed(recipe.training.seed)  # what was drawn until here, a resumed run does not draw
     if checkpoint is not None and _is_last(checkpoint):
         _take(trainer, checkpoint)
     else:
+        # accelerate wraps a model once, for training or for evaluation, where several processes share the work: there
+        # the loss before comes from within the training, as a row of the log.
+        has_no_loss = _is_distributed(trainer) and checkpoint is None
+        trainer.args.eval_on_start = has_no_loss and trainer.eval_dataset is not None
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     history = list(trainer.state.log_history)
+    if _is_distributed(trainer):
+        before = next((row["eval_loss"] for row in history if row["step"] == 0 and "eval_loss" in row), None)
+        if before is not None:
+            say(f"held-out loss before: {before:.4f}")
     after = _held_out_loss(trainer)
     if after is not None:
         say(f"held-out loss after: {after:.4f}")
     trainer.save_model(str(recipe.out))
-    if trainer.is_world_process_zero():
+    answered = answers(trainer.model, split, tokenizer, samples)  # on every process, where each has a part of the model
+    if is_main():
         write_log(recipe.out / LOG, history)
         write_picture(recipe.out / PICTURE, history, before, after)
-        answers = _samples(trainer, split, tokenizer, samples)
         base = str(recipe.model.model_name_or_path)
-        write_card(recipe.out / CARD, base, recipe.given, _facts(trainer, recipe, before, after), answers)
-        write_json(recipe.out / START, {**started, "held_out_loss_after": after, "finished": True})
-        for prompt, _, answer in answers:
+        write_card(recipe.out / CARD, base, recipe.given, _facts(trainer, recipe, before, after), answered)
+        losses = {"held_out_loss": before, "held_out_loss_after": after}
+        write_json(recipe.out / START, {**started, **losses, "finished": True})
+        for prompt, _, answer in answered:
             say(f"asked: {prompt}\nanswered: {answer}")
     return recipe.out
+
+
+def _silent(message: str) -> None:
+    """For all processes but one."""
 
 
 def finished(recipe: Recipe) -> dict[str, Any] | None:
@@ -207,57 +161,7 @@ def _stored(recipe: Recipe) -> dict[str, Any] | None:
     return started
 
 
-def _tokenizer(recipe: Recipe) -> Any:
-    model = recipe.model
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            model.model_name_or_path, revision=model.model_revision, trust_remote_code=recipe.training.trust_remote_code
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise StageError(f"--model_name_or_path must be a directory with a model and its tokenizer, got"
-                         f" {model.model_name_or_path}: {_line(error)}") from None  # fmt: skip
-    if tokenizer.eos_token is None:
-        raise StageError(
-            f"--model_name_or_path must have an EOS token in its tokenizer, got {model.model_name_or_path}"
-        )
-    template = recipe.training.chat_template_path
-    if template is not None and Path(template).is_file():
-        tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
-    return tokenizer
-
-
-def _model(recipe: Recipe) -> Any:
-    """In 4 bits: quantized as it is read, or as a 4-bit directory has it; or dense; where the trainer wants it."""
-    options = {
-        "revision": recipe.model.model_revision, "trust_remote_code": recipe.training.trust_remote_code,
-    }  # fmt: skip
-    where = recipe.model.model_name_or_path
-    try:
-        stored = getattr(AutoConfig.from_pretrained(where, **options), "quantization_config", None)
-        if recipe.quantization is None and stored is not None:
-            raise StageError(
-                f"--codebook must be left out for a model that is stored in 4 bits, got {DENSE} for {where}"
-            )
-        if stored is None and recipe.quantization is not None:
-            options["quantization_config"] = recipe.quantization
-        device = recipe.training.device
-        if device.type != "cpu":
-            options["device_map"] = {"": device}
-        model = AutoModelForCausalLM.from_pretrained(
-            where, dtype=recipe.dtype, attn_implementation=recipe.model.attn_implementation, **options
-        )
-    except StageError:
-        raise
-    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
-        raise StageError(
-            f"--model_name_or_path must be a model that can be loaded, got {where}: {_line(error)}"
-        ) from None
-    if recipe.quantization is None:  # PEFT freezes it, and the trainer turns its checkpointing on
-        return model.float() if training_dtype(device) == torch.float32 else model
-    return prepare_for_training(model, checkpointing=recipe.training.gradient_checkpointing)
-
-
-def _trainer(recipe: Recipe, split: Split, tokenizer: Any) -> _Trainer:
+def _trainer(recipe: Recipe, split: Split, tokenizer: Any) -> Trainer:
     args = recipe.training
     is_conversation = split.form == "messages" or (
         split.form == "prompt" and not isinstance(split.train[0]["prompt"], str)
@@ -271,36 +175,51 @@ def _trainer(recipe: Recipe, split: Split, tokenizer: Any) -> _Trainer:
         args.chat_template_path = None  # the tokenizer has it
     if args.assistant_only_loss and not is_conversation:
         raise StageError("--assistant_only_loss must be left out unless the data is chat messages")
+    if args.assistant_only_loss:
+        marking_template(tokenizer)  # else its sentence, before the model is read
     if args.eval_strategy != "no" and held_out is None:
         raise StageError(f"--eval_strategy must be no where nothing is held out, got {args.eval_strategy}")
-    model = _model(recipe)
+    model = load_model(recipe)
     set_seed(args.seed)  # of the adapters' first values
     had = recipe.out.exists()
     try:
         with _quiet_maps():
-            return _Trainer(
+            trainer = Trainer(
                 model, args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer,
-                peft_config=recipe.lora, callbacks=[_Keeper(recipe.out)],
+                peft_config=recipe.lora, callbacks=[Keeper(recipe.out)],
             )  # fmt: skip
     except (ValueError, TypeError, RuntimeError, OSError, TargetError) as error:
         if not had:
             shutil.rmtree(recipe.out, ignore_errors=True)
-        raise StageError(_line(error)) from error
+        raise StageError(in_one_line(error)) from error
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(Progress())
+    return trainer
 
 
-def _announce(trainer: _Trainer, recipe: Recipe, tokenizer: Any, say: Say) -> None:
+def _announce(trainer: Trainer, recipe: Recipe, tokenizer: Any, say: Say) -> None:
     args, steps = recipe.training, _steps(trainer)
     for name, called in (("train", "training"), ("eval", "held out")):
         if name in trainer.counted:
             count = trainer.counted[name]
             cut = f", {count.cut} of them cut to {args.max_length}" if count.cut else ""
-            say(f"{called}: {count.examples} examples, {count.tokens} tokens{cut}")
+            lost = f", {count.lost} left out, their answers begin beyond it" if count.lost else ""
+            say(f"{called}: {count.examples} examples, {count.tokens} tokens{cut}{lost}")
     trained, of = trainer.model.get_nb_trainable_parameters()
     say(f"trainable: {trained} of {of} parameters; {steps} steps, dense parts in {str(recipe.dtype)[6:]}")
     say(f"one example as the model sees it, what is learned between ⟦ and ⟧:\n{shown(trainer.first_row, tokenizer)}")
 
 
-def _steps(trainer: _Trainer) -> int:
+def _announce_memory(trainer: Trainer, program: int, say: Say) -> None:
+    if not is_main():
+        return
+    try:
+        say(str(forecast_memory(trainer, program)))
+    except Exception as error:  # a model's own code on tensors without values; the run does not depend on it
+        say(f"memory: no estimate for this {trainer.model.config.model_type}: {first_line(error)}")
+
+
+def _steps(trainer: Trainer) -> int:
     args = trainer.args
     if args.max_steps > 0:
         return args.max_steps
@@ -308,7 +227,11 @@ def _steps(trainer: _Trainer) -> int:
     return math.ceil(math.ceil(batches / args.gradient_accumulation_steps) * args.num_train_epochs)
 
 
-def _held_out_loss(trainer: _Trainer) -> float | None:
+def _is_distributed(trainer: Trainer) -> bool:
+    return trainer.args.world_size > 1 or trainer.is_deepspeed_enabled
+
+
+def _held_out_loss(trainer: Trainer) -> float | None:
     if trainer.eval_dataset is None:
         return None
     history = list(trainer.state.log_history)
@@ -318,12 +241,12 @@ def _held_out_loss(trainer: _Trainer) -> float | None:
 
 
 def _last_whole(out: Path) -> Path | None:
-    """The last checkpoint that was written to its end; later ones, which were not, are removed."""
+    """The last checkpoint that was written to its end; the main process removes those that were not."""
     found = []
     for directory in out.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         if (directory / WHOLE).is_file():
             found.append((int(directory.name.rpartition("-")[2]), directory))
-        else:
+        elif is_main():
             shutil.rmtree(directory)
     return max(found)[1] if found else None
 
@@ -334,51 +257,13 @@ def _is_last(checkpoint: Path) -> bool:
     return state.global_step >= state.max_steps
 
 
-def _take(trainer: _Trainer, checkpoint: Path) -> None:
+def _take(trainer: Trainer, checkpoint: Path) -> None:
     """The checkpoint's adapters and log, as they are after training."""
     set_peft_model_state_dict(trainer.model, load_peft_weights(str(checkpoint), device="cpu"))
     trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
 
-def _samples(trainer: _Trainer, split: Split, tokenizer: Any, count: int) -> list[tuple[str, str, str]]:
-    """(asked, in the data, answered) of the first examples held out, by greedy decoding."""
-    rows = split.held_out if len(split.held_out) else split.train
-    made = []
-    for row in rows.select(range(min(count, len(rows)))):
-        ids, asked, expected = prompt_of(row, split.form, tokenizer)
-        inputs = torch.tensor([ids], device=trainer.model.device)
-        trainer.model.eval()
-        with torch.no_grad():
-            out = trainer.model.generate(
-                input_ids=inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=ANSWER_TOKENS, do_sample=False,
-                pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-            )  # fmt: skip
-        made.append((asked, expected, tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)))
-    return made
-
-
-def prompt_of(row: dict[str, Any], form: str, tokenizer: Any) -> tuple[list[int], str, str]:
-    """Token ids to go on from, and as text what was asked and what the data answers."""
-    if form == "text":
-        ids = tokenizer(row["text"])["input_ids"][:PROMPT_TOKENS]
-        asked = tokenizer.decode(ids, skip_special_tokens=True)
-        return ids, asked, row["text"].removeprefix(asked)
-    if form == "prompt" and isinstance(row["prompt"], str):
-        asked, expected = row["prompt"], row["completion"]
-        if not tokenizer.chat_template:
-            return tokenizer(begun(asked, missing_beginning(tokenizer)))["input_ids"], asked, expected
-        turns = [{"role": "user", "content": asked}]
-    else:
-        turns, last = (row["prompt"], row["completion"]) if form == "prompt" else (row["messages"], [])
-        if form == "messages":
-            answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
-            turns, last = turns[: answers[-1]], turns[answers[-1] :]
-        asked, expected = str(turns[-1]["content"]), str(last[0]["content"])
-    encoded = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
-    return encoded["input_ids"], asked, expected
-
-
-def _facts(trainer: _Trainer, recipe: Recipe, before: float | None, after: float | None) -> dict[str, Any]:
+def _facts(trainer: Trainer, recipe: Recipe, before: float | None, after: float | None) -> dict[str, Any]:
     train, weights = trainer.counted["train"], recipe.quantization
     return {
         "held-out loss before": "-" if before is None else f"{before:.4f}",
@@ -399,11 +284,3 @@ def _quiet_maps() -> Iterator[None]:
         yield
     finally:
         enable_progress_bar()
-
-
-def _is_ids(value: Any) -> bool:
-    return isinstance(value, list) and (not value or isinstance(value[0], int))
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())

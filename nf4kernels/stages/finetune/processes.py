@@ -1,0 +1,69 @@
+"""A run of several processes: which of them speaks, and how they share the model."""
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import StageError
+
+LAUNCH = "torchrun --nproc-per-node N -m nf4kernels finetune ..."
+AUTO = {
+    "bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}, "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto", "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto",
+}  # fmt: skip
+# DeepSpeed's configurations by the names of --deepspeed; transformers fills "auto" from the recipe. Frozen weights have
+# neither gradients nor states: stage 2 shares those of the adapters, stage 3 the weights, too.
+ZERO: dict[str, dict[str, Any]] = {
+    "zero2": {**AUTO, "zero_optimization": {"stage": 2, "overlap_comm": True, "contiguous_gradients": True}},
+    "zero3": {
+        **AUTO,
+        "zero_optimization": {
+            "stage": 3, "overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": "auto",
+            "stage3_prefetch_bucket_size": "auto", "stage3_param_persistence_threshold": "auto",
+            "stage3_gather_16bit_weights_on_model_save": True,
+        },
+    },
+}  # fmt: skip
+# FSDP2 by the model's own layers; the adapters are saved whole.
+FSDP = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "state_dict_type": "FULL_STATE_DICT"}
+
+
+def is_main() -> bool:
+    """Whether this process is the one that speaks and writes, by what torchrun or accelerate has set."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def sharing(deepspeed: Any, fsdp: Any, fsdp_config: Any, use_cpu: bool) -> dict[str, Any]:
+    """SFTConfig's fields of that name, from zero2 or zero3 or a file, and from a plain --fsdp.
+
+    Raises:
+        StageError: what is asked for needs a package, a GPU or a launcher that is not there.
+    """
+    if str(fsdp).lower() in ("none", "false", ""):
+        fsdp = None
+    elif str(fsdp).lower() == "true":
+        fsdp, fsdp_config = True, fsdp_config or dict(FSDP)
+    if deepspeed is not None:
+        if deepspeed not in ZERO and not isinstance(deepspeed, dict) and not Path(deepspeed).is_file():
+            raise StageError(f"--deepspeed must be {', '.join(ZERO)} or a file of DeepSpeed's, got {deepspeed}")
+        if find_spec("deepspeed") is None:
+            raise StageError("--deepspeed needs DeepSpeed, run: pip install deepspeed")
+        _check_launched("--deepspeed")
+        deepspeed = ZERO.get(deepspeed, deepspeed) if isinstance(deepspeed, str) else deepspeed
+    if fsdp is not None:
+        _check_launched("--fsdp")
+        if use_cpu or not has_gpu():
+            raise StageError("--fsdp needs GPUs, leave it out: on CPUs each process has the whole model")
+    return {"deepspeed": deepspeed, "fsdp": fsdp, "fsdp_config": fsdp_config}
+
+
+def has_gpu() -> bool:
+    return torch.accelerator.is_available()
+
+
+def _check_launched(flag: str) -> None:
+    if "WORLD_SIZE" not in os.environ:
+        raise StageError(f"{flag} needs a process for each GPU, run: {LAUNCH}")

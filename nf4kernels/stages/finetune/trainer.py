@@ -1,0 +1,98 @@
+"""TRL's trainer with what it lacks: counts of what is cut, checkpoints known to be whole, the same order again."""
+
+import copy
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import SFTTrainer
+
+from ...storage.atomic import flush, write_json
+from ..errors import StageError
+from .examples import Counts, counts
+from .outputs import LOG, write_log
+
+START = "started.json"  # what the run began with; beside it the checkpoints
+WHOLE = "whole.json"  # in a checkpoint, written when all the rest of it is on disk
+
+
+class Trainer(SFTTrainer):
+    """TRL's, which also counts what is cut, and keeps the first example, whole."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.counted: dict[str, Counts] = {}
+        self.first_row: dict[str, Any] = {}
+        super().__init__(*args, **kwargs)
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if not isinstance(sampler, LengthGroupedSampler):
+            return sampler
+        return _ByLength(sampler, self.args.seed if self.args.data_seed is None else self.args.data_seed)
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        uncut = copy.copy(args)
+        uncut.max_length = None
+        rows = super()._prepare_dataset(dataset, processing_class, uncut, False, formatting_func, dataset_name)
+        self.counted[dataset_name] = counts(rows, args.max_length)
+        if dataset_name == "train":
+            self.first_row = {name: value[: args.max_length] for name, value in rows[0].items() if _is_ids(value)}
+        rows = rows.remove_columns([name for name in rows.column_names if not _is_ids(rows[0][name])])
+        kept = super()._prepare_dataset(rows, processing_class, args, packing, formatting_func, dataset_name)
+        if not packing:
+            self.counted[dataset_name].lost = len(rows) - len(kept)
+        if not len(kept):
+            raise StageError(f"--max_length must leave something to learn, got {args.max_length}: in every"
+                             f" {'training' if dataset_name == 'train' else 'held-out'} example the answer begins"
+                             " beyond it")  # fmt: skip
+        return kept
+
+
+class _ByLength(LengthGroupedSampler):
+    """Draws an epoch's order by its number, so that an epoch gone on with has the order that it began with."""
+
+    def __init__(self, sampler: LengthGroupedSampler, seed: int) -> None:
+        super().__init__(sampler.batch_size, lengths=sampler.lengths)
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return super().__iter__()
+
+
+class Keeper(TrainerCallback):
+    """Marks whole checkpoints, keeps log.csv up to date, and adds the speed to what is logged."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.began = (time.monotonic(), 0)
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.began = (time.monotonic(), 0)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        directory = self.out / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if state.is_world_process_zero and directory.is_dir():
+            for file in directory.iterdir():
+                flush(file)
+            write_json(directory / WHOLE, {"step": state.global_step})
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if logs is not None and "num_tokens" in logs and "loss" in logs:
+            seconds, tokens = time.monotonic() - self.began[0], logs["num_tokens"] - self.began[1]
+            logs["tokens/s"] = round(tokens / max(seconds, 1e-9), 1)
+            self.began = (time.monotonic(), logs["num_tokens"])
+        if state.is_world_process_zero and (self.out / START).exists():  # else it is the held-out loss before
+            write_log(self.out / LOG, state.log_history)
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and (not value or isinstance(value[0], int))

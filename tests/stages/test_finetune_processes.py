@@ -1,0 +1,156 @@
+"""`nf4kernels finetune` on several processes: what is asked of a launcher, and the same numbers as of one process."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from support.chat_model import chat_model, facts
+from support.finetune_run import arguments, names, write_rows
+
+for needed in ("peft", "trl", "datasets", "matplotlib", "yaml"):
+    pytest.importorskip(needed, reason=f"{needed} is not installed: nothing is fine-tuned")
+
+from nf4kernels.cli import main  # noqa: E402
+from nf4kernels.stages.errors import StageError  # noqa: E402
+from nf4kernels.stages.finetune import processes  # noqa: E402
+from nf4kernels.stages.finetune.processes import sharing  # noqa: E402
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return chat_model(tmp_path_factory.mktemp("models") / "chat", num_hidden_layers=1)
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    return write_rows(tmp_path / "prompts.jsonl", [{"prompt": q, "completion": a} for q, a in facts(32)])
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """As if by torchrun, on GPUs, with DeepSpeed installed."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(processes, "find_spec", lambda name: name)
+    monkeypatch.setattr(processes, "has_gpu", lambda: True)
+
+
+@pytest.mark.parametrize(("name", "stage"), [("zero2", 2), ("zero3", 3)])
+def test_names_of_deepspeeds_stages(launched, name, stage):
+    found = sharing(name, None, None, False)
+    assert found["deepspeed"]["zero_optimization"]["stage"] == stage
+    assert found["deepspeed"]["bf16"] == {"enabled": "auto"}
+    for field in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        assert found["deepspeed"][field] == "auto"
+    assert found["fsdp"] is None
+
+
+def test_a_file_of_deepspeeds_passes_through(launched, tmp_path):
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 1}}), encoding="utf-8")
+    assert sharing(str(file), None, None, False)["deepspeed"] == str(file)
+    with pytest.raises(StageError, match="--deepspeed must be zero2, zero3 or a file"):
+        sharing("zero4", None, None, False)
+
+
+@pytest.mark.parametrize("word", [True, "true", "True"])
+def test_a_plain_fsdp_is_fsdp2_by_layers(launched, word):
+    found = sharing(None, word, None, False)
+    assert found["fsdp"] is True
+    assert found["fsdp_config"]["version"] == 2
+    assert found["fsdp_config"]["auto_wrap_policy"] == "TRANSFORMER_BASED_WRAP"
+    assert sharing(None, word, {"version": 2, "cpu_offload": True}, False)["fsdp_config"]["cpu_offload"]
+    assert sharing(None, "false", None, False)["fsdp"] is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "size", "expected"),
+    [
+        (["--fsdp"], None, "--fsdp needs a process for each GPU, run: torchrun --nproc-per-node N -m"),
+        (["--fsdp", "--use_cpu=true"], "2", "--fsdp needs GPUs"),
+        (["--deepspeed=zero2"], "2", "--deepspeed needs DeepSpeed, run: pip install deepspeed"),
+        (["--deepspeed=nowhere.json"], "2", "or a file of DeepSpeed's, got nowhere.json"),
+    ],
+)  # fmt: skip
+def test_what_is_not_there_is_said(model, prompts, tmp_path, capsys, monkeypatch, flags, size, expected):
+    monkeypatch.setattr(processes, "find_spec", lambda name: None)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if size is not None:
+        monkeypatch.setenv("WORLD_SIZE", size)
+    had = names(tmp_path)
+    assert main(arguments(model, prompts, tmp_path / "out") + flags) == 2
+    assert expected in capsys.readouterr().err
+    assert names(tmp_path) == had
+
+
+def test_only_the_first_process_says_what_is_wrong(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert main(arguments(model, tmp_path / "missing.jsonl", tmp_path / "out")) == 2
+    assert capsys.readouterr().err == ""
+
+
+# accelerate knows FSDP on GPUs alone: here it is told that there is one, and torch that the mesh is of CPUs.
+FSDP_ON_CPUS = """
+import sys
+import accelerate.state, torch.distributed.fsdp
+from torch.distributed.device_mesh import init_device_mesh
+
+state, plugin = accelerate.state.AcceleratorState, None
+begin, shard = state.__init__, torch.distributed.fsdp.fully_shard
+
+def init(self, *args, **options):
+    global plugin
+    begin(self, *args, **options)
+    plugin = options.get("fsdp_plugin") or plugin
+    if plugin is not None:
+        self.distributed_type, self.fsdp_plugin = accelerate.state.DistributedType.FSDP, plugin
+
+def fully_shard(module, **options):
+    return shard(module, **{**options, "mesh": options.get("mesh") or init_device_mesh("cpu", (2,))})
+
+state.__init__, torch.distributed.fsdp.fully_shard = init, fully_shard
+from nf4kernels.cli import main
+from nf4kernels.stages.finetune import processes
+processes.has_gpu = lambda: True
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def launch(argv: list[str], script: str | None = None, folder=None) -> str:
+    target = ["-m", "nf4kernels"]
+    if script is not None:
+        (folder / "launched.py").write_text(script, encoding="utf-8")
+        target = [str(folder / "launched.py")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *target, *argv]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    return ran.stdout
+
+
+def read_log(out) -> list[dict[str, str]]:
+    with (out / "log.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharing", ["whole", "fsdp"])
+def test_two_processes_train_as_one_does(model, prompts, tmp_path, sharing):
+    """The same losses and gradients as of one process with the batch of both, and one voice."""
+    changes = {"max_steps": STEPS, "lora_dropout": 0.0, "learning_rate": 1e-3}
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert main(arguments(model, prompts, one, **changes, per_device_train_batch_size=4)) == 0
+    argv = arguments(model, prompts, two, **changes, per_device_train_batch_size=2)
+    said = launch([*argv, "--fsdp"], FSDP_ON_CPUS, tmp_path) if sharing == "fsdp" else launch(argv)
+    for line in ("training: 29 examples", "held-out loss before", "held-out loss after", f"wrote {two}"):
+        assert said.count(line) == 1, line
+    rows = [row for row in read_log(two) if row["loss"]]
+    assert len(rows) == STEPS
+    for expected, got in zip(read_log(one), rows):
+        for column in ("loss", "grad_norm"):
+            assert float(got[column]) == pytest.approx(float(expected[column]), rel=1e-4), (expected, got)
+    assert {"adapter_model.safetensors", "loss.png", "README.md", "recipe.yaml"} <= set(names(two))
