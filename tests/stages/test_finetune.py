@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from support.chat_model import CHAT_TEMPLATE, chat_model, facts
-from support.finetune_run import FIELDS, STEPS, arguments, names, write_rows
+from support.finetune_run import FIELDS, STEPS, arguments, names, train_in_child, write_rows
 
 for needed in ("peft", "trl", "datasets", "matplotlib", "yaml"):
     pytest.importorskip(needed, reason=f"{needed} is not installed: nothing is fine-tuned")
@@ -28,6 +28,9 @@ from nf4kernels.stages.finetune.recipe import read_recipe  # noqa: E402
 from nf4kernels.stages.finetune.trainer import WHOLE  # noqa: E402
 
 ADAPTERS = "adapter_model.safetensors"
+# From a process that has imported everything and computed nothing: OpenMP's threads do not outlive a fork.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["support.finetune_run", "nf4kernels.stages.finetune.run"])
 
 
 @pytest.fixture(scope="module")
@@ -78,14 +81,9 @@ def test_it_learns_and_writes_what_it_says(models, prompts, tmp_path, capsys):
     assert "finished" in capsys.readouterr().err
 
 
-def train_in_child(argv: list[str], out: Path) -> None:
-    os.dup2(os.open(out.with_name("child.txt"), os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
-    os._exit(main(argv))
-
-
 def killed(argv: list[str], out: Path, when) -> bool:
     """Run it in a process that is killed as soon as `when()` holds; False where it ended before."""
-    child = multiprocessing.get_context("fork").Process(target=train_in_child, args=(argv, out))
+    child = FORKS.Process(target=train_in_child, args=(argv, out.with_name("child.txt")))
     child.start()
     while child.is_alive() and not when():
         time.sleep(0.002)
@@ -95,7 +93,6 @@ def killed(argv: list[str], out: Path, when) -> bool:
     return child.exitcode == -signal.SIGKILL
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_killed_and_resumed_it_gives_the_same_log(models, prompts, tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert main(arguments(models / "chat", prompts, whole)) == 0
@@ -108,7 +105,6 @@ def test_killed_and_resumed_it_gives_the_same_log(models, prompts, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.parametrize(
     "changes", [{}, {"train_sampling_strategy": "group_by_length"}, {"packing": True, "max_length": 64}]
 )
@@ -147,7 +143,6 @@ class Moment:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_killed_after_its_last_step_it_only_finishes(models, prompts, tmp_path, monkeypatch):
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert main(arguments(models / "chat", prompts, whole, max_steps=4)) == 0
@@ -179,7 +174,6 @@ def test_packed_examples_do_not_see_each_other(models, prompts, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_a_half_written_checkpoint_is_passed_over(models, prompts, tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert main(arguments(models / "chat", prompts, whole, max_steps=4)) == 0

@@ -1,7 +1,10 @@
 """What the tests of `nf4kernels finetune` share: small settings, files of examples, a command line."""
 
 import json
+import os
 from pathlib import Path
+
+from nf4kernels.cli import main
 
 STEPS = 8
 FIELDS = {
@@ -22,3 +25,9 @@ def arguments(model, data, out, /, **changes) -> list[str]:
 
 def names(directory: Path) -> list[str]:
     return sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))
+
+
+def train_in_child(argv: list[str], said: Path) -> None:
+    """The command in this process, whose standard output goes to the file `said`."""
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+    os._exit(main(argv))
