@@ -25,8 +25,9 @@ def vision_model(directory: Path) -> Path:
     tokenizer = chat_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
     size = {"height": SIDE, "width": SIDE}
+    of_images = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
     processor = transformers.LlavaProcessor(
-        transformers.CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=size), tokenizer, patch_size=PATCH,
+        of_images(size={"shortest_edge": SIDE}, crop_size=size), tokenizer, patch_size=PATCH,
         vision_feature_select_strategy="default", chat_template=TEMPLATE, num_additional_image_tokens=1,
     )  # fmt: skip
     text = transformers.LlamaConfig(
