@@ -66,6 +66,7 @@ THIRD_PARTY = {
         "lm_eval",
         "huggingface_hub",
         "jinja2",
+        "PIL",
     },
     "nf4kernels.cli": {"torch", "transformers", "shtab"},
     "nf4kernels.demo": {"torch", "tqdm", "transformers", "matplotlib"},

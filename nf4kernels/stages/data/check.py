@@ -124,7 +124,7 @@ def _characters(row: Any) -> int:
     if isinstance(row, str):
         return len(row)
     if isinstance(row, dict):
-        return sum(_characters(value) for name, value in row.items() if name != "role")
+        return sum(_characters(value) for name, value in row.items() if name not in ("role", "images"))
     return sum(map(_characters, row)) if isinstance(row, list) else 0
 
 

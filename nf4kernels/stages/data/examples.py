@@ -29,11 +29,27 @@ class ExampleError(ValueError):
 def example(record: Any) -> tuple[str, dict[str, Any]]:
     """(form, the columns that TRL reads) of one record; keys beyond its form's are left out.
 
+    A record with `images`, a list of paths, or `image`, one path, has `images` in its row, as they were given.
+
     Raises:
         ExampleError: the record has no form, or an empty or misplaced part.
     """
     if not isinstance(record, dict):
         raise ExampleError(f"must be an object with {EXPECTED}, got {type(record).__name__}")
+    form, row = _text_of(record)
+    images = record.get("images")
+    if record.get("image") is not None:
+        images = [record["image"]]
+    if images is None:
+        return form, row
+    if form == "text":
+        raise ExampleError("images must stand beside messages or prompt and completion, got text")
+    if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
+        raise ExampleError(f"images must be a list of paths, got {repr(images)[:40]}")
+    return form, {**row, "images": images}
+
+
+def _text_of(record: dict) -> tuple[str, dict[str, Any]]:
     if record.get("messages") is not None:
         _check_messages("messages", record["messages"])
         return "messages", {"messages": [_turn(turn) for turn in record["messages"]]}

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import Dataset, Features, Json, List
+from datasets import Dataset, Features, Image, Json, List, Value
+from PIL.Image import DecompressionBombError
+from PIL.Image import open as open_image
 
 from ..errors import StageError, first_line
 from .examples import ExampleError, example
@@ -35,6 +37,10 @@ class Split:
     held_out: Dataset
     form: str
 
+    @property
+    def has_images(self) -> bool:
+        return "images" in self.train.column_names
+
 
 @dataclass(frozen=True)
 class Example:
@@ -48,8 +54,9 @@ class Example:
     @property
     def shape(self) -> str:
         """What all examples must have in common: their form, and whether a prompt is text or the turns of a chat."""
-        is_chat = self.form == "prompt" and self.row is not None and isinstance(self.row["prompt"], list)
-        return "prompt of turns" if is_chat else self.form
+        row = self.row or {}
+        is_chat = self.form == "prompt" and isinstance(row.get("prompt"), list)
+        return ("prompt of turns" if is_chat else self.form) + (" with images" if "images" in row else "")
 
 
 def read(sources: Sequence[Source], held_out: float | int = 0.1, seed: int = 0) -> Split:
@@ -122,10 +129,24 @@ def walk(path: Path) -> Iterator[Example]:
             continue
         try:
             form, row = example(record)
+            if "images" in row:
+                row["images"] = [_image(path.parent / image) for image in row["images"]]
         except ExampleError as error:
             yield Example(where, problem=str(error))
         else:
             yield Example(where, form, row)
+
+
+def _image(path: Path) -> str:
+    """The absolute path of an image that can be read; ExampleError where it is none."""
+    try:
+        with open_image(path) as image:
+            image.load()
+    except FileNotFoundError:
+        raise ExampleError(f"image {path} must be there, got nothing") from None
+    except (OSError, ValueError, SyntaxError, DecompressionBombError) as error:
+        raise ExampleError(f"image {path} must be an image that can be read, got {first_line(error)}") from None
+    return str(path.absolute())
 
 
 def other_shape(found: Example, first: Example) -> str:
@@ -196,10 +217,13 @@ def _array(path: Path) -> list:
 def _table(rows: list[dict[str, Any]]) -> Dataset:
     """Arrow gives all turns the same keys, None where one had none, which chat templates trip over: those are kept as
     JSON where turns differ in more than role and content."""
-    names = [name for name, value in rows[0].items() if isinstance(value, list)]
+    names = [name for name, value in rows[0].items() if isinstance(value, list) and name != "images"]
+    images = {"images": List(Value("string"))} if "images" in rows[0] else {}
     if all(turn.keys() == {"role", "content"} for row in rows for name in names for turn in row[name]):
-        return Dataset.from_list(rows)
-    return Dataset.from_list(rows, features=Features({name: List(Json()) for name in names}))
+        table = Dataset.from_list(rows)
+    else:
+        table = Dataset.from_list(rows, features=Features({name: List(Json()) for name in names} | images))
+    return table.cast_column("images", List(Image())) if images else table
 
 
 def _weighted(rows: list, weight: float, draw: random.Random) -> list:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from trl.data_utils import prepare_multimodal_messages
 
 from ..data.reading import Split
 from ..data.view import begun, missing_beginning
@@ -12,21 +13,40 @@ ANSWER_TOKENS = 64
 PROMPT_TOKENS = 16  # of a plain text, to go on from
 
 
-def answers(model: Any, split: Split, tokenizer: Any, count: int = SAMPLES) -> list[tuple[str, str, str]]:
+def answers(model: Any, split: Split, processor: Any, count: int = SAMPLES) -> list[tuple[str, str, str]]:
     """(asked, in the data, answered) of the first `count` examples held out, by greedy decoding."""
+    tokenizer = processor.tokenizer if split.has_images else processor
     rows = split.held_out if len(split.held_out) else split.train
     made = []
     for row in rows.select(range(min(count, len(rows)))):
-        ids, asked, expected = prompt_of(row, split.form, tokenizer)
-        inputs = torch.tensor([ids], device=model.device)
+        if split.has_images:
+            inputs, asked, expected = _prompt_with_images(row, split.form, processor)
+        else:
+            ids, asked, expected = prompt_of(row, split.form, tokenizer)
+            inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+        inputs = {
+            name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
+            for name, tensor in inputs.items()
+        }
         model.eval()
         with torch.no_grad():
             out = model.generate(
-                input_ids=inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=ANSWER_TOKENS, do_sample=False,
-                pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+                **inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
             )  # fmt: skip
-        made.append((asked, expected, tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)))
+        answer = out[0, inputs["input_ids"].shape[1] :]
+        made.append((asked, expected, tokenizer.decode(answer, skip_special_tokens=True)))
     return made
+
+
+def _prompt_with_images(row: dict[str, Any], form: str, processor: Any) -> tuple[Any, str, str]:
+    """As `prompt_of`, with the tensors of the images before the first turn of the user's, where TRL has them."""
+    turns, asked, expected = _turns(row, form)
+    inputs = processor.apply_chat_template(
+        prepare_multimodal_messages(turns, images=row["images"]), add_generation_prompt=True, tokenize=True,
+        return_dict=True, return_tensors="pt",
+    )  # fmt: skip
+    return inputs, asked, expected
 
 
 def prompt_of(row: dict[str, Any], form: str, tokenizer: Any) -> tuple[list[int], str, str]:
@@ -39,12 +59,17 @@ def prompt_of(row: dict[str, Any], form: str, tokenizer: Any) -> tuple[list[int]
         asked, expected = row["prompt"], row["completion"]
         if not tokenizer.chat_template:
             return tokenizer(begun(asked, missing_beginning(tokenizer)))["input_ids"], asked, expected
-        turns = [{"role": "user", "content": asked}]
-    else:
-        turns, last = (row["prompt"], row["completion"]) if form == "prompt" else (row["messages"], [])
-        if form == "messages":
-            answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
-            turns, last = turns[: answers[-1]], turns[answers[-1] :]
-        asked, expected = str(turns[-1]["content"]), str(last[0]["content"])
+    turns, asked, expected = _turns(row, form)
     encoded = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
     return encoded["input_ids"], asked, expected
+
+
+def _turns(row: dict[str, Any], form: str) -> tuple[list[dict[str, Any]], str, str]:
+    """The turns before the last answer, the last of them, and the answer."""
+    if form == "prompt" and isinstance(row["prompt"], str):
+        return [{"role": "user", "content": row["prompt"]}], row["prompt"], row["completion"]
+    turns, last = (row["prompt"], row["completion"]) if form == "prompt" else (row["messages"], [])
+    if form == "messages":
+        places = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+        turns, last = turns[: places[-1]], turns[places[-1] :]
+    return turns, str(turns[-1]["content"]), str(last[0]["content"])

@@ -15,7 +15,7 @@ IGNORED = -100  # the label of a token without a loss
 class Counts:
     """Of one set of examples, before they were cut to max_length: rows, tokens, rows that were longer, most in a row.
 
-    `lost` rows have nothing to learn after the cut, and are left out.
+    Of rows with images the rows alone are counted. `lost` rows have nothing to learn after the cut, and are left out.
     """
 
     examples: int
@@ -43,8 +43,8 @@ def in_chat_form(rows: Dataset, form: str, tokenizer: Any) -> Dataset:
     if form == "prompt" and isinstance(rows[0]["prompt"], str) and tokenizer.chat_template:
         return rows.map(_as_turns)
     column = "prompt" if form == "prompt" else "text"
-    beginning = missing_beginning(tokenizer)
-    if not beginning or not isinstance(rows[0][column], str):
+    beginning = missing_beginning(tokenizer) if isinstance(rows[0][column], str) else ""
+    if not beginning:
         return rows
     return rows.map(lambda row: {column: begun(row[column], beginning)})
 

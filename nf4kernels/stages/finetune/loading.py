@@ -4,7 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+)
 
 from ...model.prepare import prepare_for_training
 from ...model.training import training_dtype
@@ -31,8 +37,37 @@ def load_tokenizer(recipe: Recipe) -> Any:
     return tokenizer
 
 
-def load_model(recipe: Recipe) -> Any:
+def load_processor(recipe: Recipe) -> Any:
+    """Of a vision-language model: its tokenizer, what makes tensors of images, and a chat template.
+
+    Raises:
+        StageError: the model takes no images, or has no chat template.
+    """
+    model = recipe.model
+    try:
+        processor = AutoProcessor.from_pretrained(
+            model.model_name_or_path, revision=model.model_revision, trust_remote_code=recipe.training.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise StageError(f"--model_name_or_path must be a directory with a model and its processor, got"
+                         f" {model.model_name_or_path}: {in_one_line(error)}") from None  # fmt: skip
+    if getattr(processor, "image_processor", None) is None:
+        raise StageError(
+            f"--model_name_or_path must be a vision-language model, since the data has images, got"
+            f" {model.model_name_or_path}"
+        )
+    template = recipe.training.chat_template_path
+    if template is not None and Path(template).is_file():
+        processor.chat_template = Path(template).read_text(encoding="utf-8")
+    if not processor.chat_template:
+        raise StageError("--chat_template_path must be a Jinja file or a model with a template, since the data has"
+                         " images, got none")  # fmt: skip
+    return processor
+
+
+def load_model(recipe: Recipe, has_images: bool = False) -> Any:
     """In 4 bits: quantized as it is read, or as a 4-bit directory has it; or dense; where the trainer wants it."""
+    architectures: Any = AutoModelForImageTextToText if has_images else AutoModelForCausalLM
     options = {
         "revision": recipe.model.model_revision, "trust_remote_code": recipe.training.trust_remote_code,
     }  # fmt: skip
@@ -48,7 +83,7 @@ def load_model(recipe: Recipe) -> Any:
         device = recipe.training.device
         if device.type != "cpu":
             options["device_map"] = {"": device}
-        model = AutoModelForCausalLM.from_pretrained(
+        model = architectures.from_pretrained(
             where, dtype=recipe.dtype, attn_implementation=recipe.model.attn_implementation, **options
         )
     except StageError:

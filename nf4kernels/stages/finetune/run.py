@@ -24,7 +24,7 @@ from ..errors import StageError, first_line
 from .answers import SAMPLES, answers
 from .examples import in_chat_form, shown
 from .forecast import forecast_memory, resident
-from .loading import in_one_line, load_model, load_tokenizer
+from .loading import in_one_line, load_model, load_processor, load_tokenizer
 from .outputs import CARD, LOG, PICTURE, RECIPE, write_card, write_log, write_picture
 from .processes import is_main
 from .progress import Clock, Progress
@@ -56,9 +56,11 @@ def finetune(recipe: Recipe, say: Say = print, progress: TrainerCallback | None 
         disable_loading_bar()
     program = resident()
     started = _started(recipe)
-    split = read(recipe.sources, recipe.held_out, recipe.split_seed)
-    tokenizer = load_tokenizer(recipe)
-    trainer = _trainer(recipe, split, tokenizer)
+    with _quiet_maps():
+        split = read(recipe.sources, recipe.held_out, recipe.split_seed)
+    processor = load_processor(recipe) if split.has_images else load_tokenizer(recipe)
+    tokenizer = processor.tokenizer if split.has_images else processor
+    trainer = _trainer(recipe, split, processor)
     if progress is not None:
         trainer.remove_callback(PrinterCallback if recipe.training.disable_tqdm else Progress)
         trainer.add_callback(progress)
@@ -101,7 +103,7 @@ def finetune(recipe: Recipe, say: Say = print, progress: TrainerCallback | None 
     if after is not None:
         say(f"held-out loss after: {after:.4f}")
     trainer.save_model(str(recipe.out))
-    answered = answers(trainer.model, split, tokenizer, samples)  # on every process, where each has a part of the model
+    answered = answers(trainer.model, split, processor, samples)  # on every process, where each has a part of the model
     if is_main():
         write_log(recipe.out / LOG, history)
         write_picture(recipe.out / PICTURE, history, before, after)
@@ -161,7 +163,7 @@ def _stored(recipe: Recipe) -> dict[str, Any] | None:
     return started
 
 
-def _trainer(recipe: Recipe, split: Split, tokenizer: Any) -> Trainer:
+def _trainer(recipe: Recipe, split: Split, processor: Any) -> Trainer:
     args = recipe.training
     is_conversation = split.form == "messages" or (
         split.form == "prompt" and not isinstance(split.train[0]["prompt"], str)
@@ -169,23 +171,23 @@ def _trainer(recipe: Recipe, split: Split, tokenizer: Any) -> Trainer:
     if recipe.is_answers_only is None:
         args.assistant_only_loss = split.form == "messages"
     with _quiet_maps():
-        train = in_chat_form(split.train, split.form, tokenizer)
-        held_out = in_chat_form(split.held_out, split.form, tokenizer) if len(split.held_out) else None
+        train = in_chat_form(split.train, split.form, processor)
+        held_out = in_chat_form(split.held_out, split.form, processor) if len(split.held_out) else None
     if args.chat_template_path is not None and Path(args.chat_template_path).is_file():
         args.chat_template_path = None  # the tokenizer has it
     if args.assistant_only_loss and not is_conversation:
         raise StageError("--assistant_only_loss must be left out unless the data is chat messages")
     if args.assistant_only_loss:
-        marking_template(tokenizer)  # else its sentence, before the model is read
+        marking_template(processor)  # else its sentence, before the model is read
     if args.eval_strategy != "no" and held_out is None:
         raise StageError(f"--eval_strategy must be no where nothing is held out, got {args.eval_strategy}")
-    model = load_model(recipe)
+    model = load_model(recipe, split.has_images)
     set_seed(args.seed)  # of the adapters' first values
     had = recipe.out.exists()
     try:
         with _quiet_maps():
             trainer = Trainer(
-                model, args, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer,
+                model, args, train_dataset=train, eval_dataset=held_out, processing_class=processor,
                 peft_config=recipe.lora, callbacks=[Keeper(recipe.out)],
             )  # fmt: skip
     except (ValueError, TypeError, RuntimeError, OSError, TargetError) as error:
@@ -204,7 +206,8 @@ def _announce(trainer: Trainer, recipe: Recipe, tokenizer: Any, say: Say) -> Non
             count = trainer.counted[name]
             cut = f", {count.cut} of them cut to {args.max_length}" if count.cut else ""
             lost = f", {count.lost} left out, their answers begin beyond it" if count.lost else ""
-            say(f"{called}: {count.examples} examples, {count.tokens} tokens{cut}{lost}")
+            tokens = f", {count.tokens} tokens" if count.tokens else " with images"
+            say(f"{called}: {count.examples} examples{tokens}{cut}{lost}")
     trained, of = trainer.model.get_nb_trainable_parameters()
     say(f"trainable: {trained} of {of} parameters; {steps} steps, dense parts in {str(recipe.dtype)[6:]}")
     say(f"one example as the model sees it, what is learned between ⟦ and ⟧:\n{shown(trainer.first_row, tokenizer)}")
@@ -213,6 +216,8 @@ def _announce(trainer: Trainer, recipe: Recipe, tokenizer: Any, say: Say) -> Non
 def _announce_memory(trainer: Trainer, program: int, say: Say) -> None:
     if not is_main():
         return
+    if trainer._is_vision_dataset:
+        return say("memory: no estimate for examples with images")
     try:
         say(str(forecast_memory(trainer, program)))
     except Exception as error:  # a model's own code on tensors without values; the run does not depend on it

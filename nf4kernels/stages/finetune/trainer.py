@@ -3,6 +3,7 @@
 import copy
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,40 @@ class Trainer(SFTTrainer):
         self.counted: dict[str, Counts] = {}
         self.first_row: dict[str, Any] = {}
         super().__init__(*args, **kwargs)
+        if self._is_vision_dataset:  # whose rows TRL makes tensors of only when it trains on them
+            for name, rows in (("train", self.train_dataset), ("eval", self.eval_dataset)):
+                if rows is not None:
+                    self.counted[name] = Counts(len(rows), 0, 0, 0)
+            self._collate: Any = vars(self)["data_collator"]
+            self.data_collator = self._collate_with_images
+            made = self.data_collator([self.train_dataset[0]])
+            self.first_row = {name: made[name][0].tolist() for name in ("input_ids", "labels")}
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         sampler = super()._get_train_sampler(*args, **kwargs)
         if not isinstance(sampler, LengthGroupedSampler):
             return sampler
         return _ByLength(sampler, self.args.seed if self.args.data_seed is None else self.args.data_seed)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        with self._images_whole():
+            return super().compute_loss(*args, **kwargs)
+
+    def _collate_with_images(self, rows: list[dict[str, Any]]) -> Any:
+        with self._images_whole():
+            return self._collate(rows)
+
+    @contextmanager
+    def _images_whole(self) -> Iterator[None]:
+        """What processors and models raise where max_length has cut an image, in a sentence."""
+        try:
+            yield
+        except ValueError as error:
+            if not self._is_vision_dataset or "max_length" not in str(error):
+                raise
+            raise StageError(
+                f"--max_length must leave the images of each example whole, got {self.args.max_length}"
+            ) from None
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         uncut = copy.copy(args)
