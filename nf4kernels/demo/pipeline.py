@@ -203,6 +203,8 @@ class Demo:
         }  # fmt: skip
         if its.model is None:
             fields["chat_template_path"] = PLAIN
+        if its.data is None:  # all of it is short: the examples of a step in one row, each with attention to itself
+            fields |= {"padding_free": True, "max_length": "none"}
         return read_recipe(CPU_RECIPE, [f"--{name}={value}" for name, value in fields.items()])
 
     def held_out_batches(self) -> list[Batch]:
