@@ -306,7 +306,7 @@ def _samples(trainer: _Trainer, split: Split, tokenizer: Any) -> list[tuple[str,
     rows = split.held_out if len(split.held_out) else split.train
     made = []
     for row in rows.select(range(min(SAMPLES, len(rows)))):
-        ids, asked, expected = prompt_of(row, split.form, tokenizer)
+        ids, asked, expected = _prompt(row, split.form, tokenizer)
         inputs = torch.tensor([ids], device=trainer.model.device)
         trainer.model.eval()
         with torch.no_grad():
@@ -318,7 +318,7 @@ def _samples(trainer: _Trainer, split: Split, tokenizer: Any) -> list[tuple[str,
     return made
 
 
-def prompt_of(row: dict[str, Any], form: str, tokenizer: Any) -> tuple[list[int], str, str]:
+def _prompt(row: dict[str, Any], form: str, tokenizer: Any) -> tuple[list[int], str, str]:
     """Token ids to go on from, and as text what was asked and what the data answers."""
     if form == "text":
         ids = tokenizer(row["text"])["input_ids"][:PROMPT_TOKENS]
