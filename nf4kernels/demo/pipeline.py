@@ -15,9 +15,8 @@ import nf4kernels as nf4
 from ..cli.meta_model import meta_model
 from ..model.training import training_dtype
 from ..stages.data.reading import Source, Split, read
-from ..stages.data.view import Viewer
+from ..stages.data.view import View, Viewer
 from ..stages.errors import StageError, first_line
-from ..stages.finetune.answers import prompt_of
 from ..stages.finetune.outputs import CARD, LOG, RECIPE, write_picture
 from ..stages.finetune.recipe import Recipe, read_recipe
 from ..stages.finetune.run import finetune
@@ -36,7 +35,7 @@ from .settings import MADE_BY, RESULTS, Settings
 CPU_RECIPE = Path(str(files("nf4kernels.stages.finetune"))) / "recipes" / "cpu-small.yaml"
 LOGGED = 20  # losses of the fine-tuning, each the mean of as many steps
 MODEL_OF = partial(meta_model, verb="demo")
-SAMPLES, SAMPLE_TOKENS, SAMPLE_BYTES = 3, 24, 96
+SAMPLES, SAMPLE_TOKENS, SAMPLE_BYTES, PLAIN_TOKENS = 3, 24, 96, 16
 GET, LOAD, QUANTIZE, TUNE = "get the model", "load it in 16 bits", "quantize it to 4 bits", "fine-tune LoRA through it"
 TRAIN_BYTES, MERGE, WRITE = "train a byte model instead", "merge the adapters into 16 bits", "write everything"
 EVALUATE, GENERATE = "evaluate (5 times)", "write sample answers"
@@ -102,6 +101,8 @@ class Demo:
         self.compute_dtype = training_dtype("cpu")  # of the dense parts while the model runs; files are in 16 bits
         self.stages = report.Stages()
         self.losses: dict[str, float] = {}
+        self.asked: list[list[int]] = []
+        self.samples: list[dict[str, str]] = []
 
     def get(self) -> None:
         """Set `name` and `directory`; where SmolLM2 cannot be had, train the byte model."""
@@ -126,10 +127,13 @@ class Demo:
             if self.settings.model is None:
                 self.tokenizer.chat_template = PLAIN.read_text(encoding="utf-8")
             self.recipe = self.make_recipe()
-            self.tests = self.held_out_batches()
-            rows = self.split.held_out.select(range(min(SAMPLES, len(self.split.held_out))))
-            self.asked = [prompt_of(row, self.split.form, self.tokenizer) for row in rows]
-            self.samples = [{"prompt": asked, "reference": expected.strip()} for _, asked, expected in self.asked]
+            viewer = Viewer(self.tokenizer, self.split.form)
+            views = [viewer.view(row) for row in self.split.held_out]
+            self.tests = self.batches(views)
+            for view in views[:SAMPLES]:
+                asked, expected = view.ids[: answer_of(view)], view.ids[answer_of(view) :]
+                self.asked.append(asked)
+                self.samples.append({"prompt": self.text(asked), "reference": self.text(expected).strip()})
             print(f"  {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
             self.evaluate(BASE, model)
 
@@ -204,11 +208,12 @@ class Demo:
         }  # fmt: skip
         if its.model is None:
             fields["chat_template_path"] = PLAIN
+        if its.data is None:  # all of it is short: the examples of a step in one row, each with attention to itself
+            fields |= {"padding_free": True, "max_length": "none"}
         return read_recipe(CPU_RECIPE, [f"--{name}={value}" for name, value in fields.items()])
 
-    def held_out_batches(self) -> list[Batch]:
-        viewer, length = Viewer(self.tokenizer, self.split.form), self.recipe.training.max_length
-        views = [viewer.view(row) for row in self.split.held_out]
+    def batches(self, views: list[View]) -> list[Batch]:
+        length = self.recipe.training.max_length
         rows, has_loss = [view.ids[:length] for view in views], [view.has_loss[:length] for view in views]
         if not any(any(tokens[1:]) for tokens in has_loss):
             raise StageError(f"--data must have an answer within the first {length} tokens of an example, got none")
@@ -238,11 +243,18 @@ class Demo:
         """The model's own answers to the first held-out prompts, always its likeliest next token."""
         length = SAMPLE_BYTES if len(self.tokenizer) < 1000 else SAMPLE_TOKENS
         with self.stages.aside(GENERATE):
-            for sample, (ids, _, _) in zip(self.samples, self.asked):
+            for sample, ids in zip(self.samples, self.asked):
                 prompt = torch.tensor([ids])
                 out = self.model.generate(
                     prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=length, do_sample=False,
                     pad_token_id=self.tokenizer.eos_token_id,
                 )  # fmt: skip
-                text = self.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
-                sample[when] = text.strip().split("\n")[0]
+                sample[when] = self.text(out[0, len(ids) :]).strip().split("\n")[0]
+
+    def text(self, ids: Any) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def answer_of(view: View) -> int:
+    """The place of the first token that is learned; of plain text, all of which is, a place to go on from."""
+    return view.has_loss.index(True) or PLAIN_TOKENS

@@ -98,6 +98,25 @@ def test_the_answer_and_the_end_alone_are_learned():
     assert view.has_loss == [False] * len("What is") + [True] * len(" it?\nYes.E")
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_the_fine_tuning_is_the_shipped_recipe_with_the_flags(tmp_path, small_data, own):
+    chosen = {"data": small_data, "model": small_data.parent} if own else {}
+    if own:
+        (small_data.parent / "config.json").write_text("{}", encoding="utf-8")
+    settings = Settings(out=tmp_path / "out", steps=40, batch=4, lr=2e-3, rank=16, seed=3, **chosen)
+    demo = pipeline.Demo(settings, tmp_path / "staging", *pipeline.read_split(settings))
+    demo.directory = tmp_path
+    recipe = demo.make_recipe()
+    training, lora = recipe.training, recipe.lora
+    assert (training.max_steps, training.per_device_train_batch_size, training.learning_rate) == (40, 4, 2e-3)
+    assert (lora.r, lora.lora_alpha, training.seed, training.logging_steps) == (16, 32, 3, 2)
+    assert recipe.out == tmp_path / "staging" / "adapter"
+    assert (training.padding_free, training.max_length) == ((False, 256) if own else (True, None))
+    assert training.chat_template_path == (None if own else str(data.PLAIN))
+    assert recipe.held_out == (0.1 if own else 128)
+    assert training.gradient_checkpointing is False  # as recipes/cpu-small.yaml has it
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
