@@ -83,6 +83,7 @@ FRAMEWORKS = {
     "gguf",
     "gradio",
     "shtab",
+    "lm_eval",
 }
 OWN = "nf4kernels"
 # Imported when it is chosen: it brings Triton, which need not be there.

@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from support.chat_model import chat_model
 from support.chat_session import directories
 
 from nf4kernels.cli import main
@@ -89,10 +90,11 @@ def command(*args):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="there is no pseudo-terminal on this system")
-def test_at_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_ends(made):
+def test_at_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_ends(tmp_path):
     """A long answer is stopped in the middle, the next one is whole, and the end is an end without an error."""
     ours, theirs = os.openpty()
-    args = command(made["model"], "--temperature", "0", "--max-new-tokens", "230", "--dense")
+    model = chat_model(tmp_path / "model", initializer_range=0.2, max_position_embeddings=4096)
+    args = command(model, "--temperature", "0", "--max-new-tokens", "4000", "--dense")
     process = subprocess.Popen(args, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
     os.close(theirs)
     seen = b""

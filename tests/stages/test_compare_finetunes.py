@@ -18,6 +18,7 @@ from nf4kernels.stages.compare import finetunes  # noqa: E402
 from nf4kernels.stages.compare.losses import Run, TunedComparison, TunedVariant  # noqa: E402
 from nf4kernels.stages.compare.variants import Variant  # noqa: E402
 from nf4kernels.stages.finetune import run as finetune_run  # noqa: E402
+from nf4kernels.stages.finetune.loading import load_tokenizer  # noqa: E402
 from nf4kernels.stages.finetune.recipe import read_recipe  # noqa: E402
 
 FIELDS = [
@@ -96,7 +97,7 @@ def test_adapters_begin_the_same_on_dense_and_4_bit_weights(model, compared, tmp
         flags = [f"--model={model}", f"--data={compared / 'facts.jsonl'}", f"--output_dir={tmp_path / 'none'}"]
         recipe = read_recipe(None, [*flags, f"--codebook={codebook}", f"--seed={seed}", *FIELDS])
         split = finetune_run.read(recipe.sources, recipe.held_out, 0)
-        trainer = finetune_run._trainer(recipe, split, finetune_run._tokenizer(recipe))
+        trainer = finetune_run._trainer(recipe, split, load_tokenizer(recipe))
         return {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
     dense, nf4, other = adapters("dense", 0), adapters("nf4", 0), adapters("dense", 1)
