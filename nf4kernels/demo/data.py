@@ -6,7 +6,7 @@ from pathlib import Path
 WORDNET = Path(__file__).parent / "wordnet.jsonl"
 # Prompt and answer one after the other, with no words of a chat between them: rows of 20 tokens instead of 50.
 PLAIN = Path(__file__).parent / "plain.jinja"
-HELD_OUT = 128  # examples at most
+HELD_OUT = 128  # examples, the last, that benchmarks do not train on
 
 
 def definitions() -> list[dict[str, str]]:

@@ -28,11 +28,12 @@ from ..storage.convert import Words, convert_directory
 from ..storage.merge_adapter import merge_adapter
 from ..storage.peft_format import CONFIG as PEFT_CONFIG
 from . import byte_model, report, smollm2
-from .data import HELD_OUT, PLAIN, WORDNET
+from .data import PLAIN, WORDNET
 from .loading import ATTENTION, STORED, cast_parameters, load, quiet_transformers
 from .settings import MADE_BY, RESULTS, Settings
 
 CPU_RECIPE = Path(str(files("nf4kernels.stages.finetune"))) / "recipes" / "cpu-small.yaml"
+HELD_OUT = 64  # examples at most: they are evaluated seven times
 LOGGED = 20  # losses of the fine-tuning, each the mean of as many steps
 MODEL_OF = partial(meta_model, verb="demo")
 SAMPLES, SAMPLE_TOKENS, SAMPLE_BYTES, PLAIN_TOKENS = 3, 24, 96, 16
@@ -46,7 +47,7 @@ DTYPE_LINES = {
     torch.float32: "dense parts compute in float32: without bf16 instructions bfloat16 would take many times as long",
 }
 # Of what the fine-tuning says, by its beginning: the rest stands in the tables, or names where things are for now.
-SHOWN = ("training:", "held out:", "trainable:", "one example")
+SHOWN = ("training:", "held out:", "trainable:", "one example", "memory:", "time:")
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -153,7 +154,7 @@ class Demo:
     def fine_tune(self) -> None:
         adapter = self.out / "adapter"
         with self.stages.stage(TUNE):
-            finetune(self.recipe, lambda text: print(indent(text, "  ")) if text.startswith(SHOWN) else None)
+            finetune(self.recipe, lambda text: print(indent(text, "  ")) if text.startswith(SHOWN) else None, samples=0)
             for name in (CARD, RECIPE, PEFT_CONFIG):  # they name directories, which are elsewhere when the run is over
                 text = (adapter / name).read_text(encoding="utf-8")
                 (adapter / name).write_text(text.replace(self.out.name, self.settings.out.name), encoding="utf-8")

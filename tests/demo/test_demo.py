@@ -79,7 +79,7 @@ def test_wordnet_has_no_word_and_no_definition_twice():
     assert len({row["completion"] for row in rows}) == len(rows)
     assert data.WORDNET.stat().st_size < 600_000
     split, held_out = pipeline.read_split(Settings())
-    assert (len(split.train), len(split.held_out), held_out) == (4000, 128, 128)
+    assert (len(split.train), len(split.held_out), held_out) == (4064, 64, 64)
 
 
 def test_wordnet_licence_stands_beside_the_data():
@@ -113,7 +113,7 @@ def test_the_fine_tuning_is_the_shipped_recipe_with_the_flags(tmp_path, small_da
     assert recipe.out == tmp_path / "staging" / "adapter"
     assert (training.padding_free, training.max_length) == ((False, 256) if own else (True, None))
     assert training.chat_template_path == (None if own else str(data.PLAIN))
-    assert recipe.held_out == (0.1 if own else 128)
+    assert recipe.held_out == (0.1 if own else 64)
     assert training.gradient_checkpointing is False  # as recipes/cpu-small.yaml has it
 
 
@@ -136,8 +136,8 @@ def test_a_bad_data_line_is_named(tmp_path, text, message):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("count", "held_out"), [(2, 1), (50, 5), (2000, 128)])
-def test_own_data_holds_out_a_tenth_and_128_at_most(tmp_path, count, held_out):
+@pytest.mark.parametrize(("count", "held_out"), [(2, 1), (50, 5), (2000, 64)])
+def test_own_data_holds_out_a_tenth_and_64_at_most(tmp_path, count, held_out):
     path = tmp_path / "own.jsonl"
     path.write_text("".join(json.dumps({"text": f"t{i}"}) + "\n" for i in range(count)), encoding="utf-8")
     split, _ = pipeline.read_split(Settings(data=path))

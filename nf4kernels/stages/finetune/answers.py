@@ -22,7 +22,7 @@ def answers(model: Any, split: Split, processor: Any, count: int = SAMPLES) -> l
         if split.has_images:
             inputs, asked, expected = _prompt_with_images(row, split.form, processor)
         else:
-            ids, asked, expected = prompt_of(row, split.form, tokenizer)
+            ids, asked, expected = _prompt(row, split.form, tokenizer)
             inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
         inputs = {
             name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
@@ -40,7 +40,7 @@ def answers(model: Any, split: Split, processor: Any, count: int = SAMPLES) -> l
 
 
 def _prompt_with_images(row: dict[str, Any], form: str, processor: Any) -> tuple[Any, str, str]:
-    """As `prompt_of`, with the tensors of the images before the first turn of the user's, where TRL has them."""
+    """As `_prompt`, with the tensors of the images before the first turn of the user's, where TRL has them."""
     turns, asked, expected = _turns(row, form)
     inputs = processor.apply_chat_template(
         prepare_multimodal_messages(turns, images=row["images"]), add_generation_prompt=True, tokenize=True,
@@ -49,7 +49,7 @@ def _prompt_with_images(row: dict[str, Any], form: str, processor: Any) -> tuple
     return inputs, asked, expected
 
 
-def prompt_of(row: dict[str, Any], form: str, tokenizer: Any) -> tuple[list[int], str, str]:
+def _prompt(row: dict[str, Any], form: str, tokenizer: Any) -> tuple[list[int], str, str]:
     """Token ids to go on from, and as text what was asked and what the data answers."""
     if form == "text":
         ids = tokenizer(row["text"])["input_ids"][:PROMPT_TOKENS]
