@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ..quantized_weight import BLOCK_SIZES
+from ..stages.compare.variants import CODEBOOKS, SCALES, variants
 from .errors import CommandError, check_cpu_computes, check_installed
+from .fields import keep_other_flags
 
-CODEBOOKS = ("nf4", "fp4", "int4", "af4", "mxfp4", "nvfp4")
-SCALES = ("e4m3", "dynamic8", "float32")
 SCALES_OF_TEXT = ("e4m3", "float32")
 TUNED = ("nf4", "fp4", "int4")
 NEEDED = ("transformers",)
@@ -39,14 +39,7 @@ def add_parser(subparsers) -> None:
     _add_text(parser.add_argument_group("on a text"))
     _add_tasks(parser.add_argument_group("on tasks of lm-evaluation-harness"))
     _add_finetune(parser.add_argument_group("after LoRA", "Every field of nf4kernels finetune may follow as a flag."))
-    parse = parser.parse_known_args
-
-    def parse_and_keep_the_rest(args=None, namespace=None):
-        found, rest = parse(args, namespace)
-        found.fields = rest
-        return found, []
-
-    parser.parse_known_args = parse_and_keep_the_rest
+    keep_other_flags(parser)
     parser.set_defaults(func=run)
 
 
@@ -153,8 +146,6 @@ def _scales(args: argparse.Namespace) -> list[str] | None:
 
 def _compared(args: argparse.Namespace) -> list[Any]:
     """The variants of --text and --tasks."""
-    from ..stages.compare.variants import variants
-
     if args.all:
         return variants(CODEBOOKS, BLOCK_SIZES, SCALES)
     return variants(args.codebooks or CODEBOOKS, args.block_sizes or [64], _scales(args) or SCALES_OF_TEXT)

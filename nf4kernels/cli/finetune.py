@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..stages.errors import StageError
 from .errors import check_cpu_computes, check_installed
+from .fields import keep_other_flags
 
 NEEDED = ("transformers", "peft", "accelerate", "trl", "datasets", "matplotlib", "yaml")
 
@@ -28,14 +29,7 @@ def add_parser(subparsers) -> None:
     )
     parser.add_argument("--config", metavar="RECIPE.yaml", type=Path, help="lines FIELD: VALUE")
     parser.add_argument("--help-fields", action="store_true", help="print every FIELD with what it does")
-    parse = parser.parse_known_args
-
-    def parse_and_keep_the_rest(args=None, namespace=None):
-        found, rest = parse(args, namespace)
-        found.fields = rest
-        return found, []
-
-    parser.parse_known_args = parse_and_keep_the_rest
+    keep_other_flags(parser)
     parser.set_defaults(func=run)
 
 

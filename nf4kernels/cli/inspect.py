@@ -7,10 +7,9 @@ from functools import partial
 from pathlib import Path
 
 from ..quantized_weight import BLOCK_SIZES
+from ..stages.compare.variants import CODEBOOKS
 from .errors import CommandError, check_cpu_computes
 from .meta_model import meta_model
-
-CODEBOOKS = ("nf4", "fp4", "int4", "af4", "mxfp4", "nvfp4")
 
 
 def add_parser(subparsers) -> None:

@@ -1,0 +1,15 @@
+"""Flags that a verb hands on: the fields of a recipe, hundreds of them, which the stage knows."""
+
+import argparse
+from typing import Any
+
+
+def keep_other_flags(parser: argparse.ArgumentParser) -> None:
+    """Leave what `parser` does not know in `fields` of its result, in order, where it would be an error."""
+    parse: Any = parser.parse_known_args
+
+    def parse_known_args(args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        found, found.fields = parse(args, namespace)
+        return found, []
+
+    parser.parse_known_args = parse_known_args  # type: ignore[method-assign]
