@@ -67,33 +67,13 @@ def finetune(recipe: Recipe, say: Say = print, progress: TrainerCallback | None 
     checkpoint = _last_whole(recipe.out)
     _announce(trainer, recipe, tokenizer, say)
     _announce_memory(trainer, program, say)
-    begun = {"examples": trainer.counted["train"].examples, "tokens": trainer.counted["train"].tokens}
-    if started is None:
-        since = time.monotonic()
-        loss = None if _is_distributed(trainer) else _held_out_loss(trainer)
-        started = {**begun, "held_out_examples": len(split.held_out), "held_out_loss": loss}
-        started["held_out_seconds"] = 0.0 if loss is None else time.monotonic() - since
-        if is_main():
-            with replacing(recipe.out / RECIPE) as partial:
-                partial.write_text(yaml.safe_dump(recipe.given, allow_unicode=True), encoding="utf-8")
-            write_json(recipe.out / START, started)
-    elif {name: started.get(name) for name in begun} != begun:
-        raise StageError(f"--output_dir must hold a run on the same data, got {recipe.out}, whose run has"
-                         f" {started.get('examples')} examples of {started.get('tokens')} tokens")  # fmt: skip
+    started = _begin(recipe, trainer, started, len(split.held_out))
     before = started["held_out_loss"]
     if before is not None:
         say(f"held-out loss before: {before:.4f}")
     say(f"going on from {checkpoint}" if checkpoint else f"writing to {recipe.out}")
     trainer.add_callback(Clock(say, started.get("held_out_seconds", 0.0)))
-    set_seed(recipe.training.seed)  # what was drawn until here, a resumed run does not draw
-    if checkpoint is not None and _is_last(checkpoint):
-        _take(trainer, checkpoint)
-    else:
-        # accelerate wraps a model once, for training or for evaluation, where several processes share the work: there
-        # the loss before comes from within the training, as a row of the log.
-        has_no_loss = _is_distributed(trainer) and checkpoint is None
-        trainer.args.eval_on_start = has_no_loss and trainer.eval_dataset is not None
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    _train(trainer, recipe, checkpoint)
     history = list(trainer.state.log_history)
     if _is_distributed(trainer):
         before = next((row["eval_loss"] for row in history if row["step"] == 0 and "eval_loss" in row), None)
@@ -114,6 +94,42 @@ def finetune(recipe: Recipe, say: Say = print, progress: TrainerCallback | None 
         for prompt, _, answer in answered:
             say(f"asked: {prompt}\nanswered: {answer}")
     return recipe.out
+
+
+def _begin(recipe: Recipe, trainer: Trainer, started: dict[str, Any] | None, held_out: int) -> dict[str, Any]:
+    """Note what the run begins with, or check that `started`, noted by the run to go on with, is of the same data.
+
+    Raises:
+        StageError: it is not.
+    """
+    begun = {"examples": trainer.counted["train"].examples, "tokens": trainer.counted["train"].tokens}
+    if started is not None:
+        if {name: started.get(name) for name in begun} != begun:
+            raise StageError(f"--output_dir must hold a run on the same data, got {recipe.out}, whose run has"
+                             f" {started.get('examples')} examples of {started.get('tokens')} tokens")  # fmt: skip
+        return started
+    since = time.monotonic()
+    loss = None if _is_distributed(trainer) else _held_out_loss(trainer)
+    started = {**begun, "held_out_examples": held_out, "held_out_loss": loss}
+    started["held_out_seconds"] = 0.0 if loss is None else time.monotonic() - since
+    if is_main():
+        with replacing(recipe.out / RECIPE) as partial:
+            partial.write_text(yaml.safe_dump(recipe.given, allow_unicode=True), encoding="utf-8")
+        write_json(recipe.out / START, started)
+    return started
+
+
+def _train(trainer: Trainer, recipe: Recipe, checkpoint: Path | None) -> None:
+    """All steps, or those after `checkpoint`."""
+    set_seed(recipe.training.seed)  # what was drawn until here, a resumed run does not draw
+    if checkpoint is not None and _is_last(checkpoint):
+        _take(trainer, checkpoint)
+        return
+    # accelerate wraps a model once, for training or for evaluation, where several processes share the work: there the
+    # loss before comes from within the training, as a row of the log.
+    has_no_loss = _is_distributed(trainer) and checkpoint is None
+    trainer.args.eval_on_start = has_no_loss and trainer.eval_dataset is not None
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
 
 def _silent(message: str) -> None:
