@@ -4,7 +4,6 @@ import gc
 import hashlib
 import json
 import shutil
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,7 +76,7 @@ def compare_finetunes(
     plans = plan_finetunes(model, data, out, codebooks, block_sizes, scales, seeds, config, flags)
     found = [_finished(plan) for plan in plans]
     done = sum(each is not None for each in found)
-    with _begun(out, plans[0].recipe), _quiet_libraries(), _Bar(done, len(plans), progress) as bar:
+    with _begun(out, plans[0].recipe), _without_bars(), _Bar(done, len(plans), progress) as bar:
         for i, plan in enumerate(plans):
             if found[i] is None:
                 bar.begin(plan)
@@ -253,14 +252,12 @@ class _Bar(TrainerCallback):
 
 
 @contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """transformers has a bar of its own for each model that it reads, and a warning at PEFT in each run."""
+def _without_bars() -> Iterator[None]:
+    """transformers has a bar of its own for each model that it reads."""
     was_shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-            yield
+        yield
     finally:
         if was_shown:
             transformers_logging.enable_progress_bar()

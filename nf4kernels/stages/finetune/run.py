@@ -3,6 +3,7 @@
 import math
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,7 +57,7 @@ def finetune(recipe: Recipe, say: Say = print, progress: TrainerCallback | None 
         disable_loading_bar()
     program = resident()
     started = _started(recipe)
-    with _quiet_maps():
+    with _quiet_libraries():
         split = read(recipe.sources, recipe.held_out, recipe.split_seed)
     processor = load_processor(recipe) if split.has_images else load_tokenizer(recipe)
     tokenizer = processor.tokenizer if split.has_images else processor
@@ -186,7 +187,7 @@ def _trainer(recipe: Recipe, split: Split, processor: Any) -> Trainer:
     )
     if recipe.is_answers_only is None:
         args.assistant_only_loss = split.form == "messages"
-    with _quiet_maps():
+    with _quiet_libraries():
         train = in_chat_form(split.train, split.form, processor)
         held_out = in_chat_form(split.held_out, split.form, processor) if len(split.held_out) else None
     if args.chat_template_path is not None and Path(args.chat_template_path).is_file():
@@ -201,7 +202,7 @@ def _trainer(recipe: Recipe, split: Split, processor: Any) -> Trainer:
     set_seed(args.seed)  # of the adapters' first values
     had = recipe.out.exists()
     try:
-        with _quiet_maps():
+        with _quiet_libraries():
             trainer = Trainer(
                 model, args, train_dataset=train, eval_dataset=held_out, processing_class=processor,
                 peft_config=recipe.lora, callbacks=[Keeper(recipe.out)],
@@ -298,10 +299,12 @@ def _facts(trainer: Trainer, recipe: Recipe, before: float | None, after: float 
 
 
 @contextmanager
-def _quiet_maps() -> Iterator[None]:
-    """TRL tokenizes in a handful of passes, each with a bar of its own."""
+def _quiet_libraries() -> Iterator[None]:
+    """TRL tokenizes in a handful of passes, each with a bar of its own, and PEFT asks transformers by an old name."""
     disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            yield
     finally:
         enable_progress_bar()
