@@ -73,16 +73,26 @@ class QuantModule(nn.Module):
             self.checksum = checksums.checksum(self.weight, self.absmax)
         else:
             self.checksum = torch.zeros(checksums.LENGTH, dtype=torch.uint8, device=self.absmax.device)
+        self._see_bytes()
+
+    def _see_bytes(self) -> None:
+        """Take the bytes for those of `checksum` as they are."""
         self._seen = UNSEEN
         if not (self.weight.is_inference() or self.absmax.is_inference()):
             self._seen = self.weight._version + self.absmax._version
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As nn.Module, but another weight than the present one brings other bytes with it."""
-        is_exchanged = name in ("weight", "absmax") and name in {**self._parameters, **self._buffers}
+        """As nn.Module, but another weight than the present one brings other bytes with it.
+
+        A shard does not, nor what is gathered from shards: FSDP2 has the one and the other here in turn.
+        """
+        held = {**self._parameters, **self._buffers} if name in ("weight", "absmax") else {}
         super().__setattr__(name, value)
-        if is_exchanged:
-            self.record_bytes()
+        if name in held:
+            if _is_shard(held[name]) or _is_shard(value):
+                self._see_bytes()
+            else:
+                self.record_bytes()
         elif name == "weight":  # back from a stand-in, which may have written into it
             self._seen = UNSEEN
 
@@ -274,6 +284,11 @@ def _has_bytes(tensor: Tensor) -> bool:
     """Not on meta, sharded, fake or transformed."""
     is_plain = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta
     return is_plain and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def _is_shard(tensor: Tensor | None) -> bool:
+    """Whether it is a DTensor, without the third of a second that it takes to import them."""
+    return hasattr(tensor, "to_local")
 
 
 def _normal(tensor: Tensor) -> Tensor:

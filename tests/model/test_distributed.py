@@ -13,6 +13,7 @@ from support.paths import python_path
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -118,3 +119,7 @@ def test_fsdp2_gives_the_same_numbers(gloo):
         assert expected.keys() == got.keys()
         for name in expected:
             assert torch.equal(got[name].full_tensor(), expected[name]), name
+    state = sharded.state_dict()
+    for name, expected in plain.state_dict().items():
+        got = state[name].full_tensor() if isinstance(state[name], DTensor) else state[name]
+        assert torch.equal(got, expected), f"{name}, after shards were gathered"

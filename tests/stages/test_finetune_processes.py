@@ -125,7 +125,7 @@ def launch(argv: list[str], script: str | None = None, folder=None) -> str:
     if script is not None:
         (folder / "launched.py").write_text(script, encoding="utf-8")
         target = [str(folder / "launched.py")]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *target, *argv]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *target, *argv]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment)
     assert ran.returncode == 0, ran.stderr[-2000:]
