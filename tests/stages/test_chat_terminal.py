@@ -88,6 +88,11 @@ def command(*args):
     return [sys.executable, "-m", "nf4kernels", "chat", *map(str, args)]
 
 
+def heed_interrupts():
+    """As at a terminal: what a shell starts in its background ignores them, and so do its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="there is no pseudo-terminal on this system")
 def test_at_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_ends(tmp_path):
@@ -95,7 +100,9 @@ def test_at_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_ends(tmp_path):
     ours, theirs = os.openpty()
     model = chat_model(tmp_path / "model", initializer_range=0.2, max_position_embeddings=4096)
     args = command(model, "--temperature", "0", "--max-new-tokens", "4000", "--dense")
-    process = subprocess.Popen(args, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    process = subprocess.Popen(
+        args, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, preexec_fn=heed_interrupts
+    )
     os.close(theirs)
     seen = b""
 
