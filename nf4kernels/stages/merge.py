@@ -18,10 +18,14 @@ LENGTH = 512  # tokens of a window
 
 @dataclass(frozen=True)
 class Text:
-    """A text that the model was not trained on: windows of token ids, and how many tokens there are to predict."""
+    """A text that the model was not trained on, as windows of token ids."""
 
     windows: list[list[int]]
-    tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """How many there are to predict; the first of each window is context alone."""
+        return sum(len(window) - 1 for window in self.windows)
 
 
 def tokenized_text(file: Path, base: Path, adapter: Path, tokens: int = 2048) -> Text:
@@ -36,7 +40,7 @@ def tokenized_text(file: Path, base: Path, adapter: Path, tokens: int = 2048) ->
     found = windows(documents, load_tokenizer([adapter, base]), LENGTH, tokens)
     if not found:
         raise StageError(f"{file} must hold at least two tokens, got fewer")
-    return Text(found, sum(len(window) - 1 for window in found))
+    return Text(found)
 
 
 def losses_with_adapter(base: Path, adapter: Path, text: Text) -> tuple[float, float]:
