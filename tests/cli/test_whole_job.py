@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import smollm2
 from support.chat_model import chat_model, facts
 from support.paths import python_path
 
@@ -21,16 +22,11 @@ def small(directory: Path) -> Path:
     return directory
 
 
-def smollm2(directory: Path) -> Path:
-    from nf4kernels.demo.smollm2 import FetchError, fetch
-
-    try:
-        return fetch(Path(__file__).parents[2] / ".cache")
-    except FetchError as error:
-        pytest.skip(f"needs SmolLM2-135M: {error}")
+def real(directory: Path) -> Path:
+    return smollm2.directory()
 
 
-@pytest.mark.parametrize("made", [small, smollm2])
+@pytest.mark.parametrize("made", [small, real])
 def test_every_stage_by_its_command(made, tmp_path):
     model = str(made(tmp_path / "model"))
     folder = tmp_path / "empty"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import smollm2
 from support.compared_model import TEXT, small_model, transformers
 
 import nf4kernels
@@ -200,13 +201,9 @@ def test_models_refused(directory, tmp_path, capsys):
 @pytest.mark.slow
 def test_smollm2_on_held_out_definitions(tmp_path):
     """The data-type comparison of QLoRA on a real model: nf4 before fp4 and int4, and larger blocks cost more."""
-    from nf4kernels.demo import smollm2
     from nf4kernels.demo.data import HELD_OUT, definitions
 
-    try:
-        directory = smollm2.fetch(Path(__file__).parents[2] / ".cache")  # where the demo has it, too
-    except smollm2.FetchError as error:
-        pytest.skip(str(error))
+    directory = smollm2.directory()
     text = tmp_path / "held_out.txt"
     held_out = definitions()[-HELD_OUT:]
     text.write_text("\n".join(row["prompt"] + row["completion"] for row in held_out), encoding="utf-8")

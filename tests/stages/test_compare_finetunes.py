@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import smollm2
 from support.chat_model import chat_model, facts
 
 for needed in ("peft", "trl", "datasets", "matplotlib", "yaml"):
@@ -264,13 +265,9 @@ def test_variants_come_from_flags_or_the_recipe(model, tmp_path):
 @pytest.mark.slow
 def test_smollm2(tmp_path):
     """LoRA on a real model: NF4 costs something before, and training lowers the loss on both kinds of weights."""
-    from nf4kernels.demo import smollm2
     from nf4kernels.demo.data import definitions
 
-    try:
-        directory = smollm2.fetch(Path(__file__).parents[2] / ".cache")  # where the demo has it, too
-    except smollm2.FetchError as error:
-        pytest.skip(str(error))
+    directory = smollm2.directory()
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in definitions()[:48]), encoding="utf-8")
     fields = ["--max_steps=4", "--per_device_train_batch_size=4", "--lora_r=8", "--held_out=8"]
