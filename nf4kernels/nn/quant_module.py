@@ -10,6 +10,7 @@ from ..autograd import outside_inference_mode
 from ..codebook import CODEBOOKS, DOUBLE_QUANT_CODEBOOKS, SCALE_CODEBOOKS, name_of
 from ..quantized_weight import WEIGHT_DTYPES, QuantizedExperts, QuantizedWeight, WeightArgs, scales_of
 from . import checksum as checksums
+from .released import GATHER, check_gathered, is_released
 
 SCALES = ("scale_absmax", "scale_offset", "code", "scale_code")
 BUFFERS = ("absmax", *SCALES)
@@ -115,6 +116,7 @@ class QuantModule(nn.Module):
         """The weight as a value that shares this module's tensors."""
         if self.weight.is_meta:
             raise ValueError(f"{self.WHO}.qweight: the layer is on the meta device, load its state first")
+        check_gathered(((name, getattr(self, name)) for name in ("weight", "absmax")), self.WHO)
         return self.QUANTIZED(
             self.checked_weight().data, *(getattr(self, name) for name in BUFFERS), self.weight_shape,
             WEIGHT_DTYPES[int(self.source_dtype.item())], self.block_size, self.codebook, self.scale_codebook,
@@ -232,7 +234,10 @@ class QuantModule(nn.Module):
             if key not in state_dict:
                 continue
             value = state_dict[key]
-            if dtype is None:
+            if is_released(getattr(self, name)):  # empty in DeepSpeed's checkpoint, too, which restores it by its parts
+                if value.numel():
+                    errors.append(f"{key}: this layer's is released by DeepSpeed's ZeRO-3, gather it first ({GATHER})")
+            elif dtype is None:
                 errors.append(f"{key}: this layer has no double quantization, its scales are {self.scales}")
             elif value.dtype != dtype or tuple(value.shape) != shape:
                 errors.append(f"{key} must be {dtype} {list(shape)}, got {value.dtype} {list(value.shape)}")
@@ -259,7 +264,7 @@ class QuantModule(nn.Module):
     def _fits_checksum(self, state_dict: dict[str, Tensor], prefix: str) -> bool:
         """False where a state has all three and they contradict each other."""
         keys = [prefix + name for name in ("weight", "absmax", "checksum")]
-        if not all(key in state_dict and _has_bytes(state_dict[key]) for key in keys):
+        if is_released(self.weight) or is_released(self.absmax) or not all(key in state_dict and _has_bytes(state_dict[key]) for key in keys):
             return True
         weight, absmax, recorded = (state_dict[key] for key in keys)
         return not recorded.any() or torch.equal(checksums.checksum(weight, absmax).to(recorded.device), recorded)
@@ -281,8 +286,8 @@ class QuantModule(nn.Module):
 
 
 def _has_bytes(tensor: Tensor) -> bool:
-    """Not on meta, sharded, fake or transformed."""
-    is_plain = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta
+    """Not on meta, sharded, released, fake or transformed."""
+    is_plain = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and not is_released(tensor)
     return is_plain and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 

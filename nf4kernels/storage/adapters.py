@@ -19,6 +19,7 @@ from ..nn.lora import FROM_WEIGHT, check_adapter_name, over_original_weight
 from ..nn.quant_experts import QuantExperts
 from ..nn.quant_linear import QuantLinear
 from ..nn.quant_module import QuantModule
+from ..nn.released import check_gathered
 from .atomic import replacing
 from .names import fit_of_part
 from .peft_experts import ExpertsShapes, experts_loras, to_peft, wrapped_module, wrapper_names
@@ -213,6 +214,7 @@ def _values(module: nn.Module, leaf: str, path: str, who: str) -> Tensor:
             tensor = tensor if getattr(each, "weights_map", None) is None else each.weights_map[leaf]
     if tensor.is_meta:
         raise ValueError(f"{who}: model must be loaded, got {path} on the meta device")
+    check_gathered([(f"{path}.{leaf}", tensor)], who)
     return tensor.detach().cpu().contiguous().clone()
 
 
@@ -286,6 +288,7 @@ def _check_fit(layers: dict[str, AdaptedModule], adapters: dict[str, StoredLora]
             raise ValueError(f"{who}: the adapter of {name} must be for {list(layer.weight_shape)}, got {list(came)}")
         if layer.weight.is_meta:
             raise ValueError(f"{who}: model must be loaded, got {name} on the meta device")
+        check_gathered(layer.named_parameters(name), who)
         old = layer.get_adapter(adapter_name)
         if old is not None and old[0].r == adapter.config.r:
             for factor, stored in zip(old[1:], (adapter.A, adapter.B)):
@@ -299,6 +302,7 @@ def _check_beside(state: dict[str, Tensor], beside: dict[str, Tensor], file: Pat
         if target is None:
             expected = f"{PREFIX}<layer>.lora_A|B.weight and dense tensors of the model"
             raise ValueError(f"{who}: {file} must hold {expected} only, got {PREFIX}{name}")
+        check_gathered([(name, target)], who)
         if target.shape != stored.shape:
             raise ValueError(f"{who}: {name} must have shape {list(target.shape)}, got {list(stored.shape)}")
         if target.is_meta:
