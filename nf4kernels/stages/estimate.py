@@ -230,10 +230,11 @@ class _Built:
         quantized = [module for module in dense.modules() if isinstance(module, QUANTIZED)]
         matrices = [part for module in quantized for part in parts(module)]
         self.weights = sum(part.weight.nbytes for part in matrices)
-        self.scales = sum(buffer.nbytes for part in matrices for buffer in part.buffers(recurse=False))
+        self.scales = sum(part.nbytes for part in matrices) - self.weights
+        self.scale_parameters = sum(p.nbytes for part in matrices for p in part.byte_parameters()) - self.weights
         whole = {id(tensor): tensor.nbytes for tensor in (*dense.parameters(), *dense.buffers())}
         self.dense = sum(whole.values()) - self.weights - self.scales
-        self.dense_parameters = sum(p.nbytes for p in dense.parameters()) - self.weights
+        self.dense_parameters = sum(p.nbytes for p in dense.parameters()) - self.weights - self.scale_parameters
         width = DTYPES[options.dtype].itemsize
         self.largest = width * max(math.prod(part.weight_shape) for part in matrices)
         self.decoded = width * max(one_matrix(part.weight_shape) for part in matrices)
@@ -275,7 +276,7 @@ class _Built:
             options=options,
             parameters=self.parameters,
             weights=share(self.weights, ranks),
-            scales=self.scales,
+            scales=share(self.scale_parameters, ranks) + self.scales - self.scale_parameters,
             dense=share(self.dense_parameters, ranks) + self.dense - self.dense_parameters,
             largest=self.largest,
             adapters=share(self.adapters, ranks),
