@@ -15,6 +15,7 @@ from ..nn.experts_layout import dense_weights
 from ..nn.lora import FROM_WEIGHT, LoraConfig
 from ..nn.quant_experts import QuantExperts
 from ..nn.quant_linear import QuantLinear
+from ..nn.released import check_gathered
 from ..quantized_weight import WEIGHT_DTYPES, QuantizedExperts, QuantizedWeight
 from .dispatched import check_not_dispatched
 from .heads import SKIP
@@ -78,6 +79,7 @@ def quantize_model(
     for names in targets:
         for name, weight in _weights(get_submodule(model, names[0]), names[0]):
             _check_dtype(name, weight, who)
+            check_gathered([(f"the weight of {name}", weight)], who)
             if quant_options.get("nonfinite", "raise") == "raise":
                 _check_finite(name, weight, who)
 

@@ -22,6 +22,7 @@ from .lora import (
     quantize_with_start,
 )  # fmt: skip
 from .quant_module import OTHER_BUFFERS, SCALE_TENSORS, checked_compute_dtype
+from .released import check_gathered
 
 COLUMN_ORDER = "column_order"  # the buffer that a weight with act-order has, as `QuantizedWeight.column_order`
 OF_WEIGHT = ("weight", *SCALE_TENSORS, *OTHER_BUFFERS, COLUMN_ORDER)  # what of a layer's state is of its weight
@@ -124,6 +125,7 @@ class QuantLinear(AdaptedModule, nn.Linear):
 
     def _install_dense(self, dense: nn.Linear, compute_dtype, lora: LoraConfig | None, quant_options) -> None:
         """`_install` of a dense layer's weight, the only place where an adapter may start from it."""
+        check_gathered([("the dense weight", dense.weight)], self.WHO)
         if lora is None or lora.init not in FROM_WEIGHT:
             self._install(quantize(dense.weight, **quant_options), dense.bias, compute_dtype, lora)
             return

@@ -1,21 +1,25 @@
-"""Run by torchrun on some ranks: steps of a DeepSpeed engine beside those of the whole model. Prints "same"."""
+"""Run by torchrun on two ranks: a DeepSpeed engine's steps beside those of the whole model. Prints "same" for each case.
+
+DeepSpeed 0.19 runs on CPUs: its accelerator is "cpu", and its collectives are gloo's.
+"""
 
 import sys
-import time
+from unittest import mock
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+from deepspeed.utils import safe_get_full_grad
 from support import tiny
 from torch import nn
 
 import nf4kernels as nf4
+from nf4kernels.nn import checksum
 
 LORA = nf4.LoraConfig(r=4, init="gaussian")
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"bf16": torch.bfloat16}
 ODD = {"intermediate_size": 127}  # bytes that no number of ranks divides, and columns that are no whole blocks
-ENOUGH = 3  # steps: under ZeRO-3 the first records what is used when, and the third prefetches by it
+STEPS = 3  # under ZeRO-3 the first records what is used when, and the third fetches ahead by it
 
 
 def dense(case: str) -> nn.Module:
@@ -24,7 +28,7 @@ def dense(case: str) -> nn.Module:
     return tiny.llama(tie_word_embeddings=case == "tied", **(ODD if case == "odd rows" else {}))
 
 
-def made(case: str) -> nn.Module:
+def made(case: str = "llama") -> nn.Module:
     """The same on every rank."""
     torch.manual_seed(0)
     model = dense(case)
@@ -48,17 +52,20 @@ def adamw(parameters) -> torch.optim.Optimizer:
     return torch.optim.AdamW(list(parameters), lr=1e-2, foreach=False)
 
 
-def engine_of(model: nn.Module, stage: int, case: str = ""):
-    config = {
-        "train_micro_batch_size_per_gpu": len(tiny.IDS),
-        "gradient_clipping": 0.0,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-        "bf16": {"enabled": case == "bf16"},
-    }
+def configuration(stage: int, case: str = "llama") -> dict:
+    """Without a threshold below which ZeRO-3 would keep parameters whole, and without DeepSpeed's clipping at 1."""
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
     if case == "offload":
-        config["zero_optimization"]["offload_param"] = {"device": "cpu"}
-    return deepspeed.initialize(model=model, optimizer=adamw(trained(model).values()), config=config)[0]
+        zero["offload_param"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": len(tiny.IDS), "gradient_clipping": 0.0, "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": case == "bf16"}, "zero_optimization": zero,
+    }  # fmt: skip
+
+
+def engine_of(model: nn.Module, stage: int, case: str = "llama"):
+    options = {"optimizer": adamw(trained(model).values()), "config": configuration(stage, case)}
+    return deepspeed.initialize(model=model, **options)[0]
 
 
 def loss_of(model: nn.Module) -> torch.Tensor:
@@ -90,20 +97,14 @@ def sum_as_zero3_does(model: nn.Module) -> None:
         module.register_forward_hook(lambda module, inputs, output: passed_on(output))
 
 
-def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    with deepspeed.zero.GatheredParameters(list(model.parameters())):
-        return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
 class Whole:
     """One process's training of the whole model, with the optimizer's numbers in fp32 as DeepSpeed keeps them."""
 
     def __init__(self, case: str, stage: int) -> None:
         self.model = made(case)
-        if case in DTYPES:  # its engine casts parameters, and leaves buffers alone
-            for parameter in self.model.parameters():
-                if parameter.is_floating_point():
-                    parameter.data = parameter.data.to(DTYPES[case])
+        for parameter in self.model.parameters() if case in DTYPES else ():  # the engine leaves buffers alone
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(DTYPES[case])
         if stage == 3:
             sum_as_zero3_does(self.model)
         self.trained = trained(self.model)
@@ -123,40 +124,173 @@ class Whole:
             self.trained[name].data.copy_(master)
 
 
-def check(case: str, stage: int) -> None:
+def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def check_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    for name in expected:
+        assert got[name].dtype == expected[name].dtype, f"{name} is {got[name].dtype}"
+        assert torch.equal(got[name], expected[name]), f"{name} is another"
+
+
+def check_released(model: nn.Module) -> None:
+    """Every parameter is shared among the ranks, the packed bytes and the scales' codes as well."""
+    of_bytes = [name for name, each in model.named_parameters() if each.dtype == torch.uint8]
+    assert any(name.endswith("weight") for name in of_bytes)
+    assert any(name.endswith("absmax") for name in of_bytes)
+    for name, parameter in model.named_parameters():
+        assert parameter.numel() == 0, f"{name} is not released"
+        assert parameter.ds_tensor.dtype == parameter.dtype
+        assert parameter.ds_tensor.numel() == -(-parameter.ds_numel // dist.get_world_size())
+
+
+def check_training(stage: int, case: str) -> None:
+    """Losses, gradients, trained weights and all that is frozen, bit for bit."""
     whole, model = Whole(case, stage), made(case)
     packed = {name: each.clone() for name, each in model.named_parameters() if each.dtype == torch.uint8}
-    assert packed, "nothing is quantized"
     engine = engine_of(model, stage, case)
-    for name, parameter in model.named_parameters() if stage == 3 else ():
-        assert parameter.numel() == 0, f"{name} is not released"
-        assert parameter.ds_tensor.numel() <= -(-parameter.ds_numel // dist.get_world_size())
-    for _ in range(ENOUGH):
-        expected, loss = whole.loss(), loss_of(engine)
-        assert torch.equal(loss, expected), f"the loss is {loss}, not {expected}"
-        engine.backward(loss)
-        for name, parameter in trained(model).items():
-            gradient = safe_get_full_grad(parameter)
-            assert torch.equal(gradient, whole.trained[name].grad.to(gradient.dtype)), f"{name} has another gradient"
-        engine.step()
-        whole.step()
-    expected, state = whole.model.state_dict(), whole_state(model)
-    assert state.keys() == expected.keys()
-    for name in expected:
-        assert state[name].dtype == expected[name].dtype, f"{name} is {state[name].dtype}"
-        assert torch.equal(state[name], expected[name]), f"{name} is another"
-    for name in packed:
-        assert torch.equal(state[name], packed[name]), f"{name} is not what it was"
+    if stage == 3:
+        check_released(model)
+    with mock.patch.object(checksum, "checksum", wraps=checksum.checksum) as computed:
+        for number in range(STEPS):
+            before = computed.call_count
+            loss = loss_of(engine)
+            assert number == 0 or computed.call_count == before, "to gather is no write into the bytes"
+            expected = whole.loss()
+            assert torch.equal(loss, expected), f"the loss is {loss}, not {expected}"
+            engine.backward(loss)
+            for name, parameter in trained(model).items():
+                gradient = safe_get_full_grad(parameter)
+                assert torch.equal(gradient, whole.trained[name].grad.to(gradient.dtype)), f"{name}: another gradient"
+            engine.step()
+            whole.step()
+    state = whole_state(model)
+    check_same(state, whole.model.state_dict())
+    check_same({name: state[name] for name in packed}, packed)
+
+
+def check_casts(stage: int) -> None:
+    """`bfloat16()` and `half()` of the engine's module reach neither bytes nor scales."""
+    whole, model = Whole("bf16", stage), made()
+    dense = {name for name, parameter in model.named_parameters() if parameter.dtype != torch.uint8}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items() if name not in dense}
+    assert {name.rpartition(".")[2] for name in before} >= {"weight", "absmax", "scale_absmax", "code", "scale_code"}
+    engine = engine_of(model, stage, "bf16")
+    engine.module.bfloat16()
+    whole.model.bfloat16()
+    assert torch.equal(loss_of(engine), whole.loss())
+    engine.module.half()
+    state = whole_state(model)
+    check_same({name: state[name] for name in before}, before)
+
+
+def check_resume(stage: int, frozen: str) -> None:
+    """Two steps, a checkpoint, two more; another process's two more are the same, from a model with other values."""
+    directory, has_frozen = f"zero{stage} {frozen}", frozen == "resume with its base"
+    model = made()
+    engine = engine_of(model, stage)
+    for _ in range(2):
+        step(engine)
+    engine.save_checkpoint(directory, exclude_frozen_parameters=not has_frozen)
+    expected = [step(engine) for _ in range(2)]
+    other = made()
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if parameter.requires_grad:
+                parameter.zero_()
+            elif has_frozen and parameter.dtype == torch.uint8:
+                parameter.data.zero_()
+    resumed = engine_of(other, stage)
+    resumed.load_checkpoint(directory, load_module_strict=has_frozen)
+    assert [loss.item() for loss in expected] == [step(resumed).item() for _ in range(2)]
+    check_same(whole_state(other), whole_state(model))
+
+
+def refusal(function, *args) -> str:
+    try:
+        function(*args)
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+    raise AssertionError(f"{function} takes a released parameter")
+
+
+def check_files(stage: int) -> None:
+    """Of released layers nothing is written or read; of gathered ones what one process writes."""
+    model, plain = made(), made()
+    rank = dist.get_rank()
+    engine = engine_of(model, stage)
+    layer = model.model.layers[0].self_attn.q_proj
+    with deepspeed.zero.Init(config_dict_or_path=configuration(stage)):
+        dense = tiny.Net()
+    for call in (
+        lambda: nf4.save_adapters(model, "refused"), lambda: nf4.save_checkpoint(model, "refused"),
+        lambda: nf4.merge_model(model), lambda: layer.qweight,
+        lambda: nf4.QuantLinear.from_linear(dense.blocks[0][0]), lambda: nf4.quantize_model(dense, progress=False),
+    ):  # fmt: skip
+        said = refusal(call)
+        assert "must be whole, got it released by DeepSpeed's ZeRO-3: gather it first" in said, said
+    wrong = refusal(model.load_state_dict, plain.state_dict())
+    assert "this layer's is released by DeepSpeed's ZeRO-3, gather it first" in wrong, wrong
+    nf4.save_adapters(plain, f"expected {rank}")
+    assert "gather it first" in refusal(nf4.load_adapters, model, f"expected {rank}")
+    with deepspeed.zero.GatheredParameters(list(trained(model).values())):  # the base stays released
+        assert layer.weight.numel() == 0
+        nf4.save_adapters(model, f"adapters {rank}")
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        with open(f"adapters {rank}/{file}", "rb") as got, open(f"expected {rank}/{file}", "rb") as expected:
+            assert got.read() == expected.read(), file
+    with deepspeed.zero.GatheredParameters(list(layer.parameters())):
+        assert torch.equal(layer.dequantize(), plain.model.layers[0].self_attn.q_proj.dequantize())
+    assert engine.save_16bit_model("whole", "model.bin")
+    dist.barrier()
+    stored = torch.load("whole/model.bin", weights_only=True)
+    check_same({name: stored[name] for name in plain.state_dict()}, plain.state_dict())
+
+
+def check_from_pretrained(stage: int) -> None:
+    """transformers partitions no model that a quantizer makes: each rank quantizes as it loads, DeepSpeed partitions."""
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import HfDeepSpeedConfig
+
+    from nf4kernels.integrations.transformers import Nf4Config
+
+    if dist.get_rank() == 0:
+        tiny.llama().save_pretrained("dense")
+    dist.barrier()
+    kept = HfDeepSpeedConfig(configuration(stage))  # as Trainer makes it; while it is kept, transformers knows of ZeRO-3
+    model = AutoModelForCausalLM.from_pretrained("dense", quantization_config=Nf4Config(), dtype=torch.float32)
+    del kept
+    expected = tiny.quantized_llama()
+    check_same(model.state_dict(), expected.state_dict())
+    for each in (model, expected):
+        torch.manual_seed(0)
+        nf4.prepare_for_training(each, checkpointing=False)
+        for layer in tiny.layers(each).values():
+            layer.add_lora(LORA)
+    engine = engine_of(model, stage)
+    check_released(model)
+    sum_as_zero3_does(expected)
+    assert torch.equal(loss_of(engine), loss_of(expected))
+
+
+CHECKS = {
+    "casts": check_casts, "files": check_files, "from_pretrained": check_from_pretrained,
+    **{case: lambda stage, case=case: check_resume(stage, case) for case in ("resume", "resume with its base")},
+}  # fmt: skip
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # which is compiled for a minute: gloo does as well
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled for a minute, and faster than gloo
     deepspeed.init_distributed("gloo")
-    for each in sys.argv[1:]:
-        stage, _, case = each.partition(" ")
-        began = time.time()
-        check(case, int(stage[-1]))
+    for named in sys.argv[1:]:
+        zero, _, case = named.partition(" ")
+        check = CHECKS.get(case) or (lambda stage, case=case: check_training(stage, case))
+        check(int(zero[-1]))
+        dist.barrier()
         if dist.get_rank() == 0:
-            print(f"same: {each}", time.time() - began, flush=True)
+            print(f"same: {named}", flush=True)
     dist.destroy_process_group()

@@ -11,6 +11,7 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ...model.prepare import prepare_for_training
 from ...model.training import training_dtype
@@ -81,7 +82,7 @@ def load_model(recipe: Recipe, has_images: bool = False) -> Any:
         if stored is None and recipe.quantization is not None:
             options["quantization_config"] = recipe.quantization
         device = recipe.training.device
-        if device.type != "cpu":
+        if device.type != "cpu" and not is_deepspeed_zero3_enabled():  # which takes parts of it there by itself
             options["device_map"] = {"": device}
         model = architectures.from_pretrained(
             where, dtype=recipe.dtype, attn_implementation=recipe.model.attn_implementation, **options

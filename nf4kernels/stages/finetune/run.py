@@ -13,6 +13,7 @@ import yaml
 from datasets.utils.logging import disable_progress_bar, enable_progress_bar
 from peft import load_peft_weights, set_peft_model_state_dict
 from transformers import ProgressCallback, TrainerCallback, TrainerState, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -235,6 +236,8 @@ def _announce_memory(trainer: Trainer, program: int, say: Say) -> None:
         return
     if trainer._is_vision_dataset:
         return say("memory: no estimate for examples with images")
+    if is_deepspeed_zero3_enabled():
+        return say("memory: no estimate where DeepSpeed shares the weights among the processes")
     try:
         say(str(forecast_memory(trainer, program)))
     except Exception as error:  # a model's own code on tensors without values; the run does not depend on it
@@ -250,7 +253,7 @@ def _steps(trainer: Trainer) -> int:
 
 
 def _is_distributed(trainer: Trainer) -> bool:
-    return trainer.args.world_size > 1 or trainer.is_deepspeed_enabled
+    return trainer.args.world_size > 1 or getattr(trainer.accelerator.state, "deepspeed_plugin", None) is not None
 
 
 def _held_out_loss(trainer: Trainer) -> float | None:
@@ -280,7 +283,11 @@ def _is_last(checkpoint: Path) -> bool:
 
 
 def _take(trainer: Trainer, checkpoint: Path) -> None:
-    """The checkpoint's adapters and log, as they are after training."""
+    """The checkpoint's adapters and log, as they are after training.
+
+    DeepSpeed makes no engine for what is not trained, but where that shares the weights: else each process has them all.
+    """
+    trainer.is_deepspeed_enabled = is_deepspeed_zero3_enabled()
     set_peft_model_state_dict(trainer.model, load_peft_weights(str(checkpoint), device="cpu"))
     trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
