@@ -5,8 +5,12 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from support.chat_model import chat_model, facts
 from support.finetune_run import arguments, names, write_rows
 
@@ -15,7 +19,7 @@ for needed in ("peft", "trl", "datasets", "matplotlib", "yaml"):
 
 from nf4kernels.cli import main  # noqa: E402
 from nf4kernels.stages.errors import StageError  # noqa: E402
-from nf4kernels.stages.finetune import processes  # noqa: E402
+from nf4kernels.stages.finetune import loading, processes  # noqa: E402
 from nf4kernels.stages.finetune.processes import sharing  # noqa: E402
 
 STEPS = 4
@@ -87,6 +91,26 @@ def test_what_is_not_there_is_said(model, prompts, tmp_path, capsys, monkeypatch
     assert names(tmp_path) == had
 
 
+@pytest.mark.parametrize("is_zero3", [False, True])
+def test_under_zero3_the_model_is_loaded_to_no_device(monkeypatch, is_zero3):
+    """transformers refuses a device_map there: DeepSpeed takes each process' part to its device by itself."""
+    given = {}
+
+    def from_pretrained(where, **options):
+        given.update(options)
+        raise OSError("no model")
+
+    monkeypatch.setattr(loading, "is_deepspeed_zero3_enabled", lambda: is_zero3)
+    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", lambda *_, **__: None)
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    asked = SimpleNamespace(model_name_or_path="somewhere", model_revision=None, attn_implementation=None)
+    training = SimpleNamespace(trust_remote_code=False, device=torch.device("cuda", 1))
+    recipe = SimpleNamespace(model=asked, training=training, quantization=None, dtype=torch.bfloat16)
+    with pytest.raises(StageError, match="no model"):
+        loading.load_model(recipe)
+    assert ("device_map" not in given) == is_zero3
+
+
 def test_only_the_first_process_says_what_is_wrong(model, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert main(arguments(model, tmp_path / "missing.jsonl", tmp_path / "out")) == 2
@@ -120,21 +144,53 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def launch(argv: list[str], script: str | None = None, folder=None) -> str:
+# DeepSpeed would compile collectives over shared memory for a minute, where gloo does as well. Argument 1 is the step
+# after whose checkpoint all processes end, as if killed.
+DEEPSPEED_ON_CPUS = """
+import os, sys
+import deepspeed, torch.distributed
+
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+from nf4kernels.cli import main
+from nf4kernels.stages.finetune import trainer
+
+save, last = trainer.Keeper.on_save, int(sys.argv.pop(1))
+
+def on_save(self, args, state, control, **kwargs):
+    save(self, args, state, control, **kwargs)
+    torch.distributed.barrier()
+    if state.global_step == last:
+        os._exit(3)
+
+trainer.Keeper.on_save = on_save
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def launch(argv: list[str], script: str | None = None, folder=None, is_killed: bool = False) -> str:
     target = ["-m", "nf4kernels"]
     if script is not None:
         (folder / "launched.py").write_text(script, encoding="utf-8")
         target = [str(folder / "launched.py")]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *target, *argv]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment)
-    assert ran.returncode == 0, ran.stderr[-2000:]
+    ran = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, timeout=240)
+    assert (ran.returncode != 0) == is_killed, ran.stderr[-20000:]
     return ran.stdout
 
 
 def read_log(out) -> list[dict[str, str]]:
     with (out / "log.csv").open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def check_log(one, two) -> None:
+    """The same losses and norms of gradients, whose sums differ by where they are cut."""
+    rows = [row for row in read_log(two) if row["loss"]]
+    assert len(rows) == STEPS
+    for expected, got in zip(read_log(one), rows):
+        for column in ("loss", "grad_norm"):
+            assert float(got[column]) == pytest.approx(float(expected[column]), rel=1e-4), (expected, got)
 
 
 @pytest.mark.slow
@@ -148,9 +204,26 @@ def test_two_processes_train_as_one_does(model, prompts, tmp_path, sharing):
     said = launch([*argv, "--fsdp"], FSDP_ON_CPUS, tmp_path) if sharing == "fsdp" else launch(argv)
     for line in ("training: 29 examples", "held-out loss before", "held-out loss after", f"wrote {two}"):
         assert said.count(line) == 1, line
-    rows = [row for row in read_log(two) if row["loss"]]
-    assert len(rows) == STEPS
-    for expected, got in zip(read_log(one), rows):
-        for column in ("loss", "grad_norm"):
-            assert float(got[column]) == pytest.approx(float(expected[column]), rel=1e-4), (expected, got)
+    check_log(one, two)
     assert {"adapter_model.safetensors", "loss.png", "README.md", "recipe.yaml"} <= set(names(two))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed: no weights are shared by it")
+@pytest.mark.parametrize(("zero", "killed_after"), [("zero2", STEPS), ("zero3", STEPS // 2)])
+def test_deepspeed_trains_as_one_process_does_and_goes_on(model, prompts, tmp_path, zero, killed_after):
+    """Killed between two steps, or after the last: what goes on ends with the losses of one process."""
+    changes = {"max_steps": STEPS, "lora_dropout": 0.0, "learning_rate": 1e-3}
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert main(arguments(model, prompts, one, **changes, per_device_train_batch_size=4)) == 0
+    argv = [*arguments(model, prompts, two, **changes, per_device_train_batch_size=2), f"--deepspeed={zero}"]
+    launch([str(killed_after), *argv], DEEPSPEED_ON_CPUS, tmp_path, is_killed=True)
+    assert not (two / "adapter_model.safetensors").exists()
+    said = launch(["0", *argv], DEEPSPEED_ON_CPUS, tmp_path)
+    for line in (f"going on from {two / f'checkpoint-{killed_after}'}", "held-out loss after", f"wrote {two}"):
+        assert said.count(line) == 1, line
+    check_log(one, two)
+    adapters = load_file(two / "adapter_model.safetensors")
+    for name, expected in load_file(one / "adapter_model.safetensors").items():
+        assert adapters[name].shape == expected.shape, name
+    assert not any("absmax" in name for name in adapters), "the frozen base is no part of the adapter"
