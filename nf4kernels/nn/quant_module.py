@@ -307,7 +307,8 @@ class QuantModule(nn.Module):
     def _fits_checksum(self, state_dict: dict[str, Tensor], prefix: str) -> bool:
         """False where a state has all three and they contradict each other."""
         keys = [prefix + name for name in ("weight", "absmax", "checksum")]
-        if is_released(self.weight) or is_released(self.absmax) or not all(key in state_dict and _has_bytes(state_dict[key]) for key in keys):
+        has_all = all(key in state_dict and _has_bytes(state_dict[key]) for key in keys)
+        if not has_all or is_released(self.weight) or is_released(self.absmax):
             return True
         weight, absmax, recorded = (state_dict[key] for key in keys)
         return not recorded.any() or torch.equal(checksums.checksum(weight, absmax).to(recorded.device), recorded)

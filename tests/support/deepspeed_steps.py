@@ -1,4 +1,4 @@
-"""Run by torchrun on two ranks: a DeepSpeed engine's steps beside those of the whole model. Prints "same" for each case.
+"""Run by torchrun on two ranks: steps of a DeepSpeed engine beside those of the whole model. Prints "same: <case>".
 
 DeepSpeed 0.19 runs on CPUs: its accelerator is "cpu", and its collectives are gloo's.
 """
@@ -58,8 +58,8 @@ def configuration(stage: int, case: str = "llama") -> dict:
     if case == "offload":
         zero["offload_param"] = {"device": "cpu"}
     return {
-        "train_micro_batch_size_per_gpu": len(tiny.IDS), "gradient_clipping": 0.0, "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": case == "bf16"}, "zero_optimization": zero,
+        "train_micro_batch_size_per_gpu": len(tiny.IDS), "gradient_clipping": 0.0, "bf16": {"enabled": case == "bf16"},
+        "zero_allow_untested_optimizer": True, "zero_optimization": zero,
     }  # fmt: skip
 
 
@@ -198,7 +198,7 @@ def check_resume(stage: int, frozen: str) -> None:
     expected = [step(engine) for _ in range(2)]
     other = made()
     with torch.no_grad():
-        for name, parameter in other.named_parameters():
+        for parameter in other.parameters():
             if parameter.requires_grad:
                 parameter.zero_()
             elif has_frozen and parameter.dtype == torch.uint8:
@@ -251,7 +251,7 @@ def check_files(stage: int) -> None:
 
 
 def check_from_pretrained(stage: int) -> None:
-    """transformers partitions no model that a quantizer makes: each rank quantizes as it loads, DeepSpeed partitions."""
+    """Each rank quantizes as it loads, since transformers partitions no model that a quantizer makes."""
     from transformers import AutoModelForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
 
@@ -260,7 +260,7 @@ def check_from_pretrained(stage: int) -> None:
     if dist.get_rank() == 0:
         tiny.llama().save_pretrained("dense")
     dist.barrier()
-    kept = HfDeepSpeedConfig(configuration(stage))  # as Trainer makes it; while it is kept, transformers knows of ZeRO-3
+    kept = HfDeepSpeedConfig(configuration(stage))  # as Trainer does: while it lives, transformers knows of ZeRO-3
     model = AutoModelForCausalLM.from_pretrained("dense", quantization_config=Nf4Config(), dtype=torch.float32)
     del kept
     expected = tiny.quantized_llama()

@@ -285,7 +285,7 @@ def _is_last(checkpoint: Path) -> bool:
 def _take(trainer: Trainer, checkpoint: Path) -> None:
     """The checkpoint's adapters and log, as they are after training.
 
-    DeepSpeed makes no engine for what is not trained, but where that shares the weights: else each process has them all.
+    DeepSpeed makes no engine for what is not trained, but under ZeRO-3: else each process has all weights.
     """
     trainer.is_deepspeed_enabled = is_deepspeed_zero3_enabled()
     set_peft_model_state_dict(trainer.model, load_peft_weights(str(checkpoint), device="cpu"))
