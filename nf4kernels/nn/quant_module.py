@@ -11,6 +11,7 @@ from ..codebook import CODEBOOKS, DOUBLE_QUANT_CODEBOOKS, SCALE_CODEBOOKS, name_
 from ..quantized_weight import WEIGHT_DTYPES, QuantizedExperts, QuantizedWeight, WeightArgs, scales_of
 from . import checksum as checksums
 from .released import GATHER, check_gathered, is_released
+from .shards import is_shard, replicated, whole
 
 SCALES = ("scale_absmax", "scale_offset", "code", "scale_code")
 SCALE_TENSORS = ("absmax", *SCALES)
@@ -108,7 +109,7 @@ class QuantModule(nn.Module):
             value = nn.Parameter(value, requires_grad=False)
         super().__setattr__(name, value)
         if name in held:
-            if _is_shard(held[name]) or _is_shard(value):
+            if is_shard(held[name]) or is_shard(value):
                 self._see_bytes()
             else:
                 self.record_bytes()
@@ -313,8 +314,22 @@ class QuantModule(nn.Module):
         weight, absmax, recorded = (state_dict[key] for key in keys)
         return not recorded.any() or torch.equal(checksums.checksum(weight, absmax).to(recorded.device), recorded)
 
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        """As nn.Module; of a layer that was sharded on meta, buffers are DTensors, too.
+
+        accelerate shards there, broadcasts what such a state lists, and takes each entry for a DTensor.
+        """
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if is_shard(self.weight) and self.weight.is_meta:
+            for key in (prefix + name for name in self._buffers):
+                if key in destination:
+                    destination[key] = replicated(destination[key], self.weight)
+
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, error_msgs) -> None:
         """Refuse, before anything is copied, what does not fit."""
+        for key in (prefix + name for name in self._buffers):
+            if key in state_dict:
+                state_dict[key] = whole(state_dict[key])
         errors = self.state_errors(state_dict, prefix)
         if errors:
             error_msgs.extend(f"{self.WHO}: {error}" for error in errors)
@@ -333,11 +348,6 @@ def _has_bytes(tensor: Tensor) -> bool:
     """Not on meta, sharded, released, fake or transformed."""
     is_plain = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and not is_released(tensor)
     return is_plain and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-
-
-def _is_shard(tensor: Tensor | None) -> bool:
-    """Whether it is a DTensor, without the third of a second that it takes to import them."""
-    return hasattr(tensor, "to_local")
 
 
 def _normal(tensor: Tensor) -> Tensor:
