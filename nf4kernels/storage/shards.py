@@ -9,8 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .atomic import write_json
-from .checkpoint import write_tensors
-from .tensor_files import INDEX
+from .tensor_files import INDEX, write_tensors
 
 Source = tuple[str, Tensor, Callable[[str], Tensor]]  # a tensor's name, its shape on meta, and what reads it
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
