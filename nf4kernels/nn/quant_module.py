@@ -216,7 +216,7 @@ class QuantModule(nn.Module):
         except RuntimeError:  # inference tensors have none
             return weight
         if version != self._seen:
-            self._compare_bytes(weight, absmax)
+            self.compare_bytes(weight, absmax)
             self._seen = version
         return weight
 
@@ -229,7 +229,7 @@ class QuantModule(nn.Module):
             )
         return self.weight
 
-    def _compare_bytes(self, weight: Tensor, absmax: Tensor) -> None:
+    def compare_bytes(self, weight: Tensor, absmax: Tensor) -> None:
         if not _has_bytes(weight) or not _has_bytes(absmax) or not _has_bytes(self.checksum):
             return
         recorded = self.checksum.to(weight.device)

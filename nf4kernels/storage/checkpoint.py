@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..autograd import outside_inference_mode
 from ..model.plan import is_conv1d, linear_shape, replace_module, unwrapped
+from ..model.sharded import is_sharded
 from ..model.walk import get_submodule, named_modules, state_dict
 from ..nn.adapted_module import AdaptedModule
 from ..nn.casts import check_cast
@@ -25,6 +26,7 @@ from .key_conversion import group_tensors
 from .model_state import adapted_experts, dense_state, join, quant_layers, shared, unwritable
 from .names import Fit, fit_of_whole, left_behind, listed, never_stored, renamed_head
 from .published.opening import open_published
+from .sharded_save import save_sharded
 from .tensor_files import checkpoint_files, write_tensors
 
 
@@ -35,9 +37,15 @@ def save_checkpoint(model: nn.Module, path: str | Path) -> None:
     Adapters are written with their configuration. The file is complete or absent: it is written under another name,
     flushed to disk and renamed.
 
+    Of a sharded model (FSDP2, any DTensors) every rank calls, and `path` is a directory: safetensors files and their
+    index, as Hugging Face has them. Each rank writes some of the files, of tensors that are gathered one at a time, so
+    that none holds more than its own part and one file, at most a GiB or one tensor. The index is written last, the
+    directory takes its place when all is there, and all ranks return then, or raise what one of them met.
+
     Args:
         model: any module.
-        path: of the file; an existing one is replaced.
+        path: of the file, or of the directory, which all ranks must see; an existing one is replaced, a directory only
+            if it holds a checkpoint and no more.
 
     Raises:
         TypeError, ValueError: model is not a module, is on the meta device, or has state that is not a tensor.
@@ -45,6 +53,9 @@ def save_checkpoint(model: nn.Module, path: str | Path) -> None:
     """
     who = "nf4kernels.save_checkpoint"
     model = unwrapped(model, "model", who)
+    if is_sharded(model):
+        save_sharded(model, Path(path), who)
+        return
     tensors = {}
     layers = quant_layers(model)
     expected = dense_state(model, layers)
