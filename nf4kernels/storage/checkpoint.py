@@ -14,18 +14,19 @@ from ..model.plan import is_conv1d, linear_shape, replace_module, unwrapped
 from ..model.sharded import is_sharded
 from ..model.walk import get_submodule, named_modules, state_dict
 from ..nn.adapted_module import AdaptedModule
-from ..nn.casts import check_cast
 from ..nn.experts_layout import weight_names
 from ..nn.quant_linear import QuantLinear
 from ..nn.quant_module import QuantModule
 from ..quantized_weight import WEIGHT_DTYPES, QuantizedWeight
 from .bitsandbytes_format import names_of_weight, stored_weights, weight_from_tensors, weight_to_tensors
 from .checkpoint_adapters import adapter_metadata, attach, check_active, missing_adapters, stored_adapters
+from .checkpoint_fit import check_dense, rename
 from .experts_format import name_experts, stored_experts, take_experts
 from .key_conversion import group_tensors
 from .model_state import adapted_experts, dense_state, join, quant_layers, shared, unwritable
-from .names import Fit, fit_of_whole, left_behind, listed, never_stored, renamed_head
+from .names import Fit, left_behind, listed, never_stored
 from .published.opening import open_published
+from .sharded_load import load_in_parts
 from .sharded_save import save_sharded
 from .tensor_files import checkpoint_files, write_tensors
 
@@ -83,7 +84,7 @@ def save_checkpoint(model: nn.Module, path: str | Path) -> None:
 
 
 @outside_inference_mode
-def load_checkpoint(model: nn.Module, path: str | Path) -> None:
+def load_checkpoint(model: nn.Module, path: str | Path, quantize: bool = False) -> None:
     """Fill `model` with a checkpoint of `save_checkpoint`, `nf4kernels quantize` or bitsandbytes, or a published one.
 
     A published one is a directory in MXFP4, NVFP4 or symmetric INT4 (`quant_method` mxfp4, modelopt,
@@ -101,9 +102,18 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     the names fit, and a warning names the tensors that were left out, in the file or in the model. Where the model ties
     two tensors and the file holds two different ones, they are untied, which a warning says, too.
 
+    A sharded model (FSDP2, any DTensors) has been quantized, then sharded, both on meta if you like. Every rank calls
+    and reads its own rows of each tensor, in the model's dtype, one tensor after the other; an error on one rank is
+    raised on all. Layers are not replaced then, adapters not attached and tensors not untied: what the file would need
+    of that is a ValueError. Adapters of which the file has none start as their configurations say, alike on all ranks.
+
     Args:
         model: a module with the checkpoint's names, or one that transformers has rules for; dense or quantized.
         path: a safetensors file, a directory with `model.safetensors` or `model.safetensors.index.json`, a GGUF file.
+        quantize: where the file has a dense weight for a layer in 4 bits, quantize it with the layer's options: the
+            same bits as `quantize_model` makes of the dense model, which is never in memory as a whole. Each rank of a
+            sharded model quantizes its rows; a matrix whose blocks straddle rows is read whole. The model, sharded or
+            not, is then read as a sharded one is.
 
     Raises:
         TypeError: model is not a module.
@@ -113,6 +123,9 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     """
     who = "nf4kernels.load_checkpoint"
     model = unwrapped(model, "model", who)
+    if quantize or is_sharded(model):
+        load_in_parts(model, Path(path), quantize, who)
+        return
     tensors, metadata = _read(Path(path), model, who)
     qweights = {}
     for weight_key in stored_weights(tensors):
@@ -125,7 +138,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
 
     for name in never_stored(model, tensors):
         del tensors[name]
-    fit, outside = _rename(model, tensors, qweights, metadata)
+    fit, outside = rename(model, tensors, qweights, metadata)
     name_experts(model, tensors)
     tensors, qweights = _converted(model, tensors, qweights, who)
     experts = take_experts(model, tensors, who)
@@ -143,7 +156,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     filled = {name: each for name, each in named_modules(model) if isinstance(each, QuantModule) and name not in layers}
     keys = [join(name, "checksum") for name in filled]  # which a file need not hold
     checksums = {key: tensors.pop(key) for key in keys if key in tensors}
-    left = _check_dense(expected, tensors, adapted, missing, fit, who)
+    left = check_dense(expected, tensors, adapted, missing, fit, who)
     for name, module in filled.items():
         for message in module.state_errors({**tensors, **checksums}, f"{name}."):
             raise ValueError(f"{who}: {path}: {message}")
@@ -159,33 +172,6 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
         warnings.warn(f"{who}: the file is of a part of the model, left as they were: {listed(left)}", stacklevel=2)
     if outside:
         warnings.warn(f"{who}: the model is a part of the file's, not loaded: {listed(outside)}", stacklevel=2)
-
-
-def _rename(model: nn.Module, tensors: dict[str, Tensor], qweights: dict[str, QuantizedWeight],
-            metadata: dict[str, Any]) -> tuple[Fit, list[str]]:  # fmt: skip
-    """Give all three the model's names, in place; (how, the names of tensors that have none)."""
-    layers = quant_layers(model)
-    aliases: dict[QuantLinear, list[str]] = {}
-    for name, layer in layers.items():
-        aliases.setdefault(layer, []).append(join(name, "weight"))
-    groups = [*shared(dense_state(model, layers)), *aliases.values()]
-    of_adapters = {key for layer, adapters in metadata.items() for each in adapters for key in each.keys(layer)}
-    fit = fit_of_whole({*tensors, *(join(name, "weight") for name in qweights)} - of_adapters, groups)
-    outside: list[str] = []
-    for store in (tensors, qweights, metadata):
-        named: Any = store  # three kinds of values
-        values = {(fit(name), name): named.pop(name) for name in list(named)}
-        named.update({name: value for (name, _), value in values.items() if name is not None})
-        outside += [old for name, old in values if name is None]
-    of_adapters = {key for layer, adapters in metadata.items() for each in adapters for key in each.keys(layer)}
-    head = renamed_head(model, {*tensors, *(join(name, "weight") for name in qweights)} - of_adapters, groups)
-    if head is not None:
-        theirs, ours = head
-        for store in (tensors, qweights, metadata):
-            named = store
-            for name in [name for name in named if f"{name}.".startswith(f"{theirs}.")]:
-                named[ours + name[len(theirs) :]] = named.pop(name)
-    return fit, outside
 
 
 def _converted(
@@ -261,37 +247,6 @@ def _planned_layers(model: nn.Module, qweights: dict[str, QuantizedWeight], fit:
         if isinstance(layer, QuantLinear) and layer not in chosen and name.startswith(fit.added):
             raise ValueError(f"{who}: the checkpoint must have a 4-bit weight {join(name, 'weight')}, got none")
     return planned
-
-
-def _check_dense(expected, tensors, layers, missing_lora, fit: Fit, who: str) -> list[str]:
-    """ValueError unless `tensors` are those of `expected` (one of each shared group) and of the adapters to attach.
-
-    Returns the names that a file of a part of the model does not hold.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, adapters in missing_lora.items():
-        if name not in layers:
-            raise ValueError(f"{who}: model must have a 4-bit layer {name} for its adapter, got none")
-        for adapter in adapters:
-            layer, r = layers[name], adapter.config.r
-            *experts, N, K = layer.weight_shape if isinstance(layer, QuantModule) else linear_shape(layer)
-            factors = (*experts, r, K), (*experts, N, r)
-            shapes.update(zip(adapter.keys(name), factors * 2))
-    missing = [name for name in shapes if name not in tensors]
-    left: list[str] = []
-    for group in shared(expected):
-        shapes.update({name: tuple(expected[name].shape) for name in group})
-        if not any(name in tensors for name in group):
-            (missing if group[0].startswith(fit.added) else left).append(group[0])
-    unknown = [name for name in tensors if name not in shapes]
-    if missing or unknown:
-        raise ValueError(f"{who}: the checkpoint must have the model's names, missing {missing}, unknown {unknown}")
-    for name, tensor in tensors.items():
-        if tuple(tensor.shape) != shapes[name]:
-            raise ValueError(f"{who}: {name} must have shape {list(shapes[name])}, got {list(tensor.shape)}")
-        if name in expected and not expected[name].is_meta:
-            check_cast(tensor, expected[name].dtype, f"{who}: {name}")
-    return left
 
 
 def _untied(model: nn.Module, expected: dict[str, Tensor], tensors: dict[str, Tensor], who: str) -> dict[str, str]:

@@ -5,9 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
-from support import tiny
-from support.sharded_steps import LORA, dense, made, shard, whole
+from support.sharded_steps import LORA, dense, made, shard, step, whole
 from torch import nn
 
 import nf4kernels as nf4
@@ -35,6 +33,51 @@ def save(case: str, directory: Path) -> None:
     again = dense(case)
     nf4.load_checkpoint(again, directory / "model")
     assert_same_state(again, plain)
+    other = quantized_on_meta(case, "to_empty" if case == "odd rows" else "meta")
+    nf4.load_checkpoint(other, directory / "model")
+    assert_same_state(other, plain)
+    assert torch.equal(step(other), step(plain)), "the loss is another"
+
+
+def quantized_on_meta(case: str, start: str) -> nn.Module:
+    """Sharded before it has any values; buffers that no checkpoint holds are made as transformers makes them."""
+    with torch.device("meta"):
+        model = dense(case)
+        model.requires_grad_(False)
+        nf4.quantize_model(model, lora=LORA, progress=False)
+    shard(model, case)
+    if start == "to_empty":
+        model.to_empty(device="cpu")
+    values = dict(dense(case).named_buffers())
+    for name, module in model.named_modules():
+        for leaf in module._non_persistent_buffers_set:
+            module._buffers[leaf] = values[f"{name}.{leaf}"]
+    return model.train()
+
+
+def quantize_on_load(case: str, directory: Path) -> None:
+    """From a dense checkpoint, in the names and layout of save_pretrained; adapters start alike on all ranks."""
+    plain = made(case)
+    if dist.get_rank() == 0:
+        dense(case).save_pretrained(directory)
+    dist.barrier()
+    model = quantized_on_meta(case, "meta" if case == "llama" else "to_empty")
+    nf4.load_checkpoint(model, directory, quantize=True)
+    state, expected = model.state_dict(), plain.state_dict()
+    assert state.keys() == expected.keys()
+    for name, tensor in expected.items():
+        mine = whole(state[name])
+        if "lora_" not in name:
+            assert mine.dtype == tensor.dtype, name
+            assert torch.equal(mine, tensor), f"{name} is another"
+        else:
+            assert mine.isfinite().all(), f"{name} has not started"
+            assert mine.any() == ("lora_A" in name), f"{name} has not started"
+    step(model)
+    whole_too = plain if case == "tied" else made(case)
+    nf4.load_checkpoint(whole_too, directory, quantize=True)
+    for name, tensor in whole_too.state_dict().items():
+        assert "lora_" in name or torch.equal(tensor, expected[name]), name
 
 
 def adapters(case: str, directory: Path) -> None:
@@ -53,7 +96,7 @@ def adapters(case: str, directory: Path) -> None:
     assert_same_state(other, plain)
 
 
-CASES = {"save": save, "adapters": adapters}
+CASES = {"save": save, "quantize": quantize_on_load, "adapters": adapters}
 
 
 if __name__ == "__main__":
