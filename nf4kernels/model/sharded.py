@@ -189,3 +189,13 @@ def copy_own_part(target: Tensor, values: Tensor) -> None:
     """Write this rank's part of the whole `values` into `target`."""
     with torch.no_grad():
         local_of(target).copy_(values[own_part(target)])
+
+
+def placed_like(full: Tensor, like: Any) -> Any:
+    """The DTensor of a whole tensor that every rank has, cut as `like` is and on its device; no rank waits."""
+    if not is_dtensor(like):
+        return full
+    tensors: Any = sys.modules["torch.distributed.tensor"]
+    mesh = like.device_mesh
+    cut = tensors.distribute_tensor(full.to(mesh.device_type), mesh, like.placements, src_data_rank=None)
+    return from_local(cut.to_local().to(local_of(like).device, copy=True), like, tuple(full.shape))

@@ -1,6 +1,8 @@
 """Run by torchrun on two ranks: what is saved, loaded and merged of sharded models. Prints "same: case"."""
 
+import gc
 import sys
+import weakref
 from pathlib import Path
 
 import torch
@@ -9,6 +11,7 @@ from support.sharded_steps import LORA, dense, made, shard, step, whole
 from torch import nn
 
 import nf4kernels as nf4
+from nf4kernels.nn.quant_module import QuantModule
 
 
 def sharded(case: str) -> nn.Module:
@@ -96,7 +99,29 @@ def adapters(case: str, directory: Path) -> None:
     assert_same_state(other, plain)
 
 
-CASES = {"save": save, "quantize": quantize_on_load, "adapters": adapters}
+def merge(case: str, directory: Path) -> None:
+    """Also after steps, with FSDP2's groups at work; the merged model is saved, and runs."""
+    plain, model = made(case), sharded(case)
+    if case != "odd rows":
+        step(model)
+    layers = [weakref.ref(module) for module in model.modules() if isinstance(module, QuantModule)]
+    base = {"base": dense(case)} if case in ("odd rows", "experts") else {}
+    names = nf4.merge_model(model, **base)
+    assert names == nf4.merge_model(plain, **base)
+    gc.collect()
+    assert not any(layer() for layer in layers), "something keeps the packed bytes"
+    assert_same_state(model, plain)
+    packed = [name for name, parameter in model.named_parameters() if parameter.dtype == torch.uint8]
+    assert not packed, packed
+    nf4.save_checkpoint(model, directory / "model")
+    again = dense(case)
+    nf4.load_checkpoint(again, directory / "model")
+    assert_same_state(again, plain)
+    for _ in range(2):
+        assert torch.equal(step(model), step(plain)), "the loss is another"
+
+
+CASES = {"merge": merge, "save": save, "quantize": quantize_on_load, "adapters": adapters}
 
 
 if __name__ == "__main__":
