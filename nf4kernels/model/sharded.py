@@ -36,8 +36,8 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def check_whole(model: nn.Module, who: str, order: str) -> None:
-    """ValueError for a sharded model where the whole one is needed; `order`: what to do first."""
-    if isinstance(model, nn.Module) and is_sharded(model):
+    """ValueError for a sharded model where the whole one is needed; `order`: what to do in which order."""
+    if is_sharded(model):
         raise ValueError(f"{who}: model must not be sharded yet ({order}), got parameters that are DTensors")
 
 

@@ -107,7 +107,7 @@ class QuantModule(nn.Module):
             value = nn.Parameter(value, requires_grad=False)
         super().__setattr__(name, value)
         if name in held:
-            if _is_shard(held[name]) or _is_shard(value):
+            if is_shard(held[name]) or is_shard(value):
                 self._see_bytes()
             else:
                 self.record_bytes()
@@ -136,6 +136,11 @@ class QuantModule(nn.Module):
         """The weight as a value that shares this module's tensors."""
         if self.weight.is_meta:
             raise ValueError(f"{self.WHO}.qweight: the layer is on the meta device, load its state first")
+        if is_shard(self.weight):
+            raise ValueError(
+                f"{self.WHO}.qweight: the layer must be whole (unshard() gathers what fully_shard cut; merge_model and"
+                " save_checkpoint take a sharded model), got a DTensor as its weight, of which a rank holds a part"
+            )
         return self.QUANTIZED(
             self.checked_weight().data, self.absmax.data, *(getattr(self, name) for name in SCALES), self.weight_shape,
             WEIGHT_DTYPES[int(self.source_dtype.item())], self.block_size, self.codebook, self.scale_codebook,
@@ -329,7 +334,7 @@ def _has_bytes(tensor: Tensor) -> bool:
     return is_plain and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
-def _is_shard(tensor: Tensor | None) -> bool:
+def is_shard(tensor: Tensor | None) -> bool:
     """Whether it is a DTensor, without the third of a second that it takes to import them."""
     return hasattr(tensor, "to_local")
 
