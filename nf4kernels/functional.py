@@ -29,6 +29,7 @@ from .quantized_weight import (
     WeightArgs,
     check_block_size,
     check_expert_columns,
+    check_plain,
     expert_specs,
     shared_codebooks,
 )
@@ -73,6 +74,7 @@ def quantize(
     if not isinstance(weight, Tensor) or weight.dtype not in WEIGHT_DTYPES:
         came = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
         raise TypeError(f"{who}: weight must be a float32, bfloat16 or float16 tensor, got {came}")
+    check_plain(weight, who)
     if weight.dim() != 2:
         raise ValueError(f"{who}: weight must be 2-D [N, K], got shape {list(weight.shape)}")
     if nonfinite not in ("raise", "propagate"):
@@ -145,6 +147,7 @@ def quantize_experts(
     who = "nf4kernels.quantize_experts"
     if not isinstance(weight, Tensor):
         raise TypeError(f"{who}: weight must be a tensor, got {type(weight).__name__}")
+    check_plain(weight, who)
     if weight.dim() != 3:
         raise ValueError(f"{who}: weight must be 3-D [E, N, K], got shape {list(weight.shape)}")
     block_size = codebooks.default_block_size(codebook) if block_size is None else block_size

@@ -39,6 +39,15 @@ def check_block_size(block_size: int, caller: str) -> None:
         raise ValueError(f"{caller}: block_size must be one of {list(BLOCK_SIZES)}, got {block_size!r}")
 
 
+def check_plain(weight: Tensor, who: str) -> None:
+    """TypeError for a DTensor, by its method: to import them takes a third of a second."""
+    if hasattr(weight, "to_local"):
+        raise TypeError(
+            f"{who}: weight must be a whole tensor (quantize first, then shard, or load_checkpoint with quantize=True),"
+            " got a DTensor"
+        )
+
+
 def scales_of(absmax: Tensor, scale_absmax: Tensor | None, scale_code: Tensor | None) -> str:
     """The kind among SCALES, by the tensors that a weight has; the name of absmax' dtype where it is none of them."""
     if scale_code is None:

@@ -9,7 +9,9 @@ from ..autograd import outside_inference_mode
 from ..nn.quant_experts import QuantExperts
 from ..nn.quant_linear import QuantLinear
 from ..quantized_weight import WEIGHT_DTYPES
+from .merge_sharded import merged_in_parts, shard_again
 from .plan import QUANTIZED, check_container, names_of_modules, parts, replace_module, unwrapped
+from .sharded import Ranks, is_sharded, reshard
 from .walk import get_submodule
 
 
@@ -23,6 +25,10 @@ def merge_model(model: nn.Module, base: nn.Module | None = None, dtype: torch.dt
     With `base` the original weight W takes the place of Ŵ, which also undoes the quantization error. The sum is taken
     in fp32 and rounded once. Merging into 4 bits is not offered: rounding to 4 bits takes most of the
     fine-tuning away.
+
+    Of a sharded model every rank calls and merges its own rows; adapters alone are gathered, and matrices whose blocks
+    straddle rows. The merged weights are DTensors, cut as the packed ones were. FSDP2 goes on to gather them, each
+    layer by itself, so that the model runs; make optimizers anew.
 
     Args:
         model: any module that contains layers. Its layers in 4 bits are replaced; their biases are rounded as their
@@ -60,20 +66,34 @@ def merge_model(model: nn.Module, base: nn.Module | None = None, dtype: torch.dt
         if base is not None:
             base_weights_of(base, names[0], layer, who)
 
+    ranks = Ranks(model, who) if is_sharded(model) else None
+    for each in [model] if base is None else [model, base]:
+        reshard(each)
+    merged: dict[str, tuple[nn.Module, nn.Module]] = {}
     for names in targets:
         layer = get_submodule(model, names[0])
         base_weights = None if base is None else base_weights_of(base, names[0], layer, who)
         try:
-            dense = _dense(layer, dtype, base_weights)
+            dense = _dense(layer, dtype, base_weights, ranks)
         except ValueError as error:
             raise ValueError(f"{who}: layer {names[0]} failed, those before it are replaced: {error}") from None
         if isinstance(layer, QuantLinear) and dense.bias is not None:
             dense.bias.requires_grad_(layer.bias.requires_grad)
         replace_module(model, names, layer, dense)
+        merged[names[0]] = layer, dense
+    if ranks is not None:
+        shard_again(model, merged)
     return [names[0] for names in targets]
 
 
-def _dense(layer: QuantLinear | QuantExperts, dtype: torch.dtype | None, base_weights: list[Tensor] | None) -> Any:
+def _dense(
+    layer: QuantLinear | QuantExperts,
+    dtype: torch.dtype | None,
+    base_weights: list[Tensor] | None,
+    ranks: Ranks | None,
+) -> Any:
+    if ranks is not None:
+        return merged_in_parts(layer, dtype, base_weights, ranks)
     if isinstance(layer, QuantExperts):
         return layer.to_experts(dtype, base_weights)
     return layer.to_linear(dtype, base_weight=None if base_weights is None else base_weights[0])

@@ -22,6 +22,7 @@ from .heads import SKIP
 from .memory import address, nbytes
 from .plan import check_container, parts, plan_layers, replace_module, unmatched
 from .report import QuantizedLayer, QuantizeReport, SkippedLayer
+from .sharded import check_whole
 from .walk import get_submodule, inside
 
 SLICES = 8  # in which a weight's error is measured: fp32 Ŵ then takes a quarter of a bf16 weight's bytes
@@ -50,7 +51,7 @@ def quantize_model(
     bytes of the largest one. Every weight is checked for NaN and inf before the first one is replaced.
 
     Args:
-        model: any module that contains layers.
+        model: any module that contains layers, on the meta device too, not sharded yet.
         skip: further layers to leave alone: names of layers or of modules around them, in full or a run of whole
             components ("k_proj", "layers.0.mlp"), or fnmatch patterns over the full name ("*.0.*"). Experts are
             skipped together, by their name or that of one of their weights.
@@ -73,6 +74,7 @@ def quantize_model(
     model = inside(model)
     patterns = _check_arguments(model, skip, lora, quant_options, who)
     check_not_dispatched(model, who)
+    check_whole(model, who, "quantize it, on the meta device too, then fully_shard it, then load_checkpoint")
     targets, skipped = plan_layers(model, (*SKIP, *patterns), quant_options.get("block_size"))
     if lora is not None and not targets:
         raise ValueError(f"{who}: lora must have a layer to go on, got {_reasons(skipped) or 'no layer'}")

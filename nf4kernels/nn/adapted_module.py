@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..autograd import outside_inference_mode
 from .lora import FROM_WEIGHT, LoraConfig, WaitingAdapter, check_adapter_name, init_adapter
-from .quant_module import QuantModule
+from .quant_module import QuantModule, is_shard
 
 
 class AdaptedModule(QuantModule):
@@ -65,6 +65,11 @@ class AdaptedModule(QuantModule):
         check_adapter_name(name, who)
         if name in self.adapter_names:
             raise ValueError(f"{who}: the layer must have no adapter {name!r} yet, got one already")
+        if is_shard(self.weight):
+            raise ValueError(
+                f"{who}: the layer must not be sharded yet (quantize, add adapters, then fully_shard), since a sharded"
+                " model takes no new parameters, got a DTensor as its weight"
+            )
         if self.weight.is_meta and hasattr(self, "_hf_hook"):
             raise ValueError(f"{who}: the layer must not be offloaded yet: add adapters, then let accelerate dispatch")
 

@@ -13,10 +13,25 @@ def checksum(packed: Tensor, absmax: Tensor) -> Tensor:
     Sums of 64-bit words over rows and over columns, each weighted by its place: two reads of the bytes and no copy of
     them; exchanged rows show, and any change of one word (its weight is odd).
     """
-    total = _weighted_sum(packed)
-    if absmax.dtype == torch.uint8:
-        total = total * 31 + _weighted_sum(absmax)
+    return of_sums(_weighted_sum(packed), _weighted_sum(absmax) if absmax.dtype == torch.uint8 else None)
+
+
+def of_sums(packed: Tensor, absmax: Tensor | None = None) -> Tensor:
+    """The checksum of bytes whose weighted sums, int64 scalars, are known; `absmax` where that holds codes."""
+    total = packed if absmax is None else packed * 31 + absmax
     return total.view(1).view(torch.uint8)
+
+
+def sum_of_part(part: Tensor, first: int, size: int) -> Tensor:
+    """What bytes `first` and on of a tensor of `size` bytes add to its weighted sum: parts' sums add up to it."""
+    flat = part.detach().reshape(-1)
+    whole = size - size % (8 * ROW)
+    words, rest = flat[: max(whole - first, 0)], flat[max(whole - first, 0) :]
+    row, lead = divmod(first, 8 * ROW)
+    padded = flat.new_zeros(-(-(lead + words.numel()) // (8 * ROW)) * 8 * ROW)
+    padded[lead : lead + words.numel()] = words
+    rows = padded.view(torch.int64).view(-1, ROW)
+    return _by_place(rows.sum(1), row) + 2 * _by_place(rows.sum(0)) + 5 * _by_place(rest.long(), max(first - whole, 0))
 
 
 def _weighted_sum(tensor: Tensor) -> Tensor:
@@ -28,5 +43,6 @@ def _weighted_sum(tensor: Tensor) -> Tensor:
     return _by_place(words.sum(1)) + 2 * _by_place(words.sum(0)) + 5 * _by_place(rest)
 
 
-def _by_place(values: Tensor) -> Tensor:
-    return (values * (2 * torch.arange(values.numel(), device=values.device) + 1)).sum()
+def _by_place(values: Tensor, first: int = 0) -> Tensor:
+    places = torch.arange(first, first + values.numel(), device=values.device)
+    return (values * (2 * places + 1)).sum()

@@ -117,13 +117,14 @@ class QuantExperts(nn.Module):
         if lora is None or lora.init not in FROM_WEIGHT:
             gate_up, down = (quantize_experts(weight, **quant_options) for weight in weights)
             experts = cls.from_quantized(module, gate_up, down, compute_dtype)
-            if lora is not None:
-                experts.add_lora(lora)
+            for name, weight in zip(experts.weights if lora is not None else (), weights):
+                part: Any = experts._modules[name]
+                part.attach_lora(lora, weight.dtype)  # which on meta the quantized weight does not say
             return experts
         started = [quantize_experts_with_start(weight, lora, weight.dtype, **quant_options) for weight in weights]
         experts = cls.from_quantized(module, started[0][0], started[1][0], compute_dtype)
         for name, (_, A, B) in zip(experts.weights, started):
-            part: Any = experts._modules[name]
+            part = experts._modules[name]
             part.attach_lora(lora, A.dtype)
             part.set_start(A, B)
         return experts

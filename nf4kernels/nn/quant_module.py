@@ -138,6 +138,11 @@ class QuantModule(nn.Module):
         """The weight as a value that shares this module's tensors."""
         if self.weight.is_meta:
             raise ValueError(f"{self.WHO}.qweight: the layer is on the meta device, load its state first")
+        if is_shard(self.weight):
+            raise ValueError(
+                f"{self.WHO}.qweight: the layer must be whole (unshard() gathers what fully_shard cut; merge_model and"
+                " save_checkpoint take a sharded model), got a DTensor as its weight, of which a rank holds a part"
+            )
         check_gathered(((name, getattr(self, name)) for name in ("weight", "absmax")), self.WHO)
         return self.QUANTIZED(
             self.checked_weight().data, self.absmax.data, *(getattr(self, name) for name in SCALES), self.weight_shape,
@@ -219,7 +224,7 @@ class QuantModule(nn.Module):
         except RuntimeError:  # inference tensors have none
             return weight
         if version != self._seen:
-            self._compare_bytes(weight, absmax)
+            self.compare_bytes(weight, absmax)
             self._seen = version
         return weight
 
@@ -232,7 +237,7 @@ class QuantModule(nn.Module):
             )
         return self.weight
 
-    def _compare_bytes(self, weight: Tensor, absmax: Tensor) -> None:
+    def compare_bytes(self, weight: Tensor, absmax: Tensor) -> None:
         if not _has_bytes(weight) or not _has_bytes(absmax) or not _has_bytes(self.checksum):
             return
         recorded = self.checksum.to(weight.device)

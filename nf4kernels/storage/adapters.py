@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..autograd import outside_inference_mode
 from ..model.plan import unwrapped
+from ..model.sharded import Ranks, copy_own_part, is_dtensor, reshard, whole
 from ..model.walk import named_modules
 from ..nn.adapted_module import AdaptedModule
 from ..nn.casts import check_cast
@@ -47,9 +47,12 @@ def save_adapters(model: nn.Module, directory: str | Path, name: str | None = No
     An adapter that started from the weight (`init` "pissa" or "loftq") is written as its change since then, a plain
     LoRA of twice the rank over the original weight, in 16 bits or quantized without the adapter.
     Both files are complete or absent, each written under another name, flushed to disk and renamed.
+    Of a sharded model every rank calls: adapters are gathered one at a time, the first rank writes, and all return when
+    the files are there, or raise its error.
 
     Args:
-        model: a model that contains layers in 4 bits with adapters; accelerate may have offloaded it.
+        model: a model that contains layers in 4 bits with adapters; accelerate may have offloaded it, and FSDP2 or
+            another plan of DTensors may have sharded it.
         directory: made where missing; `adapter_config.json` and `adapter_model.safetensors` in it are replaced.
         name: of the adapter to save where layers have several; None is the active one.
 
@@ -65,6 +68,8 @@ def save_adapters(model: nn.Module, directory: str | Path, name: str | None = No
         if layer.get_adapter(name) is not None:
             found.setdefault(layer, path)
     layers = {path: layer for layer, path in found.items()}
+    ranks = Ranks(model, who)
+    reshard(model)
     if not layers:
         came = "none" if name is None else f"none called {name!r}"
         raise ValueError(f"{who}: model must have a layer in 4 bits with an adapter, got {came}")
@@ -82,17 +87,22 @@ def save_adapters(model: nn.Module, directory: str | Path, name: str | None = No
         factors = [_on_cpu(factor, f"{path}.{leaf}", who) for leaf, factor in zip(("lora_A", "lora_B"), factors)]
         configs[path], *matrices = over_original_weight(config, *factors)
         matrices = to_peft(*matrices) if isinstance(layer, GroupedQuantLinear) else matrices
-        for leaf, matrix in zip(("lora_A", "lora_B"), matrices):
+        for leaf, matrix in zip(("lora_A", "lora_B"), matrices if ranks.is_first else ()):
             tensors[f"{names_in_file[path]}.{leaf}.weight"] = matrix.detach().contiguous().clone()
     beside, saved, bias = _trained_beside(model, layers, who)
     of_experts = {f"{path}.{each}" for path, names in parameters.items() for each in names}
     others = {*_dense_modules(model), *of_experts} - {""} - set(layers)
     config = peft_config(model, configs, of_experts & set(layers), others, saved, bias, who)
 
-    directory = Path(directory)
+    with ranks.together():
+        if ranks.is_first:
+            _write({f"{PREFIX}{key}": tensor for key, tensor in (tensors | beside).items()}, config, Path(directory))
+
+
+def _write(tensors: dict[str, Tensor], config: dict[str, Any], directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     with replacing(directory / WEIGHTS) as weights, replacing(directory / CONFIG) as text:
-        save_file({f"{PREFIX}{key}": tensor for key, tensor in (tensors | beside).items()}, weights, {"format": "pt"})
+        save_file(tensors, weights, {"format": "pt"})
         text.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -105,6 +115,9 @@ def load_adapters(model: nn.Module, directory: str | Path, name: str = "default"
     values and scaling. Adapters of other names are kept and wait. What was trained beside the adapters is copied into
     the model. All that was loaded is left trainable. The names in the file may all have one prefix more, or one less,
     than in the model.
+
+    Into a sharded model every rank loads its part; its layers must have had adapters of that name and rank already
+    when it was sharded, since what shards a model takes no new parameters.
 
     Args:
         model: a model that contains the QuantLinear layers, and the experts, that the file names.
@@ -122,7 +135,26 @@ def load_adapters(model: nn.Module, directory: str | Path, name: str = "default"
     who = "nf4kernels.load_adapters"
     model = unwrapped(model, "model", who)
     check_adapter_name(name, who)
-    directory = Path(directory)
+    ranks = Ranks(model, who)
+    reshard(model)
+    with ranks.together():
+        layers, adapters, state, beside = _read_checked(model, Path(directory), name, who)
+        if ranks.size > 1:
+            _check_sharded(layers, adapters, name, who)
+
+    given = {layers[path]: adapter for path, adapter in adapters.items()}
+    for layer in dict.fromkeys(layers.values()):
+        _replace_adapter(layer, name, given.get(layer))
+    for path, stored in beside.items():
+        copy_own_part(state[path], stored)
+        if isinstance(state[path], nn.Parameter) and state[path].is_floating_point():
+            state[path].requires_grad_(True)
+
+
+def _read_checked(
+    model: nn.Module, directory: Path, name: str, who: str
+) -> tuple[dict[str, AdaptedModule], dict[str, StoredLora], dict[str, Tensor], dict[str, Tensor]]:
+    """(the model's layers, their adapters in the file, the model's state, what the file has beside the adapters)."""
     weights = directory / (OLD_WEIGHTS if not (directory / WEIGHTS).is_file() else WEIGHTS)
     for file, expected in ((directory / CONFIG, CONFIG), (weights, WEIGHTS)):
         if not file.is_file():
@@ -141,15 +173,20 @@ def load_adapters(model: nn.Module, directory: str | Path, name: str = "default"
     _check_base(layers, who)
     _check_fit(layers, adapters, name, who)
     _check_beside(state, beside, weights, who)
+    return layers, adapters, state, beside
 
-    given = {layers[path]: adapter for path, adapter in adapters.items()}
-    for layer in dict.fromkeys(layers.values()):
-        _replace_adapter(layer, name, given.get(layer))
-    for path, stored in beside.items():
-        with torch.no_grad():
-            state[path].copy_(stored)
-        if isinstance(state[path], nn.Parameter) and state[path].is_floating_point():
-            state[path].requires_grad_(True)
+
+def _check_sharded(layers: dict[str, AdaptedModule], adapters: dict[str, StoredLora], name: str, who: str) -> None:
+    """ValueError where an adapter would have to be attached to a sharded layer, or taken from it."""
+    given = {layers[path]: adapter.config.r for path, adapter in adapters.items()}
+    for path, layer in layers.items():
+        old = layer.get_adapter(name)
+        ours, theirs = None if old is None else old[0].r, given.get(layer)
+        if ours != theirs:
+            raise ValueError(
+                f"{who}: {path} of a sharded model must have had the file's adapter {name!r} of rank {theirs} when it"
+                f" was sharded (quantize, add adapters, then shard), got {'none' if ours is None else f'rank {ours}'}"
+            )
 
 
 def _replace_adapter(layer: AdaptedModule, name: str, stored: StoredLora | None) -> None:
@@ -167,8 +204,7 @@ def _replace_adapter(layer: AdaptedModule, name: str, stored: StoredLora | None)
     layer.lora = stored.config
     factors: Any = (layer.lora_A, layer.lora_B)
     for factor, values in zip(factors, (stored.A, stored.B)):
-        with torch.no_grad():
-            factor.weight.copy_(values)
+        copy_own_part(factor.weight, values)
 
 
 def _layers(model: nn.Module) -> dict[str, AdaptedModule]:
@@ -215,6 +251,8 @@ def _values(module: nn.Module, leaf: str, path: str, who: str) -> Tensor:
     if tensor.is_meta:
         raise ValueError(f"{who}: model must be loaded, got {path} on the meta device")
     check_gathered([(f"{path}.{leaf}", tensor)], who)
+    if is_dtensor(tensor):
+        return whole(tensor).cpu()
     return tensor.detach().cpu().contiguous().clone()
 
 

@@ -1,36 +1,34 @@
 """A whole model's tensors on disk, in plain safetensors files."""
 
 import warnings
-from collections.abc import Iterator, Mapping
-from functools import cache
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
 from ..autograd import outside_inference_mode
-from ..model.memory import address, oddity
 from ..model.plan import is_conv1d, linear_shape, replace_module, unwrapped
+from ..model.sharded import is_sharded
 from ..model.walk import get_submodule, named_modules, state_dict
 from ..nn.adapted_module import AdaptedModule
-from ..nn.casts import check_cast
 from ..nn.experts_layout import weight_names
-from ..nn.grouped_quant_linear import GroupedQuantLinear
-from ..nn.quant_experts import QuantExperts
-from ..nn.quant_linear import OF_WEIGHT, QuantLinear
+from ..nn.quant_linear import QuantLinear
 from ..nn.quant_module import QuantModule
 from ..quantized_weight import WEIGHT_DTYPES, QuantizedWeight
-from .atomic import replacing
 from .bitsandbytes_format import names_of_weight, stored_weights, weight_from_tensors, weight_to_tensors
 from .checkpoint_adapters import adapter_metadata, attach, check_active, missing_adapters, stored_adapters
+from .checkpoint_fit import check_dense, rename
 from .experts_format import name_experts, stored_experts, take_experts
 from .key_conversion import group_tensors
-from .names import Fit, fit_of_whole, left_behind, listed, never_stored, renamed_head
+from .model_state import adapted_experts, dense_state, join, quant_layers, shared, unwritable
+from .names import Fit, left_behind, listed, never_stored
 from .published.opening import open_published
-from .tensor_files import checkpoint_files
+from .sharded_load import load_in_parts
+from .sharded_save import save_sharded
+from .tensor_files import checkpoint_files, write_tensors
 
 
 def save_checkpoint(model: nn.Module, path: str | Path) -> None:
@@ -40,9 +38,15 @@ def save_checkpoint(model: nn.Module, path: str | Path) -> None:
     Adapters are written with their configuration. The file is complete or absent: it is written under another name,
     flushed to disk and renamed.
 
+    Of a sharded model (FSDP2, any DTensors) every rank calls, and `path` is a directory: safetensors files and their
+    index, as Hugging Face has them. Each rank writes some of the files, of tensors that are gathered one at a time, so
+    that none holds more than its own part and one file, at most a GiB or one tensor. The index is written last, the
+    directory takes its place when all is there, and all ranks return then, or raise what one of them met.
+
     Args:
         model: any module.
-        path: of the file; an existing one is replaced.
+        path: of the file, or of the directory, which all ranks must see; an existing one is replaced, a directory only
+            if it holds a checkpoint and no more.
 
     Raises:
         TypeError, ValueError: model is not a module, is on the meta device, or has state that is not a tensor.
@@ -50,17 +54,20 @@ def save_checkpoint(model: nn.Module, path: str | Path) -> None:
     """
     who = "nf4kernels.save_checkpoint"
     model = unwrapped(model, "model", who)
+    if is_sharded(model):
+        save_sharded(model, Path(path), who)
+        return
     tensors = {}
-    layers = _quant_layers(model)
-    expected = _dense_state(model, layers)
+    layers = quant_layers(model)
+    expected = dense_state(model, layers)
     for name, tensor in expected.items():
-        came = _unwritable(tensor)
+        came = unwritable(tensor)
         if came is not None:
             raise ValueError(f"{who}: {name} in model's state must be a loaded tensor, got {came}")
     for module in model.modules():
         if isinstance(module, QuantModule) and not isinstance(module, QuantLinear):
             module.checked_weight()  # a QuantLinear's is checked with its qweight
-    for group in _shared(expected):
+    for group in shared(expected):
         tensors[group[0]] = expected[group[0]]
     written: dict[QuantLinear, str] = {}
     for name, layer in layers.items():
@@ -68,46 +75,16 @@ def save_checkpoint(model: nn.Module, path: str | Path) -> None:
             continue
         written[layer] = name
         try:
-            tensors.update(weight_to_tensors(layer.qweight, _join(name, "weight")))
+            tensors.update(weight_to_tensors(layer.qweight, join(name, "weight")))
         except ValueError as error:
             raise ValueError(f"{who}: layer {name}: {error}") from None
     adapted: dict[str, AdaptedModule] = {name: layer for layer, name in written.items()}
-    adapted.update(_adapted_experts(model))
+    adapted.update(adapted_experts(model))
     write_tensors(tensors, Path(path), adapter_metadata(adapted))
 
 
-def _unwritable(tensor: Any) -> str | None:
-    """What a value of a state is, where safetensors has no way to hold it."""
-    if not isinstance(tensor, Tensor):
-        return type(tensor).__name__
-    if tensor.is_meta:
-        return "a meta tensor"
-    return oddity(tensor) or (None if _is_storable(tensor.dtype) else f"one of {tensor.dtype}")
-
-
-@cache
-def _is_storable(dtype: torch.dtype) -> bool:
-    try:
-        save({"": torch.empty(0, dtype=dtype)})
-    except (KeyError, SafetensorError):
-        return False
-    return True
-
-
-def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """One safetensors file, complete or absent; tensors are moved to the CPU, and copied where they share memory."""
-    seen, owned = set(), {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        storage = tensor.untyped_storage().data_ptr()
-        owned[name] = tensor.clone() if storage in seen else tensor
-        seen.add(storage)
-    with replacing(path) as partial:
-        save_file(owned, partial, {"format": "pt", **(metadata or {})})
-
-
 @outside_inference_mode
-def load_checkpoint(model: nn.Module, path: str | Path) -> None:
+def load_checkpoint(model: nn.Module, path: str | Path, quantize: bool = False) -> None:
     """Fill `model` with a checkpoint of `save_checkpoint`, `nf4kernels quantize` or bitsandbytes, or a published one.
 
     A published one is a directory in MXFP4, NVFP4 or symmetric INT4 (`quant_method` mxfp4, modelopt,
@@ -125,9 +102,18 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     the names fit, and a warning names the tensors that were left out, in the file or in the model. Where the model ties
     two tensors and the file holds two different ones, they are untied, which a warning says, too.
 
+    A sharded model (FSDP2, any DTensors) has been quantized, then sharded, both on meta if you like. Every rank calls
+    and reads its own rows of each tensor, in the model's dtype, one tensor after the other; an error on one rank is
+    raised on all. Layers are not replaced then, adapters not attached and tensors not untied: what the file would need
+    of that is a ValueError. Adapters of which the file has none start as their configurations say, alike on all ranks.
+
     Args:
         model: a module with the checkpoint's names, or one that transformers has rules for; dense or quantized.
         path: a safetensors file, a directory with `model.safetensors` or `model.safetensors.index.json`, a GGUF file.
+        quantize: where the file has a dense weight for a layer in 4 bits, quantize it with the layer's options: the
+            same bits as `quantize_model` makes of the dense model, which is never in memory as a whole. Each rank of a
+            sharded model quantizes its rows; a matrix whose blocks straddle rows is read whole. The model, sharded or
+            not, is then read as a sharded one is.
 
     Raises:
         TypeError: model is not a module.
@@ -137,6 +123,9 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     """
     who = "nf4kernels.load_checkpoint"
     model = unwrapped(model, "model", who)
+    if quantize or is_sharded(model):
+        load_in_parts(model, Path(path), quantize, who)
+        return
     tensors, metadata = _read(Path(path), model, who)
     qweights = {}
     for weight_key in stored_weights(tensors):
@@ -149,25 +138,25 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
 
     for name in never_stored(model, tensors):
         del tensors[name]
-    fit, outside = _rename(model, tensors, qweights, metadata)
+    fit, outside = rename(model, tensors, qweights, metadata)
     name_experts(model, tensors)
     tensors, qweights = _converted(model, tensors, qweights, who)
     experts = take_experts(model, tensors, who)
     for name in left_behind(model, tensors):
         del tensors[name]
     layers = _planned_layers(model, qweights, fit, who)
-    adapted = {**layers, **_adapted_experts(model, experts)}
+    adapted = {**layers, **adapted_experts(model, experts)}
     check_active(adapted, metadata, who)
     missing = missing_adapters(adapted, metadata)
-    expected = _dense_state(model, layers)
+    expected = dense_state(model, layers)
     for name, module in named_modules(model):
         if module in experts:
             for leaf in weight_names(module):
-                del expected[_join(name, leaf)]
+                del expected[join(name, leaf)]
     filled = {name: each for name, each in named_modules(model) if isinstance(each, QuantModule) and name not in layers}
-    keys = [_join(name, "checksum") for name in filled]  # which a file need not hold
+    keys = [join(name, "checksum") for name in filled]  # which a file need not hold
     checksums = {key: tensors.pop(key) for key in keys if key in tensors}
-    left = _check_dense(expected, tensors, adapted, missing, fit, who)
+    left = check_dense(expected, tensors, adapted, missing, fit, who)
     for name, module in filled.items():
         for message in module.state_errors({**tensors, **checksums}, f"{name}."):
             raise ValueError(f"{who}: {path}: {message}")
@@ -185,39 +174,12 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
         warnings.warn(f"{who}: the model is a part of the file's, not loaded: {listed(outside)}", stacklevel=2)
 
 
-def _rename(model: nn.Module, tensors: dict[str, Tensor], qweights: dict[str, QuantizedWeight],
-            metadata: dict[str, Any]) -> tuple[Fit, list[str]]:  # fmt: skip
-    """Give all three the model's names, in place; (how, the names of tensors that have none)."""
-    layers = _quant_layers(model)
-    aliases: dict[QuantLinear, list[str]] = {}
-    for name, layer in layers.items():
-        aliases.setdefault(layer, []).append(_join(name, "weight"))
-    groups = [*_shared(_dense_state(model, layers)), *aliases.values()]
-    of_adapters = {key for layer, adapters in metadata.items() for each in adapters for key in each.keys(layer)}
-    fit = fit_of_whole({*tensors, *(_join(name, "weight") for name in qweights)} - of_adapters, groups)
-    outside: list[str] = []
-    for store in (tensors, qweights, metadata):
-        named: Any = store  # three kinds of values
-        values = {(fit(name), name): named.pop(name) for name in list(named)}
-        named.update({name: value for (name, _), value in values.items() if name is not None})
-        outside += [old for name, old in values if name is None]
-    of_adapters = {key for layer, adapters in metadata.items() for each in adapters for key in each.keys(layer)}
-    head = renamed_head(model, {*tensors, *(_join(name, "weight") for name in qweights)} - of_adapters, groups)
-    if head is not None:
-        theirs, ours = head
-        for store in (tensors, qweights, metadata):
-            named = store
-            for name in [name for name in named if f"{name}.".startswith(f"{theirs}.")]:
-                named[ours + name[len(theirs) :]] = named.pop(name)
-    return fit, outside
-
-
 def _converted(
     model: nn.Module, tensors: dict[str, Tensor], qweights: dict[str, QuantizedWeight], who: str
 ) -> tuple[dict[str, Tensor], dict[str, QuantizedWeight]]:
     """What a file holds by the model's names and in its layouts; see `key_conversion`."""
     state = state_dict(model)
-    packed = {_join(name, "weight"): qweight for name, qweight in qweights.items()}
+    packed = {join(name, "weight"): qweight for name, qweight in qweights.items()}
     dense: dict[str, Tensor] = {}
     found: dict[str, QuantizedWeight] = {}
     for group in group_tensors(model, [*tensors, *packed], {*state, *stored_experts(state)}):
@@ -266,49 +228,6 @@ def _read_file(file: Path, who: str) -> tuple[dict[str, Tensor], dict[str, str]]
         raise ValueError(f"{who}: {file} must be a whole safetensors file, got {error}") from None
 
 
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
-
-
-def _quant_layers(model: nn.Module) -> dict[str, QuantLinear]:
-    """name -> layer, under all its names."""
-    return {name: module for name, module in named_modules(model) if isinstance(module, QuantLinear)}
-
-
-def _adapted_experts(
-    model: nn.Module, made: Mapping[nn.Module, QuantExperts] | None = None
-) -> dict[str, GroupedQuantLinear]:
-    """name -> weight of experts in 4 bits, under the first name of each; `made`: dense module -> what stands for it."""
-    found: dict[GroupedQuantLinear, str] = {}
-    for name, module in named_modules(model):
-        experts = (made or {}).get(module, module)
-        if isinstance(experts, QuantExperts):
-            for leaf in experts.weights:
-                found.setdefault(getattr(experts, leaf), _join(name, leaf))
-    return {name: part for part, name in found.items()}
-
-
-def _dense_state(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """The model's state without the weights of `layers`, nor what a file need not hold."""
-    state = state_dict(model)
-    for name in layers:
-        for key in OF_WEIGHT:
-            state.pop(_join(name, key), None)
-    for name, module in named_modules(model):
-        if isinstance(module, QuantModule):
-            state.pop(_join(name, "checksum"), None)
-    return state
-
-
-def _shared(state: dict[str, Tensor]) -> Iterator[list[str]]:
-    """Groups of names whose tensors are the same memory."""
-    groups: dict[tuple, list[str]] = {}
-    for name, tensor in state.items():
-        view = None if oddity(tensor) else (tensor.shape, tensor.stride(), tensor.dtype)
-        groups.setdefault((address(tensor), view), []).append(name)
-    yield from groups.values()
-
-
 def _planned_layers(model: nn.Module, qweights: dict[str, QuantizedWeight], fit: Fit, who: str) -> dict[str, nn.Module]:
     """name -> the layer that will hold that 4-bit weight, under all names; checked against the checkpoint."""
     modules: dict[str, Any] = dict(named_modules(model))
@@ -321,50 +240,19 @@ def _planned_layers(model: nn.Module, qweights: dict[str, QuantizedWeight], fit:
             raise ValueError(f"{who}: model must have a Linear or QuantLinear as {name or 'its root'}, got {came}")
         if linear_shape(layer) != qweight.shape:
             came = list(linear_shape(layer))
-            raise ValueError(f"{who}: {_join(name, 'weight')} must have shape {came}, got {list(qweight.shape)}")
+            raise ValueError(f"{who}: {join(name, 'weight')} must have shape {came}, got {list(qweight.shape)}")
         chosen[layer] = name
     planned = {name: layer for name, layer in modules.items() if layer in chosen}
     for name, layer in modules.items():
         if isinstance(layer, QuantLinear) and layer not in chosen and name.startswith(fit.added):
-            raise ValueError(f"{who}: the checkpoint must have a 4-bit weight {_join(name, 'weight')}, got none")
+            raise ValueError(f"{who}: the checkpoint must have a 4-bit weight {join(name, 'weight')}, got none")
     return planned
-
-
-def _check_dense(expected, tensors, layers, missing_lora, fit: Fit, who: str) -> list[str]:
-    """ValueError unless `tensors` are those of `expected` (one of each shared group) and of the adapters to attach.
-
-    Returns the names that a file of a part of the model does not hold.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, adapters in missing_lora.items():
-        if name not in layers:
-            raise ValueError(f"{who}: model must have a 4-bit layer {name} for its adapter, got none")
-        for adapter in adapters:
-            layer, r = layers[name], adapter.config.r
-            *experts, N, K = layer.weight_shape if isinstance(layer, QuantModule) else linear_shape(layer)
-            factors = (*experts, r, K), (*experts, N, r)
-            shapes.update(zip(adapter.keys(name), factors * 2))
-    missing = [name for name in shapes if name not in tensors]
-    left: list[str] = []
-    for group in _shared(expected):
-        shapes.update({name: tuple(expected[name].shape) for name in group})
-        if not any(name in tensors for name in group):
-            (missing if group[0].startswith(fit.added) else left).append(group[0])
-    unknown = [name for name in tensors if name not in shapes]
-    if missing or unknown:
-        raise ValueError(f"{who}: the checkpoint must have the model's names, missing {missing}, unknown {unknown}")
-    for name, tensor in tensors.items():
-        if tuple(tensor.shape) != shapes[name]:
-            raise ValueError(f"{who}: {name} must have shape {list(shapes[name])}, got {list(tensor.shape)}")
-        if name in expected and not expected[name].is_meta:
-            check_cast(tensor, expected[name].dtype, f"{who}: {name}")
-    return left
 
 
 def _untied(model: nn.Module, expected: dict[str, Tensor], tensors: dict[str, Tensor], who: str) -> dict[str, str]:
     """name -> the name it is tied to in the model, where the file holds different values for the two."""
     untied = {}
-    for group in _shared(expected):
+    for group in shared(expected):
         first, *others = [name for name in group if name in tensors] or [""]
         for name in others:
             dtype = expected[name].dtype

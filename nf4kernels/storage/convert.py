@@ -23,11 +23,10 @@ from ..nn.experts_layout import as_rows
 from ..quantized_weight import WEIGHT_DTYPES
 from .atomic import TargetError, copy_file, replacing_directory, write_json
 from .bitsandbytes_format import weight_to_tensors
-from .checkpoint import write_tensors
 from .experts_format import experts_to_tensors
 from .layer_choice import Choice, choose
 from .matrices import Header, Matrix, Unit, matrices_of, units_of
-from .tensor_files import INDEX, check_index, checkpoint_files
+from .tensor_files import INDEX, check_index, checkpoint_files, write_tensors
 
 STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # by the words of safetensors' headers
 OTHER_WEIGHTS = (

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 from .atomic import replacing_directory
-from .checkpoint import write_tensors
 from .convert import CALLED, Words, check_outside, check_target, conversion_errors, copy_rest
 from .model_directory import SIZE, ModelOf, opened_model
 from .peft_format import CONFIG, WEIGHTS, adapter_weights, read_stored_tensors
 from .shards import Source
+from .tensor_files import write_tensors
 
 
 def export_dense(

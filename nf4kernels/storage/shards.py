@@ -1,18 +1,18 @@
 """Output files of a size: which tensors go together, and writing them one file after the other."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 from tqdm import tqdm
 
 from .atomic import write_json
-from .checkpoint import write_tensors
-from .tensor_files import INDEX
+from .tensor_files import INDEX, write_tensors
 
 Source = tuple[str, Tensor, Callable[[str], Tensor]]  # a tensor's name, its shape on meta, and what reads it
+Item = TypeVar("Item")
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -32,27 +32,46 @@ def write_shards(sources: Iterable[Source], directory: Path, size: int, progress
     Each tensor is read when its file is being filled, so that beside that file one tensor is in memory.
     """
     sources = list(sources)
-    shards: list[list[Source]] = [[]]
-    filled = total = 0
-    for source in sources:
-        if filled and filled + source[1].nbytes > size:
-            shards.append([])
-            filled = 0
-        shards[-1].append(source)
-        filled += source[1].nbytes
-        total += source[1].nbytes
+    shards = in_files(sources, [source[1].nbytes for source in sources], size)
+    total = sum(source[1].nbytes for source in sources)
     weight_map: dict[str, str] = {}
     with tqdm(total=len(sources), desc=what, unit="tensor", disable=not progress) as bar:
         for number, shard in enumerate(shards, 1):
-            file = "model.safetensors"
-            if len(shards) > 1:
-                file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+            file = file_name(number, len(shards))
             write_tensors(dict(_read_all(shard, bar)), directory / file)
             weight_map.update({name: file for name, *_ in shard})
     if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_json(directory / INDEX, index)
+        write_index(directory, weight_map, total)
     return total
+
+
+def in_files(items: Sequence[Item], sizes: Sequence[int], most: int) -> list[list[Item]]:
+    """Which of them go into one file, in order: at most `most` bytes, or one item."""
+    files: list[list[Item]] = [[]]
+    filled = 0
+    for item, size in zip(items, sizes):
+        if filled and filled + size > most:
+            files.append([])
+            filled = 0
+        files[-1].append(item)
+        filled += size
+    return files
+
+
+def file_name(number: int, files: int) -> str:
+    """Of the file of that number, from 1 on."""
+    return "model.safetensors" if files == 1 else f"model-{number:05}-of-{files:05}.safetensors"
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a file of that name is a part of a checkpoint."""
+    return name == INDEX or re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", name) is not None
+
+
+def write_index(directory: Path, weight_map: dict[str, str], total: int) -> None:
+    """`weight_map`: name of a tensor -> its file; `total` bytes of all."""
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(directory / INDEX, index)
 
 
 def _read_all(shard: Iterable[Source], bar: Any) -> Iterator[tuple[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files, by name, read one at a time, and which files a checkpoint is."""
+"""Tensors in safetensors files, by name, read one at a time or written as one, and which files a checkpoint is."""
 
 import json
 from collections.abc import Collection, Iterable
@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+
+from .atomic import replacing
 
 INDEX = "model.safetensors.index.json"
 
@@ -45,6 +48,18 @@ def check_index(index: Path, names: Collection[str], who: str) -> None:
     listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     for name in sorted(listed.keys() ^ set(names)):
         raise ValueError(f"{who}: {index.name} must list the tensors of its files, {name} is in one of the two only")
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """One safetensors file, complete or absent; tensors are moved to the CPU, and copied where they share memory."""
+    seen, owned = set(), {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        owned[name] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    with replacing(path) as partial:
+        save_file(owned, partial, {"format": "pt", **(metadata or {})})
 
 
 class TensorFiles:

@@ -253,7 +253,7 @@ def test_failed_write_leaves_the_old_file(net, tmp_path, monkeypatch):
         Path(path).write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("nf4kernels.storage.checkpoint.save_file", half)
+    monkeypatch.setattr("nf4kernels.storage.tensor_files.save_file", half)
     with pytest.raises(OSError, match="No space left"):
         nf4.save_checkpoint(net, file)
     assert os.listdir(tmp_path) == ["a.safetensors"]

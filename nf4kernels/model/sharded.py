@@ -1,0 +1,201 @@
+"""Models whose tensors are DTensors: the part that this rank holds, the whole one, and ranks that go on together.
+
+torch.distributed.tensor takes a third of a second to import. Whoever has a DTensor has imported it, so that its own
+methods are enough here.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..nn.quant_module import SCALES
+from ..quantized_weight import WEIGHT_DTYPES
+
+ERRORS = {error.__name__: error for error in (TypeError, ValueError, FileNotFoundError, PermissionError, OSError)}
+
+
+def is_dtensor(tensor: Any) -> bool:
+    return hasattr(tensor, "to_local")
+
+
+def fsdp_modules(model: nn.Module) -> list[Any]:
+    """The modules that torch's fully_shard was called with."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return [] if fsdp is None else [each for each in model.modules() if isinstance(each, fsdp.FSDPModule)]
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether ranks hold the model together, each a part of its parameters."""
+    return any(map(is_dtensor, model.parameters())) or bool(fsdp_modules(model))
+
+
+def check_whole(model: nn.Module, who: str, order: str) -> None:
+    """ValueError for a sharded model where the whole one is needed; `order`: what to do in which order."""
+    if is_sharded(model):
+        raise ValueError(f"{who}: model must not be sharded yet ({order}), got parameters that are DTensors")
+
+
+def reshard(model: nn.Module) -> None:
+    """Every parameter that FSDP2 has gathered and kept becomes this rank's part again."""
+    for module in fsdp_modules(model):
+        module.reshard()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor of all ranks, on every one of them; every rank of its mesh must call."""
+    if not is_dtensor(tensor):
+        return tensor.detach()
+    tensor = tensor.detach()
+    sharded: Any = tensor
+    local, device = sharded.to_local(), sharded.device_mesh.device_type
+    if local.device.type not in (device, "meta"):  # offloaded: the mesh's ranks talk on their devices
+        sharded = from_local(local.to(device), tensor)
+    full: Tensor = sharded.full_tensor()
+    return full
+
+
+def from_local(local: Tensor, like: Any, shape: tuple[int, ...] | None = None) -> Any:
+    """The DTensor of which `local` is this rank's part, placed as `like` is, and of its shape unless one is given."""
+    sizes = torch.Size(shape or like.shape)
+    stride = torch.empty(sizes, device="meta").stride()
+    return type(like.detach()).from_local(
+        local, like.device_mesh, like.placements, run_check=False, shape=sizes, stride=stride
+    )  # fmt: skip
+
+
+def own_part(tensor: Any) -> tuple[slice, ...]:
+    """Where in the whole tensor this rank's part lies."""
+    if not is_dtensor(tensor):
+        return tuple(slice(0, size) for size in tensor.shape)
+    chunks = tensor.detach().__create_chunk_list__()  # the protocol of torch.distributed.checkpoint
+    if len(chunks) != 1:
+        raise ValueError(f"a rank must hold one part of a tensor, got {len(chunks)} as {tensor.placements} are cut")
+    starts, sizes = chunks[0].offsets, chunks[0].sizes
+    return tuple(slice(start, start + size) for start, size in zip(starts, sizes))
+
+
+def local_of(tensor: Any) -> Tensor:
+    """This rank's part itself, or a tensor that is not sharded."""
+    local: Tensor = tensor.detach().to_local() if is_dtensor(tensor) else tensor.detach()
+    return local
+
+
+def by_rows(tensor: Any) -> bool:
+    """Whether every rank has whole rows of it, in one run: cut in the first dimension alone, or not at all."""
+    if not is_dtensor(tensor):
+        return True
+    return all(p.is_replicate() or (type(p).__name__ == "Shard" and p.dim == 0) for p in tensor.placements)
+
+
+class Ranks:
+    """The processes that hold a model together. What one of them cannot do, none does: its error is everyone's.
+
+    Every rank must come through the same calls in the same order. A rank that is gone ends the others' wait by the
+    time-out of the process group.
+    """
+
+    def __init__(self, model: nn.Module, who: str) -> None:
+        self.who, self.group = who, None
+        self.rank, self.size = 0, 1
+        dtensors: list[Any] = [tensor for tensor in model.parameters() if is_dtensor(tensor)]
+        meshes = [tensor.device_mesh for tensor in dtensors]
+        if not meshes:
+            return
+        if not (dist.is_available() and dist.is_initialized()):
+            raise ValueError(f"{who}: torch.distributed must be initialized for a sharded model, got no process group")
+        members = sorted({rank for mesh in meshes for rank in _root(mesh).mesh.flatten().tolist()})
+        if len(members) != dist.get_world_size():
+            self.group = _group_of(tuple(members))
+        self.rank, self.size = members.index(dist.get_rank()), len(members)
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def gathered(self, value: Any) -> list[Any]:
+        """Every rank's value, in their order."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def of_first(self, value: Any) -> Any:
+        return self.gathered(value if self.is_first else None)[0]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Around what each rank does by itself, without a word to others: an error on one is raised on all."""
+        failed: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failed = error
+        self.agree(failed)
+
+    def agree(self, error: Exception | None) -> None:
+        """Raise the first rank's error on every one."""
+        outcomes = self.gathered(None if error is None else (_kind(error), str(error)))
+        if self.size == 1 and error is not None:
+            raise error
+        failed = [rank for rank, outcome in enumerate(outcomes) if outcome is not None]
+        if not failed:
+            return
+        kind, text = outcomes[failed[0]]
+        text = text if text.startswith(self.who) else f"{self.who}: {text}"
+        where = "" if len(failed) == self.size else f" (on rank {failed[0]} of {self.size})"
+        raise ERRORS.get(kind, RuntimeError)(f"{text}{where}") from error
+
+
+def _kind(error: Exception) -> str:
+    return next((kind.__name__ for kind in type(error).__mro__ if kind.__name__ in ERRORS), "RuntimeError")
+
+
+def _root(mesh: Any) -> Any:
+    """The mesh that this one was sliced from: a tensor-parallel part of a model lies on one of its rows."""
+    root = getattr(mesh, "_get_root_mesh", None)
+    return mesh if root is None else root()
+
+
+_groups: dict[tuple[int, ...], Any] = {}
+
+
+def _group_of(members: tuple[int, ...]) -> Any:
+    """The process group of these ranks, which alone need to call."""
+    if members not in _groups:
+        _groups[members] = dist.new_group(list(members), use_local_synchronization=True)
+    return _groups[members]
+
+
+def gathered_qweight(layer: Any) -> Any:
+    """The qweight of a layer in 4 bits, or of experts, of all ranks, on every one of them."""
+    tensors = [whole(getattr(layer, name)) for name in ("weight", "absmax")]
+    scales = {name: None if getattr(layer, name) is None else whole(getattr(layer, name)) for name in SCALES}
+    values = {"shape": layer.weight_shape, "dtype": WEIGHT_DTYPES[int(whole(layer.source_dtype))]}
+    names = {name: getattr(layer, name) for name in ("block_size", "codebook", "scale_codebook")}
+    order = getattr(layer, "column_order", None)
+    qweight = layer.QUANTIZED(*tensors, **scales, **values, **names)
+    layer.compare_bytes(*tensors)
+    return qweight if order is None else replace(qweight, column_order=order)
+
+
+def copy_own_part(target: Tensor, values: Tensor) -> None:
+    """Write this rank's part of the whole `values` into `target`."""
+    with torch.no_grad():
+        local_of(target).copy_(values[own_part(target)])
+
+
+def placed_like(full: Tensor, like: Any) -> Any:
+    """The DTensor of a whole tensor that every rank has, cut as `like` is and on its device; no rank waits."""
+    if not is_dtensor(like):
+        return full
+    tensors: Any = sys.modules["torch.distributed.tensor"]
+    mesh = like.device_mesh
+    cut = tensors.distribute_tensor(full.to(mesh.device_type), mesh, like.placements, src_data_rank=None)
+    return from_local(cut.to_local().to(local_of(like).device, copy=True), like, tuple(full.shape))
