@@ -126,6 +126,15 @@ class QuantModule(nn.Module):
             self.register_buffer("checksum", None)
             self.record_bytes()
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As nn.Module; torch's own styles of tensor parallel, which would cut bytes and scales as numbers, end here."""
+        if name in ("weight", "absmax") and _is_shard(param):
+            raise ValueError(
+                f"{self.WHO}: a layer in 4 bits must be cut by the styles of nf4kernels.distributed (ColwiseParallel,"
+                f" RowwiseParallel, ExpertParallel), which take dense layers as well, got a DTensor as its {name}"
+            )
+        super().register_parameter(name, param)
+
     @property
     def weight_shape(self) -> tuple[int, ...]:
         """Of Ŵ."""
