@@ -105,7 +105,10 @@ class QuantModule(nn.Module):
         held = {**self._parameters, **self._buffers} if name in ("weight", "absmax") else {}
         if name == "absmax" and name in self._parameters and type(value) is Tensor:
             value = nn.Parameter(value, requires_grad=False)
-        super().__setattr__(name, value)
+        if name in held and isinstance(value, nn.Parameter) and _is_shard(value):
+            self._parameters[name] = value  # nn.Module would call register_parameter
+        else:
+            super().__setattr__(name, value)
         if name in held:
             if _is_shard(held[name]) or _is_shard(value):
                 self._see_bytes()
