@@ -184,12 +184,16 @@ class QuantExperts(nn.Module):
         self._check(hidden_states, top_k_index, top_k_weights)
         x = hidden_states.to(self._dtype(hidden_states))
         x, expert_offsets, positions = sort_by_expert(x, top_k_index, self.num_experts)
+        y = self._of_rows(x, expert_offsets, terms)
+        return combine_experts(y, positions, top_k_weights, hidden_states.dtype)
+
+    def _of_rows(self, x: Tensor, expert_offsets: Tensor, terms: Any = None) -> Tensor:
+        """Each expert's output for its rows `[T, H]`."""
         first, second = self.weights
         x = self._gate(self._product(first, x, expert_offsets, terms))
         y = self._product(second, x, expert_offsets, terms)
         norm = self._modules.get(NORM)
-        y = y if norm is None else norm(y)
-        return combine_experts(y, positions, top_k_weights, hidden_states.dtype)
+        return y if norm is None else norm(y)
 
     def _gate(self, x: Tensor) -> Tensor:
         """What stands between the two products, by the function of the module that this one was made from."""

@@ -22,6 +22,7 @@ from ...storage.bitsandbytes_format import weight_from_tensors
 from ...storage.names import listed
 from ...storage.published.files import PublishedFiles
 from ...storage.tensor_files import TensorFiles
+from . import tensor_parallel
 from .config import METHOD, Nf4Config
 from .operations import WEIGHT, OneExpertAtATime, QuantizeOnLoad, converts, is_stored_conversion, stored_conversions
 from .published import check_not_on_disk, published_files, take_bytes_as_they_are
@@ -61,6 +62,7 @@ class Nf4Quantizer(HfQuantizer):
         waiting: names of experts -> the one of their two weights that came, until the other comes.
         published: the files of a checkpoint that others have published in 4 bits, until it is loaded.
         error: the first that a tensor raised. The loader would only log it, so it is raised when the loader has ended.
+        set_aside: transformers' rules of tensor parallel for what becomes 4-bit layers; None: it has not asked for any.
     """
 
     quantization_config: Nf4Config
@@ -73,6 +75,7 @@ class Nf4Quantizer(HfQuantizer):
         self.error: Exception | None = None
         self.published: PublishedFiles | None = None
         self.opened = ExitStack()
+        self.set_aside: dict[str, str] | None = None
 
     # Loading
 
@@ -99,6 +102,11 @@ class Nf4Quantizer(HfQuantizer):
                 _report(model, skipped)
             if published is not None:
                 self.opened = stack.pop_all()  # the loader reads on
+
+    def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
+        """Cut 4-bit layers when they are loaded, not what is read; asked once for each kind of plan, the first tp's."""
+        if self.set_aside is None and getattr(model.config, "distributed_config", None) is not None:
+            self.set_aside = tensor_parallel.set_aside(model, plan, [name.rpartition(".")[0] for name in self.targets])
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         return not self.pre_quantized and param_name in self.targets
@@ -160,6 +168,11 @@ class Nf4Quantizer(HfQuantizer):
         target, compute_dtype = self.targets[name], self.quantization_config.compute_dtype
         if missing_keys is not None:
             missing_keys.difference_update(target.keys)
+        if getattr(model, "_device_mesh", None) is not None and self.set_aside is None:
+            raise ValueError(
+                "nf4kernels.Nf4Config: from_pretrained must distribute no model in 4 bits with this version of"
+                " transformers (5.24 can), got a device mesh: load it whole, then parallelize_module"
+            )
         if self.error is None:
             try:
                 qweight = make()
@@ -193,6 +206,8 @@ class Nf4Quantizer(HfQuantizer):
         conversions = getattr(model, "_weight_conversions", None)
         if conversions is not None:
             model._weight_conversions = [each for each in conversions if not is_stored_conversion(each)]
+        if self.set_aside:
+            tensor_parallel.cut(model, self.set_aside)
         return model
 
     def _read_scale_codebook(self, model: nn.Module) -> None:
