@@ -18,8 +18,8 @@ GIB = 2**30
 class ManagedMemory:
     """Of one device: a pool of torch's allocator, whose memory is managed.
 
-    It lives as long as the process, because torch gives a tensor's memory back through the pool that it is from: a state
-    that outlives its optimizer would be given back through nothing. What is given back stays in the pool for the next.
+    It lives as long as the process, because torch gives a tensor's memory back through the pool that it is from, and a
+    state may outlive its optimizer. What is given back stays in the pool for the next.
     """
 
     def __init__(self, device: int) -> None:
@@ -28,14 +28,14 @@ class ManagedMemory:
             library, why_not = None, "the compiled kernels are for NVIDIA's GPUs"
         if library is None:
             raise RuntimeError(
-                f"nf4kernels.optim.PagedAdamW: the parameters on cuda:{device} need the compiled CUDA library, and there"
-                f" is none: {why_not}"
+                f"nf4kernels.optim.PagedAdamW: the parameters on cuda:{device} need the compiled CUDA library, and"
+                f" there is none: {why_not}"
             )
         self.device, self._library = device, _declared(library.handle)
         if not self._library.nf4kernels_cuda_managed_pages(device):
             raise RuntimeError(
                 f"nf4kernels.optim.PagedAdamW: the parameters must be on a GPU whose managed memory moves while it runs"
-                f" (concurrentManagedAccess: on Linux, not WSL), and cuda:{device} is none: torch.optim.AdamW runs there"
+                f" (concurrentManagedAccess: on Linux, not WSL), and cuda:{device} is none: say torch.optim.AdamW"
             )
         self._allocator = torch.cuda.memory.CUDAPluggableAllocator(str(native.CUDA_LIBRARY), ALLOC, FREE)
         with torch.cuda.device(device):  # a pool is of the device that is current when it is made
@@ -51,8 +51,8 @@ class ManagedMemory:
         if needed > free:
             raise torch.OutOfMemoryError(
                 f"nf4kernels.optim.PagedAdamW: the state must fit in what cuda:{self.device} has free, and needs"
-                f" {_gib(needed)} GiB where {_gib(free)} of {_gib(whole)} are free: train fewer parameters, or load less"
-                " on the device before the first step"
+                f" {_gib(needed)} GiB where {_gib(free)} of {_gib(whole)} are free: train fewer parameters, or have"
+                " less there before the first step"
             )
 
     @contextmanager

@@ -61,7 +61,8 @@ def saving_elsewhere(
             return tensor.detach()  # the tensor itself would be a circle of references where it is the output
         moved.tensors += 1
         moved.bytes += tensor.nbytes
-        order = sorted(range(tensor.dim()), key=lambda dim: -tensor.stride(dim))
+        strides = tensor.stride()
+        order = sorted(range(tensor.dim()), key=lambda dim: -strides[dim])
         return order, pack(tensor.permute(order))
 
     def restore(saved: Any) -> Tensor:

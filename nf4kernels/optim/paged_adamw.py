@@ -1,7 +1,7 @@
 """AdamW whose state may leave the device."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -16,11 +16,11 @@ DEVICES = ("cpu", "cuda", "meta")
 class PagedAdamW(torch.optim.AdamW):
     """torch.optim.AdamW, its arguments and its bits, with the state in CUDA managed memory.
 
-    exp_avg, exp_avg_sq, max_exp_avg_sq with `amsgrad`, and step where torch has it on the device (`fused`, `capturable`)
+    exp_avg, exp_avg_sq, max_exp_avg_sq of `amsgrad`, and step where torch has it on the device (`fused`, `capturable`)
     are in memory whose pages the driver moves to the host while something else needs the room, a long batch say, where
-    AdamW's would be out of memory. Each step brings them back first, in order with what is on the current stream. They
-    have the dtype of their parameter, as in AdamW. Parameters on the CPU have an ordinary state there, of DTensors the
-    local part is paged, and state dicts are AdamW's: each loads the other's.
+    AdamW would be out of memory. Each step brings them back first, in order with the current stream. They have their
+    parameter's dtype, as in AdamW. Parameters on the CPU have an ordinary state there; of DTensors the local part is
+    paged. State dicts are AdamW's: each loads the other's.
 
     What the device has free is checked before the first step makes the state, and before a state is loaded.
 
@@ -52,9 +52,10 @@ class PagedAdamW(torch.optim.AdamW):
         needed: Counter[int] = Counter()
         for param, each in missing:
             needed[_device(param)] += (2 + bool(each["amsgrad"])) * _local(param).nbytes
-        with _managed(needed):
-            found = super()._init_group(group, *args, **kwargs)
+        _check_room(needed)
         made = [param for param, each in missing if each is group]
+        with _allocating(map(_device, made)):
+            found = super()._init_group(group, *args, **kwargs)
         self._check_is_managed(made)
         _prefetch(tensor for param in group["params"] for tensor in _tensors(self.state.get(param)))
         return found
@@ -63,9 +64,11 @@ class PagedAdamW(torch.optim.AdamW):
         needed: Counter[int] = Counter()
         for group, saved in zip(self.param_groups, state_dict["param_groups"]):
             for param, key in zip(group["params"], saved["params"]):
-                for tensor in _tensors(state_dict["state"].get(key)):
-                    needed[_device(param)] += _local(tensor).numel() * param.element_size()
-        with _managed(needed):
+                for name, value in state_dict["state"].get(key, {}).items():
+                    if isinstance(value, Tensor) and name != "step":
+                        needed[_device(param)] += _local(value).numel() * param.element_size()
+        _check_room(needed)
+        with _allocating(needed):
             super().load_state_dict(state_dict)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -80,7 +83,8 @@ class PagedAdamW(torch.optim.AdamW):
         needed: Counter[int] = Counter()
         for own, name in outside:
             needed[_device(own[name])] += _local(own[name]).nbytes
-        with _managed(needed):
+        _check_room(needed)
+        with _allocating(needed):
             for own, name in outside:
                 own[name] = own[name].clone()
 
@@ -95,15 +99,20 @@ class PagedAdamW(torch.optim.AdamW):
         )
 
 
+def _check_room(needed: Mapping[int, int]) -> None:
+    """By the number of the device, of which -1 is the CPU: bytes that it must have free."""
+    for device, nbytes in needed.items():
+        if device >= 0:
+            managed_memory(device).check_room(nbytes)
+
+
 @contextmanager
-def _managed(needed: Counter[int]) -> Iterator[None]:
-    """What is allocated inside on these CUDA devices is managed, if they have so many bytes free; -1 is the CPU."""
-    memories = {device: managed_memory(device) for device in needed if device >= 0}
-    for device, memory in memories.items():
-        memory.check_room(needed[device])
+def _allocating(devices: Iterable[int]) -> Iterator[None]:
+    """What is allocated inside on these devices is managed."""
     with ExitStack() as stack:
-        for memory in memories.values():
-            stack.enter_context(memory.allocating())
+        for device in set(devices):
+            if device >= 0:
+                stack.enter_context(managed_memory(device).allocating())
         yield
 
 
