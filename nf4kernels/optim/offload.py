@@ -8,9 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
+from ..model.heads import output_layers
+
 # Bytes below which a tensor stays where it is: to ask for a copy takes 10 us, in which PCIe 4.0 moves so many
 # (predicted, of 25 GB/s).
 LEAST = 256 << 10
+HOST = ("cpu",)
 
 
 @dataclass
@@ -30,17 +33,17 @@ def offload_activations(model: nn.Module, least: int = LEAST) -> Iterator[Offloa
     saves is moved, what several operators save as often as they do. Gradients have the same bits.
 
     The tensors are moved by torch.autograd.graph.save_on_cpu, in order with the current stream. Parameters, buffers,
-    views of them, and tensors on the CPU stay where they are.
+    views of them, tensors on the CPU, and logits, which the backward begins with, stay where they are.
 
     Args:
-        model: whose parameters and buffers are left alone; what else computes inside the block is offloaded, too.
+        model: which computes inside the block; what others save there is offloaded, too.
         least: bytes from which on a tensor is moved.
 
     Yields:
         `Offloaded`, which counts.
     """
     torchs = save_on_cpu(pin_memory=True)
-    with saving_elsewhere(model, torchs.pack_hook, torchs.unpack_hook, least, stays=("cpu",)) as moved:
+    with saving_elsewhere(model, torchs.pack_hook, torchs.unpack_hook, least, HOST) as moved:
         yield moved
 
 
@@ -54,10 +57,17 @@ def saving_elsewhere(
     `pack` is given tensors in the order of their memory, and `unpack` gives them back so.
     """
     own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    heads = [part for module in model.modules() for part, _ in output_layers(module)]
+    logits = {layer.out_features for head in heads for layer in head.modules() if isinstance(layer, nn.Linear)}
     moved = Offloaded()
 
+    def is_moved(tensor: Tensor) -> bool:
+        if tensor.device.type in stays or tensor.nbytes < least or tensor.dim() == 0 or tensor.shape[-1] in logits:
+            return False
+        return not (_is_own(tensor, own) or _is_repeated(tensor))
+
     def save(tensor: Tensor) -> Any:
-        if tensor.device.type in stays or tensor.nbytes < least or _is_own(tensor, own) or _is_repeated(tensor):
+        if not is_moved(tensor):
             return tensor.detach()  # the tensor itself would be a circle of references where it is the output
         moved.tensors += 1
         moved.bytes += tensor.nbytes
