@@ -43,7 +43,8 @@ class ManagedMemory:
 
     def check_room(self, nbytes: int) -> None:
         """torch.OutOfMemoryError unless the device has this much free now, what torch only keeps for later included."""
-        needed = nbytes + SEGMENTS
+        kept = sum(segment["total_size"] - segment["allocated_size"] for segment in self._pool.snapshot())
+        needed = max(nbytes + SEGMENTS - kept, 0)
         free, whole = torch.cuda.mem_get_info(self.device)
         if needed > free:
             torch.cuda.empty_cache()

@@ -21,7 +21,7 @@ SHAPES = ((8, 64), (64, 8), (3,), (0, 4))
 KINDS = {
     "plain": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True},
     "amsgrad": {"amsgrad": True}, "maximize": {"maximize": True, "weight_decay": 0.3, "betas": (0.8, 0.95)},
-    "capturable": {"lr": torch.tensor(1e-2), "foreach": False},
+    "tensor lr": {"lr": torch.tensor(1e-2), "foreach": False},
 }  # fmt: skip
 STEPS = 3
 
@@ -140,7 +140,12 @@ def test_more_than_is_free_is_refused_before_anything_is_allocated(device):
 
 
 def test_what_torch_keeps_for_later_counts_as_free(device, monkeypatch):
-    device.free = 0
+    device.free, device.kept = 0, managed_memory.SEGMENTS + 2 * 4 * (2 * 8 * 64 + 3) - 1
+    with pytest.raises(torch.OutOfMemoryError):
+        train(PagedAdamW(params()), 1)
+    device.kept += 1
+    train(PagedAdamW(params()), 1)
+    device.kept = 0
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: setattr(device, "free", 1 << 30))
     train(PagedAdamW(params()), 1)
 

@@ -45,7 +45,7 @@ class Device:
     """
 
     def __init__(self, library: ctypes.CDLL, free: int = 1 << 30) -> None:
-        self.library, self.free, self.pools = library, free, True
+        self.library, self.free, self.pools, self.kept = library, free, True, 0
         self._done: list[str] = []
         library.nf4_executor_managed_fail(b"")
         calls(library)
@@ -61,7 +61,11 @@ class Device:
         """After the calls of the library's until now."""
         self._done += [*calls(self.library), *what]
 
-    def mem_get_info(self, device: int) -> tuple[int, int]:
+    def snapshot(self) -> list[dict[str, int]]:
+        """Of the pool: `kept` bytes of it are given back and not given out again."""
+        return [{"total_size": 4096 + self.kept, "allocated_size": 4096}]
+
+    def mem_get_info(self, device: int = 0) -> tuple[int, int]:
         self.note("ask what is free")
         return self.free, 2 << 30
 
@@ -93,7 +97,8 @@ class Device:
         for name, stand_in in (
             ("mem_get_info", self.mem_get_info), ("empty_cache", self.empty_cache),
             ("use_mem_pool", self.use_mem_pool), ("device", lambda device: nullcontext()),
-            ("MemPool", lambda allocator: object()), ("current_stream", lambda device: stream),
+            ("MemPool", lambda allocator: SimpleNamespace(snapshot=self.snapshot)), ("synchronize", lambda: None),
+            ("current_stream", lambda device: stream),
             ("is_current_stream_capturing", lambda: False),
         ):  # fmt: skip
             monkeypatch.setattr(torch.cuda, name, stand_in)
