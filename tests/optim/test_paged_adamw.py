@@ -11,8 +11,12 @@ import shutil
 
 import pytest
 import torch
+import torch.distributed as dist
 from executor.build import CXX
 from support import managed, tiny
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import nf4kernels as nf4
 from nf4kernels.optim import PagedAdamW, managed_memory
@@ -269,6 +273,45 @@ def test_a_parameter_elsewhere_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="params must be on a CUDA device or the CPU, got cpu"):
         paged.add_param_group({"params": params()})
     assert len(paged.param_groups) == 1
+
+
+@pytest.fixture
+def mesh():
+    """Of two ranks, this the first; nothing is sent."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield init_device_mesh("cpu", (2,))
+    dist.destroy_process_group()
+
+
+def test_of_dtensors_the_local_part_is_paged(device, mesh):
+    """As FSDP2 has parameters; so much alone must be free."""
+    whole = params()[:2]
+
+    def sharded(tensor):
+        return DTensor.from_local(tensor.detach().clone(), mesh, [Shard(0)], run_check=False)
+
+    plain = torch.optim.AdamW(whole, fused=False)
+    paged = PagedAdamW([torch.nn.Parameter(sharded(param)) for param in whole], foreach=True)
+    device.free = managed_memory.SEGMENTS + 2 * 4 * 2 * 8 * 64
+    for _ in range(STEPS):
+        for param, own in zip(whole, paged.param_groups[0]["params"]):
+            param.grad = torch.randn(param.shape)
+            own.grad = sharded(param.grad)
+        plain.step()
+        paged.step()
+    state = [each for own in paged.state.values() for each in own.values() if isinstance(each, DTensor)]
+    assert len(state) == 4
+    assert all(is_managed(each.to_local()) for each in state)
+    for param, own in zip(whole, paged.param_groups[0]["params"]):
+        assert torch.equal(param, own.to_local())
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(plain.state[param][name], paged.state[own][name].to_local())
+    other, again = (make(paged.param_groups[0]["params"]) for make in (torch.optim.AdamW, PagedAdamW))
+    other.step()
+    again.load_state_dict(other.state_dict())
+    loaded = [each for own in again.state.values() for each in own.values() if isinstance(each, DTensor)]
+    assert len(loaded) == 4
+    assert all(is_managed(each.to_local()) for each in loaded)
 
 
 def test_adapters_of_a_quantized_model_train_by_it(device):

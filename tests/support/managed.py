@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from executor import build
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -117,4 +118,7 @@ class _Pooled(TorchDispatchMode):
             return result
         given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
         known = {each.untyped_storage()._cdata for each in given}
+        if isinstance(result, DTensor):  # whose own calls are made below this mode
+            result._local_tensor = self.device.moved(result._local_tensor)
+            return result
         return result if result.untyped_storage()._cdata in known else self.device.moved(result)
