@@ -1,6 +1,6 @@
 """4-bit NormalFloat weights, fused products with them, and LoRA fine-tuning through them."""
 
-from . import codebook
+from . import codebook, optim
 from .entry import command_line_ends_in_one_line
 
 with command_line_ends_in_one_line():  # a wrong environment variable is an error of the import
@@ -42,6 +42,7 @@ __all__ = [
     "load_checkpoint",
     "lora_linear",
     "merge_model",
+    "optim",
     "prepare_for_training",
     "quantize",
     "quantize_experts",

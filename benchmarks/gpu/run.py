@@ -62,6 +62,7 @@ def stages(architecture: str, tuned: Path = Path(os.devnull)) -> list[Stage]:
         Stage("streams", own("streams", "--seconds", "{soft_seconds}"), 25),
         Stage("benchmark", [*own("measure")[:-2], "--seconds", "{seconds}"], 240, leaves=60),
         Stage("tune", [sys.executable, "-m", "nf4kernels", "tune", "--quick", "--output", str(tuned)], 60),
+        Stage("paged", own("paged"), 30),
         Stage("tests", [*tests, "not triton"], 300),
         Stage("triton", [*tests, "triton"], 300),  # most of it Triton's compiler
     ]  # fmt: skip

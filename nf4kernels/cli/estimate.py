@@ -14,6 +14,7 @@ PARTS = (
     ("gradients at the peak", "gradients"), ("optimizer", "optimizer"), ("activations", "activations"),
     ("logits", "logits"), ("decoded weight", "workspace"), ("gathered from other ranks", "gathered"),
 )  # fmt: skip
+ON_HOST = (("optimizer, on the host", "optimizer_on_host"), ("activations, on the host", "activations_on_host"))
 
 
 def add_parser(subparsers) -> None:
@@ -43,6 +44,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--adapter-dtype", default="float32", help="of adapters and their gradients")
     parser.add_argument("--optimizer", default="adamw_torch_fused", help="by the name that transformers has for it")
     parser.add_argument("--no-checkpointing", action="store_true", help="keep all activations for the backward pass")
+    parser.add_argument("--offload-activations", action="store_true", help="what the backward needs waits on the host")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches in a step")
     parser.add_argument("--gpus", type=int, default=1, help="GPUs that share the model; the figures are of one")
     parser.add_argument("--shard", default="fsdp2", help="how they share it: fsdp2 or zero3")
@@ -62,8 +64,8 @@ def run(args: argparse.Namespace) -> None:
         experts=args.experts, codebook=args.codebook, block_size=args.block_size,
         double_quant=not args.no_double_quant, scale_codebook=args.scale_codebook, skip=tuple(args.skip),
         dtype=args.dtype, adapter_dtype=args.adapter_dtype, optimizer=args.optimizer,
-        checkpointing=not args.no_checkpointing, accumulation=args.accumulation, gpus=args.gpus, shard=args.shard,
-        device=args.device,
+        checkpointing=not args.no_checkpointing, offload_activations=args.offload_activations,
+        accumulation=args.accumulation, gpus=args.gpus, shard=args.shard, device=args.device,
     )  # fmt: skip
     found = list(stage.estimates(args.config, args.batch, args.length, args.rank, options))
     if args.json:
@@ -98,8 +100,9 @@ def _print_tables(found: list) -> None:
     for label, name in PARTS:
         if getattr(largest, name):
             print(f"  {label.ljust(26)}{_gib(getattr(largest, name)).rjust(8)}")
-    if largest.optimizer_on_host:
-        print(f"  {'optimizer, on the host'.ljust(26)}{_gib(largest.optimizer_on_host).rjust(8)}")
+    for label, name in ON_HOST:
+        if getattr(largest, name):
+            print(f"  {label.ljust(26)}{_gib(getattr(largest, name)).rjust(8)}")
     longest = max(found, key=lambda each: each.cache)
     print(f"serving {longest.options.batch} x {longest.options.length} tokens: {_gib(longest.cache)} of cache")
     for card in CARDS:

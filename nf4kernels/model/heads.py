@@ -16,7 +16,7 @@ def trained_whole(modules: Iterable[nn.Module]) -> dict[nn.Module, str]:
     """linear layer -> why it stays dense, by rules that hold for transformers' and PEFT's modules of any class."""
     reasons: dict[nn.Module, str] = {}
     for module in modules:
-        for rule in (_saved_by_peft, _trained_in_peft, _output_layers, _beside_the_base, _kept_in_fp32):
+        for rule in (_saved_by_peft, _trained_in_peft, output_layers, _beside_the_base, _kept_in_fp32):
             for part, reason in rule(module):
                 for layer in part.modules():
                     if isinstance(layer, nn.Linear):
@@ -37,7 +37,8 @@ def _trained_in_peft(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
             yield layer, "trained inside a PEFT model"
 
 
-def _output_layers(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+def output_layers(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """(the head of this module, why it stays dense), where the module tells of one."""
     method = getattr(module, "get_output_embeddings", None)
     if not callable(method):
         return

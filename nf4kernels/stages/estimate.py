@@ -2,14 +2,14 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -22,15 +22,39 @@ from .traced_memory import Peak, peak_of_serving, peak_of_training
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SHARDS = ("fsdp2", "zero3")
-# transformers' names -> bytes a trained number takes for the optimizer; None: two numbers of the adapter's own dtype.
-# bitsandbytes' 8-bit moments have an fp32 scale for 256 each.
-OPTIMIZERS: dict[str, float | None] = {
-    "adamw_torch": None,
-    "adamw_torch_fused": None,
-    "adamw_8bit": 2 * (1 + 4 / 256),
-    "paged_adamw_32bit": 8.0,
-    "paged_adamw_8bit": 2 * (1 + 4 / 256),
-    "sgd": 0.0,
+
+
+def own_dtype(parameter: Tensor) -> float:
+    """Bytes of AdamW's two moments, which have the dtype of their parameter."""
+    return 2 * parameter.nbytes
+
+
+def _torchao(bits: int) -> Callable[[Tensor], float]:
+    """The same of torchao's: codes, an fp32 scale for 256 of them, and for each moment its levels in fp32."""
+
+    def moments(parameter: Tensor) -> float:
+        numbers = parameter.numel()
+        is_quantized = numbers >= 4096 and numbers % 256 == 0
+        return 2 * (numbers * bits // 8 + 4 * (numbers // 256) + 4 * 2**bits) if is_quantized else own_dtype(parameter)
+
+    return moments
+
+
+def _bitsandbytes(parameter: Tensor) -> float:
+    """Of its 8-bit moments, with an fp32 scale for 256 each."""
+    return 2 * (1 + 4 / 256) * parameter.numel()
+
+
+# transformers' names -> bytes that a trained parameter takes for the optimizer; paged_adamw_32bit is ours.
+OPTIMIZERS: dict[str, Callable[[Tensor], float]] = {
+    "adamw_torch": own_dtype,
+    "adamw_torch_fused": own_dtype,
+    "adamw_torch_8bit": _torchao(8),
+    "adamw_torch_4bit": _torchao(4),
+    "adamw_8bit": _bitsandbytes,
+    "paged_adamw_32bit": own_dtype,
+    "paged_adamw_8bit": _bitsandbytes,
+    "sgd": lambda parameter: 0,
 }
 ZERO3_LIVE = 10**9  # DeepSpeed's stage3_max_live_parameters
 
@@ -48,6 +72,7 @@ class Options:
         adapter_dtype: of adapters and of their gradients.
         optimizer: one of OPTIMIZERS; the states of a paged one are taken to be in the host's memory.
         checkpointing: whether each layer's activations are computed again in the backward pass.
+        offload_activations: whether what is saved for the backward pass waits on the host.
         accumulation: micro-batches a step.
         gpus, shard: ranks, and how they share the parameters ("fsdp2" or "zero3").
         device: "cuda" counts the weight that is decoded for the product of many rows, "cpu" has none.
@@ -66,6 +91,7 @@ class Options:
     adapter_dtype: str = "float32"
     optimizer: str = "adamw_torch_fused"
     checkpointing: bool = True
+    offload_activations: bool = False
     accumulation: int = 1
     gpus: int = 1
     shard: str = "fsdp2"
@@ -95,7 +121,8 @@ class Estimate:
         dense: what stays in `dtype`: embeddings, head, norms, biases.
         adapters, optimizer: of training; `optimizer_on_host` beside them in the host's memory where it is paged.
         gradients: of adapters, as many as exist at the moment of training's peak.
-        activations, logits: at that moment; logits with their copies and gradients.
+        activations, logits: at that moment; logits with their copies and gradients. `activations_on_host` beside them
+            where they are offloaded, all that is moved in a step.
         workspace: the largest 4-bit matrix decoded, which the product of many rows may need.
         gathered: the parameters of other ranks that are in use at once.
         cache: keys and values of `length` tokens a sequence.
@@ -115,6 +142,7 @@ class Estimate:
     optimizer: int
     optimizer_on_host: int
     activations: int
+    activations_on_host: int
     logits: int
     workspace: int
     gathered: int
@@ -268,9 +296,7 @@ class _Built:
         training = self._peak_of_training(options)
         prefill, cache = self._traced(lambda: self._serving(options))
         ranks = options.gpus
-        states = OPTIMIZERS[options.optimizer]
-        trained = sum(parameter.numel() for parameter in self.trained)
-        optimizer = 2 * self.adapters if states is None else round(states * trained)
+        optimizer = round(sum(map(OPTIMIZERS[options.optimizer], self.trained)))
         paged = options.optimizer.startswith("paged_")
         return Estimate(
             options=options,
@@ -284,6 +310,7 @@ class _Built:
             optimizer=0 if paged else share(optimizer, ranks),
             optimizer_on_host=share(optimizer, ranks) if paged else 0,
             activations=training.activations,
+            activations_on_host=training.on_host,
             logits=training.logits,
             workspace=self.decoded if options.device == "cuda" else 0,
             gathered=gathered(self.peft, self.layer, self.root, options.gpus, options.shard),
@@ -299,7 +326,8 @@ class _Built:
             self.peft.gradient_checkpointing_disable()
             self.peft.disable_input_require_grads() if hasattr(self.model, "_require_grads_hook") else None
         self.peft.train()
-        return self._traced(lambda: peak_of_training(self.peft, options.batch, options.length, options.accumulation))
+        sizes = options.batch, options.length, options.accumulation
+        return self._traced(lambda: peak_of_training(self.peft, *sizes, offload=options.offload_activations))
 
     def _serving(self, options: Options) -> tuple[Peak, int]:
         self.peft.gradient_checkpointing_disable()

@@ -7,8 +7,8 @@ step has it. What an operator allocates within itself is not seen.
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
+
+from ..optim.offload import LEAST, Offloaded, saving_elsewhere
 
 ACTIVATIONS, LOGITS, GRADIENTS, CACHE = "activations", "logits", "gradients", "cache"
 
@@ -29,12 +31,14 @@ class Peak:
         logits: tensors over the vocabulary: the logits, their copies and gradients.
         gradients: of parameters, as far as they exist at that moment.
         cache: keys and values that the step hands over to the next one.
+        on_host: what was saved for the backward pass and is none of these, since it waits on the host.
     """
 
     activations: int
     logits: int
     gradients: int
     cache: int
+    on_host: int = 0
 
     @property
     def total(self) -> int:
@@ -42,17 +46,22 @@ class Peak:
 
 
 def peak_of_training(
-    model: Any, batch: int, length: int, accumulation: int = 1, loss: Callable[[Any, Tensor], Tensor] | None = None
-) -> Peak:
+    model: Any, batch: int, length: int, accumulation: int = 1, loss: Callable[[Any, Tensor], Tensor] | None = None,
+    offload: bool = False,
+) -> Peak:  # fmt: skip
     """The peak of one forward and backward of a causal language model on the meta device, in its present mode.
 
     With `accumulation` above 1 it is that of the second micro-batch, which finds every gradient in place. `loss` of
-    model and token ids [batch, length] is the model's own where it is None.
+    model and token ids [batch, length] is the model's own where it is None. `offload`: as under
+    `nf4kernels.optim.offload_activations`.
     """
     ids = torch.zeros(batch, length, dtype=torch.long, device="meta")
 
-    def step() -> None:
-        (loss or _own_loss)(model, ids).backward()
+    def step() -> int:
+        with saving_elsewhere(model, _moved, _brought_back, LEAST) if offload else nullcontext(Offloaded()) as moved:
+            found = (loss or _own_loss)(model, ids)
+        found.backward()
+        return moved.bytes
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
@@ -61,15 +70,21 @@ def peak_of_training(
                 parameter.grad = torch.empty_like(parameter)
         events = _Events(ids, model, vocab_size=model.config.get_text_config().vocab_size, rows=batch * (length - 1))
         with _attention_in_tiles(), events:
-            step()
+            on_host = step()
             events.name(GRADIENTS, (parameter.grad for parameter in trained if parameter.grad is not None))
         held = sum(parameter.grad.nbytes for parameter in trained if parameter.grad is not None)
     finally:
         model.zero_grad(set_to_none=True)
-    peak = events.peak()
-    if accumulation > 1:
-        return Peak(peak.activations, peak.logits, peak.gradients + held, 0)
-    return peak
+    peak = replace(events.peak(), on_host=on_host)
+    return replace(peak, gradients=peak.gradients + held) if accumulation > 1 else peak
+
+
+def _moved(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+    return tensor.shape, tensor.dtype
+
+
+def _brought_back(told: tuple[torch.Size, torch.dtype]) -> Tensor:
+    return torch.empty(told[0], dtype=told[1], device="meta")
 
 
 def _own_loss(model: Any, ids: Tensor) -> Tensor:

@@ -130,8 +130,8 @@ def test_a_stage_leaves_time_to_those_after_it():
 def test_the_stages_of_make_gpu():
     stages = {stage.name: stage for stage in run.stages("9.0a")}
     assert list(stages) == [
-        "versions", "build", "exact", "memcheck", "racecheck", "capture", "streams", "benchmark", "tune", "tests",
-        "triton",
+        "versions", "build", "exact", "memcheck", "racecheck", "capture", "streams", "benchmark", "tune", "paged",
+        "tests", "triton",
     ]  # fmt: skip
     assert stages["build"].environment["TORCH_CUDA_ARCH_LIST"] == "9.0a"
     before = list(stages.values())[: list(stages).index("benchmark")]

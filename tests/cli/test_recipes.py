@@ -29,12 +29,10 @@ def test_a_recipe_is_copied_once(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("recipe", recipes(), ids=lambda recipe: recipe.name)
-def test_finetune_takes_it(recipe, tmp_path, monkeypatch):
+def test_finetune_takes_it(recipe, tmp_path):
     pytest.importorskip("trl", reason="trl is not installed: no recipe is read")
-    from nf4kernels.stages.finetune import recipe as reading
     from nf4kernels.stages.finetune.recipe import read_recipe
 
-    monkeypatch.setattr(reading, "find_spec", lambda name: name)  # as if bitsandbytes were there
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe.text, encoding="utf-8")
     read = read_recipe(path, ["--model", "m", "--data", "d", "--output_dir", str(tmp_path / "out"), "--use_cpu=true"])
@@ -52,12 +50,24 @@ def test_finetune_takes_it(recipe, tmp_path, monkeypatch):
         assert read.lora.target_parameters
 
 
-def test_an_optimizer_of_bitsandbytes_without_it(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("optimizer", "package"),
+    [("paged_adamw_8bit", "bitsandbytes"), ("adamw_torch_8bit", "torchao"), ("adamw_torch_4bit", "torchao")],
+)
+def test_an_optimizer_of_a_package_that_is_not_there(optimizer, package, tmp_path, monkeypatch, capsys):
     pytest.importorskip("trl", reason="trl is not installed: no recipe is read")
     from nf4kernels.stages.finetune import recipe as reading
 
     monkeypatch.setattr(reading, "find_spec", lambda name: None)
-    assert main(["recipes", "copy", "qlora-7b", str(tmp_path / "recipe.yaml")]) == 0
-    argv = ["finetune", "--config", str(tmp_path / "recipe.yaml"), "--model", "m", "--data", "d", "--output_dir", "o"]
-    assert main(argv) == 2
-    assert "--optim paged_adamw_32bit needs bitsandbytes, run: pip install bitsandbytes" in capsys.readouterr().err
+    argv = ["finetune", "--model", "m", "--data", "d", "--output_dir", str(tmp_path / "out")]
+    assert main([*argv, "--optim", optimizer]) == 2
+    needs = f"--optim {optimizer} needs {package}, run: pip install {package}, or say adamw_torch"
+    assert f"nf4kernels finetune: {needs}\n" in capsys.readouterr().err
+    reading.read_recipe(None, [*argv[1:], "--optim", "paged_adamw_32bit"])  # which is ours
+
+
+def test_activations_are_not_offloaded_on_a_cpu(tmp_path, capsys):
+    pytest.importorskip("trl", reason="trl is not installed: no recipe is read")
+    argv = ["finetune", "--model", "m", "--data", "d", "--output_dir", str(tmp_path / "out"), "--use_cpu", "true"]
+    assert main([*argv, "--activation_offloading", "true"]) == 2
+    assert "--activation_offloading must be left out on a CPU" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer import utils as heads
 
 from ...model.plan import QUANTIZED, parts
-from ..estimate import OPTIMIZERS, gathered, layer_and_root, one_matrix, share
+from ..estimate import OPTIMIZERS, gathered, layer_and_root, one_matrix, own_dtype, share
 from ..traced_memory import peak_of_training
 from .trainer import Trainer
 
@@ -69,9 +69,7 @@ def forecast_memory(trainer: Trainer, program: int) -> Memory:
     trained = {id(parameter): parameter for parameter in model.parameters() if parameter.requires_grad}
     frozen = {id(each): each for each in (*model.parameters(), *model.buffers()) if id(each) not in trained}
     adapters = sum(parameter.nbytes for parameter in trained.values())
-    numbers = sum(parameter.numel() for parameter in trained.values())
-    states = OPTIMIZERS.get(str(args.optim.value))
-    optimizer = 2 * adapters if states is None else round(states * numbers)
+    optimizer = round(sum(map(OPTIMIZERS.get(str(args.optim.value), own_dtype), trained.values())))
     optimizer = 0 if "paged" in args.optim.value and device.type != "cpu" else optimizer
     weights = sum(each.nbytes for each in frozen.values())
     if args.fsdp or is_deepspeed_zero3_enabled():
@@ -83,7 +81,7 @@ def forecast_memory(trainer: Trainer, program: int) -> Memory:
     with _fused_head(device.type):
         peak = peak_of_training(
             _without_values(model).train(), args.per_device_train_batch_size, _length(trainer),
-            args.gradient_accumulation_steps, _loss,
+            args.gradient_accumulation_steps, _loss, args.activation_offloading,
         )  # fmt: skip
     return Memory(
         weights, adapters + optimizer, peak.total + decoded,

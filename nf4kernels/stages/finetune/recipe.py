@@ -250,16 +250,25 @@ def _recipe(values: dict[str, Any], given: dict[str, Any]) -> Recipe:
         lora = _lora(values)
     except (TypeError, ValueError) as error:
         raise StageError(" ".join(str(error).split())) from None
-    if _is_of_bitsandbytes(training.optim.value) and find_spec("bitsandbytes") is None:
-        raise StageError(f"--optim {training.optim.value} needs bitsandbytes, run: pip install bitsandbytes, or say"
+    package = _package_of(training.optim.value)
+    if package is not None and find_spec(package) is None:
+        raise StageError(f"--optim {training.optim.value} needs {package}, run: pip install {package}, or say"
                          " adamw_torch")  # fmt: skip
+    if training.activation_offloading and training.use_cpu:
+        raise StageError("--activation_offloading must be left out on a CPU, whose memory the activations are in")
     sources = [Source(Path(path), weight) for path, weight in zip(values["data"], weights)]
     split_seed = training.seed if values["split_seed"] is None else values["split_seed"]
     return Recipe(training, model, lora, quantization, sources, held_out, split_seed, dtype, given, is_answers_only)
 
 
-def _is_of_bitsandbytes(optimizer: str) -> bool:
-    return "torch" not in optimizer and any(mark in optimizer for mark in ("paged", "8bit", "bnb"))
+def _package_of(optimizer: str) -> str | None:
+    """What computes it, where that is neither torch nor ours nor what transformers itself tells of."""
+    if optimizer == "paged_adamw_32bit":
+        return None  # nf4kernels.optim.PagedAdamW
+    if optimizer.startswith("adamw_torch_") and optimizer.endswith("bit"):
+        return "torchao"
+    of_bitsandbytes = "torch" not in optimizer and any(mark in optimizer for mark in ("paged", "8bit", "bnb"))
+    return "bitsandbytes" if of_bitsandbytes else None
 
 
 def _of(kind: Any, values: dict[str, Any]) -> dict[str, Any]:

@@ -11,8 +11,10 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.training_args import OptimizerNames
 from trl import SFTTrainer
 
+from ...optim import PagedAdamW
 from ...storage.atomic import flush, write_json
 from ..errors import StageError
 from .examples import Counts, counts
@@ -37,6 +39,15 @@ class Trainer(SFTTrainer):
             self.data_collator = self._collate_with_images
             made = self.data_collator([self.train_dataset[0]])
             self.first_row = {name: made[name][0].tolist() for name in ("input_ids", "labels")}
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
+        """transformers', but for its paged AdamW, which is bitsandbytes' there and torch's with paged states here."""
+        if args.optim != OptimizerNames.PAGED_ADAMW:
+            return SFTTrainer.get_optimizer_cls_and_kwargs(args, model)
+        plain = copy.copy(args)
+        plain.optim = OptimizerNames.ADAMW_TORCH_FUSED
+        return PagedAdamW, SFTTrainer.get_optimizer_cls_and_kwargs(plain, model)[1]
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         sampler = super()._get_train_sampler(*args, **kwargs)
