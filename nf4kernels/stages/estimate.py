@@ -18,6 +18,7 @@ from ..model.plan import QUANTIZED, parts
 from ..model.quantize import quantize_model
 from ..nn.quant_experts import QuantExperts
 from .errors import StageError
+from .sharded_memory import gathered, layer_and_root, share
 from .traced_memory import Peak, peak_of_serving, peak_of_training
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -32,7 +33,6 @@ OPTIMIZERS: dict[str, float | None] = {
     "paged_adamw_8bit": 2 * (1 + 4 / 256),
     "sgd": 0.0,
 }
-ZERO3_LIVE = 10**9  # DeepSpeed's stage3_max_live_parameters
 
 
 @dataclass(frozen=True)
@@ -170,14 +170,14 @@ def estimates(
         [replace(options, rank=rank, batch=batch, length=length) for batch in batches for length in lengths]
         for rank in ranks
     ]
-    read = _config(config)
+    read = read_config(config)
     for of_rank in cases:
-        built = _Built(read, of_rank[0])
+        built = Built(read, of_rank[0])
         for case in of_rank:
             yield built.estimate(case)
 
 
-def _config(source: Path | dict[str, Any]) -> Any:
+def read_config(source: Path | dict[str, Any]) -> Any:
     """The configuration as transformers has it, what it says of a quantization left out."""
     where = "config"
     if isinstance(source, dict):
@@ -204,7 +204,7 @@ def _config(source: Path | dict[str, Any]) -> Any:
     return config
 
 
-class _Built:
+class Built:
     """A model in 4 bits with adapters of one rank, on the meta device, and its parts."""
 
     def __init__(self, config: Any, options: Options) -> None:
@@ -317,33 +317,3 @@ class _Built:
 def one_matrix(shape: Sequence[int]) -> int:
     """The numbers of one matrix of a weight `[.., N, K]`."""
     return shape[-2] * shape[-1]
-
-
-def layer_and_root(model: nn.Module) -> tuple[int, int]:
-    """(bytes of the parameters of the largest decoder layer, of those in no layer)."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    sizes = [[sum(p.nbytes for p in layer.parameters()) for layer in layers] for layers in lists if len(layers)]
-    layers = max(sizes, key=sum, default=[0])
-    return max(layers), sum(p.nbytes for p in model.parameters()) - sum(layers)
-
-
-def gathered(model: nn.Module, layer: int, root: int, ranks: int, shard: str) -> int:
-    """Bytes of other ranks' parameters that are there at once.
-
-    FSDP2 holds the layer in use and the next, and what is in no layer throughout. ZeRO-3 holds up to
-    `stage3_max_live_parameters` numbers.
-    """
-    if ranks == 1:
-        return 0
-    parameters = list(model.parameters())
-    whole = sum(parameter.nbytes for parameter in parameters)
-    if shard == "fsdp2":
-        live = min(2 * layer + root, whole)
-    else:
-        numbers = sum(parameter.numel() for parameter in parameters)
-        live = round(whole * min(1.0, ZERO3_LIVE / numbers))
-    return live - share(live, ranks)
-
-
-def share(nbytes: int, ranks: int) -> int:
-    return -(-nbytes // ranks)

@@ -2,7 +2,6 @@
 
 import os
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer import utils as heads
 
 from ...model.plan import QUANTIZED, parts
-from ..estimate import OPTIMIZERS, gathered, layer_and_root, one_matrix, share
-from ..traced_memory import peak_of_training
+from ..estimate import OPTIMIZERS, one_matrix
+from ..sharded_memory import gathered, layer_and_root, share
+from ..traced_memory import peak_of_training, without_values
 from .trainer import Trainer
 
 GIB = 2**30
@@ -82,7 +82,7 @@ def forecast_memory(trainer: Trainer, program: int) -> Memory:
     decoded = 0 if device.type == "cpu" else max(2 * one_matrix(part.weight_shape) for part in matrices)
     with _fused_head(device.type):
         peak = peak_of_training(
-            _without_values(model).train(), args.per_device_train_batch_size, _length(trainer),
+            without_values(model).train(), args.per_device_train_batch_size, _length(trainer),
             args.gradient_accumulation_steps, _loss,
         )  # fmt: skip
     return Memory(
@@ -113,16 +113,6 @@ def _length(trainer: Trainer) -> int:
     if most is not None and (trainer.args.packing or longest > most):
         return most
     return max(longest, 2)
-
-
-def _without_values(model: nn.Module) -> Any:
-    """A copy on the meta device, which takes no memory."""
-    memo: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        empty = torch.empty_like(tensor, device="meta", requires_grad=False)
-        is_parameter = isinstance(tensor, nn.Parameter)
-        memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
-    return deepcopy(model, memo)
 
 
 def _loss(model: Any, ids: Tensor) -> Tensor:
