@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -18,7 +18,7 @@ from ..model.plan import QUANTIZED, parts
 from ..model.quantize import quantize_model
 from ..nn.quant_experts import QuantExperts
 from .errors import StageError
-from .sharded_memory import gathered, layer_and_root, share
+from .sharded_memory import bytes_here, gathered
 from .traced_memory import Peak, peak_of_serving, peak_of_training
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -50,6 +50,8 @@ class Options:
         checkpointing: whether each layer's activations are computed again in the backward pass.
         accumulation: micro-batches a step.
         gpus, shard: ranks, and how they share the parameters ("fsdp2" or "zero3").
+        reshard_after_forward: of FSDP2: whether a layer's gathered parameters are freed until its backward pass.
+        mixed_precision: of FSDP2: whether floating parameters are gathered, and computed with, in bfloat16.
         device: "cuda" counts the weight that is decoded for the product of many rows, "cpu" has none.
     """
 
@@ -69,7 +71,13 @@ class Options:
     accumulation: int = 1
     gpus: int = 1
     shard: str = "fsdp2"
+    reshard_after_forward: bool = True
+    mixed_precision: bool = False
     device: str = "cuda"
+
+    @property
+    def gathered_dtype(self) -> torch.dtype | None:
+        return torch.bfloat16 if self.mixed_precision else None
 
     def __post_init__(self) -> None:
         for name in ("batch", "length", "rank", "accumulation", "gpus"):
@@ -97,7 +105,8 @@ class Estimate:
         gradients: of adapters, as many as exist at the moment of training's peak.
         activations, logits: at that moment; logits with their copies and gradients.
         workspace: the largest 4-bit matrix decoded, which the product of many rows may need.
-        gathered: the parameters of other ranks that are in use at once.
+        gathered: the parameters of all ranks that are in use at once.
+        opening: of FSDP2, what is gathered when the first layer begins, and no activations are there yet.
         cache: keys and values of `length` tokens a sequence.
         prefill: what else is alive while they are computed.
         largest: the largest matrix before it is quantized, while loading.
@@ -118,6 +127,7 @@ class Estimate:
     logits: int
     workspace: int
     gathered: int
+    opening: int
     cache: int
     prefill: int
 
@@ -132,11 +142,12 @@ class Estimate:
     @property
     def train(self) -> int:
         trained = self.adapters + self.gradients + self.optimizer
-        return self.model + trained + self.activations + self.logits + self.workspace + self.gathered
+        working = self.activations + self.logits + self.workspace + self.gathered
+        return self.model + trained + max(working, self.opening)
 
     @property
     def serve(self) -> int:
-        return self.model + self.cache + self.prefill + self.workspace + self.gathered
+        return self.model + self.cache + max(self.prefill + self.workspace + self.gathered, self.opening)
 
     def as_dict(self) -> dict[str, Any]:
         """Options, parts and totals, for JSON."""
@@ -229,15 +240,18 @@ class Built:
         self.model = dense
         quantized = [module for module in dense.modules() if isinstance(module, QUANTIZED)]
         matrices = [part for module in quantized for part in parts(module)]
-        self.weights = sum(part.weight.nbytes for part in matrices)
-        self.scales = sum(buffer.nbytes for part in matrices for buffer in part.buffers(recurse=False))
-        whole = {id(tensor): tensor.nbytes for tensor in (*dense.parameters(), *dense.buffers())}
-        self.dense = sum(whole.values()) - self.weights - self.scales
-        self.dense_parameters = sum(p.nbytes for p in dense.parameters()) - self.weights
+        self.weights: list[Tensor] = [part.weight for part in matrices]
+        named = [
+            (name, tensor) for part in matrices
+            for name, tensor in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))
+        ]  # fmt: skip
+        self.scales = [tensor for name, tensor in named if name not in ("weight", "bias")]
+        of_matrices = {id(tensor) for tensor in (*self.weights, *self.scales)}
+        whole = {id(tensor): tensor for tensor in (*dense.parameters(), *dense.buffers())}
+        self.dense = [tensor for key, tensor in whole.items() if key not in of_matrices]
         width = DTYPES[options.dtype].itemsize
         self.largest = width * max(math.prod(part.weight_shape) for part in matrices)
         self.decoded = width * max(one_matrix(part.weight_shape) for part in matrices)
-        self.layer, self.root = layer_and_root(dense)
 
         experts = {
             name.rpartition(".")[2] for name, module in dense.named_modules() if isinstance(module, QuantExperts)
@@ -264,33 +278,42 @@ class Built:
         self.adapters = sum(parameter.nbytes for parameter in self.trained)
 
     def estimate(self, options: Options) -> Estimate:
-        training = self._peak_of_training(options)
+        training = self.peak_of_training(options)
         prefill, cache = self._traced(lambda: self._serving(options))
-        ranks = options.gpus
+        ranks, shard = options.gpus, options.shard
+        adapters = bytes_here(self.trained, ranks, shard)
         states = OPTIMIZERS[options.optimizer]
         trained = sum(parameter.numel() for parameter in self.trained)
-        optimizer = 2 * self.adapters if states is None else round(states * trained)
+        optimizer = round((2 * self.adapters if states is None else states * trained) * adapters / self.adapters)
         paged = options.optimizer.startswith("paged_")
+        of_ranks = gathered(self.peft, ranks, shard, options.reshard_after_forward, options.gathered_dtype)
         return Estimate(
             options=options,
             parameters=self.parameters,
-            weights=share(self.weights, ranks),
-            scales=self.scales,
-            dense=share(self.dense_parameters, ranks) + self.dense - self.dense_parameters,
+            weights=self._here(self.weights, options),
+            scales=self._here(self.scales, options),
+            dense=self._here(self.dense, options),
             largest=self.largest,
-            adapters=share(self.adapters, ranks),
-            gradients=share(training.gradients, ranks),
-            optimizer=0 if paged else share(optimizer, ranks),
-            optimizer_on_host=share(optimizer, ranks) if paged else 0,
+            adapters=adapters,
+            gradients=round(training.gradients * adapters / self.adapters),
+            optimizer=0 if paged else optimizer,
+            optimizer_on_host=optimizer if paged else 0,
             activations=training.activations,
             logits=training.logits,
             workspace=self.decoded if options.device == "cuda" else 0,
-            gathered=gathered(self.peft, self.layer, self.root, options.gpus, options.shard),
+            gathered=of_ranks.working,
+            opening=of_ranks.opening,
             cache=cache,
             prefill=max(prefill.total - cache, 0),
         )
 
-    def _peak_of_training(self, options: Options) -> Peak:
+    def _here(self, tensors: list[Tensor], options: Options) -> int:
+        """Bytes on one rank: parameters are shared, buffers are not."""
+        parameters = [each for each in tensors if isinstance(each, nn.Parameter)]
+        buffers = sum(each.nbytes for each in tensors if not isinstance(each, nn.Parameter))
+        return bytes_here(parameters, options.gpus, options.shard) + buffers
+
+    def peak_of_training(self, options: Options) -> Peak:
         if options.checkpointing:
             self.peft.gradient_checkpointing_enable({"use_reentrant": False})
             self.peft.enable_input_require_grads()

@@ -111,12 +111,30 @@ def shard(model: Any, mesh: DeviceMesh, step: Step) -> None:
 
 
 def _simulated(meta: Any, mesh: DeviceMesh | None, step: Step) -> Simulated:
+    model = without_values(meta)
+    if mesh is not None:  # before there is anything fake, which it would cut into a piece for each rank
+        shard(model, mesh, step)
     with FakeTensorMode(allow_non_fake_inputs=True), attention_in_tiles():
-        model = without_values(meta, "cpu")
-        if mesh is not None:
-            shard(model, mesh, step)
-        ids = torch.zeros(step.batch, step.length, dtype=torch.long)
-        return measured(model, step, ids)
+        _put_on(model, "cpu")
+        if isinstance(model, FSDPModule):
+            model._get_fsdp_state()._lazy_init()  # takes note of the parameters that are new
+        return measured(model, step, torch.zeros(step.batch, step.length, dtype=torch.long))
+
+
+def _put_on(model: nn.Module, device: str) -> None:
+    """As Module.to_empty, but what is shared stays shared."""
+    known: dict[int, Any] = {}
+
+    def empty(tensor: Tensor) -> Any:
+        if id(tensor) not in known:
+            new = torch.empty_like(tensor, device=device)
+            known[id(tensor)] = new if not isinstance(tensor, nn.Parameter) else nn.Parameter(new, tensor.requires_grad)
+        return known[id(tensor)]
+
+    for module in model.modules():
+        held: Any
+        for held in (module._parameters, module._buffers):
+            held.update({name: empty(tensor) for name, tensor in held.items() if tensor is not None})
 
 
 def measured(model: Any, step: Step, ids: Tensor) -> Simulated:

@@ -182,11 +182,11 @@ def no_value(tensor: Tensor) -> bool | int:
     return True if tensor.dtype == torch.bool else 1
 
 
-def without_values(model: nn.Module, device: str = "meta") -> Any:
-    """A copy on the meta device, which takes no memory, or of fake tensors on `device` under their mode."""
+def without_values(model: nn.Module) -> Any:
+    """A copy on the meta device, which takes no memory."""
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
-        empty = torch.empty_like(tensor, device=device, requires_grad=False)
+        empty = torch.empty_like(tensor, device="meta", requires_grad=False)
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
     return deepcopy(model, memo)

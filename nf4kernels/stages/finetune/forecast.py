@@ -13,7 +13,7 @@ from trl.trainer import utils as heads
 
 from ...model.plan import QUANTIZED, parts
 from ..estimate import OPTIMIZERS, one_matrix
-from ..sharded_memory import gathered, layer_and_root, share
+from ..sharded_memory import gathered, share
 from ..traced_memory import peak_of_training, without_values
 from .trainer import Trainer
 
@@ -76,7 +76,7 @@ def forecast_memory(trainer: Trainer, program: int) -> Memory:
     weights = sum(each.nbytes for each in frozen.values())
     if args.fsdp or is_deepspeed_zero3_enabled():
         shard, ranks = ("fsdp2" if args.fsdp else "zero3"), args.world_size
-        weights = share(weights, ranks) + gathered(model, *layer_and_root(model), ranks, shard)
+        weights = share(weights, ranks) + gathered(model, ranks, shard).working
         adapters, optimizer = share(adapters, ranks), share(optimizer, ranks)
     matrices = [part for module in model.modules() if isinstance(module, QUANTIZED) for part in parts(module)]
     decoded = 0 if device.type == "cpu" else max(2 * one_matrix(part.weight_shape) for part in matrices)
