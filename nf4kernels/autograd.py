@@ -385,8 +385,8 @@ def _outer(a: Tensor, b: Tensor, scaling: float, lora_factor: Tensor) -> Tensor:
 
 
 def _lora_inner(x: Tensor, lora_factor: Tensor) -> Tensor:
-    """x @ lora_factor.T, `[M, r]`."""
-    x = _matrix(x)
+    """x @ lora_factor.T, `[M, r]`; of a copy where x's layout is odd, since a BLAS may sum it in another order."""
+    x = _matrix(x).contiguous()
     return (lora_factor @ x.T).T.contiguous() if _runs_on_onednn(x) else x @ lora_factor.T
 
 

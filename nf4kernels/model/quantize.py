@@ -149,8 +149,7 @@ def _quantize_layer(model, names: list[str], lora, quant_options, who: str) -> l
         for part, (name, weight) in zip(parts(layer), _weights(dense, names[0])):
             start = _start(part)
             errors = (math.nan, math.nan) if weight.is_meta else squared_error(part.qweight, weight.detach(), start)
-            after = part.weight.nbytes + sum(buffer.nbytes for buffer in part.buffers())
-            layers.append(QuantizedLayer(name, tuple(weight.shape), weight.nbytes, after, *errors))
+            layers.append(QuantizedLayer(name, tuple(weight.shape), weight.nbytes, part.nbytes, *errors))
     except Exception as error:
         raise RuntimeError(f"{who}: layer {names[0]} failed, those before it are replaced: {error}") from error
     replace_module(model, names, dense, layer)

@@ -21,18 +21,18 @@ from .lora import (
     plain_weight,
     quantize_with_start,
 )  # fmt: skip
-from .quant_module import BUFFERS, OTHER_BUFFERS, checked_compute_dtype
+from .quant_module import OTHER_BUFFERS, SCALE_TENSORS, checked_compute_dtype
 
 COLUMN_ORDER = "column_order"  # the buffer that a weight with act-order has, as `QuantizedWeight.column_order`
-OF_WEIGHT = ("weight", *BUFFERS, *OTHER_BUFFERS, COLUMN_ORDER)  # what of a layer's state is of its weight
+OF_WEIGHT = ("weight", *SCALE_TENSORS, *OTHER_BUFFERS, COLUMN_ORDER)  # what of a layer's state is of its weight
 LoraTerm = tuple[Tensor, Tensor, float, float]  # A, B, scaling, dropout_p
 
 
 class QuantLinear(AdaptedModule, nn.Linear):
     """y = x @ Ŵ.T + bias [+ scaling * dropout(x) @ lora_A.T @ lora_B.T], Ŵ in 4 bits.
 
-    `weight` is a frozen uint8 parameter, the scales are buffers; `.to(dtype)` and mixed-precision casts leave both
-    alone and move bias and adapter only. Nothing is ever repacked.
+    `weight` is a frozen uint8 parameter, and so are 8-bit scales, `absmax`; the others are buffers. `.to(dtype)` and
+    mixed-precision casts leave all of them alone and move bias and adapter only. Nothing is ever repacked.
 
     Of several adapters one is active: its factors are `lora_A` and `lora_B`, and its name is `adapter_name`. The others
     wait, frozen, in the child `adapters`, by name. Where a factor has hooks, another forward or a parametrization, it

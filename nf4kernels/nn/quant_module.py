@@ -12,7 +12,7 @@ from ..quantized_weight import WEIGHT_DTYPES, QuantizedExperts, QuantizedWeight,
 from . import checksum as checksums
 
 SCALES = ("scale_absmax", "scale_offset", "code", "scale_code")
-BUFFERS = ("absmax", *SCALES)
+SCALE_TENSORS = ("absmax", *SCALES)
 OTHER_BUFFERS = ("source_dtype", "checksum")
 UNSEEN = -1  # no tensor has this version
 TWO_DTYPES = (torch.float32, torch.bfloat16)  # any two that only a cast makes the same
@@ -25,7 +25,11 @@ def checked_compute_dtype(compute_dtype: torch.dtype | None, who: str) -> torch.
 
 
 class QuantModule(nn.Module):
-    """A frozen uint8 parameter `weight` and the scales as buffers, which only a change of device reaches.
+    """A frozen uint8 parameter `weight` and its scales, which only a change of device reaches.
+
+    8-bit scales of blocks, `absmax`, are a frozen parameter as well: what shards parameters by rows (FSDP2, ZeRO-3)
+    then shards them, too. All other scales are buffers, whole everywhere: those of superblocks are few, and numbers
+    would be cast with the dense parameters where those are gathered in another dtype.
 
     Bytes are codes, so that a write that takes them for numbers (an average, nn.init) leaves full-size garbage. It
     raises the tensors' version, which each use compares with the one seen last; where they differ, the buffer
@@ -56,7 +60,8 @@ class QuantModule(nn.Module):
             qweight.block_size, qweight.codebook, qweight.scale_codebook,
         )  # fmt: skip
         self.register_parameter("weight", nn.Parameter(_normal(qweight.packed), requires_grad=False))
-        for name in BUFFERS:
+        self._hold_absmax(_normal(qweight.absmax))
+        for name in SCALES:
             tensor = getattr(qweight, name)
             self.register_buffer(name, None if tensor is None else _normal(tensor))
         self.absmax_dtype = qweight.absmax.dtype
@@ -66,13 +71,24 @@ class QuantModule(nn.Module):
         self.cast_to = None
         self.record_bytes()
 
+    def _hold_absmax(self, absmax: Tensor) -> None:
+        """Codes as a frozen parameter, next to the weight; numbers as a buffer."""
+        self._buffers.pop("absmax", None)
+        behind = {name: self._parameters.pop(name) for name in list(self._parameters) if name != "weight"}
+        if absmax.dtype == torch.uint8:
+            self.register_parameter("absmax", nn.Parameter(absmax, requires_grad=False))
+        behind.pop("absmax", None)
+        self._parameters.update(behind)
+        if absmax.dtype != torch.uint8:
+            self.register_buffer("absmax", absmax)
+
     @outside_inference_mode
     def record_bytes(self) -> None:
         """Take the bytes for right as they are: after a write that meant to give the layer others."""
-        if _has_bytes(self.weight):
+        if _has_bytes(self.weight) and _has_bytes(self.absmax):
             self.checksum = checksums.checksum(self.weight, self.absmax)
         else:
-            self.checksum = torch.zeros(checksums.LENGTH, dtype=torch.uint8, device=self.absmax.device)
+            self.checksum = torch.zeros(checksums.LENGTH, dtype=torch.uint8, device=self.code.device)
         self._see_bytes()
 
     def _see_bytes(self) -> None:
@@ -87,6 +103,8 @@ class QuantModule(nn.Module):
         A shard does not, nor what is gathered from shards: FSDP2 has the one and the other here in turn.
         """
         held = {**self._parameters, **self._buffers} if name in ("weight", "absmax") else {}
+        if name == "absmax" and name in self._parameters and type(value) is Tensor:
+            value = nn.Parameter(value, requires_grad=False)
         super().__setattr__(name, value)
         if name in held:
             if _is_shard(held[name]) or _is_shard(value):
@@ -100,6 +118,9 @@ class QuantModule(nn.Module):
         super().__setstate__(state)
         if "absmax_dtype" not in state:  # of an earlier version
             self.absmax_dtype = torch.float32 if self.scale_codebook is None else torch.uint8
+        absmax = self._buffers.get("absmax")
+        if absmax is not None:  # of an earlier version, or numbers
+            self._hold_absmax(absmax)
         self._seen = UNSEEN  # copied tensors count their versions anew
         if "checksum" not in self._buffers:
             self.register_buffer("checksum", None)
@@ -116,7 +137,7 @@ class QuantModule(nn.Module):
         if self.weight.is_meta:
             raise ValueError(f"{self.WHO}.qweight: the layer is on the meta device, load its state first")
         return self.QUANTIZED(
-            self.checked_weight().data, *(getattr(self, name) for name in BUFFERS), self.weight_shape,
+            self.checked_weight().data, self.absmax.data, *(getattr(self, name) for name in SCALES), self.weight_shape,
             WEIGHT_DTYPES[int(self.source_dtype.item())], self.block_size, self.codebook, self.scale_codebook,
         )  # fmt: skip
 
@@ -124,6 +145,16 @@ class QuantModule(nn.Module):
     def dense_dtype(self) -> torch.dtype:
         """What a dense weight here would be: the dtype that it was quantized from, or what the module was cast to."""
         return self.cast_to or self.qweight.dtype
+
+    def byte_parameters(self) -> list[Tensor]:
+        """The packed weight, and 8-bit scales of its blocks."""
+        return [self.weight, self.absmax] if "absmax" in self._parameters else [self.weight]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the weight and all that belongs to it."""
+        tensors = (self.weight, *(getattr(self, name) for name in (*SCALE_TENSORS, *OTHER_BUFFERS)))
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     @property
     def quant_options(self) -> dict[str, Any]:
@@ -137,8 +168,7 @@ class QuantModule(nn.Module):
     @property
     def scales(self) -> str:
         """What the blocks' scales are, as `QuantizedWeight.scales`."""
-        buffers: Any = self._buffers
-        return scales_of(buffers["absmax"], buffers["scale_absmax"], buffers["scale_code"])
+        return scales_of(self.absmax, self.scale_absmax, self.scale_code)
 
     @property
     def double_quant(self) -> bool:
@@ -151,7 +181,7 @@ class QuantModule(nn.Module):
 
     def _weight_args(self) -> WeightArgs:
         buffers: Any = self._buffers
-        absmax = buffers["absmax"]
+        absmax = self._absmax()
         scales = (buffers["scale_absmax"], buffers["scale_offset"], buffers["code"], buffers["scale_code"])
         for scale in scales:
             if scale is not None and scale.dtype != torch.float32:
@@ -163,6 +193,15 @@ class QuantModule(nn.Module):
             raise TypeError(f"{self.WHO}: absmax must stay {self.absmax_dtype}, got {absmax.dtype}")
         return self.checked_weight(), absmax, *scales, self.out_features, self.in_features, self.block_size
 
+    def _absmax(self) -> Tensor:
+        """By the dictionaries, as `_parameter`."""
+        parameters: Any = self._parameters
+        if "absmax" in parameters:
+            return parameters["absmax"]
+        buffers: Any = self._buffers
+        absmax: Tensor = buffers["absmax"] if "absmax" in buffers else self.absmax  # noqa: SIM401 (looked up if need be)
+        return absmax
+
     def checked_weight(self) -> Tensor:
         """The packed weight; RuntimeError where its bytes, or absmax', were written in place."""
         parameters: Any = self._parameters
@@ -171,7 +210,7 @@ class QuantModule(nn.Module):
         weight: Tensor = parameters["weight"]
         if torch.compiler.is_compiling():
             return weight
-        absmax: Any = self._buffers["absmax"]
+        absmax = self._absmax()
         try:
             version = weight._version + absmax._version
         except RuntimeError:  # inference tensors have none
@@ -205,18 +244,22 @@ class QuantModule(nn.Module):
     @outside_inference_mode
     def _apply(self, fn, recurse: bool = True):
         """As nn.Module, but a dtype cast never reaches the weight: the original goes to the new device instead."""
-        before = {name: self._buffers[name] for name in (*BUFFERS, *OTHER_BUFFERS)}
-        packed = self.weight.data
-        dtypes = {fn(torch.empty(1, dtype=dtype, device=packed.device)).dtype for dtype in TWO_DTYPES}
+        names = (*SCALES, *OTHER_BUFFERS, *(("absmax",) if "absmax" in self._buffers else ()))
+        buffers = {name: self._buffers[name] for name in names}
+        parameters = {name: getattr(self, name).data for name in ("weight", "absmax") if name in self._parameters}
+        some = self.weight.data
+        dtypes = {fn(torch.empty(1, dtype=dtype, device=some.device)).dtype for dtype in TWO_DTYPES}
         if len(dtypes) == 1 and dtypes <= set(WEIGHT_DTYPES):  # a cast; a change of device keeps both
             self.cast_to = dtypes.pop()
         super()._apply(fn, recurse)
-        for name, old in before.items():
+        for name, old in buffers.items():
             new = self._buffers[name]
             if old is not None and new is not None and new.dtype != old.dtype:
                 self._buffers[name] = old.to(new.device)
-        if self.weight.dtype != packed.dtype:  # Module.type casts integers too
-            self.weight.data = packed.to(self.weight.device)
+        for name, old in parameters.items():  # Module.type casts integers, too
+            parameter: Any = self._parameters[name]
+            if parameter.dtype != old.dtype:
+                parameter.data = old.to(parameter.device)
         self._seen = UNSEEN
         return self
 
@@ -297,6 +340,6 @@ def _normal(tensor: Tensor) -> Tensor:
 
 
 def elements_beyond_bytes(model: nn.Module) -> int:
-    """How many weights the packed parameters of `model` hold beyond their own count, which is that of bytes."""
+    """How many weights the parameters in bytes of `model` hold beyond their own count."""
     packed = [module for module in model.modules() if isinstance(module, QuantModule)]
-    return sum(math.prod(each.weight_shape) - each.weight.numel() for each in packed)
+    return sum(math.prod(each.weight_shape) - sum(p.numel() for p in each.byte_parameters()) for each in packed)

@@ -11,7 +11,7 @@ from ..model.walk import named_modules, state_dict
 from ..nn.experts_layout import WEIGHTS, dense_weights, layout_problem, weight_names
 from ..nn.grouped_quant_linear import GroupedQuantLinear
 from ..nn.quant_experts import QuantExperts
-from ..nn.quant_module import BUFFERS, OTHER_BUFFERS, SCALES
+from ..nn.quant_module import OTHER_BUFFERS, SCALE_TENSORS, SCALES
 from ..quantized_weight import WEIGHT_DTYPES, QuantizedExperts, scales_of
 from .bitsandbytes_format import name_of_scale_code
 from .key_conversion import group_tensors
@@ -118,6 +118,6 @@ def take_experts(model: nn.Module, tensors: dict[str, Tensor], who: str) -> dict
             raise ValueError(f"{who}: {path} must have one block size and codebook, got two")
         taken[module] = QuantExperts.from_quantized(module, parts[0], parts[1])
     for key in stored:
-        for leaf in ("weight", *BUFFERS, *OTHER_BUFFERS) if modules[key.rpartition(".")[0]] in taken else ():
+        for leaf in ("weight", *SCALE_TENSORS, *OTHER_BUFFERS) if modules[key.rpartition(".")[0]] in taken else ():
             tensors.pop(f"{key}.{leaf}", None)  # and adapters stay
     return taken

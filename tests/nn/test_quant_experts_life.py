@@ -23,7 +23,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import nf4kernels as nf4
 from nf4kernels import QuantExperts, quantize_experts
-from nf4kernels.nn.quant_module import BUFFERS
+from nf4kernels.nn.quant_module import SCALE_TENSORS
 
 
 def assert_same(a, b):
@@ -93,7 +93,7 @@ def test_state_dict_round_trip(meta, assign):
         other = other if assign else other.to_empty(device="cpu")
     state = experts.state_dict()
     assert set(state) == {
-        f"{part}.{name}" for part in PARTS for name in ("weight", *BUFFERS, "source_dtype", "checksum")
+        f"{part}.{name}" for part in PARTS for name in ("weight", *SCALE_TENSORS, "source_dtype", "checksum")
     }
     result = other.load_state_dict({key: value.clone() for key, value in state.items()}, assign=assign)
     assert (result.missing_keys, result.unexpected_keys) == ([], [])

@@ -12,10 +12,10 @@ from support.cases import DTYPES, LAYOUTS, Layout, dtype_id
 from torch import nn
 
 from nf4kernels import LoraConfig, QuantLinear, dequantize, linear, quantize
-from nf4kernels.nn.quant_module import BUFFERS
+from nf4kernels.nn.quant_module import SCALE_TENSORS
 
 LORA = LoraConfig(r=4, alpha=8)
-STATE = (*BUFFERS, "source_dtype", "checksum")
+STATE = (*SCALE_TENSORS, "source_dtype", "checksum")
 
 
 def make(K=100, N=37, lora=LORA, bias=True, dtype=torch.float32, layout=Layout(), **options):  # noqa: B008
@@ -72,7 +72,7 @@ def test_is_an_nn_linear():
     assert type(layer.weight) is nn.Parameter
     assert layer.bias.requires_grad
     assert QuantLinear(100, 37, bias=False).bias is None
-    assert list(layer.state_dict()) == ["weight", "bias", *BUFFERS, "source_dtype", "checksum"]
+    assert list(layer.state_dict()) == ["weight", "absmax", "bias", *SCALE_TENSORS[1:], "source_dtype", "checksum"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -199,7 +199,7 @@ def test_meta_then_to_empty_and_load():
 
 def test_a_buffer_left_on_meta_is_an_error():
     layer = make(lora=None)
-    for name in BUFFERS:
+    for name in SCALE_TENSORS:
         broken = copy.deepcopy(layer)
         setattr(broken, name, getattr(broken, name).to("meta"))
         with pytest.raises((RuntimeError, ValueError), match="device"):

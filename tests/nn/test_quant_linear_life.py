@@ -17,10 +17,10 @@ from support.cases import Layout
 from torch import nn
 
 from nf4kernels import LoraConfig, QuantLinear, disable_adapters, linear
-from nf4kernels.nn.quant_module import BUFFERS
+from nf4kernels.nn.quant_module import SCALE_TENSORS
 
 dtypes = st.sampled_from(cases.DTYPES)
-FROZEN = ("weight", *BUFFERS, "source_dtype", "checksum")
+FROZEN = ("weight", *SCALE_TENSORS, "source_dtype", "checksum")
 
 
 class Life(RuleBasedStateMachine):

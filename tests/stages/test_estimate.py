@@ -87,7 +87,7 @@ def test_shards():
         ranks = estimate(LLAMA, Options(gpus=4, shard=shard))
         assert ranks.weights == alone.weights // 4
         assert ranks.optimizer == alone.optimizer // 4
-        assert ranks.scales == alone.scales  # buffers are on every rank
+        assert alone.scales / 4 < ranks.scales < alone.scales  # those of blocks are shared, the others on every rank
         assert 0 < ranks.gathered < alone.model + alone.adapters
 
 

@@ -13,7 +13,7 @@ from ...model.walk import named_modules, state_dict
 from ...nn.adapted_module import AdaptedModule
 from ...nn.experts_layout import WEIGHTS
 from ...nn.quant_linear import COLUMN_ORDER, OF_WEIGHT, QuantLinear
-from ...nn.quant_module import BUFFERS, QuantModule
+from ...nn.quant_module import SCALE_TENSORS, QuantModule
 from ...quantized_weight import WEIGHT_DTYPES, QuantizedWeight
 from ...storage.bitsandbytes_format import weight_to_tensors
 from .config import Nf4Config
@@ -88,7 +88,7 @@ def _stored_tensors(model: Any, name: str, layer: QuantLinear) -> dict[str, Tens
         return weight_to_tensors(layer.qweight, key)
     values: dict[str, Any] = {
         leaf: load_offloaded_parameter(model, f"{name}.{leaf}") if leaf in offloaded else getattr(layer, leaf)
-        for leaf in ("weight", "source_dtype", *BUFFERS, COLUMN_ORDER)
+        for leaf in ("weight", "source_dtype", *SCALE_TENSORS, COLUMN_ORDER)
     }
     packed, dtype = values.pop("weight").data, WEIGHT_DTYPES[int(values.pop("source_dtype"))]
     qweight = QuantizedWeight(

@@ -16,7 +16,7 @@ from ...model.walk import get_submodule, named_modules
 from ...nn.experts_layout import weight_names
 from ...nn.quant_experts import QuantExperts
 from ...nn.quant_linear import COLUMN_ORDER, QuantLinear
-from ...nn.quant_module import BUFFERS
+from ...nn.quant_module import SCALE_TENSORS
 from ...quantized_weight import WEIGHT_DTYPES, QuantizedExperts, QuantizedWeight, stack_experts
 from .config import Nf4Config
 
@@ -128,19 +128,22 @@ def quantized_experts(target: Target, experts: Iterable[Tensor], config: Nf4Conf
 def place_weight(
     model: nn.Module, target: Target, qweight: QuantizedWeight, compute_dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
-    """Make a QuantLinear with the scales of `qweight` of the target's layer; the packed bytes by their name.
+    """Make a QuantLinear with the scales of `qweight` of the target's layer; its parameters in bytes by their names.
 
-    They are left out, so that whoever loads the model puts them where they belong: on a device, or on disk.
+    These are left out, so that whoever loads the model puts them where they belong: on a device, or on disk.
     """
     dense: Any = get_submodule(model, target.names[0])
     layer = QuantLinear.from_quantized(qweight.to("meta"), dense.bias, compute_dtype).train(dense.training)
-    for buffer in (*BUFFERS, COLUMN_ORDER):
-        setattr(layer, buffer, getattr(qweight, buffer))
+    for leaf in (*SCALE_TENSORS, COLUMN_ORDER):
+        if leaf not in layer._parameters:
+            setattr(layer, leaf, getattr(qweight, leaf))
+    layer.record_bytes()
     layer.source_dtype = torch.tensor(WEIGHT_DTYPES.index(qweight.dtype), dtype=torch.uint8, device=qweight.device)
     layer.cast_to = None if target.dtype == qweight.dtype else target.dtype
     needs_no_init(layer)
     replace_module(model, target.names, dense, layer)
-    return {f"{target.names[0]}.weight": qweight.packed}
+    placed = {"weight": qweight.packed, "absmax": qweight.absmax}
+    return {f"{target.names[0]}.{leaf}": bytes_ for leaf, bytes_ in placed.items() if leaf in layer._parameters}
 
 
 def place_experts(
