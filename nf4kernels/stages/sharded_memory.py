@@ -38,7 +38,7 @@ class Gathered:
 
     Attributes:
         working: while layers are at work.
-        opening: while the first layer is gathered; activations are few then.
+        opening: while a layer is gathered in the forward pass.
     """
 
     working: int
@@ -74,5 +74,5 @@ def gathered(
     sizes = [whole_rows(layer.parameters()) for layer in layers]
     largest = max(sizes, default=0)
     root = whole_rows(each for each in parameters if id(each) not in in_layers)
-    held = 2 * largest if reshard_after_forward else sum(sizes) + largest
-    return Gathered(held + root, 2 * (root + largest))
+    held = largest if reshard_after_forward else sum(sizes)
+    return Gathered(root + largest + held, root + 2 * largest + max(root, held))

@@ -70,6 +70,7 @@ class Step:
         optimizer: by the name of transformers; one of STEPPED makes a step, too.
         state_bytes: of the optimizer, a trained number, on the device.
         decoded: the dtype of the 4-bit weight that a product decodes; None where it decodes none.
+        accumulates: whether gradients of an earlier micro-batch are there already.
         reshard_after_forward: whether a layer's gathered parameters are freed until its backward pass.
         mixed_precision: whether parameters are gathered, and computed with, in bfloat16.
     """
@@ -79,6 +80,7 @@ class Step:
     optimizer: str
     state_bytes: float
     decoded: torch.dtype | None
+    accumulates: bool = False
     reshard_after_forward: bool = True
     mixed_precision: bool = False
 
@@ -116,8 +118,6 @@ def _simulated(meta: Any, mesh: DeviceMesh | None, step: Step) -> Simulated:
         shard(model, mesh, step)
     with FakeTensorMode(allow_non_fake_inputs=True), attention_in_tiles():
         _put_on(model, "cpu")
-        if isinstance(model, FSDPModule):
-            model._get_fsdp_state()._lazy_init()  # takes note of the parameters that are new
         return measured(model, step, torch.zeros(step.batch, step.length, dtype=torch.long))
 
 
@@ -139,11 +139,20 @@ def _put_on(model: nn.Module, device: str) -> None:
 
 def measured(model: Any, step: Step, ids: Tensor) -> Simulated:
     """The step on token ids [batch, length], counted; with real tensors and ranks it is a real one."""
+    sharded = isinstance(model, FSDPModule)
+    if sharded:
+        model._get_fsdp_state()._lazy_init()  # takes note of parameters that are new
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = _optimizer(trained, step)
+    if step.accumulates:
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+    # The optimizer has this rank's rows, as it has by its own means: DTensor would find out about its operators with
+    # tensors of all rows, which the tracker takes for real here.
+    rows = [nn.Parameter(_local(parameter)) for parameter in trained]
+    optimizer = _optimizer(rows, step)
     states = [each for held in optimizer.state.values() for each in held.values()]
     tracker: Any
-    if isinstance(model, FSDPModule):
+    if sharded:
         tracker = _OfShards(model, optimizer)
         tracker.track_inputs((ids, states))
     else:
@@ -152,27 +161,32 @@ def measured(model: Any, step: Step, ids: Tensor) -> Simulated:
     seen = _Seen(step.decoded)
     with tracker, seen:
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        for parameter, here in zip(trained, rows):
+            here.grad = None if parameter.grad is None else _local(parameter.grad)
         if step.optimizer in STEPPED:
             optimizer.step()
-    (peak,) = (each for device, each in tracker.get_tracker_snapshot("peak").items())
+    peak = tracker.get_tracker_snapshot("peak")[ids.device]
     parts = {getattr(kind, "value", kind): nbytes for kind, nbytes in peak.items() if nbytes}
     total = parts.pop("Total")
     counted = (seen.nbytes[ALL_GATHER], seen.calls[ALL_GATHER], seen.nbytes[REDUCE_SCATTER], seen.calls[REDUCE_SCATTER])
-    ranks = dist.get_world_size() if isinstance(model, FSDPModule) else 1
-    return Simulated(ranks, total, parts, *counted)
+    return Simulated(dist.get_world_size() if sharded else 1, total, parts, *counted)
 
 
-def _optimizer(trained: list[nn.Parameter], step: Step) -> torch.optim.Optimizer:
+def _local(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _optimizer(rows: list[nn.Parameter], step: Step) -> torch.optim.Optimizer:
     """With the states that it has from its second step on."""
     kind, options = STEPPED.get(step.optimizer, (torch.optim.SGD, {}))
-    optimizer = kind(trained, lr=1e-4, **options)
-    for parameter in trained:
+    optimizer = kind(rows, lr=1e-4, **options)
+    for each in rows:
         if kind is torch.optim.AdamW:
-            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[parameter] = {"step": torch.zeros(()), **moments}
+            moments = {name: torch.zeros_like(each) for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[each] = {"step": torch.zeros(()), **moments}
         elif step.state_bytes:
-            own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            optimizer.state[parameter] = {"held": torch.empty(round(step.state_bytes * own.numel()), dtype=torch.uint8)}
+            optimizer.state[each] = {"held": torch.empty(round(step.state_bytes * each.numel()), dtype=torch.uint8)}
     return optimizer
 
 
