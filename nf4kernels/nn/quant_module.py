@@ -107,7 +107,7 @@ class QuantModule(nn.Module):
         held = {**self._parameters, **self._buffers} if name in ("weight", "absmax") else {}
         if name == "absmax" and name in self._parameters and type(value) is Tensor:
             value = nn.Parameter(value, requires_grad=False)
-        if name in held and isinstance(value, nn.Parameter) and _is_shard(value):
+        if name in held and isinstance(value, nn.Parameter) and is_shard(value):
             self._parameters[name] = value  # nn.Module would call register_parameter
         else:
             super().__setattr__(name, value)
@@ -133,7 +133,7 @@ class QuantModule(nn.Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As nn.Module; torch's own styles of tensor parallel, which would cut bytes and scales as numbers, end here."""
-        if name in ("weight", "absmax") and _is_shard(param):
+        if name in ("weight", "absmax") and is_shard(param):
             raise ValueError(
                 f"{self.WHO}: a layer in 4 bits must be cut by the styles of nf4kernels.distributed (ColwiseParallel,"
                 f" RowwiseParallel, ExpertParallel), which take dense layers as well, got a DTensor as its {name}"

@@ -18,6 +18,7 @@ from ..model.plan import QUANTIZED, parts
 from ..model.quantize import quantize_model
 from ..nn.quant_experts import QuantExperts
 from .errors import StageError
+from .sharded_memory import bytes_here, gathered
 from .traced_memory import Peak, peak_of_serving, peak_of_training
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -56,7 +57,6 @@ OPTIMIZERS: dict[str, Callable[[Tensor], float]] = {
     "paged_adamw_8bit": _bitsandbytes,
     "sgd": lambda parameter: 0,
 }
-ZERO3_LIVE = 10**9  # DeepSpeed's stage3_max_live_parameters
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,8 @@ class Options:
         offload_activations: whether what is saved for the backward pass waits on the host.
         accumulation: micro-batches a step.
         gpus, shard: ranks, and how they share the parameters ("fsdp2" or "zero3").
+        reshard_after_forward: of FSDP2: whether a layer's gathered parameters are freed until its backward pass.
+        mixed_precision: of FSDP2: whether floating parameters are gathered, and computed with, in bfloat16.
         device: "cuda" counts the weight that is decoded for the product of many rows, "cpu" has none.
     """
 
@@ -95,7 +97,13 @@ class Options:
     accumulation: int = 1
     gpus: int = 1
     shard: str = "fsdp2"
+    reshard_after_forward: bool = True
+    mixed_precision: bool = False
     device: str = "cuda"
+
+    @property
+    def gathered_dtype(self) -> torch.dtype | None:
+        return torch.bfloat16 if self.mixed_precision else None
 
     def __post_init__(self) -> None:
         for name in ("batch", "length", "rank", "accumulation", "gpus"):
@@ -124,7 +132,8 @@ class Estimate:
         activations, logits: at that moment; logits with their copies and gradients. `activations_on_host` beside them
             where they are offloaded, all that is moved in a step.
         workspace: the largest 4-bit matrix decoded, which the product of many rows may need.
-        gathered: the parameters of other ranks that are in use at once.
+        gathered: the parameters of all ranks that are in use at once.
+        opening: of FSDP2, what is gathered when the first layer begins, and no activations are there yet.
         cache: keys and values of `length` tokens a sequence.
         prefill: what else is alive while they are computed.
         largest: the largest matrix before it is quantized, while loading.
@@ -146,6 +155,7 @@ class Estimate:
     logits: int
     workspace: int
     gathered: int
+    opening: int
     cache: int
     prefill: int
 
@@ -160,11 +170,12 @@ class Estimate:
     @property
     def train(self) -> int:
         trained = self.adapters + self.gradients + self.optimizer
-        return self.model + trained + self.activations + self.logits + self.workspace + self.gathered
+        working = self.activations + self.logits + self.workspace + self.gathered
+        return self.model + trained + max(working, self.opening)
 
     @property
     def serve(self) -> int:
-        return self.model + self.cache + self.prefill + self.workspace + self.gathered
+        return self.model + self.cache + max(self.prefill + self.workspace + self.gathered, self.opening)
 
     def as_dict(self) -> dict[str, Any]:
         """Options, parts and totals, for JSON."""
@@ -198,14 +209,14 @@ def estimates(
         [replace(options, rank=rank, batch=batch, length=length) for batch in batches for length in lengths]
         for rank in ranks
     ]
-    read = _config(config)
+    read = read_config(config)
     for of_rank in cases:
-        built = _Built(read, of_rank[0])
+        built = Built(read, of_rank[0])
         for case in of_rank:
             yield built.estimate(case)
 
 
-def _config(source: Path | dict[str, Any]) -> Any:
+def read_config(source: Path | dict[str, Any]) -> Any:
     """The configuration as transformers has it, what it says of a quantization left out."""
     where = "config"
     if isinstance(source, dict):
@@ -232,7 +243,7 @@ def _config(source: Path | dict[str, Any]) -> Any:
     return config
 
 
-class _Built:
+class Built:
     """A model in 4 bits with adapters of one rank, on the meta device, and its parts."""
 
     def __init__(self, config: Any, options: Options) -> None:
@@ -257,16 +268,18 @@ class _Built:
         self.model = dense
         quantized = [module for module in dense.modules() if isinstance(module, QUANTIZED)]
         matrices = [part for module in quantized for part in parts(module)]
-        self.weights = sum(part.weight.nbytes for part in matrices)
-        self.scales = sum(part.nbytes for part in matrices) - self.weights
-        self.scale_parameters = sum(p.nbytes for part in matrices for p in part.byte_parameters()) - self.weights
-        whole = {id(tensor): tensor.nbytes for tensor in (*dense.parameters(), *dense.buffers())}
-        self.dense = sum(whole.values()) - self.weights - self.scales
-        self.dense_parameters = sum(p.nbytes for p in dense.parameters()) - self.weights - self.scale_parameters
+        self.weights: list[Tensor] = [part.weight for part in matrices]
+        named = [
+            (name, tensor) for part in matrices
+            for name, tensor in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))
+        ]  # fmt: skip
+        self.scales = [tensor for name, tensor in named if name not in ("weight", "bias")]
+        of_matrices = {id(tensor) for tensor in (*self.weights, *self.scales)}
+        whole = {id(tensor): tensor for tensor in (*dense.parameters(), *dense.buffers())}
+        self.dense = [tensor for key, tensor in whole.items() if key not in of_matrices]
         width = DTYPES[options.dtype].itemsize
         self.largest = width * max(math.prod(part.weight_shape) for part in matrices)
         self.decoded = width * max(one_matrix(part.weight_shape) for part in matrices)
-        self.layer, self.root = layer_and_root(dense)
 
         experts = {
             name.rpartition(".")[2] for name, module in dense.named_modules() if isinstance(module, QuantExperts)
@@ -293,32 +306,42 @@ class _Built:
         self.adapters = sum(parameter.nbytes for parameter in self.trained)
 
     def estimate(self, options: Options) -> Estimate:
-        training = self._peak_of_training(options)
+        training = self.peak_of_training(options)
         prefill, cache = self._traced(lambda: self._serving(options))
-        ranks = options.gpus
-        optimizer = round(sum(map(OPTIMIZERS[options.optimizer], self.trained)))
+        ranks, shard = options.gpus, options.shard
+        adapters = bytes_here(self.trained, ranks, shard)
+        whole = sum(map(OPTIMIZERS[options.optimizer], self.trained))
+        optimizer = round(whole * adapters / self.adapters)
         paged = options.optimizer.startswith("paged_")
+        of_ranks = gathered(self.peft, ranks, shard, options.reshard_after_forward, options.gathered_dtype)
         return Estimate(
             options=options,
             parameters=self.parameters,
-            weights=share(self.weights, ranks),
-            scales=share(self.scale_parameters, ranks) + self.scales - self.scale_parameters,
-            dense=share(self.dense_parameters, ranks) + self.dense - self.dense_parameters,
+            weights=self._here(self.weights, options),
+            scales=self._here(self.scales, options),
+            dense=self._here(self.dense, options),
             largest=self.largest,
-            adapters=share(self.adapters, ranks),
-            gradients=share(training.gradients, ranks),
-            optimizer=0 if paged else share(optimizer, ranks),
-            optimizer_on_host=share(optimizer, ranks) if paged else 0,
+            adapters=adapters,
+            gradients=round(training.gradients * adapters / self.adapters),
+            optimizer=0 if paged else optimizer,
+            optimizer_on_host=optimizer if paged else 0,
             activations=training.activations,
             activations_on_host=training.on_host,
             logits=training.logits,
             workspace=self.decoded if options.device == "cuda" else 0,
-            gathered=gathered(self.peft, self.layer, self.root, options.gpus, options.shard),
+            gathered=of_ranks.working,
+            opening=of_ranks.opening,
             cache=cache,
             prefill=max(prefill.total - cache, 0),
         )
 
-    def _peak_of_training(self, options: Options) -> Peak:
+    def _here(self, tensors: list[Tensor], options: Options) -> int:
+        """Bytes on one rank: parameters are shared, buffers are not."""
+        parameters = [each for each in tensors if isinstance(each, nn.Parameter)]
+        buffers = sum(each.nbytes for each in tensors if not isinstance(each, nn.Parameter))
+        return bytes_here(parameters, options.gpus, options.shard) + buffers
+
+    def peak_of_training(self, options: Options) -> Peak:
         if options.checkpointing:
             self.peft.gradient_checkpointing_enable({"use_reentrant": False})
             self.peft.enable_input_require_grads()
@@ -346,33 +369,3 @@ class _Built:
 def one_matrix(shape: Sequence[int]) -> int:
     """The numbers of one matrix of a weight `[.., N, K]`."""
     return shape[-2] * shape[-1]
-
-
-def layer_and_root(model: nn.Module) -> tuple[int, int]:
-    """(bytes of the parameters of the largest decoder layer, of those in no layer)."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    sizes = [[sum(p.nbytes for p in layer.parameters()) for layer in layers] for layers in lists if len(layers)]
-    layers = max(sizes, key=sum, default=[0])
-    return max(layers), sum(p.nbytes for p in model.parameters()) - sum(layers)
-
-
-def gathered(model: nn.Module, layer: int, root: int, ranks: int, shard: str) -> int:
-    """Bytes of other ranks' parameters that are there at once.
-
-    FSDP2 holds the layer in use and the next, and what is in no layer throughout. ZeRO-3 holds up to
-    `stage3_max_live_parameters` numbers.
-    """
-    if ranks == 1:
-        return 0
-    parameters = list(model.parameters())
-    whole = sum(parameter.nbytes for parameter in parameters)
-    if shard == "fsdp2":
-        live = min(2 * layer + root, whole)
-    else:
-        numbers = sum(parameter.numel() for parameter in parameters)
-        live = round(whole * min(1.0, ZERO3_LIVE / numbers))
-    return live - share(live, ranks)
-
-
-def share(nbytes: int, ranks: int) -> int:
-    return -(-nbytes // ranks)

@@ -8,6 +8,7 @@ step has it. What an operator allocates within itself is not seen.
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -69,7 +70,7 @@ def peak_of_training(
             for parameter in trained:
                 parameter.grad = torch.empty_like(parameter)
         events = _Events(ids, model, vocab_size=model.config.get_text_config().vocab_size, rows=batch * (length - 1))
-        with _attention_in_tiles(), events:
+        with attention_in_tiles(), events:
             on_host = step()
             events.name(GRADIENTS, (parameter.grad for parameter in trained if parameter.grad is not None))
         held = sum(parameter.grad.nbytes for parameter in trained if parameter.grad is not None)
@@ -96,7 +97,7 @@ def peak_of_serving(model: Any, batch: int, length: int) -> tuple[Peak, int]:
     """(the peak of a prefill of `length` tokens, logits of the last alone; bytes of the cache that it leaves)."""
     ids = torch.zeros(batch, length, dtype=torch.long, device="meta")
     events = _Events(ids, model, vocab_size=model.config.get_text_config().vocab_size, rows=batch)
-    with _attention_in_tiles(), events:
+    with attention_in_tiles(), events:
         output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
         cached = list(_tensors_in(output.past_key_values))
         events.name(CACHE, cached)
@@ -121,8 +122,7 @@ class _Events(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
-            # Models ask their masks whether nothing is padded or packed. Here nothing is.
-            return True if args[0].dtype == torch.bool else 1
+            return no_value(args[0])
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
@@ -174,7 +174,7 @@ class _Attention(torch.autograd.Function):
 
 
 @contextmanager
-def _attention_in_tiles() -> Iterator[None]:
+def attention_in_tiles() -> Iterator[None]:
     """Fused attention where torch would take, for the meta device, the one that writes its scores to memory.
 
     By name, since checkpointing calls it again from within the backward pass, where torch's own modes are off.
@@ -189,6 +189,22 @@ def _attention_in_tiles() -> Iterator[None]:
         yield
     finally:
         nn.functional.scaled_dot_product_attention = original
+
+
+def no_value(tensor: Tensor) -> bool | int:
+    """What a model learns that asks for the value of one: models ask whether nothing is padded or packed, and so it is.
+    """
+    return True if tensor.dtype == torch.bool else 1
+
+
+def without_values(model: nn.Module) -> Any:
+    """A copy on the meta device, which takes no memory."""
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        empty = torch.empty_like(tensor, device="meta", requires_grad=False)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
+    return deepcopy(model, memo)
 
 
 def _tensors_in(cache: Any) -> Iterable[Tensor]:

@@ -2,19 +2,19 @@
 
 import os
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer import utils as heads
 
 from ...model.plan import QUANTIZED, parts
-from ..estimate import OPTIMIZERS, gathered, layer_and_root, one_matrix, own_dtype, share
-from ..traced_memory import peak_of_training
+from ..estimate import OPTIMIZERS, one_matrix, own_dtype
+from ..sharded_memory import gathered, share
+from ..traced_memory import peak_of_training, without_values
 from .trainer import Trainer
 
 GIB = 2**30
@@ -74,13 +74,13 @@ def forecast_memory(trainer: Trainer, program: int) -> Memory:
     weights = sum(each.nbytes for each in frozen.values())
     if args.fsdp or is_deepspeed_zero3_enabled():
         shard, ranks = ("fsdp2" if args.fsdp else "zero3"), args.world_size
-        weights = share(weights, ranks) + gathered(model, *layer_and_root(model), ranks, shard)
+        weights = share(weights, ranks) + gathered(model, ranks, shard).working
         adapters, optimizer = share(adapters, ranks), share(optimizer, ranks)
     matrices = [part for module in model.modules() if isinstance(module, QUANTIZED) for part in parts(module)]
     decoded = 0 if device.type == "cpu" else max(2 * one_matrix(part.weight_shape) for part in matrices)
     with _fused_head(device.type):
         peak = peak_of_training(
-            _without_values(model).train(), args.per_device_train_batch_size, _length(trainer),
+            without_values(model).train(), args.per_device_train_batch_size, _length(trainer),
             args.gradient_accumulation_steps, _loss, args.activation_offloading,
         )  # fmt: skip
     return Memory(
@@ -111,16 +111,6 @@ def _length(trainer: Trainer) -> int:
     if most is not None and (trainer.args.packing or longest > most):
         return most
     return max(longest, 2)
-
-
-def _without_values(model: nn.Module) -> Any:
-    """A copy on the meta device, which takes no memory."""
-    memo: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        empty = torch.empty_like(tensor, device="meta", requires_grad=False)
-        is_parameter = isinstance(tensor, nn.Parameter)
-        memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
-    return deepcopy(model, memo)
 
 
 def _loss(model: Any, ids: Tensor) -> Tensor:
