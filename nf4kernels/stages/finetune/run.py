@@ -196,9 +196,8 @@ def _stored(recipe: Recipe) -> dict[str, Any] | None:
         if started["batch"] != math.prod(batch.values()):
             raise StageError(
                 f"--output_dir must hold a run with as many examples a step, got {out}, whose run has"
-                f" {started['batch']} on {started['processes']} process{'es'[: 2 * (started['processes'] > 1)]} where"
-                f" this one has {math.prod(batch.values())} = "
-                + " x ".join(f"{value} {name}" for name, value in batch.items())
+                f" {started['batch']} ({started['processes']} processes) where this one has {math.prod(batch.values())}"
+                f" ({' x '.join(f'{value} {name}' for name, value in batch.items())})"
             )
     names = [name for name in names if name not in changeable]
     if names:
