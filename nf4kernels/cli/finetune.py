@@ -36,7 +36,7 @@ def add_parser(subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     check_cpu_computes("finetune")
     check_installed("finetune", NEEDED, "finetune")
-    from ..stages.finetune.processes import is_main
+    from ..stages.finetune.processes import is_main, tell_launcher
     from ..stages.finetune.recipe import field_help, read_recipe
     from ..stages.finetune.run import finetune
 
@@ -48,10 +48,11 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("\nthe same command goes on from the last checkpoint", file=sys.stderr)
         raise
-    except StageError:
+    except StageError as error:
+        tell_launcher(error)
         if is_main():
             raise
-        return 2  # of several processes one says what is wrong
+        return 2  # of several processes one says what is wrong; torchrun's report has the others' sentences
     if is_main():
         print(f"wrote {out}: adapters, log.csv, loss.png and README.md")
     return 0

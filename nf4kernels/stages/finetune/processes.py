@@ -1,13 +1,19 @@
-"""A run of several processes: which of them speaks, and how they share the model."""
+"""A run of several processes: which of them speaks, how they meet and agree, and how they share the model."""
 
 import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 
-from ..errors import StageError
+from ..errors import StageError, first_line
+
+Found = TypeVar("Found")
 
 LAUNCH = "torchrun --nproc-per-node N -m nf4kernels finetune ..."
 AUTO = {
@@ -34,6 +40,112 @@ FSDP = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "state_dict_
 def is_main() -> bool:
     """Whether this process is the one that speaks and writes, by what torchrun or accelerate has set."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def is_restarted() -> bool:
+    """Whether torchrun has started the processes again, after one of them ended."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def count() -> int:
+    """Of the processes that have met."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def meet(use_cpu: bool, backend: str | None, seconds: float) -> None:
+    """Wait for the launcher's other processes. transformers would, but on CPUs without the time-out.
+
+    torchrun keeps its store over restarts, and with it the addresses of processes that have ended (pytorch #135712):
+    keys begin with the number of the start where all processes have the same one, which is on one machine.
+
+    Raises:
+        StageError: there are fewer GPUs than processes, or a process did not come.
+    """
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if not use_cpu and here > torch.accelerator.device_count():
+        raise StageError(f"--nproc-per-node must be at most the number of GPUs, {torch.accelerator.device_count()},"
+                         f" got {here}")  # fmt: skip
+    is_launched = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    if not is_launched or os.environ["WORLD_SIZE"] == "1" or dist.is_initialized():
+        return
+    limit = timedelta(seconds=seconds)
+    with in_time(seconds):
+        store, rank, ranks = next(dist.rendezvous("env://", timeout=limit))
+        if here == ranks:
+            store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        backend = backend or ("gloo" if use_cpu else None)  # None: each kind of device has its own
+        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=limit)
+
+
+@contextmanager
+def in_time(seconds: float) -> Iterator[None]:
+    """What torch.distributed raises where another process does not come, or has ended, as a StageError."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error).lower()
+        if not isinstance(error, dist.DistError) and "gloo" not in text:
+            raise
+        if "timed out" in text or "timeout" in text:
+            raise StageError(
+                f"every process must come to each exchange within --ddp_timeout, {seconds:g} s, got nothing from"
+                f" another: {first_line(error)}"
+            ) from error
+        raise StageError(f"every process must go on to the end, got one that has ended: {first_line(error)}") from error
+
+
+def check_alike(seconds: float, own: Mapping[str, Any]) -> None:
+    """All processes must have the same under the same names; else each says who differs.
+
+    Raises:
+        StageError: one has something else, or sent nothing within `seconds`.
+    """
+    if count() == 1:
+        return
+    everyone: list[dict[str, Any]] = [{}] * count()
+    with in_time(seconds):
+        dist.all_gather_object(everyone, dict(own))
+    for rank, other in enumerate(everyone):
+        for name in sorted({*everyone[0], *other}):
+            first, its = (values.get(name, "none") for values in (everyone[0], other))
+            if first != its:
+                raise StageError(f"every process must have the same {name}, got {first} on rank 0 and {its} on rank"
+                                 f" {rank}")  # fmt: skip
+
+
+def from_main(seconds: float, find: Callable[[], Found]) -> Found:
+    """What the main process finds, on every process: each reads a directory that another writes into otherwise.
+
+    Raises:
+        StageError: the main process's own, or it sent nothing within `seconds`.
+    """
+    if count() == 1:
+        return find()
+    box: list[Any] = [None, None]
+    if is_main():
+        try:
+            box[0] = find()
+        except StageError as error:
+            box[1] = str(error)
+    with in_time(seconds):
+        dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise StageError(box[1])
+    found: Found = box[0]
+    return found
+
+
+def wait_for_all() -> None:
+    if count() > 1:
+        dist.barrier()
+
+
+def tell_launcher(error: StageError) -> None:
+    """Leave the sentence for torchrun, whose report names each process that ended and why."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
 
 
 def sharing(deepspeed: Any, fsdp: Any, fsdp_config: Any, use_cpu: bool) -> dict[str, Any]:

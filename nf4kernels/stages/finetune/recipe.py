@@ -25,7 +25,7 @@ from ...integrations.transformers import Nf4Config
 from ...model.training import training_dtype
 from ..data.reading import Source
 from ..errors import StageError
-from .processes import sharing
+from .processes import in_time, meet, sharing
 
 LEARNING_RATE = 2e-4  # QLoRA's; TRL's 2e-5 is for training all weights
 DENSE = "dense"  # beside the codebooks: the weights stay as they are stored
@@ -238,13 +238,14 @@ def _recipe(values: dict[str, Any], given: dict[str, Any]) -> Recipe:
         "use_cpu": values["use_cpu"] or not torch.accelerator.is_available(),
         **sharing(values["deepspeed"], values["fsdp"], values["fsdp_config"], values["use_cpu"]),
     }  # fmt: skip
+    meet(filled["use_cpu"], values["ddp_backend"], values["ddp_timeout"])
     try:
         quantization = None if values["codebook"] == DENSE else Nf4Config(
             values["codebook"], values["block_size"], values["double_quant"], values["scale_codebook"],
             skip=values["skip"] or (),
         )  # fmt: skip
         model = ModelConfig(**_of(ModelConfig, values))
-        with warnings.catch_warnings():  # of TRL's own default, which transformers renamed
+        with in_time(values["ddp_timeout"]), warnings.catch_warnings():  # of TRL's own default, which transformers renamed
             warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
             training = SFTConfig(**_of(SFTConfig, filled))
         lora = _lora(values)

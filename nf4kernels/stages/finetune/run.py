@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from datasets.utils.logging import disable_progress_bar, enable_progress_bar
 from peft import load_peft_weights, set_peft_model_state_dict
@@ -20,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils.logging import disable_progress_bar as disable_loading_bar
 
 from ...storage.atomic import TargetError, replacing, write_json
+from ...version import VERSION
 from ..data.reading import Split, read
 from ..data.view import marking_template
 from ..errors import StageError, first_line
@@ -28,7 +30,7 @@ from .examples import in_chat_form, shown
 from .forecast import forecast_memory, resident
 from .loading import in_one_line, load_model, load_processor, load_tokenizer
 from .outputs import CARD, LOG, PICTURE, RECIPE, write_card, write_log, write_picture
-from .processes import is_main
+from .processes import Found, check_alike, from_main, in_time, is_main, is_restarted
 from .progress import Clock, Progress
 from .recipe import DENSE, Recipe
 from .trainer import START, WHOLE, Keeper, Trainer
@@ -39,8 +41,9 @@ Say = Callable[[str], None]
 def finetune(recipe: Recipe, say: Say = print, progress: TrainerCallback | None = None, samples: int = SAMPLES) -> Path:
     """Train adapters as `recipe` says, and write them to its output_dir with log.csv, loss.png, README.md, recipe.yaml.
 
-    A directory that holds a part of the same run is gone on with, from its last whole checkpoint: on one process the
-    log is then the same, bit for bit, as of a run that nothing stopped. Bad input leaves everything as it was.
+    A directory that holds a part of the same run is gone on with, from its last whole checkpoint: on as many processes
+    the log is then the same, bit for bit, as of a run that nothing stopped. On another number of processes a step must
+    have as many examples. Bad input leaves everything as it was.
 
     Args:
         say: gets what is to be told, some lines at a time.
@@ -51,13 +54,23 @@ def finetune(recipe: Recipe, say: Say = print, progress: TrainerCallback | None 
         The directory, which PEFT loads.
 
     Raises:
-        StageError: the recipe, the data, the model or the directory must be another.
+        StageError: the recipe, the data, the model or the directory must be another; or the processes are not alike,
+            or one has ended.
     """
     if not is_main():
         say = _silent
         disable_loading_bar()
+    with in_time(recipe.training.ddp_timeout):
+        check_alike(recipe.training.ddp_timeout, {"nf4kernels": VERSION, "torch": torch.__version__, **recipe.given})
+        if _from_main(recipe, lambda: is_restarted() and finished(recipe) is not None):
+            say(f"{recipe.out} holds this run, finished before the restart")
+            return recipe.out
+        return _run(recipe, say, progress, samples)
+
+
+def _run(recipe: Recipe, say: Say, progress: TrainerCallback | None, samples: int) -> Path:
     program = resident()
-    started = _started(recipe)
+    started = _from_main(recipe, lambda: _started(recipe))
     with _quiet_libraries():
         split = read(recipe.sources, recipe.held_out, recipe.split_seed)
     processor = load_processor(recipe) if split.has_images else load_tokenizer(recipe)
@@ -66,7 +79,7 @@ def finetune(recipe: Recipe, say: Say = print, progress: TrainerCallback | None 
     if progress is not None:
         trainer.remove_callback(PrinterCallback if recipe.training.disable_tqdm else Progress)
         trainer.add_callback(progress)
-    checkpoint = _last_whole(recipe.out)
+    checkpoint = _from_main(recipe, lambda: _last_whole(recipe.out))
     _announce(trainer, recipe, tokenizer, say)
     _announce_memory(trainer, program, say)
     started = _begin(recipe, trainer, started, len(split.held_out))
@@ -105,6 +118,7 @@ def _begin(recipe: Recipe, trainer: Trainer, started: dict[str, Any] | None, hel
         StageError: it is not.
     """
     begun = {"examples": trainer.counted["train"].examples, "tokens": trainer.counted["train"].tokens}
+    check_alike(recipe.training.ddp_timeout, {f"{name} in --data": value for name, value in begun.items()})
     if started is not None:
         if {name: started.get(name) for name in begun} != begun:
             raise StageError(f"--output_dir must hold a run on the same data, got {recipe.out}, whose run has"
@@ -114,6 +128,7 @@ def _begin(recipe: Recipe, trainer: Trainer, started: dict[str, Any] | None, hel
     loss = None if _is_distributed(trainer) else _held_out_loss(trainer)
     started = {**begun, "held_out_examples": held_out, "held_out_loss": loss}
     started["held_out_seconds"] = 0.0 if loss is None else time.monotonic() - since
+    started["batch"], started["processes"] = math.prod(_batch(recipe).values()), recipe.training.world_size
     if is_main():
         with replacing(recipe.out / RECIPE) as partial:
             partial.write_text(yaml.safe_dump(recipe.given, allow_unicode=True), encoding="utf-8")
@@ -132,6 +147,10 @@ def _train(trainer: Trainer, recipe: Recipe, checkpoint: Path | None) -> None:
     has_no_loss = _is_distributed(trainer) and checkpoint is None
     trainer.args.eval_on_start = has_no_loss and trainer.eval_dataset is not None
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+
+def _from_main(recipe: Recipe, find: Callable[[], Found]) -> Found:
+    return from_main(recipe.training.ddp_timeout, find)
 
 
 def _silent(message: str) -> None:
@@ -171,7 +190,17 @@ def _stored(recipe: Recipe) -> dict[str, Any] | None:
     started = yaml.safe_load((out / START).read_text(encoding="utf-8"))
     stored = yaml.safe_load((out / RECIPE).read_text(encoding="utf-8"))
     names = sorted(name for name in {*stored, *recipe.given} if stored.get(name) != recipe.given.get(name))
-    names = [name for name in names if name != "output_dir"]  # it may have been moved
+    batch = _batch(recipe)
+    changeable = ["output_dir"]  # it may have been moved
+    if "batch" in started:
+        changeable += batch
+        if started["batch"] != math.prod(batch.values()):
+            raise StageError(
+                f"--output_dir must hold a run with as many examples a step, got {out}, whose run has"
+                f" {started['batch']} ({started['processes']} processes) where this one has {math.prod(batch.values())}"
+                f" ({' x '.join(f'{value} {name}' for name, value in batch.items())})"
+            )
+    names = [name for name in names if name not in changeable]
     if names:
         name = names[0]
         raise StageError(
@@ -179,6 +208,15 @@ def _stored(recipe: Recipe) -> dict[str, Any] | None:
             f"{stored.get(name, 'the default')} where this one has {recipe.given.get(name, 'the default')}"
         )
     return started
+
+
+def _batch(recipe: Recipe) -> dict[str, int]:
+    """What the examples of a step are the product of."""
+    args = recipe.training
+    return {
+        "per_device_train_batch_size": args.per_device_train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps, "processes": args.world_size,
+    }  # fmt: skip
 
 
 def _trainer(recipe: Recipe, split: Split, processor: Any) -> Trainer:
@@ -209,7 +247,7 @@ def _trainer(recipe: Recipe, split: Split, processor: Any) -> Trainer:
                 peft_config=recipe.lora, callbacks=[Keeper(recipe.out)],
             )  # fmt: skip
     except (ValueError, TypeError, RuntimeError, OSError, TargetError) as error:
-        if not had:
+        if not had and is_main():
             shutil.rmtree(recipe.out, ignore_errors=True)
         raise StageError(in_one_line(error)) from error
     if trainer.pop_callback(ProgressCallback) is not None:
@@ -266,12 +304,12 @@ def _held_out_loss(trainer: Trainer) -> float | None:
 
 
 def _last_whole(out: Path) -> Path | None:
-    """The last checkpoint that was written to its end; the main process removes those that were not."""
+    """The last checkpoint that was written to its end; those that were not are removed."""
     found = []
     for directory in out.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         if (directory / WHOLE).is_file():
             found.append((int(directory.name.rpartition("-")[2]), directory))
-        elif is_main():
+        else:
             shutil.rmtree(directory)
     return max(found)[1] if found else None
 

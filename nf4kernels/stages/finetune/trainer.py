@@ -19,6 +19,7 @@ from ...storage.atomic import flush, write_json
 from ..errors import StageError
 from .examples import Counts, counts
 from .outputs import LOG, write_log
+from .processes import wait_for_all
 
 START = "started.json"  # what the run began with; beside it the checkpoints
 WHOLE = "whole.json"  # in a checkpoint, written when all the rest of it is on disk
@@ -53,6 +54,7 @@ class Trainer(SFTTrainer):
         sampler = super()._get_train_sampler(*args, **kwargs)
         if not isinstance(sampler, LengthGroupedSampler):
             return sampler
+        sampler.batch_size *= self.args.world_size  # of a whole step: the same order on any number of processes
         return _ByLength(sampler, self.args.seed if self.args.data_seed is None else self.args.data_seed)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
@@ -90,6 +92,9 @@ class Trainer(SFTTrainer):
             raise StageError(f"--max_length must leave something to learn, got {args.max_length}: in every"
                              f" {'training' if dataset_name == 'train' else 'held-out'} example the answer begins"
                              " beyond it")  # fmt: skip
+        if dataset_name == "train" and len(kept) < args.world_size:
+            raise StageError(f"--data must have a training example for each of the {args.world_size} processes, got"
+                             f" {len(kept)}")  # fmt: skip
         return kept
 
 
@@ -120,8 +125,9 @@ class Keeper(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         directory = self.out / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        wait_for_all()  # each process writes a part
         if state.is_world_process_zero and directory.is_dir():
-            for file in directory.iterdir():
+            for file in directory.rglob("*"):
                 flush(file)
             write_json(directory / WHOLE, {"step": state.global_step})
 
