@@ -1,10 +1,11 @@
 """4-bit NormalFloat weights, fused products with them, and LoRA fine-tuning through them."""
 
-from . import codebook, optim
+from . import codebook
 from .entry import command_line_ends_in_one_line
 
 with command_line_ends_in_one_line():  # a wrong environment variable is an error of the import
     from .backends.select import backend_info
+from . import optim
 from .functional import dequantize, linear, lora_linear, quantize, quantize_experts
 from .grouped import grouped_linear, grouped_lora_linear
 from .model.adapters import disable_adapters, remove_adapter, set_adapter
