@@ -22,6 +22,7 @@ from ..nn.grouped_quant_linear import GroupedQuantLinear
 from ..nn.quant_experts import QuantExperts
 from ..nn.quant_linear import OF_WEIGHT, QuantLinear
 from ..nn.quant_module import QuantModule
+from ..nn.released import check_gathered
 from ..quantized_weight import WEIGHT_DTYPES, QuantizedWeight
 from .atomic import replacing
 from .bitsandbytes_format import names_of_weight, stored_weights, weight_from_tensors, weight_to_tensors
@@ -50,6 +51,7 @@ def save_checkpoint(model: nn.Module, path: str | Path) -> None:
     """
     who = "nf4kernels.save_checkpoint"
     model = unwrapped(model, "model", who)
+    check_gathered(model.named_parameters(), who)
     tensors = {}
     layers = _quant_layers(model)
     expected = _dense_state(model, layers)
