@@ -17,6 +17,7 @@ from ..nn.adapted_module import AdaptedModule
 from ..nn.experts_layout import weight_names
 from ..nn.quant_linear import QuantLinear
 from ..nn.quant_module import QuantModule
+from ..nn.released import check_gathered
 from ..quantized_weight import WEIGHT_DTYPES, QuantizedWeight
 from .bitsandbytes_format import names_of_weight, stored_weights, weight_from_tensors, weight_to_tensors
 from .checkpoint_adapters import adapter_metadata, attach, check_active, missing_adapters, stored_adapters
@@ -57,6 +58,7 @@ def save_checkpoint(model: nn.Module, path: str | Path) -> None:
     if is_sharded(model):
         save_sharded(model, Path(path), who)
         return
+    check_gathered(model.named_parameters(), who)
     tensors = {}
     layers = quant_layers(model)
     expected = dense_state(model, layers)

@@ -103,6 +103,17 @@ def test_what_needs_the_bytes_is_refused(tmp_path):
     assert all(isinstance(module, QuantModule) for module in (own, model.blocks[1][2]))
 
 
+def test_experts_alone_are_not_saved_empty(tmp_path):
+    model = tiny.make("MixtralForCausalLM", num_local_experts=3, num_experts_per_tok=2)
+    nf4.quantize_model(model, skip=("*.q_proj", "*.k_proj", "*.v_proj", "*.o_proj"), progress=False)
+    assert any(isinstance(module, nf4.QuantExperts) for module in model.modules())
+    assert not tiny.layers(model)
+    release(model)
+    with pytest.raises(ValueError, match=REFUSED):
+        nf4.save_checkpoint(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_released_dense_weight_is_not_quantized():
     model = tiny.Net()
     release(model)

@@ -14,6 +14,7 @@ from ...nn.adapted_module import AdaptedModule
 from ...nn.experts_layout import WEIGHTS
 from ...nn.quant_linear import COLUMN_ORDER, OF_WEIGHT, QuantLinear
 from ...nn.quant_module import SCALE_TENSORS, QuantModule
+from ...nn.released import check_gathered
 from ...quantized_weight import WEIGHT_DTYPES, QuantizedWeight
 from ...storage.bitsandbytes_format import weight_to_tensors
 from .config import Nf4Config
@@ -65,6 +66,7 @@ def _could_be_4_bit(module: nn.Module) -> bool:
 
 def state_for_saving(model: nn.Module) -> dict[str, Tensor]:
     """The model's state, each QuantLinear's weight by the names that bitsandbytes gives it on disk."""
+    check_gathered(model.named_parameters(), "save_pretrained")
     state = {name: tensor.detach() for name, tensor in state_dict(model).items()}
     written: set[nn.Module] = set()
     for name, module in named_modules(model):
