@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer import utils as heads
 
