@@ -15,6 +15,7 @@ PARTS = (
     ("logits", "logits"), ("decoded weight", "workspace"), ("gathered from other ranks", "gathered"),
 )  # fmt: skip
 ON_HOST = (("optimizer, on the host", "optimizer_on_host"), ("activations, on the host", "activations_on_host"))
+AT_WORK = ("activations", "logits", "workspace", "gathered")  # what is not there while a layer is gathered
 
 
 def add_parser(subparsers) -> None:
@@ -48,6 +49,26 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches in a step")
     parser.add_argument("--gpus", type=int, default=1, help="GPUs that share the model; the figures are of one")
     parser.add_argument("--shard", default="fsdp2", help="how they share it: fsdp2 or zero3")
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        nargs="+",
+        help="print what one of so many GPUs takes under FSDP2, estimated beside a simulated step, and what it sends; a"
+        " step takes seconds to simulate, of 405 billion parameters about a minute",
+    )
+    parser.add_argument(
+        "--link",
+        nargs="+",
+        default=["nvlink", "pcie5", "8x400g", "400g", "25g"],
+        help="of --ranks: what to send over, by name or in GB/s: nvlink (450) and pcie5 (55) within a machine of 8"
+        " GPUs; between machines eight ports of 400 Gb/s each (8x400g, 360), one (400g, 45), or 25 Gb/s (25g, 2.8)",
+    )
+    parser.add_argument(
+        "--no-reshard-after-forward", action="store_true", help="FSDP2 keeps layers gathered until their backward pass"
+    )
+    parser.add_argument(
+        "--mixed-precision", action="store_true", help="FSDP2 gathers what is not in 4 bits in bfloat16"
+    )
     parser.add_argument("--device", default="cuda", help="cuda or cpu")
     parser.add_argument("--json", action="store_true", help="bytes as JSON, for programs")
     parser.set_defaults(func=run)
@@ -66,13 +87,49 @@ def run(args: argparse.Namespace) -> None:
         dtype=args.dtype, adapter_dtype=args.adapter_dtype, optimizer=args.optimizer,
         checkpointing=not args.no_checkpointing, offload_activations=args.offload_activations,
         accumulation=args.accumulation, gpus=args.gpus, shard=args.shard, device=args.device,
+        reshard_after_forward=not args.no_reshard_after_forward, mixed_precision=args.mixed_precision,
     )  # fmt: skip
+    if args.ranks is not None:
+        return _run_ranks(args, options)
     found = list(stage.estimates(args.config, args.batch, args.length, args.rank, options))
     if args.json:
         cards = {f"{use}_fits_gib": None for use in ("train", "serve")}
         print(json.dumps([{**each.as_dict(), **{k: _fitting(each, k) for k in cards}} for each in found], indent=2))
         return
     _print_tables(found)
+
+
+def _run_ranks(args: argparse.Namespace, options: Any) -> None:
+    from ..stages import rank_plan as stage
+
+    for link in args.link:
+        stage.speed(link)
+    plans = stage.rank_plans(args.config, args.ranks, args.batch, args.length, args.rank, options)
+    if args.json:
+        print(json.dumps([each.as_dict(args.link) for each in plans], indent=2))
+        return
+    numbers = ("batch", "length", "rank", "ranks", "estimated", "simulated", "off", "fits", "gathers", "reduces")
+    header = (*numbers, *args.link)
+    for number, each in enumerate(plans):
+        if not number:
+            print(
+                f"{each.estimate.parameters / 1e9:.2f} billion parameters in {options.codebook}; GiB at the peak of"
+                " training on one rank, GB that a step gathers and reduces, seconds that this takes by link"
+            )
+            print("  ".join(name.rjust(max(6, len(name))) for name in header), flush=True)
+        print("  ".join(cell.rjust(max(6, len(name))) for name, cell in zip(header, _rank_row(each, args.link))))
+
+
+def _rank_row(each: Any, links: list[str]) -> list[str]:
+    told, simulated = each.estimate.options, each.simulated
+    fits = next((f"{card} GB" for card in CARDS if simulated.peak <= card * GIB), "-")
+    seconds = [each.seconds(link) for link in links]
+    return [
+        *map(str, (told.batch, told.length, told.rank, simulated.ranks)),
+        _gib(each.estimate.train), _gib(simulated.peak), f"{each.estimate.train / simulated.peak - 1:+.1%}", fits,
+        f"{simulated.gathered / 1e9:.1f}", f"{simulated.reduced / 1e9:.2f}",
+        *("-" if time is None else f"{time:.2f}" for time in seconds),
+    ]  # fmt: skip
 
 
 def _fitting(each: Any, key: str) -> list[int]:
@@ -97,9 +154,12 @@ def _print_tables(found: list) -> None:
     largest = max(found, key=lambda each: each.train)
     told = largest.options
     print(f"\ntraining at batch {told.batch}, length {told.length}, rank {told.rank}, {checkpoints} checkpointing:")
+    opens = largest.opening > sum(getattr(largest, name) for name in AT_WORK)
     for label, name in PARTS:
-        if getattr(largest, name):
+        if getattr(largest, name) and (name not in AT_WORK or not opens):
             print(f"  {label.ljust(26)}{_gib(getattr(largest, name)).rjust(8)}")
+    if opens:
+        print(f"  {'while a layer is gathered'.ljust(26)}{_gib(largest.opening).rjust(8)}")
     for label, name in ON_HOST:
         if getattr(largest, name):
             print(f"  {label.ljust(26)}{_gib(getattr(largest, name)).rjust(8)}")

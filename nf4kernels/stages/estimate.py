@@ -306,7 +306,7 @@ class Built:
         self.adapters = sum(parameter.nbytes for parameter in self.trained)
 
     def estimate(self, options: Options) -> Estimate:
-        training = self.peak_of_training(options)
+        training = self._peak_of_training(options)
         prefill, cache = self._traced(lambda: self._serving(options))
         ranks, shard = options.gpus, options.shard
         adapters = bytes_here(self.trained, ranks, shard)
@@ -341,7 +341,7 @@ class Built:
         buffers = sum(each.nbytes for each in tensors if not isinstance(each, nn.Parameter))
         return bytes_here(parameters, options.gpus, options.shard) + buffers
 
-    def peak_of_training(self, options: Options) -> Peak:
+    def prepare_training(self, options: Options) -> None:
         if options.checkpointing:
             self.peft.gradient_checkpointing_enable({"use_reentrant": False})
             self.peft.enable_input_require_grads()
@@ -349,6 +349,9 @@ class Built:
             self.peft.gradient_checkpointing_disable()
             self.peft.disable_input_require_grads() if hasattr(self.model, "_require_grads_hook") else None
         self.peft.train()
+
+    def _peak_of_training(self, options: Options) -> Peak:
+        self.prepare_training(options)
         sizes = options.batch, options.length, options.accumulation
         return self._traced(lambda: peak_of_training(self.peft, *sizes, offload=options.offload_activations))
 

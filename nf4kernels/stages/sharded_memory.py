@@ -50,10 +50,13 @@ def gathered(
 ) -> Gathered:
     """What is gathered at once under FSDP2, as `fully_shard` of every decoder layer and then of the rest, or ZeRO-3.
 
-    FSDP2 gathers into one buffer, whose rows it then copies into the parameters. It has the layer in use and the next
-    one's buffer (or all layers, with `reshard_after_forward` off), and what is in no layer throughout; the buffer of the
-    latter still stands when the first layer's is copied. Rows are filled up to a multiple of `ranks`. ZeRO-3 holds up
-    to `stage3_max_live_parameters` numbers. `dtype` is what floating parameters are cast to beforehand.
+    FSDP2 gathers into one buffer, whose rows it then copies into the parameters. It has the layer in use (or all that
+    were, with `reshard_after_forward` off), the next one's buffer, and throughout what is in no layer. While a layer is
+    copied, the buffer of what was gathered before it still stands, be that the layer before or what is in none. Rows
+    are filled up to a multiple of `ranks`. ZeRO-3 holds up to `stage3_max_live_parameters` numbers.
+
+    Args:
+        dtype: what floating parameters are cast to before they are gathered; None leaves them as they are.
     """
     if ranks == 1:
         return Gathered(0, 0)

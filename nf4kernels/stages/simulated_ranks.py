@@ -224,6 +224,8 @@ class _Seen(TorchDispatchMode):
         self.calls = {ALL_GATHER: 0, REDUCE_SCATTER: 0}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):  # asked for at each operator
+            return args[0].fake_device
         if any(each is DTensor for each in types):  # it takes itself apart first
             return NotImplemented
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):

@@ -192,8 +192,7 @@ def attention_in_tiles() -> Iterator[None]:
 
 
 def no_value(tensor: Tensor) -> bool | int:
-    """What a model learns that asks for the value of one: models ask whether nothing is padded or packed, and so it is.
-    """
+    """The answer to a model that asks for a value: they ask whether nothing is padded or packed, and nothing is."""
     return True if tensor.dtype == torch.bool else 1
 
 

@@ -43,3 +43,31 @@ def test_refused(directory, capsys):
     (directory / "config.json").write_text("{", encoding="utf-8")
     assert main(["estimate", str(directory)]) == 2
     assert "config.json must be JSON" in capsys.readouterr().err
+
+
+def test_ranks(directory, capsys):
+    arguments = ["estimate", str(directory), "--length", "16", "--rank", "8", "--ranks", "1", "2", "16"]
+    assert main([*arguments, "--link", "nvlink", "12.5"]) == 0
+    _, header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split()[3:6] == ["ranks", "estimated", "simulated"]
+    assert header.split()[-2:] == ["nvlink", "12.5"]
+    assert [row.split()[3] for row in rows] == ["1", "2", "16"]
+    assert [row.split()[-2] for row in rows] == ["0.00", "0.00", "-"]
+    assert main([*arguments, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [each["ranks"] for each in told] == [each["estimate"]["gpus"] for each in told] == [1, 2, 16]
+    assert told[2]["seconds"]["400g"] * 45e9 == pytest.approx(told[2]["sent"])
+    assert told[2]["seconds"]["pcie5"] is None
+
+
+def test_ranks_refused(directory, capsys):
+    for more, sentence in (
+        (["--ranks", "0"], "--ranks must be 1 or more, got 0"),
+        (
+            ["--ranks", "2", "--link", "string"],
+            "--link must be one of nvlink, pcie5, 8x400g, 400g, 25g or a number of GB/s, got string",
+        ),
+    ):
+        assert main(["estimate", str(directory), *more]) == 2
+        printed = capsys.readouterr()
+        assert (printed.out, printed.err) == ("", f"nf4kernels estimate: {sentence}\n")
