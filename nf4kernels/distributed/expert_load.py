@@ -35,7 +35,7 @@ class ExpertLoad:
     def _count(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not module.training:
             return
-        index = args[1] if len(args) > 1 else kwargs.get("top_k_index", kwargs.get("router_indices"))
+        index: Any = args[1] if len(args) > 1 else kwargs.get("top_k_index", kwargs.get("router_indices"))
         index = index.to_local() if isinstance(index, DTensor) else index
         index = index.detach().flatten().long()
         counts = self.counts[layer] = self.counts[layer].to(index.device)

@@ -27,8 +27,8 @@ def set_aside(model: Any, rules: dict[str, str], names: Iterable[str]) -> dict[s
     for what, size in (("ep_size", asked.ep_size), ("fsdp_size", asked.dp_size), ("pp_size", asked.pp_size)):
         if size > 1:
             raise ValueError(
-                f"{WHO}: {what} must be 1 where from_pretrained distributes a model in 4 bits, got {size} (load it whole,"
-                " then parallelize_module with nf4kernels.distributed.ExpertParallel, or fully_shard)"
+                f"{WHO}: {what} must be 1 where from_pretrained distributes a model in 4 bits, got {size} (load it"
+                " whole, then parallelize_module with nf4kernels.distributed.ExpertParallel, or fully_shard)"
             )
     if isinstance(asked.tp_plan, dict) and asked.tp_plan:
         raise ValueError(
