@@ -218,7 +218,7 @@ class RowwiseParallel(torchs.RowwiseParallel):
 
     lora_A is cut as Ŵ is, lora_B whole on each rank and its gradient the ranks' sum; bias is added once, to the sum,
     which is taken in y's dtype. Arguments are torch's. Double-quantized scales are held as fp32 numbers as
-    well: at blocks of 64 a weight takes 4.63 bits on its rank, not 4.13. Each rank draws the dropout mask of its columns.
+    well: at blocks of 64 a weight takes 4.63 bits, not 4.13. Each rank draws the dropout mask of its columns.
 
     Raises:
         ValueError: the layer's in_features are not the same number of whole blocks on each rank.

@@ -245,7 +245,7 @@ def check_models() -> None:
 
 
 def check_experts_beside_shards() -> None:
-    """Ranks with sequences of their own: attention's gradients are averaged by fully_shard, tokens go to the experts."""
+    """Ranks with sequences of their own: fully_shard averages attention's gradients, and tokens go to the experts."""
     mesh, rank = init_device_mesh("cpu", (RANKS,)), dist.get_rank()
     plain, cut = quantized("mixtral"), quantized("mixtral")
     parallelize_module(cut, mesh, {"model.layers.*.mlp.experts": ExpertParallel()})
