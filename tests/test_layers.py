@@ -30,6 +30,7 @@ LEVELS = {
     "nf4kernels.model": 5,
     "nf4kernels.storage": 5,
     "nf4kernels.tuning": 5,
+    "nf4kernels.distributed": 5,
     "nf4kernels.optim": 5,
     "nf4kernels.recover": 5,
     "nf4kernels.integrations": 6,
@@ -198,12 +199,13 @@ def test_banned_names():
 
 def test_importing_the_package_imports_no_framework():
     """None of the optional frameworks, nor any of their seconds, comes with `import nf4kernels`."""
-    code = "import sys, nf4kernels; print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    code = "import sys, nf4kernels; print(*sorted({m.split('.')[0] for m in sys.modules} | set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
     loaded = set(result.stdout.split())
     assert "nf4kernels" in loaded
     frameworks = {"transformers", "peft", "bitsandbytes", "matplotlib", "gguf", "pytest", "accelerate", "triton"}
     assert not loaded & frameworks
+    assert "torch.distributed.tensor" not in loaded, "a third of a second for what one device does not need"
 
 
 def reads_by_the_locale(file: Path) -> list[int]:

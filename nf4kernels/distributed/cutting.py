@@ -6,6 +6,7 @@ fp32 numbers that every backend decodes them to. Either way the part has the who
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ MOST_RANKS = 64  # that a message names
 def cut_problem(N: int, K: int, block_size: int, ranks: int, dim: int) -> str | None:
     """Why Ŵ `[N, K]` cannot be cut into `ranks` equal parts, in numbers and with what could; None where it can."""
     if K % block_size:
-        return f"in_features={K} must be a multiple of block_size={block_size} for any cut, so that no block has two rows"
+        return f"in_features={K} must be a multiple of block_size={block_size} for any cut: no block may have two rows"
     if not _fits(N, K, block_size, ranks, dim):
         counts = [str(n) for n in range(1, MOST_RANKS + 1) if _fits(N, K, block_size, n, dim)]
         step = "" if dim == ROWS else f" whole blocks of {block_size},"
@@ -51,23 +52,33 @@ def part_scales(
     if is_whole and first % SUPERBLOCK == 0:
         begin, count = first // SUPERBLOCK, superblocks(rows[1] - rows[0], K, block_size)
         return (absmax, scale_absmax[begin : begin + count], scale_offset, scale_code), False
-    numbers = decoded_scales(scales, K // block_size, rows, (columns[0] // block_size, columns[1] // block_size))
+    numbers = decoded_scales(
+        absmax,
+        scale_absmax,
+        scale_offset,
+        scale_code,
+        K // block_size,
+        rows,
+        (columns[0] // block_size, columns[1] // block_size),
+    )
     return (numbers, None, None, None), True
 
 
 @torch.compiler.disable  # inductor would contract the two roundings to one
 @outside_inference_mode
-def decoded_scales(scales: Scales, blocks: int, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
+def decoded_scales(
+    absmax: Tensor, scale_absmax: Tensor, scale_offset: Any, scale_code: Any, blocks: int, rows: tuple[int, int],
+    columns: tuple[int, int],
+) -> Tensor:  # fmt: skip
     """fp32, `scale_code[absmax] * scale_absmax[superblock] + scale_offset`, each operation rounded once.
 
     `blocks` are those of a whole row, and `columns` count blocks.
     """
-    absmax, scale_absmax, scale_offset, scale_code = (None if each is None else each.detach() for each in scales)
-    assert absmax is not None and scale_absmax is not None and scale_offset is not None and scale_code is not None
     device = absmax.device
     row, column = torch.arange(*rows, device=device)[:, None], torch.arange(*columns, device=device)
     superblock = (row * blocks + column) // SUPERBLOCK
-    return scale_code[absmax.long()] * scale_absmax[superblock] + scale_offset
+    numbers: Tensor = scale_code[absmax.detach().long()] * scale_absmax[superblock] + scale_offset
+    return numbers
 
 
 def cut(qweight: QuantizedWeight, dim: int, rank: int, ranks: int) -> QuantizedWeight:

@@ -37,7 +37,7 @@ class _Waited(torch.autograd.Function):
 
 
 def exchanged(rows: Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup) -> Tensor:
-    """The rows that the ranks of `group` send here, of rank 0 first; differentiable in rows, which are sent likewise."""
+    """The rows that the ranks of `group` send here, rank 0's first; differentiable in the rows that are sent."""
     result = collectives.all_to_all_single_autograd(_Waited.apply(rows), received, sent, group)
     waited: Tensor = _Waited.apply(result)
     return waited
@@ -118,7 +118,9 @@ class PartOfExperts(QuantExperts):
         here = torch.where(index.div(own, rounding_mode="floor") == rank, index - rank * own, own)
         rows, expert_offsets, positions = sort_by_expert(x.to(self._dtype(x)), here, own)
         y = combine_experts(self._of_rows(rows, expert_offsets), positions, weights, x.dtype)
-        return DTensor.from_local(y, mesh, [Partial()], run_check=False).redistribute(placements=[Replicate()]).to_local()
+        return (
+            DTensor.from_local(y, mesh, [Partial()], run_check=False).redistribute(placements=[Replicate()]).to_local()
+        )
 
     def _local(self, tensor: Tensor, mesh: DeviceMesh) -> Tensor:
         """This rank's tokens; the gradient of what all ranks have is the ranks' sum."""

@@ -79,7 +79,8 @@ def _style(name: str, module: nn.Module, rule: str) -> ParallelStyle | None:
         return ExpertParallel(input_layouts=Replicate())
     if rule in WHOLE and not any(p.requires_grad for p in module.parameters()):
         return None
-    known = ", ".join((*BY_ROWS, *BY_COLUMNS, f"{EXPERTS} of QuantExperts", *(f"{each} of what is frozen" for each in WHOLE)))
+    frozen = [f"{each} of what is frozen" for each in WHOLE]
+    known = ", ".join((*BY_ROWS, *BY_COLUMNS, f"{EXPERTS} of QuantExperts", *frozen))
     raise ValueError(f"{WHO}: styles must be among {known}, got {rule} for {name}, a {type(module).__name__}")
 
 

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor import parallel as torchs
-from torch.nn.modules.module import _has_any_global_hook
 
 from ..autograd import outside_inference_mode
 from ..functional import linear_from_args, lora_linear_from_args
 from ..nn.lora import LoraConfig, plain_weight
 from ..nn.quant_linear import COLUMN_ORDER, LoraTerm, QuantLinear
-from ..quantized_weight import QuantizedWeight, WeightArgs
+from ..quantized_weight import WeightArgs
 from .cutting import COLUMNS, ROWS, Scales, cut_problem, part_of, part_scales
 from .placing import local, place, replicated, shared
 
@@ -57,7 +56,7 @@ class PartLinear(QuantLinear):
         """As of a whole layer: the first rank's start is every rank's."""
         mesh = self._mesh
         if mesh.ndim > 1:
-            raise ValueError(f"{self.WHO}.add_lora: a layer in tensor parallel must get its adapters before fully_shard")
+            raise ValueError(f"{self.WHO}.add_lora: in tensor parallel adapters must come before fully_shard")
         super().attach_lora(config, dtype, name)
         self._place_adapter(name, mesh, 0)
 
@@ -79,7 +78,7 @@ class PartLinear(QuantLinear):
         lora_B: Any = self._modules["lora_B"]
         A, B = plain_weight(lora_A), plain_weight(lora_B)
         if A is None or B is None:
-            raise ValueError(f"{self.WHO}: in tensor parallel lora_A and lora_B must be as add_lora made them, without hooks")
+            raise ValueError(f"{self.WHO}: in tensor parallel lora_A and lora_B must have no hooks of their own")
         A, B = (shared(each) if place.is_replicate() else local(each) for each, place in zip((A, B), self.FACTORS))
         A = A if order is None else self._taken(A)
         dropout_p = lora.dropout if self.training else 0.0
@@ -115,14 +114,6 @@ class PartLinear(QuantLinear):
             self._numbers = scales[0] if are_decoded else None
         shape = (rows[1] - rows[0], columns[1] - columns[0])
         return weight, *scales[:3], buffers["code"], scales[3], *shape, self.block_size
-
-    @property
-    def local_qweight(self) -> QuantizedWeight:
-        """This rank's part of the weight as a value."""
-        packed, *scales, N, K, block_size = self._weight_args()
-        codebook = None if scales[-1] is None else self.scale_codebook
-        dtype = self.qweight.dtype
-        return QuantizedWeight(packed, *scales, (N, K), dtype, block_size, self.codebook, codebook)  # type: ignore[arg-type]
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
@@ -189,7 +180,7 @@ def _make_part(
 def layer_problem(layer: QuantLinear, dim: int, ranks: int) -> str | None:
     """Why a layer cannot be cut in that dimension of Ŵ; None where it can."""
     if isinstance(layer.weight, DTensor):
-        return "the layer must be whole, got one that is cut or sharded already (first tensor parallel, then fully_shard)"
+        return "the layer must be whole, got one that is cut or sharded already (fully_shard comes last)"
     if type(layer) is not QuantLinear:
         return f"the layer must be a QuantLinear itself, got a {type(layer).__name__}"
     if dim == COLUMNS and layer._buffers.get(COLUMN_ORDER) is not None:
@@ -223,11 +214,11 @@ class ColwiseParallel(torchs.ColwiseParallel):
 
 
 class RowwiseParallel(torchs.RowwiseParallel):
-    """torch's style of that name, for QuantLinear as well: y is the ranks' sum of `x[its columns] @ Ŵ[:, its columns].T`.
+    """torch's style of that name, for QuantLinear as well: y sums `x[its columns] @ Ŵ[:, its columns].T` over ranks.
 
     lora_A is cut as Ŵ is, lora_B whole on each rank and its gradient the ranks' sum; bias is added once, to the sum,
-    which is taken in y's dtype. Arguments are torch's. Double-quantized scales become fp32 numbers on each rank: the
-    weight takes 4.5 bits there, not 4.127, at blocks of 64. The ranks' dropout masks are of their own columns.
+    which is taken in y's dtype. Arguments are torch's. Double-quantized scales are held as fp32 numbers as
+    well: at blocks of 64 a weight takes 4.63 bits, not 4.13. Each rank draws the dropout mask of its columns.
 
     Raises:
         ValueError: the layer's in_features are not the same number of whole blocks on each rank.

@@ -132,7 +132,7 @@ class QuantModule(nn.Module):
             self.record_bytes()
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As nn.Module; torch's own styles of tensor parallel, which would cut bytes and scales as numbers, end here."""
+        """As nn.Module; torch's own styles of tensor parallel, which would cut bytes as numbers, end here."""
         if name in ("weight", "absmax") and is_shard(param):
             raise ValueError(
                 f"{self.WHO}: a layer in 4 bits must be cut by the styles of nf4kernels.distributed (ColwiseParallel,"

@@ -45,8 +45,10 @@ def chat_tokenizer(template: str | None = CHAT_TEMPLATE):
     return tokenizer
 
 
-def chat_model(directory: Path, template: str | None = CHAT_TEMPLATE, dtype=torch.float32, seed: int = 0, **changes):
-    """Write the model and its tokenizer to `directory`, and return it; `changes` are fields of its LlamaConfig."""
+def chat_model(
+    directory: Path, template: str | None = CHAT_TEMPLATE, dtype=torch.float32, seed: int = 0, kind="Llama", **changes
+):
+    """Write the model and its tokenizer to `directory`, and return it; `changes` are fields of its configuration."""
     tokenizer = chat_tokenizer(template)
     options = {
         "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -55,7 +57,8 @@ def chat_model(directory: Path, template: str | None = CHAT_TEMPLATE, dtype=torc
         "pad_token_id": tokenizer.pad_token_id,
     }  # fmt: skip
     torch.manual_seed(seed)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**options, **changes})).to(dtype)
+    config = getattr(transformers, f"{kind}Config")(**{**options, **changes})
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).to(dtype)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory

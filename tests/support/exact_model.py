@@ -16,7 +16,11 @@ class ExactLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(layer.dequantize(torch.float32).double(), requires_grad=False)
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().double(), layer.bias.requires_grad)
-        self.lora_A, self.lora_B, self.scaling = layer.lora_A, layer.lora_B, 0 if layer.lora is None else layer.lora.scaling
+        self.lora_A, self.lora_B, self.scaling = (
+            layer.lora_A,
+            layer.lora_B,
+            0 if layer.lora is None else layer.lora.scaling,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y = nn.functional.linear(x, self.weight, self.bias)

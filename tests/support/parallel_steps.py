@@ -10,11 +10,13 @@ import torch.distributed.checkpoint as dcp
 from contract.product import joined
 from support import tiny
 from support.exact_model import assert_as_good, exact
-from support.numerics import assert_same_bits, row_bounds
+from support.expert_steps import check_experts, experts
+from support.gathered import assert_same_state, whole
+from support.numerics import row_bounds
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import Replicate
 from torch.distributed.tensor import parallel as torchs
 from torch.distributed.tensor.parallel import parallelize_module
 
@@ -25,17 +27,6 @@ RANKS = 4
 LORA = nf4.LoraConfig(r=4, init="gaussian")
 COLUMN, ROW = ColwiseParallel(output_layouts=Replicate()), RowwiseParallel(input_layouts=Replicate())
 WIDE = {"hidden_size": 128, "intermediate_size": 256}  # two blocks a row at least
-
-
-def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def assert_same_state(cut: nn.Module, expected: dict[str, Tensor], what: str) -> None:
-    state = cut.state_dict()
-    assert state.keys() == expected.keys(), what
-    for name in expected:
-        assert_same_bits(whole(state[name]), expected[name], f"{what}: {name}")
 
 
 def layer(N=96, K=512, dtype=torch.float32, dropout=0.0, **options) -> nf4.QuantLinear:
@@ -67,7 +58,8 @@ def check_layers(style, dropout=0.0) -> None:
             assert packed.numel() * RANKS == plain.weight.numel(), name
             assert packed.untyped_storage().nbytes() == packed.nbytes, f"{name}: the rest of the weight is kept"
             torch.manual_seed(1)
-            x, dy = (torch.randn(M, size, dtype=plain.lora_A.weight.dtype) for size in (plain.in_features, plain.out_features))
+            dtype = plain.lora_A.weight.dtype
+            x, dy = (torch.randn(M, size, dtype=dtype) for size in (plain.in_features, plain.out_features))
             outputs = []
             for each in (plain, cut):
                 each.x = x.clone().requires_grad_()
@@ -102,7 +94,7 @@ def compare_layers(plain, cut, x, dy, outputs, by_rows, what) -> None:
 
 
 def assert_lora_within_bound(actual, a, matrix, lora, what, bias=None) -> None:
-    """Of a @ matrix + scaling * a @ inner @ outer: section 7's, and what a rounded a @ inner of each rank may be off."""
+    """Of a @ matrix + scaling * a @ inner @ outer: section 7's, and what each rank's rounded a @ inner may be off."""
     inner, outer, scaling = lora
     _, bound = row_bounds(*joined(a, matrix, (a @ inner, outer, scaling)), bias)
     exact = a.double() @ (matrix.double() + scaling * inner.double() @ outer.double())
@@ -252,6 +244,34 @@ def check_models() -> None:
     compare_models(plain, cut, "fully_shard over tensor parallel")
 
 
+def check_experts_beside_shards() -> None:
+    """Ranks with sequences of their own: fully_shard averages attention's gradients, and tokens go to the experts."""
+    mesh, rank = init_device_mesh("cpu", (RANKS,)), dist.get_rank()
+    plain, cut = quantized("mixtral"), quantized("mixtral")
+    parallelize_module(cut, mesh, {"model.layers.*.mlp.experts": ExpertParallel()})
+    dealt = {p for module in cut.modules() if isinstance(module, nf4.QuantExperts) for p in module.parameters()}
+    assert dealt
+    for block in cut.model.layers:
+        fully_shard(block, mesh=mesh, ignored_params=dealt)
+    fully_shard(cut, mesh=mesh, ignored_params=dealt)
+    torch.manual_seed(1)
+    ids = torch.randint(3, 96, (RANKS, 6))
+    best, losses = exact(plain), []
+    for model, batch in ((cut, ids[rank : rank + 1]), (plain, ids), (best, ids)):
+        losses.append(model(input_ids=batch, labels=batch, use_cache=False).loss)
+        losses[-1].backward()
+    mean = losses[0].detach().clone()
+    dist.all_reduce(mean)
+    assert_as_good(mean / RANKS, losses[1].detach(), losses[2].detach(), "loss")
+    gradients = [
+        {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+        for model in (cut, plain, best)
+    ]
+    assert gradients[0].keys() == gradients[1].keys() == gradients[2].keys() != set()
+    for name in gradients[0]:
+        assert_as_good(*(each[name] for each in gradients), f"gradient of {name}")
+
+
 def check_from_pretrained() -> None:
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
@@ -287,8 +307,9 @@ def check_from_pretrained() -> None:
     cut.save_pretrained(saved)
     dist.barrier()
     assert_same_state(AutoModelForCausalLM.from_pretrained(saved), before, "saved from ranks")
+    by_experts = {"ep_size": 4, "fsdp_size": 4}
     check_refused(
-        lambda: AutoModelForCausalLM.from_pretrained(packed, distributed_config=DistributedConfig(ep_size=4, fsdp_size=4)),
+        lambda: AutoModelForCausalLM.from_pretrained(packed, distributed_config=DistributedConfig(**by_experts)),
         "ep_size must be 1 where from_pretrained distributes a model in 4 bits, got 4",
     )
 
@@ -323,78 +344,20 @@ def check_bad_input() -> None:
     check_refused(lambda: parallelize_module(layer(), two, COLUMN), "the mesh must have one dimension")
     cut = parallelize_module(layer(), mesh, COLUMN)
     check_refused(lambda: parallelize_module(cut, mesh, COLUMN), "cut or sharded already")
+    term = (cut.lora_A.weight, cut.lora_B.weight, 1.0, 0.0)
+    check_refused(lambda: cut(torch.ones(1, 512), term=term), "has adapters of its own (add_lora), not PEFT's")
     llama = quantized("llama")
     before = {name: tensor.clone() for name, tensor in llama.state_dict().items()}
     for do, words in (
-        (lambda: tensor_parallel_plan(llama, mesh), "self_attn.k_proj: 2 heads must be the same number on each of 4 ranks"),
+        (lambda: tensor_parallel_plan(llama, mesh), "k_proj: 2 heads must be the same number on each of 4 ranks"),
         (lambda: tensor_parallel_plan(layer(), mesh), "must have a tp_plan"),
         (lambda: tensor_parallel_plan(llama, mesh, {"nobody": "colwise"}), "must have names of the plan"),
-        (lambda: tensor_parallel_plan(llama, mesh, {"model.layers.*.mlp.up_proj": "packed_colwise"}), "packed_colwise"),
-        (lambda: parallelize_module(experts(E=3), mesh, ExpertParallel()), "3 experts must be the same number on each of 4"),
+        (lambda: tensor_parallel_plan(llama, mesh, {"model.norm": "packed_colwise"}), "packed_colwise for model.norm"),
+        (lambda: parallelize_module(experts(E=3), mesh, ExpertParallel()), "3 experts must be the same number on each"),
         (lambda: parallelize_module(layer(), mesh, ExpertParallel()), "must be a QuantExperts"),
     ):
         check_refused(do, words)
     assert_same_state(llama, before, "refused")
-
-
-def experts(E=4, H=64, I=64, dtype=torch.float32, **options) -> nf4.QuantExperts:  # noqa: E741
-    torch.manual_seed(0)
-    gate_up, down = (nf4.quantize_experts(torch.randn(E, *s, dtype=dtype), **options) for s in ((2 * I, H), (H, I)))
-    bias = nn.Parameter(torch.randn(E, 2 * I, dtype=dtype))
-    made = nf4.QuantExperts(gate_up, down, nn.functional.silu, biases={"gate_up_proj_bias": bias})
-    made.add_lora(nf4.LoraConfig(r=4), dtype=dtype)
-    return tiny.fill_adapters(made)
-
-
-def tokens(E: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """x, top_k_index, top_k_weights, dy: experts without tokens, and tokens without an expert."""
-    torch.manual_seed(1)
-    x, dy = torch.randn(14, 64, dtype=dtype), torch.randn(14, 64, dtype=dtype)
-    index = torch.stack([torch.randperm(E)[:2] for _ in range(14)])
-    index[3, 1] = E
-    index[index == 2] = E
-    return x, index, torch.rand(14, 2), dy
-
-
-def check_experts() -> None:
-    mesh = init_device_mesh("cpu", (RANKS,))
-    rank = dist.get_rank()
-    bounds = [0, 5, 5, 12, 14]  # a rank without a token
-    for name, options in (
-        ("double", {}), ("bf16", {"dtype": torch.bfloat16}), ("float scales", {"double_quant": False}),
-        ("codes", {"codebook": "nvfp4"}), ("eight", {"E": 8}),
-    ):  # fmt: skip
-        for layout in (Shard(0), Replicate()):
-            plain, cut = experts(**options), experts(**options)
-            before = {key: tensor.clone() for key, tensor in plain.state_dict().items()}
-            parallelize_module(cut, mesh, ExpertParallel(input_layouts=layout))
-            assert cut.down_proj.weight.to_local().numel() * RANKS == plain.down_proj.weight.numel()
-            x, index, weights, dy = tokens(options.get("E", 4), options.get("dtype", torch.float32))
-            mine = slice(bounds[rank], bounds[rank + 1]) if isinstance(layout, Shard) else slice(None)
-            got = run_experts(cut, x[mine], index[mine], weights[mine], dy[mine])
-            expected = [each[mine] for each in run_experts(plain, x, index, weights, dy)]
-            for what, a, b in zip(("y", "dx", "the weights' gradient"), got, expected):
-                assert_equal_or_near(a, b, isinstance(layout, Shard), f"{name}, {layout}: {what}")
-            for (key, p), q in zip(plain.named_parameters(), cut.parameters()):
-                if p.grad is not None:
-                    assert torch.equal(whole(q.grad), p.grad), f"{name}, {layout}: the gradient of {key}"
-            assert_same_state(cut, before, name)
-
-
-def run_experts(module, x, index, weights, dy) -> tuple[Tensor, ...]:
-    x, weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
-    y = module(x, index, weights)
-    y.backward(dy)
-    return y.detach(), x.grad, weights.grad
-
-
-def assert_equal_or_near(actual: Tensor, expected: Tensor, bits: bool, what: str) -> None:
-    """Bits, or what the sum of two experts' rounded shares may be off: each share's rounding, and the sum's."""
-    if bits:
-        assert torch.equal(actual, expected), what
-        return
-    allowed = 4 * torch.finfo(expected.dtype).eps * expected.double().norm()
-    assert (actual.double() - expected.double()).norm() <= allowed, what
 
 
 CASES = {
@@ -403,6 +366,7 @@ CASES = {
     "dropout": check_dropout,
     "life": check_life,
     "models": check_models,
+    "experts beside shards": check_experts_beside_shards,
     "from_pretrained": check_from_pretrained,
     "bad input": check_bad_input,
     "experts": check_experts,

@@ -168,13 +168,9 @@ class Nf4Quantizer(HfQuantizer):
         target, compute_dtype = self.targets[name], self.quantization_config.compute_dtype
         if missing_keys is not None:
             missing_keys.difference_update(target.keys)
-        if getattr(model, "_device_mesh", None) is not None and self.set_aside is None:
-            raise ValueError(
-                "nf4kernels.Nf4Config: from_pretrained must distribute no model in 4 bits with this version of"
-                " transformers (5.24 can), got a device mesh: load it whole, then parallelize_module"
-            )
         if self.error is None:
             try:
+                tensor_parallel.check_asked(model, self.set_aside)
                 qweight = make()
             except (TypeError, ValueError) as error:
                 self.error = type(error)(f"nf4kernels.Nf4Config: {name}: {error}")

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+import transformers
 from torch.distributed.tensor.parallel import parallelize_module
 
 from ...distributed import tensor_parallel_plan
@@ -27,8 +28,8 @@ def set_aside(model: Any, rules: dict[str, str], names: Iterable[str]) -> dict[s
     for what, size in (("ep_size", asked.ep_size), ("fsdp_size", asked.dp_size), ("pp_size", asked.pp_size)):
         if size > 1:
             raise ValueError(
-                f"{WHO}: {what} must be 1 where from_pretrained distributes a model in 4 bits, got {size} (load it whole,"
-                " then parallelize_module with nf4kernels.distributed.ExpertParallel, or fully_shard)"
+                f"{WHO}: {what} must be 1 where from_pretrained distributes a model in 4 bits, got {size} (load it"
+                " whole, then parallelize_module with nf4kernels.distributed.ExpertParallel, or fully_shard)"
             )
     if isinstance(asked.tp_plan, dict) and asked.tp_plan:
         raise ValueError(
@@ -41,6 +42,15 @@ def set_aside(model: Any, rules: dict[str, str], names: Iterable[str]) -> dict[s
         if rule in ours or rule.rpartition(".")[0] in ours:  # the second is a weight of experts
             taken[rule], rules[rule] = style, LEFT_WHOLE
     return taken
+
+
+def check_asked(model: Any, taken: dict[str, str] | None) -> None:
+    """ValueError where transformers distributes the model and did not ask for a plan first, as an older one."""
+    if taken is None and getattr(model, "_device_mesh", None) is not None:
+        raise ValueError(
+            "transformers must be one that asks a quantizer for its plan to distribute a model in 4 bits, 5.24 does,"
+            f" got {transformers.__version__} (load it whole, then parallelize_module)"
+        )
 
 
 def cut(model: Any, taken: dict[str, str]) -> None:

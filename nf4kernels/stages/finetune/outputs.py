@@ -7,17 +7,20 @@ from typing import Any
 import yaml
 from matplotlib.figure import Figure
 
+from ...distributed.expert_load import BUSIEST, IDLE
 from ...storage.atomic import replacing
 from ...version import VERSION
 
 LOG, PICTURE, CARD, RECIPE = "log.csv", "loss.png", "README.md", "recipe.yaml"
 # Of the trainer's log, what is the same however often a run was resumed; times and speeds are not.
 COLUMNS = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy", "entropy")
+OF_EXPERTS = (BUSIEST, IDLE)  # columns of a mixture's log alone
 
 
 def write_log(path: Path, history: list[dict[str, Any]]) -> None:
     with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
-        table = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        columns = (*COLUMNS, *(name for name in OF_EXPERTS if any(name in entry for entry in history)))
+        table = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
         table.writeheader()
         table.writerows(entry for entry in history if "loss" in entry or "eval_loss" in entry)
 

@@ -15,6 +15,7 @@ from transformers.training_args import OptimizerNames
 from trl import SFTTrainer
 
 from ...optim import PagedAdamW
+from ...distributed.expert_load import ExpertLoad
 from ...storage.atomic import flush, write_json
 from ..errors import StageError
 from .examples import Counts, counts
@@ -32,6 +33,7 @@ class Trainer(SFTTrainer):
         self.counted: dict[str, Counts] = {}
         self.first_row: dict[str, Any] = {}
         super().__init__(*args, **kwargs)
+        self.expert_load = ExpertLoad(self.model)
         if self._is_vision_dataset:  # whose rows TRL makes tensors of only when it trains on them
             for name, rows in (("train", self.train_dataset), ("eval", self.eval_dataset)):
                 if rows is not None:
@@ -56,6 +58,12 @@ class Trainer(SFTTrainer):
             return sampler
         sampler.batch_size *= self.args.world_size  # of a whole step: the same order on any number of processes
         return _ByLength(sampler, self.args.seed if self.args.data_seed is None else self.args.data_seed)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """With the balance of a mixture's router beside the training loss; every process comes here."""
+        if "loss" in logs:
+            logs.update({name: round(value, 4) for name, value in self.expert_load.take().items()})
+        super().log(logs, *args, **kwargs)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         with self._images_whole():
