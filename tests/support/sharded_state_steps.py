@@ -14,7 +14,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from support.sharded_steps import LORA, dense, made, shard, step, whole
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -177,6 +177,23 @@ def cut_by_hand(model: nn.Module) -> None:
             module._parameters[leaf] = nn.Parameter(cut, parameter.requires_grad)
 
 
+def pairs(case: str, directory: Path) -> None:
+    """Two ranks of four hold a model of their own: they talk with each other alone, and save it by themselves."""
+    pair = dist.get_rank() // 2
+    mesh = [DeviceMesh("cpu", [0, 1]), DeviceMesh("cpu", [2, 3])][pair]
+    plain, model, other = made(case), made(case), made(case)
+    for each in (model, other):
+        fully_shard(each, mesh=mesh)
+    for parameter in other.parameters():
+        parameter.detach().to_local().zero_()
+    nf4.save_checkpoint(model, directory / f"of pair {pair}")
+    nf4.load_checkpoint(other, directory / f"of pair {pair}")
+    assert_same_state(other, plain)
+    if pair == 0:  # nobody waits for the other two
+        nf4.save_checkpoint(model, directory / "again")
+        nf4.merge_model(model)
+
+
 LAYERS, N, K = 16, 3072, 4096  # 100 MB in 4 bits, 403 MB in bf16
 
 
@@ -305,6 +322,7 @@ def says(kind: type[Exception], pattern: str, call, *args, **options) -> None:
 
 CASES = {
     "memory": memory,
+    "pairs": pairs,
     "placed": placed,
     "merge": merge,
     "save": save,
