@@ -142,7 +142,7 @@ class Ranks:
     def agree(self, error: Exception | None) -> None:
         """Raise the first rank's error on every one."""
         outcomes = self.gathered(None if error is None else (_kind(error), str(error)))
-        if self.size == 1 and error is not None:
+        if self.size == 1 and error is not None and (type(error) is not ValueError or str(error).startswith(self.who)):
             raise error
         failed = [rank for rank, outcome in enumerate(outcomes) if outcome is not None]
         if not failed:

@@ -153,7 +153,7 @@ def _check_weight(model: nn.Module, layer: QuantLinear, plan: _Plan, name: str, 
         ):
             if ours != theirs:
                 raise ValueError(
-                    f"{who}: {join(name, 'weight')} must have {what} {ours} as the layer that was sharded, got {theirs}"
+                    f"{who}: {join(name, 'weight')} must have {what} {ours} as the model's layer, got {theirs}"
                 )
 
 

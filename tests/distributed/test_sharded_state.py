@@ -27,7 +27,7 @@ def test_sharded_models_are_saved_loaded_and_merged(tmp_path, ranks, cases):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     ran = subprocess.run(
         [*command, str(Path(sharded_state_steps.__file__)), str(tmp_path), *cases], cwd=tmp_path,
-        env=os.environ | python_path() | ENVIRONMENT, capture_output=True, encoding="utf-8", timeout=240,
+        env=os.environ | python_path() | ENVIRONMENT, capture_output=True, encoding="utf-8", timeout=400,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert [line for line in ran.stdout.splitlines() if line.startswith("same")] == [f"same: {case}" for case in cases]

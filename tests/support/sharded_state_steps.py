@@ -293,7 +293,7 @@ def refused(case: str, directory: Path) -> None:
         spoilt.model.layers[0].self_attn.q_proj.weight.data[-1, 3] = torch.nan  # a row of the second rank
         spoilt.save_pretrained(directory / "spoilt")
     dist.barrier()
-    says(ValueError, "must have codebook nf4 as the layer that was sharded, got af4", nf4.load_checkpoint, model,
+    says(ValueError, "must have codebook nf4 as the model's layer, got af4", nf4.load_checkpoint, model,
          directory / "af4.safetensors")  # fmt: skip
     says(ValueError, "or pass quantize=True", nf4.load_checkpoint, model, directory / "dense")
     if case == "experts":
