@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..codebook import CODEBOOKS
-from ..model.sharded import Ranks, by_rows, from_local, is_dtensor, local_of, own_part, reshard
+from ..model.sharded import Ranks, by_rows, from_local, is_dtensor, local_of, own_part
 from ..model.walk import named_modules, state_dict
 from ..nn import checksum as checksums
 from ..nn.adapted_module import AdaptedModule
@@ -53,7 +53,6 @@ class _Plan:
 def load_in_parts(model: nn.Module, path: Path, quantize: bool, who: str) -> None:
     """Fill a model in 4 bits, whose tensors may be DTensors; see `load_checkpoint`."""
     ranks = Ranks(model, who)
-    reshard(model)
     with ranks.together():
         plan = _planned(model, path, quantize, who)
         seed = int(torch.randint(1 << 62, ()))

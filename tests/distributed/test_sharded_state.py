@@ -10,7 +10,7 @@ from support import sharded_state_steps
 from support.paths import python_path
 
 ON_TWO = (
-    "save: llama", "save: odd rows", "save: tied", "save: experts",
+    "save: llama", "save: odd rows", "save: tied", "save: experts", "save: kept after forward",
     "quantize: llama", "quantize: odd rows", "quantize: tied", "quantize: experts",
     "adapters: llama", "adapters: experts",
     "merge: llama", "merge: odd rows", "merge: tied", "merge: experts",
