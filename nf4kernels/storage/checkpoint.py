@@ -246,7 +246,9 @@ def _planned_layers(model: nn.Module, qweights: dict[str, QuantizedWeight], fit:
     for name, layer in modules.items():
         if isinstance(layer, QuantLinear) and layer not in chosen and name.startswith(fit.added):
             key = join(name, "weight")
-            raise ValueError(f"{who}: the checkpoint must have a 4-bit weight {key} (or pass quantize=True), got none")
+            raise ValueError(
+                f"{who}: the checkpoint must have a 4-bit weight {key}, got none (a dense one: quantize=True)"
+            )
     return planned
 
 

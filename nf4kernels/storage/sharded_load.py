@@ -192,7 +192,7 @@ def _take_dense(
         if not found:
             raise ValueError(f"{who}: the checkpoint must have a 4-bit weight {join(names[0], 'weight')}, got none")
         if not quantize:
-            raise ValueError(f"{who}: {found[0]} must be in 4 bits (or pass quantize=True), got a dense tensor")
+            raise ValueError(f"{who}: {found[0]} must be in 4 bits, got a dense tensor (which quantize=True quantizes)")
         source = sources.pop(found[0])
         _check_dense_weight(model, quantized, names[0], source, who)
         plan.dense[names[0]] = source

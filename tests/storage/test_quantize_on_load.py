@@ -8,6 +8,7 @@ from support.unchanged import assert_unchanged, snapshot
 from torch import nn
 
 import nf4kernels as nf4
+from nf4kernels.storage import file_parts, sharded_load
 
 OPTIONS = (
     {}, {"codebook": "af4", "block_size": 32, "double_quant": False}, {"scale_codebook": "dynamic8"},
@@ -85,7 +86,7 @@ def test_a_dense_file_is_not_quantized_unasked(tmp_path):
     write(dense(), tmp_path / "a.safetensors")
     model = dense()
     nf4.quantize_model(model, progress=False)
-    with pytest.raises(ValueError, match=r"a 4-bit weight up.weight \(or pass quantize=True"):
+    with pytest.raises(ValueError, match=r"a 4-bit weight up.weight, got none \(a dense one: quantize=True"):
         nf4.load_checkpoint(model, tmp_path / "a.safetensors")
 
 
@@ -130,3 +131,20 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path):
     nf4.quantize_model(model, progress=False)
     with pytest.raises(ValueError, match=r"load_checkpoint: up.weight: .*got inf at row 5, column 7"):
         nf4.load_checkpoint(model, tmp_path / "a.safetensors", quantize=True)
+
+
+def test_of_some_experts_the_others_are_not_looked_at(tmp_path, monkeypatch):
+    """What a rank reads that holds a part of the experts; the file has a matrix for each."""
+    model = tiny.make("MixtralForCausalLM", num_local_experts=4, num_experts_per_tok=2)
+    model.save_pretrained(tmp_path)
+    expected = model.model.layers[1].mlp.experts
+    nf4.quantize_model(model, progress=False)
+    plan = sharded_load._planned(model, tmp_path, True, "who")
+    seen, views = [], file_parts.views
+    monkeypatch.setattr(file_parts, "views", lambda stored, who: seen.extend(stored) or views(stored, who))
+    for leaf in ("gate_up_proj", "down_proj"):
+        weight = getattr(expected, leaf)
+        source = plan.dense[f"model.layers.1.mlp.experts.{leaf}"]
+        part = (slice(1, 3), slice(0, weight.shape[1]), slice(0, weight.shape[2]))
+        assert torch.equal(source.read(model, part, "who"), weight[1:3])
+    assert {each.name.split(".experts.")[1].split(".")[0] for each in seen} == {"1", "2"}

@@ -297,7 +297,7 @@ def refused(case: str, directory: Path) -> None:
     dist.barrier()
     says(ValueError, "must have codebook nf4 as the model's layer, got af4", nf4.load_checkpoint, model,
          directory / "af4.safetensors")  # fmt: skip
-    says(ValueError, "or pass quantize=True", nf4.load_checkpoint, model, directory / "dense")
+    says(ValueError, "which quantize=True quantizes", nf4.load_checkpoint, model, directory / "dense")
     if case == "experts":
         return
     shard(other, case)
