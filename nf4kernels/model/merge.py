@@ -67,8 +67,8 @@ def merge_model(model: nn.Module, base: nn.Module | None = None, dtype: torch.dt
             base_weights_of(base, names[0], layer, who)
 
     ranks = Ranks(model, who) if is_sharded(model) else None
-    for each in [model] if base is None else [model, base]:
-        reshard(each)
+    if base is not None:
+        reshard(base)
     merged: dict[str, tuple[nn.Module, nn.Module]] = {}
     for names in targets:
         layer = get_submodule(model, names[0])

@@ -175,7 +175,7 @@ def shard_again(model: nn.Module, merged: dict[str, tuple[nn.Module, nn.Module]]
     for name, (_, new) in merged.items():
         outer = [each for path, each in around.items() if not path or name.startswith(f"{path}.")]
         cut: dict[str, Any] = {leaf: p for leaf, p in new._parameters.items() if is_dtensor(p)}
-        if not outer or not cut:
+        if not outer or not cut or not all(map(_is_of_fsdp_alone, cut.values())):
             continue
         state = fsdp.fully_shard.state(outer[-1])
         options = {"mp_policy": state._mp_policy} if hasattr(state, "_mp_policy") else {}
@@ -188,6 +188,12 @@ def shard_again(model: nn.Module, merged: dict[str, tuple[nn.Module, nn.Module]]
         fsdp.fully_shard(new, mesh=mesh, reshard_after_forward=True, **options)
         for leaf, parameter in cut.items():
             new._parameters[leaf] = parameter
+
+
+def _is_of_fsdp_alone(parameter: Any) -> bool:
+    """Whether FSDP2 cut it, on its ranks or on the inner ones of replicas, and no tensor-parallel plan before."""
+    *replicas, last = parameter.placements
+    return by_rows(parameter) and last.is_shard() and all(p.is_replicate() for p in replicas) and len(replicas) < 2
 
 
 def _groups(module: nn.Module) -> list[Any]:

@@ -97,12 +97,13 @@ class Ranks:
     """The processes that hold a model together. What one of them cannot do, none does: its error is everyone's.
 
     Every rank must come through the same calls in the same order. A rank that is gone ends the others' wait by the
-    time-out of the process group.
+    time-out of the process group. What FSDP2 has gathered of the model is sharded again.
     """
 
     def __init__(self, model: nn.Module, who: str) -> None:
         self.who, self.group = who, None
         self.rank, self.size = 0, 1
+        reshard(model)
         dtensors: list[Any] = [tensor for tensor in model.parameters() if is_dtensor(tensor)]
         meshes = [tensor.device_mesh for tensor in dtensors]
         if not meshes:
@@ -142,7 +143,7 @@ class Ranks:
     def agree(self, error: Exception | None) -> None:
         """Raise the first rank's error on every one."""
         outcomes = self.gathered(None if error is None else (_kind(error), str(error)))
-        if self.size == 1 and error is not None:
+        if self.size == 1 and error is not None and (type(error) is not ValueError or str(error).startswith(self.who)):
             raise error
         failed = [rank for rank, outcome in enumerate(outcomes) if outcome is not None]
         if not failed:

@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from ..autograd import outside_inference_mode
 from ..model.plan import unwrapped
-from ..model.sharded import Ranks, copy_own_part, is_dtensor, reshard, whole
+from ..model.sharded import Ranks, copy_own_part, is_dtensor, whole
 from ..model.walk import named_modules
 from ..nn.adapted_module import AdaptedModule
 from ..nn.casts import check_cast
@@ -69,7 +69,6 @@ def save_adapters(model: nn.Module, directory: str | Path, name: str | None = No
             found.setdefault(layer, path)
     layers = {path: layer for layer, path in found.items()}
     ranks = Ranks(model, who)
-    reshard(model)
     if not layers:
         came = "none" if name is None else f"none called {name!r}"
         raise ValueError(f"{who}: model must have a layer in 4 bits with an adapter, got {came}")
@@ -136,7 +135,6 @@ def load_adapters(model: nn.Module, directory: str | Path, name: str = "default"
     model = unwrapped(model, "model", who)
     check_adapter_name(name, who)
     ranks = Ranks(model, who)
-    reshard(model)
     with ranks.together():
         layers, adapters, state, beside = _read_checked(model, Path(directory), name, who)
         if ranks.size > 1:

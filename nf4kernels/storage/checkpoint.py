@@ -247,7 +247,10 @@ def _planned_layers(model: nn.Module, qweights: dict[str, QuantizedWeight], fit:
     planned = {name: layer for name, layer in modules.items() if layer in chosen}
     for name, layer in modules.items():
         if isinstance(layer, QuantLinear) and layer not in chosen and name.startswith(fit.added):
-            raise ValueError(f"{who}: the checkpoint must have a 4-bit weight {join(name, 'weight')}, got none")
+            key = join(name, "weight")
+            raise ValueError(
+                f"{who}: the checkpoint must have a 4-bit weight {key}, got none (a dense one: quantize=True)"
+            )
     return planned
 
 

@@ -27,7 +27,7 @@ def quantized_parts(model: nn.Module, layer: Any, source: Source, ranks: Ranks, 
     with ranks.together():
         everything = tuple(slice(0, size) for size in source.on_meta.shape)
         dense = source.read(model, everything, ranks.who)
-        qweight = _quantized(layer, dense.mT if transposed else dense)
+        qweight = _quantized(layer, dense.mT if transposed else dense, source.target)
     return {name: value[own_part(getattr(layer, name))] for name, value in _leaves(qweight).items()}
 
 
@@ -37,10 +37,8 @@ def _rows(model: nn.Module, layer: Any, source: Source, ranks: Ranks) -> dict[st
     (N, K), options = layer.weight_shape, layer.quant_options
     with ranks.together():
         rows = source.read(model, (own, slice(0, K)), ranks.who)
-        try:
-            qweight = quantize(rows, **{**options, "double_quant": False})
-        except ValueError as error:
-            raise ValueError(f"{source.target}, of rows {own.start} on: {error}") from None
+        where = f"{source.target}, of rows {own.start} on" if own.start else source.target
+        qweight = _named(where, quantize, rows, **{**options, "double_quant": False})
     values = _leaves(qweight)
     shape = (N, K // layer.block_size)
     absmax = (
@@ -63,7 +61,7 @@ def _experts(model: nn.Module, layer: Any, source: Source, ranks: Ranks, transpo
     sizes = source.on_meta.shape
     with ranks.together():
         dense = source.read(model, (own, slice(0, sizes[1]), slice(0, sizes[2])), ranks.who)
-        qweight = _quantized(layer, dense.mT if transposed else dense)
+        qweight = _quantized(layer, dense.mT if transposed else dense, source.target)
     values = _leaves(qweight)
     specs = layer.QUANTIZED.specs(*layer.weight_shape, layer.block_size, layer.scales)
     of_experts = [name for name in ("absmax", *SCALES) if name in values and name not in shared_codebooks(layer.scales)]
@@ -73,10 +71,17 @@ def _experts(model: nn.Module, layer: Any, source: Source, ranks: Ranks, transpo
     return values
 
 
-def _quantized(layer: Any, dense: Tensor) -> Any:
-    if isinstance(layer, GroupedQuantLinear):
-        return quantize_experts(dense, **layer.quant_options)
-    return quantize(dense, **layer.quant_options)
+def _quantized(layer: Any, dense: Tensor, where: str) -> Any:
+    function: Any = quantize_experts if isinstance(layer, GroupedQuantLinear) else quantize
+    return _named(where, function, dense, **layer.quant_options)
+
+
+def _named(where: str, function: Any, dense: Tensor, **options: Any) -> Any:
+    """What the function makes, whose errors then say of which tensor."""
+    try:
+        return function(dense, **options)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _leaves(qweight: Any) -> dict[str, Tensor]:

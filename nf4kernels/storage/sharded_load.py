@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..codebook import CODEBOOKS
-from ..model.sharded import Ranks, by_rows, from_local, is_dtensor, local_of, own_part, reshard
+from ..model.sharded import Ranks, by_rows, from_local, is_dtensor, local_of, own_part
 from ..model.walk import named_modules, state_dict
 from ..nn import checksum as checksums
 from ..nn.adapted_module import AdaptedModule
@@ -53,7 +53,6 @@ class _Plan:
 def load_in_parts(model: nn.Module, path: Path, quantize: bool, who: str) -> None:
     """Fill a model in 4 bits, whose tensors may be DTensors; see `load_checkpoint`."""
     ranks = Ranks(model, who)
-    reshard(model)
     with ranks.together():
         plan = _planned(model, path, quantize, who)
         seed = int(torch.randint(1 << 62, ()))
@@ -153,7 +152,7 @@ def _check_weight(model: nn.Module, layer: QuantLinear, plan: _Plan, name: str, 
         ):
             if ours != theirs:
                 raise ValueError(
-                    f"{who}: {join(name, 'weight')} must have {what} {ours} as the layer that was sharded, got {theirs}"
+                    f"{who}: {join(name, 'weight')} must have {what} {ours} as the model's layer, got {theirs}"
                 )
 
 
@@ -193,7 +192,7 @@ def _take_dense(
         if not found:
             raise ValueError(f"{who}: the checkpoint must have a 4-bit weight {join(names[0], 'weight')}, got none")
         if not quantize:
-            raise ValueError(f"{who}: {found[0]} must be in 4 bits (or pass quantize=True), got a dense tensor")
+            raise ValueError(f"{who}: {found[0]} must be in 4 bits, got a dense tensor (which quantize=True quantizes)")
         source = sources.pop(found[0])
         _check_dense_weight(model, quantized, names[0], source, who)
         plan.dense[names[0]] = source

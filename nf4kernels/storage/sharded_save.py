@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..model.sharded import Ranks, gathered_qweight, local_of, reshard, whole
+from ..model.sharded import Ranks, gathered_qweight, local_of, whole
 from ..nn.adapted_module import AdaptedModule
 from ..nn.quant_linear import QuantLinear
 from ..nn.quant_module import QuantModule
@@ -34,7 +34,6 @@ class _Unit:
 def save_sharded(model: nn.Module, path: Path, who: str) -> None:
     """Write the model of all ranks into the directory `path`; see `save_checkpoint`."""
     ranks = Ranks(model, who)
-    reshard(model)
     with ranks.together():
         units = _units(model, who)
         if ranks.is_first:
