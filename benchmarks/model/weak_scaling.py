@@ -2,9 +2,10 @@
 
     python -m benchmarks.model.weak_scaling [--rows 2] [--layers 30] [--rounds 11]
 
-A model of SmolLM2-135M's sizes with random weights and LoRA of rank 16, under torch's DDP on gloo, which averages the adapters' gradients. Within one run the two
-take turns: while one process works alone the other sleeps. Prints both times and the efficiency, the time of one over
-the time of two, as the median of the rounds' ratios with the 20th and 80th percentiles.
+A model of SmolLM2-135M's sizes with random weights and LoRA of rank 16, under torch's DDP on gloo, which averages the
+adapters' gradients. Within one run the two take turns: while one process works alone the other sleeps. Prints both
+times and the efficiency, the time of one over the time of two: the median of the rounds' ratios with the 20th and 80th
+percentiles.
 """
 
 import argparse

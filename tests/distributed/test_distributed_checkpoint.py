@@ -74,7 +74,11 @@ def test_a_load_in_place_of_bytes_alone_is_noticed(tmp_path, x):
 def test_a_checkpoint_of_another_plan_is_refused_by_name(tmp_path, options, expected):
     dcp.save(get_model_state_dict(layer(0, **options)), checkpoint_id=tmp_path)
     layers = layer(1)
-    state = get_model_state_dict(layers)
-    with pytest.raises((RuntimeError, dcp.api.CheckpointException), match=expected):
+
+    def load() -> None:
+        state = get_model_state_dict(layers)
         dcp.load(state, checkpoint_id=tmp_path)
         set_model_state_dict(layers, state)
+
+    with pytest.raises((RuntimeError, dcp.api.CheckpointException), match=expected):
+        load()

@@ -1,4 +1,4 @@
-"""`nf4kernels finetune` under torchrun: killed and started again, gone on with on other numbers of processes, refused."""
+"""`nf4kernels finetune` under torchrun: killed and started again, on other numbers of processes, refused."""
 
 import csv
 import os
@@ -34,6 +34,7 @@ def torchrun(ranks: int, *target: str, cwd: Path) -> subprocess.CompletedProcess
 
 
 def flags(folder: Path, ranks: int, **changes) -> list[str]:
+    changes["train_sampling_strategy"] = "group_by_length"  # whose order is drawn by the size of a step
     argv = arguments(
         folder / "chat", folder / "prompts.jsonl", "", per_device_train_batch_size=BATCH // ranks, **changes
     )

@@ -3,6 +3,7 @@
 A process that has trained so once takes every later run for one under FSDP.
 """
 
+import json
 import os
 
 import accelerate.state
@@ -11,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from nf4kernels.stages.finetune import processes
 
-SHARDED = '--fsdp_config={"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "state_dict_type": "SHARDED_STATE_DICT"}'
+SHARDED = "--fsdp_config=" + json.dumps({**processes.FSDP, "state_dict_type": "SHARDED_STATE_DICT"})
 
 
 def allow() -> None:

@@ -26,7 +26,7 @@ SLOW = 3.0  # seconds
 
 
 def end_at(start: int, rank: int, name: str) -> None:
-    if (START, RANK) == (start, rank):
+    if start == START and rank == RANK:
         print(f"killed: rank {rank} {name}", flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -103,7 +103,8 @@ def refuse_all(folder: Path, flags: list[str]) -> None:
         "a training example for each of the 2 processes, got 1",
     )
     refuse(
-        "another batch", [*flags, WITHOUT_DROPOUT, "--per_device_train_batch_size=4", f"--output_dir={folder / 'ddp_part'}"],
+        "another batch",
+        [*flags, WITHOUT_DROPOUT, "--per_device_train_batch_size=4", f"--output_dir={folder / 'ddp_part'}"],
         "whose run has 4 (2 processes) where this one has 8 (4 per_device_train_batch_size x"
         " 1 gradient_accumulation_steps x 2 processes)",
     )  # fmt: skip
