@@ -42,17 +42,18 @@ def load() -> tuple[nn.Module, Tensor, str]:
         model, tokenizer = loading.load(smollm2.fetch(ROOT / ".cache"))
     except smollm2.FetchError as error:
         print(f"{error}; measuring a random model of the same sizes", file=sys.stderr)
-        return _random_model(), torch.randint(49152, (BATCH, LENGTH)), f"{smollm2.DIRECTORY}, random weights"
+        return random_model(), torch.randint(49152, (BATCH, LENGTH)), f"{smollm2.DIRECTORY}, random weights"
     text = "\n".join(row["prompt"] + row["completion"] for row in definitions()[:200])
     ids = tokenizer(text, return_tensors="pt").input_ids[0, : BATCH * LENGTH]
     return model, ids.view(BATCH, LENGTH), smollm2.DIRECTORY
 
 
-def _random_model() -> nn.Module:
+def random_model(layers: int = 30) -> nn.Module:
+    """SmolLM2-135M's sizes."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=layers, num_attention_heads=9, num_key_value_heads=3,
         vocab_size=49152, max_position_embeddings=8192, rope_theta=100000.0, rms_norm_eps=1e-5,
         tie_word_embeddings=True, attn_implementation="eager",
     )  # fmt: skip

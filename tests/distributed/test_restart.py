@@ -1,4 +1,4 @@
-"""`nf4kernels finetune` under torchrun: killed and started again, gone on with on other numbers of processes, refused."""
+"""`nf4kernels finetune` under torchrun: killed and started again, on other numbers of processes, refused."""
 
 import csv
 import os
@@ -34,7 +34,10 @@ def torchrun(ranks: int, *target: str, cwd: Path) -> subprocess.CompletedProcess
 
 
 def flags(folder: Path, ranks: int, **changes) -> list[str]:
-    argv = arguments(folder / "chat", folder / "prompts.jsonl", "", per_device_train_batch_size=BATCH // ranks, **changes)
+    changes["train_sampling_strategy"] = "group_by_length"  # whose order is drawn by the size of a step
+    argv = arguments(
+        folder / "chat", folder / "prompts.jsonl", "", per_device_train_batch_size=BATCH // ranks, **changes
+    )
     return [*(each for each in argv if not each.startswith("--output_dir")), LIMIT]
 
 
@@ -74,15 +77,17 @@ def test_a_run_goes_on_on_another_number_of_processes(killed, capsys):
     plain = flags(folder, 1, lora_dropout=0.0)
     assert main([*plain, f"--output_dir={folder / 'never'}"]) == 0
     expected = losses(folder / "never")
-    for name in ("one", "four"):
-        shutil.copytree(folder / "part", folder / name)
+    for name, part in (("one", "ddp_part"), ("four", "ddp_part"), ("fsdp_four", "fsdp_part")):
+        shutil.copytree(folder / part, folder / name)
     assert main([*plain, f"--output_dir={folder / 'one'}"]) == 0
     assert f"going on from {folder / 'one' / 'checkpoint-4'}" in capsys.readouterr().out
-    four = [*flags(folder, 4, lora_dropout=0.0), f"--output_dir={folder / 'four'}"]
-    said = torchrun(4, "-m", "nf4kernels", *four, cwd=folder).stdout
-    assert said.count(f"going on from {folder / 'four' / 'checkpoint-4'}") == 1
-    for name in ("one", "two", "four"):
+    script = str(TESTS / "support" / "resume_steps.py")
+    said = torchrun(4, script, str(folder), *flags(folder, 4, lora_dropout=0.0), cwd=folder).stdout
+    for name in ("four", "fsdp_four"):
+        assert said.count(f"going on from {folder / name / 'checkpoint-4'}") == 1
+    for name in ("one", "ddp_two", "four", "fsdp_two", "fsdp_four"):
         assert losses(folder / name) == pytest.approx(expected, rel=1e-4), name  # sums in another order
+    assert (folder / "fsdp_part" / "checkpoint-4" / "optimizer_0" / ".metadata").is_file()  # shares, not gathered
 
 
 @pytest.mark.slow

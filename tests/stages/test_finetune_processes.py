@@ -117,6 +117,23 @@ def test_only_the_first_process_says_what_is_wrong(model, tmp_path, capsys, monk
     assert capsys.readouterr().err == ""
 
 
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 2)
+    with pytest.raises(StageError, match="--nproc-per-node must be at most the number of GPUs, 2, got 3"):
+        processes.meet(False, None, 1.0)
+
+
+def test_the_process_that_differs_is_named(monkeypatch):
+    def gather(everyone, own):
+        everyone[:] = [own, own, {**own, "examples in --data": 7}]
+
+    monkeypatch.setattr(processes, "count", lambda: 3)
+    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+    with pytest.raises(StageError, match="the same examples in --data, got 8 on rank 0 and 7 on rank 2"):
+        processes.check_alike(1.0, {"examples in --data": 8, "torch": "2"})
+
+
 # accelerate knows FSDP on GPUs alone: here it is told that there is one, and torch that the mesh is of CPUs.
 FSDP_ON_CPUS = """
 import sys

@@ -1,7 +1,7 @@
 """Run by torchrun on 4 ranks: torch.distributed.checkpoint, saved on 2 of them and gone on with on 1, 2 and 4.
 
-Every rank takes the same examples. An average of 2 or 4 equal gradients is exact in any order, so that the curve must be
-the same bits on any number of ranks. Prints "same: case".
+Every rank takes the same examples. An average of 2 or 4 equal gradients is exact in any order, so that the curve must
+be the same bits on any number of ranks. Prints "same: case".
 """
 
 import itertools
@@ -104,7 +104,7 @@ def check(case: str, folder: Path, groups: dict, meshes: dict) -> None:
 
 
 def go_on(case: str, folder: Path, group: dist.ProcessGroup, mesh: DeviceMesh | None):
-    """A model of other weights takes the saved state, but where those of the base are not saved; then the last steps."""
+    """A model of other weights takes the saved state, or of the same where they are not saved; then the last steps."""
     model, optimizer = begin(case, 0 if case == "trained alone" else 1, mesh)
     step(case, model, optimizer, 99)  # its bytes have been seen, and its optimizer has a state
     state = state_of(model, optimizer, case)

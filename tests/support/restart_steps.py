@@ -13,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
+from support import fsdp_on_cpus
 from transformers import Trainer as TheirTrainer
 
 from nf4kernels.cli import main
@@ -25,7 +26,7 @@ SLOW = 3.0  # seconds
 
 
 def end_at(start: int, rank: int, name: str) -> None:
-    if (START, RANK) == (start, rank):
+    if start == START and rank == RANK:
         print(f"killed: rank {rank} {name}", flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -59,17 +60,18 @@ def interrupt() -> None:
     raise KeyboardInterrupt
 
 
-def go_on(folder: Path, flags: list[str]) -> None:
-    """A run that nothing stops beside that of the killed ranks; and one that stops, gone on with on as many ranks."""
-    assert main([*flags, f"--output_dir={folder / 'whole'}"]) == 0
+def stop_and_go_on(folder: Path, name: str, flags: list[str]) -> None:
+    """A run that is interrupted, in `name`_part, gone on with on as many ranks in `name`_two."""
+    part, two = folder / f"{name}_part", folder / f"{name}_two"
     compute = trainer.Trainer.compute_loss
     train_until(interrupt)
-    assert main([*flags, WITHOUT_DROPOUT, f"--output_dir={folder / 'part'}"]) == 130
+    assert main([*flags, f"--output_dir={part}"]) == 130
     trainer.Trainer.compute_loss = compute
-    if RANK == 0:
-        shutil.copytree(folder / "part", folder / "two")
     dist.barrier()
-    assert main([*flags, WITHOUT_DROPOUT, f"--output_dir={folder / 'two'}"]) == 0
+    if RANK == 0:
+        shutil.copytree(part, two)
+    dist.barrier()
+    assert main([*flags, f"--output_dir={two}"]) == 0
 
 
 def refuse(name: str, argv: list[str], expected: str) -> None:
@@ -95,9 +97,14 @@ def refuse_all(folder: Path, flags: list[str]) -> None:
     few = folder / "few.jsonl"
     few.write_text(line, encoding="utf-8")
     dist.barrier()
-    refuse("few examples", [*argv, f"--data={few}", "--held_out=0"], "a training example for each of the 2 processes, got 1")
     refuse(
-        "another batch", [*flags, WITHOUT_DROPOUT, "--per_device_train_batch_size=4", f"--output_dir={folder / 'part'}"],
+        "few examples",
+        [*argv, f"--data={few}", "--held_out=0"],
+        "a training example for each of the 2 processes, got 1",
+    )
+    refuse(
+        "another batch",
+        [*flags, WITHOUT_DROPOUT, "--per_device_train_batch_size=4", f"--output_dir={folder / 'ddp_part'}"],
         "whose run has 4 (2 processes) where this one has 8 (4 per_device_train_batch_size x"
         " 1 gradient_accumulation_steps x 2 processes)",
     )  # fmt: skip
@@ -130,6 +137,9 @@ if __name__ == "__main__":
     end_at(2, 1, "at the end")
     assert code == 0
     if START == LAST:
-        go_on(folder, flags)
+        assert main([*flags, f"--output_dir={folder / 'whole'}"]) == 0
+        stop_and_go_on(folder, "ddp", [*flags, WITHOUT_DROPOUT])
         refuse_all(folder, flags)
+        fsdp_on_cpus.allow()
+        stop_and_go_on(folder, "fsdp", [*flags, WITHOUT_DROPOUT, "--fsdp", fsdp_on_cpus.SHARDED])
         refuse_late(folder, flags)

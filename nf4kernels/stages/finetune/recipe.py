@@ -245,7 +245,10 @@ def _recipe(values: dict[str, Any], given: dict[str, Any]) -> Recipe:
             skip=values["skip"] or (),
         )  # fmt: skip
         model = ModelConfig(**_of(ModelConfig, values))
-        with in_time(values["ddp_timeout"]), warnings.catch_warnings():  # of TRL's own default, which transformers renamed
+        with (
+            in_time(values["ddp_timeout"]),
+            warnings.catch_warnings(),
+        ):  # of TRL's own default, which transformers renamed
             warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
             training = SFTConfig(**_of(SFTConfig, filled))
         lora = _lora(values)
