@@ -15,6 +15,7 @@ from transformers import (
 from ...model.prepare import prepare_for_training
 from ...model.training import training_dtype
 from ..errors import StageError
+from .processes import load_for_sharding
 from .recipe import DENSE, Recipe
 
 
@@ -81,7 +82,7 @@ def load_model(recipe: Recipe, has_images: bool = False) -> Any:
         if stored is None and recipe.quantization is not None:
             options["quantization_config"] = recipe.quantization
         device = recipe.training.device
-        if device.type != "cpu":
+        if not load_for_sharding(recipe.training) and device.type != "cpu":
             options["device_map"] = {"": device}
         model = architectures.from_pretrained(
             where, dtype=recipe.dtype, attn_implementation=recipe.model.attn_implementation, **options

@@ -1,11 +1,13 @@
 """A run of several processes: which of them speaks, and how they share the model."""
 
+import json
 import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import enable_fsdp_ram_efficient_loading
 
 from ..errors import StageError
 
@@ -27,8 +29,11 @@ ZERO: dict[str, dict[str, Any]] = {
         },
     },
 }  # fmt: skip
-# FSDP2 by the model's own layers; the adapters are saved whole.
-FSDP = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "state_dict_type": "FULL_STATE_DICT"}
+# FSDP2 by the model's own layers; the adapters are saved whole; the first process of a machine alone reads the model.
+FSDP = {
+    "version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "state_dict_type": "FULL_STATE_DICT",
+    "cpu_ram_efficient_loading": True,
+}  # fmt: skip
 
 
 def is_main() -> bool:
@@ -45,7 +50,7 @@ def sharing(deepspeed: Any, fsdp: Any, fsdp_config: Any, use_cpu: bool) -> dict[
     if str(fsdp).lower() in ("none", "false", ""):
         fsdp = None
     elif str(fsdp).lower() == "true":
-        fsdp, fsdp_config = True, fsdp_config or dict(FSDP)
+        fsdp, fsdp_config = True, _fsdp_config(fsdp_config)
     if deepspeed is not None:
         if deepspeed not in ZERO and not isinstance(deepspeed, dict) and not Path(deepspeed).is_file():
             raise StageError(f"--deepspeed must be {', '.join(ZERO)} or a file of DeepSpeed's, got {deepspeed}")
@@ -58,6 +63,33 @@ def sharing(deepspeed: Any, fsdp: Any, fsdp_config: Any, use_cpu: bool) -> dict[
         if use_cpu or not has_gpu():
             raise StageError("--fsdp needs GPUs, leave it out: on CPUs each process has the whole model")
     return {"deepspeed": deepspeed, "fsdp": fsdp, "fsdp_config": fsdp_config}
+
+
+def _fsdp_config(given: dict[str, Any] | str | None) -> dict[str, Any]:
+    """FSDP, with what the recipe or a JSON file says; StageError for an older FSDP."""
+    if isinstance(given, str):
+        try:
+            given = json.loads(Path(given).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise StageError(f"--fsdp_config must be a mapping or a JSON file that holds one, got {given}") from None
+    if given is not None and not isinstance(given, dict):
+        raise StageError(f"--fsdp_config must be a mapping, got {given}")
+    named = {name.removeprefix("fsdp_"): value for name, value in (given or {}).items()}
+    if str(named.get("version", 2)) != "2":
+        raise StageError(f"--fsdp_config must have version 2, got {named['version']}: FSDP1 takes no packed bytes")
+    return {**FSDP, **named}
+
+
+def load_for_sharding(training: Any) -> bool:
+    """Whether the model is loaded on the CPU, since FSDP brings each device its share; with `training`, by its fields.
+
+    With cpu_ram_efficient_loading, transformers is told so before it loads, and the other processes read nothing.
+    """
+    if not training.fsdp:
+        return False
+    if str(training.fsdp_config.get("cpu_ram_efficient_loading", False)).lower() == "true":
+        enable_fsdp_ram_efficient_loading()
+    return True
 
 
 def has_gpu() -> bool:
