@@ -40,13 +40,19 @@ PLUGIN = {
     "checkpointing": {"activation_checkpointing": True},
 }  # fmt: skip
 LOADED = ("quantized as read", "experts quantized as read", "stored in 4 bits", "stored experts")
-BF16 = ("mixed precision", "every byte", "offloaded")
+LAUNCHED = ("launched, every byte", "launched, quantized as read")  # by `accelerate launch`, with its file
+BF16 = ("mixed precision", "every byte", "offloaded", *LAUNCHED)
 
 
 def accelerator(case: str) -> Accelerator:
     AcceleratorState._reset_state()
     GradientState._reset_state()
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    if case in LAUNCHED:
+        using = Accelerator()
+        assert using.is_fsdp2 and using.mixed_precision == "bf16"
+        assert using.state.fsdp_plugin.cpu_ram_efficient_loading and using.state.fsdp_plugin.activation_checkpointing
+        return using
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=case not in EACH,
         **PLUGIN.get(case, {}),
@@ -68,9 +74,9 @@ def emptied(model: nn.Module) -> nn.Module:
 
 def two(case: str) -> tuple[nn.Module, nn.Module]:
     """A whole model, and the same to be sharded, of which rank 0 alone has the values, but for EACH."""
-    if case in LOADED:
+    if case.removeprefix("launched, ") in LOADED:
         return loaded(case)
-    named = "llama" if case in PLUGIN else case.removesuffix(" whole on each")
+    named = "llama" if case in PLUGIN else case.removeprefix("launched, ").removesuffix(" whole on each")
     plain, model = made(named), made(named)
     return plain, model if dist.get_rank() == 0 or case in EACH else emptied(model)
 
@@ -132,7 +138,7 @@ def check(case: str) -> None:
         assert same_bits(state[name].cpu(), expected), f"{name} is not what it was"
     for name, expected in buffers.items():
         assert torch.equal(model.get_buffer(name), expected), f"{name}, which no state has, is another"
-    if case == "every byte":
+    if case.endswith("every byte"):
         assert torch.equal(state["model.layers.0.mlp.up_proj.weight"], every_two_bytes())
     for module in model.modules():
         if isinstance(module, nf4.QuantLinear):

@@ -66,15 +66,16 @@ def sharing(deepspeed: Any, fsdp: Any, fsdp_config: Any, use_cpu: bool) -> dict[
 
 
 def _fsdp_config(given: dict[str, Any] | str | None) -> dict[str, Any]:
-    """FSDP, with what the recipe or a JSON file says; StageError for an older FSDP."""
-    if isinstance(given, str):
+    """FSDP, with what the recipe, JSON or a file of it says; StageError for an older FSDP."""
+    found: Any = given or {}
+    if isinstance(given, str) and given:
         try:
-            given = json.loads(Path(given).read_text(encoding="utf-8"))
+            found = json.loads(given if given.startswith("{") else Path(given).read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            raise StageError(f"--fsdp_config must be a mapping or a JSON file that holds one, got {given}") from None
-    if given is not None and not isinstance(given, dict):
-        raise StageError(f"--fsdp_config must be a mapping, got {given}")
-    named = {name.removeprefix("fsdp_"): value for name, value in (given or {}).items()}
+            found = None
+    if not isinstance(found, dict):
+        raise StageError(f"--fsdp_config must be a mapping or a JSON file that holds one, got {given}")
+    named = {name.removeprefix("fsdp_"): value for name, value in found.items()}
     if str(named.get("version", 2)) != "2":
         raise StageError(f"--fsdp_config must have version 2, got {named['version']}: FSDP1 takes no packed bytes")
     return {**FSDP, **named}
