@@ -68,7 +68,8 @@ def test_a_plain_fsdp_is_fsdp2_by_layers(launched, word):
     assert found["fsdp_config"]["version"] == 2
     assert found["fsdp_config"]["auto_wrap_policy"] == "TRANSFORMER_BASED_WRAP"
     given = sharing(None, word, {"version": 2, "fsdp_cpu_offload": True}, False)["fsdp_config"]
-    assert given["cpu_offload"] and given["cpu_ram_efficient_loading"]
+    assert given["cpu_offload"]
+    assert given["cpu_ram_efficient_loading"]
     assert sharing(None, "false", None, False)["fsdp"] is None
 
 
@@ -76,7 +77,10 @@ def test_a_file_of_fsdps_is_read(launched, tmp_path):
     file = tmp_path / "fsdp.json"
     file.write_text(json.dumps({"reshard_after_forward": False}), encoding="utf-8")
     found = sharing(None, True, str(file), False)["fsdp_config"]
-    assert found["reshard_after_forward"] is False and found["version"] == 2
+    assert found["reshard_after_forward"] is False
+    assert found["version"] == 2
+    given = '{"reshard_after_forward": false}'  # a mapping in a recipe
+    assert sharing(None, True, given, False)["fsdp_config"] == found
     with pytest.raises(StageError, match="--fsdp_config must be a mapping or a JSON file that holds one, got nowhere"):
         sharing(None, True, "nowhere.json", False)
     with pytest.raises(StageError, match="--fsdp_config must have version 2, got 1: FSDP1 takes no packed bytes"):

@@ -1,4 +1,4 @@
-"""Small models for training on several ranks, each the same on every rank, and the plain step that theirs must equal."""
+"""Small models for training on several ranks, the same on every rank, and the plain step that theirs must equal."""
 
 import copy
 

@@ -5,7 +5,7 @@ break: PEFT puts adapters where their layer is, and accelerate tells an optimize
 """
 
 from dataclasses import fields, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,21 +15,21 @@ from ...quantized_weight import QuantizedExperts, QuantizedWeight
 from .config import Nf4Config
 from .targets import Target, quantized
 
-_AnyWeight = TypeVar("_AnyWeight", QuantizedWeight, QuantizedExperts)
+AnyWeight = QuantizedWeight | QuantizedExperts
 BYTES = ("packed", "absmax")
 
 
 def awaits_weights() -> bool:
-    """As transformers itself asks: FSDP with cpu_ram_efficient_loading, and another rank than the first of a machine."""
+    """As transformers itself asks: FSDP with cpu_ram_efficient_loading, and not the first rank of a machine."""
     return is_fsdp_enabled() and not is_local_dist_rank_0()
 
 
-def room_for(target: Target, dtype: torch.dtype, config: Nf4Config) -> QuantizedWeight | QuantizedExperts:
+def room_for(target: Target, dtype: torch.dtype, config: Nf4Config) -> AnyWeight:
     """What a dense tensor of the target would become, of any values."""
     return without_values(quantized(target, torch.empty(target.shape, dtype=dtype, device="meta"), config))
 
 
-def without_values(qweight: _AnyWeight) -> _AnyWeight:
+def without_values(qweight: AnyWeight) -> AnyWeight:
     """The same with bytes, and what is on meta, of any values on the CPU."""
     tensors = {field.name: getattr(qweight, field.name) for field in fields(qweight)}
     empty: dict[str, Any] = {
