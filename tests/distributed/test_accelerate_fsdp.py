@@ -13,6 +13,7 @@ FILE = ROOT / "docs" / "accelerate_fsdp2.yaml"
 PREPARED = (
     "llama whole on each", "llama", "odd rows", "tied", "experts", "kept after forward", "checkpointing", "offloaded",
     "compile", "float scales", "nvfp4", "several adapters", "peft", "every byte",
+    accelerate_steps.REPLICAS,
 )  # fmt: skip
 LAUNCHED = ("launched, every byte", "launched, quantized as read")
 

@@ -34,6 +34,7 @@ from transformers import AutoModelForCausalLM
 import nf4kernels as nf4
 from nf4kernels.integrations.transformers import Nf4Config
 
+REPLICAS = "replicas, every byte"
 EACH = {"llama whole on each"}  # of all others rank 0 has the values
 PLUGIN = {
     "kept after forward": {"reshard_after_forward": False}, "offloaded": {"cpu_offload": True},
@@ -148,6 +149,32 @@ def check(case: str) -> None:
             assert not any(isinstance(buffer, DTensor) or buffer.is_meta for buffer in module.buffers())
 
 
+def check_replicas() -> None:
+    """DDP, by accelerate's mixed precision, which is autocast."""
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
+    plain, model = made("every byte"), made("every byte")
+    using = Accelerator(cpu=True, mixed_precision="bf16")
+    replica, stepping = using.prepare(model if dist.get_rank() == 0 else emptied(model), optimizer(model))
+    assert isinstance(replica, nn.parallel.DistributedDataParallel)
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = loss_of(plain, tiny.IDS)
+        expected.backward()
+        loss = loss_of(replica, tiny.IDS)
+        using.backward(loss)
+        assert torch.equal(loss, expected), f"another loss: {loss} for {expected}"
+        for name, parameter in trained(plain).items():
+            gradient = trained(model)[name].grad
+            assert gradient.isfinite().all(), f"NaN in the gradient of {name}"
+            assert torch.equal(gradient, parameter.grad), f"the gradient of {name} is another"
+        plain.zero_grad()
+        stepping.zero_grad()
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, every_two_bytes())
+
+
 def clean(name: str) -> str:
     return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
 
@@ -158,7 +185,7 @@ if __name__ == "__main__":
     fsdp_on_cpus.pretend()
     PartialState(cpu=True)
     for case in sys.argv[1:]:
-        check(case)
+        check_replicas() if case == REPLICAS else check(case)
         if dist.get_rank() == 0:
             print(f"same: {case}", flush=True)
     dist.destroy_process_group()
