@@ -18,6 +18,6 @@ def replicated(tensor: Tensor, sharded: Any) -> Tensor:
     return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Any) -> Tensor:
     """The tensor that a DTensor stands for; any other as it is."""
-    return tensor.full_tensor() if is_shard(tensor) else tensor  # type: ignore[operator]
+    return tensor.full_tensor() if is_shard(tensor) else tensor

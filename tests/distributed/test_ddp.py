@@ -12,7 +12,7 @@ CASES = (
 
 @pytest.mark.slow
 def test_replicas_train_as_one_process_does(tmp_path):
-    """From rank 0's values and bytes, and with no checksum after the first step, whose buffers DDP broadcasts each time.
+    """From rank 0's values and bytes, with no checksum after the first step, though DDP broadcasts buffers each time.
 
     Report's kind: packed bytes kept as bf16, whose NaNs are rewritten (bitsandbytes 1945).
     """

@@ -13,14 +13,17 @@ import torch
 from safetensors.torch import load_file
 from support.chat_model import chat_model, facts
 from support.finetune_run import arguments, names, write_rows
+from support.paths import python_path
 
 for needed in ("peft", "trl", "datasets", "matplotlib", "yaml"):
     pytest.importorskip(needed, reason=f"{needed} is not installed: nothing is fine-tuned")
 
+import yaml  # noqa: E402
+
 from nf4kernels.cli import main  # noqa: E402
 from nf4kernels.stages.errors import StageError  # noqa: E402
 from nf4kernels.stages.finetune import loading, processes  # noqa: E402
-from nf4kernels.stages.finetune.processes import sharing  # noqa: E402
+from nf4kernels.stages.finetune.processes import load_for_sharding, sharing  # noqa: E402
 
 STEPS = 4
 
@@ -67,8 +70,34 @@ def test_a_plain_fsdp_is_fsdp2_by_layers(launched, word):
     assert found["fsdp"] is True
     assert found["fsdp_config"]["version"] == 2
     assert found["fsdp_config"]["auto_wrap_policy"] == "TRANSFORMER_BASED_WRAP"
-    assert sharing(None, word, {"version": 2, "cpu_offload": True}, False)["fsdp_config"]["cpu_offload"]
+    given = sharing(None, word, {"version": 2, "fsdp_cpu_offload": True}, False)["fsdp_config"]
+    assert given["cpu_offload"]
+    assert given["cpu_ram_efficient_loading"]
     assert sharing(None, "false", None, False)["fsdp"] is None
+
+
+def test_a_file_of_fsdps_is_read(launched, tmp_path):
+    file = tmp_path / "fsdp.json"
+    file.write_text(json.dumps({"reshard_after_forward": False}), encoding="utf-8")
+    found = sharing(None, True, str(file), False)["fsdp_config"]
+    assert found["reshard_after_forward"] is False
+    assert found["version"] == 2
+    given = '{"reshard_after_forward": false}'  # a mapping in a recipe
+    assert sharing(None, True, given, False)["fsdp_config"] == found
+    with pytest.raises(StageError, match="--fsdp_config must be a mapping or a JSON file that holds one, got nowhere"):
+        sharing(None, True, "nowhere.json", False)
+    with pytest.raises(StageError, match="--fsdp_config must have version 2, got 1: FSDP1 takes no packed bytes"):
+        sharing(None, True, {"fsdp_version": 1}, False)
+
+
+@pytest.mark.parametrize(("fsdp", "rank", "expected"), [(False, "1", False), (True, "0", True), (True, "1", True)])
+def test_what_is_sharded_is_loaded_on_the_cpu(monkeypatch, fsdp, rank, expected):
+    """Report's kind: each process puts the whole model on its device before it is sharded."""
+    for name in ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        monkeypatch.setenv(name, "False")
+    training = SimpleNamespace(fsdp=fsdp, fsdp_config=dict(processes.FSDP))
+    assert load_for_sharding(training) is expected
+    assert (os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "True") is fsdp
 
 
 @pytest.mark.parametrize(
@@ -134,26 +163,12 @@ def test_the_process_that_differs_is_named(monkeypatch):
         processes.check_alike(1.0, {"examples in --data": 8, "torch": "2"})
 
 
-# accelerate knows FSDP on GPUs alone: here it is told that there is one, and torch that the mesh is of CPUs.
+# accelerate knows FSDP on GPUs alone: here it is told that there are some, and so are we.
 FSDP_ON_CPUS = """
 import sys
-import accelerate.state, torch.distributed.fsdp
-from torch.distributed.device_mesh import init_device_mesh
+from support import fsdp_on_cpus
 
-state, plugin = accelerate.state.AcceleratorState, None
-begin, shard = state.__init__, torch.distributed.fsdp.fully_shard
-
-def init(self, *args, **options):
-    global plugin
-    begin(self, *args, **options)
-    plugin = options.get("fsdp_plugin") or plugin
-    if plugin is not None:
-        self.distributed_type, self.fsdp_plugin = accelerate.state.DistributedType.FSDP, plugin
-
-def fully_shard(module, **options):
-    return shard(module, **{**options, "mesh": options.get("mesh") or init_device_mesh("cpu", (2,))})
-
-state.__init__, torch.distributed.fsdp.fully_shard = init, fully_shard
+fsdp_on_cpus.pretend()
 from nf4kernels.cli import main
 from nf4kernels.stages.finetune import processes
 processes.has_gpu = lambda: True
@@ -190,7 +205,7 @@ def launch(argv: list[str], script: str | None = None, folder=None, is_killed: b
         (folder / "launched.py").write_text(script, encoding="utf-8")
         target = [str(folder / "launched.py")]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *target, *argv]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = os.environ | python_path() | {"OMP_NUM_THREADS": "1"}
     ran = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, timeout=240)
     assert (ran.returncode != 0) == is_killed, ran.stderr[-20000:]
     return ran.stdout
@@ -211,14 +226,24 @@ def check_log(one, two) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharing", ["whole", "fsdp"])
+@pytest.mark.parametrize("sharing", ["whole", "fsdp", "recipe"])
 def test_two_processes_train_as_one_does(model, prompts, tmp_path, sharing):
-    """The same losses and gradients as of one process with the batch of both, and one voice."""
+    """The same losses and gradients as of one process with the batch of both, and one voice.
+
+    By FSDP2 the second process reads nothing; the recipe's parameters are on the CPU between uses, and stay gathered
+    after the forward.
+    """
     changes = {"max_steps": STEPS, "lora_dropout": 0.0, "learning_rate": 1e-3}
     one, two = tmp_path / "one", tmp_path / "two"
     assert main(arguments(model, prompts, one, **changes, per_device_train_batch_size=4)) == 0
     argv = arguments(model, prompts, two, **changes, per_device_train_batch_size=2)
-    said = launch([*argv, "--fsdp"], FSDP_ON_CPUS, tmp_path) if sharing == "fsdp" else launch(argv)
+    if sharing == "recipe":
+        recipe = {"fsdp": True, "fsdp_config": {"cpu_offload": True, "reshard_after_forward": False}}
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        argv += [f"--config={tmp_path / 'recipe.yaml'}"]
+    elif sharing == "fsdp":
+        argv += ["--fsdp"]
+    said = launch(argv) if sharing == "whole" else launch(argv, FSDP_ON_CPUS, tmp_path)
     for line in ("training: 29 examples", "held-out loss before", "held-out loss after", f"wrote {two}"):
         assert said.count(line) == 1, line
     check_log(one, two)

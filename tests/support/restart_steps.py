@@ -140,6 +140,6 @@ if __name__ == "__main__":
         assert main([*flags, f"--output_dir={folder / 'whole'}"]) == 0
         stop_and_go_on(folder, "ddp", [*flags, WITHOUT_DROPOUT])
         refuse_all(folder, flags)
-        fsdp_on_cpus.allow()
+        fsdp_on_cpus.pretend()
         stop_and_go_on(folder, "fsdp", [*flags, WITHOUT_DROPOUT, "--fsdp", fsdp_on_cpus.SHARDED])
         refuse_late(folder, flags)

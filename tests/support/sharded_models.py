@@ -1,4 +1,4 @@
-"""Small models for training on several ranks, each the same on every rank, and the plain step that theirs must equal."""
+"""Small models for training on several ranks, the same on every rank, and the plain step that theirs must equal."""
 
 import copy
 
@@ -79,12 +79,15 @@ def loss_of(model: nn.Module, rows: Tensor) -> Tensor:
     return model(input_ids=rows, labels=rows, use_cache=False).loss
 
 
-def plain_gradients(model: nn.Module, batches: list[list[Tensor]], dtype=None) -> tuple[list[Tensor], dict[str, Tensor]]:
+def plain_gradients(
+    model: nn.Module, batches: list[list[Tensor]], dtype=None, reduce_dtype=torch.float32
+) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Losses of each rank's last batch, and gradients: of a rank the sum over its batches, then the mean of ranks.
 
     Args:
         batches: of each rank.
-        dtype: what parameters are computed with; gradients come in fp32.
+        dtype: what parameters are computed with.
+        reduce_dtype: what the mean is taken in; gradients come in fp32.
     """
     worker = copy.deepcopy(model)
     if dtype is not None:
@@ -100,9 +103,9 @@ def plain_gradients(model: nn.Module, batches: list[list[Tensor]], dtype=None) -
         losses.append(loss.detach())
         for name, parameter in trained(worker).items():
             if parameter.grad is not None:
-                gradient = parameter.grad.float()
+                gradient = parameter.grad.to(reduce_dtype)
                 sums[name] = sums[name] + gradient if name in sums else gradient.clone()
-    return losses, {name: total / len(batches) for name, total in sums.items()}
+    return losses, {name: (total / len(batches)).float() for name, total in sums.items()}
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.core_model_loading import ConversionOps, MergeModulelist, WeightConverter
 
@@ -92,6 +93,8 @@ class LoadStored(ConversionOps):
         if list(tensors) != [WEIGHT]:
             return self.quantizer.take_stored(model, full_layer_name, tensors, missing_keys)
         dense = tensors[WEIGHT]
+        if self.quantizer.is_awaiting:
+            dense = torch.empty_like(dense)
         is_cast = self.dense_dtype is not None and dense.is_floating_point()
         return {full_layer_name: dense.to(self.dense_dtype) if is_cast else dense}
 

@@ -23,6 +23,7 @@ from ...storage.names import listed
 from ...storage.published.files import PublishedFiles
 from ...storage.tensor_files import TensorFiles
 from . import tensor_parallel
+from .awaited import awaits_weights, room_for, room_for_dense, without_values
 from .config import METHOD, Nf4Config
 from .operations import WEIGHT, OneExpertAtATime, QuantizeOnLoad, converts, is_stored_conversion, stored_conversions
 from .published import check_not_on_disk, published_files, take_bytes_as_they_are
@@ -63,6 +64,7 @@ class Nf4Quantizer(HfQuantizer):
         published: the files of a checkpoint that others have published in 4 bits, until it is loaded.
         error: the first that a tensor raised. The loader would only log it, so it is raised when the loader has ended.
         set_aside: transformers' rules of tensor parallel for what becomes 4-bit layers; None: it has not asked for any.
+        is_awaiting: whether all values come later, from rank 0: nothing is read then, and nothing is quantized.
     """
 
     quantization_config: Nf4Config
@@ -76,6 +78,7 @@ class Nf4Quantizer(HfQuantizer):
         self.published: PublishedFiles | None = None
         self.opened = ExitStack()
         self.set_aside: dict[str, str] | None = None
+        self.is_awaiting = False
 
     # Loading
 
@@ -88,6 +91,7 @@ class Nf4Quantizer(HfQuantizer):
             )
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files=None, **kwargs: Any) -> None:
+        self.is_awaiting = awaits_weights()
         with ExitStack() as stack:
             opened = stack.enter_context(TensorFiles(checkpoint_files or (), "nf4kernels.Nf4Config"))
             published = published_files(opened, checkpoint_files, self.quantization_config, model)
@@ -109,10 +113,10 @@ class Nf4Quantizer(HfQuantizer):
             self.set_aside = tensor_parallel.set_aside(model, plan, [name.rpartition(".")[0] for name in self.targets])
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        return not self.pre_quantized and param_name in self.targets
+        return not self.pre_quantized and (self.is_awaiting or param_name in self.targets)
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
-        if not self.param_needs_quantization(model, param_name):
+        if self.pre_quantized or param_name not in self.targets:
             return param.element_size()
         config, fp32 = self.quantization_config, torch.float32.itemsize
         own = FORMATS.get(config.codebook_name)
@@ -148,21 +152,28 @@ class Nf4Quantizer(HfQuantizer):
 
     def take_dense(self, model: nn.Module, name: str, tensor: Tensor, missing_keys: Any) -> dict[str, Tensor]:
         """What the loader sets in the model instead of a dense tensor."""
-        target = self.targets.get(name)
+        target, config = self.targets.get(name), self.quantization_config
         if target is None:
-            return {name: tensor}
-        return self._take(model, name, lambda: quantized(target, tensor, self.quantization_config), missing_keys)
+            return {name: room_for_dense(model, name) if self.is_awaiting else tensor}
+        if self.is_awaiting:
+            return self._take(model, name, lambda: room_for(target, tensor.dtype, config), missing_keys)
+        return self._take(model, name, lambda: quantized(target, tensor, config), missing_keys)
 
     def take_experts(self, model: nn.Module, name: str, experts: Iterable[Tensor], missing_keys: Any) -> dict:
         """The same of a dense tensor that comes expert by expert."""
-        target = self.targets[name]
-        return self._take(
-            model, name, lambda: quantized_experts(target, experts, self.quantization_config), missing_keys
-        )
+        target, config = self.targets[name], self.quantization_config
+        if self.is_awaiting:
+            return self._take(model, name, lambda: room_for(target, target.dtype, config), missing_keys)
+        return self._take(model, name, lambda: quantized_experts(target, experts, config), missing_keys)
 
     def take_stored(self, model: nn.Module, name: str, tensors: dict[str, Tensor], missing_keys: Any) -> dict:
         """The same of the tensors that are stored for one weight."""
-        return self._take(model, name, lambda: weight_from_tensors(tensors), missing_keys)
+
+        def make() -> Any:
+            qweight = weight_from_tensors(tensors)
+            return without_values(qweight) if self.is_awaiting else qweight
+
+        return self._take(model, name, make, missing_keys)
 
     def _take(self, model: nn.Module, name: str, make: Any, missing_keys: Any) -> dict[str, Tensor]:
         target, compute_dtype = self.targets[name], self.quantization_config.compute_dtype
@@ -197,7 +208,8 @@ class Nf4Quantizer(HfQuantizer):
             self.opened.close()
             self.published = None
         if self.pre_quantized:
-            check_experts(model, self.checksums)
+            if not self.is_awaiting:
+                check_experts(model, self.checksums)
             self._read_scale_codebook(model)
         conversions = getattr(model, "_weight_conversions", None)
         if conversions is not None:

@@ -16,6 +16,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from ...model.prepare import prepare_for_training
 from ...model.training import training_dtype
 from ..errors import StageError
+from .processes import load_for_sharding
 from .recipe import DENSE, Recipe
 
 
@@ -82,7 +83,8 @@ def load_model(recipe: Recipe, has_images: bool = False) -> Any:
         if stored is None and recipe.quantization is not None:
             options["quantization_config"] = recipe.quantization
         device = recipe.training.device
-        if device.type != "cpu" and not is_deepspeed_zero3_enabled():  # which takes parts of it there by itself
+        has_own_place = load_for_sharding(recipe.training) or is_deepspeed_zero3_enabled()  # which place it themselves
+        if not has_own_place and device.type != "cpu":
             options["device_map"] = {"": device}
         model = architectures.from_pretrained(
             where, dtype=recipe.dtype, attn_implementation=recipe.model.attn_implementation, **options

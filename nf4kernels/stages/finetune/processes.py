@@ -1,5 +1,6 @@
 """A run of several processes: which of them speaks, how they meet and agree, and how they share the model."""
 
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import enable_fsdp_ram_efficient_loading
 
 from ..errors import StageError, first_line
 
@@ -33,8 +35,11 @@ ZERO: dict[str, dict[str, Any]] = {
         },
     },
 }  # fmt: skip
-# FSDP2 by the model's own layers; the adapters are saved whole.
-FSDP = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "state_dict_type": "FULL_STATE_DICT"}
+# FSDP2 by the model's own layers; the adapters are saved whole; the first process of a machine alone reads the model.
+FSDP = {
+    "version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "state_dict_type": "FULL_STATE_DICT",
+    "cpu_ram_efficient_loading": True,
+}  # fmt: skip
 
 
 def is_main() -> bool:
@@ -157,7 +162,7 @@ def sharing(deepspeed: Any, fsdp: Any, fsdp_config: Any, use_cpu: bool) -> dict[
     if str(fsdp).lower() in ("none", "false", ""):
         fsdp = None
     elif str(fsdp).lower() == "true":
-        fsdp, fsdp_config = True, fsdp_config or dict(FSDP)
+        fsdp, fsdp_config = True, _fsdp_config(fsdp_config)
     if deepspeed is not None:
         if deepspeed not in ZERO and not isinstance(deepspeed, dict) and not Path(deepspeed).is_file():
             raise StageError(f"--deepspeed must be {', '.join(ZERO)} or a file of DeepSpeed's, got {deepspeed}")
@@ -170,6 +175,34 @@ def sharing(deepspeed: Any, fsdp: Any, fsdp_config: Any, use_cpu: bool) -> dict[
         if use_cpu or not has_gpu():
             raise StageError("--fsdp needs GPUs, leave it out: on CPUs each process has the whole model")
     return {"deepspeed": deepspeed, "fsdp": fsdp, "fsdp_config": fsdp_config}
+
+
+def _fsdp_config(given: dict[str, Any] | str | None) -> dict[str, Any]:
+    """FSDP, with what the recipe, JSON or a file of it says; StageError for an older FSDP."""
+    found: Any = given or {}
+    if isinstance(given, str) and given:
+        try:
+            found = json.loads(given if given.startswith("{") else Path(given).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            found = None
+    if not isinstance(found, dict):
+        raise StageError(f"--fsdp_config must be a mapping or a JSON file that holds one, got {given}")
+    named = {name.removeprefix("fsdp_"): value for name, value in found.items()}
+    if str(named.get("version", 2)) != "2":
+        raise StageError(f"--fsdp_config must have version 2, got {named['version']}: FSDP1 takes no packed bytes")
+    return {**FSDP, **named}
+
+
+def load_for_sharding(training: Any) -> bool:
+    """Whether the model is loaded on the CPU, since FSDP brings each device its share; with `training`, by its fields.
+
+    With cpu_ram_efficient_loading, transformers is told so before it loads, and the other processes read nothing.
+    """
+    if not training.fsdp:
+        return False
+    if str(training.fsdp_config.get("cpu_ram_efficient_loading", False)).lower() == "true":
+        enable_fsdp_ram_efficient_loading()
+    return True
 
 
 def has_gpu() -> bool:

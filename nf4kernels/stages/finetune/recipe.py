@@ -236,6 +236,7 @@ def _recipe(values: dict[str, Any], given: dict[str, Any]) -> Recipe:
         **values, "assistant_only_loss": bool(is_answers_only),
         "bf16": dtype == torch.bfloat16 if values["bf16"] is None else values["bf16"],
         "use_cpu": values["use_cpu"] or not torch.accelerator.is_available(),
+        "ddp_broadcast_buffers": bool(values["ddp_broadcast_buffers"]),  # they are scales, which are frozen
         **sharing(values["deepspeed"], values["fsdp"], values["fsdp_config"], values["use_cpu"]),
     }  # fmt: skip
     meet(filled["use_cpu"], values["ddp_backend"], values["ddp_timeout"])

@@ -14,8 +14,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.training_args import OptimizerNames
 from trl import SFTTrainer
 
-from ...optim import PagedAdamW
 from ...distributed.expert_load import ExpertLoad
+from ...optim import PagedAdamW
 from ...storage.atomic import flush, write_json
 from ..errors import StageError
 from .examples import Counts, counts
