@@ -51,7 +51,8 @@ def killed(tmp_path_factory):
     """What torchrun said, and the folder of all runs."""
     folder = tmp_path_factory.mktemp("runs")
     chat_model(folder / "chat", num_hidden_layers=1)
-    write_rows(folder / "prompts.jsonl", [{"prompt": q, "completion": a} for q, a in facts(EXAMPLES)])
+    rows = [{"prompt": q, "completion": " ".join([a] * (1 + i % 5))} for i, (q, a) in enumerate(facts(EXAMPLES))]
+    write_rows(folder / "prompts.jsonl", rows)
     script = str(TESTS / "support" / "restart_steps.py")
     return torchrun(2, f"--max-restarts={len(KILLED)}", script, str(folder), *flags(folder, 2), cwd=folder), folder
 
