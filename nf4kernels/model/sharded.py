@@ -36,9 +36,13 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def check_whole(model: nn.Module, who: str, order: str) -> None:
-    """ValueError for a sharded model where the whole one is needed; `order`: what to do in which order."""
-    if is_sharded(model):
-        raise ValueError(f"{who}: model must not be sharded yet ({order}), got parameters that are DTensors")
+    """ValueError where a linear layer's or experts' dense weight is sharded; `order`: what to do in which order."""
+    sharded = bool(fsdp_modules(model))
+    for module in model.modules() if not sharded else ():
+        dense = [p for p in module._parameters.values() if p is not None and p.dtype != torch.uint8 and is_dtensor(p)]
+        sharded = sharded or any(p.dim() == 3 or isinstance(module, nn.Linear) for p in dense)
+    if sharded:
+        raise ValueError(f"{who}: model must not be sharded yet ({order}), got layers whose parameters are DTensors")
 
 
 def reshard(model: nn.Module) -> None:
