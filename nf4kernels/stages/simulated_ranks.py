@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed._tools.fake_collectives import CollectiveOp
-from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed._tools.mod_tracker import ModTracker
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -150,14 +150,8 @@ def measured(model: Any, step: Step, ids: Tensor) -> Simulated:
     # tensors of all rows, which the tracker takes for real here.
     rows = [nn.Parameter(_local(parameter)) for parameter in trained]
     optimizer = _optimizer(rows, step)
-    states = [each for held in optimizer.state.values() for each in held.values()]
-    tracker: Any
-    if sharded:
-        tracker = _OfShards(model, optimizer)
-        tracker.track_inputs((ids, states))
-    else:
-        tracker = _OfWhole()
-        tracker.track_external(model, optimizer, ids, states)
+    tracker = _Tracker()
+    tracker.track_external(model, optimizer, ids)
     seen = _Seen(step.decoded)
     with tracker, seen:
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
@@ -190,28 +184,28 @@ def _optimizer(rows: list[nn.Parameter], step: Step) -> torch.optim.Optimizer:
     return optimizer
 
 
-class _PeakAlone:
-    """torch keeps a peak for each module, too, and looks at all of them at each operator: of many layers, for hours."""
+class _NoModules(ModTracker):
+    """Its hooks on every module keep tensors alive that a step without checkpointing frees."""
 
-    _curr_mem_snap: dict[torch.device, dict[str, int]]
-    _peak_mem: dict[torch.device, int]
-    _peak_mem_snap: dict[torch.device, dict[str, int]]
+    def __enter__(self) -> "_NoModules":
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        pass
+
+
+class _Tracker(MemTracker):
+    """Of the whole step, without a peak for each module: torch goes through all of them at each operator for that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._mod_tracker = _NoModules()
 
     def _update_peak_stats(self, peak_state: Any) -> None:
         for device, now in self._curr_mem_snap.items():
             if self._peak_mem.get(device, 0) < now["Total"]:
                 self._peak_mem[device] = now["Total"]
                 self._peak_mem_snap[device] = dict(now)
-
-
-class _OfShards(_PeakAlone, FSDPMemTracker):
-    pass
-
-
-class _OfWhole(_PeakAlone, MemTracker):
-    def _track_module_params_and_buffers(self, module: nn.Module, install_grad_hooks: bool = True) -> tuple[int, int]:
-        """Without hooks on parameters, which frozen ones refuse: gradients count as temporaries then."""
-        return super()._track_module_params_and_buffers(module, install_grad_hooks=False)
 
 
 class _Seen(TorchDispatchMode):
