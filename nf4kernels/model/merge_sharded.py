@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..functional import dequantize
 from ..nn.casts import cast, check_cast
+from ..nn.dtensors import from_local, is_dtensor, whole
 from ..nn.experts_layout import bias_name
 from ..nn.grouped_quant_linear import ExpertsFactor, GroupedQuantLinear
 from ..nn.lora import over_original_weight
@@ -18,18 +19,7 @@ from ..nn.quant_experts import QuantExperts
 from ..nn.quant_linear import QuantLinear
 from ..nn.quant_module import SCALES
 from ..quantized_weight import SUPERBLOCK, WEIGHT_DTYPES, QuantizedExperts, QuantizedWeight, shared_codebooks
-from .sharded import (
-    Ranks,
-    by_rows,
-    from_local,
-    fsdp_modules,
-    gathered_qweight,
-    is_dtensor,
-    local_of,
-    own_part,
-    placed_like,
-    whole,
-)
+from .sharded import Ranks, by_rows, fsdp_modules, gathered_qweight, local_of, own_part, placed_like
 from .walk import named_modules
 
 

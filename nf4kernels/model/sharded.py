@@ -14,14 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..nn.dtensors import from_local, is_dtensor, whole
 from ..nn.quant_module import SCALES
 from ..quantized_weight import WEIGHT_DTYPES
 
 ERRORS = {error.__name__: error for error in (TypeError, ValueError, FileNotFoundError, PermissionError, OSError)}
-
-
-def is_dtensor(tensor: Any) -> bool:
-    return hasattr(tensor, "to_local")
 
 
 def fsdp_modules(model: nn.Module) -> list[Any]:
@@ -49,28 +46,6 @@ def reshard(model: nn.Module) -> None:
     """Every parameter that FSDP2 has gathered and kept becomes this rank's part again."""
     for module in fsdp_modules(model):
         module.reshard()
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor of all ranks, on every one of them; every rank of its mesh must call."""
-    if not is_dtensor(tensor):
-        return tensor.detach()
-    tensor = tensor.detach()
-    sharded: Any = tensor
-    local, device = sharded.to_local(), sharded.device_mesh.device_type
-    if local.device.type not in (device, "meta"):  # offloaded: the mesh's ranks talk on their devices
-        sharded = from_local(local.to(device), tensor)
-    full: Tensor = sharded.full_tensor()
-    return full
-
-
-def from_local(local: Tensor, like: Any, shape: tuple[int, ...] | None = None) -> Any:
-    """The DTensor of which `local` is this rank's part, placed as `like` is, and of its shape unless one is given."""
-    sizes = torch.Size(shape or like.shape)
-    stride = torch.empty(sizes, device="meta").stride()
-    return type(like.detach()).from_local(
-        local, like.device_mesh, like.placements, run_check=False, shape=sizes, stride=stride
-    )  # fmt: skip
 
 
 def own_part(tensor: Any) -> tuple[slice, ...]:

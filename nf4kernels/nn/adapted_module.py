@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ..autograd import outside_inference_mode
+from .dtensors import is_dtensor
 from .lora import FROM_WEIGHT, LoraConfig, WaitingAdapter, check_adapter_name, init_adapter
-from .quant_module import QuantModule, is_shard
+from .quant_module import QuantModule
 
 
 class AdaptedModule(QuantModule):
@@ -65,7 +66,7 @@ class AdaptedModule(QuantModule):
         check_adapter_name(name, who)
         if name in self.adapter_names:
             raise ValueError(f"{who}: the layer must have no adapter {name!r} yet, got one already")
-        if is_shard(self.weight):
+        if is_dtensor(self.weight):
             raise ValueError(
                 f"{who}: the layer must not be sharded yet (quantize, add adapters, then fully_shard), since a sharded"
                 " model takes no new parameters, got a DTensor as its weight"

@@ -10,8 +10,8 @@ from ..autograd import outside_inference_mode
 from ..codebook import CODEBOOKS, DOUBLE_QUANT_CODEBOOKS, SCALE_CODEBOOKS, name_of
 from ..quantized_weight import WEIGHT_DTYPES, QuantizedExperts, QuantizedWeight, WeightArgs, scales_of
 from . import checksum as checksums
+from .dtensors import is_dtensor, replicated, whole
 from .released import GATHER, check_gathered, is_released
-from .shards import is_shard, replicated, whole
 
 SCALES = ("scale_absmax", "scale_offset", "code", "scale_code")
 SCALE_TENSORS = ("absmax", *SCALES)
@@ -107,12 +107,12 @@ class QuantModule(nn.Module):
         held = {**self._parameters, **self._buffers} if name in ("weight", "absmax") else {}
         if name == "absmax" and name in self._parameters and type(value) is Tensor:
             value = nn.Parameter(value, requires_grad=False)
-        if name in held and isinstance(value, nn.Parameter) and is_shard(value):
+        if name in held and isinstance(value, nn.Parameter) and is_dtensor(value):
             self._parameters[name] = value  # nn.Module would call register_parameter
         else:
             super().__setattr__(name, value)
         if name in held:
-            if is_shard(held[name]) or is_shard(value):
+            if is_dtensor(held[name]) or is_dtensor(value):
                 self._see_bytes()
             else:
                 self.record_bytes()
@@ -133,7 +133,7 @@ class QuantModule(nn.Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As nn.Module; torch's own styles of tensor parallel, which would cut bytes as numbers, end here."""
-        if name in ("weight", "absmax") and is_shard(param):
+        if name in ("weight", "absmax") and is_dtensor(param):
             raise ValueError(
                 f"{self.WHO}: a layer in 4 bits must be cut by the styles of nf4kernels.distributed (ColwiseParallel,"
                 f" RowwiseParallel, ExpertParallel), which take dense layers as well, got a DTensor as its {name}"
@@ -150,7 +150,7 @@ class QuantModule(nn.Module):
         """The weight as a value that shares this module's tensors."""
         if self.weight.is_meta:
             raise ValueError(f"{self.WHO}.qweight: the layer is on the meta device, load its state first")
-        if is_shard(self.weight):
+        if is_dtensor(self.weight):
             raise ValueError(
                 f"{self.WHO}.qweight: the layer must be whole (unshard() gathers what fully_shard cut; merge_model and"
                 " save_checkpoint take a sharded model), got a DTensor as its weight, of which a rank holds a part"
@@ -337,7 +337,7 @@ class QuantModule(nn.Module):
         accelerate shards there, broadcasts what such a state lists, and takes each entry for a DTensor.
         """
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if is_shard(self.weight) and self.weight.is_meta:
+        if is_dtensor(self.weight) and self.weight.is_meta:
             for key in (prefix + name for name in self._buffers):
                 if key in destination:
                     destination[key] = replicated(destination[key], self.weight)

@@ -10,10 +10,11 @@ from torch.nn.parameter import is_lazy
 
 from ..autograd import outside_inference_mode
 from ..model.plan import unwrapped
-from ..model.sharded import Ranks, copy_own_part, is_dtensor, whole
+from ..model.sharded import Ranks, copy_own_part
 from ..model.walk import named_modules
 from ..nn.adapted_module import AdaptedModule
 from ..nn.casts import check_cast
+from ..nn.dtensors import is_dtensor, whole
 from ..nn.grouped_quant_linear import GroupedQuantLinear
 from ..nn.lora import FROM_WEIGHT, check_adapter_name, over_original_weight
 from ..nn.quant_experts import QuantExperts

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from ..codebook import FORMATS
 from ..functional import quantize, quantize_experts
-from ..model.sharded import Ranks, by_rows, from_local, is_dtensor, own_part, whole
+from ..model.sharded import Ranks, by_rows, own_part
+from ..nn.dtensors import from_local, is_dtensor, whole
 from ..nn.grouped_quant_linear import GroupedQuantLinear
 from ..nn.quant_module import SCALES
 from ..quantized_weight import WEIGHT_DTYPES, shared_codebooks
