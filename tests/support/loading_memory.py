@@ -1,10 +1,10 @@
-"""Run by torchrun on two ranks: what each takes for itself while a model is loaded to be sharded, a line a rank."""
+"""What each rank takes for itself while a model is loaded to be sharded: `FOLDER make`, then by torchrun on two ranks
+`FOLDER dense` or `FOLDER stored`, and `whole` where each loads for itself; a line a rank."""
 
 import sys
 import threading
 import time
 from pathlib import Path
-from tempfile import gettempdir
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ SIZES = {
     "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 8, "vocab_size": 4096,
     "num_attention_heads": 16, "num_key_value_heads": 16,
 }  # fmt: skip
+DENSE = {"quantization_config": Nf4Config(), "dtype": torch.bfloat16}
 
 
 def own_bytes() -> int:
@@ -45,26 +46,24 @@ def peak_of(load) -> int:
     return max(seen) - start
 
 
-def main() -> None:
+def make(where: Path) -> None:
+    tiny.llama(torch.bfloat16, **SIZES).save_pretrained(where)
+    AutoModelForCausalLM.from_pretrained(where, **DENSE).save_pretrained(where / "stored")
+
+
+def measure(where: Path, name: str, is_efficient: bool) -> None:
     torch.set_num_threads(1)
     PartialState(cpu=True)
-    where = Path(sys.argv[1] if len(sys.argv) > 1 else gettempdir()) / "loading_memory"
-    disable_fsdp_ram_efficient_loading()
-    tiny.llama(torch.bfloat16, **SIZES).save_pretrained(where)  # rank 0 does
-    dist.barrier()
-    dense = {"quantization_config": Nf4Config(), "dtype": torch.bfloat16}
-    AutoModelForCausalLM.from_pretrained(where, **dense).save_pretrained(where / "stored")
-    dist.barrier()
-    for name, path, options in (("dense", where, dense), ("stored", where / "stored", {"dtype": torch.bfloat16})):
-        for is_efficient in (True, False):
-            (enable_fsdp_ram_efficient_loading if is_efficient else disable_fsdp_ram_efficient_loading)()
-            peak = peak_of(lambda path=path, options=options: AutoModelForCausalLM.from_pretrained(path, **options))
-            for rank in range(dist.get_world_size()):
-                dist.barrier()
-                if rank == dist.get_rank():
-                    print(f"{name}, efficient {is_efficient}, rank {rank}: {peak / 2**20:.0f} MiB", flush=True)
+    (enable_fsdp_ram_efficient_loading if is_efficient else disable_fsdp_ram_efficient_loading)()
+    path, options = (where, DENSE) if name == "dense" else (where / "stored", {"dtype": torch.bfloat16})
+    peak = peak_of(lambda: AutoModelForCausalLM.from_pretrained(path, **options))
+    for rank in range(dist.get_world_size()):
+        dist.barrier()
+        if rank == dist.get_rank():
+            print(f"{name}, efficient {is_efficient}, rank {rank}: {peak / 2**20:.0f} MiB", flush=True)
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    folder, name, *words = sys.argv[1:]
+    make(Path(folder)) if name == "make" else measure(Path(folder), name, "whole" not in words)
