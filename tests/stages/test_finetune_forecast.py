@@ -16,6 +16,7 @@ for needed in ("peft", "trl", "datasets", "matplotlib", "yaml"):
 
 from nf4kernels.cli import main  # noqa: E402
 from nf4kernels.stages.data.reading import read  # noqa: E402
+from nf4kernels.stages import traced_memory  # noqa: E402
 from nf4kernels.stages.finetune import forecast, run  # noqa: E402
 from nf4kernels.stages.finetune.loading import load_tokenizer  # noqa: E402
 from nf4kernels.stages.finetune.recipe import read_recipe  # noqa: E402
@@ -69,7 +70,7 @@ def test_activations_follow_the_recipe(model, tmp_path):
 
 def test_a_gpu_needs_no_copies_of_the_tiles_of_logits(model, prompts, tmp_path):
     found = trainer(model, prompts, tmp_path / "out")
-    twin = forecast._without_values(found.model).train()
+    twin = traced_memory.without_values(found.model).train()
     peaks = []
     for device in ("cpu", "cuda"):
         with forecast._fused_head(device):

@@ -133,7 +133,7 @@ def test_under_zero3_the_model_is_loaded_to_no_device(monkeypatch, is_zero3):
     monkeypatch.setattr(loading.AutoConfig, "from_pretrained", lambda *_, **__: None)
     monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", from_pretrained)
     asked = SimpleNamespace(model_name_or_path="somewhere", model_revision=None, attn_implementation=None)
-    training = SimpleNamespace(trust_remote_code=False, device=torch.device("cuda", 1))
+    training = SimpleNamespace(fsdp=[], trust_remote_code=False, device=torch.device("cuda", 1))
     recipe = SimpleNamespace(model=asked, training=training, quantization=None, dtype=torch.bfloat16)
     with pytest.raises(StageError, match="no model"):
         loading.load_model(recipe)

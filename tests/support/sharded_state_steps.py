@@ -12,7 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from support.sharded_steps import LORA, dense, made, shard, step, whole
+from support import tiny
+from support.fsdp_steps import shard
+from support.sharded_models import LORA, dense, loss_of, made, whole
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -22,6 +24,12 @@ import nf4kernels as nf4
 from nf4kernels.model.sharded import local_of
 from nf4kernels.nn.quant_module import QuantModule
 from nf4kernels.storage import sharded_save
+
+
+def step(model: nn.Module) -> torch.Tensor:
+    loss = loss_of(model, tiny.IDS)
+    loss.backward()
+    return loss.detach()
 
 
 def sharded(case: str) -> nn.Module:
