@@ -15,8 +15,8 @@ for needed in ("peft", "trl", "datasets", "matplotlib", "yaml"):
     pytest.importorskip(needed, reason=f"{needed} is not installed: nothing is fine-tuned")
 
 from nf4kernels.cli import main  # noqa: E402
-from nf4kernels.stages.data.reading import read  # noqa: E402
 from nf4kernels.stages import traced_memory  # noqa: E402
+from nf4kernels.stages.data.reading import read  # noqa: E402
 from nf4kernels.stages.finetune import forecast, run  # noqa: E402
 from nf4kernels.stages.finetune.loading import load_tokenizer  # noqa: E402
 from nf4kernels.stages.finetune.recipe import read_recipe  # noqa: E402
