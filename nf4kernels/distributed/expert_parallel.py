@@ -49,6 +49,8 @@ class PartOfGrouped(GroupedQuantLinear):
     `weight`, `absmax` and the adapters are DTensors that are cut by experts; the superblocks' scales are whole.
     """
 
+    PLACES_ADAPTERS = True
+
     def place(self, mesh: DeviceMesh, source: int | None) -> None:
         place(self, dict.fromkeys(("weight", "absmax"), Shard(0)), mesh, source)
         for name in self.adapter_names:

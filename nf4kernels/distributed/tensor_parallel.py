@@ -29,6 +29,7 @@ class PartLinear(QuantLinear):
     every cut of columns, the rank also holds its blocks' scales as fp32 numbers, in no state.
     """
 
+    PLACES_ADAPTERS = True
     DIM: ClassVar[int]  # of Ŵ [N, K]
     FACTORS: ClassVar[tuple[Placement, Placement]]  # lora_A's, lora_B's
     BIAS: ClassVar[Placement]

@@ -40,8 +40,13 @@ def get_submodule(model: nn.Module, name: str) -> nn.Module:
 
 
 def state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state, not detached, by keys that begin with names of `named_modules`."""
-    return {_plain_key(model, key): value for key, value in model.state_dict(keep_vars=True).items()}
+    """The model's state, not detached, by keys that begin with names of `named_modules`.
+
+    Of buffers the tensors themselves: a layer that was sharded on meta has DTensors of them in its own state.
+    """
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    state = model.state_dict(keep_vars=True)
+    return {_plain_key(model, key): buffers.get(key, value) for key, value in state.items()}
 
 
 def set_submodule(model: nn.Module, name: str, new: nn.Module) -> None:

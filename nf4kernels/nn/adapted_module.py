@@ -18,6 +18,7 @@ class AdaptedModule(QuantModule):
     others wait, frozen, in the child `adapters`, by name.
     """
 
+    PLACES_ADAPTERS = False  # whether it puts new adapters on the mesh that its weight is on
     WAITING = "adapters"  # the child that holds the adapters which wait, there where there are any
     lora: LoraConfig | None = None  # of the active adapter
     lora_A: Any  # noqa: N815 (PEFT's name)
@@ -66,7 +67,7 @@ class AdaptedModule(QuantModule):
         check_adapter_name(name, who)
         if name in self.adapter_names:
             raise ValueError(f"{who}: the layer must have no adapter {name!r} yet, got one already")
-        if is_dtensor(self.weight):
+        if is_dtensor(self.weight) and not self.PLACES_ADAPTERS:
             raise ValueError(
                 f"{who}: the layer must not be sharded yet (quantize, add adapters, then fully_shard), since a sharded"
                 " model takes no new parameters, got a DTensor as its weight"
