@@ -9,8 +9,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ...codebook import FORMATS
 from ...model.plan import is_conv1d, replace_module
+from ...model.sharded import gathered_qweight
 from ...model.walk import named_modules, state_dict
 from ...nn.adapted_module import AdaptedModule
+from ...nn.dtensors import is_dtensor
 from ...nn.experts_layout import WEIGHTS
 from ...nn.quant_linear import COLUMN_ORDER, OF_WEIGHT, QuantLinear
 from ...nn.quant_module import SCALE_TENSORS, QuantModule
@@ -83,8 +85,13 @@ def state_for_saving(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _stored_tensors(model: Any, name: str, layer: QuantLinear) -> dict[str, Tensor]:
-    """Of an offloaded layer the packed bytes stay where they are: save_pretrained fetches them, shard by shard."""
+    """Of an offloaded layer the packed bytes stay where they are: save_pretrained fetches them, shard by shard.
+
+    What ranks have cut is gathered on each of them, as transformers does with all else that it saves.
+    """
     key = f"{name}.weight"
+    if is_dtensor(layer.weight):
+        return weight_to_tensors(gathered_qweight(layer), key)
     offloaded = [leaf for leaf, tensor in {**layer._parameters, **layer._buffers}.items() if _is_meta(tensor)]
     if not offloaded:
         return weight_to_tensors(layer.qweight, key)
