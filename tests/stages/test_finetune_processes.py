@@ -179,7 +179,13 @@ import sys
 from support import fsdp_on_cpus
 
 fsdp_on_cpus.pretend()
+from accelerate import Accelerator
 from nf4kernels.cli import main
+
+def gathers_the_base(*args, **options):
+    raise AssertionError("accelerate gathers the base, too")
+
+Accelerator.get_state_dict = gathers_the_base
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -233,6 +239,13 @@ def check_log(one, two) -> None:
             assert float(got[column]) == pytest.approx(float(expected[column]), rel=1e-4), (expected, got)
 
 
+def same_adapters(one, two) -> None:
+    """The same tensors, whole, and none of the frozen base; their values differ as AdamW's steps of tiny sums do."""
+    expected, got = (load_file(out / "adapter_model.safetensors") for out in (one, two))
+    assert {name: each.shape for name, each in got.items()} == {name: each.shape for name, each in expected.items()}
+    assert all(each.abs().max() > 0 for each in got.values())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sharing", ["whole", "recipe"])
 def test_two_processes_train_as_one_does(model, prompts, one, tmp_path, sharing):
@@ -252,6 +265,7 @@ def test_two_processes_train_as_one_does(model, prompts, one, tmp_path, sharing)
         assert said.count(line) == 1, line
     check_log(one, two)
     assert {"adapter_model.safetensors", "loss.png", "README.md", "recipe.yaml"} <= set(names(two))
+    same_adapters(one, two)
 
 
 @pytest.mark.slow
@@ -267,7 +281,4 @@ def test_deepspeed_trains_as_one_process_does_and_goes_on(model, prompts, one, t
     for line in (f"going on from {two / f'checkpoint-{killed_after}'}", "held-out loss after", f"wrote {two}"):
         assert said.count(line) == 1, line
     check_log(one, two)
-    adapters = load_file(two / "adapter_model.safetensors")
-    for name, expected in load_file(one / "adapter_model.safetensors").items():
-        assert adapters[name].shape == expected.shape, name
-    assert not any("absmax" in name for name in adapters), "the frozen base is no part of the adapter"
+    same_adapters(one, two)

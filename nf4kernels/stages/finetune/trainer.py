@@ -15,6 +15,7 @@ from transformers.training_args import OptimizerNames
 from trl import SFTTrainer
 
 from ...distributed.expert_load import ExpertLoad
+from ...nn.dtensors import whole
 from ...optim import PagedAdamW
 from ...storage.atomic import flush, write_json
 from ..errors import StageError
@@ -58,6 +59,16 @@ class Trainer(SFTTrainer):
             return sampler
         sampler.batch_size *= self.args.world_size  # of a whole step: the same order on any number of processes
         return _ByLength(sampler, self.args.seed if self.args.data_seed is None else self.args.data_seed)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As transformers', but of what FSDP has sharded what is trained alone is gathered, and never the base."""
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        frozen = {id(parameter) for parameter in self.model.parameters() if not parameter.requires_grad}
+        state = self.model.state_dict(keep_vars=True)
+        trained = {name: whole(tensor).cpu() for name, tensor in state.items() if id(tensor) not in frozen}
+        self._save(output_dir or self.args.output_dir, state_dict=trained)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """With the balance of a mixture's router beside the training loss; every process comes here."""
