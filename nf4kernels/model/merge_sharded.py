@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..functional import dequantize
 from ..nn.casts import cast, check_cast
-from ..nn.dtensors import from_local, is_dtensor, whole
+from ..nn.dtensors import from_local, is_dtensor, local_of, whole
 from ..nn.experts_layout import bias_name
 from ..nn.grouped_quant_linear import ExpertsFactor, GroupedQuantLinear
 from ..nn.lora import over_original_weight
@@ -19,7 +19,7 @@ from ..nn.quant_experts import QuantExperts
 from ..nn.quant_linear import QuantLinear
 from ..nn.quant_module import SCALES
 from ..quantized_weight import SUPERBLOCK, WEIGHT_DTYPES, QuantizedExperts, QuantizedWeight, shared_codebooks
-from .sharded import Ranks, by_rows, fsdp_modules, gathered_qweight, local_of, own_part, placed_like
+from .sharded import Ranks, by_rows, fsdp_modules, gathered_qweight, own_part, placed_like
 from .walk import named_modules
 
 

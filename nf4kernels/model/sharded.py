@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..nn.dtensors import from_local, is_dtensor, whole
+from ..nn.dtensors import from_local, is_dtensor, local_of, whole
 from ..nn.quant_module import SCALES
 from ..quantized_weight import WEIGHT_DTYPES
 
@@ -57,12 +57,6 @@ def own_part(tensor: Any) -> tuple[slice, ...]:
         raise ValueError(f"a rank must hold one part of a tensor, got {len(chunks)} as {tensor.placements} are cut")
     starts, sizes = chunks[0].offsets, chunks[0].sizes
     return tuple(slice(start, start + size) for start, size in zip(starts, sizes))
-
-
-def local_of(tensor: Any) -> Tensor:
-    """This rank's part itself, or a tensor that is not sharded."""
-    local: Tensor = tensor.detach().to_local() if is_dtensor(tensor) else tensor.detach()
-    return local
 
 
 def by_rows(tensor: Any) -> bool:

@@ -26,6 +26,12 @@ def whole(tensor: Tensor) -> Tensor:
     return full
 
 
+def local_of(tensor: Any) -> Tensor:
+    """This rank's part itself, or a tensor that is not sharded."""
+    local: Tensor = tensor.detach().to_local() if is_dtensor(tensor) else tensor.detach()
+    return local
+
+
 def from_local(local: Tensor, like: Any, shape: tuple[int, ...] | None = None) -> Any:
     """The DTensor of which `local` is this rank's part, placed as `like` is, and of its shape unless one is given."""
     sizes = torch.Size(shape or like.shape)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..nn.dtensors import local_of
 from .managed_memory import managed_memory
 
 DEVICES = ("cpu", "cuda", "meta")
@@ -51,7 +52,7 @@ class PagedAdamW(torch.optim.AdamW):
         ]
         needed: Counter[int] = Counter()
         for param, each in missing:
-            needed[_device(param)] += (2 + bool(each["amsgrad"])) * _local(param).nbytes
+            needed[_device(param)] += (2 + bool(each["amsgrad"])) * local_of(param).nbytes
         _check_room(needed)
         made = [param for param, each in missing if each is group]
         with _allocating(map(_device, made)):
@@ -66,7 +67,7 @@ class PagedAdamW(torch.optim.AdamW):
             for param, key in zip(group["params"], saved["params"]):
                 for name, value in state_dict["state"].get(key, {}).items():
                     if isinstance(value, Tensor) and name != "step":
-                        needed[_device(param)] += _local(value).numel() * param.element_size()
+                        needed[_device(param)] += local_of(value).numel() * param.element_size()
         _check_room(needed)
         with _allocating(needed):
             super().load_state_dict(state_dict)
@@ -82,7 +83,7 @@ class PagedAdamW(torch.optim.AdamW):
         ]
         needed: Counter[int] = Counter()
         for own, name in outside:
-            needed[_device(own[name])] += _local(own[name]).nbytes
+            needed[_device(own[name])] += local_of(own[name]).nbytes
         _check_room(needed)
         with _allocating(needed):
             for own, name in outside:
@@ -121,18 +122,13 @@ def _prefetch(tensors: Iterable[Tensor]) -> None:
     for tensor in tensors:
         device = _device(tensor)
         if device >= 0 and tensor.numel():
-            pointers.setdefault(device, []).append(_local(tensor).data_ptr())
+            pointers.setdefault(device, []).append(local_of(tensor).data_ptr())
     for device, own in pointers.items():
         managed_memory(device).prefetch(own)
 
 
 def _tensors(state: dict[str, Any] | None) -> list[Tensor]:
     return [value for value in (state or {}).values() if isinstance(value, Tensor)]
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """A DTensor's part on this rank."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
 
 
 def _device(tensor: Tensor) -> int:
@@ -142,4 +138,4 @@ def _device(tensor: Tensor) -> int:
 
 def _is_managed(tensor: Tensor) -> bool:
     device = _device(tensor)
-    return device < 0 or _local(tensor).numel() == 0 or managed_memory(device).holds(_local(tensor).data_ptr())
+    return device < 0 or local_of(tensor).numel() == 0 or managed_memory(device).holds(local_of(tensor).data_ptr())

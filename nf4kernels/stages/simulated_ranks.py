@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..nn.dtensors import local_of
 from .errors import StageError
 from .sharded_memory import decoder_layers
 from .traced_memory import attention_in_tiles, no_value, without_values
@@ -148,7 +149,7 @@ def measured(model: Any, step: Step, ids: Tensor) -> Simulated:
             parameter.grad = torch.zeros_like(parameter)
     # The optimizer has this rank's rows, as it has by its own means: DTensor would find out about its operators with
     # tensors of all rows, which the tracker takes for real here.
-    rows = [nn.Parameter(_local(parameter)) for parameter in trained]
+    rows = [nn.Parameter(local_of(parameter)) for parameter in trained]
     optimizer = _optimizer(rows, step)
     tracker = _Tracker()
     tracker.track_external(model, optimizer, ids)
@@ -156,7 +157,7 @@ def measured(model: Any, step: Step, ids: Tensor) -> Simulated:
     with tracker, seen:
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         for parameter, here in zip(trained, rows):
-            here.grad = None if parameter.grad is None else _local(parameter.grad)
+            here.grad = None if parameter.grad is None else local_of(parameter.grad)
         if step.optimizer in STEPPED:
             optimizer.step()
     peak = tracker.get_tracker_snapshot("peak")[ids.device]
@@ -164,11 +165,6 @@ def measured(model: Any, step: Step, ids: Tensor) -> Simulated:
     total = parts.pop("Total")
     counted = (seen.nbytes[ALL_GATHER], seen.calls[ALL_GATHER], seen.nbytes[REDUCE_SCATTER], seen.calls[REDUCE_SCATTER])
     return Simulated(dist.get_world_size() if sharded else 1, total, parts, *counted)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _optimizer(rows: list[nn.Parameter], step: Step) -> torch.optim.Optimizer:

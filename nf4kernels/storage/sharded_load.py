@@ -12,12 +12,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..codebook import CODEBOOKS
-from ..model.sharded import Ranks, by_rows, local_of, own_part
+from ..model.sharded import Ranks, by_rows, own_part
 from ..model.walk import named_modules, state_dict
 from ..nn import checksum as checksums
 from ..nn.adapted_module import AdaptedModule
 from ..nn.casts import cast
-from ..nn.dtensors import from_local, is_dtensor
+from ..nn.dtensors import from_local, is_dtensor, local_of
 from ..nn.lora import FROM_WEIGHT, init_adapter
 from ..nn.quant_experts import QuantExperts
 from ..nn.quant_linear import COLUMN_ORDER, QuantLinear

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..model.sharded import Ranks, gathered_qweight, local_of
+from ..model.sharded import Ranks, gathered_qweight
 from ..nn.adapted_module import AdaptedModule
-from ..nn.dtensors import whole
+from ..nn.dtensors import local_of, whole
 from ..nn.quant_linear import QuantLinear
 from ..nn.quant_module import QuantModule
 from .atomic import TargetError, replacing_directory

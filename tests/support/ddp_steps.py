@@ -1,8 +1,6 @@
 """Run by torchrun on some ranks: steps under DDP, beside those of one process with the rows of all. Prints "same"."""
 
-import sys
 from contextlib import nullcontext
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -16,6 +14,7 @@ from support.sharded_models import (
     same_bits,
     trained,
 )
+from support.torchrun import check_on_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -88,10 +87,4 @@ def check(case: str) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    for case in sys.argv[1:]:
-        check(case)
-        if dist.get_rank() == 0:
-            print(f"same: {case}", flush=True)
-    dist.destroy_process_group()
+    check_on_ranks(check)

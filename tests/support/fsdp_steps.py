@@ -1,8 +1,5 @@
 """Run by torchrun on some ranks: steps of a model sharded by hand, beside those of the whole one. Prints "same"."""
 
-import sys
-from datetime import timedelta
-
 import torch
 import torch.distributed as dist
 from support import tiny
@@ -16,6 +13,7 @@ from support.sharded_models import (
     trained,
     whole,
 )
+from support.torchrun import check_on_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
@@ -120,10 +118,4 @@ def check(case: str) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    for case in sys.argv[1:]:
-        check(case)
-        if dist.get_rank() == 0:
-            print(f"same: {case}", flush=True)
-    dist.destroy_process_group()
+    check_on_ranks(check)

@@ -1,7 +1,5 @@
 """Run by torchrun on four ranks: layers and models cut by ranks beside the whole ones. Prints "same: case"."""
 
-import sys
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -13,6 +11,7 @@ from support.exact_model import assert_as_good, exact
 from support.expert_steps import check_experts, experts
 from support.gathered import assert_same_state, whole
 from support.numerics import row_bounds
+from support.torchrun import check_on_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -373,11 +372,4 @@ CASES = {
 }
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    for case in sys.argv[1:]:
-        CASES[case]()
-        dist.barrier()
-        if dist.get_rank() == 0:
-            print(f"same: {case}", flush=True)
-    dist.destroy_process_group()
+    check_on_ranks(lambda case: CASES[case]())

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import nf4kernels as nf4
-from nf4kernels.model.sharded import local_of
+from nf4kernels.nn.dtensors import local_of
 from nf4kernels.nn.quant_module import QuantModule
 from nf4kernels.storage import sharded_save
 

@@ -1,11 +1,15 @@
-"""A script of tests/support on some ranks of this machine."""
+"""A script of tests/support on some ranks of this machine: how it is run, and what it does there."""
 
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
 
+import torch
+import torch.distributed as dist
 from support.paths import python_path
 
 
@@ -23,5 +27,17 @@ def same_cases(
         [*command, str(Path(script.__file__)), *cases], cwd=folder, capture_output=True, encoding="utf-8",
         env=os.environ | python_path() | {"OMP_NUM_THREADS": "1"}, timeout=240,
     )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert ran.returncode == 0, ran.stderr[-6000:]
     assert [line for line in ran.stdout.splitlines() if line.startswith("same")] == [f"same: {case}" for case in cases]
+
+
+def check_on_ranks(check: Callable[[str], None]) -> None:
+    """In the script: `check` of each case that it was given, which it then says to be the same."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    for case in sys.argv[1:]:
+        check(case)
+        dist.barrier()
+        if dist.get_rank() == 0:
+            print(f"same: {case}", flush=True)
+    dist.destroy_process_group()
