@@ -85,27 +85,36 @@ void dot_codes(const GemmArgs& args, Isa::I table, int64_t n, float sums[][kGemv
   const auto* x = static_cast<const BFloat16*>(args.panel);
   const uint8_t* packed = w.packed + n * (w.K / 2);
   Isa::F total[TILE_N][M];
+#pragma GCC unroll 4
   for (int r = 0; r < TILE_N; ++r)
+#pragma GCC unroll 4
     for (int m = 0; m < M; ++m) total[r][m] = Isa::zero();
   for (int64_t chunk = 0; chunk < w.K; chunk += kGemvRunK) {
     const int64_t left = w.K - chunk, count = left < kGemvRunK ? left : kGemvRunK;
     Isa::F part[TILE_N][M];
+#pragma GCC unroll 4
     for (int r = 0; r < TILE_N; ++r)
+#pragma GCC unroll 4
       for (int m = 0; m < M; ++m) part[r][m] = Isa::zero();
-    const auto add_group = [&](int64_t i, bool is_whole) {
+    const auto add_group = [&](int64_t i, bool is_whole) __attribute__((always_inline)) {
       const __mmask8 there = is_whole ? 0xff : 0x0f;  // of 8 quadwords
       Isa::I codes[TILE_N];
       Isa::F acc[TILE_N][M];
+#pragma GCC unroll 4
       for (int r = 0; r < TILE_N; ++r) {
         __builtin_prefetch(packed + TILE_N * (w.K + chunk + i) / 2 + 64 * r, 0, LOCALITY);
         codes[r] = _mm512_maskz_loadu_epi64(there, packed + (r * w.K + chunk + i) / 2);
+#pragma GCC unroll 4
         for (int m = 0; m < M; ++m) acc[r][m] = Isa::zero();
       }
       const auto add_products = [&](int nibble, auto values) {
         __m512bh here[TILE_N];
+#pragma GCC unroll 4
         for (int r = 0; r < TILE_N; ++r) here[r] = values(codes[r]);
+#pragma GCC unroll 4
         for (int m = 0; m < M; ++m) {
           const auto xm = (__m512bh)_mm512_loadu_si512(x + (chunk + i) * M + m * kGemvGroupK + nibble * 32);
+#pragma GCC unroll 4
           for (int r = 0; r < TILE_N; ++r) acc[r][m] = _mm512_dpbf16_ps(acc[r][m], here[r], xm);
         }
       };
@@ -113,18 +122,24 @@ void dot_codes(const GemmArgs& args, Isa::I table, int64_t n, float sums[][kGemv
       add_products(1, [&](Isa::I c) { return code_values<1>(table, c); });
       add_products(2, [&](Isa::I c) { return code_values<2>(table, c); });
       add_products(3, [&](Isa::I c) { return code_values<3>(table, c); });
+#pragma GCC unroll 4
       for (int r = 0; r < TILE_N; ++r) {
         const Isa::F scales = scales_of_groups<RUN>(w, (n + r) * w.K + chunk + i, is_whole);
+#pragma GCC unroll 4
         for (int m = 0; m < M; ++m) part[r][m] = Isa::fma(acc[r][m], scales, part[r][m]);
       }
     };
     int64_t i = 0;
     for (; i + kGemvGroupK <= count; i += kGemvGroupK) add_group(i, true);
     if (i < count) add_group(i, false);
+#pragma GCC unroll 4
     for (int r = 0; r < TILE_N; ++r)
+#pragma GCC unroll 4
       for (int m = 0; m < M; ++m) total[r][m] = Isa::add(total[r][m], part[r][m]);
   }
+#pragma GCC unroll 4
   for (int r = 0; r < TILE_N; ++r)
+#pragma GCC unroll 4
     for (int m = 0; m < M; ++m) sums[r][m] = Isa::reduce_add(total[r][m]) * args.bf16_code.scale;
 }
 
