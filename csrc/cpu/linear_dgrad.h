@@ -52,6 +52,20 @@ static inline void prefetch_row(const Weight& w, int64_t n, int64_t k) {
 struct DgradFp32 : Fp32Core {
   using Factor = LoraA<EvenThenOdd>;
   static constexpr int kGroup = kDgradGroup;
+  // All slices of a group, where 64 k of a row have one scale.
+  static void decode_slices(const Weight& w, int64_t k, int64_t k_count, int64_t n, int64_t n_count, Slice* slices) {
+    const auto levels = Isa::load_levels(w.code);
+    for (int64_t i = 0; i < n_count; ++i) {
+      prefetch_row(w, n + i, k);
+      for (int64_t c = 0; c < k_count; c += 64) {
+        const int64_t flat = (n + i) * w.K + k + c;
+        const Isa::F scale = Isa::set1(block_scale(w, flat >> w.block_shift));
+        Isa::decode_64(w.packed + flat / 2, levels, [&](int q, int is_odd, Isa::F values) {
+          Isa::store(slices[c / kTileK + q] + i * kTileK + is_odd * Isa::L, Isa::mul(values, scale));
+        });
+      }
+    }
+  }
   static void decode_slice(const Weight& w, int64_t k, int64_t k_count, int64_t n, int64_t n_count, float* slice) {
     const Isa::Table table = Isa::load_table(w.code);
     for (int64_t i = 0; i < n_count; ++i) {
@@ -70,6 +84,8 @@ void linear_dgrad_tiles(const GemmArgs& args, int64_t tile_begin, int64_t tile_e
   with_type(args.dtype, [&](auto t) {
     using T = decltype(t);
     const auto decode = [&](int64_t k, int64_t k_count, int64_t n, int64_t n_count, typename Core::Slice* slices) {
+      if constexpr (Core::kStep == 1)
+        if (code_run(w) == 64) return Core::decode_slices(w, k, k_count, n, n_count, slices);
       for (int64_t c = 0; c < k_count; c += kTileK)
         Core::decode_slice(w, k + c, k_count - c < kTileK ? k_count - c : kTileK, n, n_count, *slices++);
     };

@@ -151,6 +151,11 @@ template <int RUN, int M, int TILE_N>
   dot_codes<RUN, M, TILE_N, kToL2>(args, table, n, sums);
 }
 
+template <int M>
+struct RowCount {
+  static constexpr int value = M;
+};
+
 template <int RUN, int TILE_N>
 void dot_codes_of_any_m(const GemmArgs& args, Isa::I table, int64_t n, float sums[][kGemvMaxM]) {
   const auto dot = [&](auto m) {
@@ -160,10 +165,10 @@ void dot_codes_of_any_m(const GemmArgs& args, Isa::I table, int64_t n, float sum
       dot_codes<RUN, m.value, TILE_N>(args, table, n, sums);
   };
   switch (args.M) {
-    case 1: return dot(CodeRun<1>{});
-    case 2: return dot(CodeRun<2>{});
-    case 3: return dot(CodeRun<3>{});
-    default: return dot(CodeRun<4>{});
+    case 1: return dot(RowCount<1>{});
+    case 2: return dot(RowCount<2>{});
+    case 3: return dot(RowCount<3>{});
+    default: return dot(RowCount<4>{});
   }
 }
 
