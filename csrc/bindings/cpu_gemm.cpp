@@ -1,4 +1,4 @@
-// torch's own product of matrices on the CPU, for dequantize + GEMM: oneDNN in 16 bits, MKL in fp32.
+// torch's own product of matrices on the CPU, for dequantize + GEMM.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include "cpu_product.h"

@@ -10,7 +10,8 @@ namespace nf4::cpu {
 enum class Products : int32_t { kFp32, kBf16, kBf16Codes, kDequantizeGemm };
 constexpr const char* kProductsNames[] = {"fp32", "bf16", "bf16_codes", "dequantize_gemm"};
 
-// What a user can force: products from the packed bytes, or dequantize + GEMM.
+// What a user can force of 16-bit products: from the packed bytes, or dequantize + GEMM. True fp32 is always fused: no
+// vendor's GEMM is faster there, and the bits of MKL's depend on the number of threads.
 enum class Forced : int32_t { kNothing, kFused, kDequantizeGemm };
 constexpr const char* kForcedNames[] = {"", "fused", "dequantize_gemm"};
 
@@ -50,13 +51,10 @@ constexpr int dgrad_codes_max_m(int run) { return run == 64 ? 128 : run == 32 ? 
 // and 50 rows. A slice costs 25 us more in calls, of which 2^24 products on four cores save as much.
 constexpr int64_t kAmxMinM = 64, kAmxMinProducts = 1 << 24;
 
-static inline bool amx_multiplies(const Problem& p) {
-  return p.dtype == Dtype::kBFloat16 ? (p.amx & kAmxBf16) != 0 : p.dtype == Dtype::kFloat16 && (p.amx & kAmxFp16) != 0;
-}
-
 static inline Choice choose(const Problem& p) {
-  if (p.forced == Forced::kDequantizeGemm) return {Products::kDequantizeGemm, false, "forced"};
-  if (p.forced == Forced::kNothing && amx_multiplies(p) && p.M >= kAmxMinM && p.M * p.weights >= kAmxMinProducts)
+  const int32_t wanted = p.dtype == Dtype::kBFloat16 ? kAmxBf16 : p.dtype == Dtype::kFloat16 ? kAmxFp16 : 0;
+  if (wanted != 0 && p.forced == Forced::kDequantizeGemm) return {Products::kDequantizeGemm, false, "forced"};
+  if ((p.amx & wanted) != 0 && p.forced == Forced::kNothing && p.M >= kAmxMinM && p.M * p.weights >= kAmxMinProducts)
     return {Products::kDequantizeGemm, false, "torch's GEMM has AMX: predicted to be faster from M = 64 on"};
   const bool is_gemv = !p.is_dgrad && p.M <= kGemvMaxM;
   if (p.dtype != Dtype::kBFloat16) return {Products::kFp32, is_gemv, "fp32 and fp16 activations: fp32 products"};

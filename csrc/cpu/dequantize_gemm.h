@@ -1,10 +1,10 @@
 // dequantize + GEMM: dequantize a slice of Ŵ into a workspace, multiply by it with torch's own GEMM, and reuse the
-// workspace for the next slice.
+// workspace for the next slice. In bf16 and fp16.
 //
 //   linear         y[:, n..] = x[M, K] @ slice[width, K]^T          with LoRA   [x | P] and [slice | s B]
 //   linear_dgrad   dX[:, k..] = dY[M, N] @ slice[N, width]                      [dY | Q] and [slice ; s A]
 //
-// Who computes   All threads dequantize the slice, then torch's GEMM (oneDNN, or MKL for fp32) uses all of them.
+// Who computes   All threads dequantize the slice, then torch's GEMM, oneDNN, uses all of them.
 // The trick      Where oneDNN has AMX it multiplies bf16 8 to 16 times as fast as vdpbf16ps, which pays for writing and
 //                reading Ŵ. A slice is whole columns of out, so that each element is one sum, rounded once; the LoRA
 //                term is more of the contraction, with the scaling in the factor: an inner product of scaled losses has

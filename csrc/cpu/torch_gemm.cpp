@@ -21,20 +21,25 @@ bool asks_for_tiles() {
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
-int32_t detect_amx() {
+int32_t detect_amx(const char** why_not) {
   unsigned a, b, c, d;
-  if (!__get_cpuid(1, &a, &b, &c, &d) || (c >> 27 & 1) == 0) return 0;  // no OSXSAVE
-  unsigned xcr0, high;
-  __asm__ volatile("xgetbv" : "=a"(xcr0), "=d"(high) : "c"(0));
-  constexpr unsigned kTiles = 1u << 17 | 1u << 18;
-  if ((xcr0 & kTiles) != kTiles || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
-  const bool has_bf16 = (d >> 22 & 1) && (d >> 24 & 1);  // AMX-BF16, AMX-TILE
-  if (!has_bf16 || !asks_for_tiles()) return 0;
+  const bool has_bf16 = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 1);  // and its tiles
+  *why_not = "this CPU has no AMX";
+  if (!has_bf16) return 0;
   const bool has_fp16 = __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 21 & 1);
+  *why_not = "the operating system gives this process no AMX tiles";
+  unsigned xcr0 = 0, high;
+  if (__get_cpuid(1, &a, &b, &c, &d) && (c >> 27 & 1)) __asm__ volatile("xgetbv" : "=a"(xcr0), "=d"(high) : "c"(0));
+  constexpr unsigned kTiles = 1u << 17 | 1u << 18;
+  if ((xcr0 & kTiles) != kTiles || !asks_for_tiles()) return 0;
+  *why_not = has_fp16 ? "" : "this CPU has AMX for bf16 alone";
   return kAmxBf16 | (has_fp16 ? kAmxFp16 : 0);
 }
 #else
-int32_t detect_amx() { return 0; }
+int32_t detect_amx(const char** why_not) {
+  *why_not = "AMX is looked for on x86-64 under Linux alone";
+  return 0;
+}
 #endif
 
 std::atomic<int32_t> amx{0};
@@ -64,9 +69,10 @@ int64_t slice_bytes(int64_t threads) {
 extern "C" {
 
 // The AMX products of this machine among `allowed`, which torch's build and environment let its GEMM use; from now on
-// choices count on them. Bits: 1 bf16, 2 fp16.
-NF4_EXPORT int32_t nf4kernels_cpu_use_amx(int32_t allowed) {
-  const int32_t found = allowed == 0 ? 0 : nf4::cpu::detect_amx() & allowed;
+// choices count on them, and why some of these are missing. Bits: 1 bf16, 2 fp16.
+NF4_EXPORT int32_t nf4kernels_cpu_use_amx(int32_t allowed, const char** why_not) {
+  *why_not = "";
+  const int32_t found = allowed == 0 ? 0 : nf4::cpu::detect_amx(why_not) & allowed;
   nf4::cpu::amx.store(found);
   return found;
 }

@@ -19,7 +19,7 @@ AMX_BF16, AMX_FP16 = 1, 2  # csrc/cpu/choose.h
 NOT_BUILT = f"{CPU_LIBRARY.name} was not built (no C++ compiler at install time?)"
 CUDA_LIBRARY = Path(__file__).parent.parent / "_cuda.abi3.so"
 CUDA_VARIABLE = "NF4KERNELS_CUDA"
-BFLOAT16, MOST_ROWS = 1, 4096  # csrc/format.h's Dtype; rows of x up to which kernels are asked for
+BFLOAT16, FLOAT16, MOST_ROWS = 1, 2, 4096  # csrc/format.h's Dtype; rows of x up to which kernels are asked for
 EXPERTS = 8  # that kernels are asked for
 # dgrad, dtype, M, N, K, experts, scales_sums, aligned, architecture, multiprocessors
 CHOOSE_ARGUMENTS: list = [
@@ -48,7 +48,10 @@ class CpuLibrary:
         for name in ("isa", "products"):
             getattr(self._library, f"nf4kernels_force_cpu_{name}").restype = ctypes.c_char_p
         self._library.nf4kernels_cpu_choose.argtypes = CPU_CHOOSE_ARGUMENTS
-        self._amx = self._library.nf4kernels_cpu_use_amx(amx_of_onednn())
+        allowed, self.why_no_amx = amx_of_onednn()
+        why = ctypes.c_char_p()
+        self.amx: int = self._library.nf4kernels_cpu_use_amx(allowed, ctypes.byref(why))
+        self.why_no_amx = self.why_no_amx or (why.value or b"").decode()
 
     @property
     def isa(self) -> str:
@@ -110,31 +113,37 @@ class CpuLibrary:
             slices(before)
 
     def choices(self, dtype: int) -> list[tuple[int, str, str]]:
-        """(most rows of x, fused or dequantize_gemm, reason) of products with a 4096 x 4096 weight and such x.
+        """(most rows of x, fused or dequantize_gemm, reason) of products with a 4096 x 4096 weight and 16-bit x.
 
         The last takes any number of rows.
         """
-        amx = self._amx if self.isa == self.isas[0] else 0
-        forced = ["", *CPU_PRODUCTS].index(self._library.nf4kernels_cpu_products().decode())
-        is_gemv, reason = ctypes.c_bool(), ctypes.c_char_p()
+        best, forced = self.isa == self.isas[0], self._library.nf4kernels_cpu_products().decode()
+        numbers = 4096 * 4096, self.amx if best else 0, ["", *CPU_PRODUCTS].index(forced)
+        why_fused = self.why_no_amx or "few rows" if best else f"{self.isa} is forced, which has no AMX"
+        is_gemv, why = ctypes.c_bool(), ctypes.c_char_p()
         found: list[tuple[int, str, str]] = []
         for rows in range(1, MOST_ROWS + 1):
-            name = self._library.nf4kernels_cpu_choose(False, dtype, rows, 64, 4096 * 4096, amx, forced, is_gemv, reason)
-            products = "dequantize_gemm" if name == b"dequantize_gemm" else "fused"
-            if found and found[-1][1] == products:
+            name = self._library.nf4kernels_cpu_choose(False, dtype, rows, 64, *numbers, is_gemv, why)
+            is_fused = name != b"dequantize_gemm"
+            reason = "forced" if forced else why_fused if is_fused else (why.value or b"").decode()
+            if found and found[-1][2] == reason:
                 found.pop()
-            found.append((rows, products, (reason.value or b"").decode()))
+            found.append((rows, CPU_PRODUCTS[not is_fused], reason))
         return found
 
 
-def amx_of_onednn() -> int:
-    """The AMX products, AMX_BF16 and AMX_FP16, that torch's build and oneDNN's variable allow; not what the CPU has."""
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "DEFAULT")).upper()
+def amx_of_onednn() -> tuple[int, str]:
+    """The AMX products, AMX_BF16 and AMX_FP16, that torch's build and oneDNN's variable allow; why not all of them.
+
+    What the CPU has is not asked.
+    """
+    variable = next((name for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA") if name in os.environ), None)
+    limit = "DEFAULT" if variable is None else os.environ[variable].upper()
     if not torch.backends.mkldnn.is_available():
-        return 0
+        return 0, "torch has no oneDNN"
     if limit in ("DEFAULT", "ALL") or "AMX_FP16" in limit:
-        return AMX_BF16 | AMX_FP16
-    return AMX_BF16 if "AMX" in limit else 0
+        return AMX_BF16 | AMX_FP16, ""
+    return (AMX_BF16 if "AMX" in limit else 0), f"{variable} is {limit}"
 
 
 def load_cpu() -> CpuLibrary | None:
