@@ -33,13 +33,18 @@ struct SliceGemm {
   bool adds;
 };
 
-// The bytes of a slice: by the number of threads, or what a test wants.
-int64_t slice_bytes(int64_t threads);
+// The bytes that a test wants of a slice; 0: by choose.h.
+int64_t forced_slice_bytes();
 
-// The columns of out that a slice gives, of C, when each has `depth` elements: slices of equal width, in whole tiles.
-static inline int64_t slice_width(int64_t C, int64_t depth, int64_t element, int64_t bytes) {
-  const int64_t slices = at_least_1(ceil_div(C * depth * element, at_least_1(bytes)));
-  return ceil_div(ceil_div(C, slices), kSliceStep) * kSliceStep;
+// The columns of out that a slice gives, of C, when each has `depth` elements of `size` bytes: slices of equal width, in
+// whole steps.
+static inline int64_t slice_width(const Product& product, int64_t depth, int64_t size, int64_t threads) {
+  int64_t bytes = threads * kSliceBytes;
+  if (product.is_dgrad && bytes < kDgradSliceColumns * depth * size) bytes = kDgradSliceColumns * depth * size;
+  if (bytes > kMostSliceBytes) bytes = kMostSliceBytes;
+  if (forced_slice_bytes() > 0) bytes = forced_slice_bytes();
+  const int64_t slices = at_least_1(ceil_div(product.C * depth * size, bytes));
+  return ceil_div(ceil_div(product.C, slices), kSliceStep) * kSliceStep;
 }
 
 // [x | lora_inner | 0] rows [m_begin, m_end) of `depth` columns, D of which are x's.
@@ -90,7 +95,7 @@ void multiply_slices(Runtime& runtime, const Product& product, const GemmArgs& a
   auto* out = static_cast<char*>(args.out);
   if (args.bias != nullptr)
     for (int64_t m = 0; m < M; ++m) std::memcpy(out + m * C * size, args.bias, size_t(C * size));
-  const int64_t width = slice_width(C, depth, size, slice_bytes(runtime.threads()));
+  const int64_t width = slice_width(product, depth, size, runtime.threads());
   void* slice = thread_workspace((width < C ? width : C) * depth * size);
   for (int64_t begin = 0; begin < C; begin += width) {
     const int64_t count = width < C - begin ? width : C - begin;

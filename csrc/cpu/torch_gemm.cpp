@@ -44,7 +44,7 @@ int32_t detect_amx(const char** why_not) {
 
 std::atomic<int32_t> amx{0};
 std::atomic<Forced> forced{Forced::kNothing};
-std::atomic<int64_t> forced_slice_bytes{0};
+std::atomic<int64_t> wanted_slice_bytes{0};
 std::atomic<uint32_t> ran{0};  // a bit for each of Products
 
 }  // namespace
@@ -56,11 +56,7 @@ void note(Products products) {
   if ((ran.load(std::memory_order_relaxed) & bit) == 0) ran.fetch_or(bit, std::memory_order_relaxed);
 }
 
-int64_t slice_bytes(int64_t threads) {
-  const int64_t wanted = forced_slice_bytes.load(std::memory_order_relaxed);
-  if (wanted > 0) return wanted;
-  return threads * kSliceBytes < kMostSliceBytes ? threads * kSliceBytes : kMostSliceBytes;
-}
+int64_t forced_slice_bytes() { return wanted_slice_bytes.load(std::memory_order_relaxed); }
 
 }  // namespace nf4::cpu
 
@@ -103,7 +99,7 @@ NF4_EXPORT const char* nf4kernels_cpu_ran() {
 }
 
 // Slices of so many bytes from now on, 0: by the number of threads; returns what was forced before.
-NF4_EXPORT int64_t nf4kernels_cpu_slices(int64_t bytes) { return nf4::cpu::forced_slice_bytes.exchange(bytes); }
+NF4_EXPORT int64_t nf4kernels_cpu_slices(int64_t bytes) { return nf4::cpu::wanted_slice_bytes.exchange(bytes); }
 
 // What choose.h says of a product: the name of its Products, whether a gemv runs, and why.
 NF4_EXPORT const char* nf4kernels_cpu_choose(bool is_dgrad, int32_t dtype, int64_t M, int32_t code_run, int64_t weights,

@@ -119,7 +119,10 @@ class CpuLibrary:
         """
         best, forced = self.isa == self.isas[0], self._library.nf4kernels_cpu_products().decode()
         numbers = 4096 * 4096, self.amx if best else 0, ["", *CPU_PRODUCTS].index(forced)
-        why_fused = self.why_no_amx or "few rows" if best else f"{self.isa} is forced, which has no AMX"
+        has_amx = self.amx & {BFLOAT16: AMX_BF16, FLOAT16: AMX_FP16}[dtype]
+        why_fused = (
+            f"{self.isa} is forced, which has no AMX" if not best else "few rows" if has_amx else self.why_no_amx
+        )
         is_gemv, why = ctypes.c_bool(), ctypes.c_char_p()
         found: list[tuple[int, str, str]] = []
         for rows in range(1, MOST_ROWS + 1):
