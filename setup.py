@@ -45,7 +45,7 @@ STARTUP = "nf4kernels/integrations/bitsandbytes/nf4kernels_patch_bitsandbytes.pt
 
 ROUNDED_CODE = "csrc/rounded_code.cpp"  # of both libraries
 CPU_BINDINGS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/bindings/cpu*.cpp"))
-OF_EVERY_ISA = ("dispatch", "grouped_lora", "lora_term", "product", "quantize_absmax", "sort_by_expert")
+OF_EVERY_ISA = ("dispatch", "grouped_lora", "lora_term", "product", "quantize_absmax", "sort_by_expert", "torch_gemm")
 CPU_SOURCES = [f"csrc/cpu/{stem}.cpp" for stem in OF_EVERY_ISA]
 CUDA_SOURCES = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*.cu"))
 CUDA_BINDINGS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/bindings/cuda*.cpp"))

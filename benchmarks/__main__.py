@@ -16,6 +16,7 @@ from .limits import Limits
 from .model import bench_model
 from .ops import (
     bench_dequantize,
+    bench_dequantize_gemm,
     bench_experts,
     bench_formats,
     bench_grouped_linear,
@@ -38,7 +39,7 @@ OPS = {
     "linear_dgrad": bench_linear_dgrad,
     "lora": bench_lora,
 }
-NAMES = (*OPS, "formats", "grouped", "experts", "model")
+NAMES = (*OPS, "dequantize_gemm", "formats", "grouped", "experts", "model")
 ALL_M = {"linear": (1, 4, 16, 64, 512), "linear_dgrad": (16, 64, 512), "lora": (16, 64, 512)}
 FEWER_M = {"linear": (1, 64), "linear_dgrad": (64,)}  # of the shapes that are not in focus; no other op is measured
 
@@ -106,6 +107,11 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
         layers = Layers(*weight)
         for op, plan in plans.items():
             yield from OPS[op].rows(layers, limits, plan)
+    if "dequantize_gemm" in args.ops:
+        for weight in args.shapes or FOCUS[:1]:
+            print(f"products of the packed bytes beside dequantize + GEMM, {weight[0]}x{weight[1]}")
+            plan = Plan(args.rows or bench_dequantize_gemm.M, args.threads, (args.cache or "out",), args.seconds)
+            yield from bench_dequantize_gemm.rows(Layers(*weight), plan)
     if "formats" in args.ops:
         for weight in args.shapes or FOCUS[:1]:
             print(f"nf4 at block size 64 beside other formats, {weight[0]}x{weight[1]}")

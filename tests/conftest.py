@@ -88,8 +88,9 @@ def way(request):
     """One way to run the ops, its kernel forced and proven to be the one that ran; see `support/ways.py`."""
     name, kernel = request.param
     if ways.kind(name) in ("cpu", "reference"):
-        with ways.cpu_way(name) as cpu_way:
+        with ways.cpu_way(name, kernel) as cpu_way:
             yield cpu_way
+            cpu_way.assert_nothing_else_ran(getattr(request.cls, "op", ""))
         return
     fixtures = {"executor": "executor_ops", "cuda": "gpu", "interpreter": "interpreter", "triton": "triton_gpu"}
     way = request.getfixturevalue(fixtures[name])

@@ -41,6 +41,7 @@ struct Threads {
   static void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
     torch::stable::parallel_for(begin, end, grain, body);
   }
+  static int64_t threads() { return torch::stable::get_num_threads(); }
 };
 struct Runtime : Threads {
   const Tensor& like;
@@ -51,6 +52,7 @@ struct Runtime : Threads {
     panel.reset();
     return panel.emplace(new_empty(like, {&bytes, 1}, ScalarType::Byte)).mutable_data_ptr();
   }
+  void gemm(const cpu::SliceGemm& args);  // cpu_gemm.cpp
 };
 
 // One op of a product: what its messages call the input and D, and its sizes.
@@ -67,6 +69,8 @@ std::vector<float> scaled_lora_inner(const LoraTerm& term, const LoraTermData& d
                                      Args& args) {
   args.rank = data.rank;
   args.lora_factor = data.factor;
+  args.unscaled_inner = data.inner;
+  args.scaling = term.scaling;
   std::vector<float> scaled(static_cast<size_t>(M * data.rank));
   cpu::scale_lora_inner(data.inner, dtype, M * data.rank, term.scaling, scaled.data());
   args.lora_inner = scaled.data();

@@ -5,9 +5,18 @@
 
 namespace nf4::cpu {
 
-// How a row of the table in dispatch.cpp multiplies. kFp32 takes any activation dtype.
-enum class Products : int32_t { kFp32, kBf16, kBf16Codes };
-constexpr const char* kProductsNames[] = {"fp32", "bf16", "bf16_codes"};
+// How a row of the table in dispatch.cpp multiplies, the last apart, which is torch's GEMM. kFp32 takes any activation
+// dtype.
+enum class Products : int32_t { kFp32, kBf16, kBf16Codes, kDequantizeGemm };
+constexpr const char* kProductsNames[] = {"fp32", "bf16", "bf16_codes", "dequantize_gemm"};
+
+// What a user can force of 16-bit products: from the packed bytes, or dequantize + GEMM. True fp32 is always fused: no
+// vendor's GEMM is faster there, and the bits of MKL's depend on the number of threads.
+enum class Forced : int32_t { kNothing, kFused, kDequantizeGemm };
+constexpr const char* kForcedNames[] = {"", "fused", "dequantize_gemm"};
+
+// What torch's GEMM multiplies with here: bits. Both have sums in fp32.
+constexpr int32_t kAmxBf16 = 1, kAmxFp16 = 2;
 
 // How many consecutive weights of a row, on multiples of it, certainly share a scale: 64, 32 or 16; 0 where K is no
 // multiple of 64. What the products of unscaled codes need.
@@ -21,6 +30,9 @@ struct Problem {
   Dtype dtype;  // of the activations
   int64_t M;
   int code_run;
+  int64_t weights;  // N * K
+  int32_t amx;      // of torch's GEMM
+  Forced forced;
 };
 
 struct Choice {
@@ -34,7 +46,16 @@ constexpr int kGemvMaxM = 4;
 // shorter runs it is less by what they cost more: 4 and 10 % of the products at M = 64 (2048x2048, one Xeon core).
 constexpr int dgrad_codes_max_m(int run) { return run == 64 ? 128 : run == 32 ? 96 : 64; }
 
+// Predicted, for nobody had AMX to measure on; docs/choosing.md has the arithmetic. A weight costs our bf16 kernels
+// M / 27 cycles, or M / 55 where a core has two vdpbf16ps a cycle, and this way 0.7 cycles and M / 256: they meet at 22
+// and 50 rows. A slice costs 25 us more in calls, of which 2^24 products on four cores save as much.
+constexpr int64_t kAmxMinM = 64, kAmxMinProducts = 1 << 24;
+
 static inline Choice choose(const Problem& p) {
+  const int32_t wanted = p.dtype == Dtype::kBFloat16 ? kAmxBf16 : p.dtype == Dtype::kFloat16 ? kAmxFp16 : 0;
+  if (wanted != 0 && p.forced == Forced::kDequantizeGemm) return {Products::kDequantizeGemm, false, "forced"};
+  if ((p.amx & wanted) != 0 && p.forced == Forced::kNothing && p.M >= kAmxMinM && p.M * p.weights >= kAmxMinProducts)
+    return {Products::kDequantizeGemm, false, "torch's GEMM has AMX: predicted to be faster from M = 64 on"};
   const bool is_gemv = !p.is_dgrad && p.M <= kGemvMaxM;
   if (p.dtype != Dtype::kBFloat16) return {Products::kFp32, is_gemv, "fp32 and fp16 activations: fp32 products"};
   if (p.code_run == 0) return {Products::kBf16, is_gemv, "rows of W are not whole runs of 64 codes: W is scaled"};
@@ -50,6 +71,14 @@ static inline Products choose_lora(Dtype inputs) {
 
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t at_least_1(int64_t a) { return a > 1 ? a : 1; }
+
+// dequantize + GEMM: the bytes of a slice that a thread has, as a core's L2 of a CPU with AMX, and the most of all. The
+// columns of out that a slice of linear_dgrad has at least: narrower ones read W in pieces that are too short, 7.5 ms
+// for a whole 4096x4096 at 128 columns, 3.7 at 256 and 2.8 at 512, where rows take 2.0 (one Zen 4 core).
+constexpr int64_t kSliceBytes = 2 << 20, kMostSliceBytes = 32 << 20, kDgradSliceColumns = 512;
+constexpr int64_t kSliceStep = 64;  // columns of out
+constexpr int64_t kTermStep = 32;   // of the contraction: what AMX multiplies at once of 16 bits
+constexpr int64_t kAlignment = 64;
 
 // The least work of one thread: items of a parallel loop.
 constexpr int64_t kDecodeGrain = 16384;  // weights, whole cache lines of packed bytes; for quantize and dequantize

@@ -89,6 +89,10 @@ std::string supported_names() {
 }  // namespace
 
 const CpuKernels& active_kernels() { return *active.load(std::memory_order_relaxed); }
+bool runs_best_isa() {
+  static const CpuKernels* const fastest = best();
+  return &active_kernels() == fastest;
+}
 
 }  // namespace nf4::cpu
 
@@ -113,15 +117,6 @@ NF4_EXPORT const char* nf4kernels_force_cpu_isa(const char* name) {
   }
   error = std::string("must be one of ") + nf4::cpu::supported_names() + " on this machine, got " + name;
   return error.c_str();
-}
-
-// What choose.h says of a product: the name of its Products, whether a gemv runs, and why.
-NF4_EXPORT const char* nf4kernels_cpu_choose(bool is_dgrad, int32_t dtype, int64_t M, int32_t code_run, bool* is_gemv,
-                                             const char** reason) {
-  const nf4::cpu::Choice choice = nf4::cpu::choose({is_dgrad, nf4::Dtype(dtype), M, code_run});
-  *is_gemv = choice.is_gemv;
-  *reason = choice.reason;
-  return nf4::cpu::kProductsNames[int(choice.products)];
 }
 
 }  // extern "C"

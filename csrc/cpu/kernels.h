@@ -44,9 +44,17 @@ struct GemmArgs {
   const void* bias;                 // [N] of dtype, or null
   void* out;                        // [M, C] of dtype, contiguous
   // The LoRA term, see lora_term.h.
-  int64_t rank;             // 0: none
-  const float* lora_inner;  // [M, rank], times the scaling
-  const void* lora_factor;  // linear: B [N, rank]; linear_dgrad: A [rank, K]; of dtype
+  int64_t rank;                // 0: none
+  const float* lora_inner;     // [M, rank], times the scaling
+  const void* lora_factor;     // linear: B [N, rank]; linear_dgrad: A [rank, K]; of dtype
+  const void* unscaled_inner;  // [M, rank] of dtype, for dequantize + GEMM
+  float scaling;
+};
+
+// out[M, C] = x[M, D] times the weight.
+struct Product {
+  bool is_dgrad;
+  int64_t C, D;
 };
 
 // The gradient of a LoRA factor, see lora_grad.h.
@@ -151,7 +159,7 @@ struct CpuKernels {
   QuantizeFn quantize;
   DequantizeFn dequantize;
   const CombineKernels* combine_experts;
-  ProductKernels products[3];  // by choose.h's Products
+  ProductKernels products[3];  // by choose.h's Products, but for dequantize + GEMM
 
   const ProductKernels& operator[](Products which) const { return products[int(which)]; }
 };
@@ -200,5 +208,15 @@ void lora_inner_avx512_bf16(const LoraInnerArgs&, int64_t m_begin, int64_t m_end
 
 // dispatch.cpp
 const CpuKernels& active_kernels();
+bool runs_best_isa();  // that this CPU supports: none that is slower was forced
+
+// torch_gemm.cpp
+int32_t amx_of_torch();  // choose.h's bits, none where a slower instruction set is forced
+Forced forced_products();
+void note(Products);  // what ran, for tests
+
+// Scratch memory of this thread, kept between calls: a slice and a tile of one product, at most 1 MB; or the slice of
+// dequantize + GEMM.
+void* thread_workspace(int64_t bytes);
 
 }  // namespace nf4::cpu

@@ -6,9 +6,13 @@
 namespace nf4::cpu {
 
 Plan plan_product(const Product& product, GemmArgs& args) {
-  const Choice choice = choose({product.is_dgrad, args.dtype, args.M, code_run(args.weight)});
+  const Weight& w = args.weight;
+  const Choice choice =
+      choose({product.is_dgrad, args.dtype, args.M, code_run(w), w.N * w.K, amx_of_torch(), forced_products()});
+  note(choice.products);
+  if (choice.products == Products::kDequantizeGemm) return {nullptr, nullptr};
   const ProductKernels& kernels = active_kernels()[choice.products];
-  if (kernels.needs_bf16_code) args.bf16_code = rounded_code<BFloat16>(args.weight.code);
+  if (kernels.needs_bf16_code) args.bf16_code = rounded_code<BFloat16>(w.code);
   return {choice.is_gemv ? kernels.gemv : nullptr, product.is_dgrad ? kernels.linear_dgrad : kernels.linear};
 }
 

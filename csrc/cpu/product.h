@@ -3,31 +3,24 @@
 //   M <= 4, linear    pack x; threads share N                              linear_gemv.h
 //   otherwise         for each 512 rows of x: threads pack x's M tiles;     gemm.h
 //                     then they share the C tiles of out
+//   where it is chosen  slice by slice, by torch's GEMM                   dequantize_gemm.h
 //
 // Runtime, the caller's, has parallel_for(begin, end, grain, body), which calls body(begin, end) on parts of the range
-// at once, and allocate(bytes): memory for a panel, valid until the next call.
+// at once; allocate(bytes): memory for a panel, valid until the next call; threads(); and gemm(SliceGemm).
 #pragma once
 
 #include "convert.h"
+#include "dequantize_gemm.h"
 #include "kernels.h"
 
 namespace nf4::cpu {
 
-// out[M, C] = x[M, D] times the weight.
-struct Product {
-  bool is_dgrad;
-  int64_t C, D;
-};
-
 // The chosen kernels, with what they need of args filled in: args.weight, dtype and M are set.
 struct Plan {
   const GemvKernel* gemv;  // or null
-  const GemmKernel* gemm;
+  const GemmKernel* gemm;  // null: dequantize + GEMM
 };
 Plan plan_product(const Product& product, GemmArgs& args);
-
-// Scratch memory of this thread, kept between calls: a slice and a tile of one product, at most 1 MB.
-void* thread_workspace(int64_t bytes);
 
 template <class Runtime>
 void multiply_gemv(Runtime& runtime, const GemvKernel& gemv, GemmArgs& args, const void* x) {
@@ -63,7 +56,9 @@ void multiply_gemm(Runtime& runtime, const Product& product, const GemmKernel& g
 template <class Runtime>
 void multiply(Runtime& runtime, const Product& product, GemmArgs& args, const void* x) {
   const Plan plan = plan_product(product, args);
-  if (plan.gemv != nullptr)
+  if (plan.gemm == nullptr)
+    multiply_slices(runtime, product, args, x);
+  else if (plan.gemv != nullptr)
     multiply_gemv(runtime, *plan.gemv, args, x);
   else
     multiply_gemm(runtime, product, *plan.gemm, args, x);
@@ -71,10 +66,12 @@ void multiply(Runtime& runtime, const Product& product, GemmArgs& args, const vo
 
 // What experts add to their products, as GemmArgs has it of one weight.
 struct GroupedTerms {
-  const void* bias;         // [E, C] of dtype, or null
-  int64_t rank;             // 0: none
-  const float* lora_inner;  // [T, rank], times the scaling
-  const void* lora_factor;  // of each expert one, stacked
+  const void* bias;            // [E, C] of dtype, or null
+  int64_t rank;                // 0: none
+  const float* lora_inner;     // [T, rank], times the scaling
+  const void* lora_factor;     // of each expert one, stacked
+  const void* unscaled_inner;  // [T, rank] of dtype
+  float scaling;
 };
 
 // Rows [offsets[e-1], offsets[e]) of x[T, D] times expert e; rows that belong to none become zero. Expert by expert,
@@ -96,6 +93,8 @@ void multiply_grouped(Runtime& runtime, const Product& product, const Experts& e
     args.bias = of_expert(terms.bias, e);
     args.rank = terms.rank;
     args.lora_inner = terms.lora_inner + begin * terms.rank;
+    args.unscaled_inner = static_cast<const char*>(terms.unscaled_inner) + begin * terms.rank * element_bytes(dtype);
+    args.scaling = terms.scaling;
     args.lora_factor = of_expert(terms.lora_factor, e * terms.rank);
     if (args.M > 0) multiply(runtime, product, args, static_cast<const char*>(x) + begin * x_row);
   }

@@ -13,10 +13,13 @@ from .tuned_table import CUDA_PRODUCTS, CudaOp
 
 CPU_LIBRARY = Path(__file__).parent.parent / "_cpu.abi3.so"
 ISA_VARIABLE = "NF4KERNELS_CPU_ISA"
+PRODUCTS_VARIABLE = "NF4KERNELS_CPU_PRODUCTS"
+CPU_PRODUCTS = ("fused", "dequantize_gemm")  # what can be forced
+AMX_BF16, AMX_FP16 = 1, 2  # csrc/cpu/choose.h
 NOT_BUILT = f"{CPU_LIBRARY.name} was not built (no C++ compiler at install time?)"
 CUDA_LIBRARY = Path(__file__).parent.parent / "_cuda.abi3.so"
 CUDA_VARIABLE = "NF4KERNELS_CUDA"
-BFLOAT16, MOST_ROWS = 1, 4096  # csrc/format.h's Dtype; rows of x up to which kernels are asked for
+BFLOAT16, FLOAT16, MOST_ROWS = 1, 2, 4096  # csrc/format.h's Dtype; rows of x up to which kernels are asked for
 EXPERTS = 8  # that kernels are asked for
 # dgrad, dtype, M, N, K, experts, scales_sums, aligned, architecture, multiprocessors
 CHOOSE_ARGUMENTS: list = [
@@ -26,6 +29,11 @@ CHOOSE_ARGUMENTS: list = [
     *[ctypes.c_bool] * 2,
     *[ctypes.c_int] * 2,
 ]
+# is_dgrad, dtype, M, code_run, weights, amx, forced, is_gemv, reason
+CPU_CHOOSE_ARGUMENTS: list = [
+    ctypes.c_bool, ctypes.c_int32, ctypes.c_int64, ctypes.c_int32, ctypes.c_int64, *[ctypes.c_int32] * 2,
+    ctypes.POINTER(ctypes.c_bool), ctypes.POINTER(ctypes.c_char_p),
+]  # fmt: skip
 
 
 class CpuLibrary:
@@ -35,8 +43,15 @@ class CpuLibrary:
         self.reason = "best that this CPU supports"
         torch.ops.load_library(path)
         self._library = ctypes.CDLL(str(path))
-        for name in ("nf4kernels_cpu_isa", "nf4kernels_cpu_isa_list", "nf4kernels_force_cpu_isa"):
-            getattr(self._library, name).restype = ctypes.c_char_p
+        for name in ("isa", "isa_list", "products", "ran", "choose"):
+            getattr(self._library, f"nf4kernels_cpu_{name}").restype = ctypes.c_char_p
+        for name in ("isa", "products"):
+            getattr(self._library, f"nf4kernels_force_cpu_{name}").restype = ctypes.c_char_p
+        self._library.nf4kernels_cpu_choose.argtypes = CPU_CHOOSE_ARGUMENTS
+        allowed, self.why_no_amx = amx_of_onednn()
+        why = ctypes.c_char_p()
+        self.amx: int = self._library.nf4kernels_cpu_use_amx(allowed, ctypes.byref(why))
+        self.why_no_amx = self.why_no_amx or (why.value or b"").decode()
 
     @property
     def isa(self) -> str:
@@ -66,19 +81,92 @@ class CpuLibrary:
             self.force_isa(before)
             self.reason = reason
 
+    def force_products(self, name: str) -> None:
+        """Multiply by this one of CPU_PRODUCTS from now on, "": as chosen; ValueError for another name."""
+        error = self._library.nf4kernels_force_cpu_products(name.encode())
+        if error is not None:
+            raise ValueError(f"nf4kernels: {PRODUCTS_VARIABLE} {error.decode()}")
+
+    @contextmanager
+    def running_products(self, name: str) -> Iterator[None]:
+        """Multiply by this one of CPU_PRODUCTS inside a `with` block; raises as `force_products` does."""
+        before = self._library.nf4kernels_cpu_products().decode()
+        self.force_products(name)
+        try:
+            yield
+        finally:
+            self.force_products(before)
+
+    def products_that_ran(self) -> set[str]:
+        """The names of choose.h's Products that ran since this was called last."""
+        return set(self._library.nf4kernels_cpu_ran().decode().split())
+
+    @contextmanager
+    def slices_of(self, count: int) -> Iterator[None]:
+        """Slices of so many bytes in dequantize + GEMM inside a `with` block."""
+        slices = self._library.nf4kernels_cpu_slices
+        slices.argtypes, slices.restype = [ctypes.c_int64], ctypes.c_int64
+        before = slices(count)
+        try:
+            yield
+        finally:
+            slices(before)
+
+    def choices(self, dtype: int) -> list[tuple[int, str, str]]:
+        """(most rows of x, fused or dequantize_gemm, reason) of products with a 4096 x 4096 weight and 16-bit x.
+
+        The last takes any number of rows.
+        """
+        best, forced = self.isa == self.isas[0], self._library.nf4kernels_cpu_products().decode()
+        numbers = 4096 * 4096, self.amx if best else 0, ["", *CPU_PRODUCTS].index(forced)
+        has_amx = self.amx & {BFLOAT16: AMX_BF16, FLOAT16: AMX_FP16}[dtype]
+        why_fused = (
+            f"{self.isa} is forced, which has no AMX" if not best else "few rows" if has_amx else self.why_no_amx
+        )
+        is_gemv, why = ctypes.c_bool(), ctypes.c_char_p()
+        found: list[tuple[int, str, str]] = []
+        for rows in range(1, MOST_ROWS + 1):
+            name = self._library.nf4kernels_cpu_choose(False, dtype, rows, 64, *numbers, is_gemv, why)
+            is_fused = name != b"dequantize_gemm"
+            reason = "forced" if forced else why_fused if is_fused else (why.value or b"").decode()
+            if found and found[-1][2] == reason:
+                found.pop()
+            found.append((rows, CPU_PRODUCTS[not is_fused], reason))
+        return found
+
+
+def amx_of_onednn() -> tuple[int, str]:
+    """The AMX products, AMX_BF16 and AMX_FP16, that torch's build and oneDNN's variable allow; why not all of them.
+
+    What the CPU has is not asked.
+    """
+    variable = next((name for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA") if name in os.environ), None)
+    limit = "DEFAULT" if variable is None else os.environ[variable].upper()
+    if not torch.backends.mkldnn.is_available():
+        return 0, "torch has no oneDNN"
+    if limit in ("DEFAULT", "ALL") or "AMX_FP16" in limit:
+        return AMX_BF16 | AMX_FP16, ""
+    return (AMX_BF16 if "AMX" in limit else 0), f"{variable} is {limit}"
+
 
 def load_cpu() -> CpuLibrary | None:
     """The CPU library, None where it was not built.
 
     Raises:
-        ValueError: NF4KERNELS_CPU_ISA names what cannot be run here. OSError: the library does not load.
+        ValueError: NF4KERNELS_CPU_ISA or NF4KERNELS_CPU_PRODUCTS names what cannot be run here. OSError: the library
+            does not load.
     """
-    forced = os.environ.get(ISA_VARIABLE)
+    forced, products = os.environ.get(ISA_VARIABLE), os.environ.get(PRODUCTS_VARIABLE)
     if not CPU_LIBRARY.exists():
-        if forced is not None:
-            raise ValueError(f"nf4kernels: {ISA_VARIABLE} must be unset where {NOT_BUILT}, got {forced}")
+        for variable, value in ((ISA_VARIABLE, forced), (PRODUCTS_VARIABLE, products)):
+            if value is not None:
+                raise ValueError(f"nf4kernels: {variable} must be unset where {NOT_BUILT}, got {value}")
         return None
     library = CpuLibrary(CPU_LIBRARY)
+    if products is not None:
+        if products not in CPU_PRODUCTS:
+            raise ValueError(f"nf4kernels: {PRODUCTS_VARIABLE} must be one of {' '.join(CPU_PRODUCTS)}, got {products}")
+        library.force_products(products)
     if forced is not None:
         library.force_isa(forced)
         library.reason = f"forced by {ISA_VARIABLE}"

@@ -44,7 +44,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class BackendInfo:
-    """What runs where: device type -> (implementation, reason), and which kernels a GPU's products take."""
+    """What runs where: device type -> (implementation, reason), and which kernels its products take."""
 
     devices: dict[str, tuple[str, str]]
     kernels: dict[str, list[str]]
@@ -57,6 +57,8 @@ class BackendInfo:
             lines += [f"      {line}" for line in self.kernels.get(device, ())]
         lines.append(f"{VARIABLE} can be one of: {' '.join(BACKENDS)}")
         lines.append(f"{native.ISA_VARIABLE} can be one of: {' '.join(self.cpu_isas) or 'none'}")
+        products = native.CPU_PRODUCTS if self.cpu_isas else ("none",)
+        lines.append(f"{native.PRODUCTS_VARIABLE} can be one of: {' '.join(products)}")
         return "\n".join(lines)
 
 
@@ -286,7 +288,7 @@ def backend_info() -> BackendInfo:
     """What would run on this machine, and why. Settles it for the GPUs, which initialises them."""
     cpu = decide("cpu")
     devices = {"cpu": (cpu.implementation, cpu.reason)}
-    kernels = {}
+    kernels = {"cpu": list(_cpu_kernel_lines())} if cpu.backend == "native" else {}
     for device_type in GPU_KEYS:
         if torch.get_device_module(device_type).is_available():
             REGISTRATIONS[device_type].settle()
@@ -296,6 +298,21 @@ def backend_info() -> BackendInfo:
         elif device_type == "cuda":
             devices[device_type] = ("none", _why_no_cuda_device())
     return BackendInfo(devices, kernels, [] if CPU_LIBRARY is None else CPU_LIBRARY.isas)
+
+
+def _cpu_kernel_lines() -> Iterator[str]:
+    """Whether 16-bit products multiply the packed bytes or go through torch's GEMM, by rows of x."""
+    if CPU_LIBRARY is None:
+        return
+    by_name = {
+        name: CPU_LIBRARY.choices(dtype) for name, dtype in (("bf16", native.BFLOAT16), ("fp16", native.FLOAT16))
+    }
+    if by_name["bf16"] == by_name["fp16"]:
+        by_name = {"bf16, fp16": by_name["bf16"]}
+    for name, choices in by_name.items():
+        for rows, products, reason in choices:
+            limit = f"up to {rows} rows" if rows < native.MOST_ROWS else "more rows" if len(choices) > 1 else "any rows"
+            yield f"products of {name}, {limit}: {products} ({reason})"
 
 
 def _why_no_cuda_device() -> str:

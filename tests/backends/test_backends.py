@@ -87,6 +87,64 @@ def test_running_isa_puts_everything_back(native_library):
     assert str(nf4kernels.backend_info()) == before
 
 
+@pytest.mark.parametrize("name", native.CPU_PRODUCTS)
+def test_environment_forces_products(native_library, name):
+    result = run_python(INFO, NF4KERNELS_CPU_PRODUCTS=name)
+    assert result.returncode == 0, result.stderr
+    assert f"products of bf16, fp16, any rows: {name} (forced)" in result.stdout
+
+
+@pytest.mark.parametrize("name", ["gemm", "", "Fused"])
+def test_environment_refuses_unknown_products(native_library, name):
+    result = run_python(INFO, NF4KERNELS_CPU_PRODUCTS=name)
+    assert result.returncode != 0
+    message = result.stderr.strip().splitlines()[-1]
+    assert message.endswith(f"NF4KERNELS_CPU_PRODUCTS must be one of fused dequantize_gemm, got {name}".strip())
+
+
+def test_running_products_runs_them_alone_and_puts_everything_back(native_library):
+    """On each instruction set, though the contracts force them on the best one."""
+    qweight, before = cases.quantized(40, 128), str(nf4kernels.backend_info())
+    ran = {name: set() for name in native.CPU_PRODUCTS}
+    for level in native_library.isas:
+        for name in ran:
+            with native_library.running_isa(level), native_library.running_products(name):
+                native_library.products_that_ran()
+                nf4kernels.linear(cases.activations(3, 128, torch.bfloat16), qweight)
+                ran[name] |= native_library.products_that_ran()
+    assert ran["dequantize_gemm"] == {"dequantize_gemm"}
+    assert "dequantize_gemm" not in ran["fused"]
+    with pytest.raises(ValueError, match="fused dequantize_gemm"):
+        native_library.force_products("gemm")
+    assert str(nf4kernels.backend_info()) == before
+
+
+@pytest.mark.parametrize(
+    ("amx", "lines"),
+    [
+        (0, ["bf16, fp16, any rows: fused (this CPU has no AMX)"]),
+        (
+            native.AMX_BF16,
+            [
+                "bf16, up to 63 rows: fused (few rows)",
+                "bf16, more rows: dequantize_gemm (torch's GEMM has AMX: predicted to be faster from M = 64 on)",
+                "fp16, any rows: fused (this CPU has AMX for bf16 alone)",
+            ],
+        ),
+    ],
+)
+def test_backend_info_tells_where_products_go_through_torch(native_library, monkeypatch, amx, lines):
+    monkeypatch.setattr(native_library, "amx", amx)
+    monkeypatch.setattr(
+        native_library, "why_no_amx", "this CPU has AMX for bf16 alone" if amx else "this CPU has no AMX"
+    )
+    with native_library.running_isa(native_library.isas[0]), native_library.running_products(""):
+        assert nf4kernels.backend_info().kernels["cpu"] == [f"products of {line}" for line in lines]
+    with native_library.running_isa("scalar"), native_library.running_products(""):
+        (line,) = nf4kernels.backend_info().kernels["cpu"]
+        assert len(native_library.isas) == 1 or line.endswith("any rows: fused (scalar is forced, which has no AMX)")
+
+
 def test_backend_info_tells_what_runs():
     info = nf4kernels.backend_info()
     text = str(info)

@@ -14,7 +14,7 @@ from nf4kernels.cli import demo, main, quantize
 from nf4kernels.demo import pipeline
 from nf4kernels.entry import is_command_line
 
-VARIABLES = ("NF4KERNELS_CPU_ISA", "NF4KERNELS_BACKEND", "NF4KERNELS_CUDA")
+VARIABLES = ("NF4KERNELS_CPU_ISA", "NF4KERNELS_CPU_PRODUCTS", "NF4KERNELS_BACKEND", "NF4KERNELS_CUDA")
 SCRIPT = "import sys\nfrom nf4kernels.cli import main\nsys.exit(main())\n"  # what pip writes for the entry point
 
 # Forks after torch and scipy were imported, which take most of the time that a process of its own would.
@@ -56,6 +56,7 @@ def test_a_wrong_variable_ends_every_verb_in_one_line(tmp_path):
         ["NF4KERNELS_CPU_ISA", "foo", "module", ["info"]],
         ["NF4KERNELS_BACKEND", "foo", "module", ["quantize", "in", "out"]],
         ["NF4KERNELS_CUDA", "foo", "module", ["demo", "--steps", "1"]],
+        ["NF4KERNELS_CPU_PRODUCTS", "foo", "module", ["info"]],
         ["NF4KERNELS_CPU_ISA", "foo", "script", ["--help"]],
         ["NF4KERNELS_BACKEND", "foo", "script", ["info"]],
     ]

@@ -85,11 +85,16 @@ print('isa', CPU_LIBRARY.isa)
 """
 
 
-@pytest.mark.parametrize("level", [i for i in cases.IMPLEMENTATIONS if i != "reference"] or cases.ISAS)
-@pytest.mark.parametrize("at_end", [True, False], ids=["after-the-end", "before-the-start"])
-def test_nothing_outside_the_inputs_is_touched(native_library, level, at_end):
+LEVELS = [i for i in cases.IMPLEMENTATIONS if i != "reference"] or cases.ISAS
+
+
+@pytest.mark.parametrize(
+    ("level", "products", "at_end"),
+    [*((i, "fused", at_end) for i in LEVELS for at_end in (True, False)), (LEVELS[0], "dequantize_gemm", True)],
+)
+def test_nothing_outside_the_inputs_is_touched(native_library, level, products, at_end):
     """Inputs are read-only pages between forbidden ones; outputs given by the caller are guarded as well."""
-    result = run(GUARDED.format(at_end=at_end), NF4KERNELS_CPU_ISA=level)
+    result = run(GUARDED.format(at_end=at_end), NF4KERNELS_CPU_ISA=level, NF4KERNELS_CPU_PRODUCTS=products)
     assert result.returncode == 0, report(result)
     assert result.stdout.strip().splitlines()[-1] == f"isa {level}"
 
@@ -127,7 +132,7 @@ print('isa', CPU_LIBRARY.isa)
 """
 
 
-@pytest.mark.parametrize("level", [i for i in cases.IMPLEMENTATIONS if i != "reference"] or cases.ISAS)
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("byte", [1, 128])
 def test_no_kernel_reads_its_own_uninitialised_memory(native_library, level, byte):
     """glibc fills what malloc returns: 0xFE.. is -1.7e38 as fp32 and 0x7F.. is 3.4e38, so that a stray term shows."""
@@ -159,10 +164,12 @@ print('dense', peak_mb() - before)
 """
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float"])
-def test_no_dense_weight_is_allocated(native_library, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "products"), [("bfloat16", "fused"), ("float", "fused"), ("bfloat16", "dequantize_gemm")]
+)
+def test_no_dense_weight_is_allocated(native_library, dtype, products):
     """Ŵ would be 512 MB in bf16. A product may take its output (at most 3 MB here) and a workspace a thread."""
-    result = run(NO_DENSE.format(dtype=dtype))
+    result = run(NO_DENSE.format(dtype=dtype), NF4KERNELS_CPU_PRODUCTS=products)
     assert result.returncode == 0, report(result)
     extra = [float(v) for v in re.findall(r"extra ([\d.]+)", result.stdout)]
     assert len(extra) == 4

@@ -1,4 +1,4 @@
-"""csrc/cpu/choose.h: every product gets kernels that can run it, by M, dtype and scales alone, with a reason."""
+"""csrc/cpu/choose.h: every product gets kernels that can run it, by M, dtype, scales and AMX alone, with a reason."""
 
 import ctypes
 import itertools
@@ -8,27 +8,29 @@ import pytest
 from nf4kernels.backends import native
 
 FP32, BF16, FP16 = range(3)
+NOTHING, FUSED, DEQUANTIZE_GEMM = range(3)
+AMX = {FP32: 0, BF16: native.AMX_BF16, FP16: native.AMX_FP16}
 GEMV_MOST_M, DGRAD_CODES_MOST_M = 4, {64: 128, 32: 96, 16: 64}
+AMX_LEAST_M, AMX_LEAST_PRODUCTS = 64, 2**24
+LARGE = 4096 * 4096
+ROWS = (1, 4, 5, 63, 64, 65, 96, 97, 128, 129, 512, 1 << 24)
 
 
 @pytest.fixture(scope="module")
 def choose():
     function = ctypes.CDLL(str(native.CPU_LIBRARY)).nf4kernels_cpu_choose
-    function.restype = ctypes.c_char_p
-    function.argtypes = [ctypes.c_bool, ctypes.c_int32, ctypes.c_int64, ctypes.c_int32]
-    function.argtypes += [ctypes.POINTER(ctypes.c_bool), ctypes.POINTER(ctypes.c_char_p)]
+    function.restype, function.argtypes = ctypes.c_char_p, native.CPU_CHOOSE_ARGUMENTS
 
-    def call(is_dgrad, dtype, M, code_run=64):
+    def call(is_dgrad, dtype, M, code_run=64, weights=LARGE, amx=0, forced=NOTHING):
         is_gemv, reason = ctypes.c_bool(), ctypes.c_char_p()
-        products = function(is_dgrad, dtype, M, code_run, is_gemv, reason)
+        products = function(is_dgrad, dtype, M, code_run, weights, amx, forced, is_gemv, reason)
         return products.decode(), is_gemv.value, reason.value.decode()
 
     return call
 
 
 def test_every_product_has_kernels_and_a_reason(choose):
-    rows = (1, 4, 5, 64, 65, 96, 97, 128, 129, 512, 1 << 24)
-    for is_dgrad, dtype, M, run in itertools.product((False, True), (FP32, BF16, FP16), rows, (64, 32, 16, 0)):
+    for is_dgrad, dtype, M, run in itertools.product((False, True), (FP32, BF16, FP16), ROWS, (64, 32, 16, 0)):
         products, is_gemv, reason = choose(is_dgrad, dtype, M, run)
         assert reason
         assert is_gemv == (not is_dgrad and M <= GEMV_MOST_M)
@@ -52,3 +54,43 @@ def test_dgrad_has_no_gemv(choose):
 def test_the_numbers_of_the_reasons_are_the_code_s(choose):
     most = "M > {}, {} or {} at {}, {} or {} weights".format(*DGRAD_CODES_MOST_M.values(), *DGRAD_CODES_MOST_M)
     assert most in choose(True, BF16, 129)[2]
+    assert f"from M = {AMX_LEAST_M} on" in choose(False, BF16, 512, amx=AMX[BF16])[2]
+
+
+def test_amx_takes_products_of_its_dtypes_from_64_rows_on(choose):
+    for is_dgrad, dtype, M, run, amx in itertools.product((False, True), AMX, ROWS, (64, 16, 0), range(4)):
+        products, is_gemv, reason = choose(is_dgrad, dtype, M, run, amx=amx)
+        assert reason
+        if M >= AMX_LEAST_M and amx & AMX[dtype]:
+            assert (products, is_gemv) == ("dequantize_gemm", False)
+        else:
+            assert (products, is_gemv, reason) == choose(is_dgrad, dtype, M, run), "AMX changes nothing below"
+
+
+def test_amx_leaves_weights_whose_products_take_less_time_than_its_calls(choose):
+    for M in (64, 512):
+        least = AMX_LEAST_PRODUCTS // M
+        assert choose(False, BF16, M, weights=least, amx=3)[0] == "dequantize_gemm"
+        assert choose(False, BF16, M, weights=least - 1, amx=3)[0] == "bf16_codes"
+
+
+def test_a_forced_way_runs_whatever_there_is_and_true_fp32_is_always_fused(choose):
+    for is_dgrad, dtype, M, amx in itertools.product((False, True), AMX, ROWS, range(4)):
+        fused = choose(is_dgrad, dtype, M)
+        assert choose(is_dgrad, dtype, M, amx=amx, forced=FUSED) == fused
+        forced = choose(is_dgrad, dtype, M, amx=amx, weights=1, forced=DEQUANTIZE_GEMM)
+        assert forced == (fused if dtype == FP32 else ("dequantize_gemm", False, "forced"))
+
+
+@pytest.mark.parametrize(
+    ("limit", "allowed"),
+    [(None, 3), ("ALL", 3), ("avx512_core_amx", 1), ("AVX512_CORE_AMX_FP16", 3), ("AVX10_1_512_AMX", 1), ("AVX2", 0)],
+)
+def test_what_onednn_may_use(monkeypatch, limit, allowed):
+    for variable in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(variable, raising=False)
+    if limit is not None:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    found, why_not = native.amx_of_onednn()
+    assert found == allowed
+    assert why_not == ("" if allowed == 3 else f"ONEDNN_MAX_CPU_ISA is {limit.upper()}")

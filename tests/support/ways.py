@@ -22,6 +22,8 @@ from nf4kernels.backends import native, select
 HALVES = (torch.bfloat16, torch.float16)
 
 # op -> kernel that can be forced -> what the name of a launch of it holds.
+CPU_DEQUANTIZE_GEMM, CPU_OPS = "dequantize_gemm", ("linear", "linear_dgrad", "grouped_linear", "grouped_linear_dgrad")
+CPU_SLICE_BYTES = 40_000  # so that the larger of the shapes have more than one slice
 CUDA_KERNELS = {
     "linear": {"small": "linear_small", "tiled": "linear_tiled", "dequantize_gemm": "dequantize", "any": "product_any"},
     "linear_dgrad": {"tiled": "linear_dgrad_tiled", "dequantize_gemm": "dequantize", "any": "product_any"},
@@ -167,6 +169,26 @@ class CpuWay(Way):
     @property
     def is_reference(self) -> bool:
         return self.name == "reference"
+
+    def kernel_names(self) -> set[str] | None:
+        """What multiplied since this was asked last."""
+        return None if self.is_reference else cases.LIBRARY.products_that_ran()
+
+    def dtypes(self, op: str) -> tuple[torch.dtype, ...]:
+        """True fp32 never goes through torch's GEMM."""
+        return HALVES if self.kernel == CPU_DEQUANTIZE_GEMM else cases.DTYPES
+
+    def assert_ran(self, op: str) -> None:
+        names = self.kernel_names()
+        assert not self.kernel or names, f"{self}: nothing ran"
+        self.assert_nothing_else_ran(op, names)
+
+    def assert_nothing_else_ran(self, op: str, names: set[str] | None = None) -> None:
+        for name in (self.kernel_names() if names is None else names) or ():
+            assert not self.kernel or (name == CPU_DEQUANTIZE_GEMM) == (self.kernel == CPU_DEQUANTIZE_GEMM), (
+                self,
+                name,
+            )
 
     def schedules(self) -> Iterator[str]:
         """Numbers of threads; the reference multiplies by torch, whose bits depend on it."""
@@ -320,17 +342,24 @@ def params(op: str, kinds: tuple[str, ...], every_kernel: bool) -> list[tuple[st
     """(name, kernel) of the ways of these kinds: all, if none is given. "cpu" is without the library the reference."""
     names = [name for name in dict.fromkeys(("reference", *NAMES)) if kind(name) in (kinds or set(map(kind, NAMES)))]
     kernels = {name: CLASSES.get(name, CpuWay).kernels(op) if every_kernel else {} for name in names}
+    if (
+        every_kernel and cases.LIBRARY is not None and op in CPU_OPS
+    ):  # the instruction sets differ there by dequantize alone
+        kernels[CPU[0]] = dict.fromkeys(native.CPU_PRODUCTS)
     return [(name, kernel) for name in names for kernel in kernels[name] or ("",)]
 
 
 @contextmanager
-def cpu_way(isa: str) -> Iterator[CpuWay]:
-    """This instruction set, forced, and proven to have been so all the time; or the reference with its checks."""
+def cpu_way(isa: str, kernel: str = "") -> Iterator[CpuWay]:
+    """This instruction set and way to multiply, forced, and proven to have been so all the time; or the reference with
+    its checks."""
     if isa == "reference":
         yield CpuWay(isa, SimpleNamespace(**select.REFERENCE))
         return
-    way = CpuWay(isa, torch.ops.nf4kernels)
-    with cases.LIBRARY.running_isa(isa):
+    way, library = CpuWay(isa, torch.ops.nf4kernels, kernel=kernel), cases.LIBRARY
+    slices = library.slices_of(CPU_SLICE_BYTES if kernel == CPU_DEQUANTIZE_GEMM else 0)
+    with library.running_isa(isa), library.running_products(kernel), slices:
+        library.products_that_ran()
         assert cases.LIBRARY.isa == isa
         yield way
         assert cases.LIBRARY.isa == isa, "something changed the instruction set during the test"

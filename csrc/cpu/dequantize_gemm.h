@@ -1,0 +1,114 @@
+// dequantize + GEMM: dequantize a slice of Ŵ into a workspace, multiply by it with torch's own GEMM, and reuse the
+// workspace for the next slice. In bf16 and fp16.
+//
+//   linear         y[:, n..] = x[M, K] @ slice[width, K]^T          with LoRA   [x | P] and [slice | s B]
+//   linear_dgrad   dX[:, k..] = dY[M, N] @ slice[N, width]                      [dY | Q] and [slice ; s A]
+//
+// Who computes   All threads dequantize the slice, then torch's GEMM, oneDNN, uses all of them.
+// The trick      Where oneDNN has AMX it multiplies bf16 8 to 16 times as fast as vdpbf16ps, which pays for writing and
+//                reading Ŵ. A slice is whole columns of out, so that each element is one sum, rounded once; the LoRA
+//                term is more of the contraction, with the scaling in the factor: an inner product of scaled losses has
+//                no room for it in fp16. Rejected: a slice of the contraction, whose sums would be rounded to bf16 each.
+// Bytes          A weight is half a byte read, 2 written and read; the GEMM packs it once more. 0.5 to 0.7 cycles in
+//                all beside 2 M flops, see choose.h.
+// Needs          x and out contiguous. x is copied where a term joins it, or where it is not aligned to 64 bytes: the
+//                bits of a GEMM of torch's may depend on that.
+#pragma once
+
+#include "convert.h"
+#include "dequantize.h"
+#include "kernels.h"
+
+namespace nf4::cpu {
+
+// out[M, columns] = x[M, depth] @ slice; with `adds` it is added to what out holds.
+struct SliceGemm {
+  Dtype dtype;
+  int64_t M, columns, depth;
+  const void* x;      // [M, depth]
+  const void* slice;  // [columns, depth], else [depth, columns] if is_dgrad
+  bool is_dgrad;
+  void* out;
+  int64_t out_stride;  // elements from row to row
+  bool adds;
+};
+
+// The bytes that a test wants of a slice; 0: by choose.h.
+int64_t forced_slice_bytes();
+
+// The columns of out that a slice gives, of C, when each has `depth` elements of `size` bytes: slices of equal width, in
+// whole steps.
+static inline int64_t slice_width(const Product& product, int64_t depth, int64_t size, int64_t threads) {
+  int64_t bytes = threads * kSliceBytes;
+  if (product.is_dgrad && bytes < kDgradSliceColumns * depth * size) bytes = kDgradSliceColumns * depth * size;
+  if (bytes > kMostSliceBytes) bytes = kMostSliceBytes;
+  if (forced_slice_bytes() > 0) bytes = forced_slice_bytes();
+  const int64_t slices = at_least_1(ceil_div(product.C * depth * size, bytes));
+  return ceil_div(ceil_div(product.C, slices), kSliceStep) * kSliceStep;
+}
+
+// [x | lora_inner | 0] rows [m_begin, m_end) of `depth` columns, D of which are x's.
+static inline void join_rows(const GemmArgs& args, const void* x, int64_t D, int64_t depth, int64_t m_begin,
+                             int64_t m_end, void* joined) {
+  const int64_t size = element_bytes(args.dtype), row = D * size, term = args.rank * size;
+  for (int64_t m = m_begin; m < m_end; ++m) {
+    char* to = static_cast<char*>(joined) + m * depth * size;
+    std::memcpy(to, static_cast<const char*>(x) + m * row, size_t(row));
+    if (term > 0) std::memcpy(to + row, static_cast<const char*>(args.unscaled_inner) + m * term, size_t(term));
+    std::memset(to + row + term, 0, size_t(depth * size - row - term));
+  }
+}
+
+// The rows of s B, or columns of s A, beside the slice of columns [begin, begin + count) of out; zeros after them.
+template <class T>
+void join_factor(const GemmArgs& args, const Product& product, int64_t begin, int64_t count, int64_t depth, T* slice) {
+  const auto* factor = static_cast<const T*>(args.lora_factor);
+  const auto scaled = [&](const T* from, int64_t n, T* to) {
+    for (int64_t i = 0; i < n; ++i) to[i] = from_float<T>(to_float(from[i]) * args.scaling);
+  };
+  const int64_t used = product.D + args.rank;
+  if (product.is_dgrad) {
+    for (int64_t j = 0; j < args.rank; ++j)
+      scaled(factor + j * product.C + begin, count, slice + (product.D + j) * count);
+    std::memset(static_cast<void*>(slice + used * count), 0, size_t((depth - used) * count) * sizeof(T));
+    return;
+  }
+  for (int64_t c = 0; c < count; ++c) {
+    scaled(factor + (begin + c) * args.rank, args.rank, slice + c * depth + product.D);
+    std::memset(static_cast<void*>(slice + c * depth + used), 0, size_t(depth - used) * sizeof(T));
+  }
+}
+
+// args.out[M, C] of x[M, D], both contiguous; M and C at least 1. Runtime is product.h's.
+template <class Runtime>
+void multiply_slices(Runtime& runtime, const Product& product, const GemmArgs& args, const void* x) {
+  const int64_t M = args.M, C = product.C, D = product.D, size = element_bytes(args.dtype);
+  const int64_t depth = args.rank == 0 ? D : ceil_div(D + args.rank, kTermStep) * kTermStep;
+  const bool is_aligned = reinterpret_cast<uintptr_t>(x) % kAlignment == 0;
+  const void* joined = x;
+  if (args.rank > 0 || !is_aligned) {
+    void* copy = runtime.allocate(M * depth * size);
+    runtime.parallel_for(0, M, ceil_div(kDecodeGrain, at_least_1(depth)),
+                         [&](int64_t begin, int64_t end) { join_rows(args, x, D, depth, begin, end, copy); });
+    joined = copy;
+  }
+  auto* out = static_cast<char*>(args.out);
+  if (args.bias != nullptr)
+    for (int64_t m = 0; m < M; ++m) std::memcpy(out + m * C * size, args.bias, size_t(C * size));
+  const int64_t width = slice_width(product, depth, size, runtime.threads());
+  void* slice = thread_workspace((width < C ? width : C) * depth * size);
+  for (int64_t begin = 0; begin < C; begin += width) {
+    const int64_t count = width < C - begin ? width : C - begin;
+    if (product.is_dgrad)
+      dequantize_rectangle(runtime, args.weight, begin, D, count, args.dtype, slice, count);
+    else
+      dequantize_rectangle(runtime, args.weight, begin * D, count, D, args.dtype, slice, depth);
+    if (args.rank > 0)
+      with_type(args.dtype,
+                [&](auto t) { join_factor(args, product, begin, count, depth, static_cast<decltype(t)*>(slice)); });
+    runtime.gemm(
+        {args.dtype, M, count, depth, joined, slice, product.is_dgrad, out + begin * size, C, args.bias != nullptr});
+  }
+}
+
+}  // namespace nf4::cpu
