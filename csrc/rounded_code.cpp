@@ -31,6 +31,14 @@
 namespace nf4 {
 namespace {
 
+float to_float(Int13 a) { return float(whole_number(a)) * 0x1p-12f; }
+template <class T>
+T rounded(float a) {
+  if constexpr (!std::is_same_v<T, Int13>) return from_float<T>(a);
+  const float magnitude = std::min(std::nearbyint(std::fabs(a) * 0x1p12f), 8191.f);
+  return T{uint16_t(uint16_t(magnitude) | (std::signbit(a) ? 0x8000 : 0))};
+}
+
 constexpr int kFactors = 64, kFlips = 4;
 constexpr double kWidths[] = {0.8, 1.5, 2.0, 2.4, 2.8, 3.3, 4.0, 6.0};
 constexpr int kWidthCount = int(std::size(kWidths));
@@ -86,9 +94,8 @@ float other_neighbour(float exact, T rounded) {
   return to_float(T{uint16_t(away_from_zero ? rounded.bits + 1 : rounded.bits - 1)});
 }
 
-template <class T>
 bool is_all_ones(float value) {
-  return (from_float<T>(value).bits & T::kFraction) == T::kFraction;
+  return (from_float<Float16>(value).bits & Float16::kFraction) == Float16::kFraction;
 }
 
 template <class T>
@@ -115,9 +122,9 @@ struct Search {
     Seen seen;
     for (int i = 0; i < kLevels; ++i) {
       const float exact = float(levels[i]) * factor;
-      const T rounded = from_float<T>(exact);
-      values[i] = to_float(rounded);
-      other[i] = other_neighbour(exact, rounded);
+      const T nearest = rounded<T>(exact);
+      values[i] = to_float(nearest);
+      other[i] = other_neighbour(exact, nearest);
       seen.add(share, power, i, levels[i], levels[i], values[i] / double(factor));
     }
     for (int w = 0; w < kWidthCount; ++w) seen.slope[w] += 1;  // of the exact levels, from which it was counted
@@ -128,7 +135,7 @@ struct Search {
   void flip_from(int first, int flips, float factor, const std::array<float, kLevels>& other, const Seen& seen) {
     const double cost = seen.cost();
     constexpr bool kIsScaled = std::is_same_v<T, Float16>;
-    if (cost < least && !(kIsScaled && std::any_of(values.begin(), values.end(), is_all_ones<T>))) {
+    if (cost < least && !(kIsScaled && std::any_of(values.begin(), values.end(), is_all_ones))) {
       least = cost;
       best = values;
       best_scale = seen.scale() / factor;
@@ -151,7 +158,7 @@ RoundedCode<T> search(const float code[kLevels]) {
   result.scale = 1;
   bool is_exact = true;
   for (int i = 0; i < kLevels; ++i) {
-    result.levels[i] = from_float<T>(code[i]);
+    result.levels[i] = rounded<T>(code[i]);
     is_exact = is_exact && to_float(result.levels[i]) == code[i];
   }
   if (is_exact || !std::all_of(code, code + kLevels, [](float level) { return std::isfinite(level); })) return result;
@@ -166,7 +173,7 @@ RoundedCode<T> search(const float code[kLevels]) {
   for (int i = 0; i < kLevels; ++i) {
     const auto at =
         std::lower_bound(found.levels.begin(), found.levels.end(), double(within[i])) - found.levels.begin();
-    result.levels[i] = from_float<T>(found.best[size_t(at)]);
+    result.levels[i] = rounded<T>(found.best[size_t(at)]);
   }
   return result;
 }
@@ -200,5 +207,6 @@ RoundedCode<T> rounded_code(const float code[kLevels]) {
 
 template RoundedCode<BFloat16> rounded_code(const float code[kLevels]);
 template RoundedCode<Float16> rounded_code(const float code[kLevels]);
+template RoundedCode<Int13> rounded_code(const float code[kLevels]);
 
 }  // namespace nf4

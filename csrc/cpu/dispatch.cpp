@@ -49,6 +49,10 @@ constexpr ProductKernels kScalar{&kGemv_scalar, &kLinear_scalar, &kLinearDgrad_s
 constexpr ProductKernels kAvx2{&kGemv_avx2, &kLinear_avx2, &kLinearDgrad_avx2, &kLoraGrad_avx2, lora_inner_avx2};
 constexpr ProductKernels kAvx512{&kGemv_avx512, &kLinear_avx512, &kLinearDgrad_avx512, &kLoraGrad_avx512,
                                  lora_inner_avx512};
+constexpr ProductKernels kAvx2Int{&kGemvInt_avx2, &kLinear_avx2, &kLinearDgrad_avx2, &kLoraGrad_avx2, lora_inner_avx2,
+                                  false, /*needs_int_code=*/true};
+constexpr ProductKernels kAvx512Int{&kGemvInt_avx2, &kLinear_avx512, &kLinearDgrad_avx512, &kLoraGrad_avx512,
+                                    lora_inner_avx512, false, /*needs_int_code=*/true};
 constexpr ProductKernels kBf16{&kGemv_avx512, &kLinear_avx512_bf16, &kLinearDgrad_avx512_bf16, &kLoraGrad_avx512_bf16,
                                lora_inner_avx512_bf16};
 constexpr ProductKernels kBf16Codes{&kGemvCodes_avx512_bf16, &kLinearCodes_avx512_bf16, &kLinearDgradCodes_avx512_bf16,
@@ -65,8 +69,8 @@ const CpuKernels kTable[] = {
      dequantize_avx512,
      &kCombineExperts_avx512,
      {kAvx512, kBf16, kBf16Codes}},
-    {"avx512", has_avx512, quantize_avx512, dequantize_avx512, &kCombineExperts_avx512, {kAvx512, kAvx512, kAvx512}},
-    {"avx2", has_avx2, quantize_avx2, dequantize_avx2, &kCombineExperts_avx2, {kAvx2, kAvx2, kAvx2}},
+    {"avx512", has_avx512, quantize_avx512, dequantize_avx512, &kCombineExperts_avx512, {kAvx512, kAvx512, kAvx512Int}},
+    {"avx2", has_avx2, quantize_avx2, dequantize_avx2, &kCombineExperts_avx2, {kAvx2, kAvx2, kAvx2Int}},
 #endif
     {"scalar", always, quantize_scalar, dequantize_scalar, &kCombineExperts_scalar, {kScalar, kScalar, kScalar}},
 };

@@ -38,9 +38,10 @@ struct QuantizeAbsmaxArgs {
 struct GemmArgs {
   Weight weight;
   RoundedCode<BFloat16> bf16_code;  // set where ProductKernels::needs_bf16_code
+  RoundedCode<Int13> int_code;      // set where ProductKernels::needs_int_code
   Dtype dtype;                      // of x and out
   const void* panel;                // x as GemvKernel::pack or GemmKernel::pack left it
-  int64_t M;                        // at most kPassM (gemm) or kGemvMaxM (gemv)
+  int64_t M;                        // at most kPassM (gemm) or GemvKernel::max_m
   const void* bias;                 // [N] of dtype, or null
   void* out;                        // [M, C] of dtype, contiguous
   // The LoRA term, see lora_term.h.
@@ -136,10 +137,10 @@ struct GemmKernel {
   GemmFn run;
 };
 
-// linear at M <= kGemvMaxM.
+// linear at M <= max_m.
 struct GemvKernel {
-  int step_k;         // a panel pads K to whole steps
-  int element_bytes;  // of a panel element
+  int max_m;
+  int64_t (*row_bytes)(int64_t K);  // of a row of x in the panel
   GemvPackFn pack;
   GemvFn run;
 };
@@ -151,6 +152,7 @@ struct ProductKernels {
   const LoraGradKernel* lora_grad;
   LoraInnerFn lora_inner;
   bool needs_bf16_code = false;
+  bool needs_int_code = false;  // which is for weights of a code_run of 64
 };
 
 struct CpuKernels {
@@ -200,6 +202,7 @@ int64_t sort_by_expert(const int64_t* experts_of, int64_t count, int64_t experts
 NF4_DECLARE_ISA(scalar)
 NF4_DECLARE_ISA(avx2)
 NF4_DECLARE_ISA(avx512)
+extern const GemvKernel kGemvInt_avx2;
 extern const GemvKernel kGemvCodes_avx512_bf16;
 extern const GemmKernel kLinear_avx512_bf16, kLinearDgrad_avx512_bf16;
 extern const GemmKernel kLinearCodes_avx512_bf16, kLinearDgradCodes_avx512_bf16;

@@ -1,10 +1,12 @@
 #include "decode_avx2.h"
 #include "linear.h"
 #include "linear_gemv.h"
+#include "linear_gemv_int.h"
 
 namespace nf4::cpu {
 
-const GemvKernel kGemv_avx2{/*step_k=*/1, int(sizeof(float)), gemv_pack, linear_gemv};
+const GemvKernel kGemv_avx2{kGemvMaxM, gemv_row_bytes, gemv_pack, linear_gemv};
+const GemvKernel kGemvInt_avx2{kGemvIntMaxM, gemv_int_row_bytes, gemv_int_pack, linear_gemv_int};
 const GemmKernel kLinear_avx2 = describe_gemm<LinearFp32>(pack_fp32, linear_tiles<LinearFp32>);
 
 }  // namespace nf4::cpu

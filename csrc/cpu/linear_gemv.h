@@ -26,6 +26,8 @@ constexpr int kGemvTileN = 2;                         // rows of W per load of x
 
 static inline bool has_whole_pairs(int64_t K) { return K % (2 * Isa::L) == 0; }
 
+int64_t gemv_row_bytes(int64_t K) { return K * int64_t(sizeof(float)); }
+
 void gemv_pack(const void* x, Dtype dtype, int64_t M, int64_t K, void* panel) {
   float* out = static_cast<float*>(panel);
   const bool has_pairs = has_whole_pairs(K);

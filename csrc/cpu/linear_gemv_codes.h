@@ -38,6 +38,8 @@ constexpr int kGemvTileN = 2;         // rows of W per load of x
 constexpr int64_t kGemvNearK = 8192;  // up to which the next rows of W have room in an L1 of 32 KB beside x
 constexpr int kToL1 = 3, kToL2 = 2;   // localities of __builtin_prefetch
 
+int64_t gemv_codes_row_bytes(int64_t K) { return (K + kGemvGroupK - 1) / kGemvGroupK * kGemvGroupK * 2; }
+
 void gemv_codes_pack(const void* x, Dtype, int64_t M, int64_t K, void* panel) {
   const auto* in = static_cast<const BFloat16*>(x);
   auto* out = static_cast<BFloat16*>(panel);

@@ -4,7 +4,7 @@
 
 namespace nf4::cpu {
 
-const GemvKernel kGemv_scalar{/*step_k=*/1, int(sizeof(float)), gemv_pack, linear_gemv};
+const GemvKernel kGemv_scalar{kGemvMaxM, gemv_row_bytes, gemv_pack, linear_gemv};
 const GemmKernel kLinear_scalar = describe_gemm<LinearFp32>(pack_fp32, linear_tiles<LinearFp32>);
 
 }  // namespace nf4::cpu

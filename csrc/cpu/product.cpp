@@ -11,9 +11,13 @@ Plan plan_product(const Product& product, GemmArgs& args) {
       choose({product.is_dgrad, args.dtype, args.M, code_run(w), w.N * w.K, amx_of_torch(), forced_products()});
   note(choice.products);
   if (choice.products == Products::kDequantizeGemm) return {nullptr, nullptr};
-  const ProductKernels& kernels = active_kernels()[choice.products];
+  const CpuKernels& active = active_kernels();
+  const bool is_whole = active[choice.products].needs_int_code && code_run(w) != 64;
+  const ProductKernels& kernels = active[is_whole ? Products::kFp32 : choice.products];
   if (kernels.needs_bf16_code) args.bf16_code = rounded_code<BFloat16>(w.code);
-  return {choice.is_gemv ? kernels.gemv : nullptr, product.is_dgrad ? kernels.linear_dgrad : kernels.linear};
+  if (kernels.needs_int_code) args.int_code = rounded_code<Int13>(w.code);
+  const bool is_gemv = !product.is_dgrad && args.M <= kernels.gemv->max_m;
+  return {is_gemv ? kernels.gemv : nullptr, product.is_dgrad ? kernels.linear_dgrad : kernels.linear};
 }
 
 void* thread_workspace(int64_t bytes) {
