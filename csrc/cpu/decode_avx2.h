@@ -144,18 +144,6 @@ struct Isa {
 #pragma GCC unroll 4
     for (int q = 0; q < 4; ++q) fn(q, 1, values[q]);
   }
-  static void decode_words(I words, const Levels& levels, F (&values)[8]) {
-    const I by_byte = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-    const I bytes = _mm256_shuffle_epi8(words, by_byte);
-    F even[4], odd[4];
-    expand(levels, high_nibbles(bytes), even);
-    expand(levels, low_nibbles(bytes), odd);
-#pragma GCC unroll 4
-    for (int q = 0; q < 4; ++q) {
-      values[2 * q] = even[q];
-      values[2 * q + 1] = odd[q];
-    }
-  }
   static void load_transposed(const uint8_t* const rows[L], int64_t byte, I words[4]) {
     F z[4];  // 128-bit half h of z[i] is row 4h + i; a 4x4 transpose inside the halves puts the rows in order
     for (int i = 0; i < 4; ++i) {

@@ -128,16 +128,6 @@ struct Isa {
       fn(q, 1, odd);
     }
   }
-  static void decode_words(I words, const Levels& levels, F (&values)[8]) {
-    values[0] = lookup(levels, shift_right<4>(words));
-    values[1] = lookup(levels, words);
-    values[2] = lookup(levels, shift_right<12>(words));
-    values[3] = lookup(levels, shift_right<8>(words));
-    values[4] = lookup(levels, shift_right<20>(words));
-    values[5] = lookup(levels, shift_right<16>(words));
-    values[6] = lookup(levels, shift_right<28>(words));
-    values[7] = lookup(levels, shift_right<24>(words));
-  }
   static void load_transposed(const uint8_t* const rows[L], int64_t byte, I words[4]) {
     I z[4];  // 128-bit quarter q of z[i] is row 4q + i; a 4x4 transpose inside the quarters puts the rows in order
     for (int i = 0; i < 4; ++i) {

@@ -112,7 +112,7 @@ struct Isa {
       odd.v[i] = t.v[p[i] & 15];
     }
   }
-  // The levels as decode_64 and decode_words look them up.
+  // The levels as decode_64 looks them up.
   using Levels = Table;
   static Levels load_levels(const float* p) { return load_table(p); }
   // 32 bytes, 64 codes: fn(q, is_odd, values) with the even and the odd values of the 2L codes from 2L q on.
@@ -124,11 +124,6 @@ struct Isa {
       fn(q, 0, even);
       fn(q, 1, odd);
     }
-  }
-  // The 8 codes of each lane of load_transposed's words: values[i] holds the k-th from the word's first on, k = i.
-  static void decode_words(I words, const Levels& levels, F (&values)[8]) {
-    for (int i = 0; i < 8; ++i)
-      for (int lane = 0; lane < L; ++lane) values[i].v[lane] = levels.v[words.v[lane] >> (i * 4 ^ 4) & 15];
   }
   // 16 bytes of each of L rows of W, transposed: lane r of words[j] is the little-endian u32 j of row r.
   static void load_transposed(const uint8_t* const rows[L], int64_t byte, I words[4]) {

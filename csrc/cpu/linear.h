@@ -13,8 +13,8 @@
 //     n      | k 0-7 | 8-15 | 16-23 | 24-31 |   words[0]  | k 0-7 of n  | k 0-7 of n+1  | ...
 //     n+1    | k 0-7 | 8-15 | 16-23 | 24-31 |   words[1]  | k 8-15 of n | k 8-15 of n+1 | ...
 //
-//   Byte b of a lane of words[j] holds k = 8j + 2b in its high nibble and 8j + 2b + 1 in its low one: decode_words gives
-//   eight rows k of the slice.
+//   Byte b of a lane of words[j] holds k = 8j + 2b in its high nibble and 8j + 2b + 1 in its low one: two lookups,
+//   which give two rows k of the slice.
 #pragma once
 
 #include "decode_span.h"
@@ -35,6 +35,13 @@ static inline Isa::F scales_of_rows(const Weight& w, int64_t n, int64_t n_count,
   return Isa::load(scales);
 }
 
+// Byte BYTE of each lane, decoded and scaled: two consecutive k of L rows of W.
+template <int BYTE>
+static inline void decode_byte(const Isa::Table& table, Isa::I codes, Isa::F scale, Isa::F& even, Isa::F& odd) {
+  even = Isa::mul(Isa::lookup(table, Isa::template shift_right<8 * BYTE + 4>(codes)), scale);
+  odd = Isa::mul(Isa::lookup(table, Isa::template shift_right<8 * BYTE>(codes)), scale);
+}
+
 // fp32 slices are [k][kTileN]. store_k_pair writes k and k+1 of the L columns from `out` on.
 struct LinearFp32 : Fp32Core {
   using Factor = LoraB;
@@ -49,7 +56,7 @@ struct LinearFp32 : Fp32Core {
 template <class Core>
 void decode_tile(const Weight& w, int64_t n, int64_t n_count, int64_t k, int64_t k_count,
                  typename Core::Element* slice) {
-  const auto levels = Isa::load_levels(w.code);
+  const Isa::Table table = Isa::load_table(w.code);
   const bool scale_changes_inside = w.K % (int64_t(1) << w.block_shift) != 0;
   const int64_t block_mask = (int64_t(1) << w.block_shift) - 1;
   for (int v = 0; v < kVectors; ++v) {
@@ -65,15 +72,19 @@ void decode_tile(const Weight& w, int64_t n, int64_t n_count, int64_t k, int64_t
       Isa::I words[4];
       Isa::load_transposed(rows, (k + i) / 2, words);
       typename Core::Element* out = slice + i * kTileN + v * Isa::L * Core::kStep;
-      for (int j = 0; j < 4; ++j) {
+      for (int j = 0; j < 4; ++j, out += 8 * kTileN) {
         const int64_t at = i + 8 * j;
         if (at > 0 && j % 2 == 0 && (((k + at) & block_mask) == 0 || (scale_changes_inside && j == 0)))
           scale = scales_of_rows(w, first, here, k + at);
-        Isa::F values[8];
-        Isa::decode_words(words[j], levels, values);
-#pragma GCC unroll 4
-        for (int pair = 0; pair < 4; ++pair, out += 2 * kTileN)
-          Core::store_k_pair(out, Isa::mul(values[2 * pair], scale), Isa::mul(values[2 * pair + 1], scale));
+        Isa::F even, odd;
+        decode_byte<0>(table, words[j], scale, even, odd);
+        Core::store_k_pair(out, even, odd);
+        decode_byte<1>(table, words[j], scale, even, odd);
+        Core::store_k_pair(out + 2 * kTileN, even, odd);
+        decode_byte<2>(table, words[j], scale, even, odd);
+        Core::store_k_pair(out + 4 * kTileN, even, odd);
+        decode_byte<3>(table, words[j], scale, even, odd);
+        Core::store_k_pair(out + 6 * kTileN, even, odd);
       }
     }
   }
