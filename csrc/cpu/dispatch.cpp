@@ -5,6 +5,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 #include "kernels.h"
@@ -41,6 +43,15 @@ const Features& features() {
 bool has_avx2() { return features().avx2; }
 bool has_avx512() { return features().avx512; }
 bool has_avx512_bf16() { return features().avx512_bf16; }
+#elif defined(__aarch64__)
+bool has_neon_bf16() {
+#if defined(__linux__)
+  constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16, which older headers lack: bfdot and bfmmla
+  return (getauxval(AT_HWCAP2) & kBf16) != 0;
+#else
+  return false;
+#endif
+}
 #endif
 
 constexpr ProductKernels kScalar{&kGemv_scalar, &kLinear_scalar, &kLinearDgrad_scalar, &kLoraGrad_scalar,
@@ -53,6 +64,8 @@ constexpr ProductKernels kBf16{&kGemv_avx512, &kLinear_avx512_bf16, &kLinearDgra
                                lora_inner_avx512_bf16};
 constexpr ProductKernels kBf16Codes{&kGemvCodes_avx512_bf16, &kLinearCodes_avx512_bf16, &kLinearDgradCodes_avx512_bf16,
                                     &kLoraGrad_avx512_bf16,  lora_inner_avx512_bf16,    /*needs_bf16_code=*/true};
+#elif defined(__aarch64__)
+constexpr ProductKernels kNeon{&kGemv_neon, &kLinear_neon, &kLinearDgrad_neon, &kLoraGrad_neon, lora_inner_neon};
 #endif
 
 // Best first.
@@ -67,6 +80,8 @@ const CpuKernels kTable[] = {
      {kAvx512, kBf16, kBf16Codes}},
     {"avx512", has_avx512, quantize_avx512, dequantize_avx512, &kCombineExperts_avx512, {kAvx512, kAvx512, kAvx512}},
     {"avx2", has_avx2, quantize_avx2, dequantize_avx2, &kCombineExperts_avx2, {kAvx2, kAvx2, kAvx2}},
+#elif defined(__aarch64__)
+    {"neon", always, quantize_neon, dequantize_neon, &kCombineExperts_neon, {kNeon, kNeon, kNeon}},
 #endif
     {"scalar", always, quantize_scalar, dequantize_scalar, &kCombineExperts_scalar, {kScalar, kScalar, kScalar}},
 };

@@ -192,6 +192,7 @@ int64_t sort_by_expert(const int64_t* experts_of, int64_t count, int64_t experts
 NF4_DECLARE_ISA(scalar)
 NF4_DECLARE_ISA(avx2)
 NF4_DECLARE_ISA(avx512)
+NF4_DECLARE_ISA(neon)
 extern const GemvKernel kGemvCodes_avx512_bf16;
 extern const GemmKernel kLinear_avx512_bf16, kLinearDgrad_avx512_bf16;
 extern const GemmKernel kLinearCodes_avx512_bf16, kLinearDgradCodes_avx512_bf16;

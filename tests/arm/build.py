@@ -1,0 +1,43 @@
+"""Compiles csrc/cpu for aarch64, by a compiler that runs here, into a program that qemu runs: build/arm/ops."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+from executor.build import locked
+
+from setup import ARM_ISAS, BUILD, CPU_SOURCES, FLAGS, ROUNDED_CODE, compile_changed, run_if_changed, sources_of
+
+CXX, OBJDUMP, QEMU = "aarch64-linux-gnu-g++", "aarch64-linux-gnu-objdump", "qemu-aarch64"
+ISAS = {"scalar": [], **ARM_ISAS}
+ISA_SOURCES = {source: isa for isa in ISAS for source in sources_of(isa)}
+
+
+def missing(*tools: str) -> str:
+    """Why these cannot be run here; empty where they can."""
+    absent = [tool for tool in tools if shutil.which(tool) is None]
+    return f"needs {' and '.join(absent)} (Debian: g++-aarch64-linux-gnu and qemu-user)" if absent else ""
+
+
+def commands() -> dict[str, list[str]]:
+    """What compiles each file, as setup.py does on such a machine."""
+    found = {source: [CXX, *FLAGS] for source in (*CPU_SOURCES, ROUNDED_CODE)}
+    return found | {source: [CXX, *FLAGS, *ISAS[isa]] for source, isa in ISA_SOURCES.items()}
+
+
+def build() -> Path:
+    """The program, of what changed since it was last built; static, so that it needs no libraries of its machine."""
+    folder = BUILD / "arm"
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / "lock"):
+        own = {"tests/arm/ops.cpp": [CXX, *FLAGS, "-Icsrc"]}
+        objects = compile_changed(commands() | own, folder)
+        program = folder / "ops"
+        run_if_changed([CXX, "-static", *objects, "-o", str(program)], program, lambda: objects)
+    return program
+
+
+def instructions(program: Path) -> list[str]:
+    """objdump's lines of the program, without the bytes."""
+    command = [OBJDUMP, "--disassemble", "--demangle", "--no-show-raw-insn", str(program)]
+    return subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout.splitlines()
