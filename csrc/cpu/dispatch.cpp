@@ -66,6 +66,10 @@ constexpr ProductKernels kBf16Codes{&kGemvCodes_avx512_bf16, &kLinearCodes_avx51
                                     &kLoraGrad_avx512_bf16,  lora_inner_avx512_bf16,    /*needs_bf16_code=*/true};
 #elif defined(__aarch64__)
 constexpr ProductKernels kNeon{&kGemv_neon, &kLinear_neon, &kLinearDgrad_neon, &kLoraGrad_neon, lora_inner_neon};
+constexpr ProductKernels kNeonBf16{&kGemv_neon,          &kLinear_neon_bf16,   &kLinearDgrad_neon_bf16,
+                                   &kLoraGrad_neon_bf16, lora_inner_neon_bf16, /*needs_bf16_code=*/true};
+constexpr ProductKernels kNeonBf16Codes{&kGemvCodes_neon_bf16, &kLinearCodes_neon_bf16, &kLinearDgrad_neon_bf16,
+                                        &kLoraGrad_neon_bf16,  lora_inner_neon_bf16,    /*needs_bf16_code=*/true};
 #endif
 
 // Best first.
@@ -81,6 +85,12 @@ const CpuKernels kTable[] = {
     {"avx512", has_avx512, quantize_avx512, dequantize_avx512, &kCombineExperts_avx512, {kAvx512, kAvx512, kAvx512}},
     {"avx2", has_avx2, quantize_avx2, dequantize_avx2, &kCombineExperts_avx2, {kAvx2, kAvx2, kAvx2}},
 #elif defined(__aarch64__)
+    {"neon_bf16",
+     has_neon_bf16,
+     quantize_neon,
+     dequantize_neon_bf16,
+     &kCombineExperts_neon,
+     {kNeon, kNeonBf16, kNeonBf16Codes}},
     {"neon", always, quantize_neon, dequantize_neon, &kCombineExperts_neon, {kNeon, kNeon, kNeon}},
 #endif
     {"scalar", always, quantize_scalar, dequantize_scalar, &kCombineExperts_scalar, {kScalar, kScalar, kScalar}},

@@ -17,7 +17,7 @@ MISSING = build.missing(build.CXX, build.QEMU)
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
 # What qemu's models of CPUs have, and what runs there.
-CPUS = {"max": ["neon", "scalar"], "neoverse-n1": ["neon", "scalar"], "cortex-a53": ["neon", "scalar"]}
+CPUS = {"max": ["neon_bf16", "neon", "scalar"], "neoverse-n1": ["neon", "scalar"], "cortex-a53": ["neon", "scalar"]}
 LAYOUTS = (
     cases.DEFAULT,
     Layout(scale_codebook=None),
