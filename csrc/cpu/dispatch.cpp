@@ -66,10 +66,10 @@ constexpr ProductKernels kBf16Codes{&kGemvCodes_avx512_bf16, &kLinearCodes_avx51
                                     &kLoraGrad_avx512_bf16,  lora_inner_avx512_bf16,    /*needs_bf16_code=*/true};
 #elif defined(__aarch64__)
 constexpr ProductKernels kNeon{&kGemv_neon, &kLinear_neon, &kLinearDgrad_neon, &kLoraGrad_neon, lora_inner_neon};
-constexpr ProductKernels kNeonBf16{&kGemv_neon,          &kLinear_neon_bf16,   &kLinearDgrad_neon_bf16,
-                                   &kLoraGrad_neon_bf16, lora_inner_neon_bf16, /*needs_bf16_code=*/true};
-constexpr ProductKernels kNeonBf16Codes{&kGemvCodes_neon_bf16, &kLinearCodes_neon_bf16, &kLinearDgrad_neon_bf16,
-                                        &kLoraGrad_neon_bf16,  lora_inner_neon_bf16,    /*needs_bf16_code=*/true};
+constexpr ProductKernels kNeonBf16{&kGemv_neon, &kLinear_neon_bf16, &kLinearDgrad_neon_bf16, &kLoraGrad_neon_bf16,
+                                   lora_inner_neon_bf16};
+constexpr ProductKernels kNeonBf16Codes{&kGemvCodes_neon_bf16, &kLinear_neon_bf16,   &kLinearDgrad_neon_bf16,
+                                        &kLoraGrad_neon_bf16,  lora_inner_neon_bf16, /*needs_bf16_code=*/true};
 #endif
 
 // Best first.

@@ -32,8 +32,8 @@ struct Sums {
   void clear() {
     each([&](int p, int q) { of[p][q] = vdupq_n_f32(0); });
   }
-  // Adds the products of `count` d, a multiple of 4, and leaves x and b past them.
-  void add_products(const BFloat16*& x, const BFloat16*& b, int64_t count) {
+  // Those of `count` d, a multiple of 4.
+  void add_products(const BFloat16* x, const BFloat16* b, int64_t count) {
     for (int64_t d = 0; d < count; d += 4, x += 4 * TILE_M, b += 4 * kDecodedTileC) {
       bfloat16x8_t rows[kPairs];
 #pragma GCC unroll 3
@@ -48,6 +48,8 @@ struct Sums {
       }
 #pragma GCC unroll 8
       for (int q = 0; q < kColumns; ++q) {
+        // No register of b is loaded before it is needed: all 8 at once would leave too few for the sums.
+        __asm__ volatile("");
         const bfloat16x8_t columns = load_bf16(b + 8 * q);
 #pragma GCC unroll 3
         for (int p = 0; p < kPairs; ++p) of[p][q] = vbfmmlaq_f32(of[p][q], rows[p], columns);
@@ -82,9 +84,8 @@ struct Bf16Core {
   static void multiply(const GemmArgs&, const Element* x, const Slice& slice, int64_t d_count, bool is_first,
                        float* tile) {
     Sums<TILE_M> sums;
-    const Element* b = slice;
     sums.clear();
-    sums.add_products(x, b, d_count);
+    sums.add_products(x, slice, d_count);
     sums.add_to(tile, is_first);
   }
 };

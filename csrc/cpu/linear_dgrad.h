@@ -64,6 +64,17 @@ struct DgradFp32 : Fp32Core {
   }
 };
 
+// dX[m, k .. k + k_count] from its finished fp32 sums.
+template <class T>
+void store_dx(const GemmArgs& args, int64_t m, int64_t k, int64_t k_count, const float* sums) {
+  T* dx = static_cast<T*>(args.out) + m * args.weight.K + k;
+  const Isa::F even = Isa::load(sums), odd = Isa::load(sums + Isa::L);
+  if (k_count == kTileK) return Isa::store_pairs(dx, even, odd);
+  T whole[kTileK];
+  Isa::store_pairs(whole, even, odd);
+  std::memcpy(static_cast<void*>(dx), whole, size_t(k_count) * sizeof(T));
+}
+
 template <class Core>
 void linear_dgrad_tiles(const GemmArgs& args, int64_t tile_begin, int64_t tile_end, void* workspace) {
   const Weight& w = args.weight;
@@ -74,12 +85,7 @@ void linear_dgrad_tiles(const GemmArgs& args, int64_t tile_begin, int64_t tile_e
         Core::decode_slice(w, k + c, k_count - c < kTileK ? k_count - c : kTileK, n, n_count, *slices++);
     };
     const auto store = [&](int64_t m, int64_t k, int64_t k_count, const float* sums) {
-      T* dx = static_cast<T*>(args.out) + m * w.K + k;
-      const Isa::F even = Isa::load(sums), odd = Isa::load(sums + Isa::L);
-      if (k_count == kTileK) return Isa::store_pairs(dx, even, odd);
-      T whole[kTileK];
-      Isa::store_pairs(whole, even, odd);
-      std::memcpy(static_cast<void*>(dx), whole, size_t(k_count) * sizeof(T));
+      store_dx<T>(args, m, k, k_count, sums);
     };
     gemm<Core>(args, /*D=*/w.N, /*C=*/w.K, tile_begin, tile_end, workspace, decode, store);
   });

@@ -55,7 +55,7 @@ void dot_codes(const GemmArgs& args, const CodeTable& table, int64_t n, float su
     float32x4_t part[TILE_N][M];
     for (int r = 0; r < TILE_N; ++r) {
       const int64_t first = (n + r) * w.K + chunk;
-      gather_scales(w, count / RUN, 1.f, [&](int64_t b) { return (first + b * RUN) >> w.block_shift; }, scales[r]);
+      gather_scales(w, count / RUN, [&](int64_t b) { return (first + b * RUN) >> w.block_shift; }, scales[r]);
       for (int m = 0; m < M; ++m) part[r][m] = vdupq_n_f32(0);
     }
     for (int64_t i = 0; i < count; i += kStepK) {
@@ -121,7 +121,11 @@ void gemv_code_runs(const GemmArgs& args, int64_t n_begin, int64_t n_end) {
 
 // GemvFn.
 void gemv_codes(const GemmArgs& args, int64_t n_begin, int64_t n_end) {
-  with_code_run(args.weight, [&](auto run) { gemv_code_runs<run.value>(args, n_begin, n_end); });
+  switch (code_run(args.weight)) {
+    case 16: return gemv_code_runs<16>(args, n_begin, n_end);
+    case 32: return gemv_code_runs<32>(args, n_begin, n_end);
+    default: return gemv_code_runs<64>(args, n_begin, n_end);
+  }
 }
 
 }  // namespace
