@@ -10,11 +10,24 @@ import torch
 from arm.build import QEMU
 from torch import Tensor
 
+from nf4kernels.ops import SCHEMAS
+
+# Every argument of an op, as nf4kernels/ops.py has them, and the values of the last ones where they are left out.
+ARGUMENTS = {op.partition("(")[0]: op.partition(") ->")[0].split(",") for op in SCHEMAS}
+DEFAULTS = {
+    "linear": (None, None, None, 1.0),
+    "linear_dgrad": (None, None, 1.0),
+    "grouped_linear": (None, None, None, 1.0),
+    "grouped_linear_dgrad": (None, None, 1.0),
+    "lora_grad": (False,),
+    "grouped_lora_inner": (False,),
+    "grouped_lora_grad": (False,),
+}
 ELEMENTS = (torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int32, torch.int64)
 
 
 class Machine:
-    """`machine.linear(x, *qweight.op_args(), None)` and the other ops of ops.cpp, with their arguments in full."""
+    """`machine.run("linear", x, *qweight.op_args(), None)`, and the other ops of ops.cpp."""
 
     def __init__(self, program: Path, cpu: str) -> None:
         self.cpu = cpu
@@ -39,51 +52,19 @@ class Machine:
 
     @contextmanager
     def running(self, isa: str) -> Iterator[None]:
+        """By this instruction set, forced, and proven to have been so all the time."""
         best = self.isa
         assert not self.force_isa(isa)
         yield
         assert self.isa == isa, "something changed the instruction set during the test"
         assert not self.force_isa(best)
 
-    def quantize(self, weight: Tensor, code: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-        """Both flat."""
-        return self._call("quantize", (weight, code, block_size))
-
-    def quantize_absmax(self, absmax: Tensor, scale_code: Tensor, scale_is_e4m3: bool) -> tuple[Tensor, ...]:
-        return self._call("quantize_absmax", (absmax, scale_code, scale_is_e4m3))
-
-    def dequantize(self, *arguments) -> Tensor:
-        return self._call("dequantize", arguments)[0]
-
-    def linear(self, x, *rest, bias=None, inner=None, factor=None, scaling=1.0) -> Tensor:
-        return self._call("linear", (x, *rest, bias, inner, factor, scaling))[0]
-
-    def linear_dgrad(self, dy, *rest, inner=None, factor=None, scaling=1.0) -> Tensor:
-        return self._call("linear_dgrad", (dy, *rest, inner, factor, scaling))[0]
-
-    def grouped_linear(self, x, *rest, bias=None, inner=None, factor=None, scaling=1.0) -> Tensor:
-        return self._call("grouped_linear", (x, *rest, bias, inner, factor, scaling))[0]
-
-    def grouped_linear_dgrad(self, dy, *rest, inner=None, factor=None, scaling=1.0) -> Tensor:
-        return self._call("grouped_linear_dgrad", (dy, *rest, inner, factor, scaling))[0]
-
-    def lora_grad(self, small, wide, scaling, dtype, transposed=False) -> Tensor:
-        return self._call("lora_grad", (small, wide, scaling, dtype, transposed))[0]
-
-    def grouped_lora_grad(self, small, wide, offsets, scaling, dtype, transposed=False) -> Tensor:
-        return self._call("grouped_lora_grad", (small, wide, offsets, scaling, dtype, transposed))[0]
-
-    def grouped_lora_inner(self, x, offsets, factor, transposed=False) -> Tensor:
-        return self._call("grouped_lora_inner", (x, offsets, factor, transposed))[0]
-
-    def combine_experts(self, rows, positions, weights, dtype) -> Tensor:
-        return self._call("combine_experts", (rows, positions, weights, dtype))[0]
-
-    def combine_experts_dgrad(self, dout, positions, weights, dtype) -> Tensor:
-        return self._call("combine_experts_dgrad", (dout, positions, weights, dtype))[0]
-
-    def combine_experts_wgrad(self, dout, rows, positions, dtype) -> Tensor:
-        return self._call("combine_experts_wgrad", (dout, rows, positions, dtype))[0]
+    def run(self, op: str, *arguments):
+        """The op's result; quantize's two are flat."""
+        defaults = DEFAULTS.get(op, ())
+        missing = len(ARGUMENTS[op]) - len(arguments)
+        result = self._call(op, arguments + defaults[len(defaults) - missing :])
+        return result if len(result) > 1 else result[0]
 
     def _call(self, op: str, arguments: tuple) -> tuple[Tensor, ...]:
         request = b"".join([op.encode(), b"\n", _integers(len(arguments)), *map(_encoded, arguments)])

@@ -1,33 +1,59 @@
-"""The kernels for aarch64, compiled for it and run by qemu: each op at each instruction set, forced, and on CPUs that
-have not all of them. Bits and bounds are those of docs/design.md, section 7, as for the other instruction sets in
-tests/contract; sizes are small, since qemu is a thousand times slower than the machine.
+"""The kernels for aarch64, compiled for it and run by qemu: the contract of each op at each instruction set, forced,
+and what CPUs choose that have not all of them.
 """
+
+from dataclasses import dataclass
 
 import pytest
 import torch
 from arm import build
 from arm.machine import Machine
+from contract import (
+    test_combine_experts,
+    test_grouped_linear,
+    test_grouped_lora_grad,
+    test_grouped_lora_inner,
+    test_linear,
+    test_linear_dgrad,
+    test_lora_grad,
+)
 from support import cases
 from support.cases import DTYPES, HALVES, Layout, dtype_id
-from support.numerics import assert_product_within_bound, assert_same_bits, assert_unbiased
+from support.numerics import assert_product_within_bound, assert_same_bits
+from support.ways import Way
 
 from nf4kernels import reference
 
 MISSING = build.missing(build.CXX, build.QEMU)
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
-# What qemu's models of CPUs have, and what runs there.
+# What qemu's models of CPUs have, best first. None of them lacks NEON.
 CPUS = {"max": ["neon_bf16", "neon", "scalar"], "neoverse-n1": ["neon", "scalar"], "cortex-a53": ["neon", "scalar"]}
+ISAS = tuple(CPUS["max"])
 LAYOUTS = (
     cases.DEFAULT,
     Layout(scale_codebook=None),
     Layout(32, "custom", "dynamic8"),
     Layout(4096, "fp4"),
-    Layout(16, "nf4", "e4m3"),
-    *cases.FORMATS[:5],
+    *cases.FORMATS,
 )
-ISAS = tuple(CPUS["max"])
-SCALING = 1.75
+
+
+@dataclass(frozen=True)
+class ArmWay(Way):
+    """An instruction set on a machine; sizes around its tiles: 6 x 16 and runs of 64, 32 and 16 k, 4 rows of W."""
+
+    def run(self, op: str, *arguments):
+        return self.ops.run(op, *arguments)
+
+    def shapes(self, op: str) -> tuple[tuple[int, int], ...]:
+        return (1, 1), (5, 63), (17, 32), (33, 65), (19, 64), (35, 192), (37, 100), (10, 1088)
+
+    def rows(self, op: str) -> tuple[int, ...]:
+        return 0, 1, 2, 3, 4, 5, 6, 13
+
+    def few_rows(self, op: str) -> tuple[int, ...]:
+        return 1, 4, 7
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +70,8 @@ def machine(program):
 
 @pytest.fixture(params=ISAS)
 def arm(request, machine):
-    """The machine with this instruction set forced."""
     with machine.running(request.param):
-        yield machine
+        yield ArmWay(f"aarch64 {request.param}", machine)
 
 
 @pytest.mark.parametrize("cpu", CPUS)
@@ -55,8 +80,8 @@ def test_the_best_instruction_set_that_a_cpu_has_runs(program, cpu):
     assert machine.isas == CPUS[cpu]
     assert machine.isa == CPUS[cpu][0]
     qweight, x = cases.quantized(17, 128), cases.activations(6, 128, torch.bfloat16)
-    assert_product_within_bound(machine.linear(x, *qweight.op_args()), x, cases.dense(qweight).T, cpu)
-    assert "must be one of" in machine.force_isa("avx2")
+    assert_product_within_bound(machine.run("linear", x, *qweight.op_args()), x, cases.dense(qweight).T, cpu)
+    assert machine.force_isa("avx2") == f"must be one of {' '.join(CPUS[cpu])} on this machine, got avx2"
     machine.close()
 
 
@@ -68,12 +93,12 @@ def test_quantize(arm, dtype):
         for block_size, name in ((16, "nf4"), (32, "fp4"), (64, "nf4"), (64, "custom"), (128, "int4")):
             code = Layout(codebook=name).code
             expected = reference.quantize(weight, code, block_size)
-            for actual, right in zip(arm.quantize(weight, code, block_size), expected):
-                assert_same_bits(actual, right.flatten(), f"{arm.isa} {N}x{K} {block_size} {name}")
+            for actual, right in zip(arm.run("quantize", weight, code, block_size), expected):
+                assert_same_bits(actual, right.flatten(), f"{arm} {N}x{K} {block_size} {name}")
 
 
 def test_quantize_every_rank_and_tie(arm):
-    """Midpoints and their neighbours, in codebooks with and without a bucket for each level; blocks that hold NaN."""
+    """Midpoints and their neighbours, in codebooks with and without a bucket for each level; a block that holds NaN."""
     close = torch.tensor([-1, -0.99, -0.98, -0.97, -0.9, -0.8, -0.7, -0.6, 0, 0.1, 0.11, 0.12, 0.13, 0.14, 0.9, 1])
     for code in (Layout().code, cases.CUSTOM_CODE, close):
         middles = (code[:-1] + code[1:]) / 2
@@ -82,116 +107,102 @@ def test_quantize_every_rank_and_tie(arm):
         weight[1] *= 3e38
         weight[2, 5] = torch.nan
         weight[3] = 0
-        for actual, right in zip(arm.quantize(weight, code, 64), reference.quantize(weight, code, 64)):
-            assert_same_bits(actual, right.flatten(), f"{arm.isa} {code}")
+        for actual, right in zip(arm.run("quantize", weight, code, 64), reference.quantize(weight, code, 64)):
+            assert_same_bits(actual, right.flatten(), f"{arm} {code}")
 
 
-def test_quantize_absmax(arm):
-    absmax = torch.rand(700)
-    for name in ("e4m3", "dynamic8"):
-        code = Layout(scale_codebook=name)
-        scale_code = cases.scale_code_of(code)
-        expected = reference.quantize_absmax(absmax, scale_code, name == "e4m3")
-        for actual, right in zip(arm.quantize_absmax(absmax, scale_code, name == "e4m3"), expected):
-            assert_same_bits(actual, right, f"{arm.isa} {name}")
+@pytest.mark.parametrize("name", ["e4m3", "dynamic8"])
+def test_quantize_absmax(arm, name):
+    absmax, scale_code = torch.rand(700), cases.scale_code_of(Layout(scale_codebook=name))
+    expected = reference.quantize_absmax(absmax, scale_code, name == "e4m3")
+    for actual, right in zip(arm.run("quantize_absmax", absmax, scale_code, name == "e4m3"), expected):
+        assert_same_bits(actual, right, f"{arm} {name}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_dequantize(arm, dtype):
-    for layout in (*LAYOUTS, *cases.FORMATS[5:]):
+    for layout in LAYOUTS:
         for N, K in ((33, 65), (5, 192)):
             qweight = cases.random_bytes(N, K, layout)
             for rows, columns in (((0, N), (0, K)), ((2, N - 1), (3, K - 6))):
                 arguments = (*qweight.op_args(), *rows, *columns, dtype)
                 expected = reference.dequantize(*arguments)
-                assert_same_bits(arm.dequantize(*arguments), expected, f"{arm.isa} {layout} {N}x{K} {columns}")
+                assert_same_bits(arm.run("dequantize", *arguments), expected, f"{arm} {layout} {N}x{K} {columns}")
 
 
-class Product:
-    """linear or its gradient, with their terms."""
-
-    def __init__(self, op: str) -> None:
-        self.op, self.is_linear = op, op == "linear"
-
-    def check(self, arm, qweight, M, dtype, mean=0.0, rank=0):
-        N, K = qweight.shape
-        depth, columns = (K, N) if self.is_linear else (N, K)
-        a = cases.activations(M, depth, dtype, mean)
-        matrix = cases.dense(qweight).T if self.is_linear else cases.dense(qweight)
-        bias = torch.randn(N).to(dtype) if self.is_linear and mean else None
-        terms = {} if bias is None else {"bias": bias}
-        what = f"{arm.isa} {self.op} {qweight.codebook} {qweight.scales} {N}x{K} M={M} mean {mean} rank {rank}"
-        product = a, matrix
-        if rank:
-            inner, factor = cases.activations(M, rank, dtype, seed=3), cases.activations(rank, columns, dtype, seed=4)
-            terms |= {"inner": inner, "factor": factor.T if self.is_linear else factor, "scaling": SCALING}
-            product = torch.cat([a, inner], 1), torch.cat([matrix, SCALING * factor.float()], 0)
-        actual = getattr(arm, self.op)(a, *qweight.op_args(), **terms)
-        assert_product_within_bound(actual, *product, what, bias)
-        return actual
+@pytest.mark.parametrize("dtype", HALVES, ids=dtype_id)
+def test_dequantize_rounds_every_number_as_the_reference(arm, dtype):
+    """Ties, subnormal numbers of the dtype, what overflows it, infinities and NaN."""
+    numbers = torch.tensor([0x3F808000, 0x3F818000, 0x3F800FFF, 0x3F801000, 0x00018000, 0x00008000, 0x33000000,
+                            0x33000001, 0x387FFFFF, 0x477FF000, 0x477FEFFF, 0x7F7FFFFF, 0x7F800000, 0x7FC00000,
+                            0x7FFFFFFF, 0x7F800001], dtype=torch.int32).view(torch.float32)  # fmt: skip
+    qweight = cases.random_bytes(4, 64, Layout(64, "nf4", None))
+    absmax = torch.tensor([1.0, -1.0, 1.0, 0.5]).view(4, 1)
+    qweight = cases.with_tensors(qweight, code=numbers, absmax=absmax, codebook="custom")
+    arguments = (*qweight.op_args(), 0, 4, 0, 64, dtype)
+    assert_same_bits(arm.run("dequantize", *arguments), reference.dequantize(*arguments), f"{arm}")
 
 
-@pytest.fixture(params=["linear", "linear_dgrad"])
-def product(request):
-    return Product(request.param)
+PRODUCT = (
+    ("test_every_shape",),
+    *(("test_every_layout", dtype) for dtype in DTYPES),
+    *(("test_long_depth_and_a_mean", codebook) for codebook in ("nf4", "fp4", "custom")),
+    *(("test_unbiased", codebook) for codebook in ("nf4", "int4", "af4")),
+    *(("test_scales_far_apart", zeros) for zeros in (True, False)),
+    ("test_blocks_that_share_a_scale", "one", "nf4"),
+    ("test_one_hot_input_reads_the_weight",),
+    ("test_fp32_is_true_fp32",),
+    *(("test_accumulates_in_fp32", dtype) for dtype in HALVES),
+    *(("test_lora_of_every_rank", r) for r in (1, 5, 16, 17, 40)),
+    *(("test_lora_is_rounded_once_with_the_product", dtype) for dtype in HALVES),
+    ("test_scaling", 0.0),
+    ("test_a_factor_of_zeros_changes_no_bit",),
+    ("test_a_nan_in_the_factor_reaches_its_column_only",),
+    ("test_a_row_does_not_see_the_others",),
+    ("test_nan_and_inf_reach_their_row",),
+    ("test_a_nan_block_reaches_its_columns_only",),
+    ("test_a_level_that_is_nan_is_only_seen_where_it_is_used",),
+    ("test_bits_depend_on_no_schedule",),
+    *(("test_empty", shape) for shape in cases.EMPTY_SHAPES),
+)
+GROUPED = (
+    *(("test_every_kernel", counts) for counts in ((0, 3, 0, 17, 8, 0), (5, 2, 64), (0, 0))),
+    *(("test_a_long_depth_and_a_mean", 1.0, dtype) for dtype in DTYPES),
+    ("test_the_bits_of_the_product_of_each_expert",),
+    ("test_a_nan_block_stays_with_its_expert",),
+)
+
+
+def name(case) -> str:
+    return "-".join(map(str, case))
+
+
+@pytest.mark.parametrize("contract", [test_linear.TestLinear, test_linear_dgrad.TestLinearDgrad])
+@pytest.mark.parametrize("case", PRODUCT, ids=name)
+def test_product(arm, contract, case):
+    getattr(contract(), case[0])(arm, *case[1:])
+
+
+@pytest.mark.parametrize(
+    "contract", [test_grouped_linear.TestGroupedLinear, test_grouped_linear.TestGroupedLinearDgrad]
+)
+@pytest.mark.parametrize("case", GROUPED, ids=name)
+def test_grouped_product(arm, contract, case):
+    getattr(contract(), case[0])(arm, *case[1:])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-def test_product_of_every_shape(arm, product, dtype):
-    """Around every tile, with K that is no multiple of 64, 32, 16 or 2."""
-    for N, K in ((1, 1), (5, 63), (17, 32), (33, 65), (19, 64), (35, 192), (37, 100), (10, 1088)):
-        qweight = cases.quantized(N, K)
-        for M in (1, 2, 3, 4, 5, 6, 13):
-            product.check(arm, qweight, M, dtype, mean=float(M % 2), rank=M % 3 * 5)
+def test_lora(arm, dtype):
+    for mean in (0.0, 1.0):
+        test_lora_grad.test_every_shape(arm, dtype, mean)
+    test_lora_grad.test_is_rounded_once_to_the_dtype_asked_for(arm, dtype)
+    test_grouped_lora_inner.test_a_long_depth_with_a_mean(arm, dtype)
+    for counts in ((0, 3, 0, 17, 5, 0), (9,)):
+        test_grouped_lora_inner.test_every_shape(arm, counts, dtype)
+        test_grouped_lora_grad.test_every_shape(arm, counts, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-def test_product_of_every_layout(arm, product, dtype):
-    for layout in (*LAYOUTS, *cases.FORMATS[5:]):
-        for N, K in ((19, 128), (33, 96)):
-            for M in (1, 3, 7):
-                product.check(arm, cases.quantized(N, K, layout), M, dtype)
-
-
-@pytest.mark.parametrize("codebook", ["nf4", "fp4", "custom"])
-def test_product_of_a_long_depth_and_a_mean(arm, product, codebook):
-    """A level rounded the same way everywhere adds up under a mean; a running sum over the depth loses bits."""
-    N, K = (32, 2048) if product.is_linear else (2048, 64)
-    for dtype in DTYPES:
-        for M in (2, 7):
-            product.check(arm, cases.quantized(N, K, Layout(codebook=codebook)), M, dtype, mean=1.0)
-
-
-def test_product_is_unbiased(arm, product):
-    N, K = (64, 1024) if product.is_linear else (1024, 64)
-    qweight = cases.quantized(N, K)
-    matrix = cases.dense(qweight).T if product.is_linear else cases.dense(qweight)
-    for dtype in HALVES:
-        for M in (4, 16):
-            a = cases.activations(M, matrix.shape[0], dtype, 1.0)
-            actual = getattr(arm, product.op)(a, *qweight.op_args())
-            assert_unbiased(actual, a, matrix, f"{arm.isa} {product.op}")
-
-
-def test_product_of_uneven_scales(arm, product):
-    """Scales far apart, and zeros among them."""
-    for qweight in (cases.uneven(24, 256), cases.uneven(24, 256, zeros=False)):
-        for M in (1, 9):
-            product.check(arm, qweight, M, torch.bfloat16)
-
-
-def test_a_row_depends_on_no_other(arm, product):
-    """Not on NaN there, at any M of one register tile; and the same inputs give the same bits."""
-    qweight = cases.quantized(37, 128)
-    depth = qweight.shape[1 if product.is_linear else 0]
-    for dtype in DTYPES:
-        for M in (2, 3, 4, 5, 6, 7, 13):
-            a = cases.activations(M, depth, dtype)
-            run = getattr(arm, product.op)
-            before = run(a, *qweight.op_args())
-            assert_same_bits(run(a, *qweight.op_args()), before, f"{arm.isa} again")
-            kept = a[M // 2].clone()
-            a[:] = torch.nan
-            a[M // 2] = kept
-            after = run(a, *qweight.op_args())
-            assert_same_bits(after[M // 2], before[M // 2], f"{arm.isa} {product.op} M={M} {dtype}")
+def test_routing(arm, dtype):
+    for test in (test_combine_experts.test_combine, test_combine_experts.test_dgrad, test_combine_experts.test_wgrad):
+        test(arm, dtype)
