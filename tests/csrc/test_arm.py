@@ -177,16 +177,23 @@ def name(case) -> str:
     return "-".join(map(str, case))
 
 
+def by_isas(cases):
+    """Each case at the NEON levels, and every fourth at the portable one, whose code other machines run as well."""
+    every = [(isa, case) for isa in ISAS for case in (cases if isa != "scalar" else cases[::4])]
+    ids = [f"{isa}-{name(case)}" for isa, case in every]
+    return pytest.mark.parametrize(("arm", "case"), every, indirect=["arm"], ids=ids)
+
+
+@by_isas(PRODUCT)
 @pytest.mark.parametrize("contract", [test_linear.TestLinear, test_linear_dgrad.TestLinearDgrad])
-@pytest.mark.parametrize("case", PRODUCT, ids=name)
 def test_product(arm, contract, case):
     getattr(contract(), case[0])(arm, *case[1:])
 
 
+@by_isas(GROUPED)
 @pytest.mark.parametrize(
     "contract", [test_grouped_linear.TestGroupedLinear, test_grouped_linear.TestGroupedLinearDgrad]
 )
-@pytest.mark.parametrize("case", GROUPED, ids=name)
 def test_grouped_product(arm, contract, case):
     getattr(contract(), case[0])(arm, *case[1:])
 
