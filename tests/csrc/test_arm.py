@@ -213,3 +213,20 @@ def test_lora(arm, dtype):
 def test_routing(arm, dtype):
     for test in (test_combine_experts.test_combine, test_combine_experts.test_dgrad, test_combine_experts.test_wgrad):
         test(arm, dtype)
+
+
+def test_isa_files_export_no_weak_symbol(program):
+    """As test_build.py says of x86: it could be the copy with bf16 instructions in it that the program keeps."""
+    for source in build.ISA_SOURCES:
+        weak = [line for line in build.symbols(build.FOLDER / f"{source.rpartition('/')[2]}.o") if " W " in line]
+        assert not weak, f"{source}: {weak}"
+
+
+@pytest.mark.slow
+def test_the_library_builds_with_its_bindings():
+    """What it does not define itself is torch's and the system's."""
+    symbols = build.symbols(build.build_library(), "--dynamic", "--undefined-only")
+    assert any("aoti_torch_" in line for line in symbols)
+    assert not [line for line in symbols if "nf4::" in line]
+    defined = build.symbols(build.FOLDER / "_cpu.so", "--dynamic", "--defined-only")
+    assert any(line.endswith(" T nf4kernels_force_cpu_isa") for line in defined)
