@@ -96,9 +96,10 @@ struct Isa {
     const F bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(t.low, index), _mm256_permutevar8x32_ps(t.high, index), bit3);
   }
-  template <int S>
-  static I shift_right(I a) {
-    return _mm256_srli_epi32(a, S);
+  template <int BYTE>
+  static void lookup_nibbles(const Table& t, I words, F& high, F& low) {
+    high = lookup(t, _mm256_srli_epi32(words, 8 * BYTE + 4));
+    low = lookup(t, _mm256_srli_epi32(words, 8 * BYTE));
   }
   static void decode_pairs(const uint8_t* p, const Table& t, F& even, F& odd) {
     const I bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));

@@ -107,9 +107,10 @@ struct Isa {
 
   static Table load_table(const float* p) { return _mm512_loadu_ps(p); }
   static F lookup(Table t, I index) { return _mm512_permutexvar_ps(index, t); }
-  template <int S>
-  static I shift_right(I a) {
-    return _mm512_srli_epi32(a, S);
+  template <int BYTE>
+  static void lookup_nibbles(Table t, I words, F& high, F& low) {
+    high = lookup(t, _mm512_srli_epi32(words, 8 * BYTE + 4));
+    low = lookup(t, _mm512_srli_epi32(words, 8 * BYTE));
   }
   static void decode_pairs(const uint8_t* p, Table t, F& even, F& odd) {
     const I bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

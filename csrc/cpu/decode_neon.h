@@ -75,9 +75,11 @@ struct Isa {
   }
 
   // 8 elements of 16 bits, rounded to nearest even.
-  static uint16x8_t round_fp16(F a) { return vreinterpretq_u16_f16(vcvt_high_f16_f32(vcvt_f16_f32(a.low), a.high)); }
+  static uint16x8_t round_to(Float16, F a) {
+    return vreinterpretq_u16_f16(vcvt_high_f16_f32(vcvt_f16_f32(a.low), a.high));
+  }
 #if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
-  static uint16x8_t round_bf16(F a) {
+  static uint16x8_t round_to(BFloat16, F a) {
     return vreinterpretq_u16_bf16(vcvtq_high_bf16_f32(vcvtq_low_bf16_f32(a.low), a.high));
   }
 #else
@@ -87,7 +89,7 @@ struct Isa {
     const uint32x4_t rounded = vaddq_u32(u, vaddq_u32(lsb, vdupq_n_u32(0x7fff)));
     return vbslq_u32(vceqq_f32(a, a), rounded, vdupq_n_u32(0x7fc00000u));
   }
-  static uint16x8_t round_bf16(F a) {
+  static uint16x8_t round_to(BFloat16, F a) {
     return vuzp2q_u16(vreinterpretq_u16_u32(round_bf16(a.low)), vreinterpretq_u16_u32(round_bf16(a.high)));
   }
 #endif
@@ -95,8 +97,8 @@ struct Isa {
     vst1q_f32(p, a.low);
     vst1q_f32(p + 4, a.high);
   }
-  static void store(BFloat16* p, F a) { store_bits(p, round_bf16(a)); }
-  static void store(Float16* p, F a) { store_bits(p, round_fp16(a)); }
+  static void store(BFloat16* p, F a) { store_bits(p, round_to(BFloat16{}, a)); }
+  static void store(Float16* p, F a) { store_bits(p, round_to(Float16{}, a)); }
   static void store_pairs(float* p, F even, F odd) {
     vst2q_f32(p, {{even.low, odd.low}});
     vst2q_f32(p + L, {{even.high, odd.high}});
@@ -105,8 +107,12 @@ struct Isa {
     store_bits(p, vzip1q_u16(even, odd));
     store_bits(static_cast<char*>(p) + 16, vzip2q_u16(even, odd));
   }
-  static void store_pairs(BFloat16* p, F even, F odd) { store_pairs_of_bits(p, round_bf16(even), round_bf16(odd)); }
-  static void store_pairs(Float16* p, F even, F odd) { store_pairs_of_bits(p, round_fp16(even), round_fp16(odd)); }
+  static void store_pairs(BFloat16* p, F even, F odd) {
+    store_pairs_of_bits(p, round_to(BFloat16{}, even), round_to(BFloat16{}, odd));
+  }
+  static void store_pairs(Float16* p, F even, F odd) {
+    store_pairs_of_bits(p, round_to(Float16{}, even), round_to(Float16{}, odd));
+  }
 
   static F add(F a, F b) { return {vaddq_f32(a.low, b.low), vaddq_f32(a.high, b.high)}; }
   static F mul(F a, F b) { return {vmulq_f32(a.low, b.low), vmulq_f32(a.high, b.high)}; }
@@ -133,29 +139,35 @@ struct Isa {
     const uint16x8_t high = vreinterpretq_u16_u8(vzip2q_u8(bytes[2], bytes[3]));
     return {vreinterpretq_f32_u16(vzip1q_u16(low, high)), vreinterpretq_f32_u16(vzip2q_u16(low, high))};
   }
+  // Of 16 codes: the first 8, and the last 8.
+  static void values_of(const Table& t, uint8x16_t codes, F& first, F& last) {
+    const uint8x16_t bytes[4] = {vqtbl1q_u8(t.bytes[0], codes), vqtbl1q_u8(t.bytes[1], codes),
+                                 vqtbl1q_u8(t.bytes[2], codes), vqtbl1q_u8(t.bytes[3], codes)};
+    first = first_values(bytes);
+    last = last_values(bytes);
+  }
   // The low byte of each lane, twice.
   static uint8x16_t low_bytes(I a) {
     const uint16x8_t halves = vuzp1q_u16(vreinterpretq_u16_u32(a.low), vreinterpretq_u16_u32(a.high));
     return vuzp1q_u8(vreinterpretq_u8_u16(halves), vreinterpretq_u8_u16(halves));
   }
   static F lookup(const Table& t, I index) {
-    const uint8x16_t codes = vandq_u8(low_bytes(index), vdupq_n_u8(15));
-    const uint8x16_t bytes[4] = {vqtbl1q_u8(t.bytes[0], codes), vqtbl1q_u8(t.bytes[1], codes),
-                                 vqtbl1q_u8(t.bytes[2], codes), vqtbl1q_u8(t.bytes[3], codes)};
-    return first_values(bytes);
+    F values, again;
+    values_of(t, vandq_u8(low_bytes(index), vdupq_n_u8(15)), values, again);
+    return values;
   }
-  template <int S>
-  static I shift_right(I a) {
-    if constexpr (S == 0) return a;
-    return {vshrq_n_u32(a.low, S == 0 ? 1 : S), vshrq_n_u32(a.high, S == 0 ? 1 : S)};
+  template <int BYTE>
+  static void lookup_nibbles(const Table& t, I words, F& high, F& low) {
+    constexpr uint8_t kBytes[16] = {BYTE, BYTE + 4, BYTE + 8, BYTE + 12, BYTE + 16, BYTE + 20, BYTE + 24, BYTE + 28,
+                                    BYTE, BYTE + 4, BYTE + 8, BYTE + 12, BYTE + 16, BYTE + 20, BYTE + 24, BYTE + 28};
+    constexpr int8_t kShifts[16] = {-4, -4, -4, -4, -4, -4, -4, -4};
+    const uint8x16x2_t source = {{vreinterpretq_u8_u32(words.low), vreinterpretq_u8_u32(words.high)}};
+    const uint8x16_t nibbles = vshlq_u8(vqtbl2q_u8(source, vld1q_u8(kBytes)), vld1q_s8(kShifts));
+    values_of(t, vandq_u8(nibbles, vdupq_n_u8(15)), high, low);
   }
   static void decode_pairs(const uint8_t* p, const Table& t, F& even, F& odd) {
     const uint8x8_t packed = vld1_u8(p);
-    const uint8x16_t codes = vcombine_u8(vshr_n_u8(packed, 4), vand_u8(packed, vdup_n_u8(15)));
-    const uint8x16_t bytes[4] = {vqtbl1q_u8(t.bytes[0], codes), vqtbl1q_u8(t.bytes[1], codes),
-                                 vqtbl1q_u8(t.bytes[2], codes), vqtbl1q_u8(t.bytes[3], codes)};
-    even = first_values(bytes);
-    odd = last_values(bytes);
+    values_of(t, vcombine_u8(vshr_n_u8(packed, 4), vand_u8(packed, vdup_n_u8(15))), even, odd);
   }
   // A 4x4 transpose of 32-bit words, of rows 0-3 and of rows 4-7.
   static void transpose(const uint8_t* const rows[4], int64_t byte, uint32x4_t words[4]) {

@@ -100,10 +100,11 @@ struct Isa {
     for (int i = 0; i < L; ++i) r.v[i] = t.v[index.v[i] & 15];
     return r;
   }
-  template <int S>
-  static I shift_right(I a) {
-    for (int i = 0; i < L; ++i) a.v[i] >>= S;
-    return a;
+  // Byte BYTE of each lane: the values of its high nibble and of its low one.
+  template <int BYTE>
+  static void lookup_nibbles(const Table& t, I words, F& high, F& low) {
+    for (int i = 0; i < L; ++i) high.v[i] = t.v[words.v[i] >> (8 * BYTE + 4) & 15];
+    for (int i = 0; i < L; ++i) low.v[i] = t.v[words.v[i] >> 8 * BYTE & 15];
   }
   // L bytes -> the 2L codes' values: even elements (high nibbles) and odd ones.
   static void decode_pairs(const uint8_t* p, const Table& t, F& even, F& odd) {

@@ -43,10 +43,7 @@ static inline void decode_four_rows(const CodeTable (&tables)[4], const uint8_t*
     const uint8x16_t bytes = load_8_bytes(rows[r] + byte);
     const uint64x2_t even_half = vreinterpretq_u64_u8(even_codes(bytes));
     const uint64x2_t odd_half = vreinterpretq_u64_u8(odd_codes(bytes));
-    bfloat16x8_t values[2];
-    tables[r].values(vreinterpretq_u8_u64(vzip1q_u64(even_half, odd_half)), values[0], values[1]);
-    even[r] = vreinterpretq_u16_bf16(values[0]);
-    odd[r] = vreinterpretq_u16_bf16(values[1]);
+    tables[r].values(vreinterpretq_u8_u64(vzip1q_u64(even_half, odd_half)), even[r], odd[r]);
   }
   store_transposed(even, out);
   store_transposed(odd, out + kDgradStep * Isa::L);
@@ -75,7 +72,8 @@ static inline void decode_group(const Weight& w, int64_t run, int64_t k, int64_t
     }
     for (int64_t c = 0; c < k_count;) {
       const float* own = scales[c / kTileK] + i;
-      const CodeTable tables[kDgradStep] = {{levels, own[0]}, {levels, own[1]}, {levels, own[2]}, {levels, own[3]}};
+      const auto table = [&](int r) { return CodeTable(BFloat16{}, levels, own[r]); };
+      const CodeTable tables[kDgradStep] = {table(0), table(1), table(2), table(3)};
       do {
         decode_four_rows(tables, rows, c / 2, slices[c / kTileK] + i * kTileK);
         c += kTileK;
@@ -93,8 +91,8 @@ static inline void decode_slice_of_any_k(const Weight& w, int64_t k, int64_t k_c
     for (int r = 0; r < kDgradStep; ++r) {
       Isa::F evens = Isa::zero(), odds = Isa::zero();
       if (n + i + r < w.N) decode_even_odd(w, table, n + i + r, k, k_count, evens, odds);
-      even[r] = Isa::round_bf16(evens);
-      odd[r] = Isa::round_bf16(odds);
+      even[r] = Isa::round_to(BFloat16{}, evens);
+      odd[r] = Isa::round_to(BFloat16{}, odds);
     }
     store_transposed(even, slice);
     store_transposed(odd, slice + kDgradStep * Isa::L);

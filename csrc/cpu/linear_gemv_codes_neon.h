@@ -67,7 +67,7 @@ void dot_codes(const GemmArgs& args, const CodeTable& table, int64_t n, float su
       __builtin_prefetch(packed + (TILE_N * (w.K + chunk + i)) / 2);
 #pragma GCC unroll 2
       for (int64_t at = i; at < i + kStepK; at += kGemvGroupK) {
-        bfloat16x8_t values[TILE_N][4];
+        uint16x8_t values[TILE_N][4];
         for (int r = 0; r < TILE_N; ++r) {
           const uint8x16_t bytes = vld1q_u8(packed + (r * w.K + chunk + at) / 2);
           table.values(even_codes(bytes), values[r][0], values[r][1]);
@@ -79,7 +79,7 @@ void dot_codes(const GemmArgs& args, const CodeTable& table, int64_t n, float su
             const bfloat16x8_t xm = load_bf16(x + (chunk + at) * M + m * kGemvGroupK + 8 * v);
             for (int r = 0; r < TILE_N; ++r) {
               float32x4_t& sum = acc[v % kSumsOfStep][r][m];
-              sum = vbfdotq_f32(sum, values[r][v], xm);
+              sum = vbfdotq_f32(sum, vreinterpretq_bf16_u16(values[r][v]), xm);
             }
           }
       }

@@ -30,20 +30,20 @@ static inline void decode_two_rows(const float32x4x4_t& levels, const uint8_t* c
                                    BFloat16* out) {
   constexpr int kStepOfSlice = 4 * kTileN;
   for (int64_t block = 0; block < k_count / run; ++block) {
-    const CodeTable tables[2] = {{levels, scales[0][block]}, {levels, scales[1][block]}};
+    const CodeTable tables[2] = {{BFloat16{}, levels, scales[0][block]}, {BFloat16{}, levels, scales[1][block]}};
     for (int64_t k = block * run; k < (block + 1) * run; k += 16, out += 4 * kStepOfSlice) {
       uint64x2_t first[2], last[2];
       for (int r = 0; r < 2; ++r) {
         const uint8x16_t bytes = load_8_bytes(rows[r] + k / 2);
-        bfloat16x8_t halves[2];
+        uint16x8_t halves[2];
         tables[r].values(vzip1q_u8(even_codes(bytes), odd_codes(bytes)), halves[0], halves[1]);
-        first[r] = vreinterpretq_u64_bf16(halves[0]);
-        last[r] = vreinterpretq_u64_bf16(halves[1]);
+        first[r] = vreinterpretq_u64_u16(halves[0]);
+        last[r] = vreinterpretq_u64_u16(halves[1]);
       }
-      store_bf16(out, vreinterpretq_bf16_u64(vzip1q_u64(first[0], first[1])));
-      store_bf16(out + kStepOfSlice, vreinterpretq_bf16_u64(vzip2q_u64(first[0], first[1])));
-      store_bf16(out + 2 * kStepOfSlice, vreinterpretq_bf16_u64(vzip1q_u64(last[0], last[1])));
-      store_bf16(out + 3 * kStepOfSlice, vreinterpretq_bf16_u64(vzip2q_u64(last[0], last[1])));
+      Isa::store_bits(out, vreinterpretq_u16_u64(vzip1q_u64(first[0], first[1])));
+      Isa::store_bits(out + kStepOfSlice, vreinterpretq_u16_u64(vzip2q_u64(first[0], first[1])));
+      Isa::store_bits(out + 2 * kStepOfSlice, vreinterpretq_u16_u64(vzip1q_u64(last[0], last[1])));
+      Isa::store_bits(out + 3 * kStepOfSlice, vreinterpretq_u16_u64(vzip2q_u64(last[0], last[1])));
     }
   }
 }

@@ -2,7 +2,7 @@
 
     PYTHONPATH=.:tests python -m arm.counts
 
-The loops are found in what the compiler made (objdump): innermost ones, by the instructions that they hold. Cycles are
+The loops are found in what the compiler made (objdump), by the instructions that they hold. Cycles are
 those of the busiest pipes, or of eight instructions a cycle, by the tables of Arm's Software Optimization Guides for
 Neoverse V1 and V2 as LLVM's AArch64SchedNeoverseV1.td and V2.td have them; latencies and caches are left out.
 """
@@ -60,7 +60,7 @@ class Loop:
 
 
 def loops(source: str) -> Iterator[Loop]:
-    """The innermost loops of an object."""
+    """Those of an object, outer ones too."""
     functions: dict[str, list[tuple[int, str, str]]] = {}
     name = ""
     for line in build.instructions(build.FOLDER / f"{source}.cpp.o"):
@@ -73,8 +73,7 @@ def loops(source: str) -> Iterator[Loop]:
                  if re.match(r"b\.|b$|cbn?z|tbn?z", op) and (m := re.search(r"([0-9a-f]+) <", args))]  # fmt: skip
         back = [(begin, end) for begin, end in jumps if begin <= end]
         for begin, end in back:
-            if not any((b, e) != (begin, end) and begin <= b and e <= end for b, e in back):
-                yield Loop(name, tuple((op, args) for at, op, args in lines if begin <= at <= end))
+            yield Loop(name, tuple((op, args) for at, op, args in lines if begin <= at <= end))
 
 
 @dataclass(frozen=True)
@@ -89,6 +88,11 @@ class Row:
         return min(
             (loop for loop in loops(self.source) if self.is_it(loop.count)), key=lambda found: len(found.instructions)
         )
+
+    def cycles(self, machine: int) -> float:
+        """A weight."""
+        loop = self.loop()
+        return loop.cycles(machine) / self.unit(loop.count)
 
 
 def of_fp32(count: Counter[str]) -> int:
@@ -106,7 +110,7 @@ def gemv(product: str, rows: int, lookups: int) -> Callable[[Counter[str]], bool
 ROWS = (
     Row("neon, linear, M = 1", "linear_neon", gemv("fmla", 1, 8), of_fp32),
     Row("neon, linear, M = 4", "linear_neon", gemv("fmla", 4, 8), of_fp32),
-    Row("neon, linear, decode", "linear_neon", lambda c: c["tbl"] >= 32 and c["fmla"] == 0, of_fp32),
+    Row("neon, linear, decode", "linear_neon", lambda c: c["tbl"] == 20 and c["fmla"] == 0, lambda c: 64),
     Row("neon, linear_dgrad, decode", "linear_dgrad_neon", lambda c: c["tbl"] == 4 and c["fmla"] == 0, of_fp32),
     Row("neon, products, 6 rows", "linear_neon", lambda c: c["fmla"] == 24 and c["tbl"] == 0, lambda c: 96),
     Row("neon_bf16, linear, M = 1", "linear_neon_bf16", gemv("bfdot", 1, 16), of_bf16),
@@ -116,10 +120,26 @@ ROWS = (
     Row("neon_bf16, linear_dgrad, decode", "linear_dgrad_neon_bf16",
         lambda c: c["tbl"] == 8 and c["fmul"] == 0, of_bf16),
     Row("neon_bf16, products, 6 rows", "linear_neon_bf16", lambda c: c["bfmmla"] == 24, lambda c: 16 * c["bfmmla"]),
-    Row("neon, dequantize to bf16", "dequantize_neon", lambda c: c["tbl"] == 4 and c["bsl"] == 4, of_fp32),
-    Row("neon_bf16, dequantize to bf16", "dequantize_neon_bf16", lambda c: c["tbl"] == 4 and c["bfcvtn"] == 4, of_fp32),
+    Row("neon, dequantize to 16 bits", "dequantize_neon", lambda c: c["tbl"] == 4 and c["fmul"] == 0, of_bf16),
+    Row("neon, dequantize to fp32", "dequantize_neon", lambda c: c["tbl"] == 4 and c["fmul"] == 4, of_fp32),
     Row("neon, quantize from bf16", "quantize_neon", lambda c: c["tbl"] == 20 and c["shl"] == 2, lambda c: 16),
 )  # fmt: skip
+
+
+WEIGHTS = 4096 * 4096
+TILE_M = 6
+# A table of scaled levels serves 64 weights: 4 fmul, 4 bfcvtn and bfcvtn2, 2 uzp. On V1 10 of any pipe, on V2 8 of two.
+TABLE_CYCLES = (10 / 4 / 64, 8 / 2 / 64)
+
+
+def matrix_cycles(op: str, rows: int, machine: int) -> float:
+    """Of a 4096x4096 weight and so many rows of x in bf16, by neon_bf16."""
+    cycles = {row.what.removeprefix("neon_bf16, "): row.cycles(machine) for row in ROWS}
+    if op == "linear" and rows <= 4:
+        return WEIGHTS * cycles[f"linear, M = {rows}"]
+    tiles = -(-rows // TILE_M)
+    products = cycles["products, 6 rows"] * TILE_M * tiles
+    return WEIGHTS * (cycles[f"{op}, decode"] + TABLE_CYCLES[machine] + products)
 
 
 def main() -> None:
@@ -127,10 +147,21 @@ def main() -> None:
     print("| loop                            | weights a turn | instructions a weight | cycles a weight, V1 | V2    |")
     print("| ------------------------------- | -------------- | --------------------- | ------------------- | ----- |")
     for row in ROWS:
-        loop = row.loop()
+        loop, (v1, v2) = row.loop(), map(row.cycles, (0, 1))
         unit = row.unit(loop.count)
-        v1, v2 = (loop.cycles(machine) / unit for machine in (0, 1))
         print(f"| {row.what:31} | {unit:<14} | {len(loop.instructions) / unit:<21.2f} | {v1:<19.3f} | {v2:.3f} |")
+    print("\n| op           | M   | million cycles, V1 | V2   | of the rate of bfmmla, V1 | V2   |")
+    print("| ------------ | --- | ------------------ | ---- | ------------------------- | ---- |")
+    for op, rows in (
+        ("linear", 1),
+        ("linear", 4),
+        *((op, m) for op in ("linear", "linear_dgrad") for m in (16, 64, 512)),
+    ):
+        v1, v2 = (matrix_cycles(op, rows, machine) for machine in (0, 1))
+        least = WEIGHTS * rows / (16 * len(ANY))
+        print(
+            f"| {op:12} | {rows:<3} | {v1 / 1e6:<18.1f} | {v2 / 1e6:<4.1f} | {least / v1:<25.0%} | {least / v2:<4.0%} |"
+        )
 
 
 if __name__ == "__main__":
