@@ -150,8 +150,8 @@ def main() -> None:
         loop, (v1, v2) = row.loop(), map(row.cycles, (0, 1))
         unit = row.unit(loop.count)
         print(f"| {row.what:31} | {unit:<14} | {len(loop.instructions) / unit:<21.2f} | {v1:<19.3f} | {v2:.3f} |")
-    print("\n| op           | M   | million cycles, V1 | V2   | of the rate of bfmmla, V1 | V2   |")
-    print("| ------------ | --- | ------------------ | ---- | ------------------------- | ---- |")
+    print("\n| op           | M   | million cycles, V1 | V2    | of the rate of bfmmla, V1 | V2   |")
+    print("| ------------ | --- | ------------------ | ----- | ------------------------- | ---- |")
     for op, rows in (
         ("linear", 1),
         ("linear", 4),
@@ -160,7 +160,7 @@ def main() -> None:
         v1, v2 = (matrix_cycles(op, rows, machine) for machine in (0, 1))
         least = WEIGHTS * rows / (16 * len(ANY))
         print(
-            f"| {op:12} | {rows:<3} | {v1 / 1e6:<18.1f} | {v2 / 1e6:<4.1f} | {least / v1:<25.0%} | {least / v2:<4.0%} |"
+            f"| {op:12} | {rows:<3} | {v1 / 1e6:<18.1f} | {v2 / 1e6:<5.1f} | {least / v1:<25.0%} | {least / v2:<4.0%} |"
         )
 
 
