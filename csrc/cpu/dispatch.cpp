@@ -46,8 +46,9 @@ bool has_avx512_bf16() { return features().avx512_bf16; }
 #elif defined(__aarch64__)
 bool has_neon_bf16() {
 #if defined(__linux__)
-  constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16, which older headers lack: bfdot and bfmmla
-  return (getauxval(AT_HWCAP2) & kBf16) != 0;
+  // HWCAP2_BF16, which older headers lack: bfdot and bfmmla. HWCAP_ASIMDFHM: fmlal, which no known CPU with bf16 lacks.
+  constexpr unsigned long kBf16 = 1ul << 14, kFhm = 1ul << 23;
+  return (getauxval(AT_HWCAP2) & kBf16) != 0 && (getauxval(AT_HWCAP) & kFhm) != 0;
 #else
   return false;
 #endif
@@ -66,6 +67,8 @@ constexpr ProductKernels kBf16Codes{&kGemvCodes_avx512_bf16, &kLinearCodes_avx51
                                     &kLoraGrad_avx512_bf16,  lora_inner_avx512_bf16,    /*needs_bf16_code=*/true};
 #elif defined(__aarch64__)
 constexpr ProductKernels kNeon{&kGemv_neon, &kLinear_neon, &kLinearDgrad_neon, &kLoraGrad_neon, lora_inner_neon};
+constexpr ProductKernels kNeonFp16{&kGemv_neon_bf16, &kLinear_neon, &kLinearDgrad_neon, &kLoraGrad_neon,
+                                   lora_inner_neon};
 constexpr ProductKernels kNeonBf16{&kGemv_neon, &kLinear_neon_bf16, &kLinearDgrad_neon_bf16, &kLoraGrad_neon_bf16,
                                    lora_inner_neon_bf16};
 constexpr ProductKernels kNeonBf16Codes{&kGemvCodes_neon_bf16, &kLinear_neon_bf16,   &kLinearDgrad_neon_bf16,
@@ -90,7 +93,7 @@ const CpuKernels kTable[] = {
      quantize_neon,
      dequantize_neon_bf16,
      &kCombineExperts_neon,
-     {kNeon, kNeonBf16, kNeonBf16Codes}},
+     {kNeonFp16, kNeonBf16, kNeonBf16Codes}},
     {"neon", always, quantize_neon, dequantize_neon, &kCombineExperts_neon, {kNeon, kNeon, kNeon}},
 #endif
     {"scalar", always, quantize_scalar, dequantize_scalar, &kCombineExperts_scalar, {kScalar, kScalar, kScalar}},

@@ -199,7 +199,7 @@ extern const GemmKernel kLinearCodes_avx512_bf16, kLinearDgradCodes_avx512_bf16;
 extern const LoraGradKernel kLoraGrad_avx512_bf16;                                  // bf16 wide and lora_inner
 void lora_inner_avx512_bf16(const LoraInnerArgs&, int64_t m_begin, int64_t m_end);  // bf16
 void dequantize_neon_bf16(const Weight&, int64_t begin, int64_t count, Dtype dtype, void* out);
-extern const GemvKernel kGemvCodes_neon_bf16;
+extern const GemvKernel kGemv_neon_bf16, kGemvCodes_neon_bf16;
 extern const GemmKernel kLinear_neon_bf16, kLinearDgrad_neon_bf16;
 extern const LoraGradKernel kLoraGrad_neon_bf16;                                  // bf16 wide and lora_inner
 void lora_inner_neon_bf16(const LoraInnerArgs&, int64_t m_begin, int64_t m_end);  // bf16

@@ -115,6 +115,7 @@ ROWS = (
     Row("neon, products, 6 rows", "linear_neon", lambda c: c["fmla"] == 24 and c["tbl"] == 0, lambda c: 96),
     Row("neon_bf16, linear, M = 1", "linear_neon_bf16", gemv("bfdot", 1, 16), of_bf16),
     Row("neon_bf16, linear, M = 4", "linear_neon_bf16", gemv("bfdot", 4, 16), of_bf16),
+    Row("neon_bf16, linear in fp16, M = 1", "linear_gemv_fp16_neon_bf16", gemv("fmlal", 2, 16), of_bf16),
     Row("neon_bf16, linear, decode", "linear_neon_bf16",
         lambda c: c["tbl"] == 4 and c["bfdot"] == c["fmul"] == 0, of_bf16),
     Row("neon_bf16, linear_dgrad, decode", "linear_dgrad_neon_bf16",
@@ -144,12 +145,12 @@ def matrix_cycles(op: str, rows: int, machine: int) -> float:
 
 def main() -> None:
     build.build()
-    print("| loop                            | weights a turn | instructions a weight | cycles a weight, V1 | V2    |")
-    print("| ------------------------------- | -------------- | --------------------- | ------------------- | ----- |")
+    print("| loop                             | weights a turn | instructions a weight | cycles a weight, V1 | V2    |")
+    print("| -------------------------------- | -------------- | --------------------- | ------------------- | ----- |")
     for row in ROWS:
         loop, (v1, v2) = row.loop(), map(row.cycles, (0, 1))
         unit = row.unit(loop.count)
-        print(f"| {row.what:31} | {unit:<14} | {len(loop.instructions) / unit:<21.2f} | {v1:<19.3f} | {v2:.3f} |")
+        print(f"| {row.what:32} | {unit:<14} | {len(loop.instructions) / unit:<21.2f} | {v1:<19.3f} | {v2:.3f} |")
     print("\n| op           | M   | million cycles, V1 | V2    | of the rate of bfmmla, V1 | V2   |")
     print("| ------------ | --- | ------------------ | ----- | ------------------------- | ---- |")
     for op, rows in (
