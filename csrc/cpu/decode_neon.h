@@ -25,7 +25,7 @@ namespace {
 
 struct Isa {
   static constexpr int L = 8;
-  static constexpr int kTileM = 6;  // 6 x 2 accumulators of two registers, 4 of weights and the broadcast x: 29 of 32
+  static constexpr int kTileM = 5;  // 5 x 2 accumulators of two registers, 4 of weights and 5 of x: 29 of 32
   struct F {
     float32x4_t low, high;
   };
