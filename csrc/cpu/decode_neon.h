@@ -1,9 +1,9 @@
-// The kernels' vocabulary for NEON, the vectors of every aarch64: 8 fp32 lanes in two registers. See decode_scalar.h for
-// what each function means.
+// The kernels' vocabulary for NEON, which every aarch64 has: 8 fp32 lanes in two registers. See decode_scalar.h for what
+// each function means.
 //
 // Lookup: the levels' bytes stand apart, byte b of all 16 in one register, so that a tbl on 16 codes gives byte b of
-// their 16 values; two rounds of zip put the bytes together: 12 instructions for 16 values. (A tbl on the levels as they
-// lie takes four registers, and an index for each byte of a value.)
+// their 16 values; two rounds of zip put the bytes together: 12 instructions for 16 values. (A tbl on the levels as
+// they lie takes four registers, and an index for each byte of a value.)
 //
 //   codes, bytes    | 8 even codes | 8 odd codes |
 //   tbl of byte b   | byte b of 8 even values | of 8 odd ones |            b = 0 .. 3

@@ -2,8 +2,8 @@
 //
 // Read first   linear_gemv_codes_neon.h, then code_table_neon.h.
 // Work split   Columns [n_begin, n_end) of y, two rows of W at a time. The caller splits them over threads.
-// Inner loop   As in bf16, by a table of scaled levels for each run of 64, 32 or 16 k: fmlal multiplies fp16 exactly and
-//              adds to fp32 sums, which need no scale any more.
+// Inner loop   As in bf16, by a table of scaled levels for each run of 64, 32 or 16 k: fmlal multiplies fp16 exactly
+//              and adds to fp32 sums, which need no scale any more.
 // Rejected     fp32 (linear_gemv.h): 1.7 instructions a weight against 1.0 (M = 1). With more rows fp32 products stay:
 //              fmlal multiplies no more than fmla of fp32 does.
 // Bytes        Reads 0.52 B a weight (double-quantized).

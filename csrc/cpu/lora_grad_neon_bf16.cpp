@@ -4,8 +4,8 @@
 namespace nf4::cpu {
 namespace {
 
-// Rows m and m+1 of each column meet in one lane. The products are exact and the sums fp32, as in GradFp32, but they are
-// rounded to odd, and subnormals count as zero.
+// Rows m and m+1 of each column meet in one lane. The products are exact and the sums fp32, as in GradFp32, but they
+// are rounded to odd, and subnormals count as zero.
 template <class>
 struct GradBf16 {
   using Element = BFloat16;
