@@ -34,9 +34,10 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 # GCC 12's own AVX-512 headers trip -Wuninitialized (GCC bug 105593).
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 AVX512 += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-ISA_FLAGS = {"scalar": []}
-if platform.machine() in ("x86_64", "AMD64"):
-    ISA_FLAGS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+X86_ISAS = {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+ARM_ISAS = {"neon": [], "neon_bf16": ["-march=armv8.2-a+bf16+fp16fml"]}
+ISAS_OF = {"x86_64": X86_ISAS, "AMD64": X86_ISAS, "aarch64": ARM_ISAS, "arm64": ARM_ISAS}
+ISA_FLAGS = {"scalar": [], **ISAS_OF.get(platform.machine(), {})}
 STABLE_ABI = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 BUILD = ROOT / "build"  # not setuptools' build_temp, a new folder for every editable install
 

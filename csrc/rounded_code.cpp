@@ -94,9 +94,7 @@ float other_neighbour(float exact, T rounded) {
   return to_float(T{uint16_t(away_from_zero ? rounded.bits + 1 : rounded.bits - 1)});
 }
 
-bool is_all_ones(float value) {
-  return (from_float<Float16>(value).bits & Float16::kFraction) == Float16::kFraction;
-}
+bool is_all_ones(float value) { return (from_float<Float16>(value).bits & Float16::kFraction) == Float16::kFraction; }
 
 template <class T>
 struct Search {

@@ -16,7 +16,7 @@ import pytest
 CONTRACT, LAYOUTS = "tests/contract/test_formats.py", "tests/storage/test_published_layouts.py"
 CHECKPOINTS, LOADED = "tests/storage/test_published_checkpoints.py", "tests/integrations/test_transformers_published.py"
 BACKENDS = {
-    "CPU": r"(avx512_bf16|avx512|avx2|scalar)\b",
+    "CPU": r"(avx512_bf16|avx512|avx2|neon_bf16|neon|scalar)\b",
     "CUDA (executor)": r"executor\b",
     "Triton (interpreter)": r"interpreter\b",
 }

@@ -96,53 +96,15 @@ struct Isa {
     const F bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(t.low, index), _mm256_permutevar8x32_ps(t.high, index), bit3);
   }
-  template <int S>
-  static I shift_right(I a) {
-    return _mm256_srli_epi32(a, S);
+  template <int BYTE>
+  static void lookup_nibbles(const Table& t, I words, F& high, F& low) {
+    high = lookup(t, _mm256_srli_epi32(words, 8 * BYTE + 4));
+    low = lookup(t, _mm256_srli_epi32(words, 8 * BYTE));
   }
   static void decode_pairs(const uint8_t* p, const Table& t, F& even, F& odd) {
     const I bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
     even = lookup(t, _mm256_srli_epi32(bytes, 4));
     odd = lookup(t, bytes);
-  }
-  // pshufb looks up one byte of 32 levels at once; unpacking puts the bytes of a level together.
-  struct Levels {
-    I bytes[4];  // byte i of each level, in both halves
-  };
-  static Levels load_levels(const float* p) {
-    Levels levels;
-    for (int i = 0; i < 4; ++i) {
-      uint8_t bytes[16];
-      for (int level = 0; level < 16; ++level) std::memcpy(bytes + level, reinterpret_cast<const char*>(p + level) + i, 1);
-      levels.bytes[i] = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
-    }
-    return levels;
-  }
-  // The levels of 32 bytes of codes: lanes 0-3 of values[q] are of bytes 4q .. 4q+3, lanes 4-7 of bytes 16 later.
-  static void expand(const Levels& levels, I codes, F (&values)[4]) {
-    const I b0 = _mm256_shuffle_epi8(levels.bytes[0], codes), b1 = _mm256_shuffle_epi8(levels.bytes[1], codes);
-    const I b2 = _mm256_shuffle_epi8(levels.bytes[2], codes), b3 = _mm256_shuffle_epi8(levels.bytes[3], codes);
-    const I low01 = _mm256_unpacklo_epi8(b0, b1), low23 = _mm256_unpacklo_epi8(b2, b3);
-    const I high01 = _mm256_unpackhi_epi8(b0, b1), high23 = _mm256_unpackhi_epi8(b2, b3);
-    values[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low01, low23));
-    values[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low01, low23));
-    values[2] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(high01, high23));
-    values[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(high01, high23));
-  }
-  static I high_nibbles(I bytes) { return _mm256_and_si256(_mm256_srli_epi16(bytes, 4), _mm256_set1_epi8(15)); }
-  static I low_nibbles(I bytes) { return _mm256_and_si256(bytes, _mm256_set1_epi8(15)); }
-  template <class Fn>
-  static void decode_64(const uint8_t* p, const Levels& levels, Fn&& fn) {
-    // So that lane i of values[q] is byte 8q + i.
-    const I bytes = _mm256_permutevar8x32_epi32(_mm256_loadu_si256(reinterpret_cast<const I*>(p)),
-                                                _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
-    F values[4];
-    expand(levels, high_nibbles(bytes), values);
-#pragma GCC unroll 4
-    for (int q = 0; q < 4; ++q) fn(q, 0, values[q]);
-    expand(levels, low_nibbles(bytes), values);
-#pragma GCC unroll 4
-    for (int q = 0; q < 4; ++q) fn(q, 1, values[q]);
   }
   static void load_transposed(const uint8_t* const rows[L], int64_t byte, I words[4]) {
     F z[4];  // 128-bit half h of z[i] is row 4h + i; a 4x4 transpose inside the halves puts the rows in order

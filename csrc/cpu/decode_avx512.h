@@ -107,26 +107,15 @@ struct Isa {
 
   static Table load_table(const float* p) { return _mm512_loadu_ps(p); }
   static F lookup(Table t, I index) { return _mm512_permutexvar_ps(index, t); }
-  template <int S>
-  static I shift_right(I a) {
-    return _mm512_srli_epi32(a, S);
+  template <int BYTE>
+  static void lookup_nibbles(Table t, I words, F& high, F& low) {
+    high = lookup(t, _mm512_srli_epi32(words, 8 * BYTE + 4));
+    low = lookup(t, _mm512_srli_epi32(words, 8 * BYTE));
   }
   static void decode_pairs(const uint8_t* p, Table t, F& even, F& odd) {
     const I bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     even = lookup(t, _mm512_srli_epi32(bytes, 4));
     odd = lookup(t, bytes);
-  }
-  using Levels = Table;
-  static Levels load_levels(const float* p) { return load_table(p); }
-  template <class Fn>
-  static void decode_64(const uint8_t* p, const Levels& levels, Fn&& fn) {
-#pragma GCC unroll 2
-    for (int q = 0; q < 2; ++q) {
-      F even, odd;
-      decode_pairs(p + q * L, levels, even, odd);
-      fn(q, 0, even);
-      fn(q, 1, odd);
-    }
   }
   static void load_transposed(const uint8_t* const rows[L], int64_t byte, I words[4]) {
     I z[4];  // 128-bit quarter q of z[i] is row 4q + i; a 4x4 transpose inside the quarters puts the rows in order

@@ -100,29 +100,17 @@ struct Isa {
     for (int i = 0; i < L; ++i) r.v[i] = t.v[index.v[i] & 15];
     return r;
   }
-  template <int S>
-  static I shift_right(I a) {
-    for (int i = 0; i < L; ++i) a.v[i] >>= S;
-    return a;
+  // Byte BYTE of each lane: the values of its high nibble and of its low one.
+  template <int BYTE>
+  static void lookup_nibbles(const Table& t, I words, F& high, F& low) {
+    for (int i = 0; i < L; ++i) high.v[i] = t.v[words.v[i] >> (8 * BYTE + 4) & 15];
+    for (int i = 0; i < L; ++i) low.v[i] = t.v[words.v[i] >> 8 * BYTE & 15];
   }
   // L bytes -> the 2L codes' values: even elements (high nibbles) and odd ones.
   static void decode_pairs(const uint8_t* p, const Table& t, F& even, F& odd) {
     for (int i = 0; i < L; ++i) {
       even.v[i] = t.v[p[i] >> 4];
       odd.v[i] = t.v[p[i] & 15];
-    }
-  }
-  // The levels as decode_64 looks them up.
-  using Levels = Table;
-  static Levels load_levels(const float* p) { return load_table(p); }
-  // 32 bytes, 64 codes: fn(q, is_odd, values) with the even and the odd values of the 2L codes from 2L q on.
-  template <class Fn>
-  static void decode_64(const uint8_t* p, const Levels& levels, Fn&& fn) {
-    for (int q = 0; q < 32 / L; ++q) {
-      F even, odd;
-      decode_pairs(p + q * L, levels, even, odd);
-      fn(q, 0, even);
-      fn(q, 1, odd);
     }
   }
   // 16 bytes of each of L rows of W, transposed: lane r of words[j] is the little-endian u32 j of row r.

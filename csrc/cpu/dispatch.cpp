@@ -5,6 +5,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 #include "kernels.h"
@@ -41,6 +43,16 @@ const Features& features() {
 bool has_avx2() { return features().avx2; }
 bool has_avx512() { return features().avx512; }
 bool has_avx512_bf16() { return features().avx512_bf16; }
+#elif defined(__aarch64__)
+bool has_neon_bf16() {
+#if defined(__linux__)
+  // HWCAP2_BF16, which older headers lack: bfdot and bfmmla. HWCAP_ASIMDFHM: fmlal, which no known CPU with bf16 lacks.
+  constexpr unsigned long kBf16 = 1ul << 14, kFhm = 1ul << 23;
+  return (getauxval(AT_HWCAP2) & kBf16) != 0 && (getauxval(AT_HWCAP) & kFhm) != 0;
+#else
+  return false;
+#endif
+}
 #endif
 
 constexpr ProductKernels kScalar{&kGemv_scalar, &kLinear_scalar, &kLinearDgrad_scalar, &kLoraGrad_scalar,
@@ -49,14 +61,22 @@ constexpr ProductKernels kScalar{&kGemv_scalar, &kLinear_scalar, &kLinearDgrad_s
 constexpr ProductKernels kAvx2{&kGemv_avx2, &kLinear_avx2, &kLinearDgrad_avx2, &kLoraGrad_avx2, lora_inner_avx2};
 constexpr ProductKernels kAvx512{&kGemv_avx512, &kLinear_avx512, &kLinearDgrad_avx512, &kLoraGrad_avx512,
                                  lora_inner_avx512};
-constexpr ProductKernels kAvx2Int{&kGemvInt_avx2, &kLinear_avx2, &kLinearDgrad_avx2, &kLoraGrad_avx2, lora_inner_avx2,
-                                  false, /*needs_int_code=*/true};
-constexpr ProductKernels kAvx512Int{&kGemvInt_avx2, &kLinear_avx512, &kLinearDgrad_avx512, &kLoraGrad_avx512,
-                                    lora_inner_avx512, false, /*needs_int_code=*/true};
+constexpr ProductKernels kAvx2Int{&kGemvInt_avx2,  &kLinear_avx2, &kLinearDgrad_avx2,     &kLoraGrad_avx2,
+                                  lora_inner_avx2, false,         /*needs_int_code=*/true};
+constexpr ProductKernels kAvx512Int{&kGemvInt_avx2,    &kLinear_avx512, &kLinearDgrad_avx512,   &kLoraGrad_avx512,
+                                    lora_inner_avx512, false,           /*needs_int_code=*/true};
 constexpr ProductKernels kBf16{&kGemv_avx512, &kLinear_avx512_bf16, &kLinearDgrad_avx512_bf16, &kLoraGrad_avx512_bf16,
                                lora_inner_avx512_bf16};
 constexpr ProductKernels kBf16Codes{&kGemvCodes_avx512_bf16, &kLinearCodes_avx512_bf16, &kLinearDgradCodes_avx512_bf16,
                                     &kLoraGrad_avx512_bf16,  lora_inner_avx512_bf16,    /*needs_bf16_code=*/true};
+#elif defined(__aarch64__)
+constexpr ProductKernels kNeon{&kGemv_neon, &kLinear_neon, &kLinearDgrad_neon, &kLoraGrad_neon, lora_inner_neon};
+constexpr ProductKernels kNeonFp16{&kGemv_neon_bf16, &kLinear_neon, &kLinearDgrad_neon, &kLoraGrad_neon,
+                                   lora_inner_neon};
+constexpr ProductKernels kNeonBf16{&kGemv_neon, &kLinear_neon_bf16, &kLinearDgrad_neon_bf16, &kLoraGrad_neon_bf16,
+                                   lora_inner_neon_bf16};
+constexpr ProductKernels kNeonBf16Codes{&kGemvCodes_neon_bf16, &kLinear_neon_bf16,   &kLinearDgrad_neon_bf16,
+                                        &kLoraGrad_neon_bf16,  lora_inner_neon_bf16, /*needs_bf16_code=*/true};
 #endif
 
 // Best first.
@@ -71,6 +91,14 @@ const CpuKernels kTable[] = {
      {kAvx512, kBf16, kBf16Codes}},
     {"avx512", has_avx512, quantize_avx512, dequantize_avx512, &kCombineExperts_avx512, {kAvx512, kAvx512, kAvx512Int}},
     {"avx2", has_avx2, quantize_avx2, dequantize_avx2, &kCombineExperts_avx2, {kAvx2, kAvx2, kAvx2Int}},
+#elif defined(__aarch64__)
+    {"neon_bf16",
+     has_neon_bf16,
+     quantize_neon,
+     dequantize_neon_bf16,
+     &kCombineExperts_neon,
+     {kNeonFp16, kNeonBf16, kNeonBf16Codes}},
+    {"neon", always, quantize_neon, dequantize_neon, &kCombineExperts_neon, {kNeon, kNeon, kNeon}},
 #endif
     {"scalar", always, quantize_scalar, dequantize_scalar, &kCombineExperts_scalar, {kScalar, kScalar, kScalar}},
 };

@@ -13,7 +13,7 @@
 //
 //                                  B[d, 0 .. L-1]   B[d, L .. 2L-1]     kVectors = 2 registers
 //     x[0, d], broadcast             acc[0][0]         acc[0][1]
-//     x[1, d]                        acc[1][0]         acc[1][1]        kTileM = 12 (AVX-512), 6 (AVX2), 4 (scalar)
+//     x[1, d]                        acc[1][0]         acc[1][1]        kTileM = 12 AVX-512, 6 AVX2, 5 NEON, 4 scalar
 //        ...                            ...               ...
 //
 //   The panel: M tile after M tile, each [D / kStep][its rows][kStep], so that a register tile reads it in order,

@@ -202,12 +202,18 @@ int64_t sort_by_expert(const int64_t* experts_of, int64_t count, int64_t experts
 NF4_DECLARE_ISA(scalar)
 NF4_DECLARE_ISA(avx2)
 NF4_DECLARE_ISA(avx512)
+NF4_DECLARE_ISA(neon)
 extern const GemvKernel kGemvInt_avx2;
 extern const GemvKernel kGemvCodes_avx512_bf16;
 extern const GemmKernel kLinear_avx512_bf16, kLinearDgrad_avx512_bf16;
 extern const GemmKernel kLinearCodes_avx512_bf16, kLinearDgradCodes_avx512_bf16;
 extern const LoraGradKernel kLoraGrad_avx512_bf16;                                  // bf16 wide and lora_inner
 void lora_inner_avx512_bf16(const LoraInnerArgs&, int64_t m_begin, int64_t m_end);  // bf16
+void dequantize_neon_bf16(const Weight&, int64_t begin, int64_t count, Dtype dtype, void* out);
+extern const GemvKernel kGemv_neon_bf16, kGemvCodes_neon_bf16;
+extern const GemmKernel kLinear_neon_bf16, kLinearDgrad_neon_bf16;
+extern const LoraGradKernel kLoraGrad_neon_bf16;                                  // bf16 wide and lora_inner
+void lora_inner_neon_bf16(const LoraInnerArgs&, int64_t m_begin, int64_t m_end);  // bf16
 
 // dispatch.cpp
 const CpuKernels& active_kernels();

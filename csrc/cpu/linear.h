@@ -38,8 +38,9 @@ static inline Isa::F scales_of_rows(const Weight& w, int64_t n, int64_t n_count,
 // Byte BYTE of each lane, decoded and scaled: two consecutive k of L rows of W.
 template <int BYTE>
 static inline void decode_byte(const Isa::Table& table, Isa::I codes, Isa::F scale, Isa::F& even, Isa::F& odd) {
-  even = Isa::mul(Isa::lookup(table, Isa::template shift_right<8 * BYTE + 4>(codes)), scale);
-  odd = Isa::mul(Isa::lookup(table, Isa::template shift_right<8 * BYTE>(codes)), scale);
+  Isa::template lookup_nibbles<BYTE>(table, codes, even, odd);
+  even = Isa::mul(even, scale);
+  odd = Isa::mul(odd, scale);
 }
 
 // fp32 slices are [k][kTileN]. store_k_pair writes k and k+1 of the L columns from `out` on.

@@ -29,4 +29,4 @@ def _cpu_multiplies_bf16() -> bool:
     """
     library = select.CPU_LIBRARY
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # absent where torch has no oneDNN
-    return library is not None and library.isa == "avx512_bf16" and supported is not None and bool(supported())
+    return library is not None and library.isa.endswith("_bf16") and supported is not None and bool(supported())

@@ -44,12 +44,12 @@ def build(
     """
     folder = ROOT / "build" / "executor" / "-".join([name] + ["asan"] * asan + ["races"] * races)
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / "lock"):
+    with locked(folder / "lock"):
         return _build(folder, name, sources, [*flags, f"-I{csrc}"], link, asan, races)
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Holds an exclusive lock on the file, which ends with the process at the latest."""
     with path.open("w", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

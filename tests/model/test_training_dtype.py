@@ -23,6 +23,8 @@ class Library:
     [
         ("avx512_bf16", True, torch.bfloat16),
         ("avx512_bf16", False, torch.float32),
+        ("neon_bf16", True, torch.bfloat16),
+        ("neon", True, torch.float32),
         ("avx512", True, torch.float32),  # there oneDNN says yes and emulates
         ("avx2", False, torch.float32),
         ("scalar", True, torch.float32),

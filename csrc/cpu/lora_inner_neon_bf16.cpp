@@ -1,0 +1,31 @@
+#include "decode_neon.h"
+#include "lora_inner.h"
+
+namespace nf4::cpu {
+namespace {
+
+// 16 elements of d: a lane sums two products at a time. They are exact and the sums fp32, as in InnerFp32, but they are
+// rounded to odd, and subnormals count as zero.
+template <class>
+struct InnerBf16 {
+  struct Vector {
+    bfloat16x8_t low, high;
+  };
+  static constexpr int kElements = 2 * Isa::L;
+  static bfloat16x8_t load_8(const void* p) { return vreinterpretq_bf16_u16(Isa::load_bits(p)); }
+  template <class T>
+  static Vector load(const T* p) {
+    return {load_8(p), load_8(reinterpret_cast<const BFloat16*>(p) + 8)};
+  }
+  static Isa::F multiply_add(Vector a, Vector b, Isa::F acc) {
+    return {vbfdotq_f32(acc.low, a.low, b.low), vbfdotq_f32(acc.high, a.high, b.high)};
+  }
+};
+
+}  // namespace
+
+void lora_inner_neon_bf16(const LoraInnerArgs& args, int64_t m_begin, int64_t m_end) {
+  lora_inner_rows<InnerBf16>(args, m_begin, m_end);
+}
+
+}  // namespace nf4::cpu
