@@ -9,8 +9,8 @@
 //                reading Ŵ. A slice is whole columns of out, so that each element is one sum, rounded once; the LoRA
 //                term is more of the contraction, with the scaling in the factor: an inner product of scaled losses has
 //                no room for it in fp16. Rejected: a slice of the contraction, whose sums would be rounded to bf16 each.
-// Bytes          A weight is half a byte read, 2 written and read; the GEMM packs it once more. 0.5 to 0.7 cycles in
-//                all beside 2 M flops, see choose.h.
+// Bytes          A weight is half a byte read, 2 written and read, and packed once more by the GEMM: 0.65 to 0.85 cycles
+//                of a core beside its 2 M flops. Columns of W cost more than rows, see choose.h.
 // Needs          x and out contiguous. x is copied where a term joins it, or where it is not aligned to 64 bytes: the
 //                bits of a GEMM of torch's may depend on that.
 #pragma once
