@@ -8,9 +8,9 @@
 // The trick      Where oneDNN has AMX it multiplies bf16 8 to 16 times as fast as vdpbf16ps, which pays for writing and
 //                reading Ŵ. A slice is whole columns of out, so that each element is one sum, rounded once; the LoRA
 //                term is more of the contraction, with the scaling in the factor: an inner product of scaled losses has
-//                no room for it in fp16. Rejected: a slice of the contraction, whose sums would be rounded to bf16 each.
-// Bytes          A weight is half a byte read, 2 written and read, and packed once more by the GEMM: 0.65 to 0.85 cycles
-//                of a core beside its 2 M flops. Columns of W cost more than rows, see choose.h.
+//                no room for it in fp16. Rejected: a slice of the contraction, whose sums are rounded to bf16 each.
+// Bytes          A weight is half a byte read, 2 written and read, and packed once more by the GEMM: 0.65 to 0.85
+//                cycles of a core beside its 2 M flops. Columns of W cost more than rows, see choose.h.
 // Needs          x and out contiguous. x is copied where a term joins it, or where it is not aligned to 64 bytes: the
 //                bits of a GEMM of torch's may depend on that.
 #pragma once
@@ -36,8 +36,8 @@ struct SliceGemm {
 // The bytes that a test wants of a slice; 0: by choose.h.
 int64_t forced_slice_bytes();
 
-// The columns of out that a slice gives, of C, when each has `depth` elements of `size` bytes: slices of equal width, in
-// whole steps.
+// The columns of out that a slice gives, when each has `depth` elements of `size` bytes: slices of equal width, in whole
+// steps.
 static inline int64_t slice_width(const Product& product, int64_t depth, int64_t size, int64_t threads) {
   int64_t bytes = threads * kSliceBytes;
   if (product.is_dgrad && bytes < kDgradSliceColumns * depth * size) bytes = kDgradSliceColumns * depth * size;
