@@ -46,9 +46,10 @@ constexpr int kGemvMaxM = 4;
 // shorter runs it is less by what they cost more: 4 and 10 % of the products at M = 64 (2048x2048, one Xeon core).
 constexpr int dgrad_codes_max_m(int run) { return run == 64 ? 128 : run == 32 ? 96 : 64; }
 
-// Predicted, for nobody had AMX to measure on; docs/choosing.md has the arithmetic. A weight costs our bf16 kernels
-// M / 27 cycles, or M / 55 where a core has two vdpbf16ps a cycle, and this way 0.7 cycles and M / 256: they meet at 22
-// and 50 rows. A slice costs 25 us more in calls, of which 2^24 products on four cores save as much.
+// Predicted, as no machine with AMX was at hand; docs/choosing.md has the arithmetic. A weight costs our kernels M / 27
+// cycles of a core, or M / 55 where it does two vdpbf16ps a cycle, and this way 0.65 (linear) or 0.85 (linear_dgrad)
+// and M / 256: they meet at 20 and 26 rows, or at 45 and 59. A slice costs some 25 us more in calls, which 2^24
+// products on four cores make up for.
 constexpr int64_t kAmxMinM = 64, kAmxMinProducts = 1 << 24;
 
 static inline Choice choose(const Problem& p) {

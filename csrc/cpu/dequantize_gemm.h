@@ -8,9 +8,9 @@
 // The trick      Where oneDNN has AMX it multiplies bf16 8 to 16 times as fast as vdpbf16ps, which pays for writing and
 //                reading Ŵ. A slice is whole columns of out, so that each element is one sum, rounded once; the LoRA
 //                term is more of the contraction, with the scaling in the factor: an inner product of scaled losses has
-//                no room for it in fp16. Rejected: a slice of the contraction, whose sums would be rounded to bf16 each.
-// Bytes          A weight is half a byte read, 2 written and read; the GEMM packs it once more. 0.5 to 0.7 cycles in
-//                all beside 2 M flops, see choose.h.
+//                no room for it in fp16. Rejected: a slice of the contraction, whose sums are rounded to bf16 each.
+// Bytes          A weight is half a byte read, 2 written and read, and packed once more by the GEMM: 0.65 to 0.85
+//                cycles of a core beside its 2 M flops. Columns of W cost more than rows, see choose.h.
 // Needs          x and out contiguous. x is copied where a term joins it, or where it is not aligned to 64 bytes: the
 //                bits of a GEMM of torch's may depend on that.
 #pragma once
@@ -36,8 +36,8 @@ struct SliceGemm {
 // The bytes that a test wants of a slice; 0: by choose.h.
 int64_t forced_slice_bytes();
 
-// The columns of out that a slice gives, of C, when each has `depth` elements of `size` bytes: slices of equal width, in
-// whole steps.
+// The columns of out that a slice gives, when each has `depth` elements of `size` bytes: slices of equal width, in whole
+// steps.
 static inline int64_t slice_width(const Product& product, int64_t depth, int64_t size, int64_t threads) {
   int64_t bytes = threads * kSliceBytes;
   if (product.is_dgrad && bytes < kDgradSliceColumns * depth * size) bytes = kDgradSliceColumns * depth * size;
@@ -59,24 +59,25 @@ static inline void join_rows(const GemmArgs& args, const void* x, int64_t D, int
   }
 }
 
-// The rows of s B, or columns of s A, beside the slice of columns [begin, begin + count) of out; zeros after them.
-template <class T>
-void join_factor(const GemmArgs& args, const Product& product, int64_t begin, int64_t count, int64_t depth, T* slice) {
+// Beside the slice of columns [begin, begin + count) of out: rows of s B, or columns of s A, and zeros after them.
+template <class T, class Threads>
+void join_factor(const Threads& threads, const GemmArgs& args, const Product& product, int64_t begin, int64_t count,
+                 int64_t depth, T* slice) {
   const auto* factor = static_cast<const T*>(args.lora_factor);
-  const auto scaled = [&](const T* from, int64_t n, T* to) {
-    for (int64_t i = 0; i < n; ++i) to[i] = from_float<T>(to_float(from[i]) * args.scaling);
+  const int64_t rank = args.rank, extra = depth - product.D;
+  const auto join = [&](const T* from, int64_t used, int64_t n, T* to) {
+    for (int64_t i = 0; i < used; ++i) to[i] = from_float<T>(to_float(from[i]) * args.scaling);
+    std::memset(static_cast<void*>(to + used), 0, size_t(n - used) * sizeof(T));
   };
-  const int64_t used = product.D + args.rank;
-  if (product.is_dgrad) {
-    for (int64_t j = 0; j < args.rank; ++j)
-      scaled(factor + j * product.C + begin, count, slice + (product.D + j) * count);
-    std::memset(static_cast<void*>(slice + used * count), 0, size_t((depth - used) * count) * sizeof(T));
-    return;
-  }
-  for (int64_t c = 0; c < count; ++c) {
-    scaled(factor + (begin + c) * args.rank, args.rank, slice + c * depth + product.D);
-    std::memset(static_cast<void*>(slice + c * depth + used), 0, size_t(depth - used) * sizeof(T));
-  }
+  if (product.is_dgrad)
+    threads.parallel_for(0, extra, ceil_div(kDecodeGrain, count), [&](int64_t from, int64_t to) {
+      for (int64_t j = from; j < to; ++j)
+        join(factor + j * product.C + begin, j < rank ? count : 0, count, slice + (product.D + j) * count);
+    });
+  else
+    threads.parallel_for(0, count, ceil_div(kDecodeGrain, extra), [&](int64_t from, int64_t to) {
+      for (int64_t c = from; c < to; ++c) join(factor + (begin + c) * rank, rank, extra, slice + c * depth + product.D);
+    });
 }
 
 // args.out[M, C] of x[M, D], both contiguous; M and C at least 1. Runtime is product.h's.
@@ -94,7 +95,9 @@ void multiply_slices(Runtime& runtime, const Product& product, const GemmArgs& a
   }
   auto* out = static_cast<char*>(args.out);
   if (args.bias != nullptr)
-    for (int64_t m = 0; m < M; ++m) std::memcpy(out + m * C * size, args.bias, size_t(C * size));
+    runtime.parallel_for(0, M, ceil_div(kDecodeGrain, C), [&](int64_t begin, int64_t end) {
+      for (int64_t m = begin; m < end; ++m) std::memcpy(out + m * C * size, args.bias, size_t(C * size));
+    });
   const int64_t width = slice_width(product, depth, size, runtime.threads());
   void* slice = thread_workspace((width < C ? width : C) * depth * size);
   for (int64_t begin = 0; begin < C; begin += width) {
@@ -104,8 +107,9 @@ void multiply_slices(Runtime& runtime, const Product& product, const GemmArgs& a
     else
       dequantize_rectangle(runtime, args.weight, begin * D, count, D, args.dtype, slice, depth);
     if (args.rank > 0)
-      with_type(args.dtype,
-                [&](auto t) { join_factor(args, product, begin, count, depth, static_cast<decltype(t)*>(slice)); });
+      with_type(args.dtype, [&](auto t) {
+        join_factor(runtime, args, product, begin, count, depth, static_cast<decltype(t)*>(slice));
+      });
     runtime.gemm(
         {args.dtype, M, count, depth, joined, slice, product.is_dgrad, out + begin * size, C, args.bias != nullptr});
   }

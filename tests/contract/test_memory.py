@@ -90,7 +90,10 @@ LEVELS = [i for i in cases.IMPLEMENTATIONS if i != "reference"] or cases.ISAS
 
 @pytest.mark.parametrize(
     ("level", "products", "at_end"),
-    [*((i, "fused", at_end) for i in LEVELS for at_end in (True, False)), (LEVELS[0], "dequantize_gemm", True)],
+    [
+        *((i, "fused", at_end) for i in LEVELS for at_end in (True, False)),
+        pytest.param(LEVELS[0], "dequantize_gemm", True, marks=pytest.mark.slow),
+    ],
 )
 def test_nothing_outside_the_inputs_is_touched(native_library, level, products, at_end):
     """Inputs are read-only pages between forbidden ones; outputs given by the caller are guarded as well."""
