@@ -1,10 +1,11 @@
 """A QLoRA training step of SmolLM2's sizes on each instruction set, for torch, oneDNN and MKL as well as for ours.
 
-    python -m benchmarks.model.bench_isa [--isas avx512_bf16 avx512 avx2] [--layers 30] [--rounds 7] [--bf16]
+    python -m benchmarks.model.bench_isa [avx512_bf16:bf16 avx512:fp32 avx2:fp32] [--layers 30] [--rounds 7]
 
-Each side is a process of its own, since libraries read these variables when they are loaded; they take turns, a step at
-a time, and sleep in between. A side trains in the dtype that `prepare_for_training` chooses there (bf16 with bf16
-instructions, else fp32), and in fp32 where that is not it; `--bf16` adds bf16 where it is slow, which takes minutes.
+Each side, an instruction set and the dtype that is not in 4 bits, is a process of its own, since libraries read these
+variables when they are loaded; they take turns, a step at a time. Without sides: every instruction set that this
+machine has, in the dtype that `prepare_for_training` chooses there. `avx2:bf16` takes most of a minute a step.
+
 Prints each side's time, and how many times that of the first side it is: the median of the rounds' ratios with the 20th
 and 80th percentile. Weights are random; 4 x 128 tokens, LoRA of rank 16, two threads.
 """
@@ -15,7 +16,6 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ ENVIRONMENTS = {
         "MKL_ENABLE_INSTRUCTIONS": "AVX2",
     },
 }  # fmt: skip
+ISAS = [isa for isa in ENVIRONMENTS if select.CPU_LIBRARY is not None and isa in select.CPU_LIBRARY.isas]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -83,20 +84,23 @@ class Side:
         self.process.wait()
 
 
-def sides_of(isas: list[str], with_slow_bf16: bool) -> list[tuple[str, str]]:
-    """(instruction set, dtype) of every side, the one that others are compared with first."""
-    chosen = [(isa, "bf16") for isa in isas if isa == "avx512_bf16" or with_slow_bf16]
-    return sorted([*chosen, *((isa, "fp32") for isa in isas)], key=lambda side: isas.index(side[0]))
+def side(text: str) -> tuple[str, str]:
+    """For argparse: "avx2:fp32" as ("avx2", "fp32")."""
+    isa, _, dtype = text.partition(":")
+    if isa not in ISAS or dtype not in DTYPES:
+        raise argparse.ArgumentTypeError(
+            f"must be one of {' '.join(ISAS)}, then a colon and one of {' '.join(DTYPES)}, got {text!r}"
+        )
+    return isa, dtype
 
 
 def measure(sides: list[tuple[str, str]], threads: int, layers: int, rounds: int) -> dict[str, list[float]]:
     """Milliseconds of each side's step in each round."""
     with ExitStack() as stack:
-        started = {}
-        for isa, dtype in sides:  # one after the other: two that set up at once would slow each other down
-            started[f"{isa} {dtype}"] = side = stack.enter_context(Side(isa, dtype, threads, layers))
-            side.answer()
-        samplers = {name: partial(Side.milliseconds, side) for name, side in started.items()}
+        started = {f"{isa} {dtype}": stack.enter_context(Side(isa, dtype, threads, layers)) for isa, dtype in sides}
+        for each in started.values():
+            each.answer()
+        samplers = {name: each.milliseconds for name, each in started.items()}
         return take_turns(samplers, float("inf"), most=rounds)
 
 
@@ -113,16 +117,14 @@ def lines(samples: dict[str, list[float]]) -> list[str]:
 
 
 def main() -> None:
-    library = select.CPU_LIBRARY
-    can = [isa for isa in ENVIRONMENTS if library is not None and isa in library.isas]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--isas", nargs="+", choices=can, default=can)
+    parser.add_argument("sides", nargs="*", type=side, metavar="isa:dtype")
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--bf16", action="store_true", help="bf16 also where it is slow")
     args = parser.parse_args()
-    samples = measure(sides_of(args.isas, args.bf16), args.threads, args.layers, args.rounds)
+    sides = args.sides or [(isa, "bf16" if isa == "avx512_bf16" else "fp32") for isa in ISAS]
+    samples = measure(sides, args.threads, args.layers, args.rounds)
     print(f"SmolLM2-135M's sizes, {args.layers} layers, {BATCH}x{LENGTH} tokens, {args.threads} threads")
     print("\n".join(lines(samples)))
 
