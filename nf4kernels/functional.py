@@ -1,6 +1,7 @@
 """quantize, dequantize, linear, lora_linear: the ops with checks, defaults and gradients. Of experts: grouped.py."""
 
 import sys
+import warnings
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, NoReturn
@@ -21,6 +22,7 @@ from .autograd import (
     lora_forward,
     outside_inference_mode,
 )
+from .backends import select
 from .published_formats import WRITERS, quantize_as
 from .quantized_weight import (
     WEIGHT_DTYPES,
@@ -35,6 +37,7 @@ from .quantized_weight import (
 )
 
 _ops = torch.ops.nf4kernels
+_untold = True  # that training in 16 bits is slow here
 # Each lookup would cost every call 0.1 us.
 _linear: Callable[..., Tensor] = _ops.linear.default
 
@@ -368,6 +371,8 @@ def check_input(
         raise ValueError(f"{who}: x must be on {packed.device} as the weight is, got {device}")
     if autocast_is_on(device):
         x = x.to(torch.get_autocast_dtype(device.type))
+    if _untold and x.requires_grad and x.dtype != torch.float32 and device.type == "cpu":
+        _tell_of_slow_training(x.dtype)
     if bias is not None:
         if bias.shape != (bias_shape or (N,)):
             raise ValueError(f"{who}: bias must have shape {list(bias_shape or (N,))}, got {list(bias.shape)}")
@@ -375,6 +380,22 @@ def check_input(
             raise ValueError(f"{who}: bias must be on {device} as x is, got {bias.device}")
         bias = bias.to(x.dtype).contiguous()
     return x, bias
+
+
+def _tell_of_slow_training(dtype: torch.dtype) -> None:
+    """Once in a process: that 16 bits are slow on this CPU, if they are. Our products are not; a model's others are."""
+    global _untold
+    if torch.compiler.is_compiling():  # which has no warnings
+        return
+    _untold = False
+    if not select.cpu_multiplies_bf16():
+        warnings.warn(
+            f"nf4kernels: training in {str(dtype).removeprefix('torch.')} is slow on this CPU, which runs without bf16"
+            " instructions: torch's own products take up to 150 times as long in backward as in float32, and a step of"
+            " SmolLM2-135M 15 times. nf4kernels.prepare_for_training(model) makes the dense parts float32; leave"
+            " autocast off as well, which is a Trainer's bf16=False",
+            stacklevel=2,
+        )
 
 
 def check_lora(x: Tensor, lora_A: Tensor, lora_B: Tensor, dropout_p: float, shape: tuple[int, ...], who: str) -> None:

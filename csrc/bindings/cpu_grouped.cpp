@@ -83,7 +83,8 @@ Tensor grouped_lora_inner(const Tensor& x, const Tensor& expert_offsets, const T
   Tensor out = new_empty(x, {args.M, args.rank}, x.scalar_type());
   if (args.M == 0 || args.rank == 0) return out;
   args.out = out.mutable_data_ptr();
-  cpu::multiply_lora_inner(parallel_for, args, offsets, E, transposed);
+  args.transposed = transposed;
+  cpu::multiply_lora_inner(parallel_for, args, offsets, E);
   return out;
 }
 

@@ -90,7 +90,7 @@ static inline int64_t lora_grad_grain(int64_t M, int64_t rank, int64_t tile_c) {
   return ceil_div(1 << 19, at_least_1(M * rank * tile_c));
 }
 static inline int64_t lora_inner_grain(int64_t rows, int64_t rank, int64_t D) {  // parts of `rows`
-  return ceil_div(1 << 19, at_least_1(rows * rank * D));
+  return ceil_div(1 << 17, at_least_1(rows * rank * D));
 }
 
 static inline int64_t combine_grain(int64_t top_k, int64_t H) {  // tokens

@@ -8,30 +8,7 @@
 namespace nf4::cpu {
 namespace {
 
-constexpr int64_t kPartM = 64;
-
-// Rows [begin, end) of x, at most kPartM, times a factor [D, rank].
-void multiply_by_transposed(const LoraGradKernel& kernel, const LoraInnerArgs& args, int64_t begin, int64_t end,
-                            std::vector<char>& padded) {
-  const int64_t bytes = element_bytes(args.dtype);
-  LoraGradArgs own{};
-  own.rank = end - begin;
-  own.wide = args.factor;
-  own.dtype = own.out_dtype = args.dtype;
-  own.M = args.D;
-  own.C = args.rank;
-  own.scaling = 1;
-  own.out = static_cast<char*>(args.out) + begin * args.rank * bytes;
-  own.lora_inner_stride = ceil_div(args.D, 2) * 2;
-  own.lora_inner = static_cast<const char*>(args.x) + begin * args.D * bytes;
-  if (kernel.inner_dtype != args.dtype || own.lora_inner_stride != args.D) {
-    padded.resize(size_t(own.rank * own.lora_inner_stride * element_bytes(kernel.inner_dtype)));
-    pad_lora_rows(own.lora_inner, args.dtype, own.rank, args.D, own.lora_inner_stride, kernel.inner_dtype,
-                  padded.data());
-    own.lora_inner = padded.data();
-  }
-  kernel.run(own, 0, ceil_div(args.rank, kernel.tile_c));
-}
+constexpr int64_t kPartM = 8;  // a tile of rows with AVX-512, two with AVX2
 
 template <class Body>
 void run(ParallelFor parallel_for, int64_t begin, int64_t end, int64_t grain, const Body& body) {
@@ -43,8 +20,7 @@ void run(ParallelFor parallel_for, int64_t begin, int64_t end, int64_t grain, co
 
 }  // namespace
 
-void multiply_lora_inner(ParallelFor parallel_for, const LoraInnerArgs& args, const int32_t* offsets, int64_t experts,
-                         bool is_transposed) {
+void multiply_lora_inner(ParallelFor parallel_for, const LoraInnerArgs& args, const int32_t* offsets, int64_t experts) {
   struct Part {
     int64_t expert, begin, end;
   };
@@ -53,21 +29,21 @@ void multiply_lora_inner(ParallelFor parallel_for, const LoraInnerArgs& args, co
   for (int64_t e = 0; e < experts; ++e)
     for (; begin < offsets[e]; begin = parts.back().end)
       parts.push_back({e, begin, offsets[e] - begin < kPartM ? offsets[e] : begin + kPartM});
-  const int64_t bytes = element_bytes(args.dtype), row_bytes = args.D * bytes;
+  const int64_t bytes = element_bytes(args.dtype);
   std::memset(static_cast<char*>(args.out) + begin * args.rank * bytes, 0,
               size_t((args.M - begin) * args.rank * bytes));
-  const ProductKernels& kernels = active_kernels()[choose_lora(args.dtype)];
+  const LoraInnerFn kernel = active_kernels()[choose_lora(args.dtype)].lora_inner;
   const int64_t grain = lora_inner_grain(kPartM, args.rank, args.D), count = int64_t(parts.size());
   run(parallel_for, 0, count, grain, [&](int64_t first, int64_t last) {
-    LoraInnerArgs own = args;
-    std::vector<char> padded;
-    for (int64_t i = first; i < last; ++i) {
-      const Part& part = parts[size_t(i)];
-      own.factor = static_cast<const char*>(args.factor) + part.expert * args.rank * row_bytes;
-      if (is_transposed)
-        multiply_by_transposed(*kernels.lora_grad, own, part.begin, part.end, padded);
-      else
-        kernels.lora_inner(own, part.begin, part.end);
+    for (int64_t i = first, next; i < last; i = next) {
+      const int64_t expert = parts[size_t(i)].expert, first_m = expert == 0 ? 0 : offsets[expert - 1];
+      for (next = i + 1; next < last && parts[size_t(next)].expert == expert;) ++next;
+      LoraInnerArgs own = args;
+      own.M = offsets[expert] - first_m;
+      own.x = static_cast<const char*>(args.x) + first_m * args.D * bytes;
+      own.factor = static_cast<const char*>(args.factor) + expert * args.rank * args.D * bytes;
+      own.out = static_cast<char*>(args.out) + first_m * args.rank * bytes;
+      kernel(own, parts[size_t(i)].begin - first_m, parts[size_t(next - 1)].end - first_m);
     }
   });
 }

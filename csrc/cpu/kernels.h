@@ -77,9 +77,10 @@ struct LoraInnerArgs {
   const void* x;  // [M, D] of dtype
   Dtype dtype;
   int64_t M, D;
-  const void* factor;  // [rank, D] of dtype
+  const void* factor;  // [rank, D], or [D, rank] if transposed, of dtype
   int64_t rank;
   void* out;  // [M, rank] of dtype
+  bool transposed;
 };
 
 // The rows of experts [T * top_k, H] and the tokens [T, H] that they are of, see combine_experts.h.
@@ -183,8 +184,6 @@ void scale_lora_inner(const void* lora_inner, Dtype dtype, int64_t count, float 
 // [rank, stride] of out_dtype (fp32, or dtype itself) from lora_inner [M, rank], for LoraGradArgs::lora_inner.
 void transpose_lora_inner(const void* lora_inner, Dtype dtype, int64_t M, int64_t rank, int64_t stride, Dtype out_dtype,
                           void* out);
-// [rows, stride] of out_dtype (fp32, or dtype itself) from x [rows, D], for LoraGradArgs::lora_inner.
-void pad_lora_rows(const void* x, Dtype dtype, int64_t rows, int64_t D, int64_t stride, Dtype out_dtype, void* out);
 
 // sort_by_expert.cpp: positions [count] and offsets [experts] as ops.py says them of the expert of each choice. Returns
 // the first choice whose expert is outside 0..experts, or -1; the outputs are then not written.

@@ -26,16 +26,4 @@ void transpose_lora_inner(const void* lora_inner, Dtype dtype, int64_t M, int64_
   });
 }
 
-void pad_lora_rows(const void* x, Dtype dtype, int64_t rows, int64_t D, int64_t stride, Dtype out_dtype, void* out) {
-  with_type(dtype, [&](auto t) {
-    with_type(out_dtype, [&](auto o) {
-      using O = decltype(o);
-      const auto* value = static_cast<const decltype(t)*>(x);
-      auto* padded = static_cast<O*>(out);
-      for (int64_t m = 0; m < rows; ++m, padded += stride)
-        for (int64_t d = 0; d < stride; ++d) padded[d] = from_float<O>(d < D ? to_float(*value++) : 0.f);
-    });
-  });
-}
-
 }  // namespace nf4::cpu

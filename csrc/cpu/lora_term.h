@@ -73,20 +73,20 @@ void add_ranks(const typename Dot::Element* p, int64_t stride, const typename Do
                float* tile) {
   constexpr int V = TILE_C / Isa::L;
   Isa::F acc[TILE_M][V];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int r = 0; r < TILE_M; ++r)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < V; ++v) acc[r][v] = Isa::zero();
   for (int j = 0; j < ranks; j += Dot::kStep, packed += TILE_C * Dot::kStep)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
       const Isa::F factor = Isa::load(reinterpret_cast<const float*>(packed) + v * Isa::L);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int r = 0; r < TILE_M; ++r) acc[r][v] = Dot::multiply_add(p + r * stride + j, factor, acc[r][v]);
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int r = 0; r < TILE_M; ++r)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
       float* sums = tile + r * TILE_C + v * Isa::L;
       Isa::store(sums, Isa::add(Isa::load(sums), acc[r][v]));

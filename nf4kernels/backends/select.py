@@ -76,6 +76,15 @@ if FORCED not in (None, "native") and native.ISA_VARIABLE in os.environ:
 CPU_LIBRARY = native.load_cpu() if FORCED in (None, "native") else None
 
 
+def cpu_multiplies_bf16() -> bool:
+    """Whether both our kernels and torch's oneDNN use the CPU's bf16 instructions, as the environment has them run.
+
+    oneDNN alone does not tell: it says yes on any AVX-512, where it emulates them at a third of fp32's speed.
+    """
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # absent where torch has no oneDNN
+    return CPU_LIBRARY is not None and CPU_LIBRARY.isa == "avx512_bf16" and supported is not None and bool(supported())
+
+
 @functools.cache
 def cuda_library() -> tuple[native.CudaLibrary | None, str]:
     """`native.load_cuda`, when it is first asked for."""

@@ -49,11 +49,19 @@ def test_every_shape(way, counts, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_a_long_depth_with_a_mean(way, dtype):
-    """More than one run of 512 terms, the last one short."""
+    """More than one run of 512 terms, the last one short, for few rows and for many."""
     D = way.pick(16 * 1024 + 40, 2048 + 40)
-    x, factors = inputs((3, 5), 0, D, 4, dtype, 1.0)
+    x, factors = inputs((3, 18), 0, D, 4, dtype, 1.0)
     for transposed in (False, True):
-        assert_right(run(way, x, (3, 5), factors, transposed), x, (3, 5), factors, f"{way}")
+        assert_right(run(way, x, (3, 18), factors, transposed), x, (3, 18), factors, f"{way}")
+
+
+@pytest.mark.ways("cpu")
+def test_a_depth_of_more_parts_than_one_sum_takes(way):
+    """The packed factor is summed in parts of 256 columns, of which 512 meet in one sum."""
+    for D in (512 * 256, 512 * 256 + 1, 2 * 512 * 256 + 3):
+        x, factors = inputs((2,), 0, D, 2, torch.float32, 1.0)
+        assert_right(run(way, x, (2,), factors, True), x, (2,), factors, f"{way} {D}")
 
 
 def test_a_row_sees_neither_other_rows_nor_other_experts(way):

@@ -3,12 +3,15 @@
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 from support.laptop import AVX2
 from support.paths import ROOT, python_path
 
+import nf4kernels as nf4
+from nf4kernels import functional
 from nf4kernels.backends import select
 from nf4kernels.model.training import training_dtype
 
@@ -65,6 +68,37 @@ def test_the_environment_of_a_laptop_is_seen():
         check=True,
     )
     assert done.stdout == "torch.float32\n"
+
+
+def told(monkeypatch, isa, dtype=torch.bfloat16, autocast=False, grad=True):
+    """What the first two layers that train in 16 bits on such a CPU warn of."""
+    monkeypatch.setattr(functional, "_untold", True)
+    monkeypatch.setattr(select, "CPU_LIBRARY", Library(isa))
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: isa == "avx512_bf16", raising=False)
+    layer = nf4.QuantLinear(64, 64, bias=False, dtype=dtype, lora=nf4.LoraConfig(r=4))
+    x = torch.randn(2, 64, dtype=dtype, requires_grad=grad)
+    with warnings.catch_warnings(record=True) as caught, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        warnings.simplefilter("always")
+        layer(layer(x)).sum()
+    return [str(warning.message) for warning in caught if "nf4kernels: training in" in str(warning.message)]
+
+
+def test_who_trains_in_16_bits_where_that_is_slow_is_told_once(monkeypatch):
+    (said,) = told(monkeypatch, "avx2")
+    assert "training in bfloat16 is slow on this CPU" in said
+    assert "nf4kernels.prepare_for_training(model)" in said
+    (said,) = told(monkeypatch, "avx512", torch.float32, autocast=True)  # a Trainer's bf16=True
+    assert "training in bfloat16" in said
+    assert "bf16=False" in said
+    (said,) = told(monkeypatch, "avx2", torch.float16)
+    assert "training in float16" in said
+
+
+def test_nobody_else_is_told(monkeypatch):
+    assert not told(monkeypatch, "avx512_bf16")
+    assert not told(monkeypatch, "avx2", torch.float32)
+    with torch.no_grad():
+        assert not told(monkeypatch, "avx2", grad=False)
 
 
 def test_the_readme_gives_the_time_for_each_kind_of_machine():
