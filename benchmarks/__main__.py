@@ -13,7 +13,7 @@ import torch
 
 from .harness import Plan, Row, is_disturbed, machine
 from .limits import Limits
-from .model import bench_model
+from .model import bench_decode, bench_model
 from .ops import (
     bench_dequantize,
     bench_dequantize_gemm,
@@ -39,7 +39,7 @@ OPS = {
     "linear_dgrad": bench_linear_dgrad,
     "lora": bench_lora,
 }
-NAMES = (*OPS, "dequantize_gemm", "formats", "grouped", "experts", "model")
+NAMES = (*OPS, "dequantize_gemm", "formats", "grouped", "experts", "model", "decode")
 ALL_M = {"linear": (1, 4, 16, 64, 512), "linear_dgrad": (16, 64, 512), "lora": (16, 64, 512)}
 FEWER_M = {"linear": (1, 64), "linear_dgrad": (64,)}  # of the shapes that are not in focus; no other op is measured
 
@@ -133,6 +133,8 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
             yield from bench_experts.rows(experts, plan)
     if "model" in args.ops or not (args.ops or args.shapes):
         yield from bench_model.rows(Plan(threads=args.threads, seconds=args.seconds))
+    if "decode" in args.ops:
+        yield from bench_decode.rows(Plan(threads=args.threads, seconds=args.seconds))
 
 
 def main() -> None:

@@ -68,14 +68,23 @@ def as_side(side: str, model: nn.Module) -> nn.Module:
         for layer in report.layers:
             model.get_submodule(layer.name).add_lora(nf4.LoraConfig(r=RANK, alpha=ALPHA), dtype=torch.bfloat16)
         return model.train()
-    names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and name != "lm_head"]
+    names = linear_names(model)
     if side == BNB:
-        for name in names:
-            parent, _, leaf = name.rpartition(".")
-            dense = model.get_submodule(name)
-            setattr(model.get_submodule(parent), leaf, bitsandbytes_linear(dense, double_quant=False))
+        replace_by_bitsandbytes(model)
     add_peft_lora(model, names)
     return model.train()
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Of every linear layer but the head."""
+    return [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and name != "lm_head"]
+
+
+def replace_by_bitsandbytes(model: nn.Module) -> None:
+    for name in linear_names(model):
+        parent, _, leaf = name.rpartition(".")
+        dense = model.get_submodule(name)
+        setattr(model.get_submodule(parent), leaf, bitsandbytes_linear(dense, double_quant=False))
 
 
 def loss_of(model: nn.Module, ids: Tensor) -> Tensor:

@@ -54,6 +54,29 @@ def test_generates(tmp_path, family, cache):
     assert torch.equal(tokens, expected.generate(tiny.IDS, **settings))
 
 
+@pytest.mark.parametrize("adapters", [None, "own", "PEFT's"])
+def test_generates_compiled_in_one_graph(model, adapters):
+    """With a static cache, as docs/speed.md says: a prompt eagerly, then every token by the one graph."""
+    if adapters == "own":
+        for layer in tiny.layers(model).values():
+            layer.add_lora(nf4.LoraConfig(r=4))
+    model = tiny.fill_adapters(with_adapters(model) if adapters == "PEFT's" else model)
+    ids, settings = tiny.IDS[:1], {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}
+    expected = model.generate(input_ids=ids, **settings, disable_compile=True)
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    config = transformers.CompileConfig(fullgraph=True, backend=backend, mode="default")
+    config._compile_all_devices = True
+    tokens = model.generate(input_ids=ids, **settings, compile_config=config)
+    assert len(graphs) == 1
+    assert torch.equal(tokens, expected)
+
+
 def test_copies_and_pickles(model):
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(logits(other), logits(model))

@@ -5,8 +5,9 @@ import math
 
 import pytest
 import torch
+from support.numerics import assert_product_within_bound
 
-from nf4kernels import LoraConfig, QuantLinear
+from nf4kernels import LoraConfig, QuantLinear, autograd
 
 
 def test_scaling():
@@ -83,3 +84,33 @@ def test_scaling_reaches_the_product(alpha, rslora):
     A, B = layer.lora_A.weight.double(), layer.lora_B.weight.double()
     torch.testing.assert_close(delta, config.scaling * x.double() @ A.T @ B.T, rtol=0, atol=2**-16)
     torch.testing.assert_close(layer.lora_delta().double(), config.scaling * B @ A, rtol=2**-20, atol=2**-20)
+
+
+@pytest.mark.parametrize(
+    ("M", "dtype"), [(1, torch.bfloat16), (1, torch.float16), (4, torch.float32), (4, torch.bfloat16)], ids=str
+)
+def test_the_inner_product_of_few_rows_is_one_op(monkeypatch, M, dtype):
+    """A decoded token's: calling a BLAS takes longer than the product."""
+    calls, op = [], autograd._grouped_lora_inner
+    monkeypatch.setattr(autograd, "_grouped_lora_inner", lambda *args: calls.append(args) or op(*args))
+    x, A = torch.randn(M, 1, 576).to(dtype), torch.randn(16, 576).to(dtype)
+    P = autograd._lora_inner(x, A)
+    assert len(calls) == 1
+    assert_product_within_bound(P, x[:, 0], A.float().T, "LoRA's inner product")
+
+
+def test_a_compiled_token_takes_that_op_too():
+    layer = QuantLinear(64, 64, lora=LoraConfig(r=4)).eval()
+    torch.nn.init.normal_(layer.lora_B.weight)
+    targets = set()
+
+    def backend(graph, example_inputs):
+        targets.update(node.target for node in graph.graph.nodes)
+        return graph.forward
+
+    torch._dynamo.reset()
+    x = torch.randn(1, 64, dtype=torch.bfloat16)
+    with torch.no_grad():
+        y = torch.compile(layer, backend=backend, fullgraph=True)(x)
+        assert torch.equal(y, layer(x))
+    assert torch.ops.nf4kernels.grouped_lora_inner.default in targets
