@@ -29,7 +29,7 @@ from .peers import Layers
 from .report import plots
 from .report import tables as report
 from .report.goals import SHAPE
-from .shapes import EXPERTS, FOCUS, layer_names
+from .shapes import EXPERTS, FOCUS, LONG, layer_names
 
 OPS = {
     "quantize": bench_quantize,
@@ -40,6 +40,7 @@ OPS = {
 }
 NAMES = (*OPS, "formats", "grouped", "experts", "model")
 ALL_M = {"linear": (1, 4, 16, 64, 512), "linear_dgrad": (16, 64, 512), "lora": (16, 64, 512)}
+LONG_M = (1, 2, 3, 4)  # of the shapes with long rows
 FEWER_M = {"linear": (1, 64), "linear_dgrad": (64,)}  # of the shapes that are not in focus; no other op is measured
 
 
@@ -79,14 +80,20 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def plan_of(op: str, weight: tuple[int, int], args: argparse.Namespace) -> Plan | None:
-    """What to measure of the op at this weight; None for nothing."""
+def plans_of(op: str, weight: tuple[int, int], args: argparse.Namespace) -> Iterator[Plan]:
+    """What to measure of the op at this weight."""
     caches = (args.cache,) if args.cache else ("out", "in")
     if args.all or args.shapes or weight in FOCUS:
-        return Plan(args.rows or ALL_M.get(op, ()), args.threads, caches, args.seconds)
+        yield Plan(args.rows or ALL_M.get(op, ()), args.threads, caches, args.seconds)
+        return
     if op not in FEWER_M or args.cache == "in":
-        return None
-    return Plan(args.rows or FEWER_M[op], args.threads_given or args.threads[:1], ("out",), args.seconds)
+        return
+    rows, threads = args.rows or FEWER_M[op], args.threads_given or args.threads[:1]
+    if weight in LONG and op == "linear":
+        yield Plan(args.rows or LONG_M, args.threads, ("out",), args.seconds)
+        rows = tuple(M for M in rows if M not in LONG_M and not args.rows)
+    if weight in layer_names() and rows:
+        yield Plan(rows, threads, ("out",), args.seconds)
 
 
 def measure(args: argparse.Namespace) -> Iterator[Row]:
@@ -98,13 +105,13 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
     print("ours in ms, then how many times faster it is than each peer: median over the rounds (p20-p80)\n")
     ops = [op for op in OPS if not args.ops or op in args.ops]
     names = layer_names()
-    for weight in args.shapes or names:
-        plans = {op: plan for op in ops if (plan := plan_of(op, weight, args))}
+    for weight in args.shapes or dict.fromkeys((*names, *LONG)):
+        plans = [(op, plan) for op in ops for plan in plans_of(op, weight, args)]
         if not plans:
             continue
         print(f"{weight[0]}x{weight[1]}: {names.get(weight, 'no known model')}")
         layers = Layers(*weight)
-        for op, plan in plans.items():
+        for op, plan in plans:
             yield from OPS[op].rows(layers, limits, plan)
     if "formats" in args.ops:
         for weight in args.shapes or FOCUS[:1]:

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 OURS = "nf4kernels"
 BNB = "bitsandbytes"  # no double quantization: its faster layer
 BNB_DQ = "bitsandbytes double-quantized"
+INT4 = "torch INT4"
 DENSE = "dense bf16"
 Spread = tuple[float, float, float]  # the 20th percentile, the median, the 80th percentile
 LEAST_ROUNDS, MOST_ROUNDS = 5, 25

@@ -12,8 +12,9 @@ import nf4kernels as nf4
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about an optional package at every import
 import bitsandbytes as bnb  # noqa: E402
 
-from .harness import BNB, BNB_DQ, DENSE, OURS, rotate  # noqa: E402
+from .harness import BNB, BNB_DQ, DENSE, INT4, OURS, rotate  # noqa: E402
 from .limits import cache_bytes  # noqa: E402
+from .peer_int4 import GROUP, Int4Linear  # noqa: E402
 
 RANK, ALPHA = 16, 32
 
@@ -68,6 +69,7 @@ class Layers:
             BNB_DQ: bitsandbytes_linear(dense, double_quant=True),
             DENSE: dense,
         }
+        self.evaluated = {INT4: Int4Linear(dense.weight)} if K % GROUP == 0 else {}  # these have no backward
         self.qweight = self.sides[OURS].qweight
         self.nbytes = self.sides[OURS].weight.nbytes + self.sides[OURS].absmax.nbytes
 
@@ -85,7 +87,8 @@ class Layers:
         bitsandbytes repacks its weight in place at the first evaluation forward; that is done here, before any timing.
         """
         replicas = {}
-        for side, layer in self.sides.items():
+        sides = self.sides if training else self.sides | self.evaluated
+        for side, layer in sides.items():
             first = _with_lora(side, layer) if lora else copy.deepcopy(layer)
             first.train(training)
             nbytes = self.dense_weight.nbytes if side == DENSE else self.nbytes
