@@ -15,7 +15,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     least, most = groups.amin(-1), groups.amax(-1)
     scale = ((most - least) / 15).clamp(min=torch.finfo(torch.float16).tiny).to(weight.dtype)
     zero = (least + 8 * scale.float()).to(weight.dtype)
-    levels = groups.sub_(zero.float()[..., None]).div_(scale.float()[..., None]).round_().clamp_(-8, 7)
+    levels = groups.sub(zero.float()[..., None]).div_(scale.float()[..., None]).round_().clamp_(-8, 7)
     return levels, scale, zero
 
 

@@ -26,10 +26,12 @@ OP_ORDER = (
     "decode",
 )
 FIGURES = (
-    "op", "shape", "M", "threads", "cache", "side", "ms", "ours_is_faster_by", "p20", "p80",
+    "op", "shape", "M", "threads", "cache", "dtype", "isa", "side", "ms", "ours_is_faster_by", "p20", "p80",
     "floor_ms", "share_of_floor", "share_p20", "share_p80", "tokens", "tokens_per_s", "peak_mib", "loss", "other_cores",
     "predicted_ms",
 )  # fmt: skip
+# What a row is told apart by, and what an older file without it means.
+KEY = dict.fromkeys(FIGURES[:5], "") | {"dtype": "bf16", "isa": ""}
 
 
 def csv_path(about: dict[str, str], folder: Path = RESULTS) -> Path:
@@ -45,6 +47,7 @@ def write_csv(path: Path, rows: Iterable[Row], about: dict[str, str]) -> None:
         for row in rows:
             for side, ms in row.ms.items():
                 line = {"op": row.op, "shape": row.shape, "M": row.M, "threads": row.threads, "cache": row.cache}
+                line |= {"dtype": row.dtype, "isa": row.isa}
                 line |= {"side": side, "ms": f"{ms:.5g}"}
                 if side in row.ratios:
                     line |= zip(("p20", "ours_is_faster_by", "p80"), (f"{r:.4g}" for r in row.ratios[side]))
@@ -70,10 +73,11 @@ def read_csv(path: Path) -> tuple[list[Row], dict[str, str]]:
     about: dict[str, str] = {}
     with path.open(encoding="utf-8", newline="") as file:
         for line in csv.DictReader(file):
-            key = tuple(line[name] for name in FIGURES[:5])
+            key = tuple(line.get(name) or default for name, default in KEY.items())
             about = {name: value for name, value in line.items() if name not in FIGURES}
-            op, shape, M, threads, cache = key
-            row = rows.setdefault(key, Row(op, shape, int(M) if M else None, int(threads), cache, {}))
+            op, shape, M, threads, cache, dtype, isa = key
+            new = Row(op, shape, int(M) if M else None, int(threads), cache, {}, dtype=dtype, isa=isa)
+            row = rows.setdefault(key, new)
             side = line["side"]
             row.ms[side] = float(line["ms"])
             if line["ours_is_faster_by"]:

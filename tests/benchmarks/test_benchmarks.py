@@ -127,7 +127,7 @@ def test_the_floor_is_the_longer_of_moving_and_computing():
 def test_floors_of_products_and_moves(monkeypatch):
     monkeypatch.setattr(limits, "_read_gb_s", lambda threads, nbytes: 10.0 if nbytes >= limits.cache_bytes() else 100.0)
     monkeypatch.setattr(limits, "_copy_gb_s", lambda threads, nbytes: 5.0 if nbytes >= limits.cache_bytes() else 50.0)
-    monkeypatch.setattr(limits, "_bf16_gflop_s", lambda threads: 1000.0)
+    monkeypatch.setattr(limits, "_product_gflop_s", lambda threads, dtype: 1000.0)
     machine = limits.Limits()
     assert machine.product_ms(10**6, 0, "out", passes=2) == pytest.approx(0.2)
     assert machine.product_ms(10**6, 0, "in") == pytest.approx(0.01)
