@@ -29,7 +29,7 @@ from .ops import (
 from .peers import Layers
 from .report import plots
 from .report import tables as report
-from .report.goals import SHAPE
+from .report.goals import SHAPE, rule
 from .shapes import EXPERTS, FOCUS, layer_names
 
 OPS = {
@@ -99,7 +99,8 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
     if args.isa:
         yield from measure_weights(plans.forced_work(args), Limits(torch.float32), args.isa)
         return
-    print(peer_ggml.load() or peer_ggml.MISSING)
+    if peer_ggml.load() is None:
+        print(peer_ggml.MISSING)
     limits = Limits()
     for threads in args.threads:
         torch.set_num_threads(threads)
@@ -144,7 +145,7 @@ def main() -> None:
     if args.isa and forced.in_force() != args.isa:
         forced.restart(args.isa)
     torch.manual_seed(0)
-    about = machine()
+    about = machine() | {"ggml": str(peer_ggml.load() or "not installed")}
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     rows = []
     for row in measure(args):
@@ -153,6 +154,7 @@ def main() -> None:
     print(
         f"\nthe goals, on a {SHAPE} weight out of cache with all threads, and on a model\n\n{report.goal_table(rows)}"
     )
+    print("\n".join([f"the rule: {rule(rows)}", *report.rule_lists(rows)]))
     disturbed = sum(is_disturbed(row.others) for row in rows)
     if disturbed:
         print(f"{disturbed} of {len(rows)} rows were DISTURBED by other processes: measure again on an idle machine")

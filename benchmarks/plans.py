@@ -45,5 +45,5 @@ def forced_work(args: argparse.Namespace) -> Iterator[Work]:
         dtypes = (args.dtype,) if args.dtype else DTYPES if whole else ("bf16",)
         ops = [op for op in forced.ROWS if op in (args.ops or (forced.ROWS if whole else ("linear",)))]
         for dtype in dtypes:
-            plan = Plan((), args.threads, ("out",), forced.SECONDS, dtype, forced.SECONDS)
+            plan = Plan((), args.threads, (args.cache or "out",), forced.SECONDS, dtype, forced.SECONDS)
             yield weight, dtype, [(op, replace(plan, rows=args.rows or forced.ROWS[op])) for op in ops]
