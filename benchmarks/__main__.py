@@ -1,8 +1,9 @@
 """Measure every op beside its peers, print the tables, and write results/<machine>.csv and its pictures.
 
-Without a selection: both shapes of shapes.FOCUS at every M, in and out of cache, with all threads and with one; the
-other models' shapes at fewer M, out of cache, with all threads; the experts of shapes.EXPERTS with all threads; and a
-whole model: about ten minutes on two cores.
+Without a selection: both shapes of shapes.FOCUS at every M, with all threads and with one, the first in a cache, too;
+long rows at M = 1 to 4; the other models' shapes at fewer M, out of cache, with all threads; one shape with each lesser
+instruction set forced on every side; the experts of shapes.EXPERTS with all threads; and a whole model: about twelve
+minutes on two cores.
 """
 
 import argparse

@@ -15,15 +15,13 @@ import nf4kernels as nf4
 from .harness import ROOT
 
 LEVELS = {
-    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
     "avx512": {
         "ATEN_CPU_CAPABILITY": "avx512",
         "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",
         "MKL_ENABLE_INSTRUCTIONS": "AVX512",
     },
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
 }
-NEEDED = {"avx2": "avx2", "avx512": "avx512bw"}  # in /proc/cpuinfo
-CPUINFO = Path("/proc/cpuinfo")
 # What is measured of each where nothing is selected: all dtypes at the first shape, bf16 at the second.
 SHAPES = ((4096, 4096), (4096, 14336))
 ROWS = {"linear": (1, 4, 16, 128), "linear_dgrad": (16, 128)}
@@ -41,12 +39,11 @@ def environment(level: str) -> dict[str, str]:
 
 
 def lesser_levels() -> list[str]:
-    """Those that this processor has, below what it runs by itself; none on another architecture."""
-    flags = CPUINFO.read_text(encoding="utf-8").split() if CPUINFO.exists() else []
-    active = nf4.backend_info().devices["cpu"][0].removeprefix("native ")
-    if "NF4KERNELS_CPU_ISA" in os.environ:
-        return []
-    return [level for level, flag in NEEDED.items() if flag in flags and level != active]
+    """Those that run here, below what runs by itself; none where one is forced already."""
+    info = nf4.backend_info()
+    active = info.devices["cpu"][0].removeprefix("native ")
+    found = [level for level in LEVELS if level in info.cpu_isas and level != active]
+    return [] if "NF4KERNELS_CPU_ISA" in os.environ else found
 
 
 def restart(level: str) -> None:

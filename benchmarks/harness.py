@@ -52,6 +52,11 @@ class Row:
     dtype: str = "bf16"  # of x, of DTYPES
     isa: str = ""  # that was forced on every side; "" for the machine's best
 
+    @property
+    def is_usual(self) -> bool:
+        """In bf16, with nothing forced."""
+        return self.dtype == "bf16" and not self.isa
+
     def __str__(self) -> str:
         forced = f" {self.isa or 'best'} {self.dtype}" if self.isa or self.dtype != "bf16" else ""
         what = f"{self.op:16} {self.shape:12} {self.M or '':>4} {self.threads:>2}t {self.cache:3}{forced}"

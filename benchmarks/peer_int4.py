@@ -42,3 +42,12 @@ def decoded(weight: Tensor) -> Tensor:
     """W as Int4Linear(weight) has it, in fp32."""
     levels, scale, zero = quantize(weight)
     return (levels * scale.float()[..., None] + zero.float()[..., None]).view(weight.shape)
+
+
+def replace_linears(model: nn.Module, skip: tuple[str, ...] = ("lm_head",)) -> nn.Module:
+    """`model`, changed in place: Int4Linear for each nn.Linear whose K GROUP divides, but those in `skip`."""
+    for name, layer in list(model.named_modules()):
+        parent, _, leaf = name.rpartition(".")
+        if isinstance(layer, nn.Linear) and leaf not in skip and layer.in_features % GROUP == 0:
+            setattr(model.get_submodule(parent), leaf, Int4Linear(layer.weight, layer.bias))
+    return model

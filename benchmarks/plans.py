@@ -24,7 +24,9 @@ def work(args: argparse.Namespace, ops: tuple[str, ...]) -> Iterator[Work]:
 
 
 def _plans(op: str, weight: tuple[int, int], dtype: str, args: argparse.Namespace) -> Iterator[Plan]:
-    caches = (args.cache,) if args.cache else ("out", "in")
+    caches = (
+        (args.cache,) if args.cache else ("out", "in") if args.all or args.shapes or weight == FOCUS[0] else ("out",)
+    )
     if args.all or args.shapes or weight in FOCUS:
         yield Plan(args.rows or ALL_M.get(op, ()), args.threads, caches, args.seconds, dtype)
         return

@@ -59,7 +59,7 @@ class Goal:
     def _is_about(self, row: Row) -> bool:
         if self.op == EVERY_ROW:
             return self.than in row.ratios
-        if row.op != self.op or row.isa or row.dtype != "bf16":
+        if row.op != self.op or not row.is_usual:
             return False
         if self.op == MODEL_STEP:
             return True

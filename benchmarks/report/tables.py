@@ -120,9 +120,9 @@ def goal_table(rows: list[Row], goals: tuple[Goal, ...] = GOALS) -> str:
 def op_table(rows: list[Row], cache: str) -> str:
     """The rows of SHAPE with all threads: the time, the share of the floor, and how much faster ours is than each."""
     chosen = [row for row in rows if row.shape == SHAPE and row.threads == _threads(rows) and row.cache == cache]
-    chosen = [row for row in chosen if not row.isa and row.dtype == "bf16"]
+    chosen = [row for row in chosen if row.is_usual]
     chosen.sort(key=lambda row: (OP_ORDER.index(row.op), row.M or 0))
-    header = ("op", "M", "ms", "floor", BNB, INT4, IQ4_NL, "dense or copy_")
+    header = ("op", "M", "ms", "floor", BNB, INT4, IQ4_NL, "dense or a copy")
     return markdown(header, ((row.op, str(row.M or ""), *_figures(row, (INT4, IQ4_NL))) for row in chosen))
 
 
@@ -193,8 +193,8 @@ def speed_section(rows: list[Row], about: dict[str, str], path: Path, folder: Pa
     """Those of docs/speed.md: the goals, the rows of SHAPE, the models and the pictures."""
     every = f"""Every {SHAPE} row of that run with {_threads(rows)} threads; all others are in the CSV. `floor` is the
         share of the floor. The last columns say how many times faster ours is than bitsandbytes' layer (the faster of
-        its two in that row), torch's INT4, ggml's IQ4_NL and dense bf16 (`copy_` beside dequantize), each as the median
-        of the rounds' ratios with their 20th and 80th percentile. Not cached:"""
+        its two in that row), torch's INT4, ggml's IQ4_NL and dense bf16 (a copy of it beside dequantize), each as the
+        median of the rounds' ratios with their 20th and 80th percentile. Not cached:"""
     parts = [_provenance(rows, about), markdown(GOAL_HEADER, goal_rows(rows)), _wrapped(every), op_table(rows, "out")]
     parts += ["The same weight over and over, cached:", op_table(rows, "in")]
     for isa in dict.fromkeys(row.isa for row in rows if row.isa):

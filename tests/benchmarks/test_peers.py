@@ -38,6 +38,15 @@ def test_torchs_int4_multiplies_with_the_weights_that_are_decoded_here(dtype):
     assert torch.equal(peer_int4.Int4Linear(weight, bias)(x.view(1, 5, 256)), (layer(x) + bias).view(1, 5, 96))
 
 
+def test_a_models_linear_layers_become_int4_but_its_head():
+    body = torch.nn.Sequential(torch.nn.Linear(128, 64), torch.nn.Linear(60, 128))
+    model = torch.nn.ModuleDict({"body": body, "lm_head": torch.nn.Linear(64, 32)}).bfloat16().requires_grad_(False)
+    x = torch.randn(3, 128).bfloat16()
+    expected = peer_int4.Int4Linear(body[0].weight, body[0].bias)(x)
+    assert torch.equal(peer_int4.replace_linears(model)["body"][0](x), expected)
+    assert [type(layer) for layer in (model["body"][1], model["lm_head"])] == [torch.nn.Linear] * 2
+
+
 @pytest.mark.parametrize("kind", peer_ggml.TYPES)
 def test_ggmls_blocks_hold_the_nearest_levels(kind):
     weight = torch.randn(8, 96)
@@ -90,14 +99,16 @@ def test_every_dtype_is_measured_with_an_instruction_set_forced():
     assert [op for op, _ in work[-1][2]] == ["linear"]
 
 
-def test_a_level_is_forced_on_ours_torch_onednn_and_mkl(tmp_path, monkeypatch):
+def test_a_level_is_forced_on_ours_torch_onednn_and_mkl(monkeypatch):
     monkeypatch.delenv("NF4KERNELS_CPU_ISA", raising=False)
     assert forced.in_force() == ""
-    info = tmp_path / "cpuinfo"
-    monkeypatch.setattr(forced, "CPUINFO", info)
-    assert forced.lesser_levels() == []
-    info.write_text("flags : sse2 avx2\n", encoding="utf-8")
-    assert set(forced.lesser_levels()) <= {"avx2"}
+    for best, isas, expected in (
+        ("best", ["best", "avx512", "avx2", "scalar"], ["avx512", "avx2"]),
+        ("avx2", ["avx2"], []),
+    ):
+        info = argparse.Namespace(devices={"cpu": (f"native {best}", "")}, cpu_isas=isas)
+        monkeypatch.setattr(forced.nf4, "backend_info", lambda info=info: info)
+        assert forced.lesser_levels() == expected
     for name, value in forced.environment("avx2").items():
         if os.environ.get(name) != value:
             monkeypatch.setenv(name, value)
@@ -112,15 +123,15 @@ def test_a_level_is_forced_on_ours_torch_onednn_and_mkl(tmp_path, monkeypatch):
 def test_a_run_with_avx2_forced_says_so_in_its_rows(tmp_path):
     path = tmp_path / "forced.csv"
     command = [sys.executable, "-m", "benchmarks", "--isa", "avx2", "--shapes", "64x128", "--rows", "4"]
-    command += ["--threads", "1", "--cache", "in", "--csv", str(path)]
+    command += ["--threads", "1", "--cache", "in", "--dtype", "fp32", "--csv", str(path)]
     environment = {name: value for name, value in os.environ.items() if name != "NF4KERNELS_CPU_ISA"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr
     rows, about = tables.read_csv(path)
     assert about["kernels"] == "native avx2"
     assert [(row.op, row.dtype, row.isa) for row in rows] == [
-        (op, dtype, "avx2") for dtype in DTYPES for op in ("linear", "linear + dgrad")
+        (op, "fp32", "avx2") for op in ("linear", "linear + dgrad")
     ]
     for row in rows:
-        assert {OURS, f"dense {row.dtype}"} <= set(row.ms)
+        assert {OURS, "dense fp32"} <= set(row.ms)
         assert (INT4 in row.ms) == (row.op == "linear")
