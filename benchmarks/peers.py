@@ -1,6 +1,7 @@
 """One dense weight as everybody's layer: ours, bitsandbytes' and PEFT's on their best paths, and nn.Linear."""
 
 import copy
+import functools
 import logging
 from collections.abc import Callable
 
@@ -84,9 +85,12 @@ class Layers:
             BNB_DQ: bitsandbytes_linear(dense, double_quant=True),
             self.dense_side: dense,
         }
-        self.evaluated = evaluated_peers(dense.weight)
         self.qweight = self.sides[OURS].qweight
         self.nbytes = self.sides[OURS].weight.nbytes + self.sides[OURS].absmax.nbytes
+
+    @functools.cached_property
+    def evaluated(self) -> dict[str, nn.Module]:
+        return evaluated_peers(self.dense_weight)
 
     @property
     def dense_weight(self) -> torch.Tensor:
