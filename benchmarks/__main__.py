@@ -9,6 +9,7 @@ minutes on two cores.
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -111,9 +112,11 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
     yield from measure_weights(plans.work(args, tuple(OPS)), limits)
     if not args.selected:
         for level in forced.lesser_levels():
-            print(f"4096x4096 and a long row with {level} forced on every side, some at a time:")
-            rows, _ = report.read_csv(forced.measured(level, args.threads[0]))
-            yield from rows
+            print(f"with {level} forced on every side, which takes a minute or two:", flush=True)
+            with TemporaryDirectory() as folder:
+                path = Path(folder) / "rows.csv"
+                forced.measure(level, args.threads[0], path)
+                yield from report.read_csv(path)[0]
     if "formats" in args.ops:
         for weight in args.shapes or FOCUS[:1]:
             print(f"nf4 at block size 64 beside other formats, {weight[0]}x{weight[1]}")

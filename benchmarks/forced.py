@@ -7,7 +7,6 @@ told, is left out; bitsandbytes is told that there are no bf16 instructions, but
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import nf4kernels as nf4
@@ -52,9 +51,7 @@ def restart(level: str) -> None:
     os.execve(sys.executable, [sys.executable, "-m", "benchmarks", *sys.argv[1:]], environment(level))
 
 
-def measured(level: str, threads: int) -> Path:
-    """The CSV of a process that measured ROWS with `level` in force."""
-    path = Path(tempfile.mkdtemp(prefix="nf4kernels-bench-")) / f"{level}.csv"
+def measure(level: str, threads: int, path: Path) -> None:
+    """A process with `level` in force measures ROWS and writes the CSV."""
     command = [sys.executable, "-m", "benchmarks", "--isa", level, "--threads", str(threads), "--csv", str(path)]
     subprocess.run(command, cwd=ROOT, env=environment(level), stdout=subprocess.DEVNULL, check=True)
-    return path
