@@ -85,6 +85,8 @@ class Layers:
             BNB_DQ: bitsandbytes_linear(dense, double_quant=True),
             self.dense_side: dense,
         }
+        if forced.in_force():  # a backward takes seconds there, and this one decodes its scales as well
+            del self.sides[BNB_DQ]
         self.qweight = self.sides[OURS].qweight
         self.nbytes = self.sides[OURS].weight.nbytes + self.sides[OURS].absmax.nbytes
 
