@@ -1,17 +1,20 @@
 """Measure every op beside its peers, print the tables, and write results/<machine>.csv and its pictures.
 
-Without a selection: both shapes of shapes.FOCUS at every M, in and out of cache, with all threads and with one; the
-other models' shapes at fewer M, out of cache, with all threads; the experts of shapes.EXPERTS with all threads; and a
-whole model: about ten minutes on two cores.
+Without a selection: both shapes of shapes.FOCUS at every M, with all threads and with one, the first in a cache, too;
+long rows at M = 1 to 4; the other models' shapes at fewer M, out of cache, with all threads; one shape with each lesser
+instruction set forced on every side; the experts of shapes.EXPERTS with all threads; and a whole model: about twelve
+minutes on two cores.
 """
 
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
-from .harness import Plan, Row, is_disturbed, machine
+from . import forced, peer_ggml, plans
+from .harness import DTYPES, Plan, Row, is_disturbed, machine
 from .limits import Limits
 from .model import bench_decode, bench_model
 from .ops import (
@@ -29,7 +32,7 @@ from .ops import (
 from .peers import Layers
 from .report import plots
 from .report import tables as report
-from .report.goals import SHAPE
+from .report.goals import SHAPE, rule
 from .shapes import EXPERTS, FOCUS, layer_names
 
 OPS = {
@@ -40,8 +43,6 @@ OPS = {
     "lora": bench_lora,
 }
 NAMES = (*OPS, "dequantize_gemm", "formats", "grouped", "experts", "model", "decode")
-ALL_M = {"linear": (1, 4, 16, 64, 512), "linear_dgrad": (16, 64, 512), "lora": (16, 64, 512)}
-FEWER_M = {"linear": (1, 64), "linear_dgrad": (64,)}  # of the shapes that are not in focus; no other op is measured
 
 
 def whole_numbers(text: str) -> tuple[int, ...]:
@@ -63,6 +64,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rows", type=whole_numbers, metavar="M,...", help="these numbers of rows of x")
     parser.add_argument("--threads", type=whole_numbers, metavar="T,...", help="torch threads (default: torch's and 1)")
     parser.add_argument("--cache", choices=("in", "out"), help="only with the weight in a cache, or in none")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="of x and dense weights, of linear and linear_dgrad (default: bf16)"
+    )
+    parser.add_argument("--isa", choices=forced.LEVELS, help="forced on every side of linear and linear_dgrad")
     parser.add_argument("--seconds", type=float, default=2.0, help="a row, all sides together (default: %(default)s)")
     parser.add_argument("--csv", type=Path, help="write here (default: results/<machine>.csv when nothing is selected)")
     parser.add_argument(
@@ -72,41 +77,47 @@ def parse() -> argparse.Namespace:
     unknown = set(args.ops) - set(NAMES)
     if unknown:
         parser.error(f"op must be one of {', '.join(NAMES)}, got {', '.join(sorted(unknown))}")
-    selected = args.ops or args.shapes or args.rows or args.threads or args.cache
-    if args.csv is None and not selected and not args.docs:
+    if (args.isa or args.dtype) and not set(args.ops or NAMES) <= set(forced.ROWS) and (args.ops or not args.isa):
+        parser.error(f"--isa and --dtype are of {', '.join(forced.ROWS)}, got {', '.join(args.ops) or 'no op'}")
+    args.selected = bool(args.ops or args.shapes or args.rows or args.cache or args.threads or args.isa)
+    if args.csv is None and not args.selected and not args.docs:
         args.csv = report.csv_path(machine())
     default_threads = tuple(dict.fromkeys((torch.get_num_threads(), 1)))
     args.threads_given, args.threads = args.threads, args.threads or default_threads
     return args
 
 
-def plan_of(op: str, weight: tuple[int, int], args: argparse.Namespace) -> Plan | None:
-    """What to measure of the op at this weight; None for nothing."""
-    caches = (args.cache,) if args.cache else ("out", "in")
-    if args.all or args.shapes or weight in FOCUS:
-        return Plan(args.rows or ALL_M.get(op, ()), args.threads, caches, args.seconds)
-    if op not in FEWER_M or args.cache == "in":
-        return None
-    return Plan(args.rows or FEWER_M[op], args.threads_given or args.threads[:1], ("out",), args.seconds)
+def measure_weights(work: Iterator[plans.Work], limits: Limits, isa: str = "") -> Iterator[Row]:
+    names = layer_names()
+    for weight, dtype, planned in work:
+        print(f"{weight[0]}x{weight[1]}, {dtype}: {names.get(weight, 'no model of shapes.py')}")
+        layers = Layers(*weight, dtype)
+        for op, plan in planned:
+            for row in OPS[op].rows(layers, limits, plan):
+                row.isa = isa
+                yield row
 
 
 def measure(args: argparse.Namespace) -> Iterator[Row]:
+    if args.isa:
+        yield from measure_weights(plans.forced_work(args), Limits(torch.float32), args.isa)
+        return
+    if peer_ggml.load() is None:
+        print(peer_ggml.MISSING)
     limits = Limits()
     for threads in args.threads:
         torch.set_num_threads(threads)
         print(limits)
     torch.set_num_threads(args.threads[0])
     print("ours in ms, then how many times faster it is than each peer: median over the rounds (p20-p80)\n")
-    ops = [op for op in OPS if not args.ops or op in args.ops]
-    names = layer_names()
-    for weight in args.shapes or names:
-        plans = {op: plan for op in ops if (plan := plan_of(op, weight, args))}
-        if not plans:
-            continue
-        print(f"{weight[0]}x{weight[1]}: {names.get(weight, 'no known model')}")
-        layers = Layers(*weight)
-        for op, plan in plans.items():
-            yield from OPS[op].rows(layers, limits, plan)
+    yield from measure_weights(plans.work(args, tuple(OPS)), limits)
+    if not args.selected:
+        for level in forced.lesser_levels():
+            print(f"with {level} forced on every side, which takes a minute or two:", flush=True)
+            with TemporaryDirectory() as folder:
+                path = Path(folder) / "rows.csv"
+                forced.measure(level, args.threads[0], path)
+                yield from report.read_csv(path)[0]
     if "dequantize_gemm" in args.ops:
         for weight in args.shapes or FOCUS[:1]:
             print(f"products of the packed bytes beside dequantize + GEMM, {weight[0]}x{weight[1]}")
@@ -143,8 +154,10 @@ def main() -> None:
         for document in report.SECTIONS:
             document.write_text(report.with_section(document, args.csv), encoding="utf-8")
         return
+    if args.isa and forced.in_force() != args.isa:
+        forced.restart(args.isa)
     torch.manual_seed(0)
-    about = machine()
+    about = machine() | {"ggml": str(peer_ggml.load() or "not installed")}
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     rows = []
     for row in measure(args):
@@ -153,6 +166,7 @@ def main() -> None:
     print(
         f"\nthe goals, on a {SHAPE} weight out of cache with all threads, and on a model\n\n{report.goal_table(rows)}"
     )
+    print("\n".join([f"the rule: {rule(rows)}", *report.rule_lists(rows)]))
     disturbed = sum(is_disturbed(row.others) for row in rows)
     if disturbed:
         print(f"{disturbed} of {len(rows)} rows were DISTURBED by other processes: measure again on an idle machine")

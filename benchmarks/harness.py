@@ -1,5 +1,6 @@
 """Fair timing: all sides take turns within one run; medians of every time, and of every round's ratio."""
 
+import math
 import os
 import platform
 import subprocess
@@ -20,6 +21,9 @@ ROOT = Path(__file__).parent.parent
 OURS = "nf4kernels"
 BNB = "bitsandbytes"  # no double quantization: its faster layer
 BNB_DQ = "bitsandbytes double-quantized"
+INT4 = "torch INT4"
+GGML = {"ggml IQ4_NL": "IQ4_NL", "ggml Q4_0": "Q4_0"}  # side -> ggml's type
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DENSE = "dense bf16"
 Spread = tuple[float, float, float]  # the 20th percentile, the median, the 80th percentile
 LEAST_ROUNDS, MOST_ROUNDS = 5, 25
@@ -45,9 +49,17 @@ class Row:
     loss: dict[str, float] = field(default_factory=dict)  # held out, in nats a token, after training
     others: float | None = None  # cores that other processes kept busy meanwhile
     predicted_ms: float | None = None  # ours, by `gpu.predictions`
+    dtype: str = "bf16"  # of x, of DTYPES
+    isa: str = ""  # that was forced on every side; "" for the machine's best
+
+    @property
+    def is_usual(self) -> bool:
+        """In bf16, with nothing forced."""
+        return self.dtype == "bf16" and not self.isa
 
     def __str__(self) -> str:
-        what = f"{self.op:16} {self.shape:12} {self.M or '':>4} {self.threads:>2}t {self.cache:3}"
+        forced = f" {self.isa or 'best'} {self.dtype}" if self.isa or self.dtype != "bf16" else ""
+        what = f"{self.op:16} {self.shape:12} {self.M or '':>4} {self.threads:>2}t {self.cache:3}{forced}"
         share = f"{self.share[1]:5.0%} of floor" if self.share else ""
         ratios = " |".join(f" {r[1]:6.2f}x {side} ({r[0]:.2f}-{r[2]:.2f})" for side, r in self.ratios.items())
         text = f"{what} | {self.ms[OURS]:8.3f} ms {share:14} |{ratios}"
@@ -70,6 +82,8 @@ class Plan:
     threads: tuple[int, ...] = ()
     caches: tuple[str, ...] = ("out",)
     seconds: float = 2.0  # a row, all sides together, as long as LEAST_ROUNDS are not longer
+    dtype: str = "bf16"  # of DTYPES
+    once_after: float = math.inf  # seconds of a peer's call, see `alternate`
 
     def settings(self) -> Iterator[tuple[int, str]]:
         """Every (threads, cache state), with torch at that number of threads."""
@@ -82,10 +96,15 @@ class Plan:
     def measure(self, op: str, shape: object, M: int | None, cache: str, sides: dict, floor_ms: float | None) -> Row:
         """The row of these sides, ours first."""
         others = watch_others()
-        samples = alternate(sides, self.seconds, warm=cache == "in")
+        samples = alternate(sides, self.seconds, warm=cache == "in", once_after=self.once_after)
         row = row_of(samples, op, shape, M, torch.get_num_threads(), cache, floor_ms)
-        row.others = others()
+        row.others, row.dtype = others(), self.dtype
         return row
+
+
+def dense_side(dtype: str) -> str:
+    """What the dense peer is called: DENSE for bf16."""
+    return f"dense {dtype}"
 
 
 def watch_others(own: Callable[[], float] = time.process_time) -> Callable[[], float | None]:
@@ -115,7 +134,8 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def ratios(others: Sequence[float], ours: Sequence[float]) -> Spread:
-    """Round by round, so that what slows a whole round down cancels."""
+    """Round by round, so that what slows a whole round down cancels; one time beside all of ours."""
+    others = others if len(others) > 1 else [*others] * len(ours)
     return spread([other / own for other, own in zip(others, ours)])
 
 
@@ -148,14 +168,16 @@ def alternate(
     warm: bool = False,
     most: int = MOST_ROUNDS,
     clock: Callable[[], float] = time.perf_counter,
+    once_after: float = math.inf,
 ) -> dict[str, list[float]]:
     """Milliseconds a call of each side in each round.
 
     A round times every side once, for at least 5 ms, and starts with another side than the round before. There are as
     many rounds as fit `seconds` for all sides together, but LEAST_ROUNDS to `most`. With `warm`, an untimed call
-    brings back what the other sides drove out of the caches, where calls are so short that this shows.
+    brings back what the other sides drove out of the caches, where calls are so short that this shows. A peer that
+    takes more than `once_after` seconds is timed once.
     """
-    calls, warming = {}, {}
+    calls, warming, once = {}, {}, {}
     for name, run in sides.items():
         start = clock()
         run()
@@ -164,6 +186,9 @@ def alternate(
             start = clock()
             run()
             took = clock() - start
+        if calls and took > once_after:
+            once[name] = [took * 1e3]
+            continue
         calls[name], warming[name] = max(1, round(0.005 / max(took, 1e-6))), warm and took < 0.02
 
     def sample(name: str) -> float:
@@ -175,7 +200,7 @@ def alternate(
             run()
         return (clock() - start) / calls[name] * 1e3
 
-    return take_turns({name: partial(sample, name) for name in sides}, seconds, most, clock)
+    return take_turns({name: partial(sample, name) for name in calls}, seconds, most, clock) | once
 
 
 def take_turns(

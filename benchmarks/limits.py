@@ -23,7 +23,13 @@ def floor_ms(nbytes: float, gb_s: float, flops: float = 0.0, gflop_s: float = 1.
 
 
 class Limits:
-    """Rates with torch's present number of threads, measured where they are first asked for and then kept."""
+    """Rates with torch's present number of threads, measured where they are first asked for and then kept.
+
+    Products are counted at the rate of dense ones in `dtype`: fp32 where the processor is to have no bf16 products.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.dtype = dtype
 
     def read_gb_s(self, nbytes: int) -> float:
         """The largest element of a buffer, over and over: from the cache that holds `nbytes`, or from memory."""
@@ -33,23 +39,24 @@ class Limits:
         """Bytes read and written a second by `copy_` of half of `nbytes` into the other half."""
         return _copy_gb_s(torch.get_num_threads(), nbytes)
 
-    def bf16_gflop_s(self) -> float:
-        """A dense bf16 product, M = 512 and N = K = 4096."""
-        return _bf16_gflop_s(torch.get_num_threads())
+    def product_gflop_s(self) -> float:
+        """A dense product, M = 512 and N = K = 4096."""
+        return _product_gflop_s(torch.get_num_threads(), self.dtype)
 
     def product_ms(self, weight_bytes: int, flops: float, cache: str, passes: int = 1) -> float:
         """Floor of `passes` reads of the weight and `flops` operations."""
         read = self.read_gb_s(weight_bytes if cache == "in" else cache_bytes())
-        return floor_ms(passes * weight_bytes, read, flops, self.bf16_gflop_s())
+        return floor_ms(passes * weight_bytes, read, flops, self.product_gflop_s())
 
     def move_ms(self, nbytes: int, cache: str) -> float:
         """Floor of reading and writing `nbytes` together."""
         return floor_ms(nbytes, self.copy_gb_s(nbytes if cache == "in" else 2 * cache_bytes()))
 
     def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
         return (
             f"limits with {torch.get_num_threads()} threads: reading {self.read_gb_s(cache_bytes()):.1f} GB/s, copying "
-            f"{self.copy_gb_s(2 * cache_bytes()):.1f} GB/s, dense bf16 {self.bf16_gflop_s():.0f} GFLOP/s"
+            f"{self.copy_gb_s(2 * cache_bytes()):.1f} GB/s, dense {dtype} {self.product_gflop_s():.0f} GFLOP/s"
         )
 
 
@@ -76,6 +83,6 @@ def _copy_gb_s(threads: int, nbytes: int) -> float:
 
 
 @functools.cache
-def _bf16_gflop_s(threads: int) -> float:
-    x, w = torch.randn(512, 4096).bfloat16(), torch.randn(4096, 4096).bfloat16()
+def _product_gflop_s(threads: int, dtype: torch.dtype) -> float:
+    x, w = torch.randn(512, 4096).to(dtype), torch.randn(4096, 4096).to(dtype)
     return 2 * 512 * 4096**2 / _undisturbed_ms(lambda: torch.nn.functional.linear(x, w)) / 1e6

@@ -1,6 +1,7 @@
 """One dense weight as everybody's layer: ours, bitsandbytes' and PEFT's on their best paths, and nn.Linear."""
 
 import copy
+import functools
 import logging
 from collections.abc import Callable
 
@@ -9,20 +10,25 @@ from torch import nn
 
 import nf4kernels as nf4
 
+from . import forced, peer_ggml, peer_int4
+
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about an optional package at every import
 import bitsandbytes as bnb  # noqa: E402
 
-from .harness import BNB, BNB_DQ, DENSE, OURS, rotate  # noqa: E402
+from .harness import BNB, BNB_DQ, DTYPES, GGML, INT4, OURS, dense_side, rotate  # noqa: E402
 from .limits import cache_bytes  # noqa: E402
+
+if forced.in_force():  # bitsandbytes asks the processor, which has what is not to be used
+    bnb.nn.modules.has_avx512bf16 = lambda: False
 
 RANK, ALPHA = 16, 32
 
 
 def bitsandbytes_linear(dense: nn.Linear, double_quant: bool) -> nn.Module:
-    """bitsandbytes' layer with bf16 products; its weight is quantized here, by the move to the CPU."""
+    """bitsandbytes' layer, computing in the dtype of `dense`; its weight is quantized here, by the move to the CPU."""
     N, K = dense.weight.shape
     layer = bnb.nn.LinearNF4(
-        K, N, bias=dense.bias is not None, compute_dtype=torch.bfloat16, compress_statistics=double_quant
+        K, N, bias=dense.bias is not None, compute_dtype=dense.weight.dtype, compress_statistics=double_quant
     )
     layer.weight = bnb.nn.Params4bit(
         dense.weight.detach().clone(),
@@ -55,25 +61,42 @@ def randomize_second_factor(model: nn.Module) -> None:
             nn.init.normal_(parameter, std=0.02)
 
 
+def evaluated_peers(weight: torch.Tensor) -> dict[str, nn.Module]:
+    """The layers of those that have no backward, as far as they take the shape and are installed."""
+    (N, K), found = weight.shape, {}
+    if K % peer_int4.GROUP == 0:
+        found[INT4] = peer_int4.Int4Linear(weight)
+    ggml = None if forced.in_force() else peer_ggml.load()
+    if ggml and N % peer_ggml.ROWS == 0 and K % peer_ggml.BLOCK == 0:
+        found |= {side: peer_ggml.GgmlLinear.from_weight(ggml, kind, weight) for side, kind in GGML.items()}
+    return found
+
+
 class Layers:
     """The sides' layers of one random weight; what `rotating` returns is made of copies."""
 
-    def __init__(self, N: int, K: int) -> None:
-        self.shape = (N, K)
-        dense = nn.Linear(K, N, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    def __init__(self, N: int, K: int, dtype: str = "bf16") -> None:
+        self.shape, self.dtype, self.dense_side = (N, K), DTYPES[dtype], dense_side(dtype)
+        dense = nn.Linear(K, N, bias=False, dtype=self.dtype).requires_grad_(False)
         dense.weight.normal_(std=0.02)
         self.sides = {
             OURS: nf4.QuantLinear.from_linear(dense),
             BNB: bitsandbytes_linear(dense, double_quant=False),
             BNB_DQ: bitsandbytes_linear(dense, double_quant=True),
-            DENSE: dense,
+            self.dense_side: dense,
         }
+        if forced.in_force():  # a backward takes seconds there, and this one decodes its scales as well
+            del self.sides[BNB_DQ]
         self.qweight = self.sides[OURS].qweight
         self.nbytes = self.sides[OURS].weight.nbytes + self.sides[OURS].absmax.nbytes
 
+    @functools.cached_property
+    def evaluated(self) -> dict[str, nn.Module]:
+        return evaluated_peers(self.dense_weight)
+
     @property
     def dense_weight(self) -> torch.Tensor:
-        return self.sides[DENSE].weight
+        return self.sides[self.dense_side].weight
 
     def copies(self, cache: str, nbytes: int) -> int:
         """How many weights of `nbytes` no cache holds together; one where it is to stay in the cache."""
@@ -85,16 +108,17 @@ class Layers:
         bitsandbytes repacks its weight in place at the first evaluation forward; that is done here, before any timing.
         """
         replicas = {}
-        for side, layer in self.sides.items():
+        sides = self.sides if training else self.sides | self.evaluated
+        for side, layer in sides.items():
             first = _with_lora(side, layer) if lora else copy.deepcopy(layer)
             first.train(training)
-            nbytes = self.dense_weight.nbytes if side == DENSE else self.nbytes
+            nbytes = self.dense_weight.nbytes if side == self.dense_side else self.nbytes
             count = max(self.copies(cache, nbytes) for cache in caches)
             replicas[side] = [first, *(copy.deepcopy(first) for _ in range(count - 1))]
             if not training:
                 with torch.no_grad():
                     for replica in replicas[side]:
-                        replica(torch.randn(1, self.shape[1], dtype=torch.bfloat16))
+                        replica(torch.randn(1, self.shape[1], dtype=self.dtype))
         return replicas
 
 

@@ -29,7 +29,8 @@ MODELS = {
 }
 GPU_SHAPES = ((4096, 4096), (11008, 4096), (8192, 28672), (28672, 8192))  # Llama 7B's q and gate, 70B's down and gate
 EXPERTS = {"OLMoE-1B-7B": ExpertsShape(64, 8, 2048, 2048), "Qwen3-30B-A3B": ExpertsShape(128, 8, 1536, 2048)}
-FOCUS = ((4096, 4096), (11008, 4096))  # measured at every M, thread count and cache state
+LONG = ((4096, 11008), (4096, 14336), (8192, 28672))  # Llama's downs, 7B, 8B and 70B: rows whose x fills an L1
+FOCUS = ((4096, 4096), (11008, 4096))  # measured at every M and thread count, the first in a cache as well
 
 
 def layer_names() -> dict[tuple[int, int], str]:

@@ -29,10 +29,7 @@ _grouped_lora_grad: Callable[..., Tensor] = _ops.grouped_lora_grad.default
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _transforms_are_active = torch._C._are_functorch_transforms_active
 Gradients = tuple[Tensor | None, ...]  # one for each argument of forward
-# Up to which LoRA's inner product on a CPU is the op of one expert, where calling oneDNN takes longer than the product:
-# bf16, M = 1, r = 16, K = 576: 19 us and 4; M = 4, r = 64, K = 4096: 90 and 16, or 76 and 37 by the AVX2 kernel, which
-# from 8 rows or 4e5 elements on falls behind (two Zen 4 cores). In fp32 0.9 to 1.8 times oneDNN's speed.
-FEW_ROWS, SMALL_FACTOR = 4, 1 << 18
+FEW_ROWS = 4  # whose expert_offsets are kept, as making them takes as long as a decoded token's product
 _ENDS = [torch.tensor([rows], dtype=torch.int32, device="cpu") for rows in range(FEW_ROWS + 1)]
 
 

@@ -12,7 +12,7 @@ from ..harness import BNB, BNB_DQ, OURS, Plan, Row, rotate
 from ..limits import Limits
 from ..peers import Layers, bnb
 
-COPY = "copy_ of bf16"
+COPY, CLONE = "copy_ of bf16", "clone of bf16"
 
 
 def bitsandbytes_dequantize(layer: torch.nn.Module, copies: int) -> Callable[[], torch.Tensor]:
@@ -41,4 +41,5 @@ def rows(layers: Layers, limits: Limits, plan: Plan) -> Iterator[Row]:
         into = {OURS: lambda ours=ours, outs=outs: nf4.dequantize(ours(), out=outs())}
         yield plan.measure("dequantize out=", layers.shape, None, cache, into | peers | copied, floor)
         fresh = {OURS: lambda ours=ours: nf4.dequantize(ours())}
-        yield plan.measure("dequantize fresh", layers.shape, None, cache, fresh | peers, floor)
+        cloned = {CLONE: lambda sources=sources: sources().clone()}
+        yield plan.measure("dequantize fresh", layers.shape, None, cache, fresh | peers | cloned, floor)

@@ -3,11 +3,12 @@
 import io
 from pathlib import Path
 
-from ..harness import BNB, BNB_DQ, DENSE, OURS, Row
+from ..harness import BNB, BNB_DQ, DENSE, INT4, OURS, Row
 from ..shapes import FOCUS
 
-COLORS = {OURS: "#0072b2", BNB: "#d55e00", BNB_DQ: "#cc79a7", DENSE: "#555555"}  # told apart by the colour-blind too
-MARKERS = {OURS: "o", BNB: "s", BNB_DQ: "^"}
+# told apart by the colour-blind too
+COLORS = {OURS: "#0072b2", BNB: "#d55e00", BNB_DQ: "#cc79a7", INT4: "#009e73", DENSE: "#555555"}
+MARKERS = {OURS: "o", BNB: "s", BNB_DQ: "^", INT4: "D"}
 SHAPES = tuple(f"{N}x{K}" for N, K in FOCUS)
 
 
@@ -15,6 +16,7 @@ def draw(rows: list[Row], about: dict[str, str], csv_path: Path) -> list[Path]:
     """The pictures of a CPU's run beside its CSV."""
     threads = max(row.threads for row in rows)
     chosen = [row for row in rows if row.threads == threads and row.cache == "out" and row.shape in SHAPES]
+    chosen = [row for row in chosen if row.is_usual]
     return draw_rows(chosen, f"{about['machine']}; {threads} threads", csv_path)
 
 
@@ -62,7 +64,7 @@ def _speed(rows: list[Row], where: str):
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [str(M) for M in ticks])
     handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
     return figure
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from nf4kernels.model.report import table
 
-from ..harness import BNB, BNB_DQ, DENSE, OURS, ROOT, Row
-from .goals import GOALS, MODEL_STEP, SHAPE, Goal, goal_rows
+from ..harness import BNB, BNB_DQ, GGML, INT4, OURS, ROOT, Row
+from .goals import GOALS, MODEL_STEP, SHAPE, Goal, broken, goal_rows, rule
 
+IQ4_NL = next(iter(GGML))
 RESULTS = ROOT / "benchmarks" / "results"
 README, SPEED = ROOT / "README.md", ROOT / "docs" / "speed.md"
 WIDTH = 120  # of a line of Markdown
@@ -26,10 +27,12 @@ OP_ORDER = (
     "decode",
 )
 FIGURES = (
-    "op", "shape", "M", "threads", "cache", "side", "ms", "ours_is_faster_by", "p20", "p80",
+    "op", "shape", "M", "threads", "cache", "dtype", "isa", "side", "ms", "ours_is_faster_by", "p20", "p80",
     "floor_ms", "share_of_floor", "share_p20", "share_p80", "tokens", "tokens_per_s", "peak_mib", "loss", "other_cores",
     "predicted_ms",
 )  # fmt: skip
+# What a row is told apart by, and what an older file without it means.
+KEY = dict.fromkeys(FIGURES[:5], "") | {"dtype": "bf16", "isa": ""}
 
 
 def csv_path(about: dict[str, str], folder: Path = RESULTS) -> Path:
@@ -45,6 +48,7 @@ def write_csv(path: Path, rows: Iterable[Row], about: dict[str, str]) -> None:
         for row in rows:
             for side, ms in row.ms.items():
                 line = {"op": row.op, "shape": row.shape, "M": row.M, "threads": row.threads, "cache": row.cache}
+                line |= {"dtype": row.dtype, "isa": row.isa}
                 line |= {"side": side, "ms": f"{ms:.5g}"}
                 if side in row.ratios:
                     line |= zip(("p20", "ours_is_faster_by", "p80"), (f"{r:.4g}" for r in row.ratios[side]))
@@ -70,10 +74,11 @@ def read_csv(path: Path) -> tuple[list[Row], dict[str, str]]:
     about: dict[str, str] = {}
     with path.open(encoding="utf-8", newline="") as file:
         for line in csv.DictReader(file):
-            key = tuple(line[name] for name in FIGURES[:5])
+            key = tuple(line.get(name) or default for name, default in KEY.items())
             about = {name: value for name, value in line.items() if name not in FIGURES}
-            op, shape, M, threads, cache = key
-            row = rows.setdefault(key, Row(op, shape, int(M) if M else None, int(threads), cache, {}))
+            op, shape, M, threads, cache, dtype, isa = key
+            new = Row(op, shape, int(M) if M else None, int(threads), cache, {}, dtype=dtype, isa=isa)
+            row = rows.setdefault(key, new)
             side = line["side"]
             row.ms[side] = float(line["ms"])
             if line["ours_is_faster_by"]:
@@ -112,20 +117,50 @@ def goal_table(rows: list[Row], goals: tuple[Goal, ...] = GOALS) -> str:
     return table([GOAL_HEADER, *goal_rows(rows, goals)], left=(0, 1, 4))
 
 
-def op_table(rows: list[Row]) -> str:
+def op_table(rows: list[Row], cache: str) -> str:
     """The rows of SHAPE with all threads: the time, the share of the floor, and how much faster ours is than each."""
-    chosen = [row for row in rows if row.shape == SHAPE and row.threads == _threads(rows)]
-    chosen.sort(key=lambda row: (OP_ORDER.index(row.op), row.M or 0, row.cache != "out"))
-    header = ("op", "M", "cached", "ms", "of floor", BNB, "double-quantized", f"{DENSE} or copy_")
-    return markdown(header, map(_op_cells, chosen))
+    chosen = [row for row in rows if row.shape == SHAPE and row.threads == _threads(rows) and row.cache == cache]
+    chosen = [row for row in chosen if row.is_usual]
+    chosen.sort(key=lambda row: (OP_ORDER.index(row.op), row.M or 0))
+    header = ("op", "M", "ms", "floor", BNB, INT4, IQ4_NL, "dense or a copy")
+    return markdown(header, ((row.op, str(row.M or ""), *_figures(row, (INT4, IQ4_NL))) for row in chosen))
 
 
-def _op_cells(row: Row) -> tuple[str, ...]:
-    dense = next((side for side in row.ratios if side not in (BNB, BNB_DQ)), "")
-    return (
-        row.op, str(row.M or ""), {"in": "yes", "out": "no"}.get(row.cache, ""), f"{row.ms[OURS]:.3g}",
-        f"{row.share[1]:.0%}" if row.share else "", *(_ratio(row, side) for side in (BNB, BNB_DQ, dense)),
-    )  # fmt: skip
+def forced_table(rows: list[Row], isa: str) -> str:
+    """The same of the rows in which that instruction set was forced on every side, all dtypes and shapes."""
+    chosen = sorted((row for row in rows if row.isa == isa), key=lambda row: (OP_ORDER.index(row.op), row.shape))
+    header = ("op", "weight", "M", "x", "ms", "floor", BNB, INT4, "dense")
+    return markdown(
+        header, ((row.op, row.shape, str(row.M or ""), row.dtype, *_figures(row, (INT4,))) for row in chosen)
+    )
+
+
+def _figures(row: Row, beside: tuple[str, ...]) -> tuple[str, ...]:
+    """Time, share of the floor, and the ratios: bitsandbytes' faster layer, those beside it, dense or what is last."""
+    theirs = min(
+        (side for side in (BNB, BNB_DQ) if side in row.ratios), key=lambda side: row.ratios[side][1], default=""
+    )
+    dense = next((side for side in row.ratios if side not in (BNB, BNB_DQ, INT4, *GGML)), "")
+    share = f"{row.share[1]:.0%}" if row.share else ""
+    return f"{row.ms[OURS]:.3g}", share, *(_ratio(row, side) for side in (theirs, *beside, dense))
+
+
+def rule_lists(rows: list[Row]) -> list[str]:
+    """Every row in which a peer was faster, by name: first those where it was so in four of five rounds."""
+    lines: dict[bool, list[str]] = {True: [], False: []}
+    for row, faster in broken(rows):
+        beyond = any(p80 < 1 for _, _, p80 in faster.values())
+        peers = "; ".join(f"{_ratio(row, side)} of {side}" for side in faster)
+        lines[beyond].append(_wrapped_item(f"{_name(row)}: {peers}"))
+    titles = {True: "Slower in four of five rounds:", False: "Slower by the median, within the spread of the rounds:"}
+    return [part for beyond, items in lines.items() if items for part in (titles[beyond], "\n".join(items))]
+
+
+def _name(row: Row) -> str:
+    threads = f"{row.threads} thread{'s' if row.threads > 1 else ''}"
+    parts = [f"{row.op} {row.shape}", f"M={row.M}" if row.M else "", threads, row.isa]
+    parts += [{"in": "cached", "out": "not cached"}.get(row.cache, ""), row.dtype if row.dtype != "bf16" else ""]
+    return ", ".join(part for part in parts if part)
 
 
 def _ratio(row: Row, side: str) -> str:
@@ -151,19 +186,24 @@ def model_table(rows: list[Row]) -> str:
 def readme_section(rows: list[Row], about: dict[str, str], path: Path, folder: Path) -> list[str]:
     """The paragraphs of the README about results/<path>: the goals, the lost ones included, and a picture."""
     goals = markdown(GOAL_HEADER, goal_rows(rows))
-    return [_provenance(rows, about), goals, *_pictures(path, folder, ("speed",))]
+    return [_provenance(rows, about), goals, f"{rule(rows)}.", *_pictures(path, folder, ("speed",))]
 
 
 def speed_section(rows: list[Row], about: dict[str, str], path: Path, folder: Path) -> list[str]:
     """Those of docs/speed.md: the goals, the rows of SHAPE, the models and the pictures."""
-    every = f"""Every {SHAPE} row of that run with {_threads(rows)} threads; all others are in the CSV. The last three
-        columns say how many times faster ours is than bitsandbytes' fastest layer, than its double-quantized one, and
-        than dense bf16 (`copy_` beside dequantize), each as the median of the rounds' ratios with their 20th and 80th
-        percentile:"""
-    parts = [_provenance(rows, about), markdown(GOAL_HEADER, goal_rows(rows)), _wrapped(every), op_table(rows)]
+    every = f"""Every {SHAPE} row of that run with {_threads(rows)} threads; all others are in the CSV. `floor` is the
+        share of the floor. The last columns say how many times faster ours is than bitsandbytes' layer (the faster of
+        its two in that row), torch's INT4, ggml's IQ4_NL and dense bf16 (a copy of it beside dequantize), each as the
+        median of the rounds' ratios with their 20th and 80th percentile. Not cached:"""
+    parts = [_provenance(rows, about), markdown(GOAL_HEADER, goal_rows(rows)), _wrapped(every), op_table(rows, "out")]
+    parts += ["The same weight over and over, cached:", op_table(rows, "in")]
+    for isa in dict.fromkeys(row.isa for row in rows if row.isa):
+        forced = f"With `{isa}` forced on ours, torch, oneDNN and MKL, not cached; the floor is at dense fp32's rate:"
+        parts += [_wrapped(forced), forced_table(rows, isa)]
     if any(row.tokens for row in rows):
         parts += ["A whole model; the memory is that of the process at its peak:", model_table(rows)]
-    return parts + _pictures(path, folder, ("speed", "floor"))
+    parts.append(f"**The rule: {rule(rows)}.**")
+    return parts + rule_lists(rows) + _pictures(path, folder, ("speed", "floor"))
 
 
 def _threads(rows: list[Row]) -> int:
@@ -171,10 +211,16 @@ def _threads(rows: list[Row]) -> int:
 
 
 def _provenance(rows: list[Row], about: dict[str, str]) -> str:
+    ggml = f"ggml {about['ggml']}, " if about.get("ggml") else ""
     return _wrapped(
         f"On {about['machine']}, {_threads(rows)} threads, {about['kernels']} kernels, torch {about['torch']}, "
-        f"bitsandbytes {about['bitsandbytes']}, commit {about['commit']}, {about['date']}, by `{about['command']}`:"
+        f"bitsandbytes {about['bitsandbytes']}, {ggml}commit {about['commit']}, {about['date']}, by "
+        f"`{about['command']}`:"
     )
+
+
+def _wrapped_item(text: str) -> str:
+    return textwrap.fill(f"- {text}", WIDTH, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
 
 
 def _wrapped(text: str) -> str:

@@ -21,7 +21,8 @@ inline Op cpu_op(const char* name) { return {name, {aoti_torch_device_type_cpu()
 
 // An output as large as a weight, all of which the op writes. Most of dequantize's time is the page faults of fresh
 // memory: 33 MB take 17.5 ms in pages of 4 kB, 4.0 in huge ones (one core of a Zen 4 EPYC, a virtual machine). Where
-// malloc gives its heap, the advice outlives the tensor: what comes to lie there is resident in steps of 2 MB.
+// malloc gives its heap, the advice outlives the tensor: what comes to lie there is resident in steps of 2 MB. A virtual
+// machine that reports free huge pages to its host pays up to 2 ms for each that it touches again (docs/speed.md).
 // `packed` does not take this way, for it stays: a virtual machine may have to get its first huge pages from the host.
 inline Tensor new_large(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
   Tensor out = new_empty(like, shape, type);
