@@ -22,10 +22,30 @@ struct InnerBf16 {
   }
 };
 
+// Columns d and d+1 of each rank meet in one lane.
+struct PackedBf16 {
+  using Element = BFloat16;
+  static constexpr int kStep = 2;
+  static Isa::F multiply_add(const Element* p, Isa::F pairs, Isa::F acc) {
+    uint32_t pair;
+    std::memcpy(&pair, p, sizeof pair);
+    const bfloat16x8_t all = vreinterpretq_bf16_u32(vdupq_n_u32(pair));
+    return {vbfdotq_f32(acc.low, vreinterpretq_bf16_f32(pairs.low), all),
+            vbfdotq_f32(acc.high, vreinterpretq_bf16_f32(pairs.high), all)};
+  }
+  template <class T>
+  static void pack_row(const T* row, const T* next, int ranks, Element* packed) {
+    for (int j = 0; j < kTileR; ++j) {
+      packed[2 * j] = j < ranks ? from_float<Element>(to_float(row[j])) : Element{0};
+      packed[2 * j + 1] = j < ranks && next != nullptr ? from_float<Element>(to_float(next[j])) : Element{0};
+    }
+  }
+};
+
 }  // namespace
 
 void lora_inner_neon_bf16(const LoraInnerArgs& args, int64_t m_begin, int64_t m_end) {
-  lora_inner_rows<InnerBf16>(args, m_begin, m_end);
+  lora_inner_rows<InnerBf16, PackedBf16>(args, m_begin, m_end);
 }
 
 }  // namespace nf4::cpu

@@ -112,6 +112,8 @@ struct Runtime {
     const int64_t part = cpu::at_least_1((end - begin) / 3);
     for (int64_t first = begin; first < end; first += part) body(first, end - first < part ? end : first + part);
   }
+  static int64_t threads() { return 3; }
+  static void gemm(const cpu::SliceGemm&) { std::abort(); }  // torch's, which no product chooses here
   void* allocate(int64_t bytes) {
     panel.clear();
     return panel.emplace_back((bytes + 63) / 64 * 64).data();
@@ -273,7 +275,8 @@ void grouped_lora_inner(Call& call) {
   args.factor = factor.data();
   args.rank = factor.sizes[transposed ? 2 : 1];
   args.out = call.add(x.element, {args.M, args.rank});
-  cpu::multiply_lora_inner(parallel_for, args, call.data<int32_t>(1), call.tensor(1).count(), transposed);
+  args.transposed = transposed;
+  cpu::multiply_lora_inner(parallel_for, args, call.data<int32_t>(1), call.tensor(1).count());
 }
 
 // combine: rows, positions, weights, dtype; dgrad: dout, positions, weights, dtype; wgrad: dout, rows, positions, dtype.
