@@ -37,11 +37,9 @@ struct Problem {
 
 struct Choice {
   Products products;
-  bool is_gemv;  // linear row by row of W, straight from the packed bytes; else a blocked product
   const char* reason;
 };
 
-constexpr int kGemvMaxM = 4;
 // Above, scaling dY anew for each run of k costs more than decoding W once. 128 was measured on a Zen 4 EPYC; for the
 // shorter runs it is less by what they cost more: 4 and 10 % of the products at M = 64 (2048x2048, one Xeon core).
 constexpr int dgrad_codes_max_m(int run) { return run == 64 ? 128 : run == 32 ? 96 : 64; }
@@ -54,16 +52,14 @@ constexpr int64_t kAmxMinM = 64, kAmxMinProducts = 1 << 24;
 
 static inline Choice choose(const Problem& p) {
   const int32_t wanted = p.dtype == Dtype::kBFloat16 ? kAmxBf16 : p.dtype == Dtype::kFloat16 ? kAmxFp16 : 0;
-  if (wanted != 0 && p.forced == Forced::kDequantizeGemm) return {Products::kDequantizeGemm, false, "forced"};
+  if (wanted != 0 && p.forced == Forced::kDequantizeGemm) return {Products::kDequantizeGemm, "forced"};
   if ((p.amx & wanted) != 0 && p.forced == Forced::kNothing && p.M >= kAmxMinM && p.M * p.weights >= kAmxMinProducts)
-    return {Products::kDequantizeGemm, false, "torch's GEMM has AMX: predicted to be faster from M = 64 on"};
-  const bool is_gemv = !p.is_dgrad && p.M <= kGemvMaxM;
-  if (p.dtype != Dtype::kBFloat16) return {Products::kFp32, is_gemv, "fp32 and fp16 activations: fp32 products"};
-  if (p.code_run == 0) return {Products::kBf16, is_gemv, "rows of W are not whole runs of 64 codes: W is scaled"};
+    return {Products::kDequantizeGemm, "torch's GEMM has AMX: predicted to be faster from M = 64 on"};
+  if (p.dtype != Dtype::kBFloat16) return {Products::kFp32, "fp32 and fp16 activations: fp32 products"};
+  if (p.code_run == 0) return {Products::kBf16, "rows of W are not whole runs of 64 codes: W is scaled"};
   if (p.is_dgrad && p.M > dgrad_codes_max_m(p.code_run))
-    return {Products::kBf16, is_gemv,
-            "dgrad of M > 128, 96 or 64 at 64, 32 or 16 weights a scale: W is scaled, not dY"};
-  return {Products::kBf16Codes, is_gemv, "16 to 64 weights share a scale: products of codes, scaled later"};
+    return {Products::kBf16, "dgrad of M > 128, 96 or 64 at 64, 32 or 16 weights a scale: W is scaled, not dY"};
+  return {Products::kBf16Codes, "16 to 64 weights share a scale: products of codes, where the CPU has such"};
 }
 // Of lora_inner and lora_grad.
 static inline Products choose_lora(Dtype inputs) {

@@ -138,7 +138,9 @@ struct GemmKernel {
   GemmFn run;
 };
 
-// linear at M <= max_m.
+constexpr int kGemvMaxM = 4;  // of those whose registers hold a sum for each row of x
+
+// linear at M <= max_m, row by row of W, straight from the packed bytes.
 struct GemvKernel {
   int max_m;
   int64_t (*row_bytes)(int64_t K);  // of a row of x in the panel

@@ -101,12 +101,11 @@ NF4_EXPORT const char* nf4kernels_cpu_ran() {
 // Slices of so many bytes from now on, 0: by the number of threads; returns what was forced before.
 NF4_EXPORT int64_t nf4kernels_cpu_slices(int64_t bytes) { return nf4::cpu::wanted_slice_bytes.exchange(bytes); }
 
-// What choose.h says of a product: the name of its Products, whether a gemv runs, and why.
+// What choose.h says of a product: the name of its Products, and why.
 NF4_EXPORT const char* nf4kernels_cpu_choose(bool is_dgrad, int32_t dtype, int64_t M, int32_t code_run, int64_t weights,
-                                             int32_t amx, int32_t forced, bool* is_gemv, const char** reason) {
+                                             int32_t amx, int32_t forced, const char** reason) {
   const nf4::cpu::Choice choice =
       nf4::cpu::choose({is_dgrad, nf4::Dtype(dtype), M, code_run, weights, amx, nf4::cpu::Forced(forced)});
-  *is_gemv = choice.is_gemv;
   *reason = choice.reason;
   return nf4::cpu::kProductsNames[int(choice.products)];
 }

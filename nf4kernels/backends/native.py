@@ -29,10 +29,10 @@ CHOOSE_ARGUMENTS: list = [
     *[ctypes.c_bool] * 2,
     *[ctypes.c_int] * 2,
 ]
-# is_dgrad, dtype, M, code_run, weights, amx, forced, is_gemv, reason
+# is_dgrad, dtype, M, code_run, weights, amx, forced, reason
 CPU_CHOOSE_ARGUMENTS: list = [
     ctypes.c_bool, ctypes.c_int32, ctypes.c_int64, ctypes.c_int32, ctypes.c_int64, *[ctypes.c_int32] * 2,
-    ctypes.POINTER(ctypes.c_bool), ctypes.POINTER(ctypes.c_char_p),
+    ctypes.POINTER(ctypes.c_char_p),
 ]  # fmt: skip
 
 
@@ -123,10 +123,10 @@ class CpuLibrary:
         why_fused = (
             f"{self.isa} is forced, which has no AMX" if not best else "few rows" if has_amx else self.why_no_amx
         )
-        is_gemv, why = ctypes.c_bool(), ctypes.c_char_p()
+        why = ctypes.c_char_p()
         found: list[tuple[int, str, str]] = []
         for rows in range(1, MOST_ROWS + 1):
-            name = self._library.nf4kernels_cpu_choose(False, dtype, rows, 64, *numbers, is_gemv, why)
+            name = self._library.nf4kernels_cpu_choose(False, dtype, rows, 64, *numbers, why)
             is_fused = name != b"dequantize_gemm"
             reason = "forced" if forced else why_fused if is_fused else (why.value or b"").decode()
             if found and found[-1][2] == reason:

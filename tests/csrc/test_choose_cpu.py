@@ -10,7 +10,7 @@ from nf4kernels.backends import native
 FP32, BF16, FP16 = range(3)
 NOTHING, FUSED, DEQUANTIZE_GEMM = range(3)
 AMX = {FP32: 0, BF16: native.AMX_BF16, FP16: native.AMX_FP16}
-GEMV_MOST_M, DGRAD_CODES_MOST_M = 4, {64: 128, 32: 96, 16: 64}
+DGRAD_CODES_MOST_M = {64: 128, 32: 96, 16: 64}
 AMX_LEAST_M, AMX_LEAST_PRODUCTS = 64, 2**24
 LARGE = 4096 * 4096
 ROWS = (1, 4, 5, 63, 64, 65, 96, 97, 128, 129, 512, 1 << 24)
@@ -22,18 +22,17 @@ def choose():
     function.restype, function.argtypes = ctypes.c_char_p, native.CPU_CHOOSE_ARGUMENTS
 
     def call(is_dgrad, dtype, M, code_run=64, weights=LARGE, amx=0, forced=NOTHING):
-        is_gemv, reason = ctypes.c_bool(), ctypes.c_char_p()
-        products = function(is_dgrad, dtype, M, code_run, weights, amx, forced, is_gemv, reason)
-        return products.decode(), is_gemv.value, reason.value.decode()
+        reason = ctypes.c_char_p()
+        products = function(is_dgrad, dtype, M, code_run, weights, amx, forced, reason)
+        return products.decode(), reason.value.decode()
 
     return call
 
 
 def test_every_product_has_kernels_and_a_reason(choose):
     for is_dgrad, dtype, M, run in itertools.product((False, True), (FP32, BF16, FP16), ROWS, (64, 32, 16, 0)):
-        products, is_gemv, reason = choose(is_dgrad, dtype, M, run)
+        products, reason = choose(is_dgrad, dtype, M, run)
         assert reason
-        assert is_gemv == (not is_dgrad and M <= GEMV_MOST_M)
         if dtype != BF16:
             assert products == "fp32"
         elif run == 0 or (is_dgrad and M not in range(DGRAD_CODES_MOST_M[run] + 1)):
@@ -47,24 +46,20 @@ def test_no_kernel_of_codes_runs_where_rows_are_not_whole_runs(choose):
         assert choose(is_dgrad, BF16, M, code_run=0)[0] == "bf16"
 
 
-def test_dgrad_has_no_gemv(choose):
-    assert not choose(True, BF16, 1)[1]
-
-
 def test_the_numbers_of_the_reasons_are_the_code_s(choose):
     most = "M > {}, {} or {} at {}, {} or {} weights".format(*DGRAD_CODES_MOST_M.values(), *DGRAD_CODES_MOST_M)
-    assert most in choose(True, BF16, 129)[2]
-    assert f"from M = {AMX_LEAST_M} on" in choose(False, BF16, 512, amx=AMX[BF16])[2]
+    assert most in choose(True, BF16, 129)[1]
+    assert f"from M = {AMX_LEAST_M} on" in choose(False, BF16, 512, amx=AMX[BF16])[1]
 
 
 def test_amx_takes_products_of_its_dtypes_from_64_rows_on(choose):
     for is_dgrad, dtype, M, run, amx in itertools.product((False, True), AMX, ROWS, (64, 16, 0), range(4)):
-        products, is_gemv, reason = choose(is_dgrad, dtype, M, run, amx=amx)
+        products, reason = choose(is_dgrad, dtype, M, run, amx=amx)
         assert reason
         if M >= AMX_LEAST_M and amx & AMX[dtype]:
-            assert (products, is_gemv) == ("dequantize_gemm", False)
+            assert products == "dequantize_gemm"
         else:
-            assert (products, is_gemv, reason) == choose(is_dgrad, dtype, M, run), "AMX changes nothing below"
+            assert (products, reason) == choose(is_dgrad, dtype, M, run), "AMX changes nothing below"
 
 
 def test_amx_leaves_weights_whose_products_take_less_time_than_its_calls(choose):
