@@ -74,7 +74,7 @@ def test_a_forced_way_runs_whatever_there_is_and_true_fp32_is_always_fused(choos
         fused = choose(is_dgrad, dtype, M)
         assert choose(is_dgrad, dtype, M, amx=amx, forced=FUSED) == fused
         forced = choose(is_dgrad, dtype, M, amx=amx, weights=1, forced=DEQUANTIZE_GEMM)
-        assert forced == (fused if dtype == FP32 else ("dequantize_gemm", False, "forced"))
+        assert forced == (fused if dtype == FP32 else ("dequantize_gemm", "forced"))
 
 
 @pytest.mark.parametrize(
