@@ -411,7 +411,7 @@ def _multiplies_as_one_expert(x: Tensor) -> bool:
     """Whether LoRA's inner product of a single weight runs on the experts' kernels, which no BLAS of a CPU is near.
 
     At M = 512 torch takes 1.5 to 2 times as long in fp32, and in bf16 1.6 times as long with the CPU's bf16
-    instructions, 3 (forward) to 36 times (backward) without (r = 16, D from 576 to 4096, two Zen 4 cores). One row in
+    instructions, 3 (forward) to 43 times (backward) without (r = 16, D from 576 to 4096, two Zen 4 cores). One row in
     fp32 is quicker by torch, by the 2 us that a call of the op costs more.
     """
     return x.is_cpu and (x.shape[0] != 1 or x.dtype != torch.float32)
@@ -420,7 +420,7 @@ def _multiplies_as_one_expert(x: Tensor) -> bool:
 def _lora_outer(Q: Tensor, A: Tensor) -> Tensor:
     """Q @ A, `[M, K]`; by our kernels where torch has no quick product of 16 bits, which takes 25 to 50 times as long.
 
-    Elsewhere torch is up to 2.2 times as quick: r terms of a sum leave a kernel little to do but write.
+    Elsewhere torch is up to 2.3 times as quick: r terms of a sum leave a kernel little to do but write.
     """
     if not Q.is_cpu or Q.dtype == torch.float32:
         return Q @ A

@@ -391,7 +391,7 @@ def _tell_of_slow_training(dtype: torch.dtype) -> None:
     if not select.cpu_multiplies_bf16():
         warnings.warn(
             f"nf4kernels: training in {str(dtype).removeprefix('torch.')} is slow on this CPU, which runs without bf16"
-            " instructions: torch's own products take up to 150 times as long in backward as in float32, and a step of"
+            " instructions: torch's own products take up to 200 times as long in backward as in float32, and a step of"
             " SmolLM2-135M 15 times. nf4kernels.prepare_for_training(model) makes the dense parts float32; leave"
             " autocast off as well, which is a Trainer's bf16=False",
             stacklevel=2,

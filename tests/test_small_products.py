@@ -58,7 +58,7 @@ def test_within_the_bound(isa, running, dtype):
 @every_isa
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
 def test_no_product_of_16_bits_is_torchs_without_bf16_instructions(isa, running, dropout_p):
-    """Forward and backward of a layer with an adapter; torch's takes up to 150 times as long there."""
+    """Forward and backward of a layer with an adapter; torch's takes up to 50 times as long there."""
     qweight = cases.quantized(96, 64)
     for dtype in (torch.bfloat16, torch.float16):
         x, A, B = (torch.randn(*shape).to(dtype).requires_grad_() for shape in ((12, 64), (8, 64), (96, 8)))
