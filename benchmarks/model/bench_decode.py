@@ -83,7 +83,7 @@ class Decoder:
         logits, cache = self.read(ids[:, :PROMPT])
         losses = []
         for position in range(PROMPT, ids.shape[1]):
-            token = ids[:, position : position + 1]
+            token = ids[0, position].view(1, 1)  # with the strides of argmax's, else the graph is compiled twice
             losses.append(nn.functional.cross_entropy(logits.float(), token[0]))
             logits, cache = self._next(self.step, token, cache)
         return torch.stack(losses).mean().item()

@@ -40,12 +40,13 @@ class Counts:
     config, vocabulary = None, 100
 
     def __init__(self) -> None:
-        self.lengths = []
+        self.lengths, self.strides = [], set()
 
     def forward(self, input_ids, use_cache, past_key_values):
         read = [] if past_key_values is None else past_key_values
         read = [*read, *input_ids[0].tolist()]
         self.lengths.append(input_ids.shape[1])
+        self.strides |= {input_ids.stride()} if input_ids.shape[1] == 1 else set()
         logits = 20.0 * torch.nn.functional.one_hot((input_ids + 1) % self.vocabulary, self.vocabulary)
         return SimpleNamespace(logits=logits, past_key_values=read)
 
@@ -63,6 +64,7 @@ def test_a_prompt_is_read_at_once_and_then_one_token_after_the_other():
     assert decoder.loss(ids) == pytest.approx(expected)
     ids[0, -1] = 0  # the last one is another than the model expects
     assert decoder.loss(ids) == pytest.approx(expected + 20 / NEW)
+    assert len(model.strides) == 1, "a compiled step is compiled for each of them"
 
 
 def test_losses_that_are_far_from_dense_are_refused():
