@@ -1,5 +1,5 @@
 // linear in bf16 without bf16 instructions, M <= 16, in whole numbers: y[m, n]
-//     = level_step * sum_b scale[n, b] * x_step[m, b] * (sum_{k in b} x16[m, k] * level16[n, k]) + bias[n]
+//     = sum_b scale[n, b] * step[m, b] * (sum_{k in b} x16[m, k] * level16[n, k]) + bias[n]
 //
 // Read first   rounded_code.h.
 // Work split   Columns [n_begin, n_end) of y, two rows of W at a time. The caller splits them over threads.
@@ -17,7 +17,7 @@
 // Bytes        Reads 0.52 B a weight (double-quantized).
 // Needs        a code_run of 64. A row of x with NaN or inf gives a row of NaN.
 //
-//   panel: x16 [K / 64][M][4][16], then x_step [K / 64][M]; the 64 k of a group in the order of the lookups, of 32 bytes
+//   panel: x16 [K / 64][M][4][16], then step [K / 64][M]; the 64 k of a group in the order of the lookups, of 32 bytes
 //   of codes whose high nibbles are even k
 //
 //     | k 0 2 .. 14, 32 34 .. 46 | k 16 18 .. 30, 48 .. 62 | k 1 3 .. 15, 33 .. 47 | k 17 .. 31, 49 .. 63 |
@@ -36,7 +36,7 @@ constexpr int kGemvIntTileN = 2;
 constexpr int64_t kGemvIntRunK = 512 * kGemvIntGroupK;  // k whose sums are added up in one accumulator
 constexpr float kGemvIntMax = 32767.f;
 constexpr float kLevelStep = 0x1p-12f;  // of Int13
-constexpr float kLeastMax = 0x1p-110f;  // so that kGemvIntMax over it is a number
+constexpr float kLeastMax = 0x1p-96f;   // so that its step is not subnormal
 
 static inline int64_t gemv_int_row_bytes(int64_t K) { return K * 2 + K / kGemvIntGroupK * 4; }
 
@@ -50,7 +50,7 @@ void gemv_int_pack(const void* x, Dtype dtype, int64_t M, int64_t K, void* panel
       for (int64_t m = 0; m < M; ++m, out += 4) {
         const auto* group = in + m * K + k;
         const float max = Isa::max_abs(group, kGemvIntGroupK), bounded = max < kLeastMax ? kLeastMax : max;
-        *steps++ = max <= 3.4028235e38f ? bounded / kGemvIntMax : float_of(0x7fc00000u);
+        *steps++ = max <= 3.4028235e38f ? bounded / kGemvIntMax * kLevelStep : float_of(0x7fc00000u);
         const Isa::F factor = Isa::set1(kGemvIntMax / bounded);
         Isa::I whole[2][4];  // even and odd k, 8 of each 16
         for (int q = 0; q < 4; ++q) {
@@ -85,7 +85,7 @@ static inline IntLevels load_int_levels(const RoundedCode<Int13>& code) {
   return {both(low), both(high)};
 }
 
-// sums[r][m] += x[m, :] . W[n + r, :] for rows m .. m + TILE_M of x, without level_step.
+// sums[r][m] += x[m, :] . W[n + r, :] for rows m .. m + TILE_M of x, but for the codebook's scale.
 template <int TILE_M, int TILE_N>
 void dot_int(const GemmArgs& args, const IntLevels& levels, int64_t n, int64_t m, float (*sums)[kGemvIntMaxM]) {
   const Weight& w = args.weight;
@@ -163,7 +163,7 @@ void linear_gemv_int(const GemmArgs& args, int64_t n_begin, int64_t n_end) {
     else
       dot_int_rows<kGemvIntTileN>(args, levels, n, sums);
     for (int r = 0; r < n_count; ++r, ++n) {
-      for (int64_t m = 0; m < args.M; ++m) sums[r][m] *= args.int_code.scale * kLevelStep;
+      for (int64_t m = 0; m < args.M; ++m) sums[r][m] *= args.int_code.scale;
       with_type(args.dtype, [&](auto t) { store_column<decltype(t)>(args, n, sums[r]); });
     }
   }

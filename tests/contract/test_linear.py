@@ -1,10 +1,12 @@
 """linear: y = x @ Ŵ.T + s * P @ B.T + bias. What it shares with its gradient is in product.py."""
 
+import math
+
 import pytest
 import torch
 from contract.product import ProductContract
 from support import cases, ways
-from support.cases import DTYPES, Layout, dtype_id
+from support.cases import DTYPES, HALVES, Layout, dtype_id
 from support.guarded import untouched
 from support.numerics import assert_product_within_bound, assert_same_bits
 
@@ -51,6 +53,27 @@ class TestLinear(ProductContract):
         x = torch.zeros(8, 256)
         x[:, :64] = cases.activations(8, 64, torch.float32) * 1e30
         self.assert_right(way, x.bfloat16(), qweight, "")
+
+    def test_outliers_among_small_x(self, way):
+        """Where x is cut into whole numbers by the largest of 64, the others keep what the bound asks for."""
+        qweight = cases.quantized(40, 256)
+        for dtype in HALVES:
+            for M in (1, 4, 16):
+                x = cases.activations(M, 256, torch.float32)
+                x[:, 5::64] *= 2.0**10
+                self.assert_right(way, x.to(dtype), qweight, f"{dtype} M={M}")
+                self.assert_right(way, (x * 2.0**-100).bfloat16(), qweight, f"small, M={M}")
+
+    def test_infinite_x_gives_no_finite_number(self, way):
+        qweight = cases.quantized(40, 256)
+        for dtype in DTYPES:
+            for M in (1, 3, 17):
+                x = cases.activations(M, 256, dtype)
+                expected = self.run(way, x, qweight)
+                x[0, 70] = math.inf
+                y = self.run(way, x, qweight)
+                assert not y[0].isfinite().any()
+                assert torch.equal(y[1:], expected[1:])
 
     def test_strided_bias(self, isa):
         """Of the public function."""
