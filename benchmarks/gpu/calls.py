@@ -115,7 +115,7 @@ def ops_of(namespace: str) -> Iterator[None]:
     ops, modules = getattr(torch.ops, namespace), (autograd, functional, grouped)
     names = [(module, f"_{op}", getattr(ops, op).default) for op in OPS for module in modules]
     replaced = [(module, name, op) for module, name, op in names if hasattr(module, name)]
-    replaced.append((autograd, "_runs_on_onednn", lambda x: False))
+    replaced.append((autograd, "_multiplies_as_one_expert", lambda x: False))
     before = [(module, name, getattr(module, name)) for module, name, _ in replaced]
     for module, name, op in replaced:
         setattr(module, name, op)

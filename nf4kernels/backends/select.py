@@ -82,7 +82,7 @@ def cpu_multiplies_bf16() -> bool:
     oneDNN alone does not tell: it says yes on any AVX-512, where it emulates them at a third of fp32's speed.
     """
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # absent where torch has no oneDNN
-    return CPU_LIBRARY is not None and CPU_LIBRARY.isa == "avx512_bf16" and supported is not None and bool(supported())
+    return CPU_LIBRARY is not None and CPU_LIBRARY.isa.endswith("_bf16") and supported is not None and bool(supported())
 
 
 @functools.cache
