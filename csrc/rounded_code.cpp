@@ -35,7 +35,7 @@ float to_float(Int13 a) { return float(whole_number(a)) * 0x1p-12f; }
 template <class T>
 T rounded(float a) {
   if constexpr (!std::is_same_v<T, Int13>) return from_float<T>(a);
-  const float magnitude = std::min(std::nearbyint(std::fabs(a) * 0x1p12f), 8191.f);
+  const float magnitude = std::fmin(std::nearbyint(std::fabs(a) * 0x1p12f), 8191.f);  // of NaN too
   return T{uint16_t(uint16_t(magnitude) | (std::signbit(a) ? 0x8000 : 0))};
 }
 
@@ -159,7 +159,9 @@ RoundedCode<T> search(const float code[kLevels]) {
     result.levels[i] = rounded<T>(code[i]);
     is_exact = is_exact && to_float(result.levels[i]) == code[i];
   }
-  if (is_exact || !std::all_of(code, code + kLevels, [](float level) { return std::isfinite(level); })) return result;
+  const bool is_finite = std::all_of(code, code + kLevels, [](float level) { return std::isfinite(level); });
+  if (!is_finite && std::is_same_v<T, Int13>) result.scale = NAN;
+  if (is_exact || !is_finite) return result;
   // Levels beyond [-1, 1] are divided by a power of two, and the scale multiplied by it.
   float largest = 1, within[kLevels];
   for (int i = 0; i < kLevels; ++i) largest = std::max(largest, std::fabs(code[i]));

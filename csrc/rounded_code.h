@@ -11,7 +11,7 @@ struct Int13 {
 };
 static inline int whole_number(Int13 a) { return (a.bits & 0x8000) != 0 ? -(a.bits & 0x7fff) : a.bits; }
 
-// levels[i] * scale approximates code[i].
+// levels[i] * scale approximates code[i]. Levels that are NaN or inf stay so; Int13, which has neither, has a NaN scale.
 template <class T>
 struct RoundedCode {
   T levels[kLevels];

@@ -12,11 +12,14 @@ Plan plan_product(const Product& product, GemmArgs& args) {
   note(choice.products);
   if (choice.products == Products::kDequantizeGemm) return {nullptr, nullptr};
   const CpuKernels& active = active_kernels();
-  const bool has_short_runs = active[choice.products].needs_int_code && code_run(w) != 64;
-  const ProductKernels& kernels = active[has_short_runs ? Products::kFp32 : choice.products];
+  bool fits = true;
+  if (active[choice.products].needs_int_code) {
+    args.int_code = rounded_code<Int13>(w.code);
+    fits = code_run(w) == 64 && args.int_code.scale == args.int_code.scale;  // NaN: not all levels are numbers
+  }
+  const ProductKernels& kernels = active[fits ? choice.products : Products::kFp32];
   if (kernels.needs_bf16_code) args.bf16_code = rounded_code<BFloat16>(w.code);
   const bool is_gemv = !product.is_dgrad && args.M <= kernels.gemv->max_m;
-  if (kernels.needs_int_code && is_gemv) args.int_code = rounded_code<Int13>(w.code);
   return {is_gemv ? kernels.gemv : nullptr, product.is_dgrad ? kernels.linear_dgrad : kernels.linear};
 }
 

@@ -414,6 +414,16 @@ class ProductContract:
             a = self.inputs(qweight, M, torch.bfloat16)
             assert self.run(way, a, cases.with_tensors(qweight, packed=packed, code=code)).isfinite().all()
 
+    def test_a_level_that_is_nan_leaves_no_finite_number_where_it_is_used(self, way):
+        qweight = cases.quantized(40, 128, Layout(scale_codebook=None))
+        code = qweight.code.clone()
+        code[3] = torch.nan
+        struck = cases.with_tensors(qweight, code=code)
+        hit = self.matrix(struck).isnan().any(0)
+        assert hit.any()
+        for M in (1, 8):
+            assert self.run(way, self.inputs(qweight, M, torch.bfloat16), struck)[:, hit].isnan().all()
+
     # Determinism.
 
     def bits_under_every_schedule(self, way, a, qweight, lora, what):
