@@ -155,7 +155,7 @@ struct ProductKernels {
   const LoraGradKernel* lora_grad;
   LoraInnerFn lora_inner;
   bool needs_bf16_code = false;
-  bool needs_int_code = false;  // which is for weights of a code_run of 64
+  bool needs_int_code = false;  // which is for 16-bit x, and weights of a code_run of 64
 };
 
 struct CpuKernels {

@@ -1,4 +1,4 @@
-// linear in bf16 without bf16 instructions, M <= 16, in whole numbers: y[m, n]
+// linear in bf16 and fp16 without bf16 instructions, M <= 16, in whole numbers: y[m, n]
 //     = sum_b scale[n, b] * step[m, b] * (sum_{k in b} x16[m, k] * level16[n, k]) + bias[n]
 //
 // Read first   rounded_code.h.
@@ -9,8 +9,9 @@
 // The trick    A level is a whole number of 13 bits, x one of 15 bits and its sign, by a step for each 64 k of a row of
 //              x: 8 products fit a lane of 32 bits, 8 * 32767 * 8191 < 2^31. Two bytes are looked up for a level where
 //              fp32 has four, and an instruction multiplies 16 weights instead of 8.
-// Exactness    x in bf16 is exact where it is above 2^-8 of the largest of its 64, else off by at most 2^-16 of that; the
-//              levels are off by 2^-14 of the largest, without bias. bf16 rounds each weight by 2^-9 of it.
+// Exactness    x is exact where it is above 2^-8 (bf16) or 2^-5 (fp16) of the largest of its 64, else off by at most
+//              2^-16 of that; the levels are off by 2^-14 of the largest, without bias, where dense products round each
+//              weight by 2^-9 or 2^-12 of it.
 // Rejected     fp32 products (linear_gemv.h, gemm.h), AVX2, 256x4096 in a cache, one core of a Zen 4 EPYC: M = 1: 94
 //              against 43 us, M = 4: 166 and 97, M = 8: 287 and 193, M = 16: 455 and 386; from M = 17 on they are faster.
 //              fp32 products of levels that four pshufb and eight unpacks put together: 96 us at M = 1.

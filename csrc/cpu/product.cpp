@@ -12,12 +12,13 @@ Plan plan_product(const Product& product, GemmArgs& args) {
   note(choice.products);
   if (choice.products == Products::kDequantizeGemm) return {nullptr, nullptr};
   const CpuKernels& active = active_kernels();
-  bool fits = true;
-  if (active[choice.products].needs_int_code) {
+  Products products = choice.products;
+  if (args.dtype != Dtype::kFloat32 && active[Products::kBf16Codes].needs_int_code) {  // of fp16 as well
     args.int_code = rounded_code<Int13>(w.code);
-    fits = code_run(w) == 64 && args.int_code.scale == args.int_code.scale;  // NaN: not all levels are numbers
+    const bool fits = code_run(w) == 64 && args.int_code.scale == args.int_code.scale;  // NaN: a level is no number
+    products = fits ? Products::kBf16Codes : Products::kFp32;
   }
-  const ProductKernels& kernels = active[fits ? choice.products : Products::kFp32];
+  const ProductKernels& kernels = active[products];
   if (kernels.needs_bf16_code) args.bf16_code = rounded_code<BFloat16>(w.code);
   const bool is_gemv = !product.is_dgrad && args.M <= kernels.gemv->max_m;
   return {is_gemv ? kernels.gemv : nullptr, product.is_dgrad ? kernels.linear_dgrad : kernels.linear};
