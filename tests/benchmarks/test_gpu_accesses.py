@@ -6,6 +6,7 @@ import shutil
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
+import torch
 from executor.build import CXX
 
 from benchmarks.gpu import accesses
@@ -22,6 +23,12 @@ CONFLICTS = {
 }
 
 
+def count_of_the_same_data():
+    """Lookups conflict by the data: 1.13 to 1.15 times in dequantize."""
+    torch.manual_seed(0)
+    return accesses.count()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     platform.machine() != "x86_64" or shutil.which(CXX) is None,
@@ -30,7 +37,7 @@ CONFLICTS = {
 def test_shared_memory_has_no_other_conflicts_than_these():
     # In a process of its own: the executor's ops are registered once a process, and other tests do so, too.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        rows = pool.submit(accesses.count).result()
+        rows = pool.submit(count_of_the_same_data).result()
     worst = {}
     for row in rows:
         if row.kind.startswith("shared"):
