@@ -11,7 +11,7 @@
 #   make wheel           one wheel into dist/, named by the glibc that it needs
 #   make lint            the linters: ruff, clang-format, mypy, and warnings of the C++ compiler
 #   make format          what ruff and clang-format can mend
-#   make bench           every op and a whole model beside their peers: about twelve minutes
+#   make bench           every op and a whole model beside their peers: about seventeen minutes
 #   make bench-micro     what a call costs on small layers
 #   make bench-compare BASE=main     this working tree against another version, in turns
 #   make gpu             on a machine with an NVIDIA GPU, by its own python: build, check, measure, tune; nine minutes
