@@ -11,8 +11,8 @@
 //              Zen 4 EPYC). Scales 16 at a time through memory: stores of 4 bytes stall the load of 64, 0.56 ms.
 // Prefetch     The next two rows of W line by line in the order of memory, whichever row is being read: 0.30 ms on two
 //              cores out of cache, which is the read limit; each row's own lines ahead, 0.47; one row at a time, 0.36
-//              (M = 1). Into the L2 where x leaves no room in the L1: 4096x14336, M = 1: 1.63 to 1.24 ms, M = 2: 1.79 to
-//              1.62, M = 3: 1.95 to 1.65, M = 4: no change; at K = 4096 6 to 15 % slower (two cores).
+//              (M = 1). Into the L2 where x leaves no room in the L1: 4096x14336, M = 1: 1.63 to 1.24 ms, M = 2: 1.85 to
+//              1.62, M = 3: 2.07 to 1.73, M = 4: 2.16 and 2.23; at K = 4096, M = 2 and 3, 11 % slower (two cores).
 // Registers    Loops over rows are unrolled by pragma: as loops they kept the sums in memory, M = 1: 18 instead of 13.6
 //              cycles for 128 weights in a cache, M = 2: 29 and 17, M = 4: 42 and 26.
 // Bytes        Reads 0.52 B a weight (double-quantized): the floor is that over the memory or L3 bandwidth.

@@ -28,18 +28,7 @@ constexpr int kGemvTileRows = 2;     // rows of W per load of x
 
 int64_t gemv_codes_row_bytes(int64_t K) { return (K + kGemvGroupK - 1) / kGemvGroupK * kGemvGroupK * 2; }
 
-void gemv_codes_pack(const void* x, Dtype, int64_t M, int64_t K, void* panel) {
-  const auto* in = static_cast<const BFloat16*>(x);
-  auto* out = static_cast<BFloat16*>(panel);
-  for (int64_t k = 0; k < K; k += kGemvGroupK)
-    for (int64_t m = 0; m < M; ++m, out += kGemvGroupK)
-      for (int half = 0; half < 2; ++half) {
-        const uint16x8_t a = Isa::load_bits(in + m * K + k + 16 * half);
-        const uint16x8_t b = Isa::load_bits(in + m * K + k + 16 * half + 8);
-        Isa::store_bits(out + 8 * half, vuzp1q_u16(a, b));
-        Isa::store_bits(out + 8 * half + 16, vuzp2q_u16(a, b));
-      }
-}
+void gemv_codes_pack(const void* x, Dtype, int64_t M, int64_t K, void* panel) { pack_even_odd(x, M, K, panel); }
 
 // sums[r][m] = x[m, :] . W[n + r, :], r < TILE_N
 template <int RUN, int M, int TILE_N>

@@ -19,21 +19,10 @@ constexpr int kChunkK = 1024;  // k whose sums start anew
 
 bool is_of_codes(Dtype dtype, int64_t K) { return dtype == Dtype::kFloat16 && K > 0 && K % 64 == 0; }
 
-// GemvPackFn. Panel of fp16: [K / 32][M][32], the even k before the odd ones.
-int64_t row_bytes_of_halves(int64_t K) { return K * int64_t(sizeof(float)); }
-
+// GemvPackFn. A panel of fp16 takes half of the bytes that gemv_row_bytes says.
 void pack_halves(const void* x, Dtype dtype, int64_t M, int64_t K, void* panel) {
-  if (!is_of_codes(dtype, K)) return gemv_pack(x, dtype, M, K, panel);
-  const auto* in = static_cast<const Float16*>(x);
-  auto* out = static_cast<Float16*>(panel);
-  for (int64_t k = 0; k < K; k += kGroupK)
-    for (int64_t m = 0; m < M; ++m, out += kGroupK)
-      for (int half = 0; half < 2; ++half) {
-        const uint16x8_t a = Isa::load_bits(in + m * K + k + 16 * half);
-        const uint16x8_t b = Isa::load_bits(in + m * K + k + 16 * half + 8);
-        Isa::store_bits(out + 8 * half, vuzp1q_u16(a, b));
-        Isa::store_bits(out + 8 * half + 16, vuzp2q_u16(a, b));
-      }
+  if (is_of_codes(dtype, K)) return pack_even_odd(x, M, K, panel);
+  gemv_pack(x, dtype, M, K, panel);
 }
 
 // sums[r][m] = x[m, :] . W[n + r, :], r < TILE_N
@@ -126,6 +115,6 @@ void gemv_halves(const GemmArgs& args, int64_t n_begin, int64_t n_end) {
 
 }  // namespace
 
-const GemvKernel kGemv_neon_bf16{kGemvMaxM, row_bytes_of_halves, pack_halves, gemv_halves};
+const GemvKernel kGemv_neon_bf16{kGemvMaxM, gemv_row_bytes, pack_halves, gemv_halves};
 
 }  // namespace nf4::cpu

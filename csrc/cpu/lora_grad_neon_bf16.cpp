@@ -1,4 +1,4 @@
-#include "decode_neon.h"
+#include "codes_neon_bf16.h"
 #include "lora_grad.h"
 
 namespace nf4::cpu {
@@ -10,13 +10,7 @@ template <class>
 struct GradBf16 {
   using Element = BFloat16;
   static constexpr int kStep = 2;
-  static Isa::F multiply_add(const Element* p, Isa::F pairs, Isa::F acc) {
-    uint32_t pair;
-    std::memcpy(&pair, p, sizeof pair);
-    const bfloat16x8_t broadcast = vreinterpretq_bf16_u32(vdupq_n_u32(pair));
-    return {vbfdotq_f32(acc.low, vreinterpretq_bf16_f32(pairs.low), broadcast),
-            vbfdotq_f32(acc.high, vreinterpretq_bf16_f32(pairs.high), broadcast)};
-  }
+  static Isa::F multiply_add(const Element* p, Isa::F pairs, Isa::F acc) { return add_pairs(p, pairs, acc); }
   // The first c_count of 8 elements; zeros after them, and where there is no row.
   static uint16x8_t load_8(const void* row, int64_t begin, int64_t c_count) {
     const auto* p = static_cast<const Element*>(row) + begin;

@@ -1,4 +1,4 @@
-#include "decode_neon.h"
+#include "codes_neon_bf16.h"
 #include "lora_inner.h"
 
 namespace nf4::cpu {
@@ -12,10 +12,10 @@ struct InnerBf16 {
     bfloat16x8_t low, high;
   };
   static constexpr int kElements = 2 * Isa::L;
-  static bfloat16x8_t load_8(const void* p) { return vreinterpretq_bf16_u16(Isa::load_bits(p)); }
   template <class T>
   static Vector load(const T* p) {
-    return {load_8(p), load_8(reinterpret_cast<const BFloat16*>(p) + 8)};
+    const auto* elements = reinterpret_cast<const BFloat16*>(p);
+    return {load_bf16(elements), load_bf16(elements + 8)};
   }
   static Isa::F multiply_add(Vector a, Vector b, Isa::F acc) {
     return {vbfdotq_f32(acc.low, a.low, b.low), vbfdotq_f32(acc.high, a.high, b.high)};
@@ -26,13 +26,7 @@ struct InnerBf16 {
 struct PackedBf16 {
   using Element = BFloat16;
   static constexpr int kStep = 2;
-  static Isa::F multiply_add(const Element* p, Isa::F pairs, Isa::F acc) {
-    uint32_t pair;
-    std::memcpy(&pair, p, sizeof pair);
-    const bfloat16x8_t all = vreinterpretq_bf16_u32(vdupq_n_u32(pair));
-    return {vbfdotq_f32(acc.low, vreinterpretq_bf16_f32(pairs.low), all),
-            vbfdotq_f32(acc.high, vreinterpretq_bf16_f32(pairs.high), all)};
-  }
+  static Isa::F multiply_add(const Element* p, Isa::F pairs, Isa::F acc) { return add_pairs(p, pairs, acc); }
   template <class T>
   static void pack_row(const T* row, const T* next, int ranks, Element* packed) {
     for (int j = 0; j < kTileR; ++j) {
