@@ -22,18 +22,11 @@ import torch
 
 from nf4kernels.backends import select
 
+from ..forced import LEVELS
 from ..harness import ROOT, Spread, ratios, spread, take_turns
 from .bench_model import BATCH, LENGTH, OURS, as_side, random_model, training_step
 
-# What makes a library compute as on a CPU that has no more than this.
-ENVIRONMENTS = {
-    "avx512_bf16": {"NF4KERNELS_CPU_ISA": "avx512_bf16"},
-    "avx512": {"NF4KERNELS_CPU_ISA": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"},
-    "avx2": {
-        "NF4KERNELS_CPU_ISA": "avx2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2",
-        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-    },
-}  # fmt: skip
+ENVIRONMENTS = {"avx512_bf16": {}, **LEVELS}
 ISAS = [isa for isa in ENVIRONMENTS if select.CPU_LIBRARY is not None and isa in select.CPU_LIBRARY.isas]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -57,12 +50,13 @@ class Side:
     """The process that trains on one instruction set in one dtype."""
 
     def __init__(self, isa: str, dtype: str, threads: int, layers: int) -> None:
-        others = {name for environment in ENVIRONMENTS.values() for name in environment}
+        others = {"NF4KERNELS_CPU_ISA", *(name for environment in ENVIRONMENTS.values() for name in environment)}
         clean = {name: value for name, value in os.environ.items() if name not in others}
         code = "import sys; from benchmarks.model import bench_isa; bench_isa.serve(*sys.argv[1:])"
         self.process: Any = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", code, dtype, str(threads), str(layers)], cwd=ROOT,
-            env=clean | ENVIRONMENTS[isa], stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8",
+            env=clean | ENVIRONMENTS[isa] | {"NF4KERNELS_CPU_ISA": isa}, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, encoding="utf-8",
         )  # fmt: skip
 
     def answer(self) -> str:
