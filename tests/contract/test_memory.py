@@ -154,7 +154,11 @@ tensors = dict(
 )
 qweight = QuantizedWeight(**tensors, shape=(N, K), dtype=torch.bfloat16, block_size=64, codebook='nf4',
                           scale_codebook='e4m3')
-linear(torch.randn(1, 64).bfloat16(), cases.quantized(32, 64))  # threads and their stacks
+small = cases.quantized(192, 192)  # threads and their stacks, and the pages of torch's GEMM
+for M in (1, 48):
+    x = torch.randn(M, 192).{dtype}()
+    ops.linear(x, *small.op_args(), None)
+    ops.linear_dgrad(x, *small.op_args())
 for M in (1, 4, 16, 48):
     x = torch.randn(M, K).{dtype}()
     before = peak_mb()
@@ -171,12 +175,13 @@ print('dense', peak_mb() - before)
     ("dtype", "products"), [("bfloat16", "fused"), ("float", "fused"), ("bfloat16", "dequantize_gemm")]
 )
 def test_no_dense_weight_is_allocated(native_library, dtype, products):
-    """Ŵ would be 512 MB in bf16. A product may take its output (at most 3 MB here) and a workspace a thread."""
+    """Ŵ would be 512 MB in bf16. A product may take its output (at most 3 MB here) and a workspace a thread, or a slice
+    of at most 32 MB, which torch's GEMM may copy."""
     result = run(NO_DENSE.format(dtype=dtype), NF4KERNELS_CPU_PRODUCTS=products)
     assert result.returncode == 0, report(result)
     extra = [float(v) for v in re.findall(r"extra ([\d.]+)", result.stdout)]
     assert len(extra) == 4
-    assert max(extra) < 32, extra
+    assert max(extra) < (32 if products == "fused" else 70), extra
     dense = float(re.search(r"dense ([\d.]+)", result.stdout)[1])
     assert dense > 450, "the measurement no longer sees a dense weight"
 
