@@ -5,7 +5,7 @@ from .entry import command_line_ends_in_one_line
 
 with command_line_ends_in_one_line():  # a wrong environment variable is an error of the import
     from .backends.select import backend_info
-from . import optim
+from . import optim, recover
 from .functional import dequantize, linear, lora_linear, quantize, quantize_experts
 from .grouped import grouped_linear, grouped_lora_linear
 from .model.adapters import disable_adapters, remove_adapter, set_adapter
@@ -48,6 +48,7 @@ __all__ = [
     "quantize",
     "quantize_experts",
     "quantize_model",
+    "recover",
     "remove_adapter",
     "save_adapters",
     "save_checkpoint",

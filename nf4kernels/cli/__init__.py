@@ -25,6 +25,7 @@ from . import (
     merge,
     quantize,
     recipes,
+    recover,
     tune,
 )
 from .errors import CommandError
@@ -40,6 +41,7 @@ VERBS = (
     data,
     recipes,
     finetune,
+    recover,
     merge,
     export,
     chat,

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from .memory import address, nbytes
 from .plan import check_container, parts, plan_layers, replace_module, unmatched
 from .report import QuantizedLayer, QuantizeReport, SkippedLayer
 from .sharded import check_whole
+from .targets import PlannedOptions, Rounding, Target, planned
 from .walk import get_submodule, inside
 
 SLICES = 8  # in which a weight's error is measured: fp32 Ŵ then takes a quarter of a bf16 weight's bytes
@@ -35,6 +36,8 @@ def quantize_model(
     skip: Iterable[str] = (),
     lora: LoraConfig | None = None,
     progress: bool = True,
+    rounding: Rounding | None = None,
+    plan: Mapping[str, PlannedOptions | None] | None = None,
     **quant_options,
 ) -> QuantizeReport:
     """Replace every nn.Linear of `model` by a QuantLinear, and fused 3-D experts by QuantExperts, in place.
@@ -57,6 +60,9 @@ def quantize_model(
             skipped together, by their name or that of one of their weights.
         lora: an adapter for every replaced nn.Linear, and for each expert of both weights of QuantExperts.
         progress: show a progress bar on stderr.
+        rounding: how weights find their levels, as `nf4kernels.recover` has them; None is each weight's nearest level.
+        plan: for layers by name the options that are not as for all, `lora` among them; None leaves the layer dense.
+            Layers that it does not name are as all.
         quant_options: codebook, block_size, double_quant, scale_codebook, nonfinite as in `nf4kernels.quantize`;
             compute_dtype as in `QuantLinear`.
 
@@ -64,8 +70,8 @@ def quantize_model(
         What was replaced, with bytes and relative RMS errors, and what was not.
 
     Raises:
-        TypeError, ValueError: an argument is wrong, an entry of `skip` matches nothing, `lora` is given and no
-            layer is replaced, or a layer's weight is not float32, bfloat16 or float16 or not finite (the message
+        TypeError, ValueError: an argument is wrong, an entry of `skip` or `plan` matches nothing, `lora` is given and
+            no layer is replaced, or a layer's weight is not float32, bfloat16 or float16 or not finite (the message
             names the layer); the model is then unchanged.
         RuntimeError: quantizing a layer failed for another reason (out of memory); the layers before it are replaced,
             that one and those after it are not, and another call goes on from there.
@@ -73,23 +79,34 @@ def quantize_model(
     who = "nf4kernels.quantize_model"
     model = inside(model)
     patterns = _check_arguments(model, skip, lora, quant_options, who)
+    plan = _checked_plan(plan, lora, quant_options, who)
     check_not_dispatched(model, who)
     check_whole(model, who, "quantize it, on the meta device too, then fully_shard it, then load_checkpoint")
-    targets, skipped = plan_layers(model, (*SKIP, *patterns), quant_options.get("block_size"))
+    found, skipped = plan_layers(model, (*SKIP, *patterns), quant_options.get("block_size"))
+    targets, left_dense = planned(found, lora, quant_options, plan, who)
+    for names in left_dense:
+        for name, weight in _weights(get_submodule(model, names[0]), names[0]):
+            skipped.append(SkippedLayer(name, tuple(weight.shape), weight.nbytes, "the plan leaves it dense"))
     if lora is not None and not targets:
         raise ValueError(f"{who}: lora must have a layer to go on, got {_reasons(skipped) or 'no layer'}")
-    for names in targets:
-        for name, weight in _weights(get_submodule(model, names[0]), names[0]):
+    for target in targets:
+        for name, weight in _weights(target.dense(model), target.name):
             _check_dtype(name, weight, who)
             check_gathered([(f"the weight of {name}", weight)], who)
-            if quant_options.get("nonfinite", "raise") == "raise":
+            if target.options.get("nonfinite", "raise") == "raise":
                 _check_finite(name, weight, who)
 
     before = _model_bytes(model)
     layers = []
+    made = (rounding or _Nearest()).layers(model, targets, progress)
     with tqdm(total=len(targets), desc="quantize", unit="layer", disable=not progress) as bar:
-        for names in targets:
-            layers += _quantize_layer(model, names, lora, quant_options, who)
+        for expected in targets:
+            try:
+                target, layer = next(made)
+                layers += _replaced(model, target, layer)
+            except Exception as error:
+                name = expected.name
+                raise RuntimeError(f"{who}: layer {name} failed, those before it are replaced: {error}") from error
             bar.update()
     return QuantizeReport(layers, skipped, before, _model_bytes(model))
 
@@ -105,11 +122,27 @@ def _check_arguments(model, skip, lora, quant_options, who: str) -> tuple[str, .
         raise ValueError(f"{who}: skip must match a layer, got {pattern!r}")
     if lora is not None and not isinstance(lora, LoraConfig):
         raise TypeError(f"{who}: lora must be a LoraConfig or None, got {type(lora).__name__}")
+    _check_options(lora, quant_options, who)
+    return skip
+
+
+def _check_options(lora, quant_options, who: str) -> None:
     try:  # on meta every option is checked and nothing is computed
         QuantLinear.from_linear(nn.Linear(1, 1, device="meta"), lora, **quant_options)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{who}: {error}") from None
-    return skip
+
+
+def _checked_plan(plan, lora, quant_options, who: str) -> Mapping[str, PlannedOptions | None]:
+    if plan is None:
+        return {}
+    if not isinstance(plan, Mapping):
+        raise TypeError(f"{who}: plan must be a mapping from names of layers, got {type(plan).__name__}")
+    for name, options in plan.items():
+        if options is not None:
+            merged = {"lora": lora, **quant_options, **options}
+            _check_options(merged.pop("lora"), merged, f"{who}: plan: {name}")
+    return plan
 
 
 def _reasons(skipped: list[SkippedLayer]) -> str:
@@ -142,21 +175,23 @@ def _check_finite(name: str, weight: Tensor, who: str) -> None:
     raise ValueError(f"{who}: the weight of {name} must be finite, got {weight[index].item()} at {where}")
 
 
-def _quantize_layer(model, names: list[str], lora, quant_options, who: str) -> list[QuantizedLayer]:
-    dense: Any = get_submodule(model, names[0])
+class _Nearest:
+    """The Rounding that quantize itself is."""
+
+    def layers(self, model, targets, progress):
+        for target in targets:
+            yield target, target.rounded(target.dense(model))
+
+
+def _replaced(model: nn.Module, target: Target, layer: QuantLinear | QuantExperts) -> list[QuantizedLayer]:
+    """The weights of `layer`, which is now in the target's place, with their errors."""
+    dense = target.dense(model)
     layers = []
-    try:
-        if isinstance(dense, nn.Linear):
-            layer: QuantLinear | QuantExperts = QuantLinear.from_linear(dense, lora, **quant_options)
-        else:
-            layer = QuantExperts.from_experts(dense, lora=lora, **quant_options)
-        for part, (name, weight) in zip(parts(layer), _weights(dense, names[0])):
-            start = _start(part)
-            errors = (math.nan, math.nan) if weight.is_meta else squared_error(part.qweight, weight.detach(), start)
-            layers.append(QuantizedLayer(name, tuple(weight.shape), weight.nbytes, part.nbytes, *errors))
-    except Exception as error:
-        raise RuntimeError(f"{who}: layer {names[0]} failed, those before it are replaced: {error}") from error
-    replace_module(model, names, dense, layer)
+    for part, (name, weight) in zip(parts(layer), _weights(dense, target.name)):
+        start = _start(part)
+        errors = (math.nan, math.nan) if weight.is_meta else squared_error(part.qweight, weight.detach(), start)
+        layers.append(QuantizedLayer(name, tuple(weight.shape), weight.nbytes, part.nbytes, *errors))
+    replace_module(model, target.names, dense, layer)
     return layers
 
 

@@ -1,0 +1,1 @@
+"""The actions of `nf4kernels recover`, each as a function."""
