@@ -228,6 +228,6 @@ def test_no_other_verb_computes():
 
     names = [verb.__name__.rpartition(".")[2] for verb in cli.VERBS]
     assert names[:8] == ["info", "tune", "estimate", "inspect", "quantize", "convert", "compare", "data"]
-    assert names[8:] == ["recipes", "finetune", "merge", "export", "chat", "demo", "completion"]
+    assert names[8:] == ["recipes", "finetune", "recover", "merge", "export", "chat", "demo", "completion"]
     assert {demo, quantize} < set(cli.VERBS)
     assert torch.get_default_device().type == "cpu"
