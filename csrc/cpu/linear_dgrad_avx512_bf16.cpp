@@ -1,6 +1,7 @@
 #include "gemm_avx512_bf16.h"
 #include "linear_dgrad.h"
 #include "linear_dgrad_codes.h"
+#include "linear_dgrad_int8.h"
 
 namespace nf4::cpu {
 namespace {
@@ -23,8 +24,27 @@ struct DgradBf16 : Bf16Core {
   }
 };
 
+// The same of int8.
+struct DgradInt8Bf16 : Bf16Core {
+  using Factor = LoraA<EvenThenOdd>;
+  static constexpr int kGroup = kInt8Group;
+  static void decode_slice(const Weight& w, int64_t k, int64_t k_count, int64_t n, int64_t n_count, Element* slice) {
+    for (int64_t i = 0; i < n_count; i += 2) {
+      Isa::F even, odd, next_even = Isa::zero(), next_odd = Isa::zero();
+      prefetch_row_int8(w, n + i, k);
+      prefetch_row_int8(w, n + i + 1, k);
+      decode_even_odd_int8(w, n + i, k, k_count, even, odd);
+      if (n + i + 1 < w.N) decode_even_odd_int8(w, n + i + 1, k, k_count, next_even, next_odd);
+      store_pairs(slice + i * kTileK, even, next_even);
+      store_pairs(slice + i * kTileK + 2 * Isa::L, odd, next_odd);
+    }
+  }
+};
+
 }  // namespace
 
+const GemmKernel kLinearDgradInt8_avx512_bf16 =
+    describe_gemm<DgradInt8Bf16>(pack_bf16, linear_dgrad_tiles<DgradInt8Bf16>);
 const GemmKernel kLinearDgrad_avx512_bf16 = describe_gemm<DgradBf16>(pack_bf16, linear_dgrad_tiles<DgradBf16>);
 const GemmKernel kLinearDgradCodes_avx512_bf16 =
     describe_gemm<DgradCodes<kMinBlockSize>>(dgrad_codes_pack, linear_dgrad_codes);
