@@ -14,7 +14,7 @@ namespace {
 constexpr int kInt8Group = 64 / kTileK;  // K tiles of a cache line of W
 static_assert(kInt8Group >= 1, "a tile is at most a cache line");
 
-// As decode_even_odd.
+// W[n, k .. k + 2L], even k apart from odd k; k_count of them exist.
 static inline void decode_even_odd_int8(const Weight& w, int64_t n, int64_t k, int64_t k_count, Isa::F& even,
                                         Isa::F& odd) {
   const int64_t flat = n * w.K + k;
@@ -32,28 +32,46 @@ static inline void decode_even_odd_int8(const Weight& w, int64_t n, int64_t k, i
   odd = Isa::load(halves + Isa::L);
 }
 
-static inline void prefetch_row_int8(const Weight& w, int64_t n, int64_t k) {
-  constexpr int64_t kAhead = 24;  // as prefetch_row
-  __builtin_prefetch(w.packed + (n + kAhead) * w.K + k);
-}
-
 struct DgradInt8Fp32 : Fp32Core {
   using Factor = LoraA<EvenThenOdd>;
   static constexpr int kGroup = kInt8Group;
-  static void decode_slice(const Weight& w, int64_t k, int64_t k_count, int64_t n, int64_t n_count, float* slice) {
-    for (int64_t i = 0; i < n_count; ++i) {
-      Isa::F even, odd;
-      prefetch_row_int8(w, n + i, k);
-      decode_even_odd_int8(w, n + i, k, k_count, even, odd);
-      Isa::store(slice + i * kTileK, even);
-      Isa::store(slice + i * kTileK + Isa::L, odd);
-    }
-  }
-  static void decode_slices(const Weight& w, int64_t k, int64_t k_count, int64_t n, int64_t n_count, Slice* slices) {
-    for (int64_t c = 0; c < k_count; c += kTileK)  // all whole: K is a multiple of 64
-      decode_slice(w, k + c, kTileK, n, n_count, *slices++);
+  // A row of W into row i of a slice.
+  static void store_rows(float* slice, const Isa::F (&even)[1], const Isa::F (&odd)[1]) {
+    Isa::store(slice, even[0]);
+    Isa::store(slice + Isa::L, odd[0]);
   }
 };
+
+// GemmFn. Rows of W in turn, each through all slices of a group: a row's line is read once.
+template <class Core>
+void linear_dgrad_int8_tiles(const GemmArgs& args, int64_t tile_begin, int64_t tile_end, void* workspace) {
+  const Weight& w = args.weight;
+  constexpr int64_t kAhead = 24;  // rows, as in prefetch_row
+  const auto decode = [&](int64_t k, int64_t k_count, int64_t n, int64_t n_count, typename Core::Slice* slices) {
+    for (int64_t i = 0; i < n_count; i += Core::kStep) {
+      for (int s = 0; s < Core::kStep; ++s) __builtin_prefetch(w.packed + (n + i + s + kAhead) * w.K + k);
+      for (int64_t c = 0; c < k_count; c += kTileK) {
+        const int64_t here = k_count - c < kTileK ? k_count - c : kTileK;
+        Isa::F even[Core::kStep], odd[Core::kStep];
+        for (int s = 0; s < Core::kStep; ++s) {
+          if (n + i + s < w.N) {
+            decode_even_odd_int8(w, n + i + s, k + c, here, even[s], odd[s]);
+          } else {
+            even[s] = Isa::zero();
+            odd[s] = Isa::zero();
+          }
+        }
+        Core::store_rows(slices[c / kTileK] + i * kTileK, even, odd);
+      }
+    }
+  };
+  with_type(args.dtype, [&](auto t) {
+    const auto store = [&](int64_t m, int64_t k, int64_t k_count, const float* sums) {
+      store_dx<decltype(t)>(args, m, k, k_count, sums);
+    };
+    gemm<Core>(args, /*D=*/w.N, /*C=*/w.K, tile_begin, tile_end, workspace, decode, store);
+  });
+}
 
 }  // namespace
 }  // namespace nf4::cpu
