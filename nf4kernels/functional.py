@@ -58,8 +58,9 @@ def quantize(
     Args:
         weight: `[N, K]`, float32, bfloat16 or float16, any strides. A non-contiguous weight is copied.
         codebook: "nf4", "fp4", "int4", "af4", or 16 ascending levels in [-1, 1]; or "int8", the integers from -127 to
-            127, a byte a weight (8.127 bits, or 8.5 without double_quant); or "mxfp4", "nvfp4" or "int4_symmetric", which round as their formats say and have scales of their own: double_quant and
-            scale_codebook do not concern them, and nonfinite must be "raise".
+            127, a byte a weight (8.127 bits, or 8.5 without double_quant); or "mxfp4", "nvfp4" or "int4_symmetric",
+            which round as their formats say and have scales of their own: double_quant and scale_codebook do not
+            concern them, and nonfinite must be "raise".
         block_size: consecutive weights that share a scale, a power of two from 16 to 4096. None is the codebook's own:
             32 for mxfp4 and 16 for nvfp4, which take no other, and else 64.
         double_quant: store the scales in 8 bits (4.127 bits a weight at block size 64, instead of 4.5).

@@ -19,8 +19,8 @@ WEIGHT = (
 RANGE = "SymInt row_begin, SymInt row_end, SymInt col_begin, SymInt col_end"
 
 SCHEMAS = (
-    # weight [N, K] fp32, bf16 or fp16 -> packed uint8, absmax fp32. A block with NaN or inf gets a NaN absmax. Of int8, a
-    # code of 256 levels, packed is [N, K], one code a byte, and absmax is the scale: the largest magnitude over 127.
+    # weight [N, K] fp32, bf16 or fp16 -> packed uint8, absmax fp32. A block with NaN or inf gets a NaN absmax. Of int8,
+    # a code of 256 levels, packed is [N, K], one code a byte, and absmax is the scale: the largest magnitude over 127.
     "quantize(Tensor weight, Tensor code, int block_size) -> (Tensor packed, Tensor absmax)",
     # absmax fp32 -> absmax uint8 of the same shape, scale_absmax fp32 [ceil(blocks/256)], scale_offset fp32 [].
     "quantize_absmax(Tensor absmax, Tensor scale_code, bool scale_is_e4m3)"

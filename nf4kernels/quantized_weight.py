@@ -1,4 +1,4 @@
-"""QuantizedWeight, a [N, K] matrix in 4 or 8 bits, QuantizedExperts, E of them, and the rules that their tensors keep."""
+"""A [N, K] matrix in 4 or 8 bits, QuantizedWeight, E of them, QuantizedExperts, and the rules of their tensors."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace

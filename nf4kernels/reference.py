@@ -27,7 +27,9 @@ def quantize(weight: Tensor, code: Tensor, block_size: int) -> tuple[Tensor, Ten
     if code.numel() == INT8_LEVELS:
         integers = (scaled * 127).round().to(torch.int8)  # nearest even
         scale = absmax / torch.full_like(absmax, 127)
-        return integers.view(torch.uint8).view(-1)[: flat.numel()].view(N, K), scale.view(absmax_shape(N, K, block_size))
+        return integers.view(torch.uint8).view(-1)[: flat.numel()].view(N, K), scale.view(
+            absmax_shape(N, K, block_size)
+        )
 
     levels, order = code.sort(stable=True)
     midpoints = (levels[:-1] + levels[1:]) / 2

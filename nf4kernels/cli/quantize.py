@@ -22,9 +22,9 @@ def add_parser(subparsers) -> None:
         help="a Hugging Face safetensors directory to 4 bits",
         description="Write the model in IN_DIR to OUT_DIR with its linear layers in 4 bits, in bitsandbytes' format: "
         "transformers with bitsandbytes loads it, and so do nf4kernels.load_checkpoint and transformers with "
-        "nf4kernels.integrations.transformers; with experts in 4 bits, or in int8, only the latter two. One dense tensor is in "
-        "memory at a time, or one layer's experts, beside the output file being filled. OUT_DIR appears when it is "
-        "complete, or not at all.",
+        "nf4kernels.integrations.transformers; with experts in 4 bits, or in int8, only the latter two. One dense "
+        "tensor is in memory at a time, or one layer's experts, beside the output file being filled. OUT_DIR appears "
+        "when it is complete, or not at all.",
     )
     parser.add_argument("in_dir", metavar="IN_DIR", type=Path)
     parser.add_argument("out_dir", metavar="OUT_DIR", type=Path)
@@ -35,7 +35,9 @@ def add_parser(subparsers) -> None:
     parser.add_argument(
         "--block-size", type=int, choices=BLOCK_SIZES[1:], default=64, help="weights that share a scale (default 64)"
     )
-    parser.add_argument("--no-double-quant", action="store_true", help="keep the scales in fp32 (4.5 bits a weight; int8 8.5)")
+    parser.add_argument(
+        "--no-double-quant", action="store_true", help="keep the scales in fp32 (4.5 bits a weight; int8 8.5)"
+    )
     parser.add_argument("--scale-codebook", choices=("e4m3", "dynamic8"), default="e4m3")
     parser.add_argument(
         "--dtype", choices=("auto", *DTYPES), default="auto",

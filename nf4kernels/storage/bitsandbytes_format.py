@@ -265,7 +265,9 @@ def _read_code(stored: Tensor, codebook: str, name: str, who: str) -> Tensor:
     there than here: it is refused.
     """
     if stored.numel() != levels_of(codebook) or not stored.is_floating_point():
-        raise ValueError(f"{who}: {name} must hold {levels_of(codebook)} levels, got {stored.dtype} {list(stored.shape)}")
+        raise ValueError(
+            f"{who}: {name} must hold {levels_of(codebook)} levels, got {stored.dtype} {list(stored.shape)}"
+        )
     levels = stored.reshape(-1).float()
     if codebook == "custom":
         return levels

@@ -119,8 +119,8 @@ def convert_directory(
     """Write the model in `in_dir` to `out_dir` with its linear layers in 4 bits, in bitsandbytes' format.
 
     transformers with bitsandbytes loads the result, and so does `nf4kernels.load_checkpoint`; with fused experts in 4
-    bits, or in int8, for which bitsandbytes has no format, only the latter. One dense tensor is in memory at a time, or one layer's
-    experts, beside the output file being filled. Tokenizer, generation settings and the like are copied.
+    bits, or in int8, for which bitsandbytes has no format, only the latter. One dense tensor is in memory at a time, or
+    one layer's experts, beside the output file being filled. Tokenizer, generation settings and the like are copied.
     `out_dir` appears when it is complete, or not at all.
 
     Args:

@@ -44,7 +44,9 @@ def test_quantize_on_the_command_line(tmp_path, capsys):
 def test_a_mixed_model_is_saved_and_read(tmp_path):
     directory = dense_directory(tmp_path / "dense")
     model = load(directory)
-    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and "lm_head" not in name]
+    names = [
+        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and "lm_head" not in name
+    ]
     plan = {name: {"codebook": "int8"} for name in names[::3]} | {names[1]: None}
     nf4.quantize_model(model, plan=plan, progress=False)
     assert {layer.codebook for layer in tiny.layers(model).values()} == {"nf4", "int8"}

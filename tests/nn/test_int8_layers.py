@@ -98,7 +98,8 @@ def test_gradients_are_those_of_the_dense_product():
     expected.square().sum().backward()
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
-    assert torch.autograd.functional.hvp(lambda t: nf4kernels.linear(t, qweight).square().sum(), x, x)[1].isfinite().all()
+    twice = torch.autograd.functional.hvp(lambda t: nf4kernels.linear(t, qweight).square().sum(), x, x)[1]
+    torch.testing.assert_close(twice, 2 * x @ w.T @ w, rtol=1e-4, atol=1e-3)
 
 
 def test_layer_state_casts_and_back():
@@ -115,8 +116,8 @@ def test_layer_state_casts_and_back():
     for one, into in ((four, QuantLinear(100, 48, codebook="int8")), (layer, QuantLinear(100, 48))):
         with pytest.raises(RuntimeError, match=r"weight must be .* got"):
             into.load_state_dict(one.state_dict())
+    layer.weight.zero_()
     with pytest.raises(RuntimeError, match="packed bytes"):
-        layer.weight.zero_()
         layer(x)
 
 
@@ -126,8 +127,8 @@ def test_mixed_plan_and_checkpoint(tmp_path):
     report = quantize_model(model, plan=MIXED, progress=False, lora=LoraConfig(r=4))
     assert [model[i].codebook for i in (0, 2)] == ["int8", "nf4"]
     assert type(model[4]) is nn.Linear
-    errors = [(e.squared_error / e.squared_norm) ** 0.5 if hasattr(e, "squared_norm") else None for e in report.layers]
-    assert len(errors) == 2
+    eight, four = (layer.rms_error for layer in report.layers)
+    assert four > 10 * eight > 0
     x = torch.randn(9, 64)
     model(x).square().sum().backward()
     assert model[0].lora_A.weight.grad is not None

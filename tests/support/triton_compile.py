@@ -152,7 +152,9 @@ def run_calls(recorder: Recorder, table: choose.Table) -> None:
             for block_size, rank in ((32, 0), (16, 16)):
                 name, q = f"blocks of {block_size}, bucket {most}", weight(N, K, block_size, "codes")
                 product(call, op, name, q, min(most, 256), half, rank, config)
-            product(call, op, f"int8, bucket {most}", weight(n, k, levels=INT8_LEVELS), min(most, 256), half, 16, config)
+            product(
+                call, op, f"int8, bucket {most}", weight(n, k, levels=INT8_LEVELS), min(most, 256), half, 16, config
+            )
         product(call, op, "int8, blocks of 32", weight(N, K, 32, "float16", INT8_LEVELS), 3, half, 0)
         for dtype in (full, half):
             product(call, op, f"int8, odd {dtype}", weight(33, 65, levels=INT8_LEVELS), 3, dtype, 5)

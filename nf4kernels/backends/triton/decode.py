@@ -1,8 +1,8 @@
 """What the kernels share: a level by its code, a block's scale by the format's three operations, and the launch.
 
 A weight decodes to code[nibble] * scale in fp32, rounded once; of int8, whose packed bytes come as int8, to the integer
-itself times scale, and `code` is not read. The dtype of `packed` tells a kernel which of the two to compile. Kernels are launched without contraction of a product
-and a sum to an FMA (`LAUNCH`), which would change the last bit of a scale.
+itself times scale, and `code` is not read. The dtype of `packed` tells a kernel which of the two to compile. Kernels
+are launched without contraction of a product and a sum to an FMA (`LAUNCH`), which would change a scale's last bit.
 """
 
 from contextlib import AbstractContextManager, nullcontext

@@ -114,7 +114,9 @@ def launch(weight: tuple, row_begin: int, col_begin: int, out: Tensor) -> None:
     tiles = ceil_div(ceil_div(length, chunk) + 1, tile)
     first = row_begin * K + col_begin
     with on_device_of(out):
-        kernel, tensors = (dequantize_int8_kernel, [*tensors[:4], tensors[5]]) if is_int8 else (dequantize_kernel, tensors)
+        kernel, tensors = (
+            (dequantize_int8_kernel, [*tensors[:4], tensors[5]]) if is_int8 else (dequantize_kernel, tensors)
+        )
         kernel[(rows * tiles,)](
             *tensors, out, first, K, stride, length, block_size.bit_length() - 1, tiles, N * K, TILE=tile,
             CHUNK=chunk, num_warps=max(tile * chunk // WARP_WEIGHTS, 1), **LAUNCH,

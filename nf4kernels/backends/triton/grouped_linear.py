@@ -122,11 +122,12 @@ def grouped_linear(
         return out
     choice = choose_for_experts("grouped_linear", T, E, K, block_size, K, x.dtype, x.device)
     config, tiles_n = choice.config, ceil_div(N, choice.config.BLOCK_N)
+    packed = whole_words(with_int8(packed, code))
     rank = 0 if lora_B is None else lora_B.shape[2]
     with on_device_of(x):
         grouped_linear_kernel[(tiles_n * most_tiles(T, E, config.BLOCK_M),)](
-            x.contiguous(), expert_offsets, whole_words(with_int8(packed, code)), *tensors, out, bias, lora_P, lora_B, scaling, T, E, N,
-            K, rank, block_size.bit_length() - 1, superblocks_of(N, K, block_size), tiles_n,
+            x.contiguous(), expert_offsets, packed, *tensors, out, bias, lora_P, lora_B, scaling, T, E, N, K, rank,
+            block_size.bit_length() - 1, superblocks_of(N, K, block_size), tiles_n,
             EXPERTS=triton.next_power_of_2(E + 1), BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N,
             BLOCK_K=choice.BLOCK_K, SCALES=choice.scales, BLOCK_R=rank_step(rank), RUN=run_of(K, x.dtype),
             **config.launch, **LAUNCH,

@@ -69,10 +69,11 @@ def grouped_linear_dgrad(
         return out
     choice = choose_for_experts("grouped_linear_dgrad", T, E, K, block_size, N, dy.dtype, dy.device)
     config, tiles_k = choice.config, K // choice.BLOCK_K
+    packed = with_int8(packed, code)
     rank = 0 if lora_A is None else lora_A.shape[1]
     with on_device_of(dy):
         grouped_linear_dgrad_kernel[(tiles_k * most_tiles(T, E, config.BLOCK_M),)](
-            dy.contiguous(), expert_offsets, with_int8(packed, code), *tensors, out, lora_Q, lora_A, scaling, T, E, N, K, rank,
+            dy.contiguous(), expert_offsets, packed, *tensors, out, lora_Q, lora_A, scaling, T, E, N, K, rank,
             block_size.bit_length() - 1, superblocks_of(N, K, block_size), tiles_k,
             EXPERTS=triton.next_power_of_2(E + 1), BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N,
             BLOCK_K=choice.BLOCK_K, SCALES=choice.scales, BLOCK_R=rank_step(rank), RUN=run_of(N, dy.dtype),

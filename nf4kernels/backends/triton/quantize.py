@@ -70,7 +70,7 @@ def quantize_kernel(
 
 @triton.jit
 def quantize_int8_kernel(weight, packed, scales, numel, block_size: tl.constexpr, BLOCKS: tl.constexpr):
-    """scale[b] = max |w| / 127; byte = nearest even of w * (1 / max(max |w|, 2^-126)) * 127; 0 in a block not finite."""
+    """scale[b] = max |w| / 127; byte = nearest even of w * (1 / max(max |w|, 2^-126)) * 127, 0 where not finite."""
     SIZE: tl.constexpr = BLOCKS * block_size
     first_block = tl.program_id(0).to(tl.int64) * BLOCKS
     index = first_block * block_size + tl.arange(0, SIZE)
