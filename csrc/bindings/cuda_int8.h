@@ -7,6 +7,7 @@
 
 #include <array>
 #include <tuple>
+#include <type_traits>
 
 #include "checks.h"
 

@@ -31,7 +31,7 @@ def test_quantize_on_the_command_line(tmp_path, capsys):
     directory, out = dense_directory(tmp_path / "dense"), tmp_path / "out"
     assert main(["quantize", str(directory), str(out), "--codebook", "int8"]) == 0
     assert "bitsandbytes has no such 8-bit format" in capsys.readouterr().out
-    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     assert (config["quant_method"], config["codebook"]) == ("nf4kernels", "int8")
     expected = load(directory)
     nf4.quantize_model(expected, codebook="int8", progress=False)
