@@ -1,6 +1,7 @@
-"""The 16-level weight codebooks and the 256-level scale codebooks, and how each is built.
+"""The weight codebooks of 16 levels, int8's of 256, the 256-level scale codebooks, and how each is built.
 
-A codebook is data: every kernel takes it as a run-time argument, and no kernel knows which one it is.
+A codebook is data: every kernel takes it as a run-time argument, and no kernel knows which one it is. int8's levels are
+their bytes as signed integers, which its kernels convert and never look up: of that codebook they read the size alone.
 """
 
 from collections.abc import Mapping
@@ -9,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from scipy.special import ndtri  # what scipy.stats.norm.ppf evaluates, without scipy.stats' import time
 from torch import Tensor
+
+from .quantized_weight import INT8, INT8_LEVELS, LEVELS
 
 NF4_OFFSET = 0.9677083  # outermost quantile, QLoRA (arXiv 2305.14314), appendix E
 
@@ -91,6 +94,8 @@ AF4 = torch.tensor(
 IQ4_NL = torch.tensor([-127.0, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113])
 E2M1 = _e2m1()
 INTEGERS = torch.arange(-8.0, 8.0)
+INT8_MOST = 127  # -128 is a level that is never chosen, so that the levels in use are symmetric
+INT8_CODE = torch.arange(256, dtype=torch.uint8).view(torch.int8).float()  # entry b: byte b as a signed integer
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ FORMATS = {
     "q4_0": Format(("float16",), 32),
     "iq4_nl": Format(("float16",), 32),
 }
-CODEBOOKS = {"nf4": NF4, "fp4": FP4, "int4": INT4, "af4": AF4} | {
+CODEBOOKS = {"nf4": NF4, "fp4": FP4, "int4": INT4, "af4": AF4, INT8: INT8_CODE} | {
     "mxfp4": E2M1, "nvfp4": E2M1, "int4_symmetric": INTEGERS, "q4_0": INTEGERS, "iq4_nl": IQ4_NL,
 }  # fmt: skip
 # "e4m3_global", E4M3 numbers times one fp32 a tensor, is a codebook of its own for each tensor.
@@ -127,7 +132,7 @@ DOUBLE_QUANT_CODEBOOKS = ("e4m3", "dynamic8")  # of scales that superblocks scal
 
 
 def resolve(codebook: str | Tensor, caller: str) -> tuple[str, Tensor]:
-    """(name, fp32 `[16]`) of a codebook given by name or as 16 levels; the levels are copied.
+    """(name, fp32 `[16]`) of a codebook given by name or as 16 levels; the levels are copied. int8 has `[256]`.
 
     Raises:
         TypeError: not a name and not a floating-point tensor.
@@ -166,3 +171,8 @@ def default_block_size(codebook: str | Tensor) -> int:
     """What `quantize` takes where no block size is given."""
     own = FORMATS.get(codebook) if isinstance(codebook, str) else None
     return own.block_size if own is not None and own.block_size is not None else 64
+
+
+def levels_of(codebook: str) -> int:
+    """How many levels the codebook of that name has; "custom" has 16."""
+    return INT8_LEVELS if codebook == INT8 else LEVELS

@@ -53,11 +53,14 @@ def quantize(
 ) -> QuantizedWeight:
     """The nearest 4-bit code of weight / absmax, block by block; the scales to 8 bits in groups of 256 blocks.
 
+    Of "int8" the nearest integer to 127 weight / absmax, ties to the even one; the scale is absmax / 127.
+
     Args:
         weight: `[N, K]`, float32, bfloat16 or float16, any strides. A non-contiguous weight is copied.
-        codebook: "nf4", "fp4", "int4", "af4", or 16 ascending levels in [-1, 1]; or "mxfp4", "nvfp4" or
-            "int4_symmetric", which round as their formats say and have scales of their own: double_quant and
-            scale_codebook do not concern them, and nonfinite must be "raise".
+        codebook: "nf4", "fp4", "int4", "af4", or 16 ascending levels in [-1, 1]; or "int8", the integers from -127 to
+            127, a byte a weight (8.127 bits, or 8.5 without double_quant); or "mxfp4", "nvfp4" or "int4_symmetric",
+            which round as their formats say and have scales of their own: double_quant and scale_codebook do not
+            concern them, and nonfinite must be "raise".
         block_size: consecutive weights that share a scale, a power of two from 16 to 4096. None is the codebook's own:
             32 for mxfp4 and 16 for nvfp4, which take no other, and else 64.
         double_quant: store the scales in 8 bits (4.127 bits a weight at block size 64, instead of 4.5).
@@ -162,7 +165,7 @@ def quantize_experts(
     shared = {name: getattr(like, name) for name in shared_codebooks(like.scales)}
     own: dict[str, Any] = {
         name: None if dtype is None else weight.new_empty(shape, dtype=dtype)
-        for name, (dtype, shape) in expert_specs(E, N, K, block_size, like.scales).items()
+        for name, (dtype, shape) in expert_specs(E, N, K, block_size, like.scales, like.code.numel()).items()
         if name not in shared
     }
     for expert, matrix in enumerate(weight.detach()):
@@ -186,7 +189,7 @@ def dequantize(
     rows: tuple[int, int] | None = None,
     cols: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Ŵ[rows, cols] = code[nibble] * scale in fp32, rounded once to dtype.
+    """Ŵ[rows, cols] = code[code of it] * scale in fp32, rounded once to dtype.
 
     Args:
         qweight: the `[N, K]` weight.

@@ -19,7 +19,8 @@ WEIGHT = (
 RANGE = "SymInt row_begin, SymInt row_end, SymInt col_begin, SymInt col_end"
 
 SCHEMAS = (
-    # weight [N, K] fp32, bf16 or fp16 -> packed uint8, absmax fp32. A block with NaN or inf gets a NaN absmax.
+    # weight [N, K] fp32, bf16 or fp16 -> packed uint8, absmax fp32. A block with NaN or inf gets a NaN absmax. Of int8,
+    # a code of 256 levels, packed is [N, K], one code a byte, and absmax is the scale: the largest magnitude over 127.
     "quantize(Tensor weight, Tensor code, int block_size) -> (Tensor packed, Tensor absmax)",
     # absmax fp32 -> absmax uint8 of the same shape, scale_absmax fp32 [ceil(blocks/256)], scale_offset fp32 [].
     "quantize_absmax(Tensor absmax, Tensor scale_code, bool scale_is_e4m3)"
@@ -87,7 +88,7 @@ def _(weight: Tensor, code: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     check_block_size(block_size, "nf4kernels.quantize")
     _check_devices("quantize", weight, code)
     N, K = weight.shape
-    packed = weight.new_empty(packed_shape(N, K), dtype=torch.uint8)
+    packed = weight.new_empty(packed_shape(N, K, code.shape[0]), dtype=torch.uint8)
     return packed, weight.new_empty(absmax_shape(N, K, block_size), dtype=torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""QuantizedWeight, a [N, K] matrix in 4 bits, QuantizedExperts, E of them, and the rules that their tensors keep."""
+"""A [N, K] matrix in 4 or 8 bits, QuantizedWeight, E of them, QuantizedExperts, and the rules of their tensors."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -9,6 +9,8 @@ from torch import Tensor
 
 SUPERBLOCK = 256  # blocks that share one scale_absmax
 BLOCK_SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+INT8 = "int8"  # the one codebook of 256 levels
+LEVELS, INT8_LEVELS = 16, 256  # of `code`: two codes a byte, or one, whose level is the byte as a signed integer
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What the blocks' scales are: numbers in absmax, 8-bit codes of scale_code, or such codes that superblocks scale again.
 SCALES = ("float32", "bfloat16", "float16", "codes", "double")
@@ -19,8 +21,10 @@ Specs: TypeAlias = dict[str, tuple[torch.dtype | None, tuple[int, ...]]]  # of a
 _AnyWeight = TypeVar("_AnyWeight", bound="_Quantized")
 
 
-def packed_shape(N: int, K: int) -> tuple[int, ...]:
-    """Two codes a byte: `[N, K/2]`, or flat when K is odd and rows share bytes."""
+def packed_shape(N: int, K: int, levels: int = LEVELS) -> tuple[int, ...]:
+    """Two codes a byte: `[N, K/2]`, or flat when K is odd and rows share bytes. A code of 256 levels takes a byte."""
+    if levels == INT8_LEVELS:
+        return (N, K)
     return (N, K // 2) if K % 2 == 0 else ((N * K + 1) // 2,)
 
 
@@ -55,17 +59,17 @@ def scales_of(absmax: Tensor, scale_absmax: Tensor | None, scale_code: Tensor | 
     return "codes" if scale_absmax is None else "double"
 
 
-def tensor_specs(N: int, K: int, block_size: int, scales: str) -> Specs:
+def tensor_specs(N: int, K: int, block_size: int, scales: str, levels: int = LEVELS) -> Specs:
     """name -> (dtype, shape) of the six tensors of a weight; dtype None for those it lacks."""
     none = (None, ())
     double = scales == "double"
     absmax_dtype = torch.uint8 if scales in ("codes", "double") else getattr(torch, scales)
     return {
-        "packed": (torch.uint8, packed_shape(N, K)),
+        "packed": (torch.uint8, packed_shape(N, K, levels)),
         "absmax": (absmax_dtype, absmax_shape(N, K, block_size)),
         "scale_absmax": (torch.float32, (superblocks(N, K, block_size),)) if double else none,
         "scale_offset": (torch.float32, ()) if double else none,
-        "code": (torch.float32, (16,)),
+        "code": (torch.float32, (levels,)),
         "scale_code": (torch.float32, (256,)) if absmax_dtype == torch.uint8 else none,
     }
 
@@ -75,12 +79,12 @@ def shared_codebooks(scales: str) -> tuple[str, ...]:
     return ("code",) if scales == "codes" else ("code", "scale_code")
 
 
-def expert_specs(E: int, N: int, K: int, block_size: int, scales: str) -> Specs:
+def expert_specs(E: int, N: int, K: int, block_size: int, scales: str, levels: int = LEVELS) -> Specs:
     """The same of E weights: each tensor of one, stacked, but for what `shared_codebooks` says."""
     shared = shared_codebooks(scales)
     return {
         name: (dtype, shape if dtype is None or name in shared else (E, *shape))
-        for name, (dtype, shape) in tensor_specs(N, K, block_size, scales).items()
+        for name, (dtype, shape) in tensor_specs(N, K, block_size, scales, levels).items()
     }
 
 
@@ -127,7 +131,8 @@ class _Quantized:
         if self.scales not in SCALES:
             expected = "float32, bfloat16 or float16 without a scale_code"
             raise TypeError(f"{who}: absmax must be {expected}, got {self.absmax.dtype}")
-        for name, (dtype, shape) in self.specs(*self.shape, self.block_size, self.scales).items():
+        levels = INT8_LEVELS if self.codebook == INT8 else LEVELS
+        for name, (dtype, shape) in self.specs(*self.shape, self.block_size, self.scales, levels).items():
             tensor = getattr(self, name)
             if dtype is None:
                 if tensor is not None:
@@ -152,6 +157,11 @@ class _Quantized:
     @property
     def double_quant(self) -> bool:
         return self.scales == "double"
+
+    @property
+    def bits(self) -> int:
+        """Of a code: 8 of "int8", 4 of every other codebook."""
+        return 8 if self.codebook == INT8 else 4
 
     @property
     def device(self) -> torch.device:
@@ -179,17 +189,18 @@ class _Quantized:
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight(_Quantized):
-    """A frozen `[N, K]` weight: Ŵ[i] = code[nibble i] * scale(block i), blocks over the row-major flattened weight.
+    """A frozen `[N, K]` weight: Ŵ[i] = code[code i] * scale(block i), blocks over the row-major flattened weight.
 
     `scales` says what scale is: absmax itself ("float32", "bfloat16", "float16"); `scale_code[absmax]` ("codes"); or,
     double-quantized, `scale_code[absmax] * scale_absmax[block // 256] + scale_offset`, each operation rounded to fp32.
 
     Attributes:
-        packed: uint8 `[N, K/2]` (flat `[ceil(N*K/2)]` for odd K), the even element in the high nibble.
+        packed: uint8 `[N, K/2]` (flat `[ceil(N*K/2)]` for odd K), the even element in the high nibble. Of "int8"
+            `[N, K]`, bytes that are signed integers.
         absmax: `[N, K/block_size]` (flat when K % block_size != 0), fp32, bf16, fp16, or uint8 codes.
         scale_absmax: fp32 `[ceil(blocks/256)]`, or None without double quantization.
         scale_offset: fp32 scalar, or None without double quantization.
-        code: fp32 `[16]`.
+        code: fp32 `[16]`; of "int8" `[256]`, entry b the signed integer of byte b.
         scale_code: fp32 `[256]`, or None where absmax holds numbers.
         shape: (N, K).
         dtype: the dtype that was quantized, and the default of `dequantize`.
@@ -228,7 +239,7 @@ class QuantizedExperts(_Quantized):
     No block and no superblock straddles two experts, and each expert has a scale_offset of its own.
 
     Attributes:
-        packed: uint8 `[E, N, K/2]`, the even element in the high nibble.
+        packed: uint8 `[E, N, K/2]`, the even element in the high nibble; of "int8" `[E, N, K]`.
         absmax: `[E, N, K/block_size]`, fp32, bf16, fp16, or uint8 codes.
         scale_absmax: fp32 `[E, ceil(N*K/block_size/256)]`, or None.
         scale_offset: fp32 `[E]`, or None.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .quantized_weight import SUPERBLOCK, absmax_shape, packed_shape
+from .quantized_weight import INT8_LEVELS, SUPERBLOCK, absmax_shape, packed_shape
 
 
 def quantize(weight: Tensor, code: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -24,6 +24,12 @@ def quantize(weight: Tensor, code: Tensor, block_size: int) -> tuple[Tensor, Ten
     finite = absmax.isfinite()
     absmax = torch.where(finite, absmax, torch.nan)  # a block with NaN or inf: NaN scale, every code that of 0
     scaled = torch.where(finite[:, None], blocks * (1 / absmax.clamp(min=2.0**-126))[:, None], 0)
+    if code.numel() == INT8_LEVELS:
+        integers = (scaled * 127).round().to(torch.int8)  # nearest even
+        scale = absmax / torch.full_like(absmax, 127)
+        return integers.view(torch.uint8).view(-1)[: flat.numel()].view(N, K), scale.view(
+            absmax_shape(N, K, block_size)
+        )
 
     levels, order = code.sort(stable=True)
     midpoints = (levels[:-1] + levels[1:]) / 2
@@ -59,8 +65,9 @@ def dequantize(
     if scale_absmax is not None:
         superblock = torch.arange(scale.numel(), device=scale.device) // SUPERBLOCK
         scale = scale * scale_absmax[superblock] + scale_offset
-    flat = packed.reshape(-1)
-    codes = torch.stack([flat >> 4, flat & 15], 1).view(-1)[: N * K]
+    codes = packed.reshape(-1)
+    if code.numel() != INT8_LEVELS:
+        codes = torch.stack([codes >> 4, codes & 15], 1).view(-1)[: N * K]
     values = code[codes.long()] * scale.repeat_interleave(block_size)[: N * K]
     part = values.view(N, K)[row_begin:row_end, col_begin:col_end]
     return torch.empty(part.shape, dtype=dtype, device=part.device).copy_(part)

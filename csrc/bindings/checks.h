@@ -88,9 +88,11 @@ inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> shape
 }
 
 // packed and absmax of a weight [N, K], in the shapes of the format.
-inline std::tuple<Tensor, Tensor> new_quantized(const Tensor& weight, int64_t N, int64_t K, int64_t block_size) {
-  Tensor packed = K % 2 == 0 ? new_empty(weight, {N, K / 2}, ScalarType::Byte)
-                             : new_empty(weight, {ceil_div(N * K, 2)}, ScalarType::Byte);
+inline std::tuple<Tensor, Tensor> new_quantized(const Tensor& weight, int64_t N, int64_t K, int64_t block_size,
+                                                bool is_int8 = false) {
+  Tensor packed = is_int8      ? new_empty(weight, {N, K}, ScalarType::Byte)
+                  : K % 2 == 0 ? new_empty(weight, {N, K / 2}, ScalarType::Byte)
+                               : new_empty(weight, {ceil_div(N * K, 2)}, ScalarType::Byte);
   Tensor absmax = K % block_size == 0 ? new_empty(weight, {N, K / block_size}, ScalarType::Float)
                                       : new_empty(weight, {ceil_div(N * K, block_size)}, ScalarType::Float);
   return {packed, absmax};
@@ -134,10 +136,13 @@ inline Scales scales_of(ScalarType absmax, bool has_scale_code, bool double_quan
   return absmax == ScalarType::Half ? Scales::kFloat16 : Scales::kFloat32;
 }
 
+constexpr int64_t kInt8Levels = 256;  // of `code`, which says by its size that a byte is a weight
+
+// Of int8, where `takes_int8`, w.code is null: csrc/cpu alone knows of it.
 inline Experts checked_weights(const Op& op, int64_t E, const Tensor& packed, const Tensor& absmax,
                                const OptionalTensor& scale_absmax, const OptionalTensor& scale_offset,
                                const Tensor& code, const OptionalTensor& scale_code, int64_t N, int64_t K,
-                               int64_t block_size) {
+                               int64_t block_size, bool takes_int8 = false) {
   CHECK(N >= 0 && K >= 0, op, ": N and K must not be negative, got ", N, " and ", K);
   const int64_t most = std::numeric_limits<int64_t>::max() / std::max<int64_t>(E, 1) - kMaxBlockSize;
   CHECK(K == 0 || N <= most / K, op, ": N and K must have a product within 63 bits, got ", N, " and ", K);
@@ -148,8 +153,11 @@ inline Experts checked_weights(const Op& op, int64_t E, const Tensor& packed, co
   w.K = K;
   w.block_shift = block_shift_of(block_size, op);
   const int64_t blocks = experts.blocks = ceil_div(N * K, block_size);
-  w.packed = static_cast<const uint8_t*>(checked_data(packed, ScalarType::Byte, E * ceil_div(N * K, 2), op, "packed"));
-  w.code = checked_floats(code, kLevels, op, "code");
+  const bool is_int8 = takes_int8 && code.numel() == kInt8Levels;
+  const int64_t bytes = E * (is_int8 ? N * K : ceil_div(N * K, 2));
+  w.packed = static_cast<const uint8_t*>(checked_data(packed, ScalarType::Byte, bytes, op, "packed"));
+  w.code = checked_floats(code, is_int8 ? kInt8Levels : kLevels, op, "code");
+  if (is_int8) w.code = nullptr;
   const bool double_quant = scale_absmax.has_value();
   CHECK(scale_offset.has_value() == double_quant && (scale_code.has_value() || !double_quant), op,
         ": scale_absmax and scale_offset must be given together, and with scale_code");
@@ -171,8 +179,11 @@ inline Experts checked_weights(const Op& op, int64_t E, const Tensor& packed, co
 
 inline Weight checked_weight(const Op& op, const Tensor& packed, const Tensor& absmax,
                              const OptionalTensor& scale_absmax, const OptionalTensor& scale_offset, const Tensor& code,
-                             const OptionalTensor& scale_code, int64_t N, int64_t K, int64_t block_size) {
-  return checked_weights(op, 1, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size).first;
+                             const OptionalTensor& scale_code, int64_t N, int64_t K, int64_t block_size,
+                             bool takes_int8 = false) {
+  return checked_weights(op, 1, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size,
+                         takes_int8)
+      .first;
 }
 
 // E of expert_offsets [E], which are not read here.
@@ -186,10 +197,10 @@ inline int64_t checked_expert_count(const Tensor& expert_offsets, const Op& op) 
 inline Experts checked_experts(const Op& op, const Tensor& expert_offsets, const Tensor& packed, const Tensor& absmax,
                                const OptionalTensor& scale_absmax, const OptionalTensor& scale_offset,
                                const Tensor& code, const OptionalTensor& scale_code, int64_t N, int64_t K,
-                               int64_t block_size) {
+                               int64_t block_size, bool takes_int8 = false) {
   const int64_t E = checked_expert_count(expert_offsets, op);
-  const Experts experts =
-      checked_weights(op, E, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size);
+  const Experts experts = checked_weights(op, E, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K,
+                                          block_size, takes_int8);
   const int64_t step = std::max<int64_t>(64, block_size);
   CHECK(K % step == 0, op, ": K must be a multiple of ", step, " at block_size=", block_size, ", got ", K);
   return experts;

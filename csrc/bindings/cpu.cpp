@@ -20,12 +20,14 @@ std::tuple<Tensor, Tensor> quantize(const Tensor& weight, const Tensor& code, in
   args.dtype = dtype_of(weight.scalar_type(), op, "weight");
   args.weight = contiguous.const_data_ptr();
   args.numel = N * K;
-  args.code = checked_floats(code, nf4::kLevels, op, "code");
+  const bool is_int8 = code.numel() == kInt8Levels;
+  args.code = checked_floats(code, is_int8 ? kInt8Levels : nf4::kLevels, op, "code");
+  if (is_int8) args.code = nullptr;
   args.block_size = 1 << block_shift_of(block_size, op);
-  const auto [packed, absmax] = new_quantized(weight, N, K, block_size);
+  const auto [packed, absmax] = new_quantized(weight, N, K, block_size, is_int8);
   args.packed = static_cast<uint8_t*>(packed.mutable_data_ptr());
   args.absmax = static_cast<float*>(absmax.mutable_data_ptr());
-  const auto run = cpu::active_kernels().quantize;
+  const auto run = is_int8 ? cpu::active_kernels().int8->quantize : cpu::active_kernels().quantize;
   torch::stable::parallel_for(0, ceil_div(N * K, block_size), ceil_div(cpu::kDecodeGrain, block_size),
                               [&](int64_t begin, int64_t end) { run(args, begin, end); });
   return {packed, absmax};
@@ -65,7 +67,8 @@ Tensor dequantize(const Tensor& packed, const Tensor& absmax, const OptionalTens
                   int64_t K, int64_t block_size, int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end,
                   ScalarType type) {
   const Op op = cpu_op("dequantize");
-  const auto w = checked_weight(op, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size);
+  const auto w = checked_weight(op, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size,
+                                /*takes_int8=*/true);
   const Range range{row_begin, row_end, col_begin, col_end};
   check_range(range, w, op);
   const Dtype dtype = dtype_of(type, op, "dtype");
@@ -79,7 +82,8 @@ void dequantize_out(const Tensor& packed, const Tensor& absmax, const OptionalTe
                     int64_t K, int64_t block_size, int64_t row_begin, int64_t row_end, int64_t col_begin,
                     int64_t col_end, const Tensor& out) {
   const Op op = cpu_op("dequantize");
-  const auto w = checked_weight(op, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size);
+  const auto w = checked_weight(op, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size,
+                                /*takes_int8=*/true);
   const Range range{row_begin, row_end, col_begin, col_end};
   check_range(range, w, op);
   const Dtype dtype = dtype_of(out.scalar_type(), op, "out");
@@ -113,7 +117,8 @@ Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& absmax, const
               int64_t K, int64_t block_size, const OptionalTensor& bias, const OptionalTensor& lora_P,
               const OptionalTensor& lora_B, double scaling) {
   const Op op = cpu_op("linear");
-  const auto w = checked_weight(op, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size);
+  const auto w = checked_weight(op, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size,
+                                /*takes_int8=*/true);
   return multiply({op, "x", "K", {/*is_dgrad=*/false, N, K}}, x, w, bias,
                   {lora_P, lora_B, float(scaling), "lora_P", "lora_B", 1});
 }
@@ -123,7 +128,8 @@ Tensor linear_dgrad(const Tensor& dy, const Tensor& packed, const Tensor& absmax
                     int64_t K, int64_t block_size, const OptionalTensor& lora_Q, const OptionalTensor& lora_A,
                     double scaling) {
   const Op op = cpu_op("linear_dgrad");
-  const auto w = checked_weight(op, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size);
+  const auto w = checked_weight(op, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size,
+                                /*takes_int8=*/true);
   return multiply({op, "dy", "N", {/*is_dgrad=*/true, K, N}}, dy, w, std::nullopt,
                   {lora_Q, lora_A, float(scaling), "lora_Q", "lora_A", 0});
 }

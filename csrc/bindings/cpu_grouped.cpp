@@ -44,7 +44,7 @@ Tensor grouped_linear(const Tensor& x, const Tensor& expert_offsets, const Tenso
                       double scaling) {
   const Op op = cpu_op("grouped_linear");
   const auto experts = checked_experts(op, expert_offsets, packed, absmax, scale_absmax, scale_offset, code, scale_code,
-                                       N, K, block_size);
+                                       N, K, block_size, /*takes_int8=*/true);
   return multiply_grouped({op, "x", "K", {/*is_dgrad=*/false, N, K}}, x, expert_offsets, experts, bias,
                           {lora_P, lora_B, float(scaling), "lora_P", "lora_B", 1});
 }
@@ -55,7 +55,7 @@ Tensor grouped_linear_dgrad(const Tensor& dy, const Tensor& expert_offsets, cons
                             const OptionalTensor& lora_Q, const OptionalTensor& lora_A, double scaling) {
   const Op op = cpu_op("grouped_linear_dgrad");
   const auto experts = checked_experts(op, expert_offsets, packed, absmax, scale_absmax, scale_offset, code, scale_code,
-                                       N, K, block_size);
+                                       N, K, block_size, /*takes_int8=*/true);
   return multiply_grouped({op, "dy", "N", {/*is_dgrad=*/true, K, N}}, dy, expert_offsets, experts, std::nullopt,
                           {lora_Q, lora_A, float(scaling), "lora_Q", "lora_A", 0});
 }

@@ -6,6 +6,7 @@
 #include <string_view>
 #include <vector>
 
+#include "cuda_int8.h"
 #include "cuda_product.h"
 
 namespace {
@@ -14,6 +15,8 @@ using nf4::Dtype;
 using namespace nf4::binding;
 
 std::tuple<Tensor, Tensor> quantize(const Tensor& weight, const Tensor& code, int64_t block_size) {
+  if (is_int8(code))
+    return call_int8<std::tuple<Tensor, Tensor>>("nf4kernels_int8::quantize", weight, code, block_size);
   const Op op = op_at("quantize", weight, "weight");
   CHECK(weight.dim() == 2, op, ": weight must be 2-D [N, K], got shape ", Shape{weight});
   const int64_t N = weight.size(0), K = weight.size(1);
@@ -67,6 +70,9 @@ Tensor dequantize(const Tensor& packed, const Tensor& absmax, const OptionalTens
                   const OptionalTensor& scale_offset, const Tensor& code, const OptionalTensor& scale_code, int64_t N,
                   int64_t K, int64_t block_size, int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end,
                   ScalarType type) {
+  if (is_int8(code))
+    return call_int8<Tensor>("nf4kernels_int8::dequantize", packed, absmax, scale_absmax, scale_offset, code,
+                             scale_code, N, K, block_size, row_begin, row_end, col_begin, col_end, type);
   const Op op = op_at("dequantize", packed, "packed");
   const auto w = checked_weight(op, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size);
   const Range range{row_begin, row_end, col_begin, col_end};
@@ -82,6 +88,9 @@ void dequantize_out(const Tensor& packed, const Tensor& absmax, const OptionalTe
                     const OptionalTensor& scale_offset, const Tensor& code, const OptionalTensor& scale_code, int64_t N,
                     int64_t K, int64_t block_size, int64_t row_begin, int64_t row_end, int64_t col_begin,
                     int64_t col_end, const Tensor& out) {
+  if (is_int8(code))
+    return call_int8<void>("nf4kernels_int8::dequantize_out", packed, absmax, scale_absmax, scale_offset, code,
+                           scale_code, N, K, block_size, row_begin, row_end, col_begin, col_end, out);
   const Op op = op_at("dequantize", packed, "packed");
   const auto w = checked_weight(op, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size);
   const Range range{row_begin, row_end, col_begin, col_end};
@@ -173,6 +182,9 @@ Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& absmax, const
               const OptionalTensor& scale_offset, const Tensor& code, const OptionalTensor& scale_code, int64_t N,
               int64_t K, int64_t block_size, const OptionalTensor& bias, const OptionalTensor& lora_P,
               const OptionalTensor& lora_B, double scaling) {
+  if (is_int8(code))
+    return call_int8<Tensor>("nf4kernels_int8::linear", x, packed, absmax, scale_absmax, scale_offset, code, scale_code,
+                             N, K, block_size, bias, lora_P, lora_B, scaling);
   const Op op = op_at("linear", x, "x");
   const auto w = checked_weight(op, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size);
   return multiply(op, false, x, w, bias, {lora_P, lora_B, float(scaling), "lora_P", "lora_B", 1});
@@ -182,6 +194,9 @@ Tensor linear_dgrad(const Tensor& dy, const Tensor& packed, const Tensor& absmax
                     const OptionalTensor& scale_offset, const Tensor& code, const OptionalTensor& scale_code, int64_t N,
                     int64_t K, int64_t block_size, const OptionalTensor& lora_Q, const OptionalTensor& lora_A,
                     double scaling) {
+  if (is_int8(code))
+    return call_int8<Tensor>("nf4kernels_int8::linear_dgrad", dy, packed, absmax, scale_absmax, scale_offset, code,
+                             scale_code, N, K, block_size, lora_Q, lora_A, scaling);
   const Op op = op_at("linear_dgrad", dy, "dy");
   const auto w = checked_weight(op, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size);
   return multiply(op, true, dy, w, std::nullopt, {lora_Q, lora_A, float(scaling), "lora_Q", "lora_A", 0});

@@ -1,5 +1,6 @@
 // The grouped ops for CUDA tensors: checks, allocation, registration. The offsets stay on the
 // device; nothing here reads them, so no call waits for the device. Compiled with NF4_EXECUTOR as cuda.cpp is.
+#include "cuda_int8.h"
 #include "cuda_product.h"
 
 namespace {
@@ -91,6 +92,9 @@ Tensor grouped_linear(const Tensor& x, const Tensor& expert_offsets, const Tenso
                       const OptionalTensor& scale_code, int64_t N, int64_t K, int64_t block_size,
                       const OptionalTensor& bias, const OptionalTensor& lora_P, const OptionalTensor& lora_B,
                       double scaling) {
+  if (is_int8(code))
+    return call_int8<Tensor>("nf4kernels_int8::grouped_linear", x, expert_offsets, packed, absmax, scale_absmax,
+                             scale_offset, code, scale_code, N, K, block_size, bias, lora_P, lora_B, scaling);
   const Op op = op_at("grouped_linear", x, "x");
   const auto experts = checked_experts(op, expert_offsets, packed, absmax, scale_absmax, scale_offset, code, scale_code,
                                        N, K, block_size);
@@ -101,6 +105,9 @@ Tensor grouped_linear_dgrad(const Tensor& dy, const Tensor& expert_offsets, cons
                             const OptionalTensor& scale_absmax, const OptionalTensor& scale_offset, const Tensor& code,
                             const OptionalTensor& scale_code, int64_t N, int64_t K, int64_t block_size,
                             const OptionalTensor& lora_Q, const OptionalTensor& lora_A, double scaling) {
+  if (is_int8(code))
+    return call_int8<Tensor>("nf4kernels_int8::grouped_linear_dgrad", dy, expert_offsets, packed, absmax, scale_absmax,
+                             scale_offset, code, scale_code, N, K, block_size, lora_Q, lora_A, scaling);
   const Op op = op_at("grouped_linear_dgrad", dy, "dy");
   const auto experts = checked_experts(op, expert_offsets, packed, absmax, scale_absmax, scale_offset, code, scale_code,
                                        N, K, block_size);

@@ -106,6 +106,21 @@ struct Isa {
     even = lookup(t, _mm256_srli_epi32(bytes, 4));
     odd = lookup(t, bytes);
   }
+  static F load_int8(const uint8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+  static I load_words16(const uint8_t* p) {
+    return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  template <int BYTE>
+  static F signed_byte(I words) {
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(words, 24 - 8 * BYTE), 24));
+  }
+  static void store_int8(uint8_t* p, F a) {
+    const I rounded = _mm256_cvtps_epi32(_mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+  }
   static void load_transposed(const uint8_t* const rows[L], int64_t byte, I words[4]) {
     F z[4];  // 128-bit half h of z[i] is row 4h + i; a 4x4 transpose inside the halves puts the rows in order
     for (int i = 0; i < 4; ++i) {

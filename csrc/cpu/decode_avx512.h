@@ -117,6 +117,20 @@ struct Isa {
     even = lookup(t, _mm512_srli_epi32(bytes, 4));
     odd = lookup(t, bytes);
   }
+  static F load_int8(const uint8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  static I load_words16(const uint8_t* p) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  template <int BYTE>
+  static F signed_byte(I words) {
+    return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(words, 24 - 8 * BYTE), 24));
+  }
+  static void store_int8(uint8_t* p, F a) {
+    const I rounded = _mm512_cvt_roundps_epi32(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(rounded));
+  }
   static void load_transposed(const uint8_t* const rows[L], int64_t byte, I words[4]) {
     I z[4];  // 128-bit quarter q of z[i] is row 4q + i; a 4x4 transpose inside the quarters puts the rows in order
     for (int i = 0; i < 4; ++i) {

@@ -182,6 +182,26 @@ struct Isa {
     words[2] = vreinterpretq_u32_u64(vtrn2q_u64(a, c));
     words[3] = vreinterpretq_u32_u64(vtrn2q_u64(b, d));
   }
+  static F load_int8(const uint8_t* p) {
+    const int16x8_t words = vmovl_s8(vreinterpret_s8_u8(vld1_u8(p)));
+    return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(words))), vcvtq_f32_s32(vmovl_high_s16(words))};
+  }
+  static I load_words16(const uint8_t* p) {
+    const uint16x8_t words = load_bits(p);
+    return {vmovl_u16(vget_low_u16(words)), vmovl_high_u16(words)};
+  }
+  template <int BYTE>
+  static float32x4_t signed_byte(uint32x4_t words) {
+    return vcvtq_f32_s32(vshrq_n_s32(vreinterpretq_s32_u32(vshlq_n_u32(words, 24 - 8 * BYTE)), 24));
+  }
+  template <int BYTE>
+  static F signed_byte(I words) {
+    return {signed_byte<BYTE>(words.low), signed_byte<BYTE>(words.high)};
+  }
+  static void store_int8(uint8_t* p, F a) {
+    const int16x8_t words = vcombine_s16(vmovn_s32(vcvtnq_s32_f32(a.low)), vmovn_s32(vcvtnq_s32_f32(a.high)));
+    vst1_u8(p, vreinterpret_u8_s8(vmovn_s16(words)));
+  }
   static void load_transposed(const uint8_t* const rows[L], int64_t byte, I words[4]) {
     uint32x4_t low[4], high[4];
     transpose(rows, byte, low);

@@ -113,6 +113,30 @@ struct Isa {
       odd.v[i] = t.v[p[i] & 15];
     }
   }
+  // L bytes as signed integers.
+  static F load_int8(const uint8_t* p) {
+    F r;
+    for (int i = 0; i < L; ++i) r.v[i] = float(int8_t(p[i]));
+    return r;
+  }
+  // L little-endian words of 16 bits.
+  static I load_words16(const uint8_t* p) {
+    I r;
+    for (int i = 0; i < L; ++i) r.v[i] = uint32_t(p[2 * i]) | uint32_t(p[2 * i + 1]) << 8;
+    return r;
+  }
+  // Byte BYTE of each lane as a signed integer.
+  template <int BYTE>
+  static F signed_byte(I words) {
+    F r;
+    for (int i = 0; i < L; ++i) r.v[i] = float(int8_t(words.v[i] >> 8 * BYTE & 255));
+    return r;
+  }
+  // The nearest integers, ties to even, as signed bytes; |a| is at most 127, but for a rounding.
+  static void store_int8(uint8_t* p, F a) {
+    constexpr float kRounds = 0x1.8p23f;  // the ulp of numbers around it is 1, and its low bits are the integer
+    for (int i = 0; i < L; ++i) p[i] = uint8_t(bits_of(a.v[i] + kRounds) & 255);
+  }
   // 16 bytes of each of L rows of W, transposed: lane r of words[j] is the little-endian u32 j of row r.
   static void load_transposed(const uint8_t* const rows[L], int64_t byte, I words[4]) {
     for (int r = 0; r < L; ++r) {

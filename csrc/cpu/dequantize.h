@@ -11,7 +11,8 @@ namespace nf4::cpu {
 constexpr int64_t kPrefetchRows = 4;
 static inline void prefetch_row(const Weight& w, int64_t first, int64_t columns) {
   constexpr int64_t kLine = 64;
-  for (int64_t i = 0; i < columns / 2; i += kLine) __builtin_prefetch(w.packed + first / 2 + i);
+  const uint8_t* begin = w.packed + packed_bytes(w, first);
+  for (int64_t i = 0; i < packed_bytes(w, columns); i += kLine) __builtin_prefetch(begin + i);
   __builtin_prefetch(w.absmax_as<char>() + (first >> w.block_shift) * absmax_bytes(w.scales));
 }
 
@@ -21,7 +22,7 @@ static inline void prefetch_row(const Weight& w, int64_t first, int64_t columns)
 template <class Threads>
 void dequantize_rectangle(const Threads& threads, const Weight& w, int64_t first, int64_t rows, int64_t columns,
                           Dtype dtype, void* out, int64_t stride) {
-  const DequantizeFn run = active_kernels().dequantize;
+  const DequantizeFn run = is_int8(w) ? active_kernels().int8->dequantize : active_kernels().dequantize;
   auto* bytes = static_cast<char*>(out);
   const int64_t size = element_bytes(dtype);
   if (columns == w.K && stride == columns) {  // one run of weights: split anywhere, on whole cache lines

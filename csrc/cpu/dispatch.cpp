@@ -79,28 +79,57 @@ constexpr ProductKernels kNeonBf16Codes{&kGemvCodes_neon_bf16, &kLinear_neon_bf1
                                         &kLoraGrad_neon_bf16,  lora_inner_neon_bf16, /*needs_bf16_code=*/true};
 #endif
 
+#define NF4_INT8_FP32(isa) {&kLinearInt8_##isa, &kLinearDgradInt8_##isa}
+constexpr Int8Kernels kScalarInt8{quantize_int8_scalar, dequantize_int8_scalar, NF4_INT8_FP32(scalar),
+                                  NF4_INT8_FP32(scalar), &kGemvInt8_scalar};
+#if defined(__x86_64__)
+constexpr Int8Kernels kAvx2Int8{quantize_int8_avx2, dequantize_int8_avx2, NF4_INT8_FP32(avx2), NF4_INT8_FP32(avx2),
+                                &kGemvInt8_avx2};
+constexpr Int8Kernels kAvx512Int8{quantize_int8_avx512, dequantize_int8_avx512, NF4_INT8_FP32(avx512),
+                                  NF4_INT8_FP32(avx512), &kGemvInt8_avx512};
+constexpr Int8Kernels kAvx512Bf16Int8{quantize_int8_avx512, dequantize_int8_avx512, NF4_INT8_FP32(avx512),
+                                      NF4_INT8_FP32(avx512_bf16), &kGemvInt8_avx512};
+#elif defined(__aarch64__)
+constexpr Int8Kernels kNeonInt8{quantize_int8_neon, dequantize_int8_neon, NF4_INT8_FP32(neon), NF4_INT8_FP32(neon),
+                                &kGemvInt8_neon};
+#endif
+
 // Best first.
 const CpuKernels kTable[] = {
-// name, is_supported, quantize, dequantize, combine_experts, products of fp32, of bf16, of bf16's codes
+// name, is_supported, quantize, dequantize, combine_experts, int8, products of fp32, of bf16, of bf16's codes
 #if defined(__x86_64__)
     {"avx512_bf16",
      has_avx512_bf16,
      quantize_avx512,
      dequantize_avx512,
      &kCombineExperts_avx512,
+     &kAvx512Bf16Int8,
      {kAvx512, kBf16, kBf16Codes}},
-    {"avx512", has_avx512, quantize_avx512, dequantize_avx512, &kCombineExperts_avx512, {kAvx512, kAvx512, kAvx512Int}},
-    {"avx2", has_avx2, quantize_avx2, dequantize_avx2, &kCombineExperts_avx2, {kAvx2, kAvx2, kAvx2Int}},
+    {"avx512",
+     has_avx512,
+     quantize_avx512,
+     dequantize_avx512,
+     &kCombineExperts_avx512,
+     &kAvx512Int8,
+     {kAvx512, kAvx512, kAvx512Int}},
+    {"avx2", has_avx2, quantize_avx2, dequantize_avx2, &kCombineExperts_avx2, &kAvx2Int8, {kAvx2, kAvx2, kAvx2Int}},
 #elif defined(__aarch64__)
     {"neon_bf16",
      has_neon_bf16,
      quantize_neon,
      dequantize_neon_bf16,
      &kCombineExperts_neon,
+     &kNeonInt8,
      {kNeonFp16, kNeonBf16, kNeonBf16Codes}},
-    {"neon", always, quantize_neon, dequantize_neon, &kCombineExperts_neon, {kNeon, kNeon, kNeon}},
+    {"neon", always, quantize_neon, dequantize_neon, &kCombineExperts_neon, &kNeonInt8, {kNeon, kNeon, kNeon}},
 #endif
-    {"scalar", always, quantize_scalar, dequantize_scalar, &kCombineExperts_scalar, {kScalar, kScalar, kScalar}},
+    {"scalar",
+     always,
+     quantize_scalar,
+     dequantize_scalar,
+     &kCombineExperts_scalar,
+     &kScalarInt8,
+     {kScalar, kScalar, kScalar}},
 };
 
 const CpuKernels* best() {

@@ -12,6 +12,10 @@
 
 namespace nf4::cpu {
 
+// A weight of 8 bits, int8, has no `code`: each of its bytes is its level, a signed integer.
+static inline bool is_int8(const Weight& w) { return w.code == nullptr; }
+static inline int64_t packed_bytes(const Weight& w, int64_t weights) { return is_int8(w) ? weights : weights / 2; }
+
 constexpr int kPassM = 512;   // rows of x that one decode of a tile of B serves
 constexpr int kSliceD = 256;  // D decoded at a time, whose products are added to the fp32 tile at once
 
@@ -19,9 +23,9 @@ struct QuantizeArgs {
   const void* weight;  // [numel] of dtype
   Dtype dtype;
   int64_t numel;
-  const float* code;  // [16], any order
+  const float* code;  // [16], any order; null: int8
   int block_size;
-  uint8_t* packed;  // [ceil(numel/2)]
+  uint8_t* packed;  // [ceil(numel/2)]; of int8 [numel]
   float* absmax;    // [ceil(numel/block_size)]
 };
 
@@ -158,12 +162,23 @@ struct ProductKernels {
   bool needs_int_code = false;  // which is for 16-bit x, and weights of a code_run of 64
 };
 
+// Of int8 weights. 16-bit x is multiplied in fp32 where `bf16` has the kernels of `fp32`.
+struct Int8Kernels {
+  QuantizeFn quantize;
+  DequantizeFn dequantize;
+  struct Gemms {
+    const GemmKernel *linear, *linear_dgrad;
+  } fp32, bf16;
+  const GemvKernel* gemv;
+};
+
 struct CpuKernels {
   const char* name;
   bool (*is_supported)();  // by this CPU and its operating system
   QuantizeFn quantize;
   DequantizeFn dequantize;
   const CombineKernels* combine_experts;
+  const Int8Kernels* int8;
   ProductKernels products[3];  // by choose.h's Products, but for dequantize + GEMM
 
   const ProductKernels& operator[](Products which) const { return products[int(which)]; }
@@ -191,13 +206,16 @@ void transpose_lora_inner(const void* lora_inner, Dtype dtype, int64_t M, int64_
 // the first choice whose expert is outside 0..experts, or -1; the outputs are then not written.
 int64_t sort_by_expert(const int64_t* experts_of, int64_t count, int64_t experts, int32_t* offsets, int32_t* positions);
 
-#define NF4_DECLARE_ISA(isa)                                                                  \
-  void quantize_##isa(const QuantizeArgs&, int64_t block_begin, int64_t block_end);           \
-  void dequantize_##isa(const Weight&, int64_t begin, int64_t count, Dtype dtype, void* out); \
-  extern const GemvKernel kGemv_##isa;                                                        \
-  extern const GemmKernel kLinear_##isa, kLinearDgrad_##isa;                                  \
-  extern const CombineKernels kCombineExperts_##isa;                                          \
-  extern const LoraGradKernel kLoraGrad_##isa;                                                \
+#define NF4_DECLARE_ISA(isa)                                                                       \
+  void quantize_##isa(const QuantizeArgs&, int64_t block_begin, int64_t block_end);                \
+  void dequantize_##isa(const Weight&, int64_t begin, int64_t count, Dtype dtype, void* out);      \
+  void quantize_int8_##isa(const QuantizeArgs&, int64_t block_begin, int64_t block_end);           \
+  void dequantize_int8_##isa(const Weight&, int64_t begin, int64_t count, Dtype dtype, void* out); \
+  extern const GemvKernel kGemv_##isa, kGemvInt8_##isa;                                            \
+  extern const GemmKernel kLinear_##isa, kLinearDgrad_##isa;                                       \
+  extern const GemmKernel kLinearInt8_##isa, kLinearDgradInt8_##isa;                               \
+  extern const CombineKernels kCombineExperts_##isa;                                               \
+  extern const LoraGradKernel kLoraGrad_##isa;                                                     \
   void lora_inner_##isa(const LoraInnerArgs&, int64_t m_begin, int64_t m_end);
 
 NF4_DECLARE_ISA(scalar)
@@ -207,6 +225,7 @@ NF4_DECLARE_ISA(neon)
 extern const GemvKernel kGemvInt_avx2;
 extern const GemvKernel kGemvCodes_avx512_bf16;
 extern const GemmKernel kLinear_avx512_bf16, kLinearDgrad_avx512_bf16;
+extern const GemmKernel kLinearInt8_avx512_bf16, kLinearDgradInt8_avx512_bf16;
 extern const GemmKernel kLinearCodes_avx512_bf16, kLinearDgradCodes_avx512_bf16;
 extern const LoraGradKernel kLoraGrad_avx512_bf16;                                  // bf16 wide and lora_inner
 void lora_inner_avx512_bf16(const LoraInnerArgs&, int64_t m_begin, int64_t m_end);  // bf16

@@ -91,19 +91,26 @@ void decode_tile(const Weight& w, int64_t n, int64_t n_count, int64_t k, int64_t
   }
 }
 
-// The same for any K: each row of W is decoded as a span, then spread over the slice's column.
-template <class Core>
-void decode_tile_spans(const Weight& w, int64_t n, int64_t n_count, int64_t k, int64_t k_count,
-                       typename Core::Element* slice) {
+// The same for any K: each row of W is decoded as a span, by span(begin, count, out), then spread over the slice's
+// column.
+template <class Core, class Span>
+void spread_spans(const Weight& w, int64_t n, int64_t n_count, int64_t k, int64_t k_count,
+                  typename Core::Element* slice, Span span) {
   typename Core::Element decoded[kSliceD];
   const int64_t inside = w.K - k < k_count ? w.K - k : k_count;
   std::memset(static_cast<void*>(decoded), 0, sizeof decoded);
   for (int64_t c = 0; c < kTileN; ++c) {
-    if (c < n_count) decode_span(w, (n + c) * w.K + k, inside, decoded);
+    if (c < n_count) span((n + c) * w.K + k, inside, decoded);
     typename Core::Element* out = slice + c * Core::kStep;
     for (int64_t i = 0; i < k_count; i += Core::kStep, out += kTileN * Core::kStep)
       std::memcpy(static_cast<void*>(out), decoded + i, Core::kStep * sizeof *out);
   }
+}
+template <class Core>
+void decode_tile_spans(const Weight& w, int64_t n, int64_t n_count, int64_t k, int64_t k_count,
+                       typename Core::Element* slice) {
+  spread_spans<Core>(w, n, n_count, k, k_count, slice,
+                     [&](int64_t begin, int64_t count, auto* out) { decode_span(w, begin, count, out); });
 }
 
 // y[m, n .. n + n_count] from its finished fp32 sums, with bias.

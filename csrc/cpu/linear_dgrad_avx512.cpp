@@ -1,8 +1,10 @@
 #include "decode_avx512.h"
-#include "linear_dgrad.h"
+#include "linear_dgrad_int8.h"
 
 namespace nf4::cpu {
 
 const GemmKernel kLinearDgrad_avx512 = describe_gemm<DgradFp32>(pack_fp32, linear_dgrad_tiles<DgradFp32>);
+const GemmKernel kLinearDgradInt8_avx512 =
+    describe_gemm<DgradInt8Fp32>(pack_fp32, linear_dgrad_int8_tiles<DgradInt8Fp32>);
 
 }  // namespace nf4::cpu

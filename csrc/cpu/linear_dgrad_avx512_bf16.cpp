@@ -1,6 +1,7 @@
 #include "gemm_avx512_bf16.h"
 #include "linear_dgrad.h"
 #include "linear_dgrad_codes.h"
+#include "linear_dgrad_int8.h"
 
 namespace nf4::cpu {
 namespace {
@@ -23,8 +24,19 @@ struct DgradBf16 : Bf16Core {
   }
 };
 
+struct DgradInt8Bf16 : Bf16Core {
+  using Factor = LoraA<EvenThenOdd>;
+  static constexpr int kGroup = kInt8Group;
+  static void store_rows(Element* slice, const Isa::F (&even)[2], const Isa::F (&odd)[2]) {
+    store_pairs(slice, even[0], even[1]);
+    store_pairs(slice + 2 * Isa::L, odd[0], odd[1]);
+  }
+};
+
 }  // namespace
 
+const GemmKernel kLinearDgradInt8_avx512_bf16 =
+    describe_gemm<DgradInt8Bf16>(pack_bf16, linear_dgrad_int8_tiles<DgradInt8Bf16>);
 const GemmKernel kLinearDgrad_avx512_bf16 = describe_gemm<DgradBf16>(pack_bf16, linear_dgrad_tiles<DgradBf16>);
 const GemmKernel kLinearDgradCodes_avx512_bf16 =
     describe_gemm<DgradCodes<kMinBlockSize>>(dgrad_codes_pack, linear_dgrad_codes);

@@ -7,11 +7,18 @@ namespace nf4::cpu {
 
 Plan plan_product(const Product& product, GemmArgs& args) {
   const Weight& w = args.weight;
+  const int run = is_int8(w) ? 0 : code_run(w);  // no product of unscaled codes is of int8
   const Choice choice =
-      choose({product.is_dgrad, args.dtype, args.M, code_run(w), w.N * w.K, amx_of_torch(), forced_products()});
+      choose({product.is_dgrad, args.dtype, args.M, run, w.N * w.K, amx_of_torch(), forced_products()});
   note(choice.products);
   if (choice.products == Products::kDequantizeGemm) return {nullptr, nullptr};
   const CpuKernels& active = active_kernels();
+  if (is_int8(w)) {
+    const Int8Kernels& int8 = *active.int8;
+    const Int8Kernels::Gemms& gemms = choice.products == Products::kBf16 ? int8.bf16 : int8.fp32;
+    const bool has_few_rows = !product.is_dgrad && args.M <= int8.gemv->max_m;
+    return {has_few_rows ? int8.gemv : nullptr, product.is_dgrad ? gemms.linear_dgrad : gemms.linear};
+  }
   Products products = choice.products;
   if (args.dtype != Dtype::kFloat32 && active[Products::kBf16Codes].needs_int_code) {  // of fp16 as well
     args.int_code = rounded_code<Int13>(w.code);

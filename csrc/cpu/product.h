@@ -87,6 +87,7 @@ void multiply_grouped(Runtime& runtime, const Product& product, const Experts& e
   for (int64_t e = 0; e < experts.count; begin = offsets[e], ++e) {
     GemmArgs args{};
     args.weight = experts[e];
+    if (is_int8(experts.first)) args.weight.packed = experts.first.packed + e * experts.first.N * experts.first.K;
     args.dtype = dtype;
     args.M = offsets[e] - begin;
     args.out = static_cast<char*>(out) + begin * out_row;

@@ -11,7 +11,16 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from ..quantized_weight import BLOCK_SIZES, SUPERBLOCK, WEIGHT_DTYPES, WeightArgs, expert_columns, scales_of
+from ..quantized_weight import (
+    BLOCK_SIZES,
+    INT8_LEVELS,
+    LEVELS,
+    SUPERBLOCK,
+    WEIGHT_DTYPES,
+    WeightArgs,
+    expert_columns,
+    scales_of,
+)
 
 
 def refuse(op: str, message: str) -> NoReturn:
@@ -44,6 +53,11 @@ def check_block_size(op: str, block_size: int) -> None:
         refuse(op, f"block_size must be a power of two from 16 to 4096, got {block_size}")
 
 
+def check_code(op: str, device: torch.device, code: Tensor) -> None:
+    """16 levels, or int8's 256."""
+    check_data(op, device, "code", code, torch.float32, INT8_LEVELS if code.numel() == INT8_LEVELS else LEVELS)
+
+
 def check_weight(
     op, device, packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size, experts=1
 ) -> None:
@@ -54,8 +68,9 @@ def check_weight(
         refuse(op, f"N and K must have a product within 63 bits, got {N} and {K}")
     check_block_size(op, block_size)
     blocks = -(-N * K // block_size)
-    check_data(op, device, "packed", packed, torch.uint8, -(-N * K // 2) * experts)
-    check_data(op, device, "code", code, torch.float32, 16)
+    is_int8 = code.numel() == INT8_LEVELS
+    check_data(op, device, "packed", packed, torch.uint8, (N * K if is_int8 else -(-N * K // 2)) * experts)
+    check_code(op, device, code)
     scales = scales_of(absmax, scale_absmax, scale_code)
     if (scale_absmax is None) != (scale_offset is None) or (scale_absmax is not None and scale_code is None):
         refuse(op, "scale_absmax and scale_offset must be given together, and with scale_code")
@@ -154,7 +169,7 @@ def check_quantize(weight: Tensor, code: Tensor, block_size: int) -> None:
     if weight.dim() != 2:
         refuse("quantize", f"weight must be 2-D [N, K], got shape {list(weight.shape)}")
     check_dtype("quantize", "weight", weight.dtype)
-    check_data("quantize", weight.device, "code", code, torch.float32, 16)
+    check_code("quantize", weight.device, code)
     check_block_size("quantize", block_size)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ..codebook import CODEBOOKS
+from ..quantized_weight import LEVELS
 from .tuned_table import CUDA_PRODUCTS, CudaOp
 
 CPU_LIBRARY = Path(__file__).parent.parent / "_cpu.abi3.so"
@@ -236,7 +237,7 @@ def know_codebooks(library: ctypes.CDLL) -> None:
     know = library.nf4kernels_cuda_know_codebook
     know.argtypes, know.restype = [ctypes.c_void_p], ctypes.c_bool
     for name, code in CODEBOOKS.items():
-        if not know(code.data_ptr()):
+        if code.numel() == LEVELS and not know(code.data_ptr()):
             raise RuntimeError(f"nf4kernels: the CUDA library has no room for another codebook, {name}")
 
 

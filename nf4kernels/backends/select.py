@@ -29,8 +29,13 @@ VARIABLE = "NF4KERNELS_BACKEND"
 OLDEST = (8, 0)  # compute capability, of the CUDA library's kernels and of Triton's compiler
 GPU_KEYS = {"cuda": "CUDA", "xpu": "XPU"}  # device type -> dispatch key; AMD's GPUs are torch's cuda too
 NATIVE_NAMESPACE = "nf4kernels_native"  # of the CUDA library's ops where it shares a device with another backend
+INT8_NAMESPACE = "nf4kernels_int8"  # of the ops that the CUDA library hands on: it has no kernel of int8 weights
+INT8_OPS = (
+    "quantize", "dequantize", "dequantize_out", "linear", "linear_dgrad", "grouped_linear", "grouped_linear_dgrad",
+)  # fmt: skip
 REFERENCE = {op: checked(op, getattr(reference, op)) for op in OPS}
 _NATIVE_SCHEMAS = torch.library.Library(NATIVE_NAMESPACE, "DEF")
+_INT8_LIBRARY = torch.library.Library(INT8_NAMESPACE, "DEF")
 
 
 @dataclass(frozen=True)
@@ -267,6 +272,28 @@ def _triton():
     return triton
 
 
+@functools.cache
+def int8_kernels(device_type: str) -> tuple[Mapping[str, Callable], str]:
+    """What int8 weights run by where the CUDA library has the ops, and what that is called: Triton, else reference."""
+    if device_type == "cpu":  # of the tests' host executor
+        return REFERENCE, "reference"
+    obstacle = _obstacle("triton", device_type)
+    if obstacle is None:
+        return kernels_of("triton"), "triton, as the CUDA library has no kernel of them"
+    return REFERENCE, f"reference (plain PyTorch), as the CUDA library has no kernel of them; not triton: {obstacle}"
+
+
+def _run_int8(op: str, tensor, *arguments, **keywords):
+    return int8_kernels(tensor.device.type)[0][op](tensor, *arguments, **keywords)
+
+
+for _schema in SCHEMAS:
+    if _schema.partition("(")[0] in INT8_OPS:
+        _INT8_LIBRARY.define(_schema)
+for _op in INT8_OPS:
+    _INT8_LIBRARY.impl(_op, functools.partial(_run_int8, _op), "CompositeExplicitAutograd")
+
+
 def triton_choices():
     """Triton's backends/triton/choose.py, where `available` names Triton."""
     return _triton().choose
@@ -357,6 +384,7 @@ def _kernel_lines(device_type: str, decision: Decision) -> Iterator[str]:
         yield from _triton().kernel_lines(torch.device(device_type, index))
     if decision.backend != "native" or device_type != "cuda":
         return
+    yield f"weights of int8: {int8_kernels(device_type)[1]}"
     capability = torch.cuda.get_device_capability(index)
     multiprocessors = torch.cuda.get_device_properties(index).multi_processor_count
     for op in CUDA_PRODUCTS:

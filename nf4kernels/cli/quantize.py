@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ..quantized_weight import BLOCK_SIZES
+from ..quantized_weight import BLOCK_SIZES, INT8
 from ..storage.convert import SKIP, Conversion, ConversionError, Words, convert_directory
 from .errors import CommandError, check_cpu_computes
 from .meta_model import meta_model
@@ -22,17 +22,22 @@ def add_parser(subparsers) -> None:
         help="a Hugging Face safetensors directory to 4 bits",
         description="Write the model in IN_DIR to OUT_DIR with its linear layers in 4 bits, in bitsandbytes' format: "
         "transformers with bitsandbytes loads it, and so do nf4kernels.load_checkpoint and transformers with "
-        "nf4kernels.integrations.transformers; with experts in 4 bits only the latter two. One dense tensor is in "
-        "memory at a time, or one layer's experts, beside the output file being filled. OUT_DIR appears when it is "
-        "complete, or not at all.",
+        "nf4kernels.integrations.transformers; with experts in 4 bits, or in int8, only the latter two. One dense "
+        "tensor is in memory at a time, or one layer's experts, beside the output file being filled. OUT_DIR appears "
+        "when it is complete, or not at all.",
     )
     parser.add_argument("in_dir", metavar="IN_DIR", type=Path)
     parser.add_argument("out_dir", metavar="OUT_DIR", type=Path)
-    parser.add_argument("--codebook", choices=("nf4", "fp4"), default="nf4")
+    parser.add_argument(
+        "--codebook", choices=("nf4", "fp4", INT8), default="nf4",
+        help="int8: 8 bits a weight, in a format that bitsandbytes does not have",
+    )  # fmt: skip
     parser.add_argument(
         "--block-size", type=int, choices=BLOCK_SIZES[1:], default=64, help="weights that share a scale (default 64)"
     )
-    parser.add_argument("--no-double-quant", action="store_true", help="keep the scales in fp32 (4.5 bits a weight)")
+    parser.add_argument(
+        "--no-double-quant", action="store_true", help="keep the scales in fp32 (4.5 bits a weight; int8 8.5)"
+    )
     parser.add_argument("--scale-codebook", choices=("e4m3", "dynamic8"), default="e4m3")
     parser.add_argument(
         "--dtype", choices=("auto", *DTYPES), default="auto",
@@ -67,12 +72,17 @@ def _print_summary(conversion: Conversion, args: argparse.Namespace) -> None:
     print(f"\nlayers chosen by {choice.source}" + (f"; kept dense: {kept}" if kept else ""))
     if choice.unknown:
         print(f"not a module of {choice.source}, left as in the file: {_listed(choice.unknown)}")
-    if uneven:
+    if uneven and args.codebook != INT8:
         print(
             f"note: in {len(uneven)} layers ({uneven[0]}, ...) a row is not a whole number of blocks of "
             f"{args.block_size}; bitsandbytes 0.50 decodes these wrongly on CPUs with AVX-512, nf4kernels does not"
         )
-    if conversion.experts:
+    if args.codebook == INT8:
+        print(
+            "note: bitsandbytes has no such 8-bit format: nf4kernels.load_checkpoint loads the result, and so does"
+            " transformers with nf4kernels.integrations.transformers, with bitsandbytes not"
+        )
+    elif conversion.experts:
         print(
             "note: bitsandbytes has no format for the experts in 4 bits: nf4kernels.load_checkpoint loads the result,"
             " and so does transformers with nf4kernels.integrations.transformers, with bitsandbytes not"

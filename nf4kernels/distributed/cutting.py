@@ -91,7 +91,8 @@ def cut(qweight: QuantizedWeight, dim: int, rank: int, ranks: int) -> QuantizedW
     if problem is not None:
         raise ValueError(f"nf4kernels.distributed.cut: {problem}")
     rows, columns = part_of(N, K, dim, rank, ranks)
-    packed = qweight.packed[slice(*rows), columns[0] // 2 : columns[1] // 2].contiguous()
+    codes = 8 // qweight.bits  # a byte
+    packed = qweight.packed[slice(*rows), columns[0] // codes : columns[1] // codes].contiguous()
     absmax = qweight.absmax[slice(*rows), columns[0] // block_size : columns[1] // block_size]
     whole = (absmax, qweight.scale_absmax, qweight.scale_offset, qweight.scale_code)
     scales, are_decoded = part_scales(whole, K, block_size, rows, columns)

@@ -285,7 +285,7 @@ class QuantModule(nn.Module):
 
     def state_errors(self, state_dict: dict[str, Tensor], prefix: str) -> list[str]:
         """What in a state would not fit, by its key: another dtype, shape, block size or codebook."""
-        specs = self.QUANTIZED.specs(*self.weight_shape, self.block_size, self.scales)
+        specs = self.QUANTIZED.specs(*self.weight_shape, self.block_size, self.scales, self.code.numel())
         specs["weight"] = specs.pop("packed")
         specs["source_dtype"] = (torch.uint8, ())
         specs["checksum"] = (torch.uint8, (checksums.LENGTH,))

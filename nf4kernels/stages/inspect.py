@@ -296,8 +296,9 @@ def _blocks(flat: Tensor, block_size: int) -> Tensor:
 def _zero_blocks(qweight: QuantizedWeight, scales: Tensor) -> Tensor:
     """bool `[blocks]`: the scale is 0, or every code stands for 0."""
     N, K = qweight.shape
-    packed = qweight.packed.reshape(-1)
-    codes = torch.stack([packed >> 4, packed & 15], 1).view(-1)[: N * K]
+    codes = qweight.packed.reshape(-1)
+    if qweight.bits == 4:
+        codes = torch.stack([codes >> 4, codes & 15], 1).view(-1)[: N * K]
     is_zero = (qweight.code == 0)[codes.long()]
     return (scales == 0) | _blocks(is_zero, qweight.block_size).all(1)
 
@@ -305,11 +306,13 @@ def _zero_blocks(qweight: QuantizedWeight, scales: Tensor) -> Tensor:
 def _clipped_blocks(qweight: QuantizedWeight, scales: Tensor, weight: Tensor) -> Tensor:
     """bool `[blocks]`: a weight is beyond what the block's outermost levels reach.
 
-    Products are compared, both in fp32 and rounded once, so that a scale which is exact clips nothing.
+    Products are compared, both in fp32 and rounded once, so that a scale which is exact clips nothing. int8's scale is
+    a quotient: its product may miss by a rounding of each.
     """
     flat = weight.reshape(-1)
     lowest, highest = _blocks(flat, qweight.block_size).aminmax(dim=1)
     reach = torch.stack([scales * qweight.code.min(), scales * qweight.code.max()])
+    reach = reach * (1 + 2.0**-22) if qweight.bits == 8 else reach
     low, high = reach.amin(0), reach.amax(0)
     return (lowest.float() < low) | (highest.float() > high)
 

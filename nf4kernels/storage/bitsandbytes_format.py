@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..codebook import CODEBOOKS, FORMATS, SCALE_CODEBOOKS, name_of
+from ..codebook import CODEBOOKS, FORMATS, SCALE_CODEBOOKS, levels_of, name_of
 from ..quantized_weight import SUPERBLOCK, WEIGHT_DTYPES, QuantizedWeight, absmax_shape, check_block_size, packed_shape
 
 BITSANDBYTES_CODEBOOKS = ("nf4", "fp4")
@@ -41,7 +41,9 @@ class StoredWeight:
     def sizes(self, key: str) -> dict[str, int]:
         """name -> elements of each tensor that stands for it on disk; bytes of the packed one, whatever its dtype."""
         blocks = math.prod(absmax_shape(*self.shape, self.block_size))
-        sizes = {key: math.prod(packed_shape(*self.shape)), f"{key}.absmax": blocks, f"{key}.quant_map": 16}
+        levels = levels_of(self.codebook)
+        packed = math.prod(packed_shape(*self.shape, levels))
+        sizes = {key: packed, f"{key}.absmax": blocks, f"{key}.quant_map": levels}
         if self.double_quant:
             sizes[f"{key}.nested_absmax"] = -(-blocks // SUPERBLOCK)
         if self.double_quant or self.scale_codebook is not None:
@@ -131,7 +133,7 @@ def weight_from_tensors(tensors: dict[str, Tensor], key: str = "weight") -> Quan
     code = _read_code(tensors[f"{key}.quant_map"], codebook, f"{key}.quant_map", who)
 
     packed = tensors[key].contiguous().reshape(-1).view(torch.uint8)
-    packed = _shaped(packed, packed_shape(N, K), key, who)
+    packed = _shaped(packed, packed_shape(N, K, code.numel()), key, who)
     absmax = tensors[f"{key}.absmax"]
     if list(absmax.shape) == [K // block_size, N] and min(absmax.shape) > 1 and _owner(state) == "bitsandbytes":
         raise ValueError(f"{who}: {key}.absmax must have one dimension, got {list(absmax.shape)}, {REPACKED}")
@@ -257,13 +259,15 @@ def _read_metadata(tensor: Tensor, name: str, who: str) -> dict:
 
 
 def _read_code(stored: Tensor, codebook: str, name: str, who: str) -> Tensor:
-    """fp32 `[16]`: the named codebook, or the stored levels of a custom one.
+    """fp32 `[16]`, or int8's `[256]`: the named codebook, or the stored levels of a custom one.
 
     bitsandbytes decodes by the name and never reads the map, so a map that disagrees would decode to other weights
     there than here: it is refused.
     """
-    if stored.numel() != 16 or not stored.is_floating_point():
-        raise ValueError(f"{who}: {name} must hold 16 levels, got {stored.dtype} {list(stored.shape)}")
+    if stored.numel() != levels_of(codebook) or not stored.is_floating_point():
+        raise ValueError(
+            f"{who}: {name} must hold {levels_of(codebook)} levels, got {stored.dtype} {list(stored.shape)}"
+        )
     levels = stored.reshape(-1).float()
     if codebook == "custom":
         return levels

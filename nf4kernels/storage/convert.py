@@ -1,4 +1,4 @@
-"""A Hugging Face safetensors directory to 4 bits, in bitsandbytes' format, one dense tensor in memory at a time."""
+"""A Hugging Face safetensors directory to 4 bits, in bitsandbytes' format, or to int8, one dense tensor at a time."""
 
 import json
 from collections import Counter
@@ -20,7 +20,7 @@ from ..model.quantize import squared_error
 from ..model.report import QuantizedLayer, QuantizeReport, SkippedLayer
 from ..nn.casts import cast
 from ..nn.experts_layout import as_rows
-from ..quantized_weight import WEIGHT_DTYPES
+from ..quantized_weight import INT8, WEIGHT_DTYPES
 from .atomic import TargetError, copy_file, replacing_directory, write_json
 from .bitsandbytes_format import weight_to_tensors
 from .experts_format import experts_to_tensors
@@ -91,6 +91,11 @@ class _Options:
     scale_codebook: str
     dtype: torch.dtype | None
 
+    @property
+    def is_for_bitsandbytes(self) -> bool:
+        """Whether bitsandbytes is to read it: its 8-bit formats are others than ours."""
+        return self.codebook != INT8
+
     def quantize(self, weight: Tensor) -> Any:
         """A QuantizedWeight, or QuantizedExperts of a 3-D weight."""
         how = quantize if weight.dim() == 2 else quantize_experts
@@ -114,14 +119,14 @@ def convert_directory(
     """Write the model in `in_dir` to `out_dir` with its linear layers in 4 bits, in bitsandbytes' format.
 
     transformers with bitsandbytes loads the result, and so does `nf4kernels.load_checkpoint`; with fused experts in 4
-    bits, for which bitsandbytes has no format, only the latter. One dense tensor is in memory at a time, or one layer's
-    experts, beside the output file being filled. Tokenizer, generation settings and the like are copied.
+    bits, or in int8, for which bitsandbytes has no format, only the latter. One dense tensor is in memory at a time, or
+    one layer's experts, beside the output file being filled. Tokenizer, generation settings and the like are copied.
     `out_dir` appears when it is complete, or not at all.
 
     Args:
         in_dir: with config.json, and model.safetensors or its shards and their index.
         out_dir: a directory outside `in_dir`, which must not exist unless `overwrite` is set.
-        codebook: "nf4" or "fp4"; block_size, double_quant, scale_codebook: as in `nf4kernels.quantize`.
+        codebook: "nf4", "fp4" or "int8"; block_size, double_quant, scale_codebook: as in `nf4kernels.quantize`.
         dtype: of the tensors that stay dense and of the layers' arithmetic; None keeps what is stored. The stored
             values are quantized, not their roundings to `dtype`.
         skip: layers to leave dense, as in `nf4kernels.quantize_model`; they add to SKIP.
@@ -143,7 +148,8 @@ def convert_directory(
     given_in = in_dir
     in_dir, out_dir = Path(in_dir).resolve(), Path(out_dir).resolve()
     options, skip = _Options(codebook, block_size, double_quant, scale_codebook, dtype), tuple(skip)
-    weight_to_tensors(options.quantize(torch.empty(0, block_size)), bitsandbytes=True)  # every check of an option
+    checked = options.quantize(torch.empty(0, block_size))
+    weight_to_tensors(checked, bitsandbytes=options.is_for_bitsandbytes)  # every check of an option
     if dtype is not None and dtype not in WEIGHT_DTYPES:
         raise TypeError(f"{words.who}: dtype must be float32, bfloat16, float16 or None, got {dtype}")
     config = _read_dense_config(in_dir, words)
@@ -277,9 +283,9 @@ def _new_config(
     if options.dtype is not None:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = _word(options.dtype)
     stored = Counter(matrix.unit.headers[0].dtype for matrix in quantized.values()).most_common(1)[0][0]
-    if any(matrix.is_experts for matrix in quantized.values()):
+    if any(matrix.is_experts for matrix in quantized.values()) or not options.is_for_bitsandbytes:
         # transformers knows the method by integrations.transformers, and refuses the packed weights without; through
-        # bitsandbytes it would find no experts and draw them at random
+        # bitsandbytes it would find no experts, nor int8, and draw them at random
         config["quantization_config"] = {
             "quant_method": "nf4kernels",
             "codebook": options.codebook,
@@ -383,7 +389,7 @@ def _quantize_tensor(
     if tensor.dim() == 3:
         parts = experts_to_tensors(qweight, layer)
     else:
-        parts = weight_to_tensors(qweight, key, bitsandbytes=True)
+        parts = weight_to_tensors(qweight, key, bitsandbytes=options.is_for_bitsandbytes)
     after = sum(part.nbytes for part in parts.values())
     return parts, QuantizedLayer(layer, tuple(tensor.shape), tensor.nbytes, after, *errors)
 

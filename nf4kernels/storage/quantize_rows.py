@@ -64,7 +64,7 @@ def _experts(model: nn.Module, layer: Any, source: Source, ranks: Ranks, transpo
         dense = source.read(model, (own, slice(0, sizes[1]), slice(0, sizes[2])), ranks.who)
         qweight = _quantized(layer, dense.mT if transposed else dense, source.target)
     values = _leaves(qweight)
-    specs = layer.QUANTIZED.specs(*layer.weight_shape, layer.block_size, layer.scales)
+    specs = layer.QUANTIZED.specs(*layer.weight_shape, layer.block_size, layer.scales, layer.code.numel())
     of_experts = [name for name in ("absmax", *SCALES) if name in values and name not in shared_codebooks(layer.scales)]
     for name in of_experts if is_dtensor(layer.weight) else ():
         if not is_dtensor(getattr(layer, name)):

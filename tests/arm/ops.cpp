@@ -123,6 +123,11 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, cpu::ParallelBody b
   Runtime::parallel_for(begin, end, grain, [=](int64_t first, int64_t last) { body(state, first, last); });
 }
 
+// The codebook that is argument i; null: int8, of 256 levels.
+const float* code_of(const Call& call, size_t i) {
+  return call.tensor(i).count() == 256 ? nullptr : call.data<float>(i);
+}
+
 // The nine arguments of a weight from argument i on; of `count` experts.
 Experts experts_of(const Call& call, size_t i, int64_t count) {
   Experts experts{};
@@ -131,7 +136,7 @@ Experts experts_of(const Call& call, size_t i, int64_t count) {
   w.absmax = call.data(i + 1);
   w.scale_absmax = call.data<float>(i + 2);
   w.scale_offset = call.data<float>(i + 3);
-  w.code = call.data<float>(i + 4);
+  w.code = code_of(call, i + 4);
   w.scale_code = call.data<float>(i + 5);
   w.N = call.integer(i + 6);
   w.K = call.integer(i + 7);
@@ -154,12 +159,13 @@ void quantize(Call& call) {
   args.weight = weight.data();
   args.dtype = weight.dtype();
   args.numel = weight.count();
-  args.code = call.data<float>(1);
+  args.code = code_of(call, 1);
   args.block_size = int(call.integer(2));
   const int64_t blocks = cpu::ceil_div(args.numel, args.block_size);
-  args.packed = static_cast<uint8_t*>(call.add(kUint8, {cpu::ceil_div(args.numel, 2)}));
+  const bool is_int8 = args.code == nullptr;
+  args.packed = static_cast<uint8_t*>(call.add(kUint8, {is_int8 ? args.numel : cpu::ceil_div(args.numel, 2)}));
   args.absmax = static_cast<float*>(call.add(kFp32, {blocks}));
-  const auto run = cpu::active_kernels().quantize;
+  const auto run = is_int8 ? cpu::active_kernels().int8->quantize : cpu::active_kernels().quantize;
   Runtime::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) { run(args, begin, end); });
 }
 

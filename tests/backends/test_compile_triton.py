@@ -41,7 +41,7 @@ def test_no_spills_and_shared_memory_within_the_limit(reports, target):
         "quantize_kernel", "superblock_sums_kernel", "mean_kernel", "scale_codes_kernel", "dequantize_kernel",
         "linear_kernel", "linear_dgrad_kernel", "grouped_linear_kernel", "grouped_linear_dgrad_kernel",
         "lora_grad_kernel", "grouped_lora_inner_kernel", "grouped_lora_grad_kernel", "reduce_kernel", "combine_kernel",
-        "combine_dgrad_kernel", "combine_wgrad_kernel",
+        "combine_dgrad_kernel", "combine_wgrad_kernel", "quantize_int8_kernel", "dequantize_int8_kernel",
     }  # fmt: skip
     for row in report["kernels"]:
         assert row["spilled"] == 0, row
@@ -52,12 +52,12 @@ def test_no_spills_and_shared_memory_within_the_limit(reports, target):
 def test_no_denormal_is_flushed_and_no_scale_contracted(reports, target):
     """A contracted scale would be rounded once where the format rounds twice. (AMD divides by means of fma.)"""
     for row in reports[target].result()["kernels"]:
-        encodes = row["kernel"] in ("quantize_kernel", "scale_codes_kernel")
+        encodes = row["kernel"] in ("quantize_kernel", "quantize_int8_kernel", "scale_codes_kernel")
         assert not row["flushes"], row
         assert row["inexact"] == 0, row
         if encodes:
             assert row["exact"] > 0, row
-        if row["kernel"] == "dequantize_kernel" or (encodes and target in NVIDIA):
+        if row["kernel"] in ("dequantize_kernel", "dequantize_int8_kernel") or (encodes and target in NVIDIA):
             assert row["fma"] == 0, row
 
 

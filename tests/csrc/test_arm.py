@@ -22,7 +22,9 @@ from support.cases import DTYPES, HALVES, Layout, dtype_id
 from support.numerics import assert_product_within_bound, assert_same_bits
 from support.ways import Way
 
+import nf4kernels
 from nf4kernels import reference
+from nf4kernels.codebook import INT8_CODE
 
 MISSING = build.missing(build.CXX, build.QEMU)
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
@@ -128,6 +130,26 @@ def test_dequantize(arm, dtype):
                 arguments = (*qweight.op_args(), *rows, *columns, dtype)
                 expected = reference.dequantize(*arguments)
                 assert_same_bits(arm.run("dequantize", *arguments), expected, f"{arm} {layout} {N}x{K} {columns}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_int8(arm, dtype):
+    for shape, block_size in (((33, 65), 64), ((19, 192), 64), ((7, 48), 16), ((5, 320), 4096)):
+        w, code = cases.weight(*shape, dtype), INT8_CODE
+        w[0, 0] = torch.nan if shape == (33, 65) else 0
+        for actual, right in zip(arm.run("quantize", w, code, block_size), reference.quantize(w, code, block_size)):
+            assert_same_bits(actual, right.flatten(), f"{arm} {shape} {block_size}")
+        qweight = nf4kernels.quantize(w.nan_to_num(), "int8", block_size)
+        arguments = (*qweight.op_args(), 1, shape[0], 3, shape[1] - 2, dtype)
+        assert_same_bits(arm.run("dequantize", *arguments), reference.dequantize(*arguments), f"{arm} {shape}")
+        matrix = cases.dense(qweight)
+        for M in (1, 3, 4, 5, 13):
+            x, dy = cases.activations(M, shape[1], dtype), cases.activations(M, shape[0], dtype)
+            lora = cases.activations(M, 3, dtype, seed=2), cases.activations(shape[0], 3, dtype, seed=3)
+            y = arm.run("linear", x, *qweight.op_args(), None, *lora, 1.5)
+            joined = torch.cat([x, lora[0]], 1), torch.cat([matrix.T, 1.5 * lora[1].float().T], 0)
+            assert_product_within_bound(y, *joined, f"{arm} linear {shape} M={M}")
+            assert_product_within_bound(arm.run("linear_dgrad", dy, *qweight.op_args()), dy, matrix, f"{arm} {M}")
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=dtype_id)

@@ -223,7 +223,7 @@ def random_bytes(N: int, K: int, layout: Layout = DEFAULT) -> QuantizedWeight:
     """A weight of random bytes: every nibble in every position and every scale index, whatever an encoder would do."""
     generator = torch.Generator().manual_seed(7 + 1000 * N + K)
     tensors = {}
-    for name, (dtype, shape) in tensor_specs(N, K, layout.block_size, layout.scales).items():
+    for name, (dtype, shape) in tensor_specs(N, K, layout.block_size, layout.scales, layout.code.numel()).items():
         if dtype == torch.uint8:
             tensors[name] = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
         elif dtype in HALVES:  # every finite number, subnormal ones too

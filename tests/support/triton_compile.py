@@ -24,7 +24,7 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from nf4kernels.backends.triton import OPS, choose  # noqa: E402
-from nf4kernels.quantized_weight import expert_specs, tensor_specs  # noqa: E402
+from nf4kernels.quantized_weight import INT8_LEVELS, LEVELS, expert_specs, tensor_specs  # noqa: E402
 
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99, "gfx942": 64, "gfx1100": 64}  # KB a program
 CODE = torch.linspace(-1, 1, 16)
@@ -113,14 +113,14 @@ def of_zeros(specs, *sizes) -> tuple:
     return *(None if dtype is None else torch.zeros(shape, dtype=dtype) for dtype, shape in specs.values()), *sizes
 
 
-def weight(N, K, block_size=64, scales="double") -> tuple:
+def weight(N, K, block_size=64, scales="double", levels=LEVELS) -> tuple:
     """As `QuantizedWeight.op_args` lists it."""
-    return of_zeros(tensor_specs(N, K, block_size, scales), N, K, block_size)
+    return of_zeros(tensor_specs(N, K, block_size, scales, levels), N, K, block_size)
 
 
-def weights(E, N, K, block_size=64, scales="double") -> tuple:
+def weights(E, N, K, block_size=64, scales="double", levels=LEVELS) -> tuple:
     """As `QuantizedExperts.op_args` lists it."""
-    return of_zeros(expert_specs(E, N, K, block_size, scales), N, K, block_size)
+    return of_zeros(expert_specs(E, N, K, block_size, scales, levels), N, K, block_size)
 
 
 def run_calls(recorder: Recorder, table: choose.Table) -> None:
@@ -138,6 +138,9 @@ def run_calls(recorder: Recorder, table: choose.Table) -> None:
         for dtype in (full, half):
             q = weight(N, K, block_size, scales)
             call(f"{dtype} blocks of {block_size}, {scales}", "dequantize", *q, 0, N, 0, K, dtype)
+        int8 = weight(N, K, 64, "double", INT8_LEVELS)
+        call(f"{dtype} int8", "dequantize", *int8, 0, N, 0, K, half)
+        call(f"{dtype} int8", "quantize", torch.zeros(64, 128, dtype=dtype), torch.zeros(INT8_LEVELS), 64)
     call("columns of odd K", "dequantize", *weight(33, 65), 1, 30, 3, 60, half)
 
     # Every bucket of the table, whole and split, with every term; then fp32, odd shapes and other layouts.
@@ -149,6 +152,14 @@ def run_calls(recorder: Recorder, table: choose.Table) -> None:
             for block_size, rank in ((32, 0), (16, 16)):
                 name, q = f"blocks of {block_size}, bucket {most}", weight(N, K, block_size, "codes")
                 product(call, op, name, q, min(most, 256), half, rank, config)
+            product(
+                call, op, f"int8, bucket {most}", weight(n, k, levels=INT8_LEVELS), min(most, 256), half, 16, config
+            )
+        product(call, op, "int8, blocks of 32", weight(N, K, 32, "float16", INT8_LEVELS), 3, half, 0)
+        for dtype in (full, half):
+            product(call, op, f"int8, odd {dtype}", weight(33, 65, levels=INT8_LEVELS), 3, dtype, 5)
+        product(call, op, "int8, fp32", weight(N, K, levels=INT8_LEVELS), 40, full, 16)
+        grouped_product(call, op, "int8", 2, weights(2, N, K, levels=INT8_LEVELS), 64, half, 16)
         product(call, op, "fp16", weight(N, K), 40, torch.float16, 0)
         product(call, op, "no double quantization", weight(N, K, 128, "float32"), 40, half, 0)
         product(call, op, "scales of 16 bits", weight(N, K, 32, "float16"), 3, half, 40)

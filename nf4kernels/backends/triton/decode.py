@@ -1,7 +1,8 @@
 """What the kernels share: a level by its code, a block's scale by the format's three operations, and the launch.
 
-A weight decodes to code[nibble] * scale in fp32, rounded once. Kernels are launched without contraction of a product
-and a sum to an FMA (`LAUNCH`), which would change the last bit of a scale.
+A weight decodes to code[nibble] * scale in fp32, rounded once; of int8, whose packed bytes come as int8, to the integer
+itself times scale, and `code` is not read. The dtype of `packed` tells a kernel which of the two to compile. Kernels
+are launched without contraction of a product and a sum to an FMA (`LAUNCH`), which would change a scale's last bit.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -10,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ...quantized_weight import INT8_LEVELS
 
 LAUNCH = {"enable_fp_fusion": False}
 
@@ -25,9 +28,14 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager:
     return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
+def with_int8(packed: Tensor, code: Tensor) -> Tensor:
+    """`packed` as kernels take it: as int8 where each byte is a weight."""
+    return packed.view(torch.int8) if code.numel() == INT8_LEVELS else packed
+
+
 def whole_words(packed: Tensor) -> Tensor:
     """`packed` where its words of 32 bits can be loaded, else a copy that begins at one."""
-    return packed if packed.data_ptr() % 4 == 0 else packed.clone()
+    return packed if packed.dtype == torch.int8 or packed.data_ptr() % 4 == 0 else packed.clone()
 
 
 @triton.jit
@@ -73,13 +81,30 @@ def scales_of_bytes(
 
 
 @triton.jit
+def decode_int8(
+    packed, absmax, scale_absmax, scale_offset, scale_code, first, block_shift, in_row, SCALES: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """fp32 Ŵ, [ROWS, COLUMNS], of int8 from each row's flat index `first` on, with SCALES blocks in a row."""
+    at = first[:, None] + tl.arange(0, COLUMNS)[None, :]
+    integers = tl.load(packed + at, mask=in_row[:, None], other=0)
+    scale = scales_of_bytes(
+        absmax, scale_absmax, scale_offset, scale_code, first >> block_shift, in_row, SCALES, ROWS, COLUMNS
+    )
+    return integers.to(tl.float32) * scale
+
+
+@triton.jit
 def decode_elements(
     packed, absmax, scale_absmax, scale_offset, code, scale_code, block_shift, index, mask,
     dtype: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Ŵ at these flat indices [ROWS, COLUMNS], wherever blocks and bytes begin; 0 where the mask is off."""
-    byte = tl.load(packed + (index >> 1), mask=mask, other=0).to(tl.int32)
-    nibble = tl.where(index % 2 == 0, byte >> 4, byte & 15)
     scale = block_scales(absmax, scale_absmax, scale_offset, scale_code, index >> block_shift, mask)
-    value = lookup(tl.load(code + tl.arange(0, 16)), nibble, ROWS, COLUMNS) * scale
+    if packed.dtype.element_ty == tl.int8:
+        value = tl.load(packed + index, mask=mask, other=0).to(tl.float32) * scale
+    else:
+        byte = tl.load(packed + (index >> 1), mask=mask, other=0).to(tl.int32)
+        nibble = tl.where(index % 2 == 0, byte >> 4, byte & 15)
+        value = lookup(tl.load(code + tl.arange(0, 16)), nibble, ROWS, COLUMNS) * scale
     return tl.where(mask, value, 0.0).to(dtype)

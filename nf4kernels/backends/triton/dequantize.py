@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..arguments import check_dequantize, check_dequantize_out
-from .decode import LAUNCH, block_scales, ceil_div, lookup, on_device_of
+from .decode import LAUNCH, block_scales, ceil_div, lookup, on_device_of, with_int8
 
 CHUNK = 32  # at most: a block of 16 is one of its own
 MOST_WEIGHTS = 4096  # a program
@@ -49,6 +49,25 @@ def dequantize_kernel(
     column = (start - begin)[:, None] + tl.arange(0, CHUNK)[None, :]
     values = values.to(out.dtype.element_ty)
     tl.store(out + row * stride + column, values, mask=(column >= 0) & (column < length))
+
+
+@triton.jit
+def dequantize_int8_kernel(
+    packed, absmax, scale_absmax, scale_offset, scale_code, out, first, pitch, stride, length, block_shift, tiles,
+    numel, TILE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """dequantize_kernel of int8: the integer itself times the chunk's scale."""
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    begin = first + row * pitch
+    chunk = begin // CHUNK + (tl.program_id(0) % tiles).to(tl.int64) * TILE + tl.arange(0, TILE)
+    start = chunk * CHUNK
+    scale = block_scales(absmax, scale_absmax, scale_offset, scale_code, start >> block_shift, start < numel)
+    at = start[:, None] + tl.arange(0, CHUNK)[None, :]
+    values = tl.load(packed + at, mask=at < numel, other=0).to(tl.float32) * scale[:, None]
+    column = at - begin
+    tl.store(
+        out + row * stride + column, values.to(out.dtype.element_ty), mask=(column >= 0) & (column < length)
+    )  # fmt: skip
 
 
 def tile_of(length: int, chunk: int) -> int:
@@ -81,6 +100,8 @@ def dequantize_out(
 def launch(weight: tuple, row_begin: int, col_begin: int, out: Tensor) -> None:
     """Decodes Ŵ[row_begin.., col_begin..] into out, which has the range's shape."""
     *tensors, N, K, block_size = weight
+    tensors[0] = with_int8(tensors[0], tensors[4])
+    is_int8 = tensors[0].dtype == torch.int8
     rows, length = out.shape
     stride = out.stride(0)
     if rows == 0 or length == 0:
@@ -93,7 +114,10 @@ def launch(weight: tuple, row_begin: int, col_begin: int, out: Tensor) -> None:
     tiles = ceil_div(ceil_div(length, chunk) + 1, tile)
     first = row_begin * K + col_begin
     with on_device_of(out):
-        dequantize_kernel[(rows * tiles,)](
+        kernel, tensors = (
+            (dequantize_int8_kernel, [*tensors[:4], tensors[5]]) if is_int8 else (dequantize_kernel, tensors)
+        )
+        kernel[(rows * tiles,)](
             *tensors, out, first, K, stride, length, block_size.bit_length() - 1, tiles, N * K, TILE=tile,
             CHUNK=chunk, num_warps=max(tile * chunk // WARP_WEIGHTS, 1), **LAUNCH,
         )  # fmt: skip

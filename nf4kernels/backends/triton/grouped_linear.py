@@ -24,7 +24,7 @@ from torch import Tensor
 from ...quantized_weight import SUPERBLOCK
 from ..arguments import check_grouped_linear
 from .choose import LONGEST_DEPTH, LONGEST_FP32, choose_for_experts
-from .decode import LAUNCH, ceil_div, on_device_of, whole_words
+from .decode import LAUNCH, ceil_div, on_device_of, whole_words, with_int8
 from .linear import add_lora_term, add_runs, rank_step
 
 
@@ -51,7 +51,7 @@ def find_group(offsets, tile, T, E, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr
 def weight_of(packed, absmax, scale_absmax, scale_offset, scale_code, expert, N, K, block_shift, superblocks):
     """The pointers to the expert's part of each tensor; scale_code is each expert's own where it alone scales."""
     expert = expert.to(tl.int64)
-    packed += expert * N * (K >> 1)
+    packed += expert * N * (K if packed.dtype.element_ty == tl.int8 else K >> 1)
     absmax += expert * N * (K >> block_shift)
     if scale_absmax is not None:
         scale_absmax += expert * superblocks
@@ -122,11 +122,12 @@ def grouped_linear(
         return out
     choice = choose_for_experts("grouped_linear", T, E, K, block_size, K, x.dtype, x.device)
     config, tiles_n = choice.config, ceil_div(N, choice.config.BLOCK_N)
+    packed = whole_words(with_int8(packed, code))
     rank = 0 if lora_B is None else lora_B.shape[2]
     with on_device_of(x):
         grouped_linear_kernel[(tiles_n * most_tiles(T, E, config.BLOCK_M),)](
-            x.contiguous(), expert_offsets, whole_words(packed), *tensors, out, bias, lora_P, lora_B, scaling, T, E, N,
-            K, rank, block_size.bit_length() - 1, superblocks_of(N, K, block_size), tiles_n,
+            x.contiguous(), expert_offsets, packed, *tensors, out, bias, lora_P, lora_B, scaling, T, E, N, K, rank,
+            block_size.bit_length() - 1, superblocks_of(N, K, block_size), tiles_n,
             EXPERTS=triton.next_power_of_2(E + 1), BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N,
             BLOCK_K=choice.BLOCK_K, SCALES=choice.scales, BLOCK_R=rank_step(rank), RUN=run_of(K, x.dtype),
             **config.launch, **LAUNCH,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..arguments import check_grouped_linear_dgrad
 from .choose import choose_for_experts
-from .decode import LAUNCH, on_device_of
+from .decode import LAUNCH, on_device_of, with_int8
 from .grouped_linear import find_group, most_tiles, run_of, superblocks_of, weight_of
 from .linear import rank_step
 from .linear_dgrad import add_runs, lora_term
@@ -61,18 +61,19 @@ def grouped_linear_dgrad(
     scale_offset: Tensor | None, code: Tensor, scale_code: Tensor | None, N: int, K: int, block_size: int,
     lora_Q: Tensor | None = None, lora_A: Tensor | None = None, scaling: float = 1.0,
 ) -> Tensor:  # fmt: skip
-    tensors = (packed, absmax, scale_absmax, scale_offset, code, scale_code)
-    check_grouped_linear_dgrad(dy, expert_offsets, *tensors, N, K, block_size, lora_Q, lora_A, scaling)
+    tensors = (absmax, scale_absmax, scale_offset, code, scale_code)
+    check_grouped_linear_dgrad(dy, expert_offsets, packed, *tensors, N, K, block_size, lora_Q, lora_A, scaling)
     T, E = dy.shape[0], expert_offsets.shape[0]
     out = dy.new_empty((T, K))
     if out.numel() == 0:
         return out
     choice = choose_for_experts("grouped_linear_dgrad", T, E, K, block_size, N, dy.dtype, dy.device)
     config, tiles_k = choice.config, K // choice.BLOCK_K
+    packed = with_int8(packed, code)
     rank = 0 if lora_A is None else lora_A.shape[1]
     with on_device_of(dy):
         grouped_linear_dgrad_kernel[(tiles_k * most_tiles(T, E, config.BLOCK_M),)](
-            dy.contiguous(), expert_offsets, *tensors, out, lora_Q, lora_A, scaling, T, E, N, K, rank,
+            dy.contiguous(), expert_offsets, packed, *tensors, out, lora_Q, lora_A, scaling, T, E, N, K, rank,
             block_size.bit_length() - 1, superblocks_of(N, K, block_size), tiles_k,
             EXPERTS=triton.next_power_of_2(E + 1), BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N,
             BLOCK_K=choice.BLOCK_K, SCALES=choice.scales, BLOCK_R=rank_step(rank), RUN=run_of(N, dy.dtype),

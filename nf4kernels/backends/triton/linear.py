@@ -21,6 +21,7 @@ Flops     2 M N K; reads 0.516 B a weight: 2.0 us for 4096 x 4096 at an H200's 4
           are 5.5. Not measured.
 Needs     nothing; a `packed` that begins between words of 32 bits is copied first. Where K is not a multiple of 32,
           weights are decoded one by one: 52 instructions.
+int8      a byte is a weight: the bytes of a step come in the order of k, and there is no lookup.
 """
 
 import torch
@@ -30,7 +31,17 @@ from torch import Tensor
 
 from ..arguments import check_linear
 from .choose import LONGEST_FP32, Choice, choose
-from .decode import LAUNCH, ceil_div, decode_elements, lookup, on_device_of, scales_of_bytes, whole_words
+from .decode import (
+    LAUNCH,
+    ceil_div,
+    decode_elements,
+    decode_int8,
+    lookup,
+    on_device_of,
+    scales_of_bytes,
+    whole_words,
+    with_int8,
+)
 from .dequantize_gemm import multiply_by_slices
 from .reduce import reduce_splits
 
@@ -56,7 +67,15 @@ def add_product(
     dtype: tl.constexpr = x.dtype.element_ty
     first = n * K
     x_rows = x + m[:, None] * K
-    if SCALES > 0:
+    if SCALES > 0 and packed.dtype.element_ty == tl.int8:
+        for k in range(begin, end, BLOCK_K):
+            w = decode_int8(
+                packed, absmax, scale_absmax, scale_offset, scale_code, first + k, block_shift, in_n, SCALES, BLOCK_N,
+                BLOCK_K,
+            ).to(dtype)  # fmt: skip
+            part = tl.load(x_rows + (k + tl.arange(0, BLOCK_K))[None, :], mask=in_m[:, None], other=0.0)
+            acc = tl.dot(w, tl.trans(part), acc, input_precision="ieee")
+    elif SCALES > 0:
         WORDS: tl.constexpr = BLOCK_K // 8
         table = tl.load(code + tl.arange(0, 16))
         word_rows = packed.to(tl.pointer_type(tl.uint32)) + (first >> 3)[:, None]
@@ -174,6 +193,7 @@ def linear(
     weight = (packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size)
     device, M = x.device, x.shape[:-1].numel()
     check_linear(x, *weight, bias, lora_P, lora_B)
+    weight = (with_int8(packed, code), *weight[1:])
     out = x.new_empty((*x.shape[:-1], N))
     if out.numel() == 0:
         return out

@@ -10,6 +10,7 @@ Trick     the two nibbles of a byte are neighbours along k, which are neighbours
 Flops     2 M N K: 43 us for M = 512, 4096 x 4096 at 400 TFLOP/s. The loop has 13 instructions a weight for each BLOCK_M
           rows of dY (SASS of sm_90, up to 64), and dY is read K / 64 times, from the L2. Not measured.
 Needs     nothing. Where K is not a multiple of 32, weights are decoded one by one: 54 instructions.
+int8      a byte is a weight: a step's bytes are decoded in the order of k and split into the even and the odd.
 """
 
 import torch
@@ -19,7 +20,16 @@ from torch import Tensor
 
 from ..arguments import check_linear_dgrad
 from .choose import LONGEST_FP32, Choice, choose
-from .decode import LAUNCH, ceil_div, decode_elements, lookup, on_device_of, scales_of_bytes
+from .decode import (
+    LAUNCH,
+    ceil_div,
+    decode_elements,
+    decode_int8,
+    lookup,
+    on_device_of,
+    scales_of_bytes,
+    with_int8,
+)
 from .dequantize_gemm import multiply_by_slices
 from .linear import matrix, rank_step
 from .reduce import reduce_splits
@@ -33,20 +43,29 @@ def add_product(
 ):  # fmt: skip
     """Both [BLOCK_M, BLOCK_K / 2]: + dY[m, begin:end] @ W[begin:end, k], the even and the odd k from k_begin on."""
     dtype: tl.constexpr = dy.dtype.element_ty
-    table = tl.load(code + tl.arange(0, 16))
+    IS_INT8: tl.constexpr = packed.dtype.element_ty == tl.int8
+    if not IS_INT8:
+        table = tl.load(code + tl.arange(0, 16))
     for step in range(begin, end, BLOCK_N):
         n = step + tl.arange(0, BLOCK_N)
         in_n = n < end
         part = tl.load(dy + m[:, None] * N + n[None, :], mask=in_m[:, None] & in_n[None, :], other=0.0)
         first = n.to(tl.int64) * K + k_begin
-        byte = (first >> 1)[:, None] + tl.arange(0, BLOCK_K // 2)[None, :]
-        codes = tl.load(packed + byte, mask=in_n[:, None], other=0).to(tl.int32)
-        block = first >> block_shift
-        scale = scales_of_bytes(
-            absmax, scale_absmax, scale_offset, scale_code, block, in_n, SCALES, BLOCK_N, BLOCK_K // 2
-        )
-        even = (lookup(table, codes >> 4, BLOCK_N, BLOCK_K // 2) * scale).to(dtype)
-        odd = (lookup(table, codes & 15, BLOCK_N, BLOCK_K // 2) * scale).to(dtype)
+        if IS_INT8:
+            w = decode_int8(
+                packed, absmax, scale_absmax, scale_offset, scale_code, first, block_shift, in_n, SCALES, BLOCK_N,
+                BLOCK_K,
+            ).to(dtype)  # fmt: skip
+            even, odd = tl.split(tl.reshape(w, [BLOCK_N, BLOCK_K // 2, 2]))
+        else:
+            byte = (first >> 1)[:, None] + tl.arange(0, BLOCK_K // 2)[None, :]
+            codes = tl.load(packed + byte, mask=in_n[:, None], other=0).to(tl.int32)
+            block = first >> block_shift
+            scale = scales_of_bytes(
+                absmax, scale_absmax, scale_offset, scale_code, block, in_n, SCALES, BLOCK_N, BLOCK_K // 2
+            )
+            even = (lookup(table, codes >> 4, BLOCK_N, BLOCK_K // 2) * scale).to(dtype)
+            odd = (lookup(table, codes & 15, BLOCK_N, BLOCK_K // 2) * scale).to(dtype)
         even_sums = tl.dot(part, even, even_sums, input_precision="ieee")
         odd_sums = tl.dot(part, odd, odd_sums, input_precision="ieee")
     return even_sums, odd_sums
@@ -186,6 +205,7 @@ def linear_dgrad(
     weight = (packed, absmax, scale_absmax, scale_offset, code, scale_code, N, K, block_size)
     device, M = dy.device, dy.shape[:-1].numel()
     check_linear_dgrad(dy, *weight, lora_Q, lora_A)
+    weight = (with_int8(packed, code), *weight[1:])
     out = dy.new_empty((*dy.shape[:-1], K))
     if out.numel() == 0:
         return out

@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...quantized_weight import SUPERBLOCK, absmax_shape, packed_shape
+from ...quantized_weight import INT8_LEVELS, SUPERBLOCK, absmax_shape, packed_shape
 from ..arguments import check_quantize, check_quantize_absmax
-from .decode import LAUNCH, ceil_div, on_device_of
+from .decode import LAUNCH, ceil_div, on_device_of, with_int8
 
 TILE = 4096  # weights a program: at least one whole block of any size
 SUMS_TILE = 32  # superblocks a program that sums
@@ -66,6 +66,25 @@ def quantize_kernel(
     even, odd = tl.split(tl.reshape(tl.gather(codes, rank, 0), [SIZE // 2, 2]))
     byte = first_block * (block_size // 2) + tl.arange(0, SIZE // 2)
     tl.store(packed + byte, (even << 4 | odd).to(tl.uint8), mask=byte * 2 < numel)
+
+
+@triton.jit
+def quantize_int8_kernel(weight, packed, scales, numel, block_size: tl.constexpr, BLOCKS: tl.constexpr):
+    """scale[b] = max |w| / 127; byte = nearest even of w * (1 / max(max |w|, 2^-126)) * 127, 0 where not finite."""
+    SIZE: tl.constexpr = BLOCKS * block_size
+    first_block = tl.program_id(0).to(tl.int64) * BLOCKS
+    index = first_block * block_size + tl.arange(0, SIZE)
+    w = tl.reshape(tl.load(weight + index, mask=index < numel, other=0.0).to(tl.float32), [BLOCKS, block_size])
+    largest = tl.max(w.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
+    finite = largest < 0x7F800000
+    peak = largest.to(tl.float32, bitcast=True)
+    block = first_block + tl.arange(0, BLOCKS)
+    scale = tl.div_rn(peak, 127.0)
+    tl.store(scales + block, tl.where(finite, scale, float("nan")), mask=block * block_size < numel)
+    inverse = tl.div_rn(1.0, tl.where(peak < 2.0**-126, 2.0**-126, peak))
+    scaled = tl.where(finite[:, None], w * inverse[:, None], 0.0) * 127.0
+    rounded = (scaled + 12582912.0) - 12582912.0  # 1.5 * 2^23, about which the ulp is 1: nearest even
+    tl.store(packed + index, tl.reshape(rounded.to(tl.int8), [SIZE]), mask=index < numel)
 
 
 @triton.jit
@@ -139,12 +158,18 @@ def scale_codes_kernel(absmax, mean, scale_code, quantized, scale_absmax, blocks
 def quantize(weight: Tensor, code: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     check_quantize(weight, code, block_size)
     N, K = weight.shape
-    packed = weight.new_empty(packed_shape(N, K), dtype=torch.uint8)
+    packed = weight.new_empty(packed_shape(N, K, code.numel()), dtype=torch.uint8)
     absmax = weight.new_empty(absmax_shape(N, K, block_size), dtype=torch.float32)
     if packed.numel() == 0:
         return packed, absmax
     grid = (ceil_div(N * K, TILE),)
     with on_device_of(weight):
+        if code.numel() == INT8_LEVELS:
+            quantize_int8_kernel[grid](
+                weight.contiguous(), with_int8(packed, code), absmax, N * K, block_size, TILE // block_size,
+                num_warps=4, **LAUNCH,
+            )  # fmt: skip
+            return packed, absmax
         quantize_kernel[grid](
             weight.contiguous(), code, packed, absmax, N * K, block_size, TILE // block_size, num_warps=4, **LAUNCH
         )

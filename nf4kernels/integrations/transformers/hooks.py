@@ -40,7 +40,7 @@ def _choose_config() -> None:
 
 
 def _count_parameters() -> None:
-    """A packed byte is two parameters. transformers knows that of bitsandbytes' class alone."""
+    """A packed byte is two parameters, or one in 8 bits. transformers knows that of bitsandbytes' class alone."""
     original = PreTrainedModel.num_parameters
 
     @functools.wraps(original)
