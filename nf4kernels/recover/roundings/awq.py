@@ -106,4 +106,3 @@ def _folded(calibration: Calibration, fold: Fold, scale: Tensor) -> bool:
             return False
         parameters.keep()
         return True
-

@@ -36,7 +36,7 @@ class Statistics:
 
     @classmethod
     def zeros(cls, K: int, device: torch.device) -> "Statistics":
-        return cls(*(torch.zeros(size, device=device) for size in ((K, K), (K,), (K,))))
+        return cls(torch.zeros(K, K, device=device), torch.zeros(K, device=device), torch.zeros(K, device=device))
 
     def add(self, x: Tensor) -> None:
         """Count rows `[M, K]`; the three tensors are sums until `divide`."""
@@ -56,7 +56,7 @@ class Statistics:
         return bool(self.hessian.isfinite().all())
 
 
-class _Stop(Exception):
+class _StoppedError(Exception):
     """Ends a forward pass after the block that was asked for."""
 
 
@@ -127,7 +127,8 @@ class Calibration:
         """name -> the statistics of that group's input."""
         found = self._gathered(groups)
         if self._outputs is not None and not all(each.is_finite for each in found.values()):
-            self._outputs, self._chained = None, dict.fromkeys(self._chained, False)  # it reads a block that was left out
+            # a NaN of a block that was left out may have been read
+            self._outputs, self._chained = None, dict.fromkeys(self._chained, False)
             found = self._gathered(groups)
         for name, each in found.items():
             if not each.is_finite:
@@ -166,7 +167,7 @@ class Calibration:
                 changes.enter_context(after(module, seen, stop=chained))
             try:
                 output = run(self.model, self.batch)
-            except _Stop:
+            except _StoppedError:
                 return
             if seen is not None and (block is None or not block.name):
                 seen(output)
@@ -289,7 +290,7 @@ def after(module: nn.Module, seen: Callable[[Any], None] | None, stop: bool = Fa
         if seen is not None:
             seen(output)
         if stop:
-            raise _Stop
+            raise _StoppedError
 
     handle = module.register_forward_hook(hook)
     try:

@@ -1,4 +1,4 @@
-"""Codes and scales of a QuantizedWeight, chosen anew: what any rounding writes, bit for bit as the kernels decode it."""
+"""Codes and scales of a QuantizedWeight, chosen anew: what any rounding writes, as the kernels decode it."""
 
 from dataclasses import dataclass, replace
 
@@ -22,9 +22,17 @@ def nearest_codes(weight: Tensor, scales: Tensor, code: Tensor) -> Tensor:
         code: fp32 `[16]`, in any order.
     """
     levels, order = code.sort(stable=True)
-    inverse = 1 / torch.where(scales < 0, scales.clamp(max=-SMALLEST), scales.clamp(min=SMALLEST))
-    midpoints = (levels[:-1] + levels[1:]) / 2
-    return order.to(torch.uint8)[torch.bucketize(weight * inverse, midpoints, out_int32=True)]
+    return order.to(torch.uint8)[torch.bucketize(weight * inverted(scales), midpoints_of(levels), out_int32=True)]
+
+
+def midpoints_of(levels: Tensor) -> Tensor:
+    """fp32 `[15]` of ascending levels."""
+    return (levels[:-1] + levels[1:]) / 2
+
+
+def inverted(scales: Tensor) -> Tensor:
+    """1 / scales, those nearer to 0 than SMALLEST read as that."""
+    return 1 / torch.where(scales < 0, scales.clamp(max=-SMALLEST), scales.clamp(min=SMALLEST))
 
 
 def decoded_scales(qweight: QuantizedWeight) -> Tensor:
@@ -32,8 +40,8 @@ def decoded_scales(qweight: QuantizedWeight) -> Tensor:
     return Lattice.of(qweight).decoded(qweight.absmax.reshape(-1))
 
 
-def scale_of_each(scales: Tensor, shape: tuple[int, int], block_size: int) -> Tensor:
-    """`[N, K]`, the scale of each weight, of `[blocks]`."""
+def scale_of_each(scales: Tensor, shape: tuple[int, ...], block_size: int) -> Tensor:
+    """`[N, K]`, which `shape` is: the scale of each weight, of `[blocks]`."""
     N, K = shape
     return scales.repeat_interleave(block_size)[: N * K].view(N, K)
 

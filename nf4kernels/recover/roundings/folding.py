@@ -149,10 +149,10 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _shared_parameters(model: nn.Module) -> set[int]:
-    """Ids of those that several modules have."""
+    """Ids of those that several modules have, or one that stands in several places."""
     once: set[int] = set()
-    shared = set()
-    for module in model.modules():
+    shared: set[int] = set()
+    for _, module in named_modules(model):
         for parameter in module._parameters.values():
             if parameter is not None:
                 (shared if id(parameter) in once else once).add(id(parameter))
@@ -203,7 +203,10 @@ def outputs(calibration: Calibration) -> list[Tensor]:
     """The floating-point tensors that the block returns for the first batch."""
     found: list[Tensor] = []
     calibration.run(
-        0, lambda output: found.extend(t.clone() for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point())
+        0,
+        lambda output: found.extend(
+            t.clone() for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()
+        ),
     )
     return found
 

@@ -10,7 +10,7 @@ from ...functional import dequantize, quantize
 from ...quantized_weight import QuantizedWeight
 from ..batches import Batch
 from .calibration import Statistics
-from .encoding import codes_of, decoded_scales, nearest_codes, scale_of_each, with_codes
+from .encoding import codes_of, decoded_scales, inverted, midpoints_of, scale_of_each, with_codes
 from .rounding import LEVELS, SCALES, CalibratedRounding, check_choice, chosen, not_worse
 from .scales import refitted_scales
 
@@ -85,26 +85,45 @@ def gptq(
 
     Source: GPTQ (arXiv 2210.17323), algorithm 1.
     """
-    N, K = qweight.shape
-    scales = scale_of_each(decoded_scales(qweight), (N, K), qweight.block_size)
+    K = qweight.shape[1]
+    columns = _Columns(qweight)
     order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else None
     H = hessian if order is None else hessian[order][:, order]
     factor = inverse_factor(H, damping)
-    W = weight.detach().float()
-    W, scales = (W.clone(), scales) if order is None else (W[:, order], scales[:, order])
-    W, scales = W.T.contiguous(), scales.T.contiguous()  # a column is then contiguous
-    codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
+    W = weight.detach().float().T  # [K, N]: a column is then contiguous
+    W = W.clone(memory_format=torch.contiguous_format) if order is None else W[order]
+    ranks = torch.empty(W.shape, dtype=torch.int32, device=W.device)
+    at = list(range(K)) if order is None else order.tolist()
+    diagonal = factor.diagonal().tolist()
     for begin in range(0, K, COLUMNS):
         end = min(begin + COLUMNS, K)
         errors = torch.empty_like(W[begin:end])
         for j in range(begin, end):
-            codes[j] = nearest_codes(W[j], scales[j], qweight.code)
-            errors[j - begin] = (W[j] - qweight.code[codes[j].long()] * scales[j]) / factor[j, j]
+            ranks[at[j]], decoded = columns.nearest(at[j], W[j])
+            errors[j - begin] = (W[j] - decoded) / diagonal[j]
             W[j + 1 : end].addr_(factor[j, j + 1 : end], errors[j - begin], alpha=-1)
         W[end:].addmm_(factor[begin:end, end:].T, errors, alpha=-1)
-    if order is not None:
-        codes = codes[order.argsort()]
-    return with_codes(qweight, codes.T.contiguous())
+    return with_codes(qweight, columns.codes(ranks))
+
+
+class _Columns:
+    """Nearest levels of one column at a time, by the rule of `encoding.nearest_codes`."""
+
+    def __init__(self, qweight: QuantizedWeight) -> None:
+        N, K = qweight.shape
+        self.scales = scale_of_each(decoded_scales(qweight), (N, K), qweight.block_size).T.contiguous()
+        self.inverse = inverted(self.scales)
+        self.levels, self.order = qweight.code.sort(stable=True)
+        self.midpoints = midpoints_of(self.levels)
+
+    def nearest(self, column: int, values: Tensor) -> tuple[Tensor, Tensor]:
+        """(the ranks of the levels, int32 `[N]`; what they decode to)."""
+        rank = torch.bucketize(values * self.inverse[column], self.midpoints, out_int32=True)
+        return rank, self.levels[rank] * self.scales[column]
+
+    def codes(self, ranks: Tensor) -> Tensor:
+        """uint8 `[N, K]` of ranks `[K, N]`."""
+        return self.order.to(torch.uint8)[ranks.long()].T.contiguous()
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
@@ -144,27 +163,24 @@ def swept(weight: Tensor, qweight: QuantizedWeight, error: Tensor, product: Tens
 
     Source: QuantEase (arXiv 2309.01885), algorithm 1.
     """
-    N, K = qweight.shape
-    scales = scale_of_each(decoded_scales(qweight), (N, K), qweight.block_size).T.contiguous()
-    codes = codes_of(qweight).T.contiguous()
-    W = weight.detach().float().T.contiguous()
+    K = qweight.shape[1]
+    columns = _Columns(qweight)
+    ranks = columns.order.argsort()[codes_of(qweight).long()].T.int().contiguous()
     E, P = error.T.contiguous(), product.T.contiguous()
-    diagonal = hessian.diagonal()
+    decoded = weight.detach().float().T - E
+    diagonal = hessian.diagonal().tolist()
     for begin in range(0, K, COLUMNS):
         end = min(begin + COLUMNS, K)
-        steps = torch.zeros_like(W[begin:end])
+        steps = torch.zeros_like(E[begin:end])
         for j in range(begin, end):
             if not diagonal[j] > 0:
                 continue
-            old = W[j] - E[j]
-            found = nearest_codes(old + P[j] / diagonal[j], scales[j], qweight.code)
-            step = qweight.code[found.long()] * scales[j] - qweight.code[codes[j].long()] * scales[j]
-            codes[j] = found
-            E[j] -= step
-            steps[j - begin] = step
-            P[begin:end].addr_(hessian[j, begin:end], step, alpha=-1)
+            ranks[j], found = columns.nearest(j, decoded[j] + P[j] / diagonal[j])
+            steps[j - begin] = found - decoded[j]
+            P[begin:end].addr_(hessian[j, begin:end], steps[j - begin], alpha=-1)
+        E[begin:end] -= steps
         P[:begin].addmm_(hessian[:begin, begin:end], steps, alpha=-1)
         P[end:].addmm_(hessian[end:, begin:end], steps, alpha=-1)
     error.copy_(E.T)
     product.copy_(P.T)
-    return with_codes(qweight, codes.T.contiguous())
+    return with_codes(qweight, columns.codes(ranks))

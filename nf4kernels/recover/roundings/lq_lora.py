@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ...functional import dequantize, quantize
+from ...functional import dequantize
 from ...model.targets import Target
 from ...nn.lora import LoraConfig, principal_factors
 from ...nn.quant_experts import QuantExperts
@@ -69,10 +69,9 @@ class LqLora(CalibratedRounding):
             self._fisher = squared_gradients(model, targets, self.batches or ())
         yield from super().layers(model, targets, progress)
 
-    def _layer(
-        self, target: Target, dense: nn.Module, calibration: Calibration | None
-    ) -> QuantLinear | QuantExperts:
-        assert calibration is not None and target.lora is not None  # checked by layers
+    def _layer(self, target: Target, dense: nn.Module, calibration: Calibration | None) -> QuantLinear | QuantExperts:
+        assert calibration is not None
+        assert target.lora is not None
         config = replace(target.lora, init="loftq")
         if not isinstance(dense, nn.Linear) or dense.weight.is_meta or not dense.weight.numel():
             return target.rounded(dense)
@@ -133,10 +132,7 @@ def weighted_factors(
         scaled = error @ roots
     row_roots = None if rows is None else rows.sqrt()[:, None]
     A, B = principal_factors(scaled if row_roots is None else scaled * row_roots, config, torch.float32)
-    if columns.dim() == 1:
-        A = A / roots
-    else:
-        A = torch.linalg.solve_triangular(roots, A, upper=False, left=False)
+    A = A / roots if columns.dim() == 1 else torch.linalg.solve_triangular(roots, A, upper=False, left=False)
     B = B if row_roots is None else B / row_roots
     return A.to(dtype).contiguous(), B.to(dtype).contiguous()
 

@@ -61,7 +61,7 @@ class CalibratedRounding:
         """As `nf4kernels.model.targets.Rounding` has it.
 
         Raises:
-            ValueError: an adapter is to start from a weight's own error, or the batches give inputs that are not finite.
+            ValueError: an adapter is to start from a weight's own error, or inputs are not finite.
         """
         for target in targets:
             if target.lora is not None and target.lora.init in FROM_WEIGHT:
@@ -75,9 +75,7 @@ class CalibratedRounding:
                 self.enter_block(calibration)
             yield target, self._layer(target, target.dense(model), calibration)
 
-    def _layer(
-        self, target: Target, dense: nn.Module, calibration: Calibration | None
-    ) -> QuantLinear | QuantExperts:
+    def _layer(self, target: Target, dense: nn.Module, calibration: Calibration | None) -> QuantLinear | QuantExperts:
         if not isinstance(dense, nn.Linear) or dense.weight.is_meta or not dense.weight.numel():
             return target.rounded(dense)
         statistics = None if calibration is None else calibration.of(target)

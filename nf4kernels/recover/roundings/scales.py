@@ -41,26 +41,24 @@ def searched_scales(weight: Tensor, qweight: QuantizedWeight, importance: Tensor
     return with_codes(qweight, codes.view(-1)[: N * K].view(N, K), stored)
 
 
-def _searched(
-    values: Tensor, weights: Tensor, lattice: Lattice, stored: Tensor, code: Tensor
-) -> tuple[Tensor, Tensor]:
+def _searched(values: Tensor, weights: Tensor, lattice: Lattice, stored: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
     """(the stored scales, the codes) of blocks `[B, size]`."""
-    best = codes = None
     first = lattice.decoded(stored)
+
+    def rounded(candidate: Tensor) -> tuple[Tensor, Tensor]:
+        scales = lattice.decoded(candidate)[:, None]
+        nearest = nearest_codes(values, scales, code)
+        return nearest, ((code[nearest.long()] * scales - values).square_().mul_(weights)).sum(1)
+
+    codes, best = rounded(stored)
 
     def try_scales(candidate: Tensor) -> None:
         nonlocal best, codes, stored
-        scales = lattice.decoded(candidate)[:, None]
-        nearest = nearest_codes(values, scales, code)
-        errors = ((code[nearest.long()] * scales - values).square_().mul_(weights)).sum(1)
-        if best is None:
-            best, codes, stored = errors, nearest, candidate
-            return
+        nearest, errors = rounded(candidate)
         better = errors < best
         best = torch.where(better, errors, best)
         codes, stored = torch.where(better[:, None], nearest, codes), torch.where(better, candidate, stored)
 
-    try_scales(stored)
     for factor in FACTORS:
         try_scales(lattice.nearest(first * factor))
     for _ in range(FITS):
@@ -79,7 +77,7 @@ def refitted_scales(error: Tensor, product: Tensor, hessian: Tensor, qweight: Qu
         hessian: fp32 `[K, K]`.
         qweight: K is a multiple of its block size.
     """
-    N, K = qweight.shape
+    _N, K = qweight.shape
     size, levels = qweight.block_size, qweight.code[codes_of(qweight).long()]
     lattice = Lattice.of(qweight)
     stored = qweight.absmax.reshape(-1).clone()
