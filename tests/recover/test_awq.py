@@ -72,8 +72,8 @@ def test_it_lowers_the_divergence_and_composes():
         "plain": None,
         "awq": Awq(batches),
         "gptq": Gptq(batches),
-        "both": Awq(batches, Gptq(batches)),
-        "search": Awq(batches, ScaleSearch(batches)),
+        "both": Awq(batches, Gptq()),
+        "search": Awq(batches, ScaleSearch()),
     }.items():
         model = uneven_lm()
         nf4.quantize_model(model, progress=False, rounding=rounding)

@@ -168,6 +168,11 @@ def test_wrong_arguments(make, message):
         make()
 
 
+def test_gptq_needs_batches():
+    with pytest.raises(RuntimeError, match="Gptq: batches must be given, got None"):
+        nf4.quantize_model(layer(8, 64), progress=False, rounding=Gptq())
+
+
 def test_k_means_is_refused_where_the_format_has_its_own_levels():
     with pytest.raises(RuntimeError, match="levels must be 'given' with codebook='mxfp4', got 'kmeans'"):
         nf4.quantize_model(

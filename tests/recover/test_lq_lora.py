@@ -69,7 +69,7 @@ def test_it_is_closer_than_loftq_which_has_no_weights(weighting):
     loftq, ours, composed = uneven_lm(), uneven_lm(), uneven_lm()
     nf4.quantize_model(loftq, progress=False, lora=nf4.LoraConfig(r=4, alpha=8, init="loftq"))
     nf4.quantize_model(ours, progress=False, lora=LORA, rounding=LqLora(batches, weighting))
-    nf4.quantize_model(composed, progress=False, lora=LORA, rounding=LqLora(batches, weighting, then=Gptq(batches)))
+    nf4.quantize_model(composed, progress=False, lora=LORA, rounding=LqLora(batches, weighting, then=Gptq()))
     found = [agreement(model, reference, held_out).kl for model in (composed, ours, loftq)]
     assert found == sorted(found)
     assert ours.layers[0].q_proj.lora.init == "loftq"

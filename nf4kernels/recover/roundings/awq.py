@@ -25,8 +25,8 @@ class Awq(CalibratedRounding):
 
     Args:
         batches, correct_bias: as in `CalibratedRounding`.
-        then: the rounding of the scaled weights, such as `ScaleSearch(batches)` or `Gptq(batches)`; its batches are
-            read. None rounds to the nearest level.
+        then: the rounding of the scaled weights, such as `ScaleSearch()` or `Gptq()`, on the same data. None rounds to
+            the nearest level.
         folds: (name of the producer, names of the consumers) in place of those that are found; each is tried, and one
             that changes what the model computes is a ValueError.
 

@@ -200,10 +200,14 @@ class Calibration:
     def _follow_on_another(self, names: list[str]) -> bool:
         """Whether the first batch goes through these blocks in order, each once."""
         called: list[str] = []
+
+        def noting(name: str) -> Callable[[Any], None]:
+            return lambda _: called.append(name)
+
         self.batch = self.batches[0]
         with evaluating(self.model), torch.compiler.set_stance("force_eager"), ExitStack() as hooks:
             for name in names:
-                hooks.enter_context(after(get_submodule(self.model, name), lambda _, name=name: called.append(name)))
+                hooks.enter_context(after(get_submodule(self.model, name), noting(name)))
             run(self.model, self.batch)
         return called == names
 

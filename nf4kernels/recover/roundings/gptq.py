@@ -22,7 +22,7 @@ class Gptq(CalibratedRounding):
     """Second-order rounding to the levels of the codebook, with error feedback from column to column.
 
     Args:
-        batches, correct_bias: as in `CalibratedRounding`.
+        batches, correct_bias: as in `CalibratedRounding`; only as another rounding's `then` it needs no batches.
         scales: "absmax" as `nf4kernels.quantize` has them, or "search" as in `ScaleSearch`, before any code is chosen.
         levels: "given", or "kmeans" as in `ScaleSearch`, before any code is chosen.
         damping, act_order: as in `gptq`.
@@ -36,7 +36,7 @@ class Gptq(CalibratedRounding):
 
     def __init__(
         self,
-        batches: Iterable[Batch],
+        batches: Iterable[Batch] | None = None,
         scales: str = "absmax",
         levels: str = "given",
         damping: float = 0.01,
@@ -54,7 +54,8 @@ class Gptq(CalibratedRounding):
         self.scales, self.levels, self.damping, self.act_order, self.sweeps = scales, levels, damping, act_order, sweeps
 
     def quantized(self, weight: Tensor, statistics: Statistics | None, options: dict[str, Any]) -> QuantizedWeight:
-        assert statistics is not None  # batches are there
+        if statistics is None:
+            raise ValueError(f"{self.WHO}: batches must be given, got None")
         qweight = chosen(weight, statistics, options, self.scales, self.levels, self.WHO)
         qweight = gptq(weight, qweight, statistics.hessian, self.damping, self.act_order)
         if self.sweeps:

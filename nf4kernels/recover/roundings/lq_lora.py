@@ -37,7 +37,7 @@ class LqLora(CalibratedRounding):
         batches: as in `CalibratedRounding`; for "fisher" they need labels, or a causal model.
         weighting: one of the three.
         iterations: of the alternation.
-        then: how what the product leaves is rounded; None is to the nearest level.
+        then: how what the product leaves is rounded, such as `Gptq()`, on the same data; None is to the nearest level.
 
     Source: LQ-LoRA (arXiv 2311.12023), algorithms 1 and 2; LoftQ (arXiv 2310.08659), which has no weights.
     """

@@ -21,8 +21,8 @@ WORDS = Words("recover round", "IN_DIR", "OUT_DIR", "--skip", "--overwrite")
 Batches = list[dict[str, Tensor]]
 METHODS: Mapping[str, Callable[[Batches], CalibratedRounding]] = {
     "gptq": lambda batches: Gptq(batches, scales="search"),
-    "awq": lambda batches: Awq(batches, ScaleSearch(batches)),
-    "awq+gptq": lambda batches: Awq(batches, Gptq(batches, scales="search")),
+    "awq": lambda batches: Awq(batches, ScaleSearch()),
+    "awq+gptq": lambda batches: Awq(batches, Gptq(scales="search")),
     "search": ScaleSearch,
 }
 
