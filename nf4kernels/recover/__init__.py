@@ -5,5 +5,6 @@ is and agreement.py measures how far a model is from another one.
 """
 
 from .agreement import Agreement, agreement
+from .roundings import Awq, CalibratedRounding, Gptq, LqLora, ScaleSearch
 
-__all__ = ["Agreement", "agreement"]
+__all__ = ["Agreement", "Awq", "CalibratedRounding", "Gptq", "LqLora", "ScaleSearch", "agreement"]

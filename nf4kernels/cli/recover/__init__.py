@@ -2,7 +2,9 @@
 
 from types import ModuleType
 
-ACTIONS: tuple[ModuleType, ...] = ()
+from . import round
+
+ACTIONS: tuple[ModuleType, ...] = (round,)
 
 
 def add_parser(subparsers) -> None:

@@ -1,0 +1,57 @@
+"""nf4kernels recover round: to 4 bits by calibration on a text, with the bytes of plain rounding."""
+
+import argparse
+from pathlib import Path
+
+from ...quantized_weight import BLOCK_SIZES
+from ..errors import check_cpu_computes, check_installed
+
+VERB = "recover round"
+NEEDED = ("transformers",)
+METHODS = ("gptq", "awq", "awq+gptq", "search")
+
+
+def add_parser(actions) -> None:
+    parser = actions.add_parser(
+        "round",
+        help="a model to 4 bits by calibration on a text, with less lost in the same bytes",
+        description="Quantize the dense model in IN_DIR with levels chosen by how the model reads --text, and write "
+        "it to OUT_DIR, which has as many bytes as nf4kernels quantize writes. gptq makes up for each column's error "
+        "in the columns after it; awq scales columns that large inputs meet; search looks for block scales. The text "
+        "should be of the kind that the model is for: several files are read in equal parts. The whole dense model is "
+        "in memory. OUT_DIR appears when it is complete, or not at all.",
+    )
+    parser.add_argument("in_dir", metavar="IN_DIR", type=Path)
+    parser.add_argument("out_dir", metavar="OUT_DIR", type=Path)
+    parser.add_argument(
+        "--text", metavar="FILE", type=Path, nargs="+", required=True, help=".txt, or .jsonl with a text in each line"
+    )
+    parser.add_argument("--method", choices=METHODS, default="gptq")
+    parser.add_argument("--tokens", type=int, default=4096, help="of text to calibrate on (default 4096)")
+    parser.add_argument("--length", type=int, default=128, help="tokens that are read together (default 128)")
+    parser.add_argument("--codebook", choices=("nf4", "fp4", "int4", "af4"), default="nf4")
+    parser.add_argument(
+        "--block-size", type=int, choices=BLOCK_SIZES[1:], default=64, help="weights that share a scale (default 64)"
+    )
+    parser.add_argument("--no-double-quant", action="store_true", help="keep the scales in fp32 (4.5 bits a weight)")
+    parser.add_argument("--scale-codebook", choices=("e4m3", "dynamic8"), default="e4m3")
+    parser.add_argument(
+        "--skip", metavar="PATTERN", action="append", default=[],
+        help="leave these layers dense: a name, a part of it, or a pattern",
+    )  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT_DIR if it holds a model")
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    check_cpu_computes(VERB)
+    check_installed(VERB, NEEDED, "finetune")
+    from ...stages.recover.round import RoundOptions, round_directory
+
+    options = RoundOptions(
+        args.method, args.text, args.tokens, args.length, args.codebook, args.block_size, not args.no_double_quant,
+        args.scale_codebook, args.skip, args.overwrite,
+    )  # fmt: skip
+    report = round_directory(args.in_dir, args.out_dir, options)
+    print(report.summary().split("\n\n")[0])
+    print(f"\nwrote {args.out_dir}: {report.model_bytes_after / 2**20:.1f} MiB")

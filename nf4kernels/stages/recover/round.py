@@ -1,0 +1,101 @@
+"""A dense causal language model rounded by calibration on text, and written in 4 bits."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ...integrations.transformers import Nf4Config, Nf4Quantizer
+from ...model.quantize import quantize_model
+from ...model.report import QuantizeReport
+from ...recover.roundings import Awq, CalibratedRounding, Gptq, ScaleSearch
+from ...storage.atomic import replacing_directory
+from ...storage.convert import ConversionError, Words, check_outside, check_target, copy_rest
+from ..causal_model import load_causal_model, load_tokenizer
+from ..errors import StageError, first_line
+from ..text_loss import LONGEST_TOKEN, batches_of, read_documents, windows
+
+WORDS = Words("recover round", "IN_DIR", "OUT_DIR", "--skip", "--overwrite")
+Batches = list[dict[str, Tensor]]
+METHODS: Mapping[str, Callable[[Batches], CalibratedRounding]] = {
+    "gptq": lambda batches: Gptq(batches, scales="search"),
+    "awq": lambda batches: Awq(batches, ScaleSearch()),
+    "awq+gptq": lambda batches: Awq(batches, Gptq(scales="search")),
+    "search": ScaleSearch,
+}
+
+
+@dataclass(frozen=True)
+class RoundOptions:
+    """What `round_directory` does.
+
+    Attributes:
+        method: one of METHODS.
+        text: files as `read_documents` takes them, of which the same number of tokens is read.
+        tokens, length: of all texts together, and of a window.
+        codebook, block_size, double_quant, scale_codebook, skip: as in `nf4kernels.quantize_model`.
+        overwrite: replace a model that is there.
+    """
+
+    method: str
+    text: Sequence[Path]
+    tokens: int = 4096
+    length: int = 128
+    codebook: str = "nf4"
+    block_size: int = 64
+    double_quant: bool = True
+    scale_codebook: str = "e4m3"
+    skip: Sequence[str] = ()
+    overwrite: bool = False
+
+
+def round_directory(in_dir: Path, out_dir: Path, options: RoundOptions, progress: bool = True) -> QuantizeReport:
+    """Quantize the model in `in_dir` by calibration, and write it to `out_dir` as `save_pretrained` does.
+
+    `out_dir` appears when it is complete, or not at all. The whole dense model is in memory.
+
+    Raises:
+        StageError: a directory or a text is not as it must be, or a layer cannot be rounded.
+    """
+    if options.method not in METHODS:
+        raise StageError(f"--method must be one of {', '.join(METHODS)}, got {options.method!r}")
+    for name, value, least in (("tokens", options.tokens, 1), ("length", options.length, 2)):
+        if value < least:
+            raise StageError(f"--{name} must be at least {least}, got {value}")
+    try:
+        check_outside(in_dir.resolve(), out_dir.resolve(), WORDS)
+        check_target(out_dir, options.overwrite, WORDS)
+    except ConversionError as error:
+        raise StageError(str(error).removeprefix(f"{WORDS.who}: ")) from None
+    tokenizer = load_tokenizer([in_dir])
+    found = [window for file in options.text for window in _windows(file, tokenizer, options)]
+    model = load_causal_model(in_dir, dense=True).eval()
+    batches = [{"input_ids": b.ids, "attention_mask": b.mask} for b in batches_of(found, model.device)]
+    quant_options: dict[str, Any] = {
+        "codebook": options.codebook, "block_size": options.block_size, "double_quant": options.double_quant,
+        "scale_codebook": options.scale_codebook,
+    }  # fmt: skip
+    model.config.use_cache, uses_cache = False, model.config.use_cache
+    try:
+        rounding = METHODS[options.method](batches)
+        report = quantize_model(model, options.skip, progress=progress, rounding=rounding, **quant_options)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise StageError(first_line(error).removeprefix("nf4kernels.quantize_model: ")) from None
+    model.config.use_cache = uses_cache
+    quantizer = Nf4Quantizer(Nf4Config(**quant_options, skip=options.skip))
+    model.hf_quantizer, model.config.quantization_config = quantizer, quantizer.quantization_config
+    with replacing_directory(out_dir) as staging:
+        model.save_pretrained(staging)
+        copy_rest(in_dir, staging)
+    return report
+
+
+def _windows(file: Path, tokenizer: Any, options: RoundOptions) -> list[list[int]]:
+    """This text's share of the tokens; StageError where there are none."""
+    share = -(-options.tokens // len(options.text))
+    found = windows(read_documents(file, share * LONGEST_TOKEN), tokenizer, options.length, share)
+    if not found:
+        raise StageError(f"{file} must hold at least two tokens, got fewer")
+    return found

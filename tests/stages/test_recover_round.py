@@ -1,0 +1,75 @@
+"""`nf4kernels recover round`: a directory that loads again with the weights that were chosen, and what is refused."""
+
+import pytest
+import torch
+from support.compared_model import TEXT, small_model, transformers
+
+import nf4kernels as nf4
+from nf4kernels.cli import main
+from nf4kernels.cli.recover import round as command
+from nf4kernels.recover import agreement
+from nf4kernels.stages.recover.round import METHODS
+from nf4kernels.stages.text_loss import batches_of, windows
+
+
+@pytest.fixture
+def paths(tmp_path):
+    small_model(tmp_path / "model", torch.bfloat16)
+    (tmp_path / "a.txt").write_text(TEXT * 8, encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text('{"text": "Another text, with other words in it."}\n' * 20, encoding="utf-8")
+    return tmp_path
+
+
+def run(paths, *arguments):
+    files = ["--text", str(paths / "a.txt"), str(paths / "b.jsonl"), "--tokens", "500", "--length", "32"]
+    return main(["recover", "round", str(paths / "model"), str(paths / "out"), *files, *arguments])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_directory_holds_the_model_that_the_rounding_makes(paths, method, capsys):
+    assert run(paths, "--method", method) == 0
+    assert f"wrote {paths / 'out'}: " in capsys.readouterr().out
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    made, dense = load(paths / "out").eval(), load(paths / "model", dtype=torch.bfloat16).eval()
+    plain = load(paths / "model", dtype=torch.bfloat16).eval()
+    nf4.quantize_model(plain, progress=False)
+    assert sum(isinstance(module, nf4.QuantLinear) for module in made.modules()) == 14
+    assert made.config.use_cache
+    tokenizer = transformers.AutoTokenizer.from_pretrained(paths / "out")
+    batches = [
+        {"input_ids": batch.ids, "attention_mask": batch.mask}
+        for batch in batches_of(windows([TEXT * 8], tokenizer, 32, 250), torch.device("cpu"))
+    ]
+    assert agreement(made, dense, batches).kl < agreement(plain, dense, batches).kl
+    for name, module in made.named_modules():
+        if isinstance(module, nf4.QuantLinear):
+            assert module.qweight.nbytes == plain.get_submodule(name).qweight.nbytes
+
+
+def test_choices_are_the_stage_s():
+    assert set(command.METHODS) == set(METHODS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tokens", "0"], "--tokens must be at least 1, got 0"),
+        (["--length", "1"], "--length must be at least 2, got 1"),
+        (["--skip", "nothing"], "skip must match a layer, got 'nothing'"),
+        (["--text", "gone.txt"], "--text must be a file that can be read"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_leaves_nothing(paths, arguments, message, capsys):
+    assert run(paths, *arguments) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nf4kernels recover")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert not (paths / "out").exists()
+
+
+def test_a_directory_that_is_there_is_kept(paths, capsys):
+    (paths / "out").mkdir()
+    assert run(paths) == 2
+    assert "OUT_DIR must not exist (or say --overwrite)" in capsys.readouterr().err
+    assert run(paths, "--overwrite") == 2
+    assert "without model files" in capsys.readouterr().err
