@@ -5,5 +5,11 @@ is and agreement.py measures how far a model is from another one.
 """
 
 from .agreement import Agreement, agreement
+from .candidates import Candidate, Dropped, blocks_of, default_candidates, layers_of_one_input
+from .plan import Plan, apply_plan, make_plan
+from .sensitivity import Option, Sensitivities, sensitivity
 
-__all__ = ["Agreement", "agreement"]
+__all__ = [
+    "Agreement", "Candidate", "Dropped", "Option", "Plan", "Sensitivities", "agreement", "apply_plan", "blocks_of",
+    "default_candidates", "layers_of_one_input", "make_plan", "sensitivity",
+]  # fmt: skip
