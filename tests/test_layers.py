@@ -68,6 +68,7 @@ THIRD_PARTY = {
         "huggingface_hub",
         "jinja2",
         "PIL",
+        "optuna",
     },
     "nf4kernels.cli": {"torch", "transformers", "shtab"},
     "nf4kernels.demo": {"torch", "tqdm", "transformers", "matplotlib"},
@@ -85,6 +86,7 @@ FRAMEWORKS = {
     "gradio",
     "shtab",
     "lm_eval",
+    "optuna",
 }
 OWN = "nf4kernels"
 # Imported when it is chosen: it brings Triton, which need not be there.

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -176,12 +177,10 @@ DENSE, DROPPED = Candidate(), Candidate(dropped=True)
 
 
 def default_candidates() -> list[Candidate]:
-    """NF4 in blocks of 4096, 256, 64 and 32, 8 bits where `quantize` has them, and dense."""
-    found = [Candidate({"codebook": "nf4", "block_size": size}) for size in (4096, 256, 64, 32)]
-    try:
+    """NF4 in blocks of 64, 4096, 256 and 32, 8 bits where `quantize` has them, and dense."""
+    found = [Candidate({"codebook": "nf4", "block_size": size}) for size in (64, 4096, 256, 32)]
+    with suppress(ValueError):  # a package without that format
         found.append(Candidate({"codebook": "int8"}))
-    except ValueError:  # a package without that format
-        pass
     return [*found, DENSE]
 
 

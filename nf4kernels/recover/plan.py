@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,10 @@ class Plan(Mapping[str, "Mapping[str, Any] | None"]):
             raise ValueError(f"{who}: {path} must hold a plan, version {VERSION}, got {error!r}") from None
 
 
-def make_plan(found: Sensitivities, bits: float | None = None, nbytes: int | None = None) -> Plan:
+def make_plan(
+    found: Sensitivities, bits: float | None = None, nbytes: int | None = None,
+    seconds: Mapping[Option, float] | None = None, most_seconds: float = math.inf,
+) -> Plan:  # fmt: skip
     """The choice of one option for every layer with the least sum of KL within a budget.
 
     minimize sum KL[o] x[o], x in {0, 1}, such that the options of each layer have sum x = 1 and sum bytes[o] x[o] is at
@@ -106,10 +109,12 @@ def make_plan(found: Sensitivities, bits: float | None = None, nbytes: int | Non
         found: what each option costs; those with an infinite KL are left out.
         bits: the budget a weight, scales, codebooks and adapters included, over the weights that the layers hold now.
         nbytes: the budget in bytes, of the layers' weights alone; one of the two is given.
+        seconds: what each of `found.options` takes, where time is to count too.
+        most_seconds: the most that their sum may be.
 
     Raises:
         ValueError: not one budget is given, a KL is not known, or no plan is within the budget: the message has the
-            least that one takes.
+            least that one takes, in bytes, or in seconds within those bytes.
     """
     who = "nf4kernels.recover.make_plan"
     if (bits is None) == (nbytes is None):
@@ -117,18 +122,30 @@ def make_plan(found: Sensitivities, bits: float | None = None, nbytes: int | Non
     budget = int(nbytes if bits is None else bits * found.weights / 8)  # type: ignore[arg-type]  # one is given
     if any(math.isnan(option.kl) for option in found.options):
         raise ValueError(f"{who}: found must have every KL, got an unfinished one")
-    options = _undominated(found.options)
-    chosen = solve(options, [option.kl for option in options], budget)
-    if chosen is None:
-        sizes = [float(option.nbytes) for option in options]
-        least = solve(options, sizes, sum(option.nbytes for option in options))
-        if least is None:
-            raise ValueError(f"{who}: found must have options for every layer, got layers with none")
-        smallest = sum(option.nbytes for option in least)
-        words = f"{smallest} bytes, {8 * smallest / found.weights:.4f} bits a weight"
+    times = None if seconds is None else seconds.__getitem__
+    options = _undominated(found.options, times)
+    limits = [Limit([option.nbytes for option in options], budget)]
+    if times is not None and most_seconds < math.inf:
+        limits.append(Limit([times(option) for option in options], most_seconds))
+    chosen = solve(options, [option.kl for option in options], limits)
+    if chosen is not None:
+        return plan_of(chosen, found)
+    smallest = _least(options, limits[0].sizes, [])
+    if smallest > budget:
+        words = f"{int(smallest)} bytes, {8 * smallest / found.weights:.4f} bits a weight"
         came = f"{budget} bytes, {8 * budget / found.weights:.4f} bits a weight"
         raise ValueError(f"{who}: the budget must be at least {words}, with these candidates, got {came}")
-    return plan_of(chosen, found)
+    quickest = _least(options, limits[1].sizes, limits[:1])
+    raise ValueError(f"{who}: most_seconds must be at least {quickest:.3e} within these bytes, got {most_seconds:.3e}")
+
+
+def _least(options: Sequence[Option], sizes: Sequence[float], limits: Sequence["Limit"]) -> float:
+    """The smallest sum of sizes that a plan has; ValueError where there is no plan, whatever its size."""
+    chosen = solve(options, sizes, limits)
+    if chosen is None:
+        raise ValueError("nf4kernels.recover.make_plan: found must have options for every layer, got layers with none")
+    of = dict(zip(options, sizes))
+    return math.fsum(of[option] for option in chosen)
 
 
 def plan_of(chosen: Sequence[Option], found: Sensitivities) -> Plan:
@@ -139,57 +156,69 @@ def plan_of(chosen: Sequence[Option], found: Sensitivities) -> Plan:
     return Plan({name: layers[name] for name in order}, total, found.weights, math.fsum(o.kl for o in chosen))
 
 
-def solve(options: Sequence[Option], costs: Sequence[float], budget: int) -> list[Option] | None:
-    """Options that have every layer once, at the least sum of costs, within the budget of bytes; None: there are none.
+@dataclass(frozen=True)
+class Limit:
+    """What the sum of some sizes, one an option, may be at most."""
 
-    The solver takes a sum for within the budget that is above it by 1e-6 of it; then the budget is lowered by as much.
+    sizes: Sequence[float]
+    most: float
+
+
+def solve(options: Sequence[Option], costs: Sequence[float], limits: Sequence[Limit]) -> list[Option] | None:
+    """Options that have every layer once, at the least sum of costs within the limits; None: there are none.
+
+    The solver takes a sum for within a limit that is above it by 1e-6 of the largest size; then the limit is lowered by
+    as much.
     """
     names = list(dict.fromkeys(name for option in options for name in option.layers))
     row = {name: index for index, name in enumerate(names)}
     places = [(row[name], column) for column, option in enumerate(options) for name in option.layers]
     rows, columns = np.array(places, dtype=np.int64).reshape(-1, 2).T
     cover = csr_array((np.ones(len(places)), (rows, columns)), shape=(len(names), len(options)))
-    sizes = np.array([option.nbytes for option in options], dtype=np.int64)
-    unit = max(int(sizes.max(initial=0)), 1)
     largest = max((abs(cost) for cost in costs), default=0.0) or 1.0
     objective = np.array(costs, dtype=np.float64) * (SCALE / largest)
-    limit = budget
-    while limit >= 0:
+    units = [max(limit.sizes, default=0.0) or 1.0 for limit in limits]
+    most = [limit.most for limit in limits]
+    while all(each >= 0 for each in most):
+        constraints = [LinearConstraint(cover, 1, 1)]
+        for limit, unit, each in zip(limits, units, most):
+            constraints.append(LinearConstraint(np.array(limit.sizes, dtype=float)[None] / unit, -np.inf, each / unit))
         done = milp(
-            objective, integrality=np.ones(len(options)), bounds=Bounds(0, 1), options={"mip_rel_gap": 0.0},
-            constraints=[LinearConstraint(cover, 1, 1), LinearConstraint(sizes[None] / unit, -np.inf, limit / unit)],
+            objective, integrality=np.ones(len(options)), bounds=Bounds(0, 1), constraints=constraints,
+            options={"mip_rel_gap": 0.0},
         )  # fmt: skip
         if done.x is None:
             return None
-        chosen = [option for option, x in zip(options, done.x) if x > 0.5]
-        over = sum(option.nbytes for option in chosen) - budget
-        if over <= 0:
-            return chosen
-        limit -= over
+        chosen = [index for index, x in enumerate(done.x) if x > 0.5]
+        over = [math.fsum(limit.sizes[i] for i in chosen) - limit.most for limit in limits]
+        if all(each <= 0 for each in over):
+            return [options[index] for index in chosen]
+        most = [each - max(excess, 0.0) for each, excess in zip(most, over)]
     return None
 
 
-def _undominated(options: Sequence[Option]) -> list[Option]:
-    """Without what another option of the same layers beats in both bytes and KL, and without infinite KL."""
+def _undominated(options: Sequence[Option], seconds: Callable[[Option], float] | None = None) -> list[Option]:
+    """Without what another option of the same layers beats in bytes, KL and seconds, and without infinite KL."""
     of_layers: dict[tuple[str, ...], list[Option]] = {}
     for option in options:
         if math.isfinite(option.kl):
             of_layers.setdefault(option.layers, []).append(option)
     kept: list[Option] = []
     for group in of_layers.values():
-        best = math.inf
+        best: list[tuple[float, float]] = []  # (KL, seconds) of what has no more bytes
         for option in sorted(group, key=lambda each: (each.nbytes, each.kl)):
-            if option.kl < best:
+            own = (option.kl, 0.0 if seconds is None else seconds(option))
+            if not any(kl <= own[0] and time <= own[1] for kl, time in best):
                 kept.append(option)
-                best = option.kl
+                best.append(own)
     return kept
 
 
 def apply_plan(model: nn.Module, plan: Plan, progress: bool = True, **quant_options: Any) -> QuantizeReport:
     """Make of a dense model what the plan says, in place: layers dropped and of low rank, then `quantize_model`.
 
-    A layer of low rank becomes an nn.Sequential of two; a dropped one a `Dropped` without weights. Files of such a model
-    load into one that was made the same way, on the meta device too.
+    A layer of low rank becomes an nn.Sequential of two; a dropped one a `Dropped` without weights. Files of such a
+    model load into one that was made the same way, on the meta device too.
 
     Raises:
         TypeError, ValueError: as `quantize_model`; for a layer that is none of the model's nothing is changed.

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from .candidates import DROPPED, Candidate, aliases_of, default_candidates, laye
 
 WHO = "nf4kernels.recover.sensitivity"
 VERSION = 1
+INTERVAL = 1.0  # seconds between two writes of what is found, since those told by Fisher's information take less
 Method = Literal["measured", "fisher", "scaled"]
 METHODS = ("measured", "fisher", "scaled")
 
@@ -68,7 +70,7 @@ class Sensitivities:
     def load(cls, path: str | Path) -> "Sensitivities":
         """What `save` or `sensitivity(path=)` wrote; ValueError for a file that is none, or unfinished."""
         found, _ = _read(Path(path))
-        if any(math.isnan(option.kl) for option in found.options):
+        if not _is_finished(found):
             raise ValueError(f"nf4kernels.recover.Sensitivities: {path} must be finished, got one that is not")
         return found
 
@@ -106,7 +108,8 @@ def sensitivity(
             `layers_of_one_input` finds them.
         drops: names of layers that may be dropped together, as `blocks_of` finds them.
         skip: layers to leave out, as in `nf4kernels.quantize_model`.
-        path: a JSON file, written after each measurement; where it is there, what it holds is not measured again.
+        path: a JSON file, written after each measurement, at most once a second; what it holds already is not measured
+            again.
         dense_dtype: of the weights as they are stored, whose bytes count; None is the model's.
         seed: of the labels that "fisher" draws.
         progress: show a progress bar on stderr.
@@ -116,18 +119,19 @@ def sensitivity(
             or `path` holds what is of another model, text or arguments.
     """
     candidates = default_candidates() if candidates is None else list(candidates)
-    groups, drops = [tuple(group) for group in groups], [tuple(drop) for drop in drops]
+    together = [tuple(group) for group in groups]
+    droppable = [tuple(drop) for drop in drops]
     if method not in METHODS:
         raise ValueError(f"{WHO}: method must be one of {', '.join(METHODS)}, got {method!r}")
     layers = layer_names(model, skip)
     if not layers:
         raise ValueError(f"{WHO}: model must have a layer to quantize, got none")
-    units = _units(layers, groups, drops)
+    units = _units(layers, together, droppable)
     options = []
     for unit in units:
         for each in candidates:
             options.append(Option(unit, each, sum(each.nbytes(layers[name], dense_dtype) for name in unit)))
-    options += [Option(drop, DROPPED, 0) for drop in drops]
+    options += [Option(drop, DROPPED, 0) for drop in droppable]
     with evaluating(model), torch.no_grad():
         references = [counted_rows(logits_in(run(model, batch)), batch) for batch in batches]
     rows = sum(map(len, references))
@@ -139,9 +143,12 @@ def sensitivity(
     if path is not None and Path(path).exists():
         found = _resumed(Path(path), digest)
     work = _Work(model, layers, batches, references, seed)
-    for found in work.through(found, progress):
-        if path is not None:
+    written = -math.inf
+    for so_far in work.through(found, progress):
+        found = so_far
+        if path is not None and (time.monotonic() - written >= INTERVAL or _is_finished(found)):
             write_json(Path(path), _as_dict(found, digest))
+            written = time.monotonic()
     return found
 
 
@@ -182,7 +189,7 @@ class _Work:
 
     @torch.no_grad()
     def measured(self, option: Option) -> float:
-        with changed(self.model, {name: option.candidate for name in option.layers}, self.aliases):
+        with changed(self.model, dict.fromkeys(option.layers, option.candidate), self.aliases):
             return divergence(self.model, self.batches, self.references)
 
     def told(self, option: Option) -> float:
@@ -270,7 +277,7 @@ def _only_these_train(model: nn.Module, weights: Iterable[Any]) -> Iterator[None
             parameter.grad = gradient
 
 
-def _units(layers: dict, groups: list, drops: list) -> list[tuple[str, ...]]:
+def _units(layers: dict, groups: list[tuple[str, ...]], drops: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
     """Each layer in one group, its own where none is said, in the model's order."""
     of_layer: dict[str, tuple[str, ...]] = {}
     for argument, each in [("groups", group) for group in groups] + [("drops", drop) for drop in drops]:
@@ -301,7 +308,7 @@ def _digest(layers: dict, batches: Sequence[Batch], found: Sensitivities, seed: 
         tensors += [value for _, value in values if isinstance(value, Tensor)]
     for tensor in tensors:
         said.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        said.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        said.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return said.hexdigest()
 
 
@@ -313,6 +320,10 @@ def _resumed(path: Path, digest: str) -> Sensitivities:
             " of others"
         )
     return found
+
+
+def _is_finished(found: Sensitivities) -> bool:
+    return not any(math.isnan(option.kl) for option in found.options)
 
 
 def _as_dict(found: Sensitivities, digest: str) -> dict[str, Any]:

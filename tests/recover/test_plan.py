@@ -72,6 +72,24 @@ def test_the_optimum_is_that_of_brute_force(seed):
     assert feasible >= 5
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_limit_of_seconds_is_kept_at_the_optimum(seed):
+    found = random_problem(seed, layers=4, drops=False)
+    draw = torch.Generator().manual_seed(seed)
+    seconds = {option: float(torch.rand((), generator=draw)) for option in found.options}
+    of_layer = [[o for o in found.options if o.layers == (f"l{i}",)] for i in range(4)]
+    every = list(itertools.product(*of_layer))
+    for most in (1.0, 1.6, 2.5):
+        within = [c for c in every if sum(o.nbytes for o in c) <= 2500 and sum(map(seconds.get, c)) <= most]
+        if not within:
+            with pytest.raises(ValueError, match="most_seconds must be at least"):
+                make_plan(found, nbytes=2500, seconds=seconds, most_seconds=most)
+            continue
+        plan = make_plan(found, nbytes=2500, seconds=seconds, most_seconds=most)
+        assert plan.kl == pytest.approx(min(sum(o.kl for o in c) for c in within), rel=1e-12)
+    assert within
+
+
 def test_the_least_budget_that_an_error_names_is_enough_and_one_byte_less_is_not():
     found = random_problem(3)
     with pytest.raises(ValueError, match="must be at least") as raised:
@@ -181,7 +199,7 @@ def test_what_quantize_model_cannot_make_it_refuses_and_apply_plan_makes(tmp_pat
 
 def test_names_that_the_model_lacks_change_nothing():
     model = ByteLM()
-    with pytest.raises(ValueError, match="plan must name layers of the model, got 'layers.7.q_proj'"):
+    with pytest.raises(ValueError, match=r"plan must name layers of the model, got 'layers\.7\.q_proj'"):
         apply_plan(model, Plan({"layers.0.q_proj": DROPPED, "layers.7.q_proj": DENSE}, 0, 1, 0.0))
     assert type(model.layers[0].q_proj) is nn.Linear
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from unittest.mock import patch
 
 import pytest
@@ -11,7 +12,6 @@ from torch import nn
 
 from nf4kernels import LoraConfig, quantize_model
 from nf4kernels.recover import Candidate, Sensitivities, agreement, sensitivity
-from nf4kernels.recover import sensitivity as _  # noqa: F401  the function; its module is taken by name below
 from nf4kernels.recover.candidates import blocks_of, default_candidates, layers_of_one_input
 from nf4kernels.recover.sensitivity import fisher_diagonal
 
@@ -99,12 +99,10 @@ def test_flags_gradients_and_modes_come_back():
     assert model.training
 
 
-def test_it_goes_on_where_it_was_stopped(tmp_path):
+def test_it_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     path, options = tmp_path / "found.json", {"candidates": [NF4, WIDE, DENSE]}
     whole = found_by(ByteLM(), [text()], **options)
-    import sys
-
-    module = sys.modules["nf4kernels.recover.sensitivity"]
+    module = sys.modules["nf4kernels.recover.sensitivity"]  # by whose name the package has the function
     real, calls = module.divergence, []
 
     def stopped(*args):
@@ -113,6 +111,7 @@ def test_it_goes_on_where_it_was_stopped(tmp_path):
             raise KeyboardInterrupt
         return real(*args)
 
+    monkeypatch.setattr(module, "INTERVAL", 0.0)
     with patch.object(module, "divergence", stopped), pytest.raises(KeyboardInterrupt):
         found_by(ByteLM(), [text()], path=path, **options)
     assert len(calls) == 6
@@ -168,5 +167,5 @@ def test_wrong_arguments():
 
 def test_the_defaults_are_such_as_quantize_takes():
     names = [candidate.name for candidate in default_candidates()]
-    assert names[:4] == ["nf4 4096", "nf4 256", "nf4 64", "nf4 32"]
+    assert names[:4] == ["nf4 64", "nf4 4096", "nf4 256", "nf4 32"]
     assert names[-1] == "dense"

@@ -2,7 +2,9 @@
 
 from types import ModuleType
 
-ACTIONS: tuple[ModuleType, ...] = ()
+from . import plan
+
+ACTIONS: tuple[ModuleType, ...] = (plan,)
 
 
 def add_parser(subparsers) -> None:

@@ -54,8 +54,8 @@ class Nf4Config(QuantizationConfigMixin):
         who = "nf4kernels.Nf4Config"
         unknown.pop("quant_method", None)
         if unknown:
-            known = "codebook, block_size, double_quant, scale_codebook, compute_dtype, skip, plan, modules_to_not_convert"
-            raise TypeError(f"{who}: fields must be among {known}, got {', '.join(sorted(unknown))}")
+            known = "codebook, block_size, double_quant, scale_codebook, compute_dtype, skip, modules_to_not_convert"
+            raise TypeError(f"{who}: fields must be among {known} and plan, got {', '.join(sorted(unknown))}")
         self.quant_method = METHOD
         self.codebook = codebook if isinstance(codebook, str) else _levels(codebook, who)
         self.block_size: Any = block_size  # None: of each stored weight its own

@@ -116,12 +116,13 @@ def quantized(target: Target, tensor: Tensor, config: Nf4Config) -> QuantizedWei
 def quantized_experts(target: Target, experts: Iterable[Tensor], config: Nf4Config) -> QuantizedExperts:
     """The same of one dense expert after the other, each with a dimension of 1 in front."""
     E, *shape = target.shape
+    options = config.options_of(target.names)
     parts = []
     for index, dense in enumerate(experts):
         if dense.shape != (1, *shape) or index >= E:
             raise ValueError(f"the checkpoint must have {E} experts of shape {shape}, got {list(dense.shape[1:])}")
         try:
-            parts.append(quantize_experts(dense.mT if target.transposed else dense, **config.options_of(target.names))[0])
+            parts.append(quantize_experts(dense.mT if target.transposed else dense, **options)[0])
         except ValueError as error:
             raise ValueError(f"expert {index}: {error}") from None
     if len(parts) != E:
