@@ -177,8 +177,9 @@ DENSE, DROPPED = Candidate(), Candidate(dropped=True)
 
 
 def default_candidates() -> list[Candidate]:
-    """NF4 in blocks of 64, 4096, 256 and 32, 8 bits where `quantize` has them, and dense."""
-    found = [Candidate({"codebook": "nf4", "block_size": size}) for size in (64, 4096, 256, 32)]
+    """NF4 in blocks of 64 and of 16 to 4096, AF4 in blocks of 64, 8 bits where `quantize` has them, and dense."""
+    found = [Candidate({"codebook": "nf4", "block_size": size}) for size in (64, 4096, 256, 128, 32, 16)]
+    found.append(Candidate({"codebook": "af4", "block_size": 64}))
     with suppress(ValueError):  # a package without that format
         found.append(Candidate({"codebook": "int8"}))
     return [*found, DENSE]

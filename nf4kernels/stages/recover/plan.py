@@ -1,6 +1,9 @@
 """A plan for a Hugging Face directory: what its layers cost on a text, and the plan that loses least within bytes."""
 
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -189,7 +192,8 @@ def plan_directory(options: PlanOptions, progress: bool = True) -> Planned:
     most = float("inf") if options.milliseconds is None else options.milliseconds / 1e3
     budget = found.weights * options.bits / 8 if options.bytes is None else read_bytes(options.bytes) - rest  # type: ignore[operator]
     try:
-        plan = make_plan(found, nbytes=int(budget), seconds=seconds, most_seconds=most)
+        with _silent():
+            plan = make_plan(found, nbytes=int(budget), seconds=seconds, most_seconds=most)
     except ValueError as error:
         note = "" if options.bytes is None else f"; --bytes are of the whole model, {rest} of which stay as they are"
         raise StageError(f"{first_line(error)}{note}") from None
@@ -266,6 +270,20 @@ def _lines(
 def _best(tried: Sequence[Found], most: float) -> Plan:
     """Of what is within the budget the one with the least KL; the plan that the search began with is one of them."""
     return min((one for one in tried if one.seconds <= most), key=lambda one: one.kl).plan
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """A `with` in which nothing reaches the process's stdout: HiGHS prints lines of its own debugging (scipy 1.17)."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _bytes(parameters: Any) -> int:
