@@ -49,7 +49,7 @@ THIRD_PARTY = {
     "nf4kernels.model": {"torch", "tqdm"},
     "nf4kernels.storage": {"torch", "safetensors", "tqdm"},
     "nf4kernels.tuning": {"torch", "tqdm"},
-    "nf4kernels.recover": {"torch", "numpy", "tqdm"},
+    "nf4kernels.recover": {"torch", "numpy", "scipy", "tqdm"},
     "nf4kernels.integrations": {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "deepspeed"},
     "nf4kernels.stages": {
         "torch",
@@ -68,6 +68,7 @@ THIRD_PARTY = {
         "huggingface_hub",
         "jinja2",
         "PIL",
+        "optuna",
     },
     "nf4kernels.cli": {"torch", "transformers", "shtab"},
     "nf4kernels.demo": {"torch", "tqdm", "transformers", "matplotlib"},
@@ -85,6 +86,7 @@ FRAMEWORKS = {
     "gradio",
     "shtab",
     "lm_eval",
+    "optuna",
 }
 OWN = "nf4kernels"
 # Imported when it is chosen: it brings Triton, which need not be there.

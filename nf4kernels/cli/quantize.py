@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 
 from ..quantized_weight import BLOCK_SIZES, INT8
+from ..recover.plan import Plan
 from ..storage.convert import SKIP, Conversion, ConversionError, Words, convert_directory
 from .errors import CommandError, check_cpu_computes
 from .meta_model import meta_model
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 LISTED = 5  # names in a line
-WORDS = Words("quantize", "IN_DIR", "OUT_DIR", "--skip", "--overwrite")
+WORDS = Words("quantize", "IN_DIR", "OUT_DIR", "--skip", "--overwrite", "--plan")
 
 
 def add_parser(subparsers) -> None:
@@ -47,22 +48,39 @@ def add_parser(subparsers) -> None:
         "--skip", metavar="PATTERN", action="append", default=[],
         help=f"leave these layers dense: a name, a part of it, or a pattern; adds to {', '.join(SKIP)}",
     )  # fmt: skip
+    parser.add_argument(
+        "--plan", metavar="PLAN.json", type=Path,
+        help="of nf4kernels recover plan: options layer by layer; the flags above are for what it does not name",
+    )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace OUT_DIR if it holds a model")
     parser.set_defaults(func=run)
 
 
 def run(args: argparse.Namespace) -> None:
     check_cpu_computes("quantize")
+    plan = None if args.plan is None else _read_plan(args.plan)
     try:
         conversion = convert_directory(
             args.in_dir, args.out_dir, args.codebook, args.block_size, not args.no_double_quant, args.scale_codebook,
-            DTYPES.get(args.dtype), args.skip, args.overwrite, model_of=meta_model, words=WORDS,
+            DTYPES.get(args.dtype), args.skip, args.overwrite, model_of=meta_model, words=WORDS, plan=plan,
         )  # fmt: skip
     except ConversionError as error:
         raise CommandError(str(error)) from None
     except OSError as error:
         raise CommandError(f"quantize: {error}") from error
     _print_summary(conversion, args)
+
+
+def _read_plan(path: Path) -> Plan:
+    try:
+        plan = Plan.load(path)
+    except ValueError as error:
+        raise CommandError(f"quantize: --plan: {error}") from None
+    for name, candidate in plan.layers.items():
+        if not candidate.is_plain:
+            expected = "--plan must leave each layer one layer (nf4kernels.recover.apply_plan does others)"
+            raise CommandError(f"quantize: {expected}, got {name}: {candidate.name}")
+    return plan
 
 
 def _print_summary(conversion: Conversion, args: argparse.Namespace) -> None:
@@ -77,9 +95,10 @@ def _print_summary(conversion: Conversion, args: argparse.Namespace) -> None:
             f"note: in {len(uneven)} layers ({uneven[0]}, ...) a row is not a whole number of blocks of "
             f"{args.block_size}; bitsandbytes 0.50 decodes these wrongly on CPUs with AVX-512, nf4kernels does not"
         )
-    if args.codebook == INT8:
+    if args.codebook == INT8 or args.plan is not None:
+        what = "has no such 8-bit format" if args.plan is None else "does not read a plan"
         print(
-            "note: bitsandbytes has no such 8-bit format: nf4kernels.load_checkpoint loads the result, and so does"
+            f"note: bitsandbytes {what}: nf4kernels.load_checkpoint loads the result, and so does"
             " transformers with nf4kernels.integrations.transformers, with bitsandbytes not"
         )
     elif conversion.experts:

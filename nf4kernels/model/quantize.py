@@ -23,7 +23,7 @@ from .memory import address, nbytes
 from .plan import check_container, parts, plan_layers, replace_module, unmatched
 from .report import QuantizedLayer, QuantizeReport, SkippedLayer
 from .sharded import check_whole
-from .targets import PlannedOptions, Rounding, Target, planned
+from .targets import PlannedOptions, Rounding, Target, merged, planned
 from .walk import get_submodule, inside
 
 SLICES = 8  # in which a weight's error is measured: fp32 Ŵ then takes a quarter of a bf16 weight's bytes
@@ -62,7 +62,7 @@ def quantize_model(
         progress: show a progress bar on stderr.
         rounding: how weights find their levels, as `nf4kernels.recover` has them; None is each weight's nearest level.
         plan: for layers by name the options that are not as for all, `lora` among them; None leaves the layer dense.
-            Layers that it does not name are as all.
+            Layers that it does not name are as all; a codebook that it names has its own block size, unless said.
         quant_options: codebook, block_size, double_quant, scale_codebook, nonfinite as in `nf4kernels.quantize`;
             compute_dtype as in `QuantLinear`.
 
@@ -140,8 +140,8 @@ def _checked_plan(plan, lora, quant_options, who: str) -> Mapping[str, PlannedOp
         raise TypeError(f"{who}: plan must be a mapping from names of layers, got {type(plan).__name__}")
     for name, options in plan.items():
         if options is not None:
-            merged = {"lora": lora, **quant_options, **options}
-            _check_options(merged.pop("lora"), merged, f"{who}: plan: {name}")
+            chosen = merged({"lora": lora, **quant_options}, options)
+            _check_options(chosen.pop("lora"), chosen, f"{who}: plan: {name}")
     return plan
 
 

@@ -49,6 +49,11 @@ class Rounding(Protocol):
         ...
 
 
+def merged(usual: PlannedOptions, own: PlannedOptions) -> dict[str, Any]:
+    """A layer's options over those of all; a codebook of its own brings the block size that is its own, unless said."""
+    return {**usual, **({"block_size": None} if "codebook" in own else {}), **own}
+
+
 def planned(
     targets: list[list[str]],
     lora: LoraConfig | None,
@@ -71,8 +76,8 @@ def planned(
         if any(each is None for each in own):
             dense.append(names)
             continue
-        merged = {"lora": lora, **options}
+        chosen: dict[str, Any] = {"lora": lora, **options}
         for each in own:
-            merged.update(each)  # type: ignore[arg-type]  # not None
-        made.append(Target(names, merged.pop("lora"), merged))
+            chosen = merged(chosen, each or {})
+        made.append(Target(names, chosen.pop("lora"), chosen))
     return made, dense

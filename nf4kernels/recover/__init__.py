@@ -8,3 +8,11 @@ from .agreement import Agreement, agreement
 from .roundings import Awq, CalibratedRounding, Gptq, LqLora, ScaleSearch
 
 __all__ = ["Agreement", "Awq", "CalibratedRounding", "Gptq", "LqLora", "ScaleSearch", "agreement"]
+from .candidates import Candidate, Dropped, blocks_of, default_candidates, layers_of_one_input
+from .plan import Plan, apply_plan, make_plan
+from .sensitivity import Option, Sensitivities, sensitivity
+
+__all__ = [
+    "Agreement", "Candidate", "Dropped", "Option", "Plan", "Sensitivities", "agreement", "apply_plan", "blocks_of",
+    "default_candidates", "layers_of_one_input", "make_plan", "sensitivity",
+]  # fmt: skip

@@ -49,7 +49,7 @@ def plot_inspection(path: Path, inspection: Inspection) -> None:
     all_axes[-1].set(ylabel="scale of a block", title="scales: median, and the band from 5 % to 95 %")
     if all(layer.scales.p5 > 0 for layer in inspection.layers):
         all_axes[-1].set_yscale("log")
-    _save(figure, all_axes, path)
+    save_figure(figure, all_axes, path)
 
 
 def plot_comparison(path: Path, comparison: Comparison) -> None:
@@ -74,7 +74,7 @@ def plot_comparison(path: Path, comparison: Comparison) -> None:
         axes.set_yscale("log")
     axes.set(xlabel="bits a weight (with scales)", ylabel="KL to the dense model, nats a token")
     axes.set_title(f"{comparison.tokens} tokens; beside each point its block size")
-    _save(figure, [axes], path)
+    save_figure(figure, [axes], path)
 
 
 def plot_finetunes(path: Path, comparison: TunedComparison) -> None:
@@ -104,10 +104,10 @@ def plot_finetunes(path: Path, comparison: TunedComparison) -> None:
     for axes in (both, over):
         axes.set_xticks(places, labels)
         axes.set_xlim(-0.5, len(labels) - 0.5)
-    _save(figure, [both], path)
+    save_figure(figure, [both], path)
 
 
-def _save(figure: Any, legends: Sequence[Any], path: Path) -> None:
+def save_figure(figure: Any, legends: Sequence[Any], path: Path) -> None:
     """Write the figure; `legends` are the axes that have one."""
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)

@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..model.heads import SKIP
 from ..model.plan import skips
 from ..model.quantize import squared_error
 from ..model.report import QuantizedLayer, QuantizeReport, SkippedLayer
+from ..model.targets import merged
 from ..nn.casts import cast
 from ..nn.experts_layout import as_rows
 from ..quantized_weight import INT8, WEIGHT_DTYPES
@@ -38,6 +39,9 @@ class ConversionError(ValueError):
     """What the caller can put right, in one line; nothing was written."""
 
 
+Plan = Mapping[str, Mapping[str, Any] | None]  # as of `nf4kernels.quantize_model`
+
+
 @dataclass(frozen=True)
 class Words:
     """What messages call the function and its arguments: a command line has words of its own for them."""
@@ -47,6 +51,7 @@ class Words:
     out_dir: str = "out_dir"
     skip: str = "skip"
     overwrite: str = "overwrite=True"
+    plan: str = "plan"
 
 
 CALLED = Words()
@@ -90,16 +95,23 @@ class _Options:
     double_quant: bool
     scale_codebook: str
     dtype: torch.dtype | None
+    plan: Plan = field(default_factory=dict)
 
     @property
     def is_for_bitsandbytes(self) -> bool:
-        """Whether bitsandbytes is to read it: its 8-bit formats are others than ours."""
-        return self.codebook != INT8
+        """Whether bitsandbytes is to read it: it has no plans, and its 8-bit formats are others than ours."""
+        return self.codebook != INT8 and not self.plan
 
-    def quantize(self, weight: Tensor) -> Any:
+    def of(self, layer: str) -> dict[str, Any]:
+        """The keyword arguments of `quantize` for a layer, or for one of the two weights of experts."""
+        planned = self.plan.get(layer) or self.plan.get(layer.rpartition(".")[0]) or {}
+        usual = {"codebook": self.codebook, "block_size": self.block_size, "double_quant": self.double_quant,
+                 "scale_codebook": self.scale_codebook}  # fmt: skip
+        return merged(usual, planned)
+
+    def quantize(self, weight: Tensor, layer: str = "") -> Any:
         """A QuantizedWeight, or QuantizedExperts of a 3-D weight."""
-        how = quantize if weight.dim() == 2 else quantize_experts
-        return how(weight, self.codebook, self.block_size, self.double_quant, self.scale_codebook)
+        return (quantize if weight.dim() == 2 else quantize_experts)(weight, **self.of(layer))
 
 
 def convert_directory(
@@ -115,6 +127,7 @@ def convert_directory(
     model_of: Callable[[Path, dict], tuple[nn.Module | None, str]] | None = None,
     progress: bool = True,
     words: Words = CALLED,
+    plan: Plan | None = None,
 ) -> Conversion:
     """Write the model in `in_dir` to `out_dir` with its linear layers in 4 bits, in bitsandbytes' format.
 
@@ -135,6 +148,8 @@ def convert_directory(
             (None, why not). The model says which matrices are linear layers; without one, their names do.
         progress: show a progress bar on stderr.
         words: what messages call all this.
+        plan: as in `nf4kernels.quantize_model`: for layers by the model's names the options that are not as for all,
+            None for dense; no adapters. The result says so in its configuration, which bitsandbytes does not read.
 
     Returns:
         What was done.
@@ -147,7 +162,8 @@ def convert_directory(
     """
     given_in = in_dir
     in_dir, out_dir = Path(in_dir).resolve(), Path(out_dir).resolve()
-    options, skip = _Options(codebook, block_size, double_quant, scale_codebook, dtype), tuple(skip)
+    plan = _checked_plan(plan, words)
+    options, skip = _Options(codebook, block_size, double_quant, scale_codebook, dtype, plan), tuple(skip)
     checked = options.quantize(torch.empty(0, block_size))
     weight_to_tensors(checked, bitsandbytes=options.is_for_bitsandbytes)  # every check of an option
     if dtype is not None and dtype not in WEIGHT_DTYPES:
@@ -159,11 +175,17 @@ def convert_directory(
     units = units_of(model, (header for shard in shards.values() for header in shard))
     matrices = matrices_of(units, experts=model is not None)
     patterns = _patterns(matrices, model, skip, words)
+    patterns += tuple(name for name, planned in plan.items() if planned is None)
     try:
         choice = choose(model, source, config, matrices, patterns, block_size)
     except ValueError as error:
         raise ConversionError(f"{words.who}: {error}") from None
     quantized = _quantized(choice, matrices)
+    known = {*quantized, *(name.rpartition(".")[0] for name, matrix in quantized.items() if matrix.is_experts)}
+    for name in (name for name, planned in plan.items() if planned is not None and name not in known):
+        reason = choice.reasons.get(name, f"no layer of {choice.source}")
+        expected = f"{words.plan} must name layers that can be quantized"
+        raise ConversionError(f"{words.who}: {expected}, got {name} ({reason})")
     if not quantized:
         expected = f"{given_in} must have a linear layer to quantize"
         raise ConversionError(f"{words.who}: {expected}, got none ({choice.source})")
@@ -178,7 +200,10 @@ def convert_directory(
             copy_rest(in_dir, staging)
     except TargetError as error:
         raise ConversionError(f"{words.who}: {words.out_dir} {error}") from None
-    uneven = [name for name, matrix in quantized.items() if not matrix.is_experts and matrix.shape[-1] % block_size]
+    uneven = [
+        name for name, matrix in quantized.items()
+        if not (plan or matrix.is_experts) and matrix.shape[-1] % block_size
+    ]  # fmt: skip
     return Conversion(report, choice, uneven, [name for name, matrix in quantized.items() if matrix.is_experts])
 
 
@@ -196,6 +221,19 @@ def _patterns(
             raise ConversionError(f"{words.who}: {words.skip} must match a layer, got {pattern!r}")
         in_file.update(dict.fromkeys(name for name in by_file if not skips(pattern, name)))
     return (*SKIP, *skip, *in_file)
+
+
+def _checked_plan(plan: Plan | None, words: Words) -> Plan:
+    """ConversionError for what a file has no place for, before anything is read."""
+    for name, planned in (plan or {}).items():
+        if planned is not None and "lora" in planned:
+            expected = f"{words.plan} must have no adapters, which are files of their own"
+            raise ConversionError(f"{words.who}: {expected}, got one on {name}")
+        try:
+            quantize(torch.empty(1, 1, device="meta"), **(planned or {}))
+        except (TypeError, ValueError) as error:
+            raise ConversionError(f"{words.who}: {words.plan}: {name}: {error}") from None
+    return plan or {}
 
 
 def _quantized(choice: Choice, matrices: Mapping[str, Matrix]) -> dict[str, Matrix]:
@@ -294,6 +332,9 @@ def _new_config(
             "scale_codebook": options.scale_codebook,
             "modules_to_not_convert": sorted(set(dense)),
         }
+        planned = {name: _plain(each) for name, each in options.plan.items() if each is not None}
+        if planned:
+            config["quantization_config"]["plan"] = planned
         return config
     config["quantization_config"] = {
         "quant_method": "bitsandbytes",
@@ -306,6 +347,11 @@ def _new_config(
         "llm_int8_skip_modules": sorted(set(dense)),
     }
     return config
+
+
+def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    """For JSON."""
+    return {name: value.tolist() if isinstance(value, Tensor) else value for name, value in options.items()}
 
 
 def _word(dtype: torch.dtype | None) -> str:
@@ -380,7 +426,7 @@ def _quantize_tensor(
     tensor: Tensor, layer: str, key: str, options: _Options, who: str
 ) -> tuple[dict[str, Tensor], QuantizedLayer]:
     try:
-        qweight = options.quantize(tensor)
+        qweight = options.quantize(tensor, layer)
     except ValueError as error:
         raise ConversionError(f"{who}: layer {layer}: {error}") from None
     errors = squared_error(qweight, tensor)

@@ -19,8 +19,11 @@ from support.finetune_run import FIELDS, STEPS, arguments, names, train_in_child
 for needed in ("peft", "trl", "datasets", "matplotlib", "yaml"):
     pytest.importorskip(needed, reason=f"{needed} is not installed: nothing is fine-tuned")
 
+from nf4kernels import LoraConfig  # noqa: E402
 from nf4kernels.cli import main  # noqa: E402
+from nf4kernels.recover import Candidate, Plan  # noqa: E402
 from nf4kernels.stages.data.reading import read  # noqa: E402
+from nf4kernels.stages.errors import StageError  # noqa: E402
 from nf4kernels.stages.finetune import run  # noqa: E402
 from nf4kernels.stages.finetune.loading import load_tokenizer  # noqa: E402
 from nf4kernels.stages.finetune.outputs import LOG  # noqa: E402
@@ -356,3 +359,21 @@ def test_another_recipe_in_the_directory_is_refused(models, prompts, tmp_path, c
     assert main(arguments(models / "chat", prompts, out, lora_r=8)) == 2
     assert "whose run has lora_r=4 where this one has 8" in capsys.readouterr().err
     assert names(tmp_path) == had
+
+
+def test_a_plan_is_for_the_weights_beside_the_adapters(models, prompts, tmp_path):
+    wide, file = Candidate({"codebook": "fp4", "block_size": 128}), tmp_path / "plan.json"
+    Plan({"model.layers.0.mlp.up_proj": wide, "model.layers.0.mlp.down_proj": Candidate()}, 1, 1, 0.0).save(file)
+    flags = arguments(models / "chat", prompts, tmp_path / "out", plan=file)[1:]
+    recipe = read_recipe(None, flags)
+    assert recipe.quantization.plan == {
+        "model.layers.0.mlp.up_proj": {"codebook": "fp4", "block_size": 128}, "model.layers.0.mlp.down_proj": None,
+    }  # fmt: skip
+    with pytest.raises(StageError, match="--plan must be left out with --codebook dense"):
+        read_recipe(None, [*flags, "--codebook", "dense"])
+    for candidate in (Candidate(dropped=True), Candidate({"lora": LoraConfig(r=2, init="loftq")})):
+        Plan({"model.layers.0.mlp.up_proj": candidate}, 1, 1, 0.0).save(file)
+        with pytest.raises(StageError, match="--plan must have layers without adapters, none dropped"):
+            read_recipe(None, flags)
+    with pytest.raises(StageError, match="--plan: .* must be a file that can be read"):
+        read_recipe(None, [*flags, "--plan", str(tmp_path / "none.json")])

@@ -5,6 +5,9 @@ from types import ModuleType
 from . import round
 
 ACTIONS: tuple[ModuleType, ...] = (round,)
+from . import plan
+
+ACTIONS: tuple[ModuleType, ...] = (plan,)
 
 
 def add_parser(subparsers) -> None:

@@ -9,6 +9,8 @@ from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ...codebook import FORMATS, default_block_size
+from ...functional import quantize
+from ...model.targets import merged
 from ...nn.quant_linear import QuantLinear
 from ...published_formats import WRITERS
 
@@ -26,6 +28,8 @@ class Nf4Config(QuantizationConfigMixin):
         block_size, double_quant, scale_codebook: as in `nf4kernels.quantize`.
         compute_dtype: as in `QuantLinear`: a dtype, its name, or None for the dtype of the layer's input.
         skip: further layers to leave dense, as in `nf4kernels.quantize_model`.
+        plan: for layers by their full names the options that are not as for all, as `quantize_model` has it, None for
+            dense; without adapters. A saved model's names the layers with options of their own.
         modules_to_not_convert: the linear layers and experts that are dense in a saved model, by their full names;
             written by `save_pretrained`.
 
@@ -44,13 +48,14 @@ class Nf4Config(QuantizationConfigMixin):
         compute_dtype: torch.dtype | str | None = None,
         skip: Iterable[str] = (),
         modules_to_not_convert: Iterable[str] | None = None,
+        plan: Mapping[str, Mapping[str, Any] | None] | None = None,
         **unknown: Any,
     ) -> None:
         who = "nf4kernels.Nf4Config"
         unknown.pop("quant_method", None)
         if unknown:
             known = "codebook, block_size, double_quant, scale_codebook, compute_dtype, skip, modules_to_not_convert"
-            raise TypeError(f"{who}: fields must be among {known}, got {', '.join(sorted(unknown))}")
+            raise TypeError(f"{who}: fields must be among {known} and plan, got {', '.join(sorted(unknown))}")
         self.quant_method = METHOD
         self.codebook = codebook if isinstance(codebook, str) else _levels(codebook, who)
         self.block_size: Any = block_size  # None: of each stored weight its own
@@ -59,6 +64,7 @@ class Nf4Config(QuantizationConfigMixin):
         self.compute_dtype = _dtype(compute_dtype, who)
         self.skip = _names("skip", skip, who)
         self.modules_to_not_convert = _names("modules_to_not_convert", modules_to_not_convert or (), who)
+        self.plan = _plan(plan, who)
         if block_size is None and self.codebook_name not in EACH_ITS_OWN:
             self.block_size = default_block_size(self.codebook_name)
         if self.codebook_name in FORMATS and self.codebook_name not in WRITERS:
@@ -70,10 +76,21 @@ class Nf4Config(QuantizationConfigMixin):
         except (TypeError, ValueError) as error:
             raise type(error)(f"{who}: {error}") from None
 
+    def options_of(self, names: Iterable[str]) -> dict[str, Any]:
+        """The keyword arguments of `nf4kernels.quantize` for the layer of these names."""
+        own = next((self.plan[name] or {} for name in names if name in self.plan), {})
+        options = merged(self.quant_options, own)
+        codebook = options["codebook"]
+        if isinstance(codebook, list):
+            options["codebook"] = _tensor(codebook)
+        if options["block_size"] is None and "codebook" in own and codebook not in EACH_ITS_OWN:
+            options["block_size"] = default_block_size(codebook)
+        return options
+
     @property
     def quant_options(self) -> dict[str, Any]:
         """The keyword arguments of `nf4kernels.quantize`."""
-        codebook = self.codebook if isinstance(self.codebook, str) else torch.tensor(self.codebook)
+        codebook = self.codebook if isinstance(self.codebook, str) else _tensor(self.codebook)
         return {
             "codebook": codebook, "block_size": self.block_size, "double_quant": self.double_quant,
             "scale_codebook": self.scale_codebook,
@@ -105,6 +122,11 @@ def _levels(codebook: Any, who: str) -> list[float]:
         raise TypeError(f"{who}: codebook must be a name or 16 levels, got {codebook!r}") from None
 
 
+def _tensor(levels: list[float]) -> Tensor:
+    """On the CPU, in fp32, whatever the loader has made the default of both."""
+    return torch.tensor(levels, dtype=torch.float32, device="cpu")
+
+
 def _dtype(dtype: Any, who: str) -> Any:
     if isinstance(dtype, str):
         found = getattr(torch, dtype.removeprefix("torch."), None)
@@ -112,6 +134,27 @@ def _dtype(dtype: Any, who: str) -> Any:
             raise TypeError(f"{who}: compute_dtype must be float32, bfloat16 or float16, got {dtype!r}")
         return found
     return dtype
+
+
+def _plan(plan: Any, who: str) -> dict[str, dict[str, Any] | None]:
+    """Of what JSON knows; checked on meta."""
+    if plan is not None and not isinstance(plan, Mapping):
+        raise TypeError(f"{who}: plan must be a mapping from names of layers, got {type(plan).__name__}")
+    made: dict[str, dict[str, Any] | None] = {}
+    for name, options in (plan or {}).items():
+        if options is None:
+            made[name] = None
+            continue
+        own = dict(options)
+        if not isinstance(own.get("codebook", ""), str):
+            own["codebook"] = _levels(own["codebook"], who)
+        checked = own | ({"codebook": _tensor(own["codebook"])} if isinstance(own.get("codebook"), list) else {})
+        try:
+            quantize(torch.empty(1, 1, device="meta"), **checked)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{who}: plan: {name}: {error}") from None
+        made[name] = own
+    return made
 
 
 def _names(field: str, names: Any, who: str) -> list[str]:

@@ -129,6 +129,8 @@ def _check_asked(config: Nf4Config, asked: Nf4Config) -> None:
         is_unsaid = can_be_unsaid and wanted == getattr(usual, field)
         if wanted != has and not is_unsaid:
             raise ValueError(f"{WHO}: {field} must be {has!r} as the checkpoint has it, got {wanted!r}")
+    if asked.plan and asked.plan != config.plan:
+        raise ValueError(f"{WHO}: plan must be left out for a checkpoint that is in 4 bits already, got one")
     if not set(asked.skip) <= {*config.skip, *config.modules_to_not_convert}:
         raise ValueError(f"{WHO}: skip must be empty for a checkpoint that is in 4 bits already, got {asked.skip}")
     if asked.compute_dtype is not None:

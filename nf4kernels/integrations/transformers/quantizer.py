@@ -118,12 +118,13 @@ class Nf4Quantizer(HfQuantizer):
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
         if self.pre_quantized or param_name not in self.targets:
             return param.element_size()
-        config, fp32 = self.quantization_config, torch.float32.itemsize
-        own = FORMATS.get(config.codebook_name)
-        scale: float = 1 + fp32 / SUPERBLOCK if config.double_quant else fp32
+        options, fp32 = self.quantization_config.options_of(self.targets[param_name].names), torch.float32.itemsize
+        codebook = options["codebook"]
+        own = FORMATS.get(codebook) if isinstance(codebook, str) else None
+        scale: float = 1 + fp32 / SUPERBLOCK if options["double_quant"] else fp32
         if own is not None:
             scale = 1 if own.scale_codebook is not None else torch.bfloat16.itemsize
-        return 0.5 + scale / (config.block_size or default_block_size(config.codebook_name))
+        return 0.5 + scale / (options["block_size"] or default_block_size(codebook))
 
     def get_quantize_ops(self) -> QuantizeOnLoad:
         return QuantizeOnLoad(self)

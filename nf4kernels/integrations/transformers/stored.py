@@ -90,19 +90,37 @@ def _stored_weights(files: AnyFiles) -> dict[str, StoredWeight]:
 
 
 def _check_options(key: str, weight: StoredWeight, files: AnyFiles, config: Nf4Config) -> None:
-    """ValueError where a weight is not as the configuration says; beside a published format each says its own."""
+    """ValueError where a weight is not as the configuration says; beside a published format each says its own.
+
+    With a plan it is as that says of some layer: files may have other names than the model.
+    """
     if config.codebook_name in FORMATS:
         return
+    wrong = [_difference(key, weight, files, options) for options in (config.quant_options, *_planned(config))]
+    if all(wrong):
+        raise ValueError(f"{WHO}: the checkpoint {wrong[0]} in {key}")
+
+
+def _planned(config: Nf4Config) -> list[dict[str, Any]]:
+    return [config.options_of([name]) for name, options in config.plan.items() if options is not None]
+
+
+def _difference(key: str, weight: StoredWeight, files: AnyFiles, options: dict[str, Any]) -> str | None:
+    """What must be and what came; None where nothing differs."""
+    levels = options["codebook"] if isinstance(options["codebook"], torch.Tensor) else None
+    codebook = options["codebook"] if levels is None else "custom"
+    if codebook in FORMATS:
+        return None if weight.codebook == codebook else f"must have codebook {codebook}, got {weight.codebook}"
     for what, expected, came in (
-        ("codebook", config.codebook_name, weight.codebook),
-        ("block size", config.block_size or weight.block_size, weight.block_size),
-        ("double_quant", config.double_quant, weight.double_quant),
+        ("codebook", codebook, weight.codebook),
+        ("block size", options["block_size"] or weight.block_size, weight.block_size),
+        ("double_quant", options["double_quant"], weight.double_quant),
     ):
         if expected != came:
-            expected = f"must have {what} {expected} as the configuration says"
-            raise ValueError(f"{WHO}: the checkpoint {expected}, got {came} in {key}")
-    if weight.codebook == "custom" and files.read(f"{key}.quant_map").tolist() != config.codebook:
-        raise ValueError(f"{WHO}: the checkpoint must have the configuration's codebook, got another in {key}")
+            return f"must have {what} {expected} as the configuration says, got {came}"
+    if levels is not None and not torch.equal(files.read(f"{key}.quant_map"), levels):
+        return "must have the configuration's codebook, got another"
+    return None
 
 
 def _expect_weights(
@@ -160,7 +178,7 @@ def _expect_experts(
         try:
             on_meta = {
                 leaf: experts_from_tensors(tensors_of[leaf], found[leaf], tuple(weight.shape))
-                if config.codebook_name in FORMATS else quantize_experts(weight, **config.quant_options)
+                if config.codebook_name in FORMATS else quantize_experts(weight, **config.options_of(aliases[owner]))
                 for leaf, weight in empty.items()
             }  # fmt: skip
         except (TypeError, ValueError) as error:

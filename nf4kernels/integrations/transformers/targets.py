@@ -70,7 +70,11 @@ def plan(model: Any, config: Nf4Config) -> tuple[dict[str, Target], list[Skipped
     """(name of a tensor -> its target, what stays dense) of a dense model, by the rules of `quantize_model`."""
     for pattern in unmatched(model, config.skip):
         raise ValueError(f"nf4kernels.Nf4Config: skip must match a layer, got {pattern!r}")
-    layers, skipped = plan_layers(model, (*SKIP, *config.skip), config.block_size, conv1d=True)
+    dense = [name for name, options in config.plan.items() if options is None]
+    layers, skipped = plan_layers(model, (*SKIP, *config.skip, *dense), config.block_size, conv1d=True)
+    known = {name for names in layers for name in names} | {name for name in dense if not unmatched(model, [name])}
+    for name in (name for name in config.plan if name not in known):
+        raise ValueError(f"nf4kernels.Nf4Config: plan must name layers that can be quantized, got {name!r}")
     tied = model.all_tied_weights_keys  # not yet the same tensor: that comes after loading
     tied = {**tied, **{source: name for name, source in tied.items()}}
     targets: dict[str, Target] = {}
@@ -106,18 +110,19 @@ def quantized(target: Target, tensor: Tensor, config: Nf4Config) -> QuantizedWei
     if tuple(tensor.shape) != target.shape:
         raise ValueError(f"the checkpoint must have it in shape {list(target.shape)}, got {list(tensor.shape)}")
     weight = tensor.mT if target.transposed else tensor
-    return (quantize if tensor.dim() == 2 else quantize_experts)(weight, **config.quant_options)
+    return (quantize if tensor.dim() == 2 else quantize_experts)(weight, **config.options_of(target.names))
 
 
 def quantized_experts(target: Target, experts: Iterable[Tensor], config: Nf4Config) -> QuantizedExperts:
     """The same of one dense expert after the other, each with a dimension of 1 in front."""
     E, *shape = target.shape
+    options = config.options_of(target.names)
     parts = []
     for index, dense in enumerate(experts):
         if dense.shape != (1, *shape) or index >= E:
             raise ValueError(f"the checkpoint must have {E} experts of shape {shape}, got {list(dense.shape[1:])}")
         try:
-            parts.append(quantize_experts(dense.mT if target.transposed else dense, **config.quant_options)[0])
+            parts.append(quantize_experts(dense.mT if target.transposed else dense, **options)[0])
         except ValueError as error:
             raise ValueError(f"expert {index}: {error}") from None
     if len(parts) != E:

@@ -23,6 +23,7 @@ from trl import ModelConfig, SFTConfig, TrlParser
 from ...codebook import CODEBOOKS
 from ...integrations.transformers import Nf4Config
 from ...model.training import training_dtype
+from ...recover.plan import Plan
 from ..data.reading import Source
 from ..errors import StageError
 from .processes import in_time, meet, sharing
@@ -75,6 +76,9 @@ class DataOptions:
     double_quant: bool = field(default=True, metadata={"help": "quantize the scales, too."})
     scale_codebook: str = field(default="e4m3", metadata={"help": "of the scales: e4m3 or dynamic8."})
     skip: list[str] | None = field(default=None, metadata={"help": "layers to leave dense."})
+    plan: str | None = field(
+        default=None, metadata={"help": "a file of nf4kernels recover plan: options layer by layer, over those above."}
+    )
 
 
 def _flag_type(annotation: Any) -> Any:
@@ -226,6 +230,8 @@ def _recipe(values: dict[str, Any], given: dict[str, Any]) -> Recipe:
     weights = values["weights"] or [1.0] * len(values["data"])
     if len(weights) != len(values["data"]):
         raise StageError(f"--weights must be one a file of --data, {len(values['data'])}, got {len(weights)}")
+    if values["plan"] is not None and values["codebook"] == DENSE:
+        raise StageError(f"--plan must be left out with --codebook {DENSE}, got both")
     held_out = values["held_out"]
     if held_out < 0 or (held_out >= 1 and held_out != int(held_out)):
         raise StageError(f"--held_out must be a share below 1 or a count, got {held_out}")
@@ -243,7 +249,7 @@ def _recipe(values: dict[str, Any], given: dict[str, Any]) -> Recipe:
     try:
         quantization = None if values["codebook"] == DENSE else Nf4Config(
             values["codebook"], values["block_size"], values["double_quant"], values["scale_codebook"],
-            skip=values["skip"] or (),
+            skip=values["skip"] or (), plan=_plan(values["plan"]),
         )  # fmt: skip
         model = ModelConfig(**_of(ModelConfig, values))
         with (
@@ -264,6 +270,21 @@ def _recipe(values: dict[str, Any], given: dict[str, Any]) -> Recipe:
     sources = [Source(Path(path), weight) for path, weight in zip(values["data"], weights)]
     split_seed = training.seed if values["split_seed"] is None else values["split_seed"]
     return Recipe(training, model, lora, quantization, sources, held_out, split_seed, dtype, given, is_answers_only)
+
+
+def _plan(path: str | None) -> Plan | None:
+    """None for none; StageError for one that asks for more than options of quantize."""
+    if path is None:
+        return None
+    try:
+        plan = Plan.load(path)
+    except ValueError as error:
+        raise StageError(f"--plan: {error}") from None
+    for name, candidate in plan.layers.items():
+        if not candidate.is_plain or "lora" in (candidate.options or {}):
+            raise StageError(f"--plan must have layers without adapters, none dropped or of low rank, got {name}:"
+                             f" {candidate.name}")  # fmt: skip
+    return plan
 
 
 def _package_of(optimizer: str) -> str | None:
