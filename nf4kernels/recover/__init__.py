@@ -5,5 +5,34 @@ is and agreement.py measures how far a model is from another one.
 """
 
 from .agreement import Agreement, agreement
+from .pruning import (
+    MaskedLora,
+    Structure,
+    apply_masks,
+    find_masks,
+    find_structure,
+    held,
+    merge_pruned,
+    prune_in_steps,
+    prune_model,
+    prune_structure,
+    pruning_schedule,
+    share_of_zeros,
+)
 
-__all__ = ["Agreement", "agreement"]
+__all__ = [
+    "Agreement",
+    "MaskedLora",
+    "Structure",
+    "agreement",
+    "apply_masks",
+    "find_masks",
+    "find_structure",
+    "held",
+    "merge_pruned",
+    "prune_in_steps",
+    "prune_model",
+    "prune_structure",
+    "pruning_schedule",
+    "share_of_zeros",
+]
