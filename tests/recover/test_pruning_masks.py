@@ -244,8 +244,9 @@ def test_masks_that_do_not_fit():
     model = nn.Sequential(nn.Linear(8, 4), nn.ReLU())
     before = snapshot(model)
     good = torch.zeros(4, 8, dtype=torch.bool)
-    for masks, message in (({"0": good, "1": good}, "must name layers"), ({"0": good, "x": good}, "must name layers"),
-                           ({"0": good[:2]}, r"must be bool \[4, 8\]"), ({"0": good.float()}, "must be bool")):  # fmt: skip
+    bad = [({"0": good, name: good}, "must name layers") for name in ("1", "x")]
+    bad += [({"0": each}, r"must be bool \[4, 8\]") for each in (good[:2], good.float())]
+    for masks, message in bad:
         with pytest.raises(ValueError, match=f"{masks_module.WHO}: .*{message}"):
             apply_masks(model, masks)
     assert_unchanged(model, before)

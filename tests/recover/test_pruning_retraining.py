@@ -46,7 +46,7 @@ def test_the_cubic_schedule():
         ((0.5, 0), "steps"),
         ((0.5, 1, 0.0, "x"), "kind"),
     ],
-)
+)  # fmt: skip
 def test_schedules_that_are_none(arguments, message):
     with pytest.raises(ValueError, match=f"nf4kernels.recover.pruning_schedule: {message}"):
         pruning_schedule(*arguments)
@@ -94,7 +94,8 @@ def test_a_masked_adapter_is_merged_as_it_was_trained():
     assert all(type(model.get_submodule(name)) is nn.Linear for name in masks)
     for name, mask in masks.items():
         weight = model.get_submodule(name).weight
-        assert not weight[~mask].any() and not torch.equal(weight, dense[name])
+        assert not weight[~mask].any()
+        assert not torch.equal(weight, dense[name])
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
@@ -111,7 +112,7 @@ def test_masked_adapters_that_are_refused():
     model = ByteLM()
     nf4.quantize_model(model, skip=["layers.0"], progress=False)
     before = snapshot(model)
-    with pytest.raises(ValueError, match="must be a plain nn.Linear, got QuantLinear"):
+    with pytest.raises(ValueError, match=r"must be a plain nn\.Linear, got QuantLinear"):
         MaskedLora(model, {"layers.0.q_proj": None, "layers.1.q_proj": None}, nf4.LoraConfig(r=4))
     with pytest.raises(ValueError, match="must have no dropout"):
         MaskedLora(model, {"layers.0.q_proj": None}, nf4.LoraConfig(r=4, dropout=0.1))
@@ -122,7 +123,7 @@ def test_a_merge_loses_zeros_and_a_masked_one_does_not():
     model = ByteLM()
     masks = prune_model(model, 0.5, progress=False)
     nf4.quantize_model(model, lora=nf4.LoraConfig(r=4), progress=False)
-    assert share_of_zeros(model, masks) > 0.5
+    assert share_of_zeros(model, masks) == 0.5, "of a uniform weight's halves the kept one rounds to no zero"
     trained = [parameter for name, parameter in model.named_parameters() if "lora" in name]
     step(model, torch.optim.AdamW(trained, 1e-1), text())
     plain = ByteLM()

@@ -79,7 +79,7 @@ def made(kind):
 
 
 def test_what_is_found():
-    model, structure = made("grouped")
+    _, structure = made("grouped")
     names = {"q": "attention.q_proj", "k": "attention.k_proj", "v": "attention.v_proj", "o": "attention.o_proj",
              "up": "mlp.fc1", "down": "mlp.fc2"}  # fmt: skip
     counts = ("attention.num_heads", "attention.num_key_value_heads")
@@ -245,7 +245,7 @@ def test_heads_that_do_not_fit(heads, kv_heads, message):
 
 
 def test_models_that_are_not_stacks_of_such_blocks():
-    with pytest.raises(ValueError, match="got no nn.ModuleList; describe it by a Structure"):
+    with pytest.raises(ValueError, match=r"got no nn\.ModuleList; describe it by a Structure"):
         find_structure(nn.Sequential(nn.Linear(4, 4)), 1)
     model = ByteLM()
     del model.layers[1].up_proj
