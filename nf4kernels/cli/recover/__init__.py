@@ -2,7 +2,9 @@
 
 from types import ModuleType
 
-ACTIONS: tuple[ModuleType, ...] = ()
+from . import prune
+
+ACTIONS: tuple[ModuleType, ...] = (prune,)
 
 
 def add_parser(subparsers) -> None:
