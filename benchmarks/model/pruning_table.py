@@ -1,6 +1,7 @@
 """What pruning takes from SmolLM2 with and without 4 bits, and what a short recovery brings back: the rows of a table.
 
-    python -m benchmarks.model.pruning_table --model DIR --out rows.jsonl [--recover 60]
+    python -m benchmarks.model.pruning_table --model DIR --out rows.jsonl
+    python -m benchmarks.model.pruning_table --model DIR --out recovered.jsonl --recover 30
 
 Each row is appended when it is there, and the same command goes on after the last one. The loss and the KL to the bf16
 model are in nats a token, of held-out word definitions and of prose about Python, which the calibration has none of.
@@ -36,27 +37,27 @@ from nf4kernels.recover.pruning.prune import prunable
 from .answers import train_and_held_out
 
 LENGTH, ROWS = 64, 16
-CALIBRATION = 2048
+CALIBRATION = 1024
+RECOVERY_ROWS = 4
 KL_WINDOWS = 8  # of the calibration for the score by KL, which runs the model once a layer
 ORDERS = ("bf16", "prune, round", "round, prune")
 ALL_ORDERS = (*ORDERS, "round, same masks")
 UNITS = ("heads", "channels", "layers")
 # What is measured, in the order in which it is worth knowing: (pattern, method, share, orders, or steps of recovery).
 ROWS_OF_TABLE = [
-    ("unstructured", "wanda", 0.5, ALL_ORDERS), ("2:4", "wanda", 0.5, ALL_ORDERS),
-    ("unstructured", "magnitude", 0.5, ORDERS), ("2:4", "wanda", 0.5, "recover"),
-    ("channels", "gradient", 0.25, ORDERS[:2]), ("layers", "kl", 0.25, ORDERS[:2]),
+    ("unstructured", "wanda", 0.5, ALL_ORDERS), ("2:4", "wanda", 0.5, "recover"),
+    ("2:4", "wanda", 0.5, ORDERS), ("unstructured", "magnitude", 0.5, ORDERS),
+    ("channels", "gradient", 0.25, ORDERS[:2]), ("layers", "influence", 0.25, ORDERS[:2]),
+    ("heads", "gradient", 0.25, ORDERS[:2]), ("unstructured", "gradient", 0.5, ORDERS),
     ("channels", "gradient", 0.25, "recover"), ("layers", "kl", 0.25, "recover"),
-    ("unstructured", "gradient", 0.5, ALL_ORDERS), ("2:4", "magnitude", 0.5, ORDERS[:2]),
-    ("heads", "gradient", 0.25, ORDERS[:2]), ("channels", "wanda", 0.25, ORDERS[:2]),
-    ("channels", "magnitude", 0.25, ORDERS[:1]), ("layers", "influence", 0.25, ORDERS[:1]),
+    ("channels", "wanda", 0.25, ORDERS[:1]), ("channels", "magnitude", 0.25, ORDERS[:1]),
+    ("2:4", "magnitude", 0.5, ORDERS[:2]), ("unstructured", "wanda", 0.25, ORDERS[:2]),
+    ("unstructured", "magnitude", 0.25, ORDERS[:2]), ("layers", "kl", 0.25, ORDERS[:2]),
     ("layers", "gradient", 0.25, ORDERS[:1]), ("layers", "magnitude", 0.25, ORDERS[:1]),
     ("heads", "wanda", 0.25, ORDERS[:1]), ("heads", "magnitude", 0.25, ORDERS[:1]),
-    ("unstructured", "wanda", 0.25, ORDERS), ("unstructured", "magnitude", 0.25, ORDERS),
-    ("unstructured", "wanda", 0.5, "recover"), ("unstructured", "gradient", 0.25, ORDERS),
-    ("channels", "gradient", 0.5, ORDERS[:2]), ("layers", "kl", 0.5, ORDERS[:2]), ("2:4", "gradient", 0.5, ORDERS),
-    ("channels", "gradient", 0.5, "recover"), ("channels", "wanda", 0.5, ORDERS[:1]),
-    ("channels", "magnitude", 0.5, ORDERS[:1]), ("layers", "influence", 0.5, ORDERS[:1]),
+    ("channels", "gradient", 0.5, ORDERS[:2]), ("layers", "influence", 0.5, ORDERS[:2]),
+    ("unstructured", "gradient", 0.25, ORDERS[:2]), ("2:4", "gradient", 0.5, ORDERS[:2]),
+    ("unstructured", "wanda", 0.5, "recover"), ("channels", "gradient", 0.5, "recover"),
 ]  # fmt: skip
 
 
@@ -173,7 +174,7 @@ def measure_structure(
 def measure_recovery(
     table: Table, dense: nn.Module, texts: Texts, pattern: str, method: str, share: float, steps: int
 ) -> None:
-    """KL to the dense model, `steps` of 8 windows: adapters merged under their masks in bf16, then rounded."""
+    """KL to the dense model, `steps` of RECOVERY_ROWS windows: adapters merged under masks in bf16, then rounded."""
     key = (pattern, method, share, f"{steps} steps")
     if (*key, "prune, round") in table.keys:
         return
@@ -207,16 +208,16 @@ def measure_recovery(
 def _drawn(windows: Tensor, steps: int) -> Iterator[Tensor]:
     random.seed(0)
     for _ in range(steps):
-        yield windows[random.sample(range(len(windows)), 8)]
+        yield windows[random.sample(range(len(windows)), RECOVERY_ROWS)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--recover", type=int, default=0, help="steps of recovery; 0 leaves those rows out")
-    parser.add_argument("--words", type=int, default=2048)
-    parser.add_argument("--prose", type=int, default=1024)
+    parser.add_argument("--recover", type=int, default=0, help="steps of recovery: those rows, and no others")
+    parser.add_argument("--words", type=int, default=1024)
+    parser.add_argument("--prose", type=int, default=512)
     args = parser.parse_args()
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -224,15 +225,16 @@ def main() -> None:
     dense.config.use_cache = False
     texts = Texts(tokenizer, args.words, args.prose)
     table = Table(args.out, texts, Recorded(dense, [*texts.words, *texts.prose]))
-    if ("none", "", 0, "bf16") not in table.keys:
+    if ("none", "", 0, "prune, round") not in table.keys:
         table.add(("none", "", 0, "bf16"), dense, 0)
         rounded = copy.deepcopy(dense)
         nf4.quantize_model(rounded, progress=False)
         table.add(("none", "", 0, "prune, round"), rounded, 0)
     for pattern, method, share, orders in ROWS_OF_TABLE:
-        if orders == "recover":
-            if args.recover:
-                measure_recovery(table, dense, texts, pattern, method, share, args.recover)
+        if (orders == "recover") != bool(args.recover):
+            continue
+        if args.recover:
+            measure_recovery(table, dense, texts, pattern, method, share, args.recover)
         elif pattern in UNITS:
             measure_structure(table, dense, texts, pattern, method, share, orders)
         else:

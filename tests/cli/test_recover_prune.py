@@ -171,6 +171,60 @@ def test_a_directory_that_is_there_or_in_4_bits(model, tmp_path, capsys):
     assert "--model must be dense, got one in 4 bits" in capsys.readouterr().err
 
 
+def family(kind, directory):
+    """A tiny model of another family over the tokenizer that is there."""
+    sizes = {"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    kinds = {
+        "qwen3": lambda: transformers.Qwen3ForCausalLM(
+            transformers.Qwen3Config(
+                **sizes, num_key_value_heads=2, head_dim=32, intermediate_size=128, use_sliding_window=True,
+                max_window_layers=1, sliding_window=8,
+            )
+        ),
+        "opt": lambda: transformers.OPTForCausalLM(
+            transformers.OPTConfig(**sizes, ffn_dim=128, word_embed_proj_dim=64)
+        ),
+        "gpt2": lambda: transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(vocab_size=320, n_embd=64, n_layer=3, n_head=4)
+        ),
+    }  # fmt: skip
+    torch.manual_seed(0)
+    made = kinds[kind]().eval()
+    made.save_pretrained(directory)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("kind", "pattern", "field", "left"),
+    [
+        ("qwen3", "heads", "num_key_value_heads", 1), ("qwen3", "layers", "num_hidden_layers", 2),
+        ("opt", "channels", "ffn_dim", 64), ("opt", "layers", "num_hidden_layers", 2),
+    ],
+)  # fmt: skip
+def test_other_families(model, tmp_path, kind, pattern, field, left):
+    made = family(kind, tmp_path / "in")
+    assert command("--pattern", pattern, "--share", "0.4", "--method", "gradient", "--text", "text.txt") == 0
+    found = loaded(tmp_path / "out")
+    assert getattr(found.config, field) == left
+    assert sum(p.numel() for p in found.parameters()) < sum(p.numel() for p in made.parameters())
+    if kind == "qwen3":
+        assert len(found.config.layer_types) == found.config.num_hidden_layers
+
+
+@pytest.mark.parametrize(
+    ("kind", "pattern", "message"),
+    [
+        ("gpt2", "channels", "--model: model must have an nn.ModuleList of blocks with layers named"),
+        ("opt", "heads", "--model must load with what was cut"),  # OPT's configuration has no width of a head
+    ],
+)
+def test_what_cannot_be_cut_is_refused(model, tmp_path, capsys, kind, pattern, message):
+    family(kind, tmp_path / "in")
+    assert command("--pattern", pattern, "--share", "0.5") == 2
+    assert message in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path)) == ["in", "text.txt"]
+
+
 def test_the_fields_are_told(capsys):
     assert main(["recover", "prune", "--help-fields"]) == 0
     assert "--retrain" in capsys.readouterr().out

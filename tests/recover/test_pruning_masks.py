@@ -95,6 +95,17 @@ def test_taylor_is_the_weight_times_autograds_gradient():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+def test_taylor_in_4_bits_is_that_of_the_decoded_weights():
+    model, ids = ByteLM(), text(2, 20)
+    nf4.quantize_model(model, progress=False)
+    dense = ByteLM()
+    for name in LAYERS:
+        dense.get_submodule(name).weight.data = model.get_submodule(name).dequantize(torch.float32)
+    expected = dict(gradient(dense, layers_of(dense), lambda: [ids]))
+    for name, found in gradient(model, layers_of(model), lambda: [ids]):
+        torch.testing.assert_close(found, expected[name], rtol=1e-3, atol=1e-7)
+
+
 def test_taylor_of_a_linear_loss_is_what_zeroing_a_weight_does():
     """Two classes whose logits are w x and 0: the first-order term, against the loss itself."""
     model = nn.Sequential(nn.Linear(4, 2, bias=False))

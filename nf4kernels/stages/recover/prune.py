@@ -27,6 +27,7 @@ from .retraining import Texts, Training, Windows, retrain
 
 WORDS = Words("recover prune", "--model", "--output_dir", "--skip", "--overwrite")
 STATE = "prune.json"  # in the directory of a run that is under way: what was asked for, and the steps that are done
+CHANNELS = ("intermediate_size", "ffn_dim", "n_inner")  # what configurations call the channels of an MLP
 ALIASES = {"output": "output_dir"}
 
 
@@ -198,10 +199,14 @@ def _structure(options: PruneOptions, config: Any, model: nn.Module) -> Structur
     except ValueError as error:
         raise StageError(f"--model: {_said(error)}") from None
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    channels = getattr(config, "intermediate_size", found.channels)
+    channels = getattr(config, _channels_field(config), found.channels)
     return Structure(
         found.stack, found.names, heads, kv_heads, found.width, channels, config.num_hidden_layers, found.counts
     )
+
+
+def _channels_field(config: Any) -> str:
+    return next((name for name in CHANNELS if hasattr(config, name)), CHANNELS[0])
 
 
 def _original_config(source: Path, model: Any) -> Any:
@@ -234,7 +239,7 @@ def _tell_config(model: Any, structure: Structure, unit: str, kept: list[Tensor]
     config = model.config.get_text_config()
     count = len(kept[0])
     if unit == "channels":
-        config.intermediate_size = count
+        setattr(config, _channels_field(config), count)
     elif unit == "heads":
         config.head_dim = structure.width  # else it is hidden_size / num_attention_heads
         config.num_attention_heads, config.num_key_value_heads = count * structure.group, count
