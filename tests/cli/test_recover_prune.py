@@ -139,6 +139,7 @@ BAD = {
     "steps of 2:4": (["--pattern", "2:4", "--steps", "2"], "--steps must be 1"),
     "skip": (["--share", "0.5", "--skip", "nothing"], "skip must match"),
     "multiple": (["--pattern", "channels", "--share", "0.5", "--multiple", "999"], "multiple must be"),
+    "codebook": (["--share", "0.5", "--quantize", "--codebook", "af4"], "--codebook and --block_size must be nf4"),
     "unknown": (["--share", "0.5", "--shares", "1"], "did you mean --share?"),
     "a word": (["--share", "half"], "share: invalid float value"),
     "recipe": (["--config", "none.yaml"], "--config must be a YAML file"),

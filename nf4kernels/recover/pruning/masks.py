@@ -102,7 +102,7 @@ def apply_masks(model: nn.Module, masks: Masks) -> None:
         ValueError: a name is none of a layer, a mask has another shape, or a layer's codebook has no level that is
             zero; nothing is changed.
     """
-    layers = {name: _checked_layer(model, name, mask) for name, mask in masks.items()}
+    layers = {name: checked_layer(model, name, mask, WHO) for name, mask in masks.items()}
     for name, layer in layers.items():
         mask = masks[name].to(layer.weight.device)
         if isinstance(layer, QuantLinear):
@@ -140,16 +140,17 @@ def zero_code(qweight: QuantizedWeight) -> int:
     return int(codes[0])
 
 
-def _checked_layer(model: nn.Module, name: str, mask: Tensor) -> Any:
+def checked_layer(model: nn.Module, name: str, mask: Tensor | None, who: str) -> Any:
+    """The layer of that name; ValueError where it is none, or the mask does not fit it, or it cannot hold zeros."""
     try:
         layer: Any = get_submodule(model, name)
     except AttributeError:
         layer = None
     if not isinstance(layer, nn.Linear):
-        raise ValueError(f"{WHO}: masks must name layers nn.Linear or QuantLinear, got {name!r}")
+        raise ValueError(f"{who}: masks must name layers nn.Linear or QuantLinear, got {name!r}")
     shape = (layer.out_features, layer.in_features)
-    if mask.dtype != torch.bool or tuple(mask.shape) != shape:
-        raise ValueError(f"{WHO}: the mask of {name} must be bool {list(shape)}, got {mask.dtype} {list(mask.shape)}")
+    if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != shape):
+        raise ValueError(f"{who}: the mask of {name} must be bool {list(shape)}, got {mask.dtype} {list(mask.shape)}")
     if isinstance(layer, QuantLinear):
         zero_code(layer.qweight)
     return layer

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ...model.merge import merge_model
-from ...model.walk import get_submodule, inside
+from ...model.walk import inside
 from ...nn.lora import LoraConfig, init_adapter
-from .masks import Masks, apply_masks
+from .masks import Masks, apply_masks, checked_layer
 
 
 class _MaskedDelta(nn.Module):
@@ -44,7 +44,8 @@ class MaskedLora:
         config: the adapters'; dropout and starts from the weight are not offered.
 
     Raises:
-        ValueError: a name is none of a dense nn.Linear, or `config` has what is not offered; nothing is changed.
+        ValueError: a name is none of a dense nn.Linear, a mask does not fit, or `config` has what is not offered;
+            nothing is changed.
     """
 
     def __init__(self, model: nn.Module, masks: Mapping[str, Tensor | None], config: LoraConfig) -> None:
@@ -53,8 +54,8 @@ class MaskedLora:
             raise ValueError(f"{who}: config must have no dropout and a start at zero, got {config}")
         model = inside(model)
         self._layers: dict[str, Any] = {}
-        for name in masks:
-            layer = get_submodule(model, name)
+        for name, mask in masks.items():
+            layer = checked_layer(model, name, mask, who)
             if type(layer) is not nn.Linear or parametrize.is_parametrized(layer):
                 raise ValueError(f"{who}: {name} must be a plain nn.Linear, got {type(layer).__name__}")
             self._layers[name] = layer

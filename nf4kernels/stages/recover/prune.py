@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
+from ...quantized_weight import BLOCK_SIZES
 from ...recover.agreement import Agreement, agreement
 from ...recover.pruning.prune import prunable, prune_model, share_of_zeros
 from ...recover.pruning.schedule import pruning_schedule
@@ -158,6 +159,11 @@ def _checked(options: PruneOptions) -> tuple[Path, Path]:
     if options.retrain < 0 or not options.learning_rate > 0:
         raise StageError(f"--retrain and --learning_rate must be 0 or more, and above 0, got {options.retrain} and"
                          f" {options.learning_rate}")  # fmt: skip
+    if options.quantize and (options.codebook not in ("nf4", "fp4") or options.block_size not in BLOCK_SIZES[1:]):
+        raise StageError(
+            f"--codebook and --block_size must be nf4 or fp4, and one of {', '.join(map(str, BLOCK_SIZES[1:]))}, with"
+            f" --quantize, got {options.codebook} and {options.block_size}"
+        )
     source, out = Path(str(options.model)).resolve(), Path(str(options.output_dir)).resolve()
     try:
         quantization = json.loads((source / "config.json").read_text(encoding="utf-8")).get("quantization_config")
@@ -296,7 +302,7 @@ def _write(
                 dense, out, options.codebook, options.block_size, skip=options.skip or (), model_of=model_of,
                 overwrite=options.overwrite, words=WORDS,
             )  # fmt: skip
-    except (ConversionError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise StageError(str(error).removeprefix("recover prune: ")) from None
     finally:
         if options.quantize:
