@@ -114,11 +114,8 @@ def test_masked_adapters_that_are_refused():
     before = snapshot(model)
     with pytest.raises(ValueError, match=r"must be a plain nn\.Linear, got QuantLinear"):
         MaskedLora(model, {"layers.0.q_proj": None, "layers.1.q_proj": None}, nf4.LoraConfig(r=4))
-    good = {"layers.0.q_proj": None}
-    for masks, message in (
-        (good | {"x": None}, "must name layers"),
-        (good | {"layers.0.k_proj": torch.ones(1)}, "bool"),
-    ):
+    bad = {"x": (None, "must name layers"), "layers.0.k_proj": (torch.ones(1), "must be bool")}
+    for name, (mask, message) in bad.items():
         with pytest.raises(ValueError, match=f"nf4kernels.recover.MaskedLora: .*{message}"):
             MaskedLora(model, {"layers.0.q_proj": None, name: mask}, nf4.LoraConfig(r=4))
     with pytest.raises(ValueError, match="must have no dropout"):

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -113,8 +112,8 @@ def find_structure(model: nn.Module, heads: int, kv_heads: int | None = None) ->
 def _roles(block: nn.Module) -> dict[str, str]:
     linear = [name for name, each in named_modules(block) if isinstance(each, nn.Linear)]
     found = {}
-    for role, patterns in NAMES.items():
-        matches = [n for pattern in patterns for n in linear if fnmatchcase(n.rpartition(".")[2], pattern)]
+    for role, usual in NAMES.items():
+        matches = [name for each in usual for name in linear if name.rpartition(".")[2] == each]
         if matches:
             found[role] = matches[0]
     return found
