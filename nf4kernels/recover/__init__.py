@@ -16,3 +16,34 @@ __all__ = [
     "Agreement", "Candidate", "Dropped", "Option", "Plan", "Sensitivities", "agreement", "apply_plan", "blocks_of",
     "default_candidates", "layers_of_one_input", "make_plan", "sensitivity",
 ]  # fmt: skip
+from .pruning import (
+    MaskedLora,
+    Structure,
+    apply_masks,
+    find_masks,
+    find_structure,
+    held,
+    merge_pruned,
+    prune_in_steps,
+    prune_model,
+    prune_structure,
+    pruning_schedule,
+    share_of_zeros,
+)
+
+__all__ = [
+    "Agreement",
+    "MaskedLora",
+    "Structure",
+    "agreement",
+    "apply_masks",
+    "find_masks",
+    "find_structure",
+    "held",
+    "merge_pruned",
+    "prune_in_steps",
+    "prune_model",
+    "prune_structure",
+    "pruning_schedule",
+    "share_of_zeros",
+]

@@ -15,11 +15,11 @@ class Block(nn.Module):
         self.down_proj = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        B, T, W = x.shape
+        B, T, _ = x.shape
         h = self.norm1(x)
         q, k, v = (p(h).view(B, T, self.heads, -1).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
         attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.o_proj(attended.transpose(1, 2).reshape(B, T, W))
+        x = x + self.o_proj(attended.transpose(1, 2).flatten(2))
         h = self.norm2(x)
         return x + self.down_proj(functional.silu(self.gate_proj(h)) * self.up_proj(h))
 

@@ -8,6 +8,9 @@ ACTIONS: tuple[ModuleType, ...] = (round,)
 from . import plan
 
 ACTIONS: tuple[ModuleType, ...] = (plan,)
+from . import prune
+
+ACTIONS: tuple[ModuleType, ...] = (prune,)
 
 
 def add_parser(subparsers) -> None:
