@@ -104,7 +104,8 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, A, B = ctx.saved_tensors
     need_x, need_weight, need_A, need_B, need_bias = ctx.needs_input_grad[:5]
     dx = dweight = dA = dB = None
-    qweight = merged = None
+    qweight: Any = None
+    merged: Any = None
     if need_x or ctx.clip:
         merged = merged_weight(weight, (A, B, ctx.scaling))
         qweight = quantize(merged, **ctx.options)
@@ -112,17 +113,18 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dx = _linear_dgrad(dy, *qweight.op_args())
     rows, x_rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     if need_weight or (ctx.clip and (need_A or need_B)):
-        dweight = rows.mT @ x_rows
+        dweight = rows.mT @ x_rows  # [N, K]
         if ctx.clip:
             dweight = dweight.masked_fill_(beyond_levels(merged, qweight), 0)
     if need_A:
         B16 = B.to(dy.dtype)
-        dA = (B16.mT @ dweight if ctx.clip else (rows @ B16).mT @ x_rows).mul_(ctx.scaling).to(A.dtype)
+        dA = (B16.mT @ dweight if dweight is not None else (rows @ B16).mT @ x_rows).mul_(ctx.scaling).to(A.dtype)
     if need_B:
         A16 = A.to(dy.dtype)
-        dB = (dweight @ A16.mT if ctx.clip else rows.mT @ (x_rows @ A16.mT)).mul_(ctx.scaling).to(B.dtype)
+        dB = (dweight @ A16.mT if dweight is not None else rows.mT @ (x_rows @ A16.mT)).mul_(ctx.scaling).to(B.dtype)
     dbias = rows.sum(0) if need_bias else None
-    return dx, dweight.to(weight.dtype) if need_weight else None, dA, dB, dbias, None, None, None
+    dweight = dweight.to(weight.dtype) if dweight is not None and need_weight else None
+    return dx, dweight, dA, dB, dbias, None, None, None
 
 
 class FakeQuantLinear(nn.Linear):

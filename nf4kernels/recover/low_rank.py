@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ def low_rank_linear(linear: nn.Linear, rank: int, gram: Tensor | None = None) ->
 
     Best in |W - BA|, or with `gram` = X^T X `[K, K]` in |X (W - BA)^T|: the SVD is then of W L with L L^T = gram, by
     Cholesky, so that what is left out is the tail of its singular values. The factors share the singular values
-    evenly, in linear's dtype; computed in fp64.
+    evenly, in linear's dtype. The Cholesky factor is in fp64, the SVD in fp32, of an fp64 weight in fp64, too.
 
     Raises:
         ValueError: rank is not from 1 to min(N, K), or gram has another shape.
@@ -53,9 +54,9 @@ def low_rank_linear(linear: nn.Linear, rank: int, gram: Tensor | None = None) ->
     N, K = linear.weight.shape
     if not 1 <= rank <= min(N, K):
         raise ValueError(f"{who}: rank must be from 1 to {min(N, K)}, got {rank}")
-    W = linear.weight.detach().double()
     root = None if gram is None else _root(gram, K, who)
-    U, S, Vh = torch.linalg.svd(W if root is None else W @ root, full_matrices=False)
+    U, S, Vh = torch.linalg.svd(_weighted(linear, root), full_matrices=False)
+    U, S, Vh = U.double(), S.double(), Vh.double()
     A, B = S[:rank].sqrt()[:, None] * Vh[:rank], U[:, :rank] * S[:rank].sqrt()
     if root is not None:
         A = torch.linalg.solve_triangular(root, A, upper=False, left=False)
@@ -103,15 +104,15 @@ def low_rank_model(
         raise ValueError(f"{who}: share must be below 1, got {share}")
     found = _chosen(model, layers, who)
     grams = {} if batches is None else input_grams(model, list(found), batches)
-    dense = {name: get_submodule(model, name) for name in found}
+    dense: dict[str, Any] = {name: get_submodule(model, name) for name in found}
     ranks = _ranks(dense, grams, rank, share, budget)
     made = []
     for name, names in tqdm(found.items(), desc="low rank", unit="layer", disable=not progress):
-        linear, gram = dense[name], grams.pop(name, None)
-        if ranks[name] is None:
+        linear, gram, chosen = dense[name], grams.pop(name, None), ranks[name]
+        if chosen is None:
             continue
-        parts = low_rank_linear(linear, ranks[name], gram)
-        made.append(LowRankLayer(name, tuple(linear.weight.shape), ranks[name], _error(linear, parts, gram)))
+        parts = low_rank_linear(linear, chosen, gram)
+        made.append(LowRankLayer(name, tuple(linear.weight.shape), chosen, _error(linear, parts, gram)))
         replace_module(model, names, linear, parts)
     return made
 
@@ -169,9 +170,9 @@ def _ranks(dense, grams, rank: int | None, share: float | None, budget: int | No
         )
     candidates = []
     for name, linear in dense.items():
-        W = linear.weight.detach().double()
-        root = None if name not in grams else _root(grams[name], W.shape[1], "nf4kernels.recover.low_rank_model")
-        squares = torch.linalg.svdvals(W if root is None else W @ root).square()
+        who = "nf4kernels.recover.low_rank_model"
+        root = None if name not in grams else _root(grams[name], sizes[name][1], who)
+        squares = torch.linalg.svdvals(_weighted(linear, root)).double().square()
         total = squares.sum().item() or 1.0
         gains = (squares / total / costs[name])[1 : most[name]]  # every layer has the first
         candidates += [(-gain, name) for gain in gains.tolist()]
@@ -181,6 +182,13 @@ def _ranks(dense, grams, rank: int | None, share: float | None, budget: int | No
             ranks[name] += 1  # type: ignore[operator]  # a number
             left -= costs[name]
     return ranks
+
+
+def _weighted(linear: nn.Linear, root: Tensor | None) -> Tensor:
+    """W, or W L, to be decomposed: in fp32, which takes a quarter of fp64's time, but for a weight in fp64."""
+    W = linear.weight.detach()
+    product = W if root is None else W.double() @ root
+    return product.to(torch.float64 if W.dtype == torch.float64 else torch.float32)
 
 
 def _root(gram: Tensor, K: int, who: str) -> Tensor:
@@ -196,7 +204,7 @@ def _root(gram: Tensor, K: int, who: str) -> Tensor:
         damping = damping * GROWTH
 
 
-def _error(linear: nn.Linear, parts: nn.Sequential, gram: Tensor | None) -> float:
+def _error(linear: nn.Linear, parts: Any, gram: Tensor | None) -> float:
     W = linear.weight.detach().double()
     left = W - parts[1].weight.detach().double() @ parts[0].weight.detach().double()
     if gram is None:

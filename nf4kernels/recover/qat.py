@@ -1,6 +1,7 @@
 """Quantization-aware training: layers that round while they are trained, and become 4-bit layers bit for bit."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +67,7 @@ def prepare_qat(
     found, _ = plan_layers(model, (*SKIP, *skip), quant_options.get("block_size"))
     how = {name: value for name, value in quant_options.items() if name != "compute_dtype"}
     for name, *_ in found:
-        dense = get_submodule(model, name)
+        dense: Any = get_submodule(model, name)
         if not isinstance(dense, nn.Linear):
             raise ValueError(f"{who}: model must have no fused experts but those in skip, got {name}")
         try:

@@ -1,4 +1,4 @@
-"""One codebook of 16 levels for many layers, fitted to their weights, where NF4's is fitted to a normal distribution."""
+"""One codebook of 16 levels for many layers, fitted to their weights where NF4 is fitted to a normal distribution."""
 
 from collections.abc import Iterable
 
@@ -26,8 +26,8 @@ def fit_codebook(
     """16 ascending levels in [-1, 1], fp32, for `quantize_model(codebook=)`, by weighted k-means on a line.
 
     What is least is the sum over all weights of importance * (w - Ŵ)^2 with exact block scales: k-means over
-    w / absmax, weighted by importance * absmax^2. The best cut of 2^10 bins into 16 by dynamic programming (Ckmeans.1d.dp,
-    R Journal 3/2, 2011), so that no poor local minimum is the end, then Lloyd's iterations on 2^14 bins.
+    w / absmax, weighted by importance * absmax^2. The best cut of 2^10 bins into 16 by dynamic programming
+    (Ckmeans.1d.dp, R Journal 3/2, 2011), so that no poor local minimum is the end, then Lloyd's iterations on 2^14.
 
     Args:
         weights: `[N, K]` each; one is in fp32 at a time.
@@ -104,8 +104,8 @@ def _best_cut(points: Tensor, mass: Tensor) -> Tensor:
     cost = cost.masked_fill(torch.ones_like(cost).tril(-1).bool(), torch.inf)
     best, begins = cost[0], []
     for _ in range(15):
-        best, begin = (torch.cat([zero + torch.inf, best[:-1]])[:, None] + cost).min(0)
-        begins.append(begin)
+        best, chosen = (torch.cat([zero + torch.inf, best[:-1]])[:, None] + cost).min(0)
+        begins.append(chosen)
     runs, end = torch.zeros(bins, dtype=torch.long), bins - 1
     for level in range(15, 0, -1):
         begin = int(begins[level - 1][end])

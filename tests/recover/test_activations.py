@@ -30,7 +30,7 @@ def test_asymmetric_values_zero_and_clipping():
     assert got.tolist() == [-1, -0.5, 0, 0, 0.5, 126.5, 126.5, -1]
 
 
-@pytest.mark.parametrize("low, high", [(-3.7, 11.3), (0.3, 9.1), (-8.2, -0.1), (-1e-20, 3), (0, 0), (2, 2)])
+@pytest.mark.parametrize(("low", "high"), [(-3.7, 11.3), (0.3, 9.1), (-8.2, -0.1), (-1e-20, 3), (0, 0), (2, 2)])
 def test_zero_is_exact_and_half_a_step_the_error(low, high):
     x = torch.linspace(low, high, 1001)
     x[500] = 0
@@ -104,13 +104,15 @@ def test_costs_in_a_table_and_a_model_beside_itself():
     model, batches = ByteLM(), [ids(), ids(seed=1)]
     found = activation_costs(model, model, batches, [ids(seed=2)])
     assert list(found)[:3] == ["16 bits", "dynamic, per token, symmetric", "dynamic, per token, asymmetric"]
-    assert len(found) == 9 and "static, asymmetric, 99.9 %" in found
+    assert len(found) == 9
+    assert "static, asymmetric, 99.9 %" in found
     assert found["16 bits"].kl == 0
     assert all(0 < each.kl < 0.01 for name, each in found.items() if name != "16 bits")
     by_hand = agreement(model, model, batches)
     assert found["16 bits"] == by_hand
     coarse = activation_costs(model, model, batches, [ids(seed=2)], bits=4, percentile=None)
-    assert len(coarse) == 7 and coarse["static, symmetric"].kl > found["static, symmetric"].kl
+    assert len(coarse) == 7
+    assert coarse["static, symmetric"].kl > found["static, symmetric"].kl
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 

@@ -149,9 +149,9 @@ def test_backward_keeps_no_second_weight():
 
 def test_what_is_refused():
     linear = layer(8, 64)
-    with pytest.raises(ValueError, match="lora_merged must have dropout 0, since it is merged, got 0.1"):
+    with pytest.raises(ValueError, match=r"lora_merged must have dropout 0, since it is merged, got 0.1"):
         FakeQuantLinear(linear, nf4.LoraConfig(dropout=0.1))
-    with pytest.raises(ValueError, match="lora_merged must start at zero .*got init='pissa'"):
+    with pytest.raises(ValueError, match=r"lora_merged must start at zero .*got init='pissa'"):
         FakeQuantLinear(linear, nf4.LoraConfig(init="pissa"))
     with pytest.raises(ValueError, match="codebook must be one of"):
         FakeQuantLinear(linear, codebook="nf5")

@@ -33,7 +33,8 @@ def test_full_rank_is_exact(shape):
         parts = low_rank_linear(layer, 12, gram)
         assert [tuple(part.weight.shape) for part in parts] == [(12, shape[1]), (shape[0], 12)]
         assert torch.allclose(parts(x), layer(x), atol=1e-10)
-        assert parts[0].bias is None and parts[1].bias is layer.bias
+        assert parts[0].bias is None
+        assert parts[1].bias is layer.bias
 
 
 @pytest.mark.parametrize("rank", [1, 5, 11])
@@ -67,8 +68,10 @@ def test_ranks_of_a_share_and_what_would_not_shrink():
     model = ByteLM()  # 64 x 64 and 64 x 128
     before = sum(p.numel() for p in model.parameters())
     made = low_rank_model(model, share=0.5, progress=False)
-    assert {layer.rank for layer in made} == {16, 21} and len(made) == 14
-    assert type(model.layers[0].q_proj) is nn.Sequential and tuple(made[0].shape) == (64, 64)
+    assert {layer.rank for layer in made} == {16, 21}
+    assert len(made) == 14
+    assert type(model.layers[0].q_proj) is nn.Sequential
+    assert tuple(made[0].shape) == (64, 64)
     assert before - sum(p.numel() for p in model.parameters()) == 2 * (4 * 64 * 32 + 3 * (64 * 128 - 21 * 192))
     whole = ByteLM()
     assert low_rank_model(whole, rank=32, layers=["q_proj"], progress=False) == []
@@ -83,7 +86,8 @@ def test_a_budget_is_kept_and_goes_where_the_singular_values_are():
     made = low_rank_model(model, budget=budget, progress=False)
     assert [layer.rank for layer in made] == [12, 4]
     assert sum(p.nbytes for p in model.parameters()) == budget
-    assert made[0].error == pytest.approx(math.sqrt(52 / 64), rel=1e-4) and made[1].error < 1e-5
+    assert made[0].error == pytest.approx(math.sqrt(52 / 64), rel=1e-4)
+    assert made[1].error < 1e-5
     assert low_rank_model(ByteLM(), budget=1 << 30, progress=False) == []
 
 
@@ -94,7 +98,8 @@ def test_calibration_lowers_the_error_on_the_inputs_and_the_modes_stay():
         model = ByteLM()
         made = low_rank_model(model, share=0.4, batches=calibration, progress=False)
         errors.append(agreement(model, reference, batches).kl)
-        assert model.training and all(0 < layer.error < 1 for layer in made)
+        assert model.training
+        assert all(0 < layer.error < 1 for layer in made)
     assert errors[1] < errors[0]
 
 

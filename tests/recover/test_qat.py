@@ -74,7 +74,8 @@ def test_parameters_hooks_modes_and_shared_modules_stay():
     assert all(parameters[name] is each for name, each in model.named_parameters())
     assert set(model.state_dict()) == state
     assert model.layers[1].q_proj is model.layers[0].q_proj
-    assert not model.layers[0].q_proj.training and model.layers[1].up_proj.training
+    assert not model.layers[0].q_proj.training
+    assert model.layers[1].up_proj.training
     model(ids())
     report = convert_qat(model, **OPTIONS)
     assert [layer.name for layer in report.layers] == [name for name in QUANTIZED if name != "layers.1.q_proj"]
@@ -96,10 +97,12 @@ def test_conversion_changes_no_bit_of_the_model(options, lora, dtype):
     assert len(report.layers) == len(expected) == len(QUANTIZED)
     for name, weight in expected.items():
         converted = model.get_submodule(name)
-        assert isinstance(converted, nf4.QuantLinear) and converted.lora is None
+        assert isinstance(converted, nf4.QuantLinear)
+        assert converted.lora is None
         assert torch.equal(converted.dequantize(dtype), weight)
     assert torch.equal(model(ids()), outputs)
-    assert 0 < report.rms_error < 0.2 and report.model_bytes_after < report.model_bytes_before
+    assert 0 < report.rms_error < 0.2
+    assert report.model_bytes_after < report.model_bytes_before
 
 
 def test_conversion_is_quantize_model_of_the_merged_weights():
@@ -143,7 +146,8 @@ def test_training_lowers_the_loss_of_the_converted_model():
         prepare_qat(model, lora_merged=lora)
         frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
         losses = qat_train(model, batches * 8, learning_rate=3e-3, progress=False)
-        assert len(losses) == 32 and losses[-1] < losses[0] - 0.1
+        assert len(losses) == 32
+        assert losses[-1] < losses[0] - 0.1
         assert all(torch.equal(model.get_parameter(name), value) for name, value in frozen.items())
         assert bool(frozen) == (lora is not None)
         convert_qat(model, **OPTIONS)
@@ -218,7 +222,8 @@ def test_a_compiled_model_computes_the_same_and_a_full_graph_is_refused():
 def test_a_compiled_model_is_prepared_and_converted():
     model = torch.compile(ByteLM(), backend="eager")
     names = prepare_qat(model)
-    assert names[0] == "layers.0.q_proj" and len(convert_qat(model, **OPTIONS).layers) == len(names) == 14
+    assert names[0] == "layers.0.q_proj"
+    assert len(convert_qat(model, **OPTIONS).layers) == len(names) == 14
 
 
 def test_what_is_refused_leaves_the_model():
@@ -233,7 +238,7 @@ def test_what_is_refused_leaves_the_model():
     with pytest.raises(ValueError, match="block_size must be"):
         prepare_qat(model, block_size=17)
     model.down.weight.data[3, 5] = torch.inf
-    with pytest.raises(ValueError, match="prepare_qat: layer down: .*got inf at row 3, column 5"):
+    with pytest.raises(ValueError, match=r"prepare_qat: layer down: .*got inf at row 3, column 5"):
         prepare_qat(model, lora_merged=nf4.LoraConfig())
     assert dict(model.named_modules()) == before
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -249,7 +254,7 @@ def test_a_weight_that_became_nan_is_named():
     model = Net()
     prepare_qat(model)
     model.down.weight.data[0, 0] = torch.nan
-    with pytest.raises(ValueError, match="convert_qat: layer down: .*got nan at row 0, column 0"):
+    with pytest.raises(ValueError, match=r"convert_qat: layer down: .*got nan at row 0, column 0"):
         convert_qat(model, **OPTIONS)
     assert isinstance(model.down, FakeQuantLinear)
 

@@ -33,8 +33,10 @@ def test_never_worse_than_nf4(draw):
     )
     weights = [noise(64, 128), 0.01 * noise(32, 96)]
     levels = fit_codebook(weights)
-    assert levels.shape == (16,) and levels.dtype == torch.float32
-    assert (levels.diff() > 0).all() and levels.abs().max() <= 1
+    assert levels.shape == (16,)
+    assert levels.dtype == torch.float32
+    assert (levels.diff() > 0).all()
+    assert levels.abs().max() <= 1
     assert error(weights, levels) < 0.97 * error(weights, "nf4")
     assert error(weights, fit_codebook(weights, iterations=5)) >= error(weights, levels) * (1 - 1e-6)
 

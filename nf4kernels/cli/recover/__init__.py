@@ -2,7 +2,9 @@
 
 from types import ModuleType
 
-ACTIONS: tuple[ModuleType, ...] = ()
+from . import qat
+
+ACTIONS: tuple[ModuleType, ...] = (qat,)
 
 
 def add_parser(subparsers) -> None:
