@@ -29,7 +29,7 @@ from nf4kernels.recover import (
 from nf4kernels.recover.batches import counted_rows, logits_in, run
 from nf4kernels.recover.qat import cross_entropy
 
-LENGTH, ROWS = 64, 8  # tokens of a row, rows of a step
+LENGTH, ROWS = 64, 8  # tokens of a row, rows of a batch
 HELD_OUT, CALIBRATION = 2048, 2048  # tokens
 PARTS = ("qat", "activations", "low_rank", "codebook")
 SHARES = (0.9, 0.5)
@@ -59,12 +59,12 @@ def nbytes(model: nn.Module) -> int:
 class Table:
     def __init__(self, reference: nn.Module, held_out: Iterable) -> None:
         self.reference, self.held_out = reference, list(held_out)
-        print(f"{'':44} {'MB':>6} {'loss':>7} {'KL':>7} {'top-1':>6} {'s':>6}", flush=True)
+        print(f"{'':58} {'MB':>6} {'loss':>7} {'KL':>7} {'top-1':>6} {'s':>6}", flush=True)
 
     def row(self, name: str, model: nn.Module, seconds: float = 0.0, found=None) -> None:
         found = found or agreement(model, self.reference, self.held_out)
         numbers = f"{found.loss:7.4f} {found.kl:7.4f} {found.top1:6.1%} {seconds:6.0f}"
-        print(f"{name:44} {nbytes(model) / 1e6:6.1f} {numbers}", flush=True)
+        print(f"{name:58} {nbytes(model) / 1e6:6.1f} {numbers}", flush=True)
 
 
 def quantized(model: nn.Module, **options) -> nn.Module:
@@ -94,26 +94,30 @@ def qat_rows(table: Table, steps: list, wanted: list[str]) -> None:
         seconds = time.monotonic() - since
         convert_qat(model, progress=False)
         model.to(torch.bfloat16)
-        table.row(f"QAT {name}, {len(steps)} steps", model, seconds)
+        table.row(f"QAT {name}, {len(steps)} steps of {len(steps[0]['input_ids'])}x{LENGTH}", model, seconds)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory")
     parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--rows", type=int, default=ROWS, help=f"of {LENGTH} tokens, in a step of qat")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--only", nargs="+", default=[], help="rows of qat whose names have one of these in them")
+    parser.add_argument(
+        "--only", nargs="+", default=[], help="rows of qat with one of these in their names, no other"
+    )
     args = parser.parse_args()
     reference = AutoModelForCausalLM.from_pretrained(args.directory, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(args.directory)
     texts = [row["prompt"] + row["completion"] for row in definitions()]
     ids = torch.tensor(tokenizer("\n".join(texts))["input_ids"])
     held_out, ids = batches(ids[-HELD_OUT:], 16), ids[:-HELD_OUT]
-    steps, calibration = batches(ids[CALIBRATION:], ROWS)[: args.steps], batches(ids[:CALIBRATION], ROWS)
+    steps, calibration = batches(ids[CALIBRATION:], args.rows)[: args.steps], batches(ids[:CALIBRATION], ROWS)
     table = Table(reference, held_out)
-    table.row("16 bits", reference)
     plain = quantized(reference)
-    table.row("NF4", plain)
+    if not args.only:
+        table.row("16 bits", reference)
+        table.row("NF4", plain)
     if "codebook" in args.parts:
         since = time.monotonic()
         codebook = shared_codebook(reference)

@@ -178,7 +178,6 @@ class FakeQuantLinear(nn.Linear):
             x = x.to(self.compute_dtype)
         return self._product(x).to(in_dtype)
 
-    @torch.compiler.disable(reason="nf4kernels.recover.FakeQuantLinear rounds its weight outside of graphs")
     def _product(self, x: Tensor) -> Tensor:
         A, B, scaling = self.factors
         bias = None if self.bias is None else self.bias.to(x.dtype)

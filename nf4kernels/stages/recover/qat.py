@@ -130,7 +130,8 @@ class _Qat(Method):
         try:
             prepare_qat(model, config.skip, self.lora, bool(recipe.given.get("clip")), **self.options)
         except (TypeError, ValueError) as error:
-            raise StageError(f"--{in_one_line(error).removeprefix(PREPARING)}") from None
+            said = in_one_line(error).removeprefix(PREPARING)
+            raise StageError(f"--{said}" if said.startswith("skip ") else said) from None
         return model.to(recipe.training.device)
 
     def peft_config(self, recipe: Recipe) -> None:
