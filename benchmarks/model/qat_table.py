@@ -103,9 +103,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--rows", type=int, default=ROWS, help=f"of {LENGTH} tokens, in a step of qat")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument(
-        "--only", nargs="+", default=[], help="rows of qat with one of these in their names, no other"
-    )
+    parser.add_argument("--only", nargs="+", default=[], help="rows of qat with one of these in their names, no other")
     args = parser.parse_args()
     reference = AutoModelForCausalLM.from_pretrained(args.directory, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(args.directory)

@@ -33,7 +33,7 @@ MODES = {"full": {"learning_rate": 2e-3}, "lora": {"learning_rate": 1e-2, "lora_
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     directory = tmp_path_factory.mktemp("models") / "chat"
-    chat_model(directory, num_hidden_layers=1, dtype=torch.bfloat16)
+    chat_model(directory, num_hidden_layers=1, dtype=torch.bfloat16, tie_word_embeddings=True)
     return directory
 
 
@@ -164,7 +164,10 @@ def test_a_model_in_4_bits_is_refused(base, prompts, tmp_path, capsys):
 
 def test_a_recipe_and_the_fields(prompts, base, tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump({**FIELDS, "train": "lora", "lora_r": 2, "max_steps": 1}), encoding="utf-8")
+    recipe.write_text(
+        yaml.safe_dump({**FIELDS, "train": "lora", "lora_r": 2, "max_steps": 1, "gradient_checkpointing": True}),
+        encoding="utf-8",
+    )
     command = ["recover", "qat", "--config", str(recipe), f"--model={base}", f"--data={prompts}"]
     assert main([*command, f"--output_dir={tmp_path / 'out'}"]) == 0
     assert (tmp_path / "out" / "model" / "config.json").is_file()

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ...integrations.transformers import Nf4Config
 from ...model.quantize import quantize_model
 from ...nn.lora import LoraConfig
 from ...recover.qat import prepare_qat, remove_qat
@@ -58,8 +59,8 @@ def qat(recipe: Recipe, model_of: ModelOf, say: Callable[[str], None] = print) -
     Raises:
         StageError: as `finetune`, or the recipe asks for what cannot be trained this way.
     """
-    given = recipe.given
-    if recipe.quantization is None or recipe.quantization.codebook_name not in CODEBOOKS:
+    given, config = recipe.given, recipe.quantization
+    if config is None or config.codebook_name not in CODEBOOKS:
         raise StageError(f"--codebook must be one of {', '.join(CODEBOOKS)}, got {given.get('codebook')}")
     if recipe.training.world_size > 1 or recipe.training.deepspeed or recipe.training.fsdp:
         raise StageError("--output_dir must be written by one process, got several, or FSDP or DeepSpeed")
@@ -68,7 +69,7 @@ def qat(recipe: Recipe, model_of: ModelOf, say: Callable[[str], None] = print) -
         recipe.training.learning_rate = given.get("learning_rate", LEARNING_RATE)
         if "dtype" not in given:
             recipe.dtype = torch.float32  # of the weights: steps of 2e-5 are less than bf16's rounding
-    return finetune(recipe, say, method=_Qat(None if is_full else _lora(recipe), model_of))
+    return finetune(recipe, say, method=_Qat(config, None if is_full else _lora(recipe), model_of))
 
 
 def _lora(recipe: Recipe) -> LoraConfig:
@@ -97,15 +98,18 @@ class _Qat(Method):
     card = CARD
     has_forecast = False
 
-    def __init__(self, lora: LoraConfig | None, model_of: ModelOf) -> None:
-        self.lora, self.model_of = lora, model_of
+    def __init__(self, config: Nf4Config, lora: LoraConfig | None, model_of: ModelOf) -> None:
+        self.config, self.lora, self.model_of = config, lora, model_of
         self.stored_dtype: torch.dtype | None = None
-        self.options: dict[str, Any] = {}
+        self.options: dict[str, Any] = {
+            "codebook": config.codebook_name, "block_size": config.block_size, "double_quant": config.double_quant,
+            "scale_codebook": config.scale_codebook,
+        }  # fmt: skip
 
     def load(self, recipe: Recipe, has_images: bool) -> Any:
         if has_images:
             raise StageError("--data must be text for recover qat, got images")
-        where, config = recipe.model.model_name_or_path, recipe.quantization
+        where = recipe.model.model_name_or_path
         options = {
             "revision": recipe.model.model_revision, "trust_remote_code": recipe.training.trust_remote_code,
         }  # fmt: skip
@@ -121,14 +125,10 @@ class _Qat(Method):
                 f"--model_name_or_path must be a dense model that can be loaded, got {where}: {in_one_line(error)}"
             ) from None
         self.stored_dtype = stored.dtype
-        self.options = {
-            "codebook": config.codebook_name, "block_size": config.block_size, "double_quant": config.double_quant,
-            "scale_codebook": config.scale_codebook,
-        }  # fmt: skip
         if self.lora is not None:
             model.requires_grad_(False)
         try:
-            prepare_qat(model, config.skip, self.lora, bool(recipe.given.get("clip")), **self.options)
+            prepare_qat(model, self.config.skip, self.lora, bool(recipe.given.get("clip")), **self.options)
         except (TypeError, ValueError) as error:
             said = in_one_line(error).removeprefix(PREPARING)
             raise StageError(f"--{said}" if said.startswith("skip ") else said) from None
@@ -148,7 +148,7 @@ class _Qat(Method):
         """Through a dense directory of the values that were rounded, so that the file's bits are those trained with."""
         if not is_main():
             return
-        model, dense, config = trainer.model, recipe.out / DENSE, recipe.quantization
+        model, dense, skip = trainer.model, recipe.out / DENSE, self.config.skip
         shutil.rmtree(dense, ignore_errors=True)
         layers = remove_qat(model)
         model.save_pretrained(dense)
@@ -156,7 +156,7 @@ class _Qat(Method):
         words = Words("recover qat", "--model_name_or_path", str(recipe.out / MODEL), "--skip", "a new --output_dir")
         try:
             made = convert_directory(
-                dense, recipe.out / MODEL, skip=config.skip, dtype=self.stored_dtype, overwrite=True,
+                dense, recipe.out / MODEL, skip=skip, dtype=self.stored_dtype, overwrite=True,
                 model_of=self.model_of, progress=False, words=words,
                 **{**self.options, "block_size": self.options["block_size"] or 64},
             )  # fmt: skip
@@ -168,4 +168,4 @@ class _Qat(Method):
         if written != set(layers):
             raise StageError(f"{recipe.out / MODEL} must have the layers that were trained in 4 bits, got others:"
                              f" {', '.join(sorted(written ^ set(layers)))}")  # fmt: skip
-        quantize_model(model, config.skip, progress=False, **self.options)
+        quantize_model(model, skip, progress=False, **self.options)
