@@ -11,6 +11,9 @@ ACTIONS: tuple[ModuleType, ...] = (plan,)
 from . import prune
 
 ACTIONS: tuple[ModuleType, ...] = (prune,)
+from . import qat
+
+ACTIONS: tuple[ModuleType, ...] = (qat,)
 
 
 def add_parser(subparsers) -> None:

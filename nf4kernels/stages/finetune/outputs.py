@@ -1,6 +1,7 @@
 """What a person reads of a fine-tune: its log, the picture of it, and the model card."""
 
 import csv
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,17 @@ LOG, PICTURE, CARD, RECIPE = "log.csv", "loss.png", "README.md", "recipe.yaml"
 # Of the trainer's log, what is the same however often a run was resumed; times and speeds are not.
 COLUMNS = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy", "entropy")
 OF_EXPERTS = (BUSIEST, IDLE)  # columns of a mixture's log alone
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a model card says of the kind of a run."""
+
+    title: str = "LoRA adapters for"
+    about: str = "Trained by nf4kernels {version} with TRL and PEFT."
+    library: str = "peft"
+    tags: tuple[str, ...] = ("lora", "nf4kernels")
+    verb: str = "finetune"
 
 
 def write_log(path: Path, history: list[dict[str, Any]]) -> None:
@@ -48,21 +60,30 @@ def write_picture(path: Path, history: list[dict[str, Any]], before: float | Non
 
 
 def write_card(
-    path: Path, base: str, given: dict[str, Any], facts: dict[str, Any], samples: list[tuple[str, str, str]]
+    path: Path,
+    base: str,
+    given: dict[str, Any],
+    facts: dict[str, Any],
+    samples: list[tuple[str, str, str]],
+    card: Card,
 ) -> None:
-    """README.md of the adapter: what Hugging Face's hub reads on top, then the losses, samples and the recipe.
+    """README.md of what was trained: what Hugging Face's hub reads on top, then the losses, samples and the recipe.
 
     Args:
         facts: a row of the table each.
         samples: prompt, what the data has as its answer, what the model answers.
     """
     top = yaml.safe_dump(
-        {"base_model": base, "library_name": "peft", "pipeline_tag": "text-generation", "tags": ["lora", "nf4kernels"]},
+        {
+            "base_model": base,
+            "library_name": card.library,
+            "pipeline_tag": "text-generation",
+            "tags": list(card.tags),
+        },
         sort_keys=False,
     )
     lines = [
-        f"---\n{top}---", f"# LoRA adapters for {Path(base).name or base}",
-        f"Trained by nf4kernels {VERSION} with TRL and PEFT.",
+        f"---\n{top}---", f"# {card.title} {Path(base).name or base}", card.about.format(version=VERSION),
         "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in facts.items()),
         f"![loss]({PICTURE})",
     ]  # fmt: skip
@@ -71,7 +92,7 @@ def write_card(
     for prompt, expected, answer in samples:
         lines.append(f"{_block('asked', prompt)}\n{_block('in the data', expected)}\n{_block('answered', answer)}")
     text = yaml.safe_dump(given, sort_keys=True, allow_unicode=True)
-    lines.append(f"## Recipe\n\n```yaml\n{text}```\n\n`nf4kernels finetune --config {RECIPE}` runs it again.")
+    lines.append(f"## Recipe\n\n```yaml\n{text}```\n\n`nf4kernels {card.verb} --config {RECIPE}` runs it again.")
     with replacing(path) as partial:
         partial.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
 

@@ -134,19 +134,22 @@ class Recipe:
         return Path(self.training.output_dir)
 
 
-def field_help() -> str:
+def field_help(own: type = DataOptions) -> str:
     """Every field with its type's form, its default and what it does."""
-    return _parser().format_help()
+    return _parser(own).format_help()
 
 
-def read_recipe(config: Path | None, flags: Sequence[str]) -> Recipe:
+def read_recipe(config: Path | None, flags: Sequence[str], own: type = DataOptions) -> Recipe:
     """The recipe of a YAML file, if any, and of flags as `--learning_rate 2e-4`, which win over it.
+
+    `own` is a dataclass of the fields beside those of TRL and PEFT, DataOptions or one that adds to it; what a recipe
+    says of the added ones is in its `given`.
 
     Raises:
         StageError: the file is not a mapping, a name is unknown, or a value is none of its field's.
     """
     settings = {} if config is None else _read_yaml(config)
-    parser = _parser()
+    parser = _parser(own)
     names = {action.dest for action in parser._actions if action.dest != SUPPRESS}
     where = f"--config {config}: "
     for name in settings:
@@ -164,9 +167,9 @@ def read_recipe(config: Path | None, flags: Sequence[str]) -> Recipe:
     return _recipe(values, given)
 
 
-def _parser() -> _Parser:
+def _parser(own: type) -> _Parser:
     parser = _Parser(
-        [DataOptions, ModelConfig, LoraOptions, SFTConfig], allow_abbrev=False, add_help=False,
+        [own, ModelConfig, LoraOptions, SFTConfig], allow_abbrev=False, add_help=False,
         prog="nf4kernels finetune", usage="nf4kernels finetune [--config FILE] [--FIELD VALUE ...]",
     )  # fmt: skip
     parser.set_defaults_with_config(

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import yaml
 from datasets.utils.logging import disable_progress_bar, enable_progress_bar
-from peft import load_peft_weights, set_peft_model_state_dict
 from transformers import ProgressCallback, TrainerCallback, TrainerState, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
@@ -28,7 +27,8 @@ from ..errors import StageError, first_line
 from .answers import SAMPLES, answers
 from .examples import in_chat_form, shown
 from .forecast import forecast_memory, resident
-from .loading import in_one_line, load_model, load_processor, load_tokenizer
+from .loading import in_one_line, load_processor, load_tokenizer
+from .method import ADAPTERS, Method
 from .outputs import CARD, LOG, PICTURE, RECIPE, write_card, write_log, write_picture
 from .processes import Found, check_alike, from_main, in_time, is_main, is_restarted
 from .progress import Clock, Progress
@@ -38,7 +38,13 @@ from .trainer import START, WHOLE, Keeper, Trainer
 Say = Callable[[str], None]
 
 
-def finetune(recipe: Recipe, say: Say = print, progress: TrainerCallback | None = None, samples: int = SAMPLES) -> Path:
+def finetune(
+    recipe: Recipe,
+    say: Say = print,
+    progress: TrainerCallback | None = None,
+    samples: int = SAMPLES,
+    method: Method = ADAPTERS,
+) -> Path:
     """Train adapters as `recipe` says, and write them to its output_dir with log.csv, loss.png, README.md, recipe.yaml.
 
     A directory that holds a part of the same run is gone on with, from its last whole checkpoint: on as many processes
@@ -49,9 +55,10 @@ def finetune(recipe: Recipe, say: Say = print, progress: TrainerCallback | None 
         say: gets what is to be told, some lines at a time.
         progress: takes the place of TRL's own bar or printed log.
         samples: how many held-out examples the trained model answers.
+        method: what is trained and written; ADAPTERS is PEFT's LoRA on weights in 4 bits.
 
     Returns:
-        The directory, which PEFT loads.
+        The directory, which PEFT loads, where `method` is ADAPTERS.
 
     Raises:
         StageError: the recipe, the data, the model or the directory must be another; or the processes are not alike,
@@ -65,30 +72,31 @@ def finetune(recipe: Recipe, say: Say = print, progress: TrainerCallback | None 
         if _from_main(recipe, lambda: is_restarted() and finished(recipe) is not None):
             say(f"{recipe.out} holds this run, finished before the restart")
             return recipe.out
-        return _run(recipe, say, progress, samples)
+        return _run(recipe, say, progress, samples, method)
 
 
-def _run(recipe: Recipe, say: Say, progress: TrainerCallback | None, samples: int) -> Path:
+def _run(recipe: Recipe, say: Say, progress: TrainerCallback | None, samples: int, method: Method) -> Path:
     program = resident()
     started = _from_main(recipe, lambda: _started(recipe))
     with _quiet_libraries():
         split = read(recipe.sources, recipe.held_out, recipe.split_seed)
     processor = load_processor(recipe) if split.has_images else load_tokenizer(recipe)
     tokenizer = processor.tokenizer if split.has_images else processor
-    trainer = _trainer(recipe, split, processor)
+    trainer = _trainer(recipe, split, processor, method)
     if progress is not None:
         trainer.remove_callback(PrinterCallback if recipe.training.disable_tqdm else Progress)
         trainer.add_callback(progress)
     checkpoint = _from_main(recipe, lambda: _last_whole(recipe.out))
-    _announce(trainer, recipe, tokenizer, say)
-    _announce_memory(trainer, program, say)
+    _announce(trainer, recipe, tokenizer, say, method)
+    if method.has_forecast:
+        _announce_memory(trainer, program, say)
     started = _begin(recipe, trainer, started, len(split.held_out))
     before = started["held_out_loss"]
     if before is not None:
         say(f"held-out loss before: {before:.4f}")
     say(f"going on from {checkpoint}" if checkpoint else f"writing to {recipe.out}")
     trainer.add_callback(Clock(say, started.get("held_out_seconds", 0.0)))
-    _train(trainer, recipe, checkpoint)
+    _train(trainer, recipe, checkpoint, method)
     history = list(trainer.state.log_history)
     if _is_distributed(trainer):
         before = next((row["eval_loss"] for row in history if row["step"] == 0 and "eval_loss" in row), None)
@@ -97,13 +105,14 @@ def _run(recipe: Recipe, say: Say, progress: TrainerCallback | None, samples: in
     after = _held_out_loss(trainer)
     if after is not None:
         say(f"held-out loss after: {after:.4f}")
-    trainer.save_model(str(recipe.out))
+    method.write(trainer, recipe)
     answered = answers(trainer.model, split, processor, samples)  # on every process, where each has a part of the model
     if is_main():
         write_log(recipe.out / LOG, history)
         write_picture(recipe.out / PICTURE, history, before, after)
         base = str(recipe.model.model_name_or_path)
-        write_card(recipe.out / CARD, base, recipe.given, _facts(trainer, recipe, before, after), answered)
+        facts = _facts(trainer, recipe, before, after)
+        write_card(recipe.out / CARD, base, recipe.given, facts, answered, method.card)
         losses = {"held_out_loss": before, "held_out_loss_after": after}
         write_json(recipe.out / START, {**started, **losses, "finished": True})
         for prompt, _, answer in answered:
@@ -136,11 +145,12 @@ def _begin(recipe: Recipe, trainer: Trainer, started: dict[str, Any] | None, hel
     return started
 
 
-def _train(trainer: Trainer, recipe: Recipe, checkpoint: Path | None) -> None:
+def _train(trainer: Trainer, recipe: Recipe, checkpoint: Path | None, method: Method) -> None:
     """All steps, or those after `checkpoint`."""
     set_seed(recipe.training.seed)  # what was drawn until here, a resumed run does not draw
     if checkpoint is not None and _is_last(checkpoint):
-        _take(trainer, checkpoint)
+        method.take(trainer, checkpoint)
+        trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         return
     # accelerate wraps a model once, for training or for evaluation, where several processes share the work: there the
     # loss before comes from within the training, as a row of the log.
@@ -219,7 +229,7 @@ def _batch(recipe: Recipe) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _trainer(recipe: Recipe, split: Split, processor: Any) -> Trainer:
+def _trainer(recipe: Recipe, split: Split, processor: Any, method: Method) -> Trainer:
     args = recipe.training
     is_conversation = split.form == "messages" or (
         split.form == "prompt" and not isinstance(split.train[0]["prompt"], str)
@@ -237,14 +247,15 @@ def _trainer(recipe: Recipe, split: Split, processor: Any) -> Trainer:
         marking_template(processor)  # else its sentence, before the model is read
     if args.eval_strategy != "no" and held_out is None:
         raise StageError(f"--eval_strategy must be no where nothing is held out, got {args.eval_strategy}")
-    model = load_model(recipe, split.has_images)
+    set_seed(args.seed)
+    model = method.load(recipe, split.has_images)
     set_seed(args.seed)  # of the adapters' first values
     had = recipe.out.exists()
     try:
         with _quiet_libraries():
-            trainer = Trainer(
+            trainer = method.trainer(
                 model, args, train_dataset=train, eval_dataset=held_out, processing_class=processor,
-                peft_config=recipe.lora, callbacks=[Keeper(recipe.out)],
+                peft_config=method.peft_config(recipe), callbacks=[Keeper(recipe.out)],
             )  # fmt: skip
     except (ValueError, TypeError, RuntimeError, OSError, TargetError) as error:
         if not had and is_main():
@@ -255,7 +266,7 @@ def _trainer(recipe: Recipe, split: Split, processor: Any) -> Trainer:
     return trainer
 
 
-def _announce(trainer: Trainer, recipe: Recipe, tokenizer: Any, say: Say) -> None:
+def _announce(trainer: Trainer, recipe: Recipe, tokenizer: Any, say: Say, method: Method) -> None:
     args, steps = recipe.training, _steps(trainer)
     for name, called in (("train", "training"), ("eval", "held out")):
         if name in trainer.counted:
@@ -264,7 +275,7 @@ def _announce(trainer: Trainer, recipe: Recipe, tokenizer: Any, say: Say) -> Non
             lost = f", {count.lost} left out, their answers begin beyond it" if count.lost else ""
             tokens = f", {count.tokens} tokens" if count.tokens else " with images"
             say(f"{called}: {count.examples} examples{tokens}{cut}{lost}")
-    trained, of = trainer.model.get_nb_trainable_parameters()
+    trained, of = method.parameters(trainer.model)
     say(f"trainable: {trained} of {of} parameters; {steps} steps, dense parts in {str(recipe.dtype)[6:]}")
     say(f"one example as the model sees it, what is learned between ⟦ and ⟧:\n{shown(trainer.first_row, tokenizer)}")
 
@@ -318,16 +329,6 @@ def _is_last(checkpoint: Path) -> bool:
     """Whether nothing is left to train after it: the trainer would do one step more."""
     state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     return state.global_step >= state.max_steps
-
-
-def _take(trainer: Trainer, checkpoint: Path) -> None:
-    """The checkpoint's adapters and log, as they are after training.
-
-    DeepSpeed makes no engine for what is not trained, but under ZeRO-3: else each process has all weights.
-    """
-    trainer.is_deepspeed_enabled = is_deepspeed_zero3_enabled()
-    set_peft_model_state_dict(trainer.model, load_peft_weights(str(checkpoint), device="cpu"))
-    trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
 
 def _facts(trainer: Trainer, recipe: Recipe, before: float | None, after: float | None) -> dict[str, Any]:

@@ -1,0 +1,119 @@
+"""One codebook of 16 levels for many layers, fitted to their weights where NF4 is fitted to a normal distribution."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ..codebook import CODEBOOKS
+from ..model.heads import SKIP
+from ..model.plan import plan_layers
+from ..model.walk import get_submodule, inside
+from ..quantized_weight import check_block_size
+
+BINS = 1 << 14  # of [-1, 1]; a bin is 1/650 of the smallest step of NF4
+COARSE = 1 << 10  # bins between which the best cut into 16 is searched for
+ITERATIONS = 200
+
+
+@torch.no_grad()
+def fit_codebook(
+    weights: Iterable[Tensor],
+    importance: Iterable[Tensor] | None = None,
+    block_size: int = 64,
+    iterations: int = ITERATIONS,
+) -> Tensor:
+    """16 ascending levels in [-1, 1], fp32, for `quantize_model(codebook=)`, by weighted k-means on a line.
+
+    What is least is the sum over all weights of importance * (w - Ŵ)^2 with exact block scales: k-means over
+    w / absmax, weighted by importance * absmax^2. The best cut of 2^10 bins into 16 by dynamic programming
+    (Ckmeans.1d.dp, R Journal 3/2, 2011), so that no poor local minimum is the end, then Lloyd's iterations on 2^14.
+
+    Args:
+        weights: `[N, K]` each; one is in fp32 at a time.
+        importance: one for each weight, that broadcasts against it, as the mean square of each input, `[K]`.
+        block_size: that of the quantization.
+
+    Raises:
+        ValueError: block_size is none, no weight is other than zero, or importance has another length.
+    """
+    who = "nf4kernels.recover.fit_codebook"
+    check_block_size(block_size, who)
+    counts = torch.zeros(BINS, dtype=torch.float64)
+    sums = torch.zeros(BINS, dtype=torch.float64)
+    given = None if importance is None else iter(importance)
+    for weight in weights:
+        each = None if given is None else next(given, None)
+        if given is not None and each is None:
+            raise ValueError(f"{who}: importance must have one for each weight, got fewer")
+        values, mass = _normalised(weight.detach(), each, block_size)
+        index = ((values + 1) * (BINS / 2)).long().clamp_(0, BINS - 1).cpu()
+        mass = mass.double().cpu()
+        counts.index_add_(0, index, mass)
+        sums.index_add_(0, index, mass * values.double().cpu())
+    if not counts.sum() > 0:
+        raise ValueError(f"{who}: weights must hold a weight other than zero, got none")
+    kept = counts > 0
+    counts, sums = counts[kept], sums[kept]
+    return _k_means(sums / counts, counts, iterations)
+
+
+def shared_codebook(model: nn.Module, skip: Iterable[str] = (), block_size: int = 64) -> Tensor:
+    """`fit_codebook` of every nn.Linear that `quantize_model(model, skip)` would replace."""
+    model = inside(model)
+    dense = [get_submodule(model, names[0]) for names in plan_layers(model, (*SKIP, *skip), block_size)[0]]
+    return fit_codebook((layer.weight for layer in dense if isinstance(layer, nn.Linear)), block_size=block_size)
+
+
+def _normalised(weight: Tensor, importance: Tensor | None, block_size: int) -> tuple[Tensor, Tensor]:
+    """(w / absmax, importance * absmax^2) of each weight outside blocks of zeros, flat, fp32."""
+    flat = weight.reshape(-1).float()
+    padding = -flat.numel() % block_size
+    absmax = nn.functional.pad(flat, (0, padding)).view(-1, block_size).abs().amax(1)
+    absmax = absmax.repeat_interleave(block_size)[: flat.numel()]
+    mass = absmax.square()
+    if importance is not None:
+        mass = mass * importance.to(flat).expand(weight.shape).reshape(-1)
+    kept = absmax > 0
+    return (flat[kept] / absmax[kept]).clamp_(-1, 1), mass[kept]
+
+
+def _k_means(points: Tensor, mass: Tensor, iterations: int) -> Tensor:
+    """Lloyd's algorithm on ascending points of a line, fp64; a level that nothing is nearest to keeps its place."""
+    levels = _best_cut(points, mass)
+    for _ in range(iterations):
+        nearest = torch.bucketize(points, (levels[:-1] + levels[1:]) / 2)
+        new = _centres(nearest, points, mass, levels)
+        if torch.equal(new, levels):
+            break
+        levels = new
+    return levels.float().clamp(-1, 1)
+
+
+def _best_cut(points: Tensor, mass: Tensor) -> Tensor:
+    """The centres of the 16 runs of coarse bins whose points are nearest to them; of fewer bins NF4's levels."""
+    coarse = ((points + 1) * (COARSE / 2)).long().clamp_(0, COARSE - 1).unique_consecutive(return_inverse=True)[1]
+    bins = int(coarse[-1]) + 1
+    start = CODEBOOKS["nf4"].double()
+    if bins < 16:
+        return start
+    sums = [torch.zeros(bins, dtype=torch.float64).index_add_(0, coarse, mass * points**n).cumsum(0) for n in range(3)]
+    zero = torch.zeros(1, dtype=torch.float64)
+    weight, first, second = (each[None] - torch.cat([zero, each[:-1]])[:, None] for each in sums)  # of bins i to j
+    cost = torch.where(weight > 0, second - first.square() / weight, torch.inf)
+    cost = cost.masked_fill(torch.ones_like(cost).tril(-1).bool(), torch.inf)
+    best, begins = cost[0], []
+    for _ in range(15):
+        best, chosen = (torch.cat([zero + torch.inf, best[:-1]])[:, None] + cost).min(0)
+        begins.append(chosen)
+    runs, end = torch.zeros(bins, dtype=torch.long), bins - 1
+    for level in range(15, 0, -1):
+        begin = int(begins[level - 1][end])
+        runs[begin : end + 1] = level
+        end = begin - 1
+    return _centres(runs[coarse], points, mass, start)
+
+
+def _centres(nearest: Tensor, points: Tensor, mass: Tensor, otherwise: Tensor) -> Tensor:
+    total, moved = (torch.zeros(16, dtype=torch.float64).index_add_(0, nearest, each) for each in (mass, mass * points))
+    return torch.where(total > 0, moved / total.clamp(min=1e-300), otherwise)

@@ -1,0 +1,48 @@
+"""What of a model a recipe trains, and what is written of it in the end."""
+
+from pathlib import Path
+from typing import Any
+
+from peft import load_peft_weights, set_peft_model_state_dict
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from .loading import load_model
+from .outputs import Card
+from .recipe import Recipe
+from .trainer import Trainer
+
+
+class Method:
+    """PEFT's adapters on weights in 4 bits; what trains something else overrides what is different."""
+
+    trainer: type[Trainer] = Trainer
+    card = Card()
+    has_forecast = True  # whether the memory of such a run can be told beforehand
+
+    def load(self, recipe: Recipe, has_images: bool) -> Any:
+        """The model as the trainer is to get it."""
+        return load_model(recipe, has_images)
+
+    def peft_config(self, recipe: Recipe) -> Any:
+        """What the trainer wraps the model in; None for nothing."""
+        return recipe.lora
+
+    def parameters(self, model: Any) -> tuple[int, int]:
+        """(those that are trained, all)."""
+        trained, of = model.get_nb_trainable_parameters()
+        return trained, of
+
+    def take(self, trainer: Any, checkpoint: Path) -> None:
+        """Give the trainer's model what the last checkpoint of a run has, as it is after training.
+
+        DeepSpeed makes no engine for what is not trained, but under ZeRO-3: else each process has all weights.
+        """
+        trainer.is_deepspeed_enabled = is_deepspeed_zero3_enabled()
+        set_peft_model_state_dict(trainer.model, load_peft_weights(str(checkpoint), device="cpu"))
+
+    def write(self, trainer: Any, recipe: Recipe) -> None:
+        """Write what was trained to the recipe's output_dir."""
+        trainer.save_model(str(recipe.out))
+
+
+ADAPTERS = Method()
