@@ -6,17 +6,10 @@ is and agreement.py measures how far a model is from another one.
 
 from .activations import activation_costs, activation_ranges, quantized_activations
 from .agreement import Agreement, agreement
-from .roundings import Awq, CalibratedRounding, Gptq, LqLora, ScaleSearch
-
-__all__ = ["Agreement", "Awq", "CalibratedRounding", "Gptq", "LqLora", "ScaleSearch", "agreement"]
 from .candidates import Candidate, Dropped, blocks_of, default_candidates, layers_of_one_input
+from .fake_quantize import FakeQuantLinear, fake_quantize
+from .low_rank import LowRankLayer, low_rank_linear, low_rank_model
 from .plan import Plan, apply_plan, make_plan
-from .sensitivity import Option, Sensitivities, sensitivity
-
-__all__ = [
-    "Agreement", "Candidate", "Dropped", "Option", "Plan", "Sensitivities", "agreement", "apply_plan", "blocks_of",
-    "default_candidates", "layers_of_one_input", "make_plan", "sensitivity",
-]  # fmt: skip
 from .pruning import (
     MaskedLora,
     Structure,
@@ -31,30 +24,54 @@ from .pruning import (
     pruning_schedule,
     share_of_zeros,
 )
+from .qat import convert_qat, prepare_qat, qat_train, remove_qat
+from .roundings import Awq, CalibratedRounding, Gptq, LqLora, ScaleSearch
+from .sensitivity import Option, Sensitivities, sensitivity
+from .shared_codebook import fit_codebook, shared_codebook
 
 __all__ = [
     "Agreement",
+    "Awq",
+    "CalibratedRounding",
+    "Candidate",
+    "Dropped",
+    "FakeQuantLinear",
+    "Gptq",
+    "LowRankLayer",
+    "LqLora",
     "MaskedLora",
+    "Option",
+    "Plan",
+    "ScaleSearch",
+    "Sensitivities",
     "Structure",
+    "activation_costs",
+    "activation_ranges",
     "agreement",
     "apply_masks",
+    "apply_plan",
+    "blocks_of",
+    "convert_qat",
+    "default_candidates",
+    "fake_quantize",
     "find_masks",
     "find_structure",
+    "fit_codebook",
     "held",
+    "layers_of_one_input",
+    "low_rank_linear",
+    "low_rank_model",
+    "make_plan",
     "merge_pruned",
+    "prepare_qat",
     "prune_in_steps",
     "prune_model",
     "prune_structure",
     "pruning_schedule",
+    "qat_train",
+    "quantized_activations",
+    "remove_qat",
+    "sensitivity",
     "share_of_zeros",
+    "shared_codebook",
 ]
-from .fake_quantize import FakeQuantLinear, fake_quantize
-from .low_rank import LowRankLayer, low_rank_linear, low_rank_model
-from .qat import convert_qat, prepare_qat, qat_train, remove_qat
-from .shared_codebook import fit_codebook, shared_codebook
-
-__all__ = [
-    "Agreement", "FakeQuantLinear", "LowRankLayer", "activation_costs", "activation_ranges", "agreement", "convert_qat",
-    "fake_quantize", "fit_codebook", "low_rank_linear", "low_rank_model", "prepare_qat", "qat_train",
-    "quantized_activations", "remove_qat", "shared_codebook",
-]  # fmt: skip

@@ -2,18 +2,14 @@
 
 from types import ModuleType
 
-from . import round
+from . import plan, prune, qat, round
 
-ACTIONS: tuple[ModuleType, ...] = (round,)
-from . import plan
-
-ACTIONS: tuple[ModuleType, ...] = (plan,)
-from . import prune
-
-ACTIONS: tuple[ModuleType, ...] = (prune,)
-from . import qat
-
-ACTIONS: tuple[ModuleType, ...] = (qat,)
+ACTIONS: tuple[ModuleType, ...] = (
+    round,
+    plan,
+    qat,
+    prune,
+)
 
 
 def add_parser(subparsers) -> None:
