@@ -2,7 +2,9 @@
 
 from types import ModuleType
 
-ACTIONS: tuple[ModuleType, ...] = ()
+from . import distill
+
+ACTIONS: tuple[ModuleType, ...] = (distill,)
 
 
 def add_parser(subparsers) -> None:

@@ -38,7 +38,10 @@ from .trainer import START, WHOLE, Keeper, Trainer
 Say = Callable[[str], None]
 
 
-def finetune(recipe: Recipe, say: Say = print, progress: TrainerCallback | None = None, samples: int = SAMPLES) -> Path:
+def finetune(
+    recipe: Recipe, say: Say = print, progress: TrainerCallback | None = None, samples: int = SAMPLES,
+    trainer: Callable[..., Trainer] = Trainer,
+) -> Path:  # fmt: skip
     """Train adapters as `recipe` says, and write them to its output_dir with log.csv, loss.png, README.md, recipe.yaml.
 
     A directory that holds a part of the same run is gone on with, from its last whole checkpoint: on as many processes
@@ -49,6 +52,7 @@ def finetune(recipe: Recipe, say: Say = print, progress: TrainerCallback | None 
         say: gets what is to be told, some lines at a time.
         progress: takes the place of TRL's own bar or printed log.
         samples: how many held-out examples the trained model answers.
+        trainer: the class of the trainer, or what makes one.
 
     Returns:
         The directory, which PEFT loads.
@@ -65,17 +69,19 @@ def finetune(recipe: Recipe, say: Say = print, progress: TrainerCallback | None 
         if _from_main(recipe, lambda: is_restarted() and finished(recipe) is not None):
             say(f"{recipe.out} holds this run, finished before the restart")
             return recipe.out
-        return _run(recipe, say, progress, samples)
+        return _run(recipe, say, progress, samples, trainer)
 
 
-def _run(recipe: Recipe, say: Say, progress: TrainerCallback | None, samples: int) -> Path:
+def _run(
+    recipe: Recipe, say: Say, progress: TrainerCallback | None, samples: int, make: Callable[..., Trainer]
+) -> Path:
     program = resident()
     started = _from_main(recipe, lambda: _started(recipe))
     with _quiet_libraries():
         split = read(recipe.sources, recipe.held_out, recipe.split_seed)
     processor = load_processor(recipe) if split.has_images else load_tokenizer(recipe)
     tokenizer = processor.tokenizer if split.has_images else processor
-    trainer = _trainer(recipe, split, processor)
+    trainer = _trainer(recipe, split, processor, make)
     if progress is not None:
         trainer.remove_callback(PrinterCallback if recipe.training.disable_tqdm else Progress)
         trainer.add_callback(progress)
@@ -86,6 +92,8 @@ def _run(recipe: Recipe, say: Say, progress: TrainerCallback | None, samples: in
     before = started["held_out_loss"]
     if before is not None:
         say(f"held-out loss before: {before:.4f}")
+    for name, value in started.get("measured", {}).items():
+        say(f"{name} before: {value:.4f}")
     say(f"going on from {checkpoint}" if checkpoint else f"writing to {recipe.out}")
     trainer.add_callback(Clock(say, started.get("held_out_seconds", 0.0)))
     _train(trainer, recipe, checkpoint)
@@ -97,13 +105,18 @@ def _run(recipe: Recipe, say: Say, progress: TrainerCallback | None, samples: in
     after = _held_out_loss(trainer)
     if after is not None:
         say(f"held-out loss after: {after:.4f}")
+    for name, value in trainer.measured.items():
+        say(f"{name} after: {value:.4f}")
     trainer.save_model(str(recipe.out))
     answered = answers(trainer.model, split, processor, samples)  # on every process, where each has a part of the model
     if is_main():
         write_log(recipe.out / LOG, history)
         write_picture(recipe.out / PICTURE, history, before, after)
         base = str(recipe.model.model_name_or_path)
-        write_card(recipe.out / CARD, base, recipe.given, _facts(trainer, recipe, before, after), answered)
+        facts = _facts(trainer, recipe, before, after)
+        for when, measured in (("before", started.get("measured", {})), ("after", trainer.measured)):
+            facts.update({f"{name} {when}": f"{value:.4f}" for name, value in measured.items()})
+        write_card(recipe.out / CARD, base, recipe.given, facts, answered)
         losses = {"held_out_loss": before, "held_out_loss_after": after}
         write_json(recipe.out / START, {**started, **losses, "finished": True})
         for prompt, _, answer in answered:
@@ -128,6 +141,8 @@ def _begin(recipe: Recipe, trainer: Trainer, started: dict[str, Any] | None, hel
     loss = None if _is_distributed(trainer) else _held_out_loss(trainer)
     started = {**begun, "held_out_examples": held_out, "held_out_loss": loss}
     started["held_out_seconds"] = 0.0 if loss is None else time.monotonic() - since
+    if trainer.measured:
+        started["measured"] = dict(trainer.measured)
     started["batch"], started["processes"] = math.prod(_batch(recipe).values()), recipe.training.world_size
     if is_main():
         with replacing(recipe.out / RECIPE) as partial:
@@ -219,7 +234,7 @@ def _batch(recipe: Recipe) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _trainer(recipe: Recipe, split: Split, processor: Any) -> Trainer:
+def _trainer(recipe: Recipe, split: Split, processor: Any, make: Callable[..., Trainer] = Trainer) -> Trainer:
     args = recipe.training
     is_conversation = split.form == "messages" or (
         split.form == "prompt" and not isinstance(split.train[0]["prompt"], str)
@@ -242,7 +257,7 @@ def _trainer(recipe: Recipe, split: Split, processor: Any) -> Trainer:
     had = recipe.out.exists()
     try:
         with _quiet_libraries():
-            trainer = Trainer(
+            trainer = make(
                 model, args, train_dataset=train, eval_dataset=held_out, processing_class=processor,
                 peft_config=recipe.lora, callbacks=[Keeper(recipe.out)],
             )  # fmt: skip
