@@ -97,6 +97,12 @@ class DistillLoss(nn.Module):
             terms[layer.kind] = terms.get(layer.kind, 0) + value.detach()
         return Distilled(loss, terms, count)
 
+    @property
+    def identity(self) -> list[Any]:
+        """What it adds up, as numbers and words."""
+        pairs = [[each.kind, each.student, each.teacher, each.weight] for each in self.layers]  # type: ignore[union-attr]
+        return [self.soft, self.temperature, self.k, self.hard, self.labelled_only, pairs]
+
     def _reader(self, student: nn.Module) -> HeadReader:
         """It is kept, since what it has learned of the model is."""
         if not self._readers or self._readers[0].model is not student:
@@ -234,7 +240,7 @@ def distill(
     modes = [(module, module.training) for module in model.modules()]
     with torch.random.fork_rng():
         torch.manual_seed(training.seed)
-        run = _Run(training, trained, optimizer, teacher, len(batches))
+        run = _Run(training, trained, optimizer, teacher, {"batches": len(batches), "loss": loss.identity})
         if state is not None:
             run.load(state)
         try:
@@ -295,11 +301,11 @@ class _Run:
 
     def __init__(
         self, training: Training, trained: list[nn.Parameter], optimizer: torch.optim.Optimizer, teacher: Teacher,
-        batches: int,
+        others: dict[str, Any],
     ) -> None:  # fmt: skip
         self.training, self.trained, self.optimizer, self.teacher = training, trained, optimizer, teacher
         self.log: list[dict[str, float]] = []
-        self.identity = {**asdict(training), "batches": batches, "shapes": [list(each.shape) for each in trained]}
+        self.identity = {**asdict(training), **others, "shapes": [list(each.shape) for each in trained]}
         del self.identity["save_steps"]
 
     def save(self, path: Path) -> None:

@@ -117,6 +117,8 @@ def test_a_state_of_another_run_is_refused(tmp_path):
     before = trained(model)
     with pytest.raises(ValueError, match=r"state must be of this run, got .* whose learning_rate differ"):
         distill(model, peaked(2), texts(), Training(6, learning_rate=1.0, save_steps=2), state=state)
+    with pytest.raises(ValueError, match="whose loss differ"):
+        distill(model, peaked(2), texts(), Training(6, save_steps=2), DistillLoss(temperature=2.0), state=state)
     assert all(torch.equal(before[name], each) for name, each in trained(model).items())
 
 

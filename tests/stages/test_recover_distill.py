@@ -170,7 +170,7 @@ def test_what_is_wrong_is_said(models, texts, tmp_path, capsys, monkeypatch, cha
 
 
 def test_a_model_in_4_bits_needs_another_teacher(models, texts, tmp_path, capsys):
-    assert main(["quantize", str(models / "peaked"), str(tmp_path / "small"), "--codebook", "int4"]) == 0
+    assert main(["quantize", str(models / "peaked"), str(tmp_path / "small")]) == 0
     assert main(arguments(tmp_path / "small", tmp_path / "out", data=texts)) == 2
     assert "--teacher must be named for a model that is stored in 4 bits" in capsys.readouterr().err
     changes = {"data": texts, "teacher": models / "peaked", "max_steps": 1}

@@ -53,7 +53,7 @@ class DistillMixin:
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         made = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]  # the trainer's
-        optimizer: Any = self.optimizer  # type: ignore[has-type]
+        optimizer: Any = self.optimizer  # type: ignore[attr-defined]
         projections = list(self.distill_loss.parameters())
         known = {id(each) for group in optimizer.param_groups for each in group["params"]}
         if projections and id(projections[0]) not in known:
