@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed: there are no digits")
 
-from benchmarks.recover import digits  # noqa: E402
-from nf4kernels.recover.batches import IGNORED  # noqa: E402
+from benchmarks.recover import digits
+from nf4kernels.recover.batches import IGNORED
 
 
 def test_the_table_has_a_row_for_each_loss(capsys, monkeypatch):

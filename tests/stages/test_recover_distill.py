@@ -141,7 +141,7 @@ def test_several_teachers(models, texts, tmp_path):
     ("changes", "expected"),
     [
         ({"data": None}, "--data, --text or --samples must say what to learn on"),
-        ({"teacher": "nowhere"}, "--teacher must be a model that can be loaded, got nowhere"),
+        ({"teacher": "nowhere/at/all"}, "--teacher must be a model that can be loaded, got nowhere/at/all"),
         ({"teacher_weights": [1, 2]}, "--teacher_weights must be one a teacher, 1, got 2"),
         ({"soft": 0}, "weights must be 0 or more and one of them above 0"),
         ({"temperature": -1}, "temperature must be above 0"),
