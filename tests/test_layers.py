@@ -49,7 +49,7 @@ THIRD_PARTY = {
     "nf4kernels.model": {"torch", "tqdm"},
     "nf4kernels.storage": {"torch", "safetensors", "tqdm"},
     "nf4kernels.tuning": {"torch", "tqdm"},
-    "nf4kernels.recover": {"torch", "numpy", "scipy", "tqdm"},
+    "nf4kernels.recover": {"torch", "numpy", "scipy", "tqdm", "safetensors"},
     "nf4kernels.integrations": {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "deepspeed"},
     "nf4kernels.stages": {
         "torch",

@@ -74,4 +74,27 @@ __all__ = [
     "sensitivity",
     "share_of_zeros",
     "shared_codebook",
+from .distill import Distilled, DistillLoss, Training, distill
+from .losses import Contrastive, Cosine, Hint, LayerLoss
+from .sampling import sample_text
+from .teacher import EarlierSelf, LiveTeacher, Teacher
+from .teacher_cache import CachedTeacher, cache_teacher
+
+__all__ = [
+    "Agreement",
+    "CachedTeacher",
+    "Contrastive",
+    "Cosine",
+    "DistillLoss",
+    "Distilled",
+    "EarlierSelf",
+    "Hint",
+    "LayerLoss",
+    "LiveTeacher",
+    "Teacher",
+    "Training",
+    "agreement",
+    "cache_teacher",
+    "distill",
+    "sample_text",
 ]

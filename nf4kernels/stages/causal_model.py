@@ -23,7 +23,7 @@ def load_causal_model(base: Path | str, dense: bool = False) -> Any:
     """
     try:
         stored = getattr(AutoConfig.from_pretrained(str(base)), "quantization_config", None)
-        quantization = _quantization(base, stored, dense)
+        quantization = quantization_of(base, stored, dense)
         options: dict[str, Any] = {"device_map": "auto"} if torch.cuda.is_available() else {}
         if quantization is not None:  # transformers takes None for a wish to forget the stored one
             options["quantization_config"] = quantization
@@ -34,7 +34,8 @@ def load_causal_model(base: Path | str, dense: bool = False) -> Any:
         raise StageError(f"MODEL must be a causal language model, got {base}: {first_line(error)}") from None
 
 
-def _quantization(base: Path | str, stored: Any, dense: bool) -> Nf4Config | None:
+def quantization_of(base: Path | str, stored: Any, dense: bool) -> Nf4Config | None:
+    """What from_pretrained is to be told of a directory whose config has `stored`; None is nothing."""
     if stored is None:
         return None if dense else Nf4Config()
     if dense:

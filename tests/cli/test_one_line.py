@@ -217,7 +217,9 @@ def test_a_model_that_transformers_does_not_load(demo_directory, capsys, monkeyp
 
 def test_every_verb_that_computes_looks_for_a_backend(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("nf4kernels.backends.select.FORCED", "triton")
-    for arguments in (["quantize", str(tmp_path), str(tmp_path / "out")], ["demo"], ["recover", "qat"]):
+    for arguments in (
+        ["quantize", str(tmp_path), str(tmp_path / "out")], ["demo"], ["recover", "distill"], ["recover", "qat"],
+    ):  # fmt: skip
         assert main(arguments) == 2
         assert "the CPU must have a backend, got none: NF4KERNELS_BACKEND=triton" in capsys.readouterr().err
 

@@ -10,6 +10,9 @@ ACTIONS: tuple[ModuleType, ...] = (
     qat,
     prune,
 )
+from . import distill
+
+ACTIONS: tuple[ModuleType, ...] = (distill,)
 
 
 def add_parser(subparsers) -> None:

@@ -15,6 +15,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ...model.prepare import prepare_for_training
 from ...model.training import training_dtype
+from ..causal_model import quantization_of
 from ..errors import StageError
 from .processes import load_for_sharding
 from .recipe import DENSE, Recipe
@@ -80,8 +81,9 @@ def load_model(recipe: Recipe, has_images: bool = False) -> Any:
             raise StageError(
                 f"--codebook must be left out for a model that is stored in 4 bits, got {DENSE} for {where}"
             )
-        if stored is None and recipe.quantization is not None:
-            options["quantization_config"] = recipe.quantization
+        wanted = recipe.quantization if stored is None else quantization_of(where, stored, False)
+        if wanted is not None:  # transformers takes None for a wish to forget the stored one
+            options["quantization_config"] = wanted
         device = recipe.training.device
         has_own_place = load_for_sharding(recipe.training) or is_deepspeed_zero3_enabled()  # which place it themselves
         if not has_own_place and device.type != "cpu":

@@ -1,5 +1,6 @@
 """What of a model a recipe trains, and what is written of it in the end."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from .trainer import Trainer
 class Method:
     """PEFT's adapters on weights in 4 bits; what trains something else overrides what is different."""
 
-    trainer: type[Trainer] = Trainer
+    trainer: Callable[..., Trainer] = Trainer
     card = Card()
     has_forecast = True  # whether the memory of such a run can be told beforehand
 

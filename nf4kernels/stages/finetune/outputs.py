@@ -16,6 +16,7 @@ LOG, PICTURE, CARD, RECIPE = "log.csv", "loss.png", "README.md", "recipe.yaml"
 # Of the trainer's log, what is the same however often a run was resumed; times and speeds are not.
 COLUMNS = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy", "entropy")
 OF_EXPERTS = (BUSIEST, IDLE)  # columns of a mixture's log alone
+OF_A_TEACHER = ("soft", "hard", "cosine", "hint", "contrastive", "eval_kl")  # and of a distillation's
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Card:
 
 def write_log(path: Path, history: list[dict[str, Any]]) -> None:
     with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
-        columns = (*COLUMNS, *(name for name in OF_EXPERTS if any(name in entry for entry in history)))
+        columns = (*COLUMNS, *(name for name in OF_EXPERTS + OF_A_TEACHER if any(name in entry for entry in history)))
         table = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
         table.writeheader()
         table.writerows(entry for entry in history if "loss" in entry or "eval_loss" in entry)

@@ -128,28 +128,32 @@ class Recipe:
     dtype: torch.dtype
     given: dict[str, Any]
     is_answers_only: bool | None  # None: where the data has answers
+    also: Any = None  # what a verb beside finetune asked for, of the dataclass that it gave
 
     @property
     def out(self) -> Path:
         return Path(self.training.output_dir)
 
 
-def field_help(own: type = DataOptions) -> str:
+def field_help(also: type | None = None) -> str:
     """Every field with its type's form, its default and what it does."""
-    return _parser(own).format_help()
+    return _parser(also).format_help()
 
 
-def read_recipe(config: Path | None, flags: Sequence[str], own: type = DataOptions) -> Recipe:
+def read_recipe(
+    config: Path | None, flags: Sequence[str], also: type | None = None, needs_data: bool = True
+) -> Recipe:
     """The recipe of a YAML file, if any, and of flags as `--learning_rate 2e-4`, which win over it.
 
-    `own` is a dataclass of the fields beside those of TRL and PEFT, DataOptions or one that adds to it; what a recipe
-    says of the added ones is in its `given`.
+    Args:
+        also: a dataclass of more fields, of another verb; the recipe's `also` is one of it.
+        needs_data: whether `data` must be there; not for a verb that may make its examples itself.
 
     Raises:
         StageError: the file is not a mapping, a name is unknown, or a value is none of its field's.
     """
     settings = {} if config is None else _read_yaml(config)
-    parser = _parser(own)
+    parser = _parser(also)
     names = {action.dest for action in parser._actions if action.dest != SUPPRESS}
     where = f"--config {config}: "
     for name in settings:
@@ -164,12 +168,15 @@ def read_recipe(config: Path | None, flags: Sequence[str], own: type = DataOptio
         raise StageError(where + str(error)) from None
     values = vars(parser.parse_args(_as_flags(settings, defaults) + list(flags)))
     given = {name: value for name, value in values.items() if value != defaults[name]}
-    return _recipe(values, given)
+    recipe = _recipe(values, given, needs_data)
+    recipe.also = None if also is None else also(**_of(also, values))
+    return recipe
 
 
-def _parser(own: type) -> _Parser:
+def _parser(also: type | None = None) -> _Parser:
+    kinds: list[Any] = [DataOptions, ModelConfig, LoraOptions, SFTConfig]
     parser = _Parser(
-        [own, ModelConfig, LoraOptions, SFTConfig], allow_abbrev=False, add_help=False,
+        kinds if also is None else [*kinds, also], allow_abbrev=False, add_help=False,
         prog="nf4kernels finetune", usage="nf4kernels finetune [--config FILE] [--FIELD VALUE ...]",
     )  # fmt: skip
     parser.set_defaults_with_config(
@@ -221,9 +228,10 @@ def _as_flags(settings: dict[str, Any], defaults: dict[str, Any]) -> list[str]:
     return flags
 
 
-def _recipe(values: dict[str, Any], given: dict[str, Any]) -> Recipe:
+def _recipe(values: dict[str, Any], given: dict[str, Any], needs_data: bool) -> Recipe:
+    values = {**values, "data": values["data"] or []}
     for name, what in (("model_name_or_path", "a model's directory"), ("data", "a file of examples")):
-        if not values[name]:
+        if not values[name] and (needs_data or name != "data"):
             raise StageError(f"--{name} must be {what}, got none")
     if values["output_dir"] is None:
         raise StageError("--output_dir must be a directory to write, got none")

@@ -94,6 +94,8 @@ def _run(recipe: Recipe, say: Say, progress: TrainerCallback | None, samples: in
     before = started["held_out_loss"]
     if before is not None:
         say(f"held-out loss before: {before:.4f}")
+    for name, value in started.get("measured", {}).items():
+        say(f"{name} before: {value:.4f}")
     say(f"going on from {checkpoint}" if checkpoint else f"writing to {recipe.out}")
     trainer.add_callback(Clock(say, started.get("held_out_seconds", 0.0)))
     _train(trainer, recipe, checkpoint, method)
@@ -105,6 +107,8 @@ def _run(recipe: Recipe, say: Say, progress: TrainerCallback | None, samples: in
     after = _held_out_loss(trainer)
     if after is not None:
         say(f"held-out loss after: {after:.4f}")
+    for name, value in trainer.measured.items():
+        say(f"{name} after: {value:.4f}")
     method.write(trainer, recipe)
     answered = answers(trainer.model, split, processor, samples)  # on every process, where each has a part of the model
     if is_main():
@@ -112,6 +116,8 @@ def _run(recipe: Recipe, say: Say, progress: TrainerCallback | None, samples: in
         write_picture(recipe.out / PICTURE, history, before, after)
         base = str(recipe.model.model_name_or_path)
         facts = _facts(trainer, recipe, before, after)
+        for when, measured in (("before", started.get("measured", {})), ("after", trainer.measured)):
+            facts.update({f"{name} {when}": f"{value:.4f}" for name, value in measured.items()})
         write_card(recipe.out / CARD, base, recipe.given, facts, answered, method.card)
         losses = {"held_out_loss": before, "held_out_loss_after": after}
         write_json(recipe.out / START, {**started, **losses, "finished": True})
@@ -137,6 +143,8 @@ def _begin(recipe: Recipe, trainer: Trainer, started: dict[str, Any] | None, hel
     loss = None if _is_distributed(trainer) else _held_out_loss(trainer)
     started = {**begun, "held_out_examples": held_out, "held_out_loss": loss}
     started["held_out_seconds"] = 0.0 if loss is None else time.monotonic() - since
+    if trainer.measured:
+        started["measured"] = dict(trainer.measured)
     started["batch"], started["processes"] = math.prod(_batch(recipe).values()), recipe.training.world_size
     if is_main():
         with replacing(recipe.out / RECIPE) as partial:

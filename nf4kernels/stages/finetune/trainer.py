@@ -32,6 +32,7 @@ class Trainer(SFTTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.counted: dict[str, Counts] = {}
+        self.measured: dict[str, float] = {}  # by the last evaluation, beside the loss
         self.first_row: dict[str, Any] = {}
         super().__init__(*args, **kwargs)
         self.expert_load = ExpertLoad(self.model)

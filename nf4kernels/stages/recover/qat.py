@@ -20,7 +20,7 @@ from ..finetune.loading import in_one_line
 from ..finetune.method import Method
 from ..finetune.outputs import Card
 from ..finetune.processes import is_main
-from ..finetune.recipe import DataOptions, Recipe
+from ..finetune.recipe import Recipe
 from ..finetune.run import finetune
 from ..finetune.trainer import Trainer
 
@@ -35,7 +35,7 @@ CARD = Card(
 
 
 @dataclass
-class QatOptions(DataOptions):
+class QatOptions:
     """What a recipe of `nf4kernels recover qat` has beside those of `finetune`."""
 
     train: Literal["full", "lora"] = field(
@@ -48,7 +48,7 @@ class QatOptions(DataOptions):
 
 
 def qat(recipe: Recipe, model_of: ModelOf, say: Callable[[str], None] = print) -> Path:
-    """Train as `recipe` says with each weight rounded in every step, and write the model in 4 bits.
+    """Train by `recipe`, of `read_recipe(also=QatOptions)`, with weights rounded in each step; write the model in 4 bits.
 
     As `finetune`: resumed by the same call, log.csv, loss.png, README.md and recipe.yaml in output_dir. The model is
     in `model` inside of it, as `nf4kernels quantize` writes one.
@@ -64,7 +64,7 @@ def qat(recipe: Recipe, model_of: ModelOf, say: Callable[[str], None] = print) -
         raise StageError(f"--codebook must be one of {', '.join(CODEBOOKS)}, got {given.get('codebook')}")
     if recipe.training.world_size > 1 or recipe.training.deepspeed or recipe.training.fsdp:
         raise StageError("--output_dir must be written by one process, got several, or FSDP or DeepSpeed")
-    is_full = given.get("train", "full") == "full"
+    is_full = recipe.also.train == "full"
     if is_full:
         recipe.training.learning_rate = given.get("learning_rate", LEARNING_RATE)
         if "dtype" not in given:
@@ -128,7 +128,7 @@ class _Qat(Method):
         if self.lora is not None:
             model.requires_grad_(False)
         try:
-            prepare_qat(model, self.config.skip, self.lora, bool(recipe.given.get("clip")), **self.options)
+            prepare_qat(model, self.config.skip, self.lora, recipe.also.clip, **self.options)
         except (TypeError, ValueError) as error:
             said = in_one_line(error).removeprefix(PREPARING)
             raise StageError(f"--{said}" if said.startswith("skip ") else said) from None
