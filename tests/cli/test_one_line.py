@@ -64,6 +64,7 @@ def test_a_wrong_variable_ends_every_verb_in_one_line(tmp_path):
     starts += [["NF4KERNELS_BACKEND", "triton", "module", ["quantize", "in", "out"]]]
     starts += [["NF4KERNELS_BACKEND", "triton", "script", ["demo"]]]
     starts += [["NF4KERNELS_BACKEND", "triton", "module", ["chat", "model"]]]
+    starts += [["NF4KERNELS_BACKEND", "triton", "script", ["recover", "plan"]]]
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(FORKS), json.dumps(starts), script],
         capture_output=True, encoding="utf-8", env=environment(), cwd=tmp_path, check=True,

@@ -375,5 +375,5 @@ def test_a_plan_is_for_the_weights_beside_the_adapters(models, prompts, tmp_path
         Plan({"model.layers.0.mlp.up_proj": candidate}, 1, 1, 0.0).save(file)
         with pytest.raises(StageError, match="--plan must have layers without adapters, none dropped"):
             read_recipe(None, flags)
-    with pytest.raises(StageError, match="--plan: .* must be a file that can be read"):
+    with pytest.raises(StageError, match=r"--plan: .* must be a file that can be read"):
         read_recipe(None, [*flags, "--plan", str(tmp_path / "none.json")])

@@ -103,6 +103,8 @@ class Nf4Config(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """Of what JSON knows."""
         fields = super().to_dict()
+        if not self.plan:
+            fields.pop("plan")  # which releases before it do not know
         if self.compute_dtype is not None:
             fields["compute_dtype"] = str(self.compute_dtype).removeprefix("torch.")
         return fields
