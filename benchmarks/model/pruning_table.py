@@ -51,7 +51,7 @@ ROWS_OF_TABLE = [
     ("heads", "gradient", 0.25, ORDERS[:2]), ("unstructured", "gradient", 0.5, ORDERS),
     ("channels", "gradient", 0.25, "recover"), ("layers", "kl", 0.25, "recover"),
     ("channels", "wanda", 0.25, ORDERS[:1]), ("channels", "magnitude", 0.25, ORDERS[:1]),
-    ("2:4", "magnitude", 0.5, ORDERS[:2]), ("unstructured", "wanda", 0.25, ORDERS[:2]),
+    ("unstructured", "wanda", 0.25, ORDERS[:2]), ("2:4", "magnitude", 0.5, ORDERS[:2]),
     ("unstructured", "magnitude", 0.25, ORDERS[:2]), ("layers", "kl", 0.25, ORDERS[:2]),
     ("layers", "gradient", 0.25, ORDERS[:1]), ("layers", "magnitude", 0.25, ORDERS[:1]),
     ("heads", "wanda", 0.25, ORDERS[:1]), ("heads", "magnitude", 0.25, ORDERS[:1]),
