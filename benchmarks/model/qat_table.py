@@ -102,6 +102,7 @@ def main() -> None:
     parser.add_argument("directory")
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--rows", type=int, default=ROWS, help=f"of {LENGTH} tokens, in a step of qat")
+    parser.add_argument("--held-out", type=int, default=HELD_OUT, help="tokens to be measured on")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--only", nargs="+", default=[], help="rows of qat with one of these in their names, no other")
     args = parser.parse_args()
@@ -109,7 +110,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.directory)
     texts = [row["prompt"] + row["completion"] for row in definitions()]
     ids = torch.tensor(tokenizer("\n".join(texts))["input_ids"])
-    held_out, ids = batches(ids[-HELD_OUT:], 16), ids[:-HELD_OUT]
+    held_out, ids = batches(ids[-args.held_out :], 16), ids[: -args.held_out]
     steps, calibration = batches(ids[CALIBRATION:], args.rows)[: args.steps], batches(ids[:CALIBRATION], ROWS)
     table = Table(reference, held_out)
     plain = quantized(reference)

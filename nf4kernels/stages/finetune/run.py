@@ -237,7 +237,7 @@ def _batch(recipe: Recipe) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _trainer(recipe: Recipe, split: Split, processor: Any, method: Method) -> Trainer:
+def _trainer(recipe: Recipe, split: Split, processor: Any, method: Method = ADAPTERS) -> Trainer:
     args = recipe.training
     is_conversation = split.form == "messages" or (
         split.form == "prompt" and not isinstance(split.train[0]["prompt"], str)
