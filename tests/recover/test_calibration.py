@@ -89,6 +89,13 @@ def test_blocks_that_are_rounded_are_not_computed_again():
     assert len(calls) <= 7
 
 
+def test_a_block_whose_forward_was_set_on_the_instance_keeps_it():
+    model = ByteLM(layers=3)
+    own = model.layers[0].forward = type(model.layers[0]).forward.__get__(model.layers[0])
+    nf4.quantize_model(model, progress=False, rounding=Noting([text(2, 8)]))
+    assert vars(model.layers[0])["forward"] is own
+
+
 def test_a_sequential_of_layers_that_write_into_their_input():
     def make():
         with torch.random.fork_rng():

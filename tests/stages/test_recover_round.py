@@ -8,8 +8,9 @@ import nf4kernels as nf4
 from nf4kernels.cli import main
 from nf4kernels.cli.recover import round as command
 from nf4kernels.recover import agreement
+from nf4kernels.stages.recover import round as stage
 from nf4kernels.stages.recover.round import METHODS
-from nf4kernels.stages.text_loss import batches_of, windows
+from nf4kernels.stages.text_loss import batches_of
 
 
 @pytest.fixture
@@ -36,14 +37,19 @@ def test_the_directory_holds_the_model_that_the_rounding_makes(paths, method, ca
     assert sum(isinstance(module, nf4.QuantLinear) for module in made.modules()) == 14
     assert made.config.use_cache
     tokenizer = transformers.AutoTokenizer.from_pretrained(paths / "out")
-    batches = [
-        {"input_ids": batch.ids, "attention_mask": batch.mask}
-        for batch in batches_of(windows([TEXT * 8], tokenizer, 32, 250), torch.device("cpu"))
-    ]
-    assert agreement(made, dense, batches).kl < agreement(plain, dense, batches).kl
+    options = stage.RoundOptions(method, [paths / "a.txt", paths / "b.jsonl"], 500, 32)
+    found = [window for file in options.text for window in stage._windows(file, tokenizer, options)]
+    batches = [{"input_ids": b.ids, "attention_mask": b.mask} for b in batches_of(found, torch.device("cpu"))]
+    assert sum(int(batch["attention_mask"].sum()) for batch in batches) > 400
+    expected = load(paths / "model", dtype=torch.bfloat16).eval()
+    nf4.quantize_model(expected, progress=False, rounding=METHODS[method](batches))
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(made.state_dict()[name], tensor), name
     for name, module in made.named_modules():
         if isinstance(module, nf4.QuantLinear):
             assert module.qweight.nbytes == plain.get_submodule(name).qweight.nbytes
+    if method == "gptq":
+        assert agreement(made, dense, batches).kl < 0.7 * agreement(plain, dense, batches).kl
 
 
 def test_choices_are_the_stage_s():

@@ -79,13 +79,14 @@ class Calibration:
     Args:
         model: as `recover.batches.run` takes it; evaluated, without gradients. Hooks are added and taken away again.
         targets: what is rounded, in order.
-        batches: as recover/batches.py has them; gone through several times. Positions where `attention_mask` is 0 do
-            not count.
+        batches: at least one, as recover/batches.py has them; gone through several times. Positions where
+            `attention_mask` is 0 do not count.
     """
 
     def __init__(self, model: nn.Module, targets: Sequence[Target], batches: Iterable[Batch]) -> None:
         self.model = model
         self.batches = list(batches)
+        self.batch = self.batches[0]  # the one that runs
         self.blocks = _blocks(model, targets)
         self._block: _Block | None = None
         self._outputs: list[Any] | None = None  # of the block before, a batch an entry
@@ -306,11 +307,14 @@ def after(module: nn.Module, seen: Callable[[Any], None] | None, stop: bool = Fa
 @contextmanager
 def _returning(module: nn.Module, output: Any) -> Iterator[None]:
     """While it lasts, the module is not computed."""
+    own = vars(module).get("forward")  # set on the instance, as accelerate does
     module.forward = lambda *args, **kwargs: output
     try:
         yield
     finally:
         del module.forward
+        if own is not None:
+            module.forward = own
 
 
 def _poisoned(tensor: Tensor) -> Tensor:

@@ -20,9 +20,9 @@ from ..text_loss import LONGEST_TOKEN, batches_of, read_documents, windows
 WORDS = Words("recover round", "IN_DIR", "OUT_DIR", "--skip", "--overwrite")
 Batches = list[dict[str, Tensor]]
 METHODS: Mapping[str, Callable[[Batches], CalibratedRounding]] = {
-    "gptq": lambda batches: Gptq(batches, scales="search"),
-    "awq": lambda batches: Awq(batches, ScaleSearch()),
-    "awq+gptq": lambda batches: Awq(batches, Gptq(scales="search")),
+    "gptq": Gptq,
+    "awq": Awq,
+    "awq+gptq": lambda batches: Awq(batches, Gptq()),
     "search": ScaleSearch,
 }
 
