@@ -7,7 +7,9 @@ is and agreement.py measures how far a model is from another one.
 from .activations import activation_costs, activation_ranges, quantized_activations
 from .agreement import Agreement, agreement
 from .candidates import Candidate, Dropped, blocks_of, default_candidates, layers_of_one_input
+from .distill import Distilled, DistillLoss, Training, distill
 from .fake_quantize import FakeQuantLinear, fake_quantize
+from .losses import Contrastive, Cosine, Hint, LayerLoss
 from .low_rank import LowRankLayer, low_rank_linear, low_rank_model
 from .plan import Plan, apply_plan, make_plan
 from .pruning import (
@@ -26,17 +28,29 @@ from .pruning import (
 )
 from .qat import convert_qat, prepare_qat, qat_train, remove_qat
 from .roundings import Awq, CalibratedRounding, Gptq, LqLora, ScaleSearch
+from .sampling import sample_text
 from .sensitivity import Option, Sensitivities, sensitivity
 from .shared_codebook import fit_codebook, shared_codebook
+from .teacher import EarlierSelf, LiveTeacher, Teacher
+from .teacher_cache import CachedTeacher, cache_teacher
 
 __all__ = [
     "Agreement",
     "Awq",
+    "CachedTeacher",
     "CalibratedRounding",
     "Candidate",
+    "Contrastive",
+    "Cosine",
+    "DistillLoss",
+    "Distilled",
     "Dropped",
+    "EarlierSelf",
     "FakeQuantLinear",
     "Gptq",
+    "Hint",
+    "LayerLoss",
+    "LiveTeacher",
     "LowRankLayer",
     "LqLora",
     "MaskedLora",
@@ -45,14 +59,18 @@ __all__ = [
     "ScaleSearch",
     "Sensitivities",
     "Structure",
+    "Teacher",
+    "Training",
     "activation_costs",
     "activation_ranges",
     "agreement",
     "apply_masks",
     "apply_plan",
     "blocks_of",
+    "cache_teacher",
     "convert_qat",
     "default_candidates",
+    "distill",
     "fake_quantize",
     "find_masks",
     "find_structure",
@@ -71,30 +89,8 @@ __all__ = [
     "qat_train",
     "quantized_activations",
     "remove_qat",
+    "sample_text",
     "sensitivity",
     "share_of_zeros",
     "shared_codebook",
-from .distill import Distilled, DistillLoss, Training, distill
-from .losses import Contrastive, Cosine, Hint, LayerLoss
-from .sampling import sample_text
-from .teacher import EarlierSelf, LiveTeacher, Teacher
-from .teacher_cache import CachedTeacher, cache_teacher
-
-__all__ = [
-    "Agreement",
-    "CachedTeacher",
-    "Contrastive",
-    "Cosine",
-    "DistillLoss",
-    "Distilled",
-    "EarlierSelf",
-    "Hint",
-    "LayerLoss",
-    "LiveTeacher",
-    "Teacher",
-    "Training",
-    "agreement",
-    "cache_teacher",
-    "distill",
-    "sample_text",
 ]

@@ -2,17 +2,15 @@
 
 from types import ModuleType
 
-from . import plan, prune, qat, round
+from . import distill, plan, prune, qat, round
 
 ACTIONS: tuple[ModuleType, ...] = (
     round,
     plan,
+    distill,
     qat,
     prune,
 )
-from . import distill
-
-ACTIONS: tuple[ModuleType, ...] = (distill,)
 
 
 def add_parser(subparsers) -> None:

@@ -140,9 +140,7 @@ def field_help(also: type | None = None) -> str:
     return _parser(also).format_help()
 
 
-def read_recipe(
-    config: Path | None, flags: Sequence[str], also: type | None = None, needs_data: bool = True
-) -> Recipe:
+def read_recipe(config: Path | None, flags: Sequence[str], also: type | None = None, needs_data: bool = True) -> Recipe:
     """The recipe of a YAML file, if any, and of flags as `--learning_rate 2e-4`, which win over it.
 
     Args:

@@ -48,7 +48,7 @@ class QatOptions:
 
 
 def qat(recipe: Recipe, model_of: ModelOf, say: Callable[[str], None] = print) -> Path:
-    """Train by `recipe`, of `read_recipe(also=QatOptions)`, with weights rounded in each step; write the model in 4 bits.
+    """Train as `recipe`, of `read_recipe(also=QatOptions)`, says, weights rounded in each step; write them in 4 bits.
 
     As `finetune`: resumed by the same call, log.csv, loss.png, README.md and recipe.yaml in output_dir. The model is
     in `model` inside of it, as `nf4kernels quantize` writes one.
