@@ -41,10 +41,13 @@ def fake_quantize(weight: Tensor, clip: bool = False, **quant_options) -> Tensor
 
 def beyond_levels(weight: Tensor, qweight: QuantizedWeight) -> Tensor:
     """bool `[N, K]`: whether a weight is outside the outermost levels that its block has in `qweight`."""
-    bounds = []
-    for nibble in (int(qweight.code.argmin()), int(qweight.code.argmax())):
-        ends = replace(qweight, packed=torch.full_like(qweight.packed, nibble * 17))
-        bounds.append(dequantize(ends, torch.float32))
+    if qweight.bits == 8:
+        ends = (129, 127)  # -127, since -128 is never written, and 127
+    else:
+        ends = (17 * int(qweight.code.argmin()), 17 * int(qweight.code.argmax()))  # in both nibbles
+    bounds = [
+        dequantize(replace(qweight, packed=torch.full_like(qweight.packed, end)), torch.float32) for end in ends
+    ]
     w = weight.float()
     return (w < torch.minimum(*bounds)) | (w > torch.maximum(*bounds))
 

@@ -17,7 +17,12 @@ OPTIONS = [
     for codebook in ("nf4", "fp4", "int4", "af4", LEVELS)
     for block_size in (32, 64)
     for double_quant in (True, False)
-] + [{"codebook": "mxfp4"}, {"codebook": "nvfp4"}, {"codebook": "int4_symmetric", "block_size": 32}]
+] + [
+    {"codebook": "int8"},
+    {"codebook": "mxfp4"},
+    {"codebook": "nvfp4"},
+    {"codebook": "int4_symmetric", "block_size": 32},
+]
 SHAPES = ((8, 96), (5, 37))  # K is a multiple of no block in the second
 
 

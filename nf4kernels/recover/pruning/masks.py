@@ -120,6 +120,8 @@ def masked_codes(qweight: QuantizedWeight, mask: Tensor) -> QuantizedWeight:
     zero = zero_code(qweight)
     if qweight.column_order is not None:
         mask = mask[:, qweight.column_order.long()]
+    if qweight.bits == 8:
+        return replace(qweight, packed=qweight.packed.masked_fill(~mask, zero))
     flat, kept = qweight.packed.reshape(-1), mask.reshape(-1)
     if kept.numel() % 2:
         kept = torch.cat([kept, kept.new_ones(1)])  # the odd tail nibble is a code of 0

@@ -13,7 +13,7 @@ from ...model.targets import Target
 from ...nn.lora import FROM_WEIGHT
 from ...nn.quant_experts import QuantExperts
 from ...nn.quant_linear import QuantLinear
-from ...quantized_weight import QuantizedWeight
+from ...quantized_weight import INT8, QuantizedWeight
 from ..batches import Batch
 from .calibration import Calibration, Statistics
 from .encoding import decoded_scales, nearest_codes, scale_of_each, with_codes
@@ -28,8 +28,8 @@ ROUNDS = 3  # of levels and scales in turn
 class CalibratedRounding:
     """A rounding for `quantize_model(rounding=)` that makes one weight's codes, scales and levels at a time.
 
-    Fused experts, and layers whose weight or batches say nothing (no rows reach them, a shape without elements, on
-    meta), are rounded to the nearest level.
+    Fused experts, layers in 8 bits, and layers whose weight or batches say nothing (no rows reach them, a shape without
+    elements, on meta), are rounded to the nearest level.
 
     Args:
         batches: calibration data as recover/batches.py has them, on the model's device; gone through several times.
@@ -77,6 +77,8 @@ class CalibratedRounding:
 
     def _layer(self, target: Target, dense: nn.Module, calibration: Calibration | None) -> QuantLinear | QuantExperts:
         if not isinstance(dense, nn.Linear) or dense.weight.is_meta or not dense.weight.numel():
+            return target.rounded(dense)
+        if isinstance(codebook := target.options.get("codebook"), str) and codebook == INT8:
             return target.rounded(dense)
         statistics = None if calibration is None else calibration.of(target)
         if (statistics is not None and not statistics.rows) or not dense.weight.isfinite().all():
