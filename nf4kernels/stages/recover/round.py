@@ -20,9 +20,9 @@ from ..text_loss import LONGEST_TOKEN, batches_of, read_documents, windows
 WORDS = Words("recover round", "IN_DIR", "OUT_DIR", "--skip", "--overwrite")
 Batches = list[dict[str, Tensor]]
 METHODS: Mapping[str, Callable[[Batches], CalibratedRounding]] = {
-    "gptq": Gptq,
+    "gptq": lambda batches: Gptq(batches, scales="search"),
     "awq": Awq,
-    "awq+gptq": lambda batches: Awq(batches, Gptq()),
+    "awq+gptq": lambda batches: Awq(batches, Gptq(scales="search")),
     "search": ScaleSearch,
 }
 
