@@ -1,6 +1,5 @@
 """The published 4-bit formats beside NF4 at block size 64, bf16: what a finer block or another kind of scale costs."""
 
-import copy
 from collections.abc import Iterator
 
 import torch
@@ -9,7 +8,7 @@ import nf4kernels as nf4
 
 from ..checks import assert_as_exact_as_dense
 from ..harness import OURS, Plan, Row
-from ..peers import Layers, in_turn
+from ..peers import Layers, in_turn, used_copies
 from .bench_linear import forward
 from .bench_linear_dgrad import forward_backward
 
@@ -27,7 +26,7 @@ def rows(layers: Layers, plan: Plan) -> Iterator[Row]:
     replicas = {}
     for side, layer in sides.items():
         count = max(layers.copies(cache, layer.weight.nbytes) for cache in plan.caches)
-        replicas[side] = [layer, *(copy.deepcopy(layer) for _ in range(count - 1))]
+        replicas[side] = used_copies(layer, count, torch.zeros(1, K, dtype=torch.bfloat16))
     for M in plan.rows:
         x, dy = torch.randn(M, K, dtype=torch.bfloat16), torch.randn(M, N, dtype=torch.bfloat16)
         for side, layer in sides.items():

@@ -25,7 +25,9 @@ Plan plan_product(const Product& product, GemmArgs& args);
 template <class Runtime>
 void multiply_gemv(Runtime& runtime, const GemvKernel& gemv, GemmArgs& args, const void* x) {
   const int64_t N = args.weight.N, K = args.weight.K;
-  void* panel = runtime.allocate(args.M * gemv.row_bytes(K));
+  const int64_t bytes = args.M * gemv.row_bytes(K);
+  alignas(kAlignment) char near[kNearPanelBytes];
+  void* panel = bytes <= kNearPanelBytes ? near : runtime.allocate(bytes);
   gemv.pack(x, args.dtype, args.M, K, panel);
   args.panel = panel;
   runtime.parallel_for(0, N, gemv_grain(K), [&](int64_t begin, int64_t end) { gemv.run(args, begin, end); });
