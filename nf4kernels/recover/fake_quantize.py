@@ -41,12 +41,10 @@ def fake_quantize(weight: Tensor, clip: bool = False, **quant_options) -> Tensor
 
 def beyond_levels(weight: Tensor, qweight: QuantizedWeight) -> Tensor:
     """bool `[N, K]`: whether a weight is outside the outermost levels that its block has in `qweight`."""
-    if qweight.bits == 8:
-        ends = (129, 127)  # -127, since -128 is never written, and 127
-    else:
-        ends = (17 * int(qweight.code.argmin()), 17 * int(qweight.code.argmax()))  # in both nibbles
+    ends = [17 * int(each) for each in (qweight.code.argmin(), qweight.code.argmax())]  # in both nibbles
     bounds = [
-        dequantize(replace(qweight, packed=torch.full_like(qweight.packed, end)), torch.float32) for end in ends
+        dequantize(replace(qweight, packed=torch.full_like(qweight.packed, end)), torch.float32)
+        for end in (ends if qweight.bits == 4 else (129, 127))  # -127, since -128 is never written, and 127
     ]
     w = weight.float()
     return (w < torch.minimum(*bounds)) | (w > torch.maximum(*bounds))
