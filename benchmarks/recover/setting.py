@@ -24,6 +24,7 @@ from nf4kernels.recover import Agreement, agreement
 LENGTH = 128  # tokens of a window
 HELD_OUT = 4096  # tokens of each text
 HELD_DEFINITIONS, HELD_TOPICS = 400, 12  # the last ones, never trained on
+DRAWN = 1024  # windows
 Batches = list[dict[str, Tensor]]
 
 
@@ -92,6 +93,17 @@ class Setting:
     @cached_property
     def _topics(self) -> list[str]:
         return [text for _, text in sorted(topics.topics.items())]
+
+    @cached_property
+    def drawn(self) -> Tensor:
+        """The same, drawn from the 16-bit model: text for a student where there is none of its task."""
+        first = torch.randint(len(self.tokenizer), (DRAWN, 1), generator=torch.Generator().manual_seed(0))
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return self.reference.generate(  # type: ignore[operator]
+                first, attention_mask=torch.ones_like(first), do_sample=True, min_length=self.length,
+                max_length=self.length, pad_token_id=0, top_k=0,
+            )  # fmt: skip
 
     @cached_property
     def held_same(self) -> Batches:

@@ -1,7 +1,7 @@
 """What pruning takes from SmolLM2 with and without 4 bits, and what a short recovery brings back: the rows of a table.
 
-    python -m benchmarks.model.pruning_table --model DIR --out rows.jsonl
-    python -m benchmarks.model.pruning_table --model DIR --out recovered.jsonl --recover 30
+    python -m benchmarks.recover.pruning_table --model DIR --out rows.jsonl
+    python -m benchmarks.recover.pruning_table --model DIR --out recovered.jsonl --recover 30
 
 Each row is appended when it is there, and the same command goes on after the last one. The loss and the KL to the bf16
 model are in nats a token, of held-out word definitions and of prose about Python, which the calibration has none of.
@@ -34,7 +34,7 @@ from nf4kernels.recover import (
 )
 from nf4kernels.recover.pruning.prune import prunable
 
-from .answers import train_and_held_out
+from ..model.answers import train_and_held_out
 
 LENGTH, ROWS = 64, 16
 CALIBRATION = 1024

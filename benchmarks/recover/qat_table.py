@@ -1,6 +1,6 @@
 """What training through the rounding, 8-bit activations, low rank and a shared codebook do to a small language model.
 
-`python -m benchmarks.model.qat_table MODEL_DIR [--steps 80] [--parts qat activations low_rank codebook]` prints a
+`python -m benchmarks.recover.qat_table MODEL_DIR [--steps 80] [--parts qat activations low_rank codebook]` prints a
 table: held-out loss, KL to the 16-bit model and top-1 agreement on word definitions that nothing was trained on, dense
 parts and inputs in bf16. Seconds are those of the method on this machine, loading and evaluation left out.
 """
