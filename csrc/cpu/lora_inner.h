@@ -23,6 +23,7 @@
 #pragma once
 
 #include "lora_term.h"
+#include "rows.h"
 
 namespace nf4::cpu {
 namespace {
@@ -36,15 +37,6 @@ constexpr int kPackedD = 256;                       // 16 KB, which stay in the 
 constexpr int kPackedM = 192;                       // rows that share a packed part: 12 KB of sums
 constexpr int64_t kPackedBlockD = 512 * kPackedD;   // at most 512 such parts in one sum
 constexpr int kPackD = 64;                          // columns packed at once, by way of 4 KB in the L1
-
-template <class A, class B>
-struct Same {
-  static constexpr bool value = false;
-};
-template <class A>
-struct Same<A, A> {
-  static constexpr bool value = true;
-};
 
 // L elements of d in fp32.
 template <class T>
@@ -107,20 +99,6 @@ void store_inner_rows(const LoraInnerArgs& args, int64_t m) {
   for (; rank < args.rank; ++rank) store_inner_tile<Dot, TILE_M, /*TILE_R=*/1, T>(args, m, rank);
 }
 
-// to[0, count) = from, and zeros up to `padded`.
-template <class T, class Element>
-void convert_row(const T* from, int count, int padded, Element* to) {
-  int d = 0;
-  for (; d + Isa::L <= count; d += Isa::L) Isa::store(to + d, Isa::load(from + d));
-  for (; d < count; ++d) to[d] = from_float<Element>(to_float(from[d]));
-  for (; d < padded; ++d) to[d] = from_float<Element>(0.f);
-}
-template <class T>
-void convert_row(const T* from, int count, int padded, T* to) {
-  std::memcpy(static_cast<void*>(to), from, size_t(count) * sizeof(T));
-  std::memset(static_cast<void*>(to + count), 0, size_t(padded - count) * sizeof(T));
-}
-
 // packed [count / kStep][kTileR][kStep] of columns [d, d + count) of A's `ranks` rows from `rank` on: 32-bit words, of
 // one fp32 or of two bf16, change places.
 template <class Dot, class T>
@@ -135,15 +113,8 @@ void pack_factor(const LoraInnerArgs& args, int64_t rank, int ranks, int64_t d, 
   for (int begin = 0; begin < count; begin += kPackD, factor += kPackD) {
     const int columns = count - begin < kPackD ? count - begin : kPackD;
     for (int j = 0; j < ranks; ++j) convert_row(factor + j * args.D, columns, kPackD, rows[j]);
-    for (int byte = 0; byte < int(sizeof rows[0]); byte += 16)
-      for (int j = 0; j < kTileR; j += Isa::L) {
-        Isa::I words[4];
-        Isa::load_transposed(begins + j, byte, words);
-        for (int i = 0; i < 4; ++i) {
-          const int word = (begin * int(sizeof(Element)) + byte) / 4 + i;
-          std::memcpy(static_cast<void*>(packed + (word * kTileR + j) * Dot::kStep), &words[i], sizeof words[i]);
-        }
-      }
+    for (int j = 0; j < kTileR; j += Isa::L)
+      transpose_words(begins + j, int(sizeof rows[0]) / 4, kTileR * 4, packed + begin * kTileR + j * Dot::kStep);
   }
 }
 
