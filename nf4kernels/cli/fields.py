@@ -1,6 +1,7 @@
 """Flags that a verb hands on: the fields of a recipe, hundreds of them, which the stage knows."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 
@@ -13,3 +14,10 @@ def keep_other_flags(parser: argparse.ArgumentParser) -> None:
         return found, []
 
     parser.parse_known_args = parse_known_args  # type: ignore[method-assign]
+
+
+def take_recipe(parser: argparse.ArgumentParser) -> None:
+    """--config and --help-fields, and every other flag as a field of the recipe."""
+    parser.add_argument("--config", metavar="RECIPE.yaml", type=Path, help="lines FIELD: VALUE")
+    parser.add_argument("--help-fields", action="store_true", help="print every FIELD with what it does")
+    keep_other_flags(parser)

@@ -16,9 +16,10 @@ from ..model.plan import names_of_modules, plan_layers
 from ..model.targets import Target
 from ..model.walk import get_submodule, named_modules
 from ..nn.experts_layout import dense_weights
-from ..nn.lora import LoraConfig, principal_components
+from ..nn.lora import LoraConfig
 from ..nn.quant_linear import QuantLinear
 from .batches import Batch, run
+from .low_rank import low_rank_linear
 
 
 class Dropped(nn.Module):
@@ -114,7 +115,7 @@ class Candidate:
             raise TypeError(f"nf4kernels.recover.Candidate: {self.name} must be of an nn.Linear, got {kind}")
         if self.dropped:
             return Dropped(dense.in_features, dense.out_features).train(dense.training)
-        made = low_rank(dense, self.rank or 1)
+        made = low_rank_linear(dense, min(self.rank or 1, *dense.weight.shape))
         return made if self.options is None else nn.Sequential(*map(self._rounded, made)).train(dense.training)
 
     def _rounded(self, dense: nn.Module) -> nn.Module:
@@ -183,24 +184,6 @@ def default_candidates() -> list[Candidate]:
     with suppress(ValueError):  # a package without that format
         found.append(Candidate({"codebook": "int8"}))
     return [*found, DENSE]
-
-
-def low_rank(dense: nn.Linear, rank: int) -> nn.Sequential:
-    """Two layers B(A x) + bias with B A the best approximation of the weight of that rank, in its dtype (SVD).
-
-    Each factor takes the roots of the singular values. A rank above the weight's smaller side is that side.
-    """
-    rank = min(rank, *dense.weight.shape)
-    options: dict[str, Any] = {"device": dense.weight.device, "dtype": dense.weight.dtype}
-    A = nn.Linear(dense.in_features, rank, bias=False, **options)
-    B = nn.Linear(rank, dense.out_features, bias=dense.bias is not None, **options)
-    if not dense.weight.is_meta:
-        U, S, Vh = principal_components(dense.weight.detach().float(), rank)
-        roots = S.sqrt()
-        A.weight.data.copy_(roots[:, None] * Vh)
-        B.weight.data.copy_(U * roots)
-    B.bias = dense.bias
-    return nn.Sequential(A, B).train(dense.training)
 
 
 def layer_names(model: nn.Module, skip: Sequence[str] = (), block_size: int | None = None) -> dict[str, nn.Module]:

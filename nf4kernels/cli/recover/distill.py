@@ -2,10 +2,9 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 from ..errors import check_cpu_computes, check_installed
-from ..fields import keep_other_flags
+from ..fields import take_recipe
 from ..finetune import NEEDED
 
 
@@ -25,9 +24,7 @@ def add_parser(actions) -> None:
         "--sample_temperature.",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="RECIPE.yaml", type=Path, help="lines FIELD: VALUE")
-    parser.add_argument("--help-fields", action="store_true", help="print every FIELD with what it does")
-    keep_other_flags(parser)
+    take_recipe(parser)
     parser.set_defaults(func=run)
 
 

@@ -2,11 +2,10 @@
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 from ..errors import check_cpu_computes, check_installed
-from ..fields import keep_other_flags
+from ..fields import take_recipe
 from ..meta_model import meta_model
 
 VERB = "recover prune"
@@ -32,9 +31,7 @@ def add_parser(actions: Any) -> None:
         epilog="Every FIELD may stand in a recipe, too, and a flag wins: --help-fields prints them.",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="RECIPE.yaml", type=Path, help="lines FIELD: VALUE")
-    parser.add_argument("--help-fields", action="store_true", help="print every FIELD with what it does")
-    keep_other_flags(parser)
+    take_recipe(parser)
     parser.set_defaults(func=run)
 
 

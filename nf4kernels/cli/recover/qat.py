@@ -3,10 +3,9 @@
 import argparse
 import sys
 from functools import partial
-from pathlib import Path
 
 from ..errors import check_cpu_computes, check_installed
-from ..fields import keep_other_flags
+from ..fields import take_recipe
 from ..meta_model import meta_model
 
 NEEDED = ("transformers", "peft", "accelerate", "trl", "datasets", "matplotlib", "yaml")
@@ -27,9 +26,7 @@ def add_parser(subparsers) -> None:
         "another. --lora_r and --lora_alpha are of --train lora; the codebook is nf4 or fp4.",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="RECIPE.yaml", type=Path, help="lines FIELD: VALUE")
-    parser.add_argument("--help-fields", action="store_true", help="print every FIELD with what it does")
-    keep_other_flags(parser)
+    take_recipe(parser)
     parser.set_defaults(func=run)
 
 
