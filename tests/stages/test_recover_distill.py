@@ -81,6 +81,7 @@ def test_it_learns_what_the_16_bit_model_says(models, texts, tmp_path, capsys):
     assert json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))["r"] == 4
 
 
+@pytest.mark.slow  # three trainings, one of them killed
 def test_killed_and_resumed_it_gives_the_same_bytes(models, texts, tmp_path):
     changes = {"data": texts, "hard": 0.1, "hint": 0.1, "layers": "model.layers.0:model.layers.0", "max_steps": 6,
                "teacher": models / "wide"}  # fmt: skip
