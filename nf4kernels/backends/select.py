@@ -384,7 +384,6 @@ def _kernel_lines(device_type: str, decision: Decision) -> Iterator[str]:
         yield from _triton().kernel_lines(torch.device(device_type, index))
     if decision.backend != "native" or device_type != "cuda":
         return
-    yield f"weights of int8: {int8_kernels(device_type)[1]}"
     capability = torch.cuda.get_device_capability(index)
     multiprocessors = torch.cuda.get_device_properties(index).multi_processor_count
     for op in CUDA_PRODUCTS:
@@ -392,6 +391,7 @@ def _kernel_lines(device_type: str, decision: Decision) -> Iterator[str]:
         for rows, kernel, reason in _loaded_cuda_library().choices(op, index, capability, multiprocessors):
             limit = f"up to {rows} rows{of_each}" if rows < native.MOST_ROWS else f"more rows{of_each}"
             yield f"{op} {dtypes}, {limit}: {kernel} ({reason})"
+    yield f"weights of int8: {int8_kernels(device_type)[1]}"
 
 
 def _shown_device(device_type: str) -> tuple[int, str]:

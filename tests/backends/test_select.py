@@ -197,7 +197,7 @@ def test_backend_info_shows_the_kernels_and_why(machine, found, monkeypatch):
         "linear_dgrad bf16, fp16, up to 256 rows", "linear_dgrad bf16, fp16, more rows",
         "grouped_linear bf16, up to 16 rows of each expert", "grouped_linear bf16, up to 832 rows of each expert",
         "grouped_linear bf16, more rows of each expert", "grouped_linear_dgrad bf16, up to 416 rows of each expert",
-        "grouped_linear_dgrad bf16, more rows of each expert",
+        "grouped_linear_dgrad bf16, more rows of each expert", "weights of int8",
     ]  # fmt: skip
     assert all(line in str(info) for line in lines)
 
@@ -214,8 +214,9 @@ def test_info_says_of_which_device_the_rows_are(machine, found, cuda_library, mo
         ([(7, 5), (9, 0)], "the rows below are those of cuda:1, card (9, 0)", (1, (9, 0), 101)),
     ):
         machine(*capabilities)
-        lines = nf4.backend_info().kernels["cuda"]
+        *lines, of_int8 = nf4.backend_info().kernels["cuda"]
         assert [line.partition(";")[0] for line in lines] == [said][: bool(said)]
+        assert of_int8 == "weights of int8: triton, as the CUDA library has no kernel of them"
         assert set(asked) == {device}
         asked.clear()
     machine((9, 0), (9, 0))
@@ -239,7 +240,7 @@ def test_info_says_of_each_row_how_it_is_known(machine, found, cuda_library, mon
         tiles = native.cuda_tiles(cuda_library.handle, op)
         own = CudaOp(8, 100, tuple(Tile(tile, 32 << i) for i, tile in enumerate(tiles)))
         found(Found(Table("sm_90", "2026-11-29", cuda={op: own}), source))
-        lines = nf4.backend_info().kernels["cuda"]
+        *lines, _ = nf4.backend_info().kernels["cuda"]  # the last is of int8
         dtypes = "bf16" if op.startswith("grouped") else "bf16, fp16"
         measured = [f"{op} {dtypes}, {rows} ({source}, 2026-11-29)" for rows in ranges]
         assert [line for line in lines if "2026" in line] == measured
