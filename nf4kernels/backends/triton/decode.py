@@ -100,11 +100,12 @@ def decode_elements(
     dtype: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Ŵ at these flat indices [ROWS, COLUMNS], wherever blocks and bytes begin; 0 where the mask is off."""
+    byte = tl.load(packed + (index if packed.dtype.element_ty == tl.int8 else index >> 1), mask=mask, other=0)
+    if packed.dtype.element_ty != tl.int8:
+        nibble = tl.where(index % 2 == 0, byte.to(tl.int32) >> 4, byte.to(tl.int32) & 15)
     scale = block_scales(absmax, scale_absmax, scale_offset, scale_code, index >> block_shift, mask)
     if packed.dtype.element_ty == tl.int8:
-        value = tl.load(packed + index, mask=mask, other=0).to(tl.float32) * scale
+        value = byte.to(tl.float32) * scale
     else:
-        byte = tl.load(packed + (index >> 1), mask=mask, other=0).to(tl.int32)
-        nibble = tl.where(index % 2 == 0, byte >> 4, byte & 15)
         value = lookup(tl.load(code + tl.arange(0, 16)), nibble, ROWS, COLUMNS) * scale
     return tl.where(mask, value, 0.0).to(dtype)
