@@ -16,9 +16,11 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers.utils import logging
 
+from nf4kernels.model.memory import model_bytes
+
 from ..harness import commit, machine
 from . import table
-from .setting import Setting, Way, model_bytes
+from .setting import Setting, Way
 from .table import Record
 from .ways import WAYS
 

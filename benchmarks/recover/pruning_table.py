@@ -23,6 +23,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import nf4kernels as nf4
+from nf4kernels.model.memory import model_bytes
 from nf4kernels.recover import (
     MaskedLora,
     agreement,
@@ -102,9 +103,8 @@ class Table:
         self.keys = {tuple(json.loads(line)["key"]) for line in lines}
 
     def add(self, key: tuple, model: nn.Module, seconds: float) -> None:
-        tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
         words, prose = (agreement(model, self._reference, each) for each in (self._texts.words, self._texts.prose))
-        row = {"key": key, "bytes": sum(tensors.values()), "seconds": round(seconds, 1), "words": vars(words),
+        row = {"key": key, "bytes": model_bytes(model), "seconds": round(seconds, 1), "words": vars(words),
                "prose": vars(prose)}  # fmt: skip
         self.keys.add(key)
         with self._path.open("a", encoding="utf-8") as file:

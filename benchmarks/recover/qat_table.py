@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import nf4kernels as nf4
 from nf4kernels.demo.data import definitions
+from nf4kernels.model.memory import model_bytes
 from nf4kernels.recover import (
     activation_costs,
     agreement,
@@ -52,10 +53,6 @@ def divergence_from(teacher: nn.Module) -> Callable[[nn.Module, dict], Tensor]:
     return loss
 
 
-def nbytes(model: nn.Module) -> int:
-    return sum({t.data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}.values())
-
-
 class Table:
     def __init__(self, reference: nn.Module, held_out: Iterable) -> None:
         self.reference, self.held_out = reference, list(held_out)
@@ -64,7 +61,7 @@ class Table:
     def row(self, name: str, model: nn.Module, seconds: float = 0.0, found=None) -> None:
         found = found or agreement(model, self.reference, self.held_out)
         numbers = f"{found.loss:7.4f} {found.kl:7.4f} {found.top1:6.1%} {seconds:6.0f}"
-        print(f"{name:58} {nbytes(model) / 1e6:6.1f} {numbers}", flush=True)
+        print(f"{name:58} {model_bytes(model) / 1e6:6.1f} {numbers}", flush=True)
 
 
 def quantized(model: nn.Module, **options) -> nn.Module:

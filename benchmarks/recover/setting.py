@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nf4kernels.demo import smollm2
 from nf4kernels.model.heads import SKIP
-from nf4kernels.model.memory import address, nbytes
+from nf4kernels.model.memory import model_bytes
 from nf4kernels.model.plan import plan_layers
 from nf4kernels.model.training import training_dtype
 from nf4kernels.model.walk import get_submodule
@@ -137,12 +137,6 @@ class Setting:
         if windows.numel() < self.held_out:
             raise ValueError(f"a held-out text must have {self.held_out} tokens, got {windows.numel()}")
         return [{"input_ids": part} for part in windows.split(8)]
-
-
-def model_bytes(model: nn.Module) -> int:
-    """Of all parameters and buffers, each once."""
-    found = {address(tensor): nbytes(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    return sum(found.values())
 
 
 class Remembered(nn.Module):

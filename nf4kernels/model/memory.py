@@ -55,3 +55,8 @@ def shape(tensor: Tensor) -> tuple[int, ...]:
         return tuple(tensor.shape)
     except RuntimeError:  # nested; not initialized
         return ()
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Of all parameters and buffers, each place in memory once."""
+    return sum({address(tensor): nbytes(tensor) for tensor in (*model.parameters(), *model.buffers())}.values())

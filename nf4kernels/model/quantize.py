@@ -19,7 +19,7 @@ from ..nn.released import check_gathered
 from ..quantized_weight import WEIGHT_DTYPES, QuantizedExperts, QuantizedWeight
 from .dispatched import check_not_dispatched
 from .heads import SKIP
-from .memory import address, nbytes
+from .memory import model_bytes
 from .plan import check_container, parts, plan_layers, replace_module, unmatched
 from .report import QuantizedLayer, QuantizeReport, SkippedLayer
 from .sharded import check_whole
@@ -96,7 +96,7 @@ def quantize_model(
             if target.options.get("nonfinite", "raise") == "raise":
                 _check_finite(name, weight, who)
 
-    before = _model_bytes(model)
+    before = model_bytes(model)
     layers = []
     made = (rounding or _Nearest()).layers(model, targets, progress)
     with tqdm(total=len(targets), desc="quantize", unit="layer", disable=not progress) as bar:
@@ -108,7 +108,7 @@ def quantize_model(
                 name = expected.name
                 raise RuntimeError(f"{who}: layer {name} failed, those before it are replaced: {error}") from error
             bar.update()
-    return QuantizeReport(layers, skipped, before, _model_bytes(model))
+    return QuantizeReport(layers, skipped, before, model_bytes(model))
 
 
 def _check_arguments(model, skip, lora, quant_options, who: str) -> tuple[str, ...]:
@@ -122,11 +122,12 @@ def _check_arguments(model, skip, lora, quant_options, who: str) -> tuple[str, .
         raise ValueError(f"{who}: skip must match a layer, got {pattern!r}")
     if lora is not None and not isinstance(lora, LoraConfig):
         raise TypeError(f"{who}: lora must be a LoraConfig or None, got {type(lora).__name__}")
-    _check_options(lora, quant_options, who)
+    check_options(lora, quant_options, who)
     return skip
 
 
-def _check_options(lora, quant_options, who: str) -> None:
+def check_options(lora: LoraConfig | None, quant_options: Mapping[str, Any], who: str) -> None:
+    """TypeError or ValueError for what `QuantLinear.from_linear` would not take of a layer."""
     try:  # on meta every option is checked and nothing is computed
         QuantLinear.from_linear(nn.Linear(1, 1, device="meta"), lora, **quant_options)
     except (TypeError, ValueError) as error:
@@ -141,7 +142,7 @@ def _checked_plan(plan, lora, quant_options, who: str) -> Mapping[str, PlannedOp
     for name, options in plan.items():
         if options is not None:
             chosen = merged({"lora": lora, **quant_options}, options)
-            _check_options(chosen.pop("lora"), chosen, f"{who}: plan: {name}")
+            check_options(chosen.pop("lora"), chosen, f"{who}: plan: {name}")
     return plan
 
 
@@ -226,8 +227,3 @@ def squared_error(
         total += torch.linalg.vector_norm(part, dtype=torch.float64).item() ** 2
         error += torch.linalg.vector_norm(decoded.sub_(part), dtype=torch.float64).item() ** 2
     return error, total
-
-
-def _model_bytes(model: nn.Module) -> int:
-    tensors = {address(t): nbytes(t) for t in [*model.parameters(), *model.buffers()]}
-    return sum(tensors.values())

@@ -12,13 +12,12 @@ from ..autograd import outside_inference_mode
 from ..functional import quantize
 from ..model.dispatched import check_not_dispatched
 from ..model.heads import SKIP
-from ..model.memory import address, nbytes
+from ..model.memory import model_bytes
 from ..model.plan import check_container, plan_layers, replace_module, unmatched
-from ..model.quantize import squared_error
+from ..model.quantize import check_options, squared_error
 from ..model.report import QuantizedLayer, QuantizeReport
 from ..model.walk import get_submodule, inside, named_modules
 from ..nn.lora import LoraConfig
-from ..nn.quant_linear import QuantLinear
 from .batches import IGNORED, Batch, counted_rows, logits_in, run, targets
 from .fake_quantize import FakeQuantLinear, check_lora_merged
 
@@ -63,7 +62,7 @@ def prepare_qat(
         raise ValueError(f"{who}: skip must match a layer, got {pattern!r}")
     check_lora_merged(lora_merged, who)
     check_not_dispatched(model, who)
-    _check_options(quant_options, who)
+    check_options(None, quant_options, who)
     found, _ = plan_layers(model, (*SKIP, *skip), quant_options.get("block_size"))
     how = {name: value for name, value in quant_options.items() if name != "compute_dtype"}
     for name, *_ in found:
@@ -97,7 +96,7 @@ def convert_qat(model: nn.Module, progress: bool = True) -> QuantizeReport:
     who = "nf4kernels.recover.convert_qat"
     check_container(model, "model", who)
     model = inside(model)
-    before, layers = _bytes(model), []
+    before, layers = model_bytes(model), []
     for names, fake in tqdm(_prepared(model), desc="convert", unit="layer", disable=not progress):
         try:
             layer = fake.to_quant_linear()
@@ -107,7 +106,7 @@ def convert_qat(model: nn.Module, progress: bool = True) -> QuantizeReport:
         shape = tuple(fake.weight.shape)
         layers.append(QuantizedLayer(names[0], shape, fake.weight.nbytes, layer.nbytes, *errors))
         replace_module(model, names, fake, layer)
-    return QuantizeReport(layers, [], before, _bytes(model))
+    return QuantizeReport(layers, [], before, model_bytes(model))
 
 
 @outside_inference_mode
@@ -182,14 +181,3 @@ def _prepared(model: nn.Module) -> list[tuple[list[str], FakeQuantLinear]]:
         if isinstance(module, FakeQuantLinear):
             names.setdefault(module, []).append(name)
     return [(each, module) for module, each in names.items() if isinstance(module, FakeQuantLinear)]
-
-
-def _check_options(quant_options, who: str) -> None:
-    try:  # on meta every option is checked and nothing is computed
-        QuantLinear.from_linear(nn.Linear(1, 1, device="meta"), **quant_options)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{who}: {error}") from None
-
-
-def _bytes(model: nn.Module) -> int:
-    return sum({address(t): nbytes(t) for t in [*model.parameters(), *model.buffers()]}.values())

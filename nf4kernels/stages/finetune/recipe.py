@@ -26,6 +26,7 @@ from ...model.training import training_dtype
 from ...recover.plan import Plan
 from ..data.reading import Source
 from ..errors import StageError
+from ..recipe_file import read_yaml
 from .processes import in_time, meet, sharing
 
 LEARNING_RATE = 2e-4  # QLoRA's; TRL's 2e-5 is for training all weights
@@ -150,7 +151,8 @@ def read_recipe(config: Path | None, flags: Sequence[str], also: type | None = N
     Raises:
         StageError: the file is not a mapping, a name is unknown, or a value is none of its field's.
     """
-    settings = {} if config is None else _read_yaml(config)
+    stored = {} if config is None else read_yaml(config)
+    settings = {ALIASES.get(name) or name: value for name, value in stored.items()}
     parser = _parser(also)
     names = {action.dest for action in parser._actions if action.dest != SUPPRESS}
     where = f"--config {config}: "
@@ -184,18 +186,6 @@ def _parser(also: type | None = None) -> _Parser:
     for alias, name in ALIASES.items():
         parser.add_argument(f"--{alias}", dest=name, default=SUPPRESS, help=f"the same as --{name}")
     return parser
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise StageError(f"--config must be a YAML file, got {error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise StageError(f"--config must be a YAML file, got {path}: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-        raise StageError(f"--config must be a file of lines NAME: VALUE, got {path}")
-    return {ALIASES.get(name) or name: value for name, value in content.items()}
 
 
 def _check_name(name: str, names: set[str], where: str, shown: str | None = None) -> None:

@@ -6,10 +6,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from transformers import HfArgumentParser
 
 from ..errors import StageError
+from ..recipe_file import read_yaml
 
 Options = TypeVar("Options")
 
@@ -30,7 +30,7 @@ def read_options(
     aliases = aliases or {}
     parser = _parser(kind, aliases)
     known = {action.dest for action in parser._actions if action.dest != SUPPRESS}
-    settings = {} if config is None else _read_yaml(config)
+    settings = {} if config is None else read_yaml(config)
     for name in settings:
         if name not in known and name not in aliases:
             raise StageError(f"--config {config}: {_unknown(name, known)}")
@@ -59,18 +59,6 @@ def _parser(kind: Any, aliases: Mapping[str, str]) -> _Parser:
     for alias, name in aliases.items():
         parser.add_argument(f"--{alias}", dest=name, default=SUPPRESS, help=f"the same as --{name}")
     return parser
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise StageError(f"--config must be a YAML file, got {error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise StageError(f"--config must be a YAML file, got {path}: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-        raise StageError(f"--config must be a file of lines NAME: VALUE, got {path}")
-    return content
 
 
 def _as_flags(name: str, value: Any) -> list[str]:
