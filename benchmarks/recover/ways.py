@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 import nf4kernels as nf4
@@ -73,17 +74,18 @@ def trained(
 
 def rounded_while_trained(setting: Setting, seed: int, rate: float, against_teacher: bool) -> nn.Module:
     """Quantization-aware training of the weights, by labels or by the 16-bit model; then in 4 bits, bit for bit."""
-    model = setting.dense()
+    model = setting.dense().float()  # steps of this rate are less than bf16's rounding
     prepared = recover.prepare_qat(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.rpartition(".")[0] in prepared)
     batches = steps_of(setting, STEPS, seed)
-    if against_teacher:
-        recover.distill(model, setting.reference, batches, recover.Training(STEPS, rate, seed=seed))
-    else:
-        recover.qat_train(model, batches, learning_rate=rate, progress=False)
+    with torch.autocast("cpu", setting.dtype):
+        if against_teacher:
+            recover.distill(model, setting.reference, batches, recover.Training(STEPS, rate, seed=seed))
+        else:
+            recover.qat_train(model, batches, learning_rate=rate, progress=False)
     recover.convert_qat(model, progress=False)
-    return model
+    return model.to(setting.dtype)
 
 
 def planned(setting: Setting, seed: int, bits: float, drops: bool = False) -> nn.Module:
