@@ -24,7 +24,7 @@ from nf4kernels.recover import Agreement, agreement
 LENGTH = 128  # tokens of a window
 HELD_OUT = 4096  # tokens of each text
 HELD_DEFINITIONS, HELD_TOPICS = 400, 12  # the last ones, never trained on
-DRAWN = 1024  # windows
+DRAWN = 400  # windows
 Batches = list[dict[str, Tensor]]
 
 

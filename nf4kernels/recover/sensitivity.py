@@ -19,7 +19,7 @@ from ..model.plan import replace_module
 from ..model.walk import get_submodule
 from ..nn.quant_linear import QuantLinear
 from ..storage.atomic import write_json
-from .agreement import CHUNK, evaluating
+from .agreement import evaluating, summed_divergence
 from .batches import Batch, counted_rows, logits_in, run
 from .candidates import DROPPED, Candidate, aliases_of, default_candidates, layer_names
 
@@ -230,9 +230,7 @@ def divergence(model: nn.Module, batches: Sequence[Batch], references: Sequence[
     for batch, reference in zip(batches, references):
         logits = counted_rows(logits_in(run(model, batch)), batch)
         rows += len(logits)
-        for theirs, ours in zip(reference.split(CHUNK), logits.split(CHUNK)):
-            p, q = theirs.float().log_softmax(-1), ours.float().log_softmax(-1)
-            total += functional.kl_div(q, p, reduction="none", log_target=True).sum(-1).double().sum().item()
+        total += summed_divergence(reference, logits)
     return max(total / rows, 0.0) if not math.isnan(total) else math.inf
 
 

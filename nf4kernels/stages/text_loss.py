@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .errors import StageError
 
 BATCH_TOKENS = 1024
-CHUNK = 256  # tokens whose log-probabilities are in fp32 at a time
+CHUNK = 64  # tokens whose log-probabilities are in fp32 at a time
 LONGEST_TOKEN = 64  # characters: so many times the tokens wanted, and no more of a text is tokenized
 
 

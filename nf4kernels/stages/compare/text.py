@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from ...model.report import table
+from ...recover.agreement import summed_divergence
 from ..errors import StageError
 from ..text_loss import (
-    CHUNK,
     LONGEST_TOKEN,
     Batch,
     batches_of,
@@ -160,17 +160,8 @@ def compare_model(
             for batch, reference in zip(batches, references):
                 logits = logits_of(model, batch)
                 loss += summed_losses(logits, targets_of(batch))
-                kl += _divergences(reference, logits)
+                kl += summed_divergence(reference, logits)
                 agree += int((reference.argmax(-1) == logits.argmax(-1)).sum())
             measured = (loss / tokens, kl / tokens, agree / tokens)
             rows.append(Row(variant, bits, rms_error, *measured, time.perf_counter() - began))
     return Comparison(tokens, dense.layers, dense.weights, dense_loss, rows)
-
-
-def _divergences(reference: Tensor, logits: Tensor) -> float:
-    """The sum of KL(reference || logits) over tokens: log-softmax in fp32, sums over tokens in fp64."""
-    total = 0.0
-    for left, right in zip(reference.split(CHUNK), logits.split(CHUNK)):
-        p, q = left.float().log_softmax(-1), right.float().log_softmax(-1)
-        total += (p.exp() * (p - q)).sum(-1).double().sum().item()
-    return total
