@@ -24,7 +24,7 @@ from ...storage.convert import ConversionError, Words, check_outside, check_targ
 from ...storage.model_directory import ModelOf
 from ..causal_model import load_causal_model, load_tokenizer
 from ..errors import StageError, first_line
-from .retraining import Texts, Training, Windows, retrain
+from .retraining import Retraining, Texts, Windows, retrain
 
 WORDS = Words("recover prune", "--model", "--output_dir", "--skip", "--overwrite")
 STATE = "prune.json"  # in the directory of a run that is under way: what was asked for, and the steps that are done
@@ -105,7 +105,7 @@ def prune(options: PruneOptions, model_of: ModelOf | None = None) -> Pruned:
     how = Windows(options.tokens, options.length, options.batch)
     texts = Texts(options.text, options.held_out, how, options.retrain, tokenizer, model.device)
     teacher = _load(source) if options.retrain or texts.held_out else None
-    training = Training(options.retrain, options.learning_rate, options.lora_r)
+    training = Retraining(options.retrain, options.learning_rate, options.lora_r)
     torch.manual_seed(options.seed)
     try:
         final = _final_share(options)
@@ -117,7 +117,7 @@ def prune(options: PruneOptions, model_of: ModelOf | None = None) -> Pruned:
                 masks = _pruned(model, options, structure, share, texts, not several)
                 bar.update()
                 if options.retrain:
-                    batches = texts.drawn(options.retrain, options.batch, options.seed + step)
+                    batches = list(texts.drawn(options.retrain, options.batch, options.seed + step))
                     retrain(model, teacher, masks, training, batches, bar)
                 if step + 1 < options.steps:
                     _keep(model, options, source, out, step + 1)

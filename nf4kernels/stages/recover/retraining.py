@@ -1,19 +1,17 @@
 """A short training towards the model as it was, of adapters that are merged under masks, and the text for it."""
 
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from tqdm import tqdm
-from transformers import get_cosine_schedule_with_warmup
 
 from ...nn.lora import LoraConfig
-from ...recover.batches import counted_rows
+from ...recover.distill import Training, distill
 from ...recover.pruning.retraining import MaskedLora
 from ..errors import StageError
 from ..text_loss import LONGEST_TOKEN, read_documents, windows
@@ -31,7 +29,7 @@ class Windows:
 
 
 @dataclass(frozen=True)
-class Training:
+class Retraining:
     """steps of an optimizer; rank: of the adapters."""
 
     steps: int
@@ -86,29 +84,23 @@ def _read(file: str, tokenizer: Any, length: int, tokens: int) -> list[list[int]
 
 
 def retrain(
-    model: Any, teacher: Any, masks: Mapping[str, Tensor | None], how: Training, batches: Iterable[dict], bar: tqdm
+    model: Any, teacher: Any, masks: Mapping[str, Tensor | None], how: Retraining, batches: Sequence[Any], bar: tqdm
 ) -> None:
     """Train KL(teacher || model) on the batches, by adapters that are merged under the masks.
 
     Raises:
         StageError: it is not finite; the model is then as it was.
     """
-    adapters = MaskedLora(model, masks, LoraConfig(r=how.rank))
-    optimizer = torch.optim.AdamW(adapters.parameters(), how.learning_rate, weight_decay=0.0)
-    schedule = get_cosine_schedule_with_warmup(optimizer, round(WARMUP * how.steps), how.steps)
-    for batch in batches:
-        with torch.no_grad():
-            wanted = counted_rows(teacher(**batch).logits, batch).float().log_softmax(-1)
-        found = counted_rows(model(**batch).logits, batch).float().log_softmax(-1)
-        loss = functional.kl_div(found, wanted, reduction="batchmean", log_target=True)
-        if not loss.isfinite():
-            adapters.remove()
-            raise StageError(f"--learning_rate must leave the loss finite, got {how.learning_rate} and {loss.item()}")
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(adapters.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        bar.set_postfix(KL=f"{loss.item():.3f}")
+
+    def told(step: int, losses: dict[str, float]) -> None:
+        bar.set_postfix(KL=f"{losses['loss']:.3f}")
         bar.update()
+
+    adapters = MaskedLora(model, masks, LoraConfig(r=how.rank))
+    training = Training(how.steps, how.learning_rate, WARMUP, shuffle=False)
+    try:
+        distill(model, teacher, batches, training, callback=told)
+    except ValueError as error:
+        adapters.remove()
+        raise StageError(f"--learning_rate must leave the loss finite, got {how.learning_rate}: {error}") from error
     adapters.merge()
