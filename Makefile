@@ -54,10 +54,10 @@ check: $(VENV)/.installed-test $(VENV)/.built
 	$(PYTEST) --dist worksteal -q -m "not slow" $(or $(CHECKED),-k "$(K)")
 
 test: $(VENV)/.installed-test $(VENV)/.built
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow" --durations=15 --durations-min=20
 
 test-slow: $(VENV)/.installed-test $(VENV)/.built
-	$(PYTEST) -m slow
+	$(PYTEST) -m slow --durations=15 --durations-min=20
 
 test-oldest:
 	$(MAKE) VENV=$(OLDEST) $(OLDEST)/.installed-test-oldest $(OLDEST)/.built

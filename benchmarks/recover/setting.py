@@ -47,6 +47,7 @@ class Setting:
 
     def __init__(self, cache: Path, length: int = LENGTH, held_out: int = HELD_OUT) -> None:
         self.directory, self.length, self.held_out = smollm2.fetch(cache), length, held_out
+        self.sensitivity = cache / "sensitivity.json"  # of the layers, which all plans are made of
         self.dtype = training_dtype(torch.device("cpu"))
         self.tokenizer: Any = AutoTokenizer.from_pretrained(self.directory)
 

@@ -16,7 +16,7 @@ from .setting import Way
 
 CSV = RESULTS / "recover.csv"
 GUIDE = ROOT / "docs" / "recover.md"
-MARKED = re.compile(r"<!-- recover -->\n.*?\n<!-- end of recover -->", flags=re.DOTALL)
+MARKED = re.compile(r"(?<=<!-- recover -->\n).*?(?=<!-- end of recover -->)", flags=re.DOTALL)
 BASE, PLAIN = "bf16", "NF4"  # what a gap is between
 
 
@@ -93,4 +93,8 @@ def table(records: list[Record], ways: Iterable[Way]) -> str:
 
 
 def with_table(text: str, section: str) -> str:
-    return MARKED.sub(lambda _: f"<!-- recover -->\n{section}\n<!-- end of recover -->", text)
+    """The guide with `section` between its marks; ValueError where it has none."""
+    made, count = MARKED.subn(lambda _: f"{section}\n", text)
+    if count != 1:
+        raise ValueError(f"the guide must have one place for the table, got {count}")
+    return made

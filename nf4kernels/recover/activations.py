@@ -160,13 +160,13 @@ def activation_costs(
         ways += [(f"{name}, {percentile} %", options, cut) for name, options, _ in ways if "mode" in options]
     for name, options, ranges in ways:
         given = ranges if "mode" in options else None
-        rounded = _Rounded(model, {"bits": bits, "skip": skip, "ranges": given, **options})
+        rounded = RoundedInputs(model, {"bits": bits, "skip": skip, "ranges": given, **options})
         found[name] = agreement(rounded, reference, batches)
     return found
 
 
-class _Rounded(nn.Module):
-    """The model with rounded activations in its own calls alone: the reference may be the same module."""
+class RoundedInputs(nn.Module):
+    """The model in `quantized_activations(**options)` in its own calls alone: the reference may be the same module."""
 
     def __init__(self, model: nn.Module, options: Mapping[str, Any]) -> None:
         super().__init__()

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
 from torch import nn
 
 from ..model.plan import replace_module
@@ -170,6 +168,9 @@ def solve(options: Sequence[Option], costs: Sequence[float], limits: Sequence[Li
     The solver takes a sum for within a limit that is above it by 1e-6 of the largest size; then the limit is lowered by
     as much.
     """
+    from scipy.optimize import Bounds, LinearConstraint, milp  # 0.13 s, which only a plan is to cost
+    from scipy.sparse import csr_array
+
     names = list(dict.fromkeys(name for option in options for name in option.layers))
     row = {name: index for index, name in enumerate(names)}
     places = [(row[name], column) for column, option in enumerate(options) for name in option.layers]

@@ -47,4 +47,13 @@ def test_every_way_has_a_name_of_its_own_and_every_row_a_way():
 
 def test_the_guide_shows_the_rows_as_they_are():
     text = table.GUIDE.read_text(encoding="utf-8")
+    assert "\n| NF4 " in text
     assert table.with_table(text, table.table(table.read(), WAYS)) == text
+
+
+def test_a_table_takes_the_place_of_an_older_one_or_of_none():
+    begin, end = "a\n<!-- recover -->\n", "<!-- end of recover -->\nb\n"
+    for old in ("", "| old |\n"):
+        assert table.with_table(begin + old + end, "| new |") == f"{begin}| new |\n{end}"
+    with pytest.raises(ValueError, match="one place for the table, got 0"):
+        table.with_table("a\nb\n", "| new |")
