@@ -1,4 +1,4 @@
-"""nf4kernels compare: what each 4-bit data type costs a model, on a text, on tasks, and after LoRA."""
+"""nf4kernels compare: what each data type costs a model, on a text, on tasks, and after LoRA."""
 
 import argparse
 import json
@@ -22,7 +22,7 @@ NEEDED_TO_TUNE = ("transformers", "peft", "accelerate", "trl", "datasets", "matp
 def add_parser(subparsers) -> None:
     parser = subparsers.add_parser(
         "compare",
-        help="loss, KL and agreement of 4-bit data types, on your model and text",
+        help="loss, KL and agreement of the data types, on your model and text",
         usage="nf4kernels compare MODEL [--text FILE] [--tasks NAME ...] [--finetune DATA ... --output DIR] [options]",
         description="Quantizes the dense model in MODEL in each way asked for and measures what that costs. --text "
         "runs it on a text: held-out loss in nats a token, KL to the dense model, and how often both find the same "
@@ -59,7 +59,7 @@ def _add_variants(parser: argparse.ArgumentParser) -> None:
         f"{' '.join(SCALES_OF_TEXT)}; of --finetune the recipe's)",
     )  # fmt: skip
     parser.add_argument("--no-double-quant", action="store_true", help="the same as --scales float32")
-    parser.add_argument("--all", action="store_true", help="every codebook, block size and kind of scale: 110 variants")
+    parser.add_argument("--all", action="store_true", help="every codebook, block size and kind of scale: 137 variants")
 
 
 def _add_text(group: Any) -> None:

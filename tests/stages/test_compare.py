@@ -80,7 +80,7 @@ def test_dense_weights_come_back(directory):
 
 def test_every_variant():
     every = variants(CODEBOOKS, BLOCK_SIZES, SCALES)
-    assert len(every) == len(set(every)) == 4 * 9 * 3 + 2
+    assert len(every) == len(set(every)) == 5 * 9 * 3 + 2
     for variant in every:
         weight = nf4kernels.quantize(torch.ones(1, 4096), **variant.quantize_options())
         assert (weight.codebook, weight.block_size) == (variant.codebook, variant.block_size)

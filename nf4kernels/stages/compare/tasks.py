@@ -1,4 +1,4 @@
-"""What 4-bit data types cost a model on tasks: lm-evaluation-harness's metrics of the dense model and each variant."""
+"""What data types cost a model on tasks: lm-evaluation-harness's metrics of the dense model and each variant."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What 4-bit data types cost a model on a text: loss, KL to the dense model and top-1 agreement, a variant a row."""
+"""What data types cost a model on a text: loss, KL to the dense model and top-1 agreement, a variant a row."""
 
 import math
 import time

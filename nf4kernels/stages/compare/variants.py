@@ -8,7 +8,7 @@ from ...codebook import DOUBLE_QUANT_CODEBOOKS, FORMATS
 from ...quantized_weight import BLOCK_SIZES
 from ..errors import StageError
 
-CODEBOOKS = ("nf4", "fp4", "int4", "af4", "mxfp4", "nvfp4")
+CODEBOOKS = ("nf4", "fp4", "int4", "af4", "mxfp4", "nvfp4", "int8")
 SCALES = (*DOUBLE_QUANT_CODEBOOKS, "float32")  # double quantization by that codebook, or none
 
 
