@@ -8,7 +8,7 @@ from ..errors import check_cpu_computes, check_installed
 
 VERB = "recover round"
 NEEDED = ("transformers",)
-METHODS = ("gptq", "awq", "awq+gptq", "search")
+METHODS = ("gptq", "awq", "awq+gptq", "search", "levels", "gptq+levels")
 
 
 def add_parser(actions) -> None:
@@ -17,7 +17,8 @@ def add_parser(actions) -> None:
         help="a model to 4 bits by calibration on a text, with less lost in the same bytes",
         description="Quantize the dense model in IN_DIR with levels chosen by how the model reads --text, and write "
         "it to OUT_DIR, which has as many bytes as nf4kernels quantize writes. gptq makes up for each column's error "
-        "in the columns after it; awq scales columns that large inputs meet; search looks for block scales. The text "
+        "in the columns after it; awq scales columns that large inputs meet; search looks for block scales; levels "
+        "fits each layer 16 levels of its own. The text "
         "should be of the kind that the model is for: several files are read in equal parts. The whole dense model is "
         "in memory. OUT_DIR appears when it is complete, or not at all.",
     )

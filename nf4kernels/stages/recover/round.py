@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...integrations.transformers import Nf4Config, Nf4Quantizer
 from ...model.quantize import quantize_model
 from ...model.report import QuantizeReport
+from ...model.walk import named_modules
+from ...nn.quant_linear import QuantLinear
 from ...recover.roundings import Awq, CalibratedRounding, Gptq, ScaleSearch
 from ...storage.atomic import replacing_directory
 from ...storage.convert import ConversionError, Words, check_outside, check_target, copy_rest
@@ -24,6 +26,8 @@ METHODS: Mapping[str, Callable[[Batches], CalibratedRounding]] = {
     "awq": Awq,
     "awq+gptq": lambda batches: Awq(batches, Gptq(scales="search")),
     "search": ScaleSearch,
+    "levels": lambda batches: ScaleSearch(batches, scales="absmax", levels="kmeans"),
+    "gptq+levels": lambda batches: Gptq(batches, scales="search", levels="kmeans"),
 }
 
 
@@ -84,12 +88,18 @@ def round_directory(in_dir: Path, out_dir: Path, options: RoundOptions, progress
     except (TypeError, ValueError, RuntimeError) as error:
         raise StageError(first_line(error).removeprefix("nf4kernels.quantize_model: ")) from None
     model.config.use_cache = uses_cache
-    quantizer = Nf4Quantizer(Nf4Config(**quant_options, skip=options.skip))
+    quantizer = Nf4Quantizer(Nf4Config(**quant_options, skip=options.skip, plan=_own_levels(model)))
     model.hf_quantizer, model.config.quantization_config = quantizer, quantizer.quantization_config
     with replacing_directory(out_dir) as staging:
         model.save_pretrained(staging)
         copy_rest(in_dir, staging)
     return report
+
+
+def _own_levels(model: nn.Module) -> dict[str, dict[str, list[float]]]:
+    """name -> the 16 levels of each layer that has its own."""
+    weights = {name: module.qweight for name, module in named_modules(model) if isinstance(module, QuantLinear)}
+    return {name: {"codebook": each.code.tolist()} for name, each in weights.items() if each.codebook == "custom"}
 
 
 def _windows(file: Path, tokenizer: Any, options: RoundOptions) -> list[list[int]]:
