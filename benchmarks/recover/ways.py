@@ -10,6 +10,7 @@ from nf4kernels.recover.activations import TABLE
 
 from .makers import (
     RANK,
+    STEPS,
     Options,
     cut,
     dense,
@@ -66,8 +67,11 @@ WAYS = (
     *(Way(f"LoRA, {name}", "distill", partial(distilled, loss=loss), SEEDS) for name, loss in LOSSES),
     Way(f"LoRA, KL, {LONG_STEPS} steps", "distill", partial(distilled, steps=LONG_STEPS), SEEDS),
     Way("LoRA, KL, text drawn from bf16", "distill", partial(distilled, drawn=True), SEEDS),
-    Way("GPTQ + scales, both texts, then LoRA, KL", "distill",
-        partial(distilled, make=partial(recover.Gptq, scales="search"), mixed=True), SEEDS),
+    *(
+        Way(f"GPTQ + scales searched{where}, then LoRA, KL{'' if steps == STEPS else f', {steps} steps'}", "distill",
+            partial(distilled, make=partial(recover.Gptq, scales="search"), mixed=bool(where), steps=steps), SEEDS)
+        for where, steps in (("", STEPS), (", both texts", STEPS), ("", LONG_STEPS))
+    ),
     Way("QAT, labels", "qat", partial(rounded_while_trained, rate=2e-5, against_teacher=False), SEEDS),
     Way("QAT, KL", "qat", partial(rounded_while_trained, rate=2e-5), SEEDS),
     Way("QAT of merged LoRA, KL", "qat", partial(rounded_while_trained, rate=2e-4, is_adapted=True), SEEDS),
