@@ -1,6 +1,6 @@
 """What is done to the 16-bit model: functions of the setting and a seed, that `ways` has the choices for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -8,8 +8,9 @@ from torch import nn
 
 import nf4kernels as nf4
 from nf4kernels import recover
-from nf4kernels.recover import Contrastive, Cosine, DistillLoss, Hint
+from nf4kernels.recover import Candidate, Contrastive, Cosine, DistillLoss, Hint
 from nf4kernels.recover.activations import RoundedInputs
+from nf4kernels.recover.sensitivity import Method
 
 from .setting import Batches, Setting
 
@@ -110,18 +111,28 @@ def of_low_rank(setting: Setting, seed: int, share: float, is_rounded: bool) -> 
     return model
 
 
-def planned(setting: Setting, seed: int, bits: float) -> nn.Module:
-    """The plan that loses least by the layers' own KL (measured for NF4, told by Fisher's information for the others);
-    blocks may be dropped."""
+def sensitivities(
+    setting: Setting, candidates: Sequence[Candidate] | None = None, method: Method = "scaled", drops: bool = True
+) -> recover.Sensitivities:
+    """Of the layers in float32; the default's are kept in a file."""
     model = setting.dense().float()
     names = list(recover.candidates.layer_names(model))
     batches = setting.batches(setting.train, 4, 1)
-    found = recover.sensitivity(
-        model, batches, groups=recover.layers_of_one_input(model, batches[0], names),
-        drops=recover.blocks_of(model, names), method="scaled", path=setting.sensitivity, dense_dtype=setting.dtype,
+    return recover.sensitivity(
+        model, batches, candidates, recover.layers_of_one_input(model, batches[0], names),
+        recover.blocks_of(model, names) if drops else (), method=method, dense_dtype=setting.dtype,
+        path=setting.sensitivity if candidates is None else None,
     )  # fmt: skip
+
+
+def planned(setting: Setting, seed: int, bits: float, make: Callable[[Batches], Any] | None = None) -> nn.Module:
+    """The plan that loses least by the layers' own KL (measured for NF4, told by Fisher's information for the others);
+    blocks may be dropped. With `make` of a rounding it is rounded by that."""
+    plan = recover.make_plan(sensitivities(setting), bits)
+    if make is not None:
+        return rounded(setting, seed, make, plan=plan)
     model = setting.dense()
-    recover.apply_plan(model, recover.make_plan(found, bits), progress=False)
+    recover.apply_plan(model, plan, progress=False)
     return model
 
 

@@ -28,6 +28,13 @@ from .setting import Way
 
 SEEDS = (0, 1, 2)
 LONG_STEPS = 500
+PLANS = (5.0, 4.5, 4.144, 4.03, 3.5)  # bits a weight: 4.144 are NF4's, and 4.02 the least without dropping
+
+
+def plan_name(bits: float) -> str:
+    return f"plan at {bits} bits"
+
+
 ROUNDINGS: Sequence[tuple[str, Options]] = (
     ("scales searched", {"make": lambda batches: recover.ScaleSearch()}),
     ("scales searched by inputs", {"make": recover.ScaleSearch}),
@@ -78,7 +85,12 @@ WAYS = (
     *(Way(f"NF4, inputs {name}", "inputs", partial(with_integer_inputs, **options)) for name, options in TABLE.items()),
     Way("NF4, inputs static, symmetric, 99.9 %", "inputs",
         partial(with_integer_inputs, mode="static", percentile=99.9)),
-    *(Way(f"plan at {bits} bits", "plan", partial(planned, bits=bits)) for bits in (5.0, 4.5, 4.144, 4.03, 3.5)),
+    *(Way(plan_name(bits), "plan", partial(planned, bits=bits)) for bits in PLANS),
+    *(
+        Way(f"{plan_name(bits)}, GPTQ + scales searched", "plan",
+            partial(planned, bits=bits, make=partial(recover.Gptq, scales="search")))
+        for bits in (4.5, 4.144)
+    ),
     Way("NF4, blocks of 4096", "plan", partial(rounded, block_size=4096)),
     Way("low rank by inputs, half of the bytes", "plan", partial(of_low_rank, share=0.5, is_rounded=False)),
     Way("low rank by inputs, half of the bytes, then NF4", "plan", partial(of_low_rank, share=0.5, is_rounded=True)),

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ..quantized_weight import BLOCK_SIZES, INT8
-from ..recover.plan import Plan
+from ..stages.plan_file import read_plan
 from ..storage.convert import SKIP, Conversion, ConversionError, Words, convert_directory
 from .errors import CommandError, check_cpu_computes
 from .meta_model import meta_model
@@ -58,7 +58,7 @@ def add_parser(subparsers) -> None:
 
 def run(args: argparse.Namespace) -> None:
     check_cpu_computes("quantize")
-    plan = None if args.plan is None else _read_plan(args.plan)
+    plan = read_plan(args.plan)
     try:
         conversion = convert_directory(
             args.in_dir, args.out_dir, args.codebook, args.block_size, not args.no_double_quant, args.scale_codebook,
@@ -69,18 +69,6 @@ def run(args: argparse.Namespace) -> None:
     except OSError as error:
         raise CommandError(f"quantize: {error}") from error
     _print_summary(conversion, args)
-
-
-def _read_plan(path: Path) -> Plan:
-    try:
-        plan = Plan.load(path)
-    except ValueError as error:
-        raise CommandError(f"quantize: --plan: {error}") from None
-    for name, candidate in plan.layers.items():
-        if not candidate.is_plain:
-            expected = "--plan must leave each layer one layer (nf4kernels.recover.apply_plan does others)"
-            raise CommandError(f"quantize: {expected}, got {name}: {candidate.name}")
-    return plan
 
 
 def _print_summary(conversion: Conversion, args: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ from support.compared_model import TEXT, small_model, transformers
 import nf4kernels as nf4
 from nf4kernels.cli import main
 from nf4kernels.cli.recover import round as command
-from nf4kernels.recover import agreement
+from nf4kernels.recover import Candidate, Plan, agreement
 from nf4kernels.stages.recover import round as stage
 from nf4kernels.stages.recover.round import METHODS
 from nf4kernels.stages.text_loss import batches_of
@@ -52,6 +52,19 @@ def test_the_directory_holds_the_model_that_the_rounding_makes(paths, method, ca
         assert agreement(made, dense, batches).kl < 0.7 * agreement(plain, dense, batches).kl
 
 
+def test_a_plan_and_a_rounding_go_together(paths):
+    names = [f"model.layers.0.mlp.{each}_proj" for each in ("gate", "up", "down")]
+    chosen = Candidate({"codebook": "int8"}), Candidate({"codebook": "nf4", "block_size": 32}), Candidate()
+    Plan(dict(zip(names, chosen)), 1, 1, 0.0).save(paths / "plan.json")
+    assert run(paths, "--method", "gptq+levels", "--plan", str(paths / "plan.json")) == 0
+    made = transformers.AutoModelForCausalLM.from_pretrained(paths / "out")
+    gate, up, down = (made.get_submodule(name) for name in names)
+    assert (gate.qweight.codebook, up.qweight.codebook, up.qweight.block_size) == ("int8", "custom", 32)
+    assert isinstance(down, torch.nn.Linear)
+    others = [m.qweight for m in made.modules() if isinstance(m, nf4.QuantLinear) and m not in (gate, up)]
+    assert {(each.codebook, each.block_size) for each in others} == {("custom", 64)}
+
+
 def test_choices_are_the_stage_s():
     assert set(command.METHODS) == set(METHODS)
 
@@ -62,6 +75,7 @@ def test_choices_are_the_stage_s():
         (["--tokens", "0"], "--tokens must be at least 1, got 0"),
         (["--length", "1"], "--length must be at least 2, got 1"),
         (["--skip", "nothing"], "skip must match a layer, got 'nothing'"),
+        (["--plan", "gone.json"], "--plan: nf4kernels.recover.Plan: path must be a file that can be read"),
         (["--text", "gone.txt"], "--text must be a file that can be read"),
     ],
 )

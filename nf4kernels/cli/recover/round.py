@@ -40,6 +40,10 @@ def add_parser(actions) -> None:
         "--skip", metavar="PATTERN", action="append", default=[],
         help="leave these layers dense: a name, a part of it, or a pattern",
     )  # fmt: skip
+    parser.add_argument(
+        "--plan", metavar="PLAN.json", type=Path,
+        help="of nf4kernels recover plan: options layer by layer; the flags above are for what it does not name",
+    )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace OUT_DIR if it holds a model")
     parser.set_defaults(func=run)
 
@@ -51,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
 
     options = RoundOptions(
         args.method, args.text, args.tokens, args.length, args.codebook, args.block_size, not args.no_double_quant,
-        args.scale_codebook, args.skip, args.overwrite,
+        args.scale_codebook, args.skip, args.plan, args.overwrite,
     )  # fmt: skip
     report = round_directory(args.in_dir, args.out_dir, options)
     print(report.summary().split("\n\n")[0])

@@ -23,9 +23,9 @@ from trl import ModelConfig, SFTConfig, TrlParser
 from ...codebook import CODEBOOKS
 from ...integrations.transformers import Nf4Config
 from ...model.training import training_dtype
-from ...recover.plan import Plan
 from ..data.reading import Source
 from ..errors import StageError
+from ..plan_file import read_plan
 from ..recipe_file import read_yaml
 from .processes import in_time, meet, sharing
 
@@ -248,7 +248,7 @@ def _recipe(values: dict[str, Any], given: dict[str, Any], needs_data: bool) -> 
     try:
         quantization = None if values["codebook"] == DENSE else Nf4Config(
             values["codebook"], values["block_size"], values["double_quant"], values["scale_codebook"],
-            skip=values["skip"] or (), plan=_plan(values["plan"]),
+            skip=values["skip"] or (), plan=read_plan(values["plan"]),
         )  # fmt: skip
         model = ModelConfig(**_of(ModelConfig, values))
         with (
@@ -269,21 +269,6 @@ def _recipe(values: dict[str, Any], given: dict[str, Any], needs_data: bool) -> 
     sources = [Source(Path(path), weight) for path, weight in zip(values["data"], weights)]
     split_seed = training.seed if values["split_seed"] is None else values["split_seed"]
     return Recipe(training, model, lora, quantization, sources, held_out, split_seed, dtype, given, is_answers_only)
-
-
-def _plan(path: str | None) -> Plan | None:
-    """None for none; StageError for one that asks for more than options of quantize."""
-    if path is None:
-        return None
-    try:
-        plan = Plan.load(path)
-    except ValueError as error:
-        raise StageError(f"--plan: {error}") from None
-    for name, candidate in plan.layers.items():
-        if not candidate.is_plain or "lora" in (candidate.options or {}):
-            raise StageError(f"--plan must have layers without adapters, none dropped or of low rank, got {name}:"
-                             f" {candidate.name}")  # fmt: skip
-    return plan
 
 
 def _package_of(optimizer: str) -> str | None:

@@ -17,6 +17,7 @@ from ...storage.atomic import replacing_directory
 from ...storage.convert import ConversionError, Words, check_outside, check_target, copy_rest
 from ..causal_model import load_causal_model, load_tokenizer
 from ..errors import StageError, first_line
+from ..plan_file import read_plan
 from ..text_loss import LONGEST_TOKEN, batches_of, read_documents, windows
 
 WORDS = Words("recover round", "IN_DIR", "OUT_DIR", "--skip", "--overwrite")
@@ -40,6 +41,7 @@ class RoundOptions:
         text: files as `read_documents` takes them, of which the same number of tokens is read.
         tokens, length: of all texts together, and of a window.
         codebook, block_size, double_quant, scale_codebook, skip: as in `nf4kernels.quantize_model`.
+        plan: a file of `nf4kernels recover plan`, whose options go before these.
         overwrite: replace a model that is there.
     """
 
@@ -52,6 +54,7 @@ class RoundOptions:
     double_quant: bool = True
     scale_codebook: str = "e4m3"
     skip: Sequence[str] = ()
+    plan: Path | None = None
     overwrite: bool = False
 
 
@@ -73,6 +76,7 @@ def round_directory(in_dir: Path, out_dir: Path, options: RoundOptions, progress
         check_target(out_dir, options.overwrite, WORDS)
     except ConversionError as error:
         raise StageError(str(error).removeprefix(f"{WORDS.who}: ")) from None
+    plan = read_plan(options.plan)
     tokenizer = load_tokenizer([in_dir])
     found = [window for file in options.text for window in _windows(file, tokenizer, options)]
     model = load_causal_model(in_dir, dense=True).eval()
@@ -84,11 +88,11 @@ def round_directory(in_dir: Path, out_dir: Path, options: RoundOptions, progress
     model.config.use_cache, uses_cache = False, model.config.use_cache
     try:
         rounding = METHODS[options.method](batches)
-        report = quantize_model(model, options.skip, progress=progress, rounding=rounding, **quant_options)
+        report = quantize_model(model, options.skip, plan=plan, rounding=rounding, progress=progress, **quant_options)
     except (TypeError, ValueError, RuntimeError) as error:
         raise StageError(first_line(error).removeprefix("nf4kernels.quantize_model: ")) from None
     model.config.use_cache = uses_cache
-    quantizer = Nf4Quantizer(Nf4Config(**quant_options, skip=options.skip, plan=_own_levels(model)))
+    quantizer = Nf4Quantizer(Nf4Config(**quant_options, skip=options.skip, plan=_own_options(model, plan or {})))
     model.hf_quantizer, model.config.quantization_config = quantizer, quantizer.quantization_config
     with replacing_directory(out_dir) as staging:
         model.save_pretrained(staging)
@@ -96,10 +100,13 @@ def round_directory(in_dir: Path, out_dir: Path, options: RoundOptions, progress
     return report
 
 
-def _own_levels(model: nn.Module) -> dict[str, dict[str, list[float]]]:
-    """name -> the 16 levels of each layer that has its own."""
-    weights = {name: module.qweight for name, module in named_modules(model) if isinstance(module, QuantLinear)}
-    return {name: {"codebook": each.code.tolist()} for name, each in weights.items() if each.codebook == "custom"}
+def _own_options(model: nn.Module, plan: Mapping[str, Mapping[str, Any] | None]) -> dict[str, dict[str, Any] | None]:
+    """A plan, with the 16 levels of each layer that a rounding gave its own."""
+    own = {name: None if options is None else dict(options) for name, options in plan.items()}
+    for name, module in named_modules(model):
+        if isinstance(module, QuantLinear) and module.qweight.codebook == "custom":
+            own[name] = {**(own.get(name) or {}), "codebook": module.qweight.code.tolist()}
+    return own
 
 
 def _windows(file: Path, tokenizer: Any, options: RoundOptions) -> list[list[int]]:
