@@ -75,9 +75,14 @@ WAYS = (
     Way(f"LoRA, KL, {LONG_STEPS} steps", "distill", partial(distilled, steps=LONG_STEPS), SEEDS),
     Way("LoRA, KL, text drawn from bf16", "distill", partial(distilled, drawn=True), SEEDS),
     *(
-        Way(f"GPTQ + scales searched{where}, then LoRA, KL{'' if steps == STEPS else f', {steps} steps'}", "distill",
-            partial(distilled, make=partial(recover.Gptq, scales="search"), mixed=bool(where), steps=steps), SEEDS)
-        for where, steps in (("", STEPS), (", both texts", STEPS), ("", LONG_STEPS))
+        Way(f"GPTQ + scales searched{where}, then LoRA, KL", "distill",
+            partial(distilled, make=partial(recover.Gptq, scales="search"), mixed=bool(where)), SEEDS)
+        for where in ("", ", both texts")
+    ),
+    *(
+        Way(f"LQ-LoRA by inputs, then KL{'' if steps == STEPS else f', {steps} steps'}", "distill",
+            partial(distilled, make=recover.LqLora, steps=steps), SEEDS)
+        for steps in (STEPS, LONG_STEPS)
     ),
     Way("QAT, labels", "qat", partial(rounded_while_trained, rate=2e-5, against_teacher=False), SEEDS),
     Way("QAT, KL", "qat", partial(rounded_while_trained, rate=2e-5), SEEDS),
