@@ -16,7 +16,7 @@ from .setting import Batches, Setting
 
 RANK = nf4.LoraConfig(r=16, alpha=32)
 CALIBRATION = 32  # windows
-STEPS = 100
+STEPS, RATE = 100, 1e-3
 ROWS, TRAINED_LENGTH = 8, 64  # windows a step, and their tokens
 MIDDLE, LAST, WIDTH = "layers.14", "layers.29", 576
 Options = dict[str, Any]
@@ -55,19 +55,19 @@ def with_levels(setting: Setting, seed: int) -> nn.Module:
 
 def distilled(
     setting: Setting, seed: int, loss: Callable[[], DistillLoss] = DistillLoss, steps: int = STEPS,
-    drawn: bool = False, **options: Any,
+    drawn: bool = False, rate: float = RATE, **options: Any,
 ) -> nn.Module:  # fmt: skip
     """LoRA on NF4 (or on what `options` of quantize_model say), trained to be as the 16-bit model."""
     model = rounded(setting, seed, lora=RANK, **options)
-    return trained(setting, model, seed, loss, steps, drawn)
+    return trained(setting, model, seed, loss, steps, drawn, rate)
 
 
 def trained(
     setting: Setting, model: nn.Module, seed: int, loss: Callable[[], DistillLoss] = DistillLoss, steps: int = STEPS,
-    drawn: bool = False,
+    drawn: bool = False, rate: float = RATE,
 ) -> nn.Module:  # fmt: skip
     nf4.prepare_for_training(model, checkpointing=False)
-    training = recover.Training(steps, seed=seed)
+    training = recover.Training(steps, rate, seed=seed)
     recover.distill(model, setting.reference, steps_of(setting, steps, seed, drawn), training, loss())
     return model
 

@@ -80,9 +80,12 @@ WAYS = (
         for where in ("", ", both texts")
     ),
     *(
-        Way(f"LQ-LoRA by inputs, then KL{'' if steps == STEPS else f', {steps} steps'}", "distill",
-            partial(distilled, make=recover.LqLora, steps=steps), SEEDS)
-        for steps in (STEPS, LONG_STEPS)
+        Way(f"LQ-LoRA by inputs, then KL{how}", "distill",
+            partial(distilled, make=recover.LqLora, steps=steps, rate=rate), seeds)
+        for how, steps, rate, seeds in (
+            (" at 1e-3", STEPS, 1e-3, SEEDS[:1]), ("", STEPS, 2e-4, SEEDS),
+            (f", {LONG_STEPS} steps", LONG_STEPS, 2e-4, SEEDS),
+        )
     ),
     Way("QAT, labels", "qat", partial(rounded_while_trained, rate=2e-5, against_teacher=False), SEEDS),
     Way("QAT, KL", "qat", partial(rounded_while_trained, rate=2e-5), SEEDS),
