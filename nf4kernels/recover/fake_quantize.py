@@ -69,11 +69,12 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def merged_weight(weight: Tensor, factors: Factors) -> Tensor:
-    """W + scaling * B @ A, summed in fp32 and rounded once to W's dtype; W itself without factors."""
+    """W + scaling * B @ A, in fp32 also under autocast, rounded once to W's dtype; W itself without factors."""
     A, B, scaling = factors
     if A is None or B is None:
         return weight
-    return torch.addmm(weight.float(), B.float(), A.float(), alpha=scaling).to(weight.dtype)
+    with torch.autocast(weight.device.type, enabled=False):
+        return torch.addmm(weight.float(), B.float(), A.float(), alpha=scaling).to(weight.dtype)
 
 
 class _Product(torch.autograd.Function):

@@ -124,6 +124,16 @@ def test_the_master_is_rounded_from_its_own_dtype_under_autocast():
     assert not torch.equal(fake.dequantize(), fake_quantize(linear.weight.detach().bfloat16()).float())
 
 
+def test_a_small_adapter_is_merged_in_fp32_under_autocast():
+    fake, x = FakeQuantLinear(layer(32, 64), nf4.LoraConfig(r=4)), drawn(9, 64)
+    fake.lora_B.weight.data.copy_(drawn(32, 4, seed=8) * 1e-3)
+    converted, merged = fake.to_quant_linear(), fake.merged()
+    assert not torch.equal(merged.bfloat16(), fake.weight.bfloat16()), "or bf16 would not have lost it"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fake.merged(), merged)
+        assert torch.equal(fake(x), converted(x))
+
+
 def test_compute_dtype_is_the_converted_layers():
     fake, x = FakeQuantLinear(layer(32, 64), compute_dtype=torch.bfloat16), drawn(9, 64)
     assert torch.equal(fake(x), fake.to_quant_linear()(x))

@@ -140,3 +140,15 @@ def test_a_merge_loses_zeros_and_a_masked_one_does_not():
     name = "layers.1.down_proj"
     kept = masks[name]
     assert torch.equal(model.get_submodule(name).weight[kept], plain.get_submodule(name).weight[kept])
+
+
+def test_what_trains_under_autocast_is_what_is_merged():
+    layer = nn.Linear(64, 32)
+    model = nn.Sequential(layer)
+    adapters = MaskedLora(model, {"0": None}, nf4.LoraConfig(r=4))
+    for factor in adapters.parameters():
+        factor.data.uniform_(-0.05, 0.05, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        trained = layer.weight.detach().clone()
+    adapters.merge()
+    assert torch.equal(layer.weight, trained)

@@ -28,7 +28,9 @@ class _MaskedDelta(nn.Module):
         self.register_buffer("mask", None if mask is None else mask.to(layer.weight.device))
 
     def forward(self, weight: Tensor) -> Tensor:
-        added = weight + (self.scaling * (self.lora_B.weight @ self.lora_A.weight)).to(weight.dtype)
+        with torch.autocast(weight.device.type, enabled=False):  # what is merged later, without it
+            product = self.lora_B.weight @ self.lora_A.weight
+        added = weight + (self.scaling * product).to(weight.dtype)
         return added if self.mask is None else added * self.mask
 
 
