@@ -92,7 +92,8 @@ class DistillLoss(nn.Module):
                     f"nf4kernels.recover.DistillLoss: layers must have as many rows as the teacher's, got"
                     f" {list(own.shape)} of {layer.student} beside {list(theirs.shape)} of {layer.teacher}"
                 )
-            value = layer(own, theirs)
+            with torch.autocast(own.device.type, enabled=False):
+                value = layer(own, theirs)
             loss = loss + layer.weight * value
             terms[layer.kind] = terms.get(layer.kind, 0) + value.detach()
         return Distilled(loss, terms, count)

@@ -214,6 +214,18 @@ def test_hidden_states_of_the_text_alone():
     assert all(each.grad is None for each in teacher.parameters())
 
 
+def test_hidden_states_are_compared_in_fp32_under_autocast():
+    hint = Hint("layers.0", "layers.0", (64, 64))
+    inputs = []
+    hint.project.register_forward_hook(lambda module, args, out: inputs.append((args[0], out)))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = DistillLoss(soft=0, layers=[hint])(ByteLM(seed=1), ByteLM(seed=2), texts(1)[0])
+    ((own, projected),) = inputs
+    assert projected.dtype == torch.float32
+    assert torch.equal(projected, hint.project(own))
+    assert found.loss.dtype == torch.float32
+
+
 def test_layers_that_are_not_there():
     with pytest.raises(ValueError, match="layer must name one module of the ByteLM, got 'q_proj' which is"):
         DistillLoss(layers=[Cosine("q_proj", "layers.0")])(ByteLM(), ByteLM(), texts(1)[0])
