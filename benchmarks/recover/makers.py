@@ -160,7 +160,7 @@ def cut(
     config = model.config
     structure = recover.find_structure(model, config.num_attention_heads, config.num_key_value_heads)
     recover.prune_structure(model, structure, unit, share, method, calibration(setting), progress=False)
-    config.num_hidden_layers = len(model.model.layers)
+    config.num_hidden_layers, config.use_cache = len(model.model.layers), False  # caches go by the layers' old numbers
     if is_rounded:
         nf4.quantize_model(model, lora=RANK if is_recovered else None, progress=False)
     return trained(setting, model, seed) if is_recovered else model
