@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy  # loads scipy.optimize where it is first used: 0.13 s, which only a plan is to cost
 from torch import nn
 
 from ..model.plan import replace_module
@@ -168,24 +169,22 @@ def solve(options: Sequence[Option], costs: Sequence[float], limits: Sequence[Li
     The solver takes a sum for within a limit that is above it by 1e-6 of the largest size; then the limit is lowered by
     as much.
     """
-    from scipy.optimize import Bounds, LinearConstraint, milp  # 0.13 s, which only a plan is to cost
-    from scipy.sparse import csr_array
-
     names = list(dict.fromkeys(name for option in options for name in option.layers))
     row = {name: index for index, name in enumerate(names)}
     places = [(row[name], column) for column, option in enumerate(options) for name in option.layers]
     rows, columns = np.array(places, dtype=np.int64).reshape(-1, 2).T
-    cover = csr_array((np.ones(len(places)), (rows, columns)), shape=(len(names), len(options)))
+    cover = scipy.sparse.csr_array((np.ones(len(places)), (rows, columns)), shape=(len(names), len(options)))
     largest = max((abs(cost) for cost in costs), default=0.0) or 1.0
     objective = np.array(costs, dtype=np.float64) * (SCALE / largest)
     units = [max(limit.sizes, default=0.0) or 1.0 for limit in limits]
     most = [limit.most for limit in limits]
     while all(each >= 0 for each in most):
-        constraints = [LinearConstraint(cover, 1, 1)]
+        constraints = [scipy.optimize.LinearConstraint(cover, 1, 1)]
         for limit, unit, each in zip(limits, units, most):
-            constraints.append(LinearConstraint(np.array(limit.sizes, dtype=float)[None] / unit, -np.inf, each / unit))
-        done = milp(
-            objective, integrality=np.ones(len(options)), bounds=Bounds(0, 1), constraints=constraints,
+            sizes = np.array(limit.sizes, dtype=float)[None] / unit
+            constraints.append(scipy.optimize.LinearConstraint(sizes, -np.inf, each / unit))
+        done = scipy.optimize.milp(
+            objective, integrality=np.ones(len(options)), bounds=scipy.optimize.Bounds(0, 1), constraints=constraints,
             options={"mip_rel_gap": 0.0},
         )  # fmt: skip
         if done.x is None:
