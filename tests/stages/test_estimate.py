@@ -224,7 +224,7 @@ print(status("VmHWM") - before)
     ],
 )
 def test_peak_of_a_real_step(size, batch, length, checkpointing):
-    """Within 10 % of how much the resident set of a real step's process grows, but for 16 MB that are no tensors."""
+    """Within 10 % of how much the resident set of a real step's process grows, or 22 MB: some 16 are no tensors."""
     config = SMOLLM2[size]
     arguments = [sys.executable, "-c", REAL, json.dumps([config, batch, length, checkpointing])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -233,4 +233,4 @@ def test_peak_of_a_real_step(size, batch, length, checkpointing):
     found = estimate(config, Options(batch, length, 16, checkpointing=checkpointing, device="cpu"))
     expected = found.activations + found.logits + found.gradients
     print(f"SmolLM2-{size} {batch} x {length}: {expected / 1e6:.0f} MB estimated, {grown / 1e6:.0f} MB measured")
-    assert abs(expected - grown) < 0.1 * grown + 16e6
+    assert expected == pytest.approx(grown, rel=0.1, abs=22e6)
