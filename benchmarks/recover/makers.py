@@ -151,18 +151,14 @@ def zeroed(
     return trained(setting, model, seed) if is_recovered else model
 
 
-def cut(
-    setting: Setting, seed: int, unit: str, method: str, share: float, is_recovered: bool = False,
-    is_rounded: bool = True,
-) -> nn.Module:  # fmt: skip
+def cut(setting: Setting, seed: int, unit: str, method: str, share: float, is_recovered: bool = False) -> nn.Module:
     """Smaller layers or fewer of them, then NF4; recovered by LoRA."""
     model: Any = setting.dense()
     config = model.config
     structure = recover.find_structure(model, config.num_attention_heads, config.num_key_value_heads)
     recover.prune_structure(model, structure, unit, share, method, calibration(setting), progress=False)
     config.num_hidden_layers, config.use_cache = len(model.model.layers), False  # caches go by the layers' old numbers
-    if is_rounded:
-        nf4.quantize_model(model, lora=RANK if is_recovered else None, progress=False)
+    nf4.quantize_model(model, lora=RANK if is_recovered else None, progress=False)
     return trained(setting, model, seed) if is_recovered else model
 
 

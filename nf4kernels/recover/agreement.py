@@ -11,9 +11,8 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from .batches import IGNORED, Batch, counted_rows, logits_in, run, targets
+from .heads import CHUNK
 from .losses import soft_labels, teacher_log_probs
-
-CHUNK = 64  # rows whose log-probabilities are in fp32 at a time: 12.5 MB for 49152 classes, which a cache keeps
 
 
 @dataclass(frozen=True)

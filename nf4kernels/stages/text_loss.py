@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..recover.heads import CHUNK
 from .errors import StageError
 
 BATCH_TOKENS = 1024
-CHUNK = 64  # tokens whose log-probabilities are in fp32 at a time
 LONGEST_TOKEN = 64  # characters: so many times the tokens wanted, and no more of a text is tokenized
 
 

@@ -100,9 +100,9 @@ def round_directory(in_dir: Path, out_dir: Path, options: RoundOptions, progress
     return report
 
 
-def _own_options(model: nn.Module, plan: Mapping[str, Mapping[str, Any] | None]) -> dict[str, dict[str, Any] | None]:
+def _own_options(model: nn.Module, plan: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Any]:
     """A plan, with the 16 levels of each layer that a rounding gave its own."""
-    own = {name: None if options is None else dict(options) for name, options in plan.items()}
+    own: dict[str, Any] = dict(plan)
     for name, module in named_modules(model):
         if isinstance(module, QuantLinear) and module.qweight.codebook == "custom":
             own[name] = {**(own.get(name) or {}), "codebook": module.qweight.code.tolist()}
