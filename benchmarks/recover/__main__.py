@@ -13,6 +13,7 @@ import time
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 from transformers.utils import logging
 
@@ -40,9 +41,10 @@ def parse() -> argparse.Namespace:
 
 
 def measure(setting: Setting, way: Way, seed: int, about: dict[str, str]) -> Record:
-    began = time.perf_counter()
+    torch.manual_seed(seed)  # adapters are drawn
+    setting.memory.saved, began = 0.0, time.perf_counter()
     model = way.build(setting, seed).eval()
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - began + setting.memory.saved
     taken = model_bytes(model)
     scores = setting.scores(model)
     same, other = scores.same, scores.other

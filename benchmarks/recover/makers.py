@@ -1,6 +1,7 @@
 """What is done to the 16-bit model: functions of the setting and a seed, that `ways` has the choices for."""
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -47,6 +48,12 @@ def rounded(
     return model
 
 
+def remembered(setting: Setting, seed: int, **options: Any) -> nn.Module:
+    """`rounded`, made once for all rows that begin there."""
+    model: nn.Module = deepcopy(setting.memory.get(tuple(options.items()), lambda: rounded(setting, seed, **options)))
+    return model
+
+
 def with_levels(setting: Setting, seed: int) -> nn.Module:
     model = setting.dense()
     nf4.quantize_model(model, codebook=recover.shared_codebook(model), progress=False)
@@ -57,8 +64,12 @@ def distilled(
     setting: Setting, seed: int, loss: Callable[[], DistillLoss] = DistillLoss, steps: int = STEPS,
     drawn: bool = False, rate: float = RATE, **options: Any,
 ) -> nn.Module:  # fmt: skip
-    """LoRA on NF4 (or on what `options` of quantize_model say), trained to be as the 16-bit model."""
-    model = rounded(setting, seed, lora=RANK, **options)
+    """LoRA on NF4 (or on what `options` of `rounded` say), trained to be as the 16-bit model."""
+    model = remembered(setting, seed, **options)
+    if "lora" not in options:
+        for layer in model.modules():
+            if isinstance(layer, nf4.QuantLinear):
+                layer.attach_lora(RANK)
     return trained(setting, model, seed, loss, steps, drawn, rate)
 
 
@@ -68,7 +79,7 @@ def trained(
 ) -> nn.Module:  # fmt: skip
     nf4.prepare_for_training(model, checkpointing=False)
     training = recover.Training(steps, rate, seed=seed)
-    recover.distill(model, setting.reference, steps_of(setting, steps, seed, drawn), training, loss())
+    recover.distill(model, setting.teacher, steps_of(setting, steps, seed, drawn), training, loss())
     return model
 
 
@@ -86,7 +97,7 @@ def rounded_while_trained(
     batches = steps_of(setting, STEPS, seed)
     with torch.autocast("cpu", setting.dtype):
         if against_teacher:
-            recover.distill(model, setting.reference, batches, recover.Training(STEPS, rate, seed=seed))
+            recover.distill(model, setting.teacher, batches, recover.Training(STEPS, rate, seed=seed))
         else:
             recover.qat_train(model, batches, learning_rate=rate, progress=False)
     recover.convert_qat(model, progress=False)

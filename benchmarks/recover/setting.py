@@ -1,7 +1,8 @@
 """The model and the texts of the table: what is trained and calibrated on, and what is held out."""
 
 import json
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
@@ -20,6 +21,8 @@ from nf4kernels.model.plan import plan_layers
 from nf4kernels.model.training import training_dtype
 from nf4kernels.model.walk import get_submodule
 from nf4kernels.recover import Agreement, agreement
+from nf4kernels.recover.batches import Batch
+from nf4kernels.recover.teacher import LiveAnswer, LiveTeacher
 
 LENGTH = 128  # tokens of a window
 HELD_OUT = 4096  # tokens of each text
@@ -49,6 +52,7 @@ class Setting:
         self.directory, self.length, self.held_out = smollm2.fetch(cache), length, held_out
         self.sensitivity = cache / "sensitivity.json"  # of the layers, which all plans are made of
         self.dtype = training_dtype(torch.device("cpu"))
+        self.memory = Memory()
         self.tokenizer: Any = AutoTokenizer.from_pretrained(self.directory)
 
     def dense(self) -> nn.Module:
@@ -59,6 +63,10 @@ class Setting:
     @cached_property
     def reference(self) -> nn.Module:
         return self.dense().requires_grad_(False)
+
+    @cached_property
+    def teacher(self) -> "RememberedTeacher":
+        return RememberedTeacher(self.reference, self.memory)
 
     @cached_property
     def weights(self) -> int:
@@ -138,6 +146,38 @@ class Setting:
         if windows.numel() < self.held_out:
             raise ValueError(f"a held-out text must have {self.held_out} tokens, got {windows.numel()}")
         return [{"input_ids": part} for part in windows.split(8)]
+
+
+class Memory:
+    """What rows have in common, made once; `saved` are the seconds that each would have taken to make it again."""
+
+    def __init__(self) -> None:
+        self.saved = 0.0
+        self._found: dict[Hashable, tuple[Any, float]] = {}
+
+    def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        if key in self._found:
+            value, seconds = self._found[key]
+            self.saved += seconds
+            return value
+        began = time.perf_counter()
+        value = make()
+        self._found[key] = value, time.perf_counter() - began
+        return value
+
+
+class RememberedTeacher(LiveTeacher):
+    """The 16-bit model: of each batch the head's inputs are kept, 0.6 MB for 512 tokens of SmolLM2."""
+
+    def __init__(self, model: nn.Module, memory: Memory) -> None:
+        super().__init__(model)
+        self.memory = memory
+
+    def answer(self, batch: Batch, layers: Sequence[str] = ()) -> LiveAnswer:
+        answer = super().answer
+        if layers or not isinstance(batch, dict):
+            return answer(batch, layers)
+        return self.memory.get(batch["input_ids"].numpy().tobytes(), lambda: answer(batch))
 
 
 class Remembered(nn.Module):

@@ -18,6 +18,7 @@ from .makers import (
     layer_loss,
     of_low_rank,
     planned,
+    remembered,
     rounded,
     rounded_while_trained,
     with_integer_inputs,
@@ -48,10 +49,13 @@ ROUNDINGS: Sequence[tuple[str, Options]] = (
     ("GPTQ + scales + levels", {"make": partial(recover.Gptq, scales="search", levels="kmeans")}),
     ("GPTQ + scales + sweeps", {"make": partial(recover.Gptq, scales="search", sweeps=3)}),
 )
+LQ_LORA = {"make": recover.LqLora, "lora": RANK}
+LQ_LORA_GPTQ = {"make": lambda batches: recover.LqLora(batches, then=recover.Gptq(scales="search")), "lora": RANK}
 STARTS: Sequence[tuple[str, Options]] = (
     ("LoftQ, r 16", {"lora": nf4.LoraConfig(r=16, init="loftq")}),
     ("PiSSA, r 16", {"lora": nf4.LoraConfig(r=16, init="pissa")}),
-    ("LQ-LoRA by inputs, r 16", {"make": recover.LqLora, "lora": RANK}),
+    ("LQ-LoRA by inputs, r 16", LQ_LORA),
+    ("LQ-LoRA by inputs and GPTQ, r 16", LQ_LORA_GPTQ),
 )
 LOSSES: Sequence[tuple[str, Callable[[], DistillLoss]]] = (
     ("labels alone", lambda: DistillLoss(soft=0, hard=1)),
@@ -70,7 +74,7 @@ WAYS = (
     Way("AF4", "start", partial(rounded, codebook="af4")),
     Way("int8", "start", partial(rounded, codebook="int8")),
     Way("levels of the model (k-means)", "rounding", with_levels),
-    *(Way(name, "rounding", partial(rounded, **options)) for name, options in (*ROUNDINGS, *STARTS)),
+    *(Way(name, "rounding", partial(remembered, **options)) for name, options in (*ROUNDINGS, *STARTS)),
     *(Way(f"LoRA, {name}", "distill", partial(distilled, loss=loss), SEEDS) for name, loss in LOSSES),
     Way(f"LoRA, KL, {LONG_STEPS} steps", "distill", partial(distilled, steps=LONG_STEPS), SEEDS),
     Way("LoRA, KL, text drawn from bf16", "distill", partial(distilled, drawn=True), SEEDS),
@@ -80,11 +84,12 @@ WAYS = (
         for where in ("", ", both texts")
     ),
     *(
-        Way(f"LQ-LoRA by inputs, then KL{how}", "distill",
-            partial(distilled, make=recover.LqLora, steps=steps, rate=rate), seeds)
-        for how, steps, rate, seeds in (
-            (" at 1e-3", STEPS, 1e-3, SEEDS[:1]), ("", STEPS, 2e-4, SEEDS),
-            (f", {LONG_STEPS} steps", LONG_STEPS, 2e-4, SEEDS),
+        Way(f"LQ-LoRA by inputs{how}", "distill", partial(distilled, steps=steps, rate=rate, **options), SEEDS)
+        for how, options, steps, rate in (
+            (", then KL at 1e-3", LQ_LORA, STEPS, 1e-3), (", then KL", LQ_LORA, STEPS, 2e-4),
+            (f", then KL, {LONG_STEPS} steps", LQ_LORA, LONG_STEPS, 2e-4),
+            (" and GPTQ, then KL", LQ_LORA_GPTQ, STEPS, 2e-4),
+            (f" and GPTQ, then KL, {LONG_STEPS} steps", LQ_LORA_GPTQ, LONG_STEPS, 2e-4),
         )
     ),
     Way("QAT, labels", "qat", partial(rounded_while_trained, rate=2e-5, against_teacher=False), SEEDS),
