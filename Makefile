@@ -5,7 +5,8 @@
 #   make check K=linear  what touches one op: the quick tests of test_linear.py, on every way to run it; a K that names
 #                        no file is pytest's -k
 #   make test            the tests, on every core
-#   make test-slow       those that need a download or minutes, which make test leaves out
+#   make test-slow       those that need a download or minutes, which make test leaves out; CI leaves out those marked
+#                        exhaustive: sanitizers and compilers, for who changed a kernel
 #   make test-oldest     those of the integrations on the oldest transformers, PEFT, accelerate and TRL, in .venv-oldest
 #   make mutants         each barrier, wait, commit and fence of the CUDA kernels left out in turn: which no test notices
 #   make wheel           one wheel into dist/, named by the glibc that it needs
@@ -24,6 +25,8 @@ VENV    ?= .venv
 WORKERS ?= auto --maxprocesses 8
 BIN     := $(VENV)/bin
 OLDEST  := .venv-oldest
+# Of the marks in pyproject.toml, what make test-slow runs.
+SLOW    ?= slow
 # By files: what a file sets up for all its tests is then set up once.
 PYTEST  := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 CXX_NAMES := -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
@@ -57,7 +60,7 @@ test: $(VENV)/.installed-test $(VENV)/.built
 	$(PYTEST) -m "not slow" --durations=15 --durations-min=20
 
 test-slow: $(VENV)/.installed-test $(VENV)/.built
-	$(PYTEST) -m slow --durations=15 --durations-min=20
+	$(PYTEST) -m "$(SLOW)" --durations=15 --durations-min=20
 
 test-oldest:
 	$(MAKE) VENV=$(OLDEST) $(OLDEST)/.installed-test-oldest $(OLDEST)/.built

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pytest
 from support.paths import TESTS
 
-pytestmark = pytest.mark.slow  # two minutes of compilers
+pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]  # two minutes of compilers
 NVIDIA = tuple(f"cuda:{arch}" for arch in (80, 86, 89, 90, 100, 120))
 AMD = ("hip:gfx942", "hip:gfx1100")
 

@@ -29,6 +29,7 @@ def count_of_the_same_data():
     return accesses.count()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.skipif(
     platform.machine() != "x86_64" or shutil.which(CXX) is None,

@@ -4,31 +4,19 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from support import smollm2
-from support.chat_model import chat_model, facts
+from support.chat_model import facts
 from support.paths import python_path
 
 for needed in ("peft", "trl", "datasets", "matplotlib", "yaml"):
     pytest.importorskip(needed, reason=f"{needed} is not installed: nothing is fine-tuned")
 
-pytestmark = pytest.mark.slow
 
-
-def small(directory: Path) -> Path:
-    chat_model(directory)
-    return directory
-
-
-def real(directory: Path) -> Path:
-    return smollm2.directory()
-
-
-@pytest.mark.parametrize("made", [small, real])
-def test_every_stage_by_its_command(made, tmp_path):
-    model = str(made(tmp_path / "model"))
+@pytest.mark.slow
+def test_every_stage_by_its_command(tmp_path):
+    model = str(smollm2.directory())
     folder = tmp_path / "empty"
     folder.mkdir()
     environment = os.environ | python_path() | {"OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}

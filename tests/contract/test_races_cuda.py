@@ -18,6 +18,7 @@ from support.paths import ROOT
 SCRIPT = "tests/benchmarks/test_gpu_sanitize.py::test_the_sanitizers_script_runs_every_kernel_and_reuses_every_stage"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.skipif(
     platform.machine() != "x86_64" or shutil.which(cuda_backend.build.CXX) is None,

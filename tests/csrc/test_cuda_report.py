@@ -79,12 +79,14 @@ def built(tools) -> list[Kernel]:
     return cuda_report.kernels_in_library()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow  # the disassembler takes two minutes for six architectures
 def test_no_kernel_of_the_library_uses_local_memory(built):
     assert built, "the library has no kernels"
     assert cuda_report.faults(built) == []
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_the_library_is_as_the_baseline(built):
     baseline = cuda_report.read_csv()

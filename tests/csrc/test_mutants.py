@@ -214,6 +214,7 @@ NAMED = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow  # it compiles
 @pytest.mark.parametrize(("launcher", "function", "count"), NAMED)
 def test_a_race_of_quantize_is_noticed(raced, launcher, function, count):
@@ -231,6 +232,7 @@ def test_a_race_of_quantize_is_noticed(raced, launcher, function, count):
             assert mutants.kind_of(error) == "race", (site, change, error)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow  # it compiles
 @pytest.mark.parametrize(("columns", "transposed"), [(40, False), (41, False), (41, True)])
 def test_blocks_that_all_add_all_elements_are_noticed(raced, columns, transposed):

@@ -41,6 +41,7 @@ def test_multiplications_of_a_warp(opcode, count):
     assert triton_report.multiplications(Instruction(0, opcode, "")) == count
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow  # half a minute of compilers
 @pytest.mark.parametrize(("arch", "few_rows"), [("80", 8.6), ("90", 7.9)])
 def test_instructions_of_the_products(arch, few_rows):
