@@ -23,10 +23,10 @@ MIDDLE, LAST, WIDTH = "layers.14", "layers.29", 576
 Options = dict[str, Any]
 
 
-def calibration(setting: Setting, mixed: bool = False) -> Batches:
+def calibration(setting: Setting, mixed: bool = False, windows: int = CALIBRATION) -> Batches:
     if not mixed:
-        return setting.batches(setting.train, 8, CALIBRATION // 8)
-    halves = [setting.batches(each, 8, CALIBRATION // 16) for each in (setting.train, setting.train_other)]
+        return setting.batches(setting.train, 8, windows // 8)
+    halves = [setting.batches(each, 8, windows // 16) for each in (setting.train, setting.train_other)]
     return [*halves[0], *halves[1]]
 
 
@@ -40,10 +40,11 @@ def dense(setting: Setting, seed: int) -> nn.Module:
 
 
 def rounded(
-    setting: Setting, seed: int, make: Callable[[Batches], Any] | None = None, mixed: bool = False, **options: Any
-) -> nn.Module:
+    setting: Setting, seed: int, make: Callable[[Batches], Any] | None = None, mixed: bool = False,
+    windows: int = CALIBRATION, **options: Any,
+) -> nn.Module:  # fmt: skip
     model = setting.dense()
-    rounding = None if make is None else make(calibration(setting, mixed))
+    rounding = None if make is None else make(calibration(setting, mixed, windows))
     nf4.quantize_model(model, rounding=rounding, progress=False, **options)
     return model
 

@@ -46,6 +46,7 @@ ROUNDINGS: Sequence[tuple[str, Options]] = (
     ("GPTQ", {"make": recover.Gptq}),
     ("GPTQ + scales searched", {"make": partial(recover.Gptq, scales="search")}),
     ("GPTQ + scales searched, both texts", {"make": partial(recover.Gptq, scales="search"), "mixed": True}),
+    ("GPTQ + scales searched, 128 windows", {"make": partial(recover.Gptq, scales="search"), "windows": 128}),
     ("GPTQ + scales + levels", {"make": partial(recover.Gptq, scales="search", levels="kmeans")}),
     ("GPTQ + scales + sweeps", {"make": partial(recover.Gptq, scales="search", sweeps=3)}),
 )
@@ -56,6 +57,7 @@ STARTS: Sequence[tuple[str, Options]] = (
     ("PiSSA, r 16", {"lora": nf4.LoraConfig(r=16, init="pissa")}),
     ("LQ-LoRA by inputs, r 16", LQ_LORA),
     ("LQ-LoRA by inputs and GPTQ, r 16", LQ_LORA_GPTQ),
+    ("LQ-LoRA by inputs and GPTQ, r 16, 128 windows", LQ_LORA_GPTQ | {"windows": 128}),
 )
 LOSSES: Sequence[tuple[str, Callable[[], DistillLoss]]] = (
     ("labels alone", lambda: DistillLoss(soft=0, hard=1)),
@@ -89,7 +91,8 @@ WAYS = (
             (", then KL at 1e-3", LQ_LORA, STEPS, 1e-3), (", then KL", LQ_LORA, STEPS, 2e-4),
             (f", then KL, {LONG_STEPS} steps", LQ_LORA, LONG_STEPS, 2e-4),
             (" and GPTQ, then KL", LQ_LORA_GPTQ, STEPS, 2e-4),
-            (f" and GPTQ, then KL, {LONG_STEPS} steps", LQ_LORA_GPTQ, LONG_STEPS, 2e-4),
+            (" and GPTQ, 128 windows, then KL", LQ_LORA_GPTQ | {"windows": 128}, STEPS, 2e-4),
+            (" and GPTQ, 128 windows, then KL, 250 steps", LQ_LORA_GPTQ | {"windows": 128}, 250, 2e-4),
         )
     ),
     Way("QAT, labels", "qat", partial(rounded_while_trained, rate=2e-5, against_teacher=False), SEEDS),
