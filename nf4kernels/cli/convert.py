@@ -5,9 +5,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from ..storage.convert import ConversionError, Words, read_model_config
 from ..storage.convert_bitsandbytes import convert_bitsandbytes, convert_to_bitsandbytes
 from ..storage.convert_published import convert_published, convert_to_mxfp4
+from ..storage.directory_checks import ConversionError, Words, read_model_config
 from ..storage.export_directory import export_adapter, export_dense
 from ..storage.model_directory import has_bin_files, is_of_bitsandbytes
 from ..storage.peft_format import CONFIG

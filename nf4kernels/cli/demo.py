@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..demo.settings import PACKAGES, Settings
 from ..storage.atomic import TargetError
-from ..storage.convert import ConversionError
+from ..storage.directory_checks import ConversionError
 from .errors import CommandError, check_cpu_computes, check_installed
 
 

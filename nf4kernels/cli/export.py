@@ -5,8 +5,9 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from ..storage.convert import ConversionError, Words, convert_directory, read_model_config
+from ..storage.convert import convert_directory
 from ..storage.convert_bitsandbytes import convert_to_bitsandbytes
+from ..storage.directory_checks import ConversionError, Words, read_model_config
 from ..storage.export_directory import export_adapter, export_dense
 from ..storage.llama_cpp import convert_to_gguf, find_converter
 from ..storage.model_directory import quantization_of

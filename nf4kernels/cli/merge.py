@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from ..quantized_weight import BLOCK_SIZES
-from ..storage.convert import ConversionError, Words
+from ..storage.directory_checks import ConversionError, Words
 from ..storage.merge_adapter import INTO, Merged, Recipe, Survival, merge_adapter
 from ..storage.shards import parse_size
 from .errors import CommandError, check_cpu_computes, check_installed

@@ -8,7 +8,8 @@ import torch
 
 from ..quantized_weight import BLOCK_SIZES, INT8
 from ..stages.plan_file import read_plan
-from ..storage.convert import SKIP, Conversion, ConversionError, Words, convert_directory
+from ..storage.convert import SKIP, Conversion, convert_directory
+from ..storage.directory_checks import ConversionError, Words
 from .errors import CommandError, check_cpu_computes
 from .meta_model import meta_model
 

@@ -24,7 +24,8 @@ from ..stages.inspect import inspect_directory
 from ..stages.plots import plot_inspection
 from ..stages.text_loss import Batch, batches_of, held_out_loss
 from ..storage.atomic import replacing_directory, write_json
-from ..storage.convert import Words, convert_directory
+from ..storage.convert import convert_directory
+from ..storage.directory_checks import Words
 from ..storage.merge_adapter import merge_adapter
 from ..storage.peft_format import CONFIG as PEFT_CONFIG
 from . import byte_model, report, smollm2

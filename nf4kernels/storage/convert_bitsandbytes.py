@@ -12,8 +12,8 @@ from ..model.heads import left_dense_by_loader
 from ..model.plan import is_conv1d
 from ..quantized_weight import QuantizedWeight
 from .bitsandbytes_format import weight_to_tensors
-from .convert import CALLED, Words
 from .convert_published import Published
+from .directory_checks import CALLED, Words
 from .key_conversion import group_tensors
 from .model_directory import SIZE, ModelDirectory, ModelOf, is_of_bitsandbytes, opened_model
 from .shards import Source

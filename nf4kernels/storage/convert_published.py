@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..model.plan import is_conv1d
 from .atomic import replacing_directory, write_json
 from .bitsandbytes_format import names_of_weight, stored_weight, stored_weights, weight_from_tensors
-from .convert import (
+from .directory_checks import (
     CALLED,
     ConversionError,
     Words,

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from .atomic import replacing_directory
-from .convert import CALLED, Words, check_outside, check_target, conversion_errors, copy_rest
+from .directory_checks import CALLED, Words, check_outside, check_target, conversion_errors, copy_rest
 from .model_directory import SIZE, ModelOf, opened_model
 from .peft_format import CONFIG, WEIGHTS, adapter_weights, read_stored_tensors
 from .shards import Source

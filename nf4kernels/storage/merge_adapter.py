@@ -16,18 +16,18 @@ from ..model.heads import SKIP
 from ..model.plan import skips
 from ..quantized_weight import QuantizedWeight
 from .atomic import replacing_directory, write_json
-from .convert import (
+from .convert import convert_directory
+from .dense_tensors import DenseTensors
+from .directory_checks import (
     CALLED,
     ConversionError,
     Words,
     check_outside,
     check_target,
     conversion_errors,
-    convert_directory,
     copy_rest,
     read_model_config,
-)  # fmt: skip
-from .dense_tensors import DenseTensors
+)
 from .merge_experts import AdaptedExperts
 from .merge_plan import Plan, layer_of, make_plan, read_adapter
 from .model_directory import SIZE, ModelOf, quantization_of

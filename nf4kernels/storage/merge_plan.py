@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ..model.plan import is_conv1d
 from ..nn.casts import cast
 from ..quantized_weight import WEIGHT_DTYPES
-from .convert import Words
 from .dense_tensors import DenseTensors
+from .directory_checks import Words
 from .matrices import Header, Unit, units_of
 from .merge_experts import AdaptedExperts, adapted_experts
 from .names import Fit, fit_of_part

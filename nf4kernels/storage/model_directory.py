@@ -10,7 +10,8 @@ from torch import nn
 
 from .atomic import replacing_directory, write_json
 from .bin_files import BIN, BIN_INDEX, BinFiles, bin_files
-from .convert import (
+from .dense_tensors import DenseTensors
+from .directory_checks import (
     ConversionError,
     Words,
     check_outside,
@@ -19,7 +20,6 @@ from .convert import (
     copy_rest,
     read_model_config,
 )
-from .dense_tensors import DenseTensors
 from .shards import Source, write_shards
 from .tensor_files import INDEX, TensorFiles, check_index, checkpoint_files
 

@@ -11,7 +11,8 @@ from support.directories import dense_directory, load, logits, same_state
 import nf4kernels as nf4
 from nf4kernels.cli import main
 from nf4kernels.integrations.transformers import Nf4Config
-from nf4kernels.storage.convert import ConversionError, convert_directory
+from nf4kernels.storage.convert import convert_directory
+from nf4kernels.storage.directory_checks import ConversionError
 
 
 @pytest.mark.parametrize("family", ["Llama", "Mixtral"])

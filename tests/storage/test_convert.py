@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import nf4kernels as nf4
-from nf4kernels.storage.convert import ConversionError, convert_directory
+from nf4kernels.storage.convert import convert_directory
+from nf4kernels.storage.directory_checks import ConversionError
 
 
 @pytest.fixture

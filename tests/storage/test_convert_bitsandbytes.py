@@ -13,8 +13,8 @@ from support.llama_directory import all_tensors, tree
 import nf4kernels as nf4
 from nf4kernels.cli import main
 from nf4kernels.integrations.transformers import Nf4Config
-from nf4kernels.storage.convert import ConversionError
 from nf4kernels.storage.convert_bitsandbytes import convert_bitsandbytes, convert_to_bitsandbytes
+from nf4kernels.storage.directory_checks import ConversionError
 
 INDEX = "model.safetensors.index.json"
 WEIGHT = "model.layers.0.self_attn.q_proj.weight"

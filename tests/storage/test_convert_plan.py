@@ -10,7 +10,8 @@ from nf4kernels import load_checkpoint, quantize_model
 from nf4kernels.cli.meta_model import meta_model
 from nf4kernels.integrations.transformers import Nf4Config
 from nf4kernels.recover import Candidate, Plan
-from nf4kernels.storage.convert import ConversionError, convert_directory
+from nf4kernels.storage.convert import convert_directory
+from nf4kernels.storage.directory_checks import ConversionError
 
 FIRST = "model.layers.0."
 PLAN = {

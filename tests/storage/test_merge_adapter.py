@@ -15,7 +15,8 @@ from support.peft_adapter import merged_by_peft, peft, save_adapter, transformer
 
 import nf4kernels as nf4
 from nf4kernels.cli.meta_model import meta_model
-from nf4kernels.storage.convert import ConversionError, convert_directory
+from nf4kernels.storage.convert import convert_directory
+from nf4kernels.storage.directory_checks import ConversionError
 from nf4kernels.storage.merge_adapter import Recipe, merge_adapter
 from nf4kernels.storage.shards import parse_size
 

@@ -14,7 +14,8 @@ import nf4kernels as nf4
 from nf4kernels.cli import main
 from nf4kernels.cli.meta_model import meta_model
 from nf4kernels.integrations.transformers import Nf4Config
-from nf4kernels.storage.convert import ConversionError, convert_directory
+from nf4kernels.storage.convert import convert_directory
+from nf4kernels.storage.directory_checks import ConversionError
 from nf4kernels.storage.merge_adapter import Recipe, merge_adapter
 
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]

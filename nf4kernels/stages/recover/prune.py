@@ -20,7 +20,8 @@ from ...recover.pruning.shrink import prune_structure
 from ...recover.pruning.structure import MULTIPLE, UNITS, Structure, find_structure, units_in
 from ...recover.pruning.structure_scores import methods_of
 from ...storage.atomic import replacing_directory, write_json
-from ...storage.convert import ConversionError, Words, check_outside, check_target, convert_directory, copy_rest
+from ...storage.convert import convert_directory
+from ...storage.directory_checks import ConversionError, Words, check_outside, check_target, copy_rest
 from ...storage.model_directory import ModelOf
 from ..causal_model import load_causal_model, load_tokenizer
 from ..errors import StageError, first_line

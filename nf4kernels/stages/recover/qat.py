@@ -13,7 +13,8 @@ from ...integrations.transformers import Nf4Config
 from ...model.quantize import quantize_model
 from ...nn.lora import LoraConfig
 from ...recover.qat import prepare_qat, remove_qat
-from ...storage.convert import ConversionError, Words, convert_directory
+from ...storage.convert import convert_directory
+from ...storage.directory_checks import ConversionError, Words
 from ...storage.model_directory import ModelOf
 from ..errors import StageError, first_line
 from ..finetune.loading import in_one_line

@@ -14,7 +14,7 @@ from ...model.walk import named_modules
 from ...nn.quant_linear import QuantLinear
 from ...recover.roundings import Awq, CalibratedRounding, Gptq, ScaleSearch
 from ...storage.atomic import replacing_directory
-from ...storage.convert import ConversionError, Words, check_outside, check_target, copy_rest
+from ...storage.directory_checks import ConversionError, Words, check_outside, check_target, copy_rest
 from ..causal_model import load_causal_model, load_tokenizer
 from ..errors import StageError, first_line
 from ..plan_file import read_plan

@@ -1,0 +1,94 @@
+"""From one model directory to another: what every such conversion checks, copies, and calls its arguments."""
+
+import json
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .atomic import TargetError, copy_file
+
+OTHER_WEIGHTS = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".index.json",
+)  # fmt: skip
+
+
+class ConversionError(ValueError):
+    """What the caller can put right, in one line; nothing was written."""
+
+
+@dataclass(frozen=True)
+class Words:
+    """What messages call the function and its arguments: a command line has words of its own for them."""
+
+    who: str = "nf4kernels.storage.convert.convert_directory"
+    in_dir: str = "in_dir"
+    out_dir: str = "out_dir"
+    skip: str = "skip"
+    overwrite: str = "overwrite=True"
+    plan: str = "plan"
+
+
+CALLED = Words()
+
+
+@contextmanager
+def conversion_errors(words: Words) -> Iterator[None]:
+    """Within it a ValueError becomes a ConversionError that begins with the function's name, and names out_dir."""
+    try:
+        yield
+    except TargetError as error:
+        raise ConversionError(f"{words.who}: {words.out_dir} {error}") from None
+    except ConversionError:
+        raise
+    except ValueError as error:
+        text = str(error)
+        raise ConversionError(text if text.startswith(words.who) else f"{words.who}: {text}") from None
+
+
+def read_model_config(in_dir: Path, words: Words) -> dict[str, Any]:
+    """config.json's content; ConversionError where there is none."""
+    file = in_dir / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConversionError(
+            f"{words.who}: {words.in_dir} must be a Hugging Face model directory, got {error}"
+        ) from None
+    except ValueError as error:
+        raise ConversionError(f"{words.who}: {file} must hold JSON, got {error}") from None
+    if not isinstance(config, dict):
+        raise ConversionError(f"{words.who}: {file} must hold a JSON object, got {type(config).__name__}")
+    return config
+
+
+def check_outside(source: Path, out_dir: Path, words: Words) -> None:
+    """ConversionError where one of the two is inside of the other."""
+    if source == out_dir or source in out_dir.parents or out_dir in source.parents:
+        raise ConversionError(f"{words.who}: {words.out_dir} must be outside {words.in_dir}, got {out_dir}")
+
+
+def check_target(target: Path, overwrite: bool, words: Words) -> None:
+    if not target.exists():
+        return
+    if not overwrite:
+        unless = f" (or say {words.overwrite})" if words.overwrite else ""
+        raise ConversionError(f"{words.who}: {words.out_dir} must not exist{unless}, got {target}")
+    weights = any(target.glob("*.safetensors")) if target.is_dir() else False
+    if not weights or not (target / "config.json").is_file():
+        expected = f"{words.out_dir} must be a model directory to be overwritten"
+        raise ConversionError(f"{words.who}: {expected}, got {target} without model files")
+
+
+def copy_rest(in_dir: Path, staging: Path, left: Collection[str] = ()) -> None:
+    """Tokenizer, generation settings and the like; no weights in other formats, nothing hidden, no file of `left`."""
+    for source in sorted(in_dir.rglob("*")):
+        inside = source.relative_to(in_dir)
+        target = staging / inside
+        hidden = any(part.startswith(".") for part in inside.parts)
+        left_out = source.name in left or source.name.endswith(OTHER_WEIGHTS)
+        if hidden or left_out or not source.is_file() or target.exists():
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        copy_file(source, target)
