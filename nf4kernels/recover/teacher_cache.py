@@ -32,8 +32,8 @@ class CachedTeacher:
         ValueError: the directory has no teacher.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = directory = Path(directory)
         if not (directory / NOTE).is_file():
             raise ValueError(
                 f"nf4kernels.recover.CachedTeacher: directory must have {NOTE}, got {os.fspath(directory)}"
@@ -104,9 +104,9 @@ class CachedAnswer:
 
 
 def cache_teacher(
-    teacher: Teacher | nn.Module, batches: Sequence[Batch], directory: Path, *, k: int = 64, temperature: float = 1.0,
-    dtype: torch.dtype = torch.float16, limit: int = 4 * GIB, identity: str | None = None, chunk: int = 256,
-    progress: bool = False,
+    teacher: Teacher | nn.Module, batches: Sequence[Batch], directory: str | Path, *, k: int = 64,
+    temperature: float = 1.0, dtype: torch.dtype = torch.float16, limit: int = 4 * GIB, identity: str | None = None,
+    chunk: int = 256, progress: bool = False,
 ) -> CachedTeacher:  # fmt: skip
     """Ask the teacher every batch once, and keep its k likeliest classes of each row in `directory`.
 
@@ -122,7 +122,7 @@ def cache_teacher(
         ValueError: the directory is of another teacher, k, temperature or dtype, or the limit is too low; or `identity`
             is None where it cannot be computed.
     """
-    who = "nf4kernels.recover.cache_teacher"
+    who, directory = "nf4kernels.recover.cache_teacher", Path(directory)
     if not len(batches):
         raise ValueError(f"{who}: batches must be one or more, got none")
     if k < 1 or dtype not in DTYPES:

@@ -81,6 +81,35 @@ def test_it_learns_what_the_16_bit_model_says(models, texts, tmp_path, capsys):
     assert json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))["r"] == 4
 
 
+def from_adapter(model, out, adapter, /, **changes) -> list[str]:
+    argv = [each for each in arguments(model, out, **changes) if not each.startswith("--lora_")]
+    return [*argv, f"--adapter={adapter}"]
+
+
+def test_it_goes_on_from_the_adapter_that_a_rounding_left(models, texts, tmp_path, capsys):
+    start, out = tmp_path / "start", tmp_path / "out"
+    made = ["--text", str(texts), "--tokens", "800", "--length", "32", "--method", "lq-lora+gptq", "--rank", "8"]
+    assert main(["recover", "round", str(models / "peaked"), str(start), *made]) == 0
+    assert main(arguments(models / "peaked", tmp_path / "plain", data=texts, max_steps=1)) == 0
+    plain, _ = divergences(capsys.readouterr().out)
+    changes = {"data": texts, "teacher": models / "peaked", "max_steps": 10, "learning_rate": 2e-4}
+    assert main(from_adapter(start, out, start / "adapter", **changes)) == 0
+    before, after = divergences(capsys.readouterr().out)
+    assert before < 0.5 * plain
+    assert after < before
+    stored = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))
+    assert (stored["r"], stored["base_model_name_or_path"]) == (8, str(start))
+    # what is wrong with an adapter
+    argv = from_adapter(models / "peaked", tmp_path / "new", start / "adapter", data=texts)
+    assert main(argv) == 2
+    assert f"--adapter must be of the model {models / 'peaked'}, got one of {start}" in capsys.readouterr().err
+    assert main([*argv, "--lora_r=4"]) == 2
+    assert "--lora_r must be left out with --adapter, which has its own, got 4" in capsys.readouterr().err
+    assert main(from_adapter(models / "peaked", tmp_path / "new", tmp_path, data=texts)) == 2
+    assert f"--adapter must be a directory with an adapter of PEFT, got {tmp_path}" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.slow  # three trainings, one of them killed
 def test_killed_and_resumed_it_gives_the_same_bytes(models, texts, tmp_path):
     changes = {"data": texts, "hard": 0.1, "hint": 0.1, "layers": "model.layers.0:model.layers.0", "max_steps": 6,

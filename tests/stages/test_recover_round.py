@@ -1,5 +1,7 @@
 """`nf4kernels recover round`: a directory that loads again with the weights that were chosen, and what is refused."""
 
+import json
+
 import pytest
 import torch
 from support.compared_model import TEXT, small_model, transformers
@@ -28,7 +30,7 @@ def run(paths, *arguments):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_directory_holds_the_model_that_the_rounding_makes(paths, method, capsys):
-    assert run(paths, "--method", method) == 0
+    assert run(paths, "--method", method, "--rank", "8", "--alpha", "16") == 0
     assert f"wrote {paths / 'out'}: " in capsys.readouterr().out
     load = transformers.AutoModelForCausalLM.from_pretrained
     made, dense = load(paths / "out").eval(), load(paths / "model", dtype=torch.bfloat16).eval()
@@ -42,9 +44,18 @@ def test_the_directory_holds_the_model_that_the_rounding_makes(paths, method, ca
     batches = [{"input_ids": b.ids, "attention_mask": b.mask} for b in batches_of(found, torch.device("cpu"))]
     assert sum(int(batch["attention_mask"].sum()) for batch in batches) > 400
     expected = load(paths / "model", dtype=torch.bfloat16).eval()
-    nf4.quantize_model(expected, progress=False, rounding=METHODS[method](batches))
+    lora = nf4.LoraConfig(8, 16) if method in stage.WITH_ADAPTER else None
+    nf4.quantize_model(expected, progress=False, rounding=METHODS[method](batches), lora=lora)
     for name, tensor in expected.state_dict().items():
-        assert torch.equal(made.state_dict()[name], tensor), name
+        assert "lora_" in name or torch.equal(made.state_dict()[name], tensor), name
+    if lora is not None:
+        assert not any("lora_" in name for name in made.state_dict())
+        config = json.loads((paths / "out" / stage.ADAPTER / "adapter_config.json").read_text(encoding="utf-8"))
+        assert (config["modules_to_save"], config["bias"]) == (None, "none")
+        nf4.load_adapters(made, paths / "out" / stage.ADAPTER)
+        with torch.no_grad():
+            said, wanted = (model(**batches[0]).logits for model in (made, expected))
+        assert torch.equal(said, wanted)
     for name, module in made.named_modules():
         if isinstance(module, nf4.QuantLinear):
             assert module.qweight.nbytes == plain.get_submodule(name).qweight.nbytes

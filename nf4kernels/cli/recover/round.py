@@ -8,7 +8,7 @@ from ..errors import check_cpu_computes, check_installed
 
 VERB = "recover round"
 NEEDED = ("transformers",)
-METHODS = ("gptq", "awq", "awq+gptq", "search", "levels", "gptq+levels")
+METHODS = ("gptq", "awq", "awq+gptq", "search", "levels", "gptq+levels", "lq-lora", "lq-lora+gptq")
 
 
 def add_parser(actions) -> None:
@@ -16,11 +16,12 @@ def add_parser(actions) -> None:
         "round",
         help="a model to 4 bits by calibration on a text, with less lost in the same bytes",
         description="Quantize the dense model in IN_DIR with levels chosen by how the model reads --text, and write "
-        "it to OUT_DIR, which has as many bytes as nf4kernels quantize writes. gptq makes up for each column's error "
+        "it to OUT_DIR, in the model's bytes as nf4kernels quantize writes it. gptq makes up for each column's error "
         "in the columns after it; awq scales columns that large inputs meet; search looks for block scales; levels "
-        "fits each layer 16 levels of its own. The text "
-        "should be of the kind that the model is for: several files are read in equal parts. The whole dense model is "
-        "in memory. OUT_DIR appears when it is complete, or not at all.",
+        "fits each layer 16 levels of its own; lq-lora has a LoRA adapter take what the levels leave, and writes it to "
+        "OUT_DIR/adapter, the start of a fine-tune by --adapter. The text should be of the kind that the model is for: "
+        "several files are read in equal parts. The whole dense model is in memory. OUT_DIR appears when it is "
+        "complete, or not at all.",
     )
     parser.add_argument("in_dir", metavar="IN_DIR", type=Path)
     parser.add_argument("out_dir", metavar="OUT_DIR", type=Path)
@@ -44,6 +45,8 @@ def add_parser(actions) -> None:
         "--plan", metavar="PLAN.json", type=Path,
         help="of nf4kernels recover plan: options layer by layer; the flags above are for what it does not name",
     )  # fmt: skip
+    parser.add_argument("--rank", type=int, default=16, help="of lq-lora's adapter (default 16)")
+    parser.add_argument("--alpha", type=float, default=32.0, help="of lq-lora's adapter (default 32)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT_DIR if it holds a model")
     parser.set_defaults(func=run)
 
@@ -55,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
 
     options = RoundOptions(
         args.method, args.text, args.tokens, args.length, args.codebook, args.block_size, not args.no_double_quant,
-        args.scale_codebook, args.skip, args.plan, args.overwrite,
+        args.scale_codebook, args.skip, args.plan, args.rank, args.alpha, args.overwrite,
     )  # fmt: skip
     report = round_directory(args.in_dir, args.out_dir, options)
     print(report.summary().split("\n\n")[0])

@@ -13,7 +13,7 @@ from ...model.targets import Target
 from ...nn.lora import LoraConfig, principal_factors
 from ...nn.quant_experts import QuantExperts
 from ...nn.quant_linear import QuantLinear
-from ...quantized_weight import QuantizedWeight
+from ...quantized_weight import INT8, QuantizedWeight
 from ..agreement import evaluating
 from ..batches import IGNORED, Batch, counted_rows, logits_in, run, targets
 from .calibration import Calibration, Statistics
@@ -73,7 +73,9 @@ class LqLora(CalibratedRounding):
         assert calibration is not None
         assert target.lora is not None
         config = replace(target.lora, init="loftq")
-        if not isinstance(dense, nn.Linear) or dense.weight.is_meta or not dense.weight.numel():
+        codebook = target.options.get("codebook")
+        is_int8 = isinstance(codebook, str) and codebook == INT8  # a codebook may be a tensor
+        if is_int8 or not isinstance(dense, nn.Linear) or dense.weight.is_meta or not dense.weight.numel():
             return target.rounded(dense)
         statistics = calibration.of(target)
         if not statistics.rows or not dense.weight.isfinite().all():

@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -100,6 +102,30 @@ def load_model(recipe: Recipe, has_images: bool = False) -> Any:
     if recipe.quantization is None:  # PEFT freezes it, and the trainer turns its checkpointing on
         return model.float() if training_dtype(device) == torch.float32 else model
     return prepare_for_training(model, checkpointing=recipe.training.gradient_checkpointing)
+
+
+def with_adapter(model: Any, recipe: Recipe) -> PeftModel:
+    """`model` with the adapter that the recipe goes on from, trainable.
+
+    Raises:
+        StageError: it is another model's, or does not fit.
+    """
+    base, where = recipe.lora.base_model_name_or_path, str(recipe.model.model_name_or_path)
+    if base and Path(base).is_dir() and Path(where).is_dir() and not Path(base).samefile(where):
+        raise StageError(f"--adapter must be of the model {where}, got one of {base}")
+    try:
+        adapted = PeftModel.from_pretrained(
+            model, str(recipe.adapter), is_trainable=True, autocast_adapter_dtype=not is_deepspeed_zero3_enabled()
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise StageError(f"--adapter must fit the model, got {recipe.adapter}: {in_one_line(error)}") from None
+    stored = set(load_peft_weights(str(recipe.adapter), device="cpu"))
+    made = set(get_peft_model_state_dict(adapted))
+    if stored != made:
+        raise StageError(f"--adapter must have the tensors of the model's adapters, got {recipe.adapter}, which differs"
+                         f" in {sorted(stored ^ made)[0]}")  # fmt: skip
+    adapted.peft_config["default"].base_model_name_or_path = where  # a directory that was moved has another name
+    return adapted
 
 
 def in_one_line(error: BaseException) -> str:

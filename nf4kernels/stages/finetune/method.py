@@ -7,7 +7,7 @@ from typing import Any
 from peft import load_peft_weights, set_peft_model_state_dict
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from .loading import load_model
+from .loading import load_model, with_adapter
 from .outputs import Card
 from .recipe import Recipe
 from .trainer import Trainer
@@ -22,11 +22,12 @@ class Method:
 
     def load(self, recipe: Recipe, has_images: bool) -> Any:
         """The model as the trainer is to get it."""
-        return load_model(recipe, has_images)
+        model = load_model(recipe, has_images)
+        return model if recipe.adapter is None else with_adapter(model, recipe)
 
     def peft_config(self, recipe: Recipe) -> Any:
         """What the trainer wraps the model in; None for nothing."""
-        return recipe.lora
+        return recipe.lora if recipe.adapter is None else None
 
     def parameters(self, model: Any) -> tuple[int, int]:
         """(those that are trained, all)."""

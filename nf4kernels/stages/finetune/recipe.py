@@ -17,7 +17,7 @@ import torch
 import yaml
 from huggingface_hub.dataclasses import type_validator
 from huggingface_hub.errors import StrictDataclassError
-from peft import LoraConfig, TaskType
+from peft import LoraConfig, PeftConfig, TaskType
 from trl import ModelConfig, SFTConfig, TrlParser
 
 from ...codebook import CODEBOOKS
@@ -49,6 +49,10 @@ LEFT_OUT = {
     "resume_from_checkpoint": "the same command resumes by itself",
     "overwrite_output_dir": "give another output_dir",
 }
+LORA_OF_TRL = (
+    "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters", "lora_modules_to_save",
+    "use_rslora", "use_dora",
+)  # fmt: skip
 OF_PEFT_ITSELF = ("auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode")
 
 
@@ -79,6 +83,9 @@ class DataOptions:
     skip: list[str] | None = field(default=None, metadata={"help": "layers to leave dense."})
     plan: str | None = field(
         default=None, metadata={"help": "a file of nf4kernels recover plan: options layer by layer, over those above."}
+    )
+    adapter: str | None = field(
+        default=None, metadata={"help": "a directory of PEFT: the adapter to go on from, and its configuration."}
     )
 
 
@@ -129,6 +136,7 @@ class Recipe:
     dtype: torch.dtype
     given: dict[str, Any]
     is_answers_only: bool | None  # None: where the data has answers
+    adapter: Path | None = None  # what to go on from, of which `lora` is
     also: Any = None  # what a verb beside finetune asked for, of the dataclass that it gave
 
     @property
@@ -257,7 +265,7 @@ def _recipe(values: dict[str, Any], given: dict[str, Any], needs_data: bool) -> 
         ):  # of TRL's own default, which transformers renamed
             warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
             training = SFTConfig(**_of(SFTConfig, filled))
-        lora = _lora(values)
+        lora = _lora(values) if values["adapter"] is None else _lora_of(Path(values["adapter"]), given)
     except (TypeError, ValueError) as error:
         raise StageError(" ".join(str(error).split())) from None
     package = _package_of(training.optim.value)
@@ -268,7 +276,10 @@ def _recipe(values: dict[str, Any], given: dict[str, Any], needs_data: bool) -> 
         raise StageError("--activation_offloading must be left out on a CPU, whose memory the activations are in")
     sources = [Source(Path(path), weight) for path, weight in zip(values["data"], weights)]
     split_seed = training.seed if values["split_seed"] is None else values["split_seed"]
-    return Recipe(training, model, lora, quantization, sources, held_out, split_seed, dtype, given, is_answers_only)
+    adapter = None if values["adapter"] is None else Path(values["adapter"])
+    return Recipe(
+        training, model, lora, quantization, sources, held_out, split_seed, dtype, given, is_answers_only, adapter
+    )
 
 
 def _package_of(optimizer: str) -> str | None:
@@ -317,6 +328,23 @@ def _lora(values: dict[str, Any]) -> LoraConfig:
             value = _one_or_more(value) if str in get_args(hint) else value
         options[name] = value
     return LoraConfig(task_type=TaskType.CAUSAL_LM, **options)
+
+
+def _lora_of(adapter: Path, given: dict[str, Any]) -> LoraConfig:
+    """The configuration of an adapter that is there, beside which the recipe must have none."""
+    for name in given:
+        if name in LORA_TYPES or name in LORA_OF_TRL:
+            raise StageError(f"--{name} must be left out with --adapter, which has its own, got {given[name]}")
+    if not adapter.is_dir():
+        raise StageError(f"--adapter must be a directory with an adapter of PEFT, got {adapter}")
+    try:
+        lora = PeftConfig.from_pretrained(str(adapter))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise StageError(f"--adapter must be a directory with an adapter of PEFT, got {adapter}:"
+                         f" {' '.join(str(error).split())}") from None  # fmt: skip
+    if not isinstance(lora, LoraConfig):
+        raise StageError(f"--adapter must be a LoRA adapter, got {lora.peft_type} in {adapter}")
+    return lora
 
 
 def _one_or_more(words: list[str] | None) -> list[str] | str | None:

@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import Trainer as PlainTrainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ...recover import DistillLoss, Teacher
+from ...recover.teacher import as_teacher
 from ...storage.atomic import replacing
 from ..finetune.trainer import Trainer as FinetuneTrainer
 
@@ -25,11 +27,11 @@ class DistillMixin:
 
     Args (by keyword, beside the trainer's own):
         distill_loss: a DistillLoss.
-        teacher: a LiveTeacher, EarlierSelf or CachedTeacher.
+        teacher: a model, or a LiveTeacher, EarlierSelf or CachedTeacher.
     """
 
-    def __init__(self, *args: Any, distill_loss: DistillLoss, teacher: Teacher, **kwargs: Any) -> None:
-        self.distill_loss, self.teacher = distill_loss, teacher
+    def __init__(self, *args: Any, distill_loss: DistillLoss, teacher: Teacher | nn.Module, **kwargs: Any) -> None:
+        self.distill_loss, self.teacher = distill_loss, as_teacher(teacher)
         self.distill_check = DistillLoss(
             temperature=distill_loss.temperature, k=distill_loss.k, hard=1.0, chunk=distill_loss.chunk
         )

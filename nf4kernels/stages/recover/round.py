@@ -1,18 +1,22 @@
 """A dense causal language model rounded by calibration on text, and written in 4 bits."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from ...integrations.transformers import Nf4Config, Nf4Quantizer
+from ...model.adapters import remove_adapter
 from ...model.quantize import quantize_model
 from ...model.report import QuantizeReport
 from ...model.walk import named_modules
+from ...nn.lora import LoraConfig
 from ...nn.quant_linear import QuantLinear
-from ...recover.roundings import Awq, CalibratedRounding, Gptq, ScaleSearch
+from ...recover.roundings import Awq, CalibratedRounding, Gptq, LqLora, ScaleSearch
+from ...storage.adapters import save_adapters
 from ...storage.atomic import replacing_directory
 from ...storage.directory_checks import ConversionError, Words, check_outside, check_target, copy_rest
 from ..causal_model import load_causal_model, load_tokenizer
@@ -29,7 +33,11 @@ METHODS: Mapping[str, Callable[[Batches], CalibratedRounding]] = {
     "search": ScaleSearch,
     "levels": lambda batches: ScaleSearch(batches, scales="absmax", levels="kmeans"),
     "gptq+levels": lambda batches: Gptq(batches, scales="search", levels="kmeans"),
+    "lq-lora": LqLora,
+    "lq-lora+gptq": lambda batches: LqLora(batches, then=Gptq(scales="search")),
 }
+WITH_ADAPTER = ("lq-lora", "lq-lora+gptq")
+ADAPTER = "adapter"  # in OUT_DIR: what these two begin an adapter with
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,7 @@ class RoundOptions:
         tokens, length: of all texts together, and of a window.
         codebook, block_size, double_quant, scale_codebook, skip: as in `nf4kernels.quantize_model`.
         plan: a file of `nf4kernels recover plan`, whose options go before these.
+        rank, alpha: of the adapter, of a method WITH_ADAPTER.
         overwrite: replace a model that is there.
     """
 
@@ -55,11 +64,15 @@ class RoundOptions:
     scale_codebook: str = "e4m3"
     skip: Sequence[str] = ()
     plan: Path | None = None
+    rank: int = 16
+    alpha: float = 32.0
     overwrite: bool = False
 
 
 def round_directory(in_dir: Path, out_dir: Path, options: RoundOptions, progress: bool = True) -> QuantizeReport:
     """Quantize the model in `in_dir` by calibration, and write it to `out_dir` as `save_pretrained` does.
+
+    A method WITH_ADAPTER writes an adapter over that model, as PEFT's, to ADAPTER in it.
 
     `out_dir` appears when it is complete, or not at all. The whole dense model is in memory.
 
@@ -68,7 +81,10 @@ def round_directory(in_dir: Path, out_dir: Path, options: RoundOptions, progress
     """
     if options.method not in METHODS:
         raise StageError(f"--method must be one of {', '.join(METHODS)}, got {options.method!r}")
-    for name, value, least in (("tokens", options.tokens, 1), ("length", options.length, 2)):
+    numbers = (("tokens", options.tokens, 1), ("length", options.length, 2), ("rank", options.rank, 1))
+    if not (math.isfinite(options.alpha) and options.alpha > 0):
+        raise StageError(f"--alpha must be above 0, got {options.alpha}")
+    for name, value, least in numbers:
         if value < least:
             raise StageError(f"--{name} must be at least {least}, got {value}")
     try:
@@ -85,6 +101,8 @@ def round_directory(in_dir: Path, out_dir: Path, options: RoundOptions, progress
         "codebook": options.codebook, "block_size": options.block_size, "double_quant": options.double_quant,
         "scale_codebook": options.scale_codebook,
     }  # fmt: skip
+    if options.method in WITH_ADAPTER:
+        quant_options["lora"] = LoraConfig(options.rank, options.alpha)
     model.config.use_cache, uses_cache = False, model.config.use_cache
     try:
         rounding = METHODS[options.method](batches)
@@ -92,12 +110,30 @@ def round_directory(in_dir: Path, out_dir: Path, options: RoundOptions, progress
     except (TypeError, ValueError, RuntimeError) as error:
         raise StageError(first_line(error).removeprefix("nf4kernels.quantize_model: ")) from None
     model.config.use_cache = uses_cache
+    has_adapter = quant_options.pop("lora", None) is not None
     quantizer = Nf4Quantizer(Nf4Config(**quant_options, skip=options.skip, plan=_own_options(model, plan or {})))
     model.hf_quantizer, model.config.quantization_config = quantizer, quantizer.quantization_config
     with replacing_directory(out_dir) as staging:
+        if has_adapter:
+            model.requires_grad_(False)  # else what is dense would be saved as trained beside the adapters
+            _over_what_is_rounded(model)
+            model.config._name_or_path = str(out_dir.resolve())
+            save_adapters(model, staging / ADAPTER)
+            remove_adapter(model)
         model.save_pretrained(staging)
         copy_rest(in_dir, staging)
     return report
+
+
+def _over_what_is_rounded(model: nn.Module) -> None:
+    """Make adapters that began with their weight's error plain ones, as the rounded weight is what is stored."""
+    for module in model.modules():
+        if isinstance(module, QuantLinear) and module.lora is not None:
+            config, lora_A, lora_B = module.lora, module.lora_A, module.lora_B
+            module.remove_adapter(module.adapter_name)
+            module.attach_lora(replace(config, init="default"), lora_A.weight.dtype)
+            module.lora_A.weight.data.copy_(lora_A.weight)
+            module.lora_B.weight.data.copy_(lora_B.weight)
 
 
 def _own_options(model: nn.Module, plan: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Any]:
