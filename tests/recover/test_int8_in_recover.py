@@ -1,18 +1,20 @@
 """Layers in 8 bits beside those in 4: under a rounding of 4-bit codes, and in a plan that holds both."""
 
+import pytest
 import torch
 from support.byte_lm import ByteLM
 
 import nf4kernels as nf4
-from nf4kernels.recover import Candidate, Gptq, agreement, apply_plan, make_plan, sensitivity
+from nf4kernels.recover import Candidate, Gptq, LqLora, agreement, apply_plan, make_plan, sensitivity
 
 TEXT = [torch.randint(0, 64, (4, 32), generator=torch.Generator().manual_seed(0))]
 
 
-def test_a_rounding_leaves_layers_in_8_bits_at_their_nearest_level():
+@pytest.mark.parametrize(("rounding", "lora"), [(Gptq, None), (LqLora, nf4.LoraConfig(r=4))])
+def test_a_rounding_leaves_layers_in_8_bits_at_their_nearest_level(rounding, lora):
     model, plain = ByteLM(), ByteLM()
     plan = {"layers.0.down_proj": {"codebook": "int8"}}
-    nf4.quantize_model(model, progress=False, plan=plan, rounding=Gptq(TEXT))
+    nf4.quantize_model(model, progress=False, plan=plan, rounding=rounding(TEXT), lora=lora)
     nf4.quantize_model(plain, progress=False, plan=plan)
     ours, theirs = (each.layers[0].down_proj.qweight for each in (model, plain))
     assert ours.bits == 8

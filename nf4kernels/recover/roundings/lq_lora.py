@@ -13,10 +13,10 @@ from ...model.targets import Target
 from ...nn.lora import LoraConfig, principal_factors
 from ...nn.quant_experts import QuantExperts
 from ...nn.quant_linear import QuantLinear
-from ...quantized_weight import INT8, QuantizedWeight
+from ...quantized_weight import QuantizedWeight
 from ..agreement import evaluating
 from ..batches import IGNORED, Batch, counted_rows, logits_in, run, targets
-from .calibration import Calibration, Statistics
+from .calibration import Statistics
 from .gptq import damped
 from .rounding import CalibratedRounding, ScaleSearch, check_choice
 
@@ -69,17 +69,10 @@ class LqLora(CalibratedRounding):
             self._fisher = squared_gradients(model, targets, self.batches or ())
         yield from super().layers(model, targets, progress)
 
-    def _layer(self, target: Target, dense: nn.Module, calibration: Calibration | None) -> QuantLinear | QuantExperts:
-        assert calibration is not None
+    def _calibrated(self, target: Target, dense: nn.Linear, statistics: Statistics | None) -> QuantLinear:
+        assert statistics is not None
         assert target.lora is not None
         config = replace(target.lora, init="loftq")
-        codebook = target.options.get("codebook")
-        is_int8 = isinstance(codebook, str) and codebook == INT8  # a codebook may be a tensor
-        if is_int8 or not isinstance(dense, nn.Linear) or dense.weight.is_meta or not dense.weight.numel():
-            return target.rounded(dense)
-        statistics = calibration.of(target)
-        if not statistics.rows or not dense.weight.isfinite().all():
-            return target.rounded(dense)
         options = dict(target.options)
         compute_dtype = options.pop("compute_dtype", None)
         dtype = dense.weight.dtype if dense.bias is None else dense.bias.dtype
@@ -87,7 +80,7 @@ class LqLora(CalibratedRounding):
         layer = QuantLinear.from_quantized(qweight, dense.bias, compute_dtype)
         layer.attach_lora(config, dtype)
         layer.set_start(A, B)
-        return layer.train(dense.training)
+        return layer
 
     def _alternated(
         self, name: str, weight: Tensor, statistics: Statistics, config: LoraConfig, dtype: torch.dtype,

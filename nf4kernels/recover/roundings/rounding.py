@@ -83,6 +83,10 @@ class CalibratedRounding:
         statistics = None if calibration is None else calibration.of(target)
         if (statistics is not None and not statistics.rows) or not dense.weight.isfinite().all():
             return target.rounded(dense)
+        return self._calibrated(target, dense, statistics).train(dense.training)
+
+    def _calibrated(self, target: Target, dense: nn.Linear, statistics: Statistics | None) -> QuantLinear:
+        """The layer of a finite weight that the data reach, or without data; the others are rounded to nearest."""
         options = dict(target.options)
         compute_dtype = options.pop("compute_dtype", None)
         qweight = self.quantized(dense.weight.detach(), statistics, options)
@@ -90,8 +94,7 @@ class CalibratedRounding:
         if self.correct_bias and bias is not None and statistics is not None:
             left = dense.weight.float() - dequantize(qweight, torch.float32)
             bias = nn.Parameter((bias.float() + left @ statistics.mean).to(bias.dtype), bias.requires_grad)
-        layer = QuantLinear.from_quantized(qweight, bias, compute_dtype, target.lora)
-        return layer.train(dense.training)
+        return QuantLinear.from_quantized(qweight, bias, compute_dtype, target.lora)
 
 
 def output_error(weight: Tensor, qweight: QuantizedWeight, statistics: Statistics | None) -> float:
