@@ -36,6 +36,7 @@ def plan_name(bits: float) -> str:
     return f"plan at {bits} bits"
 
 
+GPTQ = partial(recover.Gptq, scales="search")  # one object: rows that begin at the same rounding share it
 ROUNDINGS: Sequence[tuple[str, Options]] = (
     ("scales searched", {"make": lambda batches: recover.ScaleSearch()}),
     ("scales searched by inputs", {"make": recover.ScaleSearch}),
@@ -44,9 +45,9 @@ ROUNDINGS: Sequence[tuple[str, Options]] = (
     ("AWQ", {"make": recover.Awq}),
     ("AWQ + scales searched", {"make": lambda batches: recover.Awq(batches, recover.ScaleSearch(batches))}),
     ("GPTQ", {"make": recover.Gptq}),
-    ("GPTQ + scales searched", {"make": partial(recover.Gptq, scales="search")}),
-    ("GPTQ + scales searched, both texts", {"make": partial(recover.Gptq, scales="search"), "mixed": True}),
-    ("GPTQ + scales searched, 128 windows", {"make": partial(recover.Gptq, scales="search"), "windows": 128}),
+    ("GPTQ + scales searched", {"make": GPTQ}),
+    ("GPTQ + scales searched, both texts", {"make": GPTQ, "mixed": True}),
+    ("GPTQ + scales searched, 128 windows", {"make": GPTQ, "windows": 128}),
     ("GPTQ + scales + levels", {"make": partial(recover.Gptq, scales="search", levels="kmeans")}),
     ("GPTQ + scales + sweeps", {"make": partial(recover.Gptq, scales="search", sweeps=3)}),
 )
@@ -82,8 +83,8 @@ WAYS = (
     Way("LoRA, KL, text drawn from bf16", "distill", partial(distilled, drawn=True), SEEDS),
     *(
         Way(f"GPTQ + scales searched{where}, then LoRA, KL", "distill",
-            partial(distilled, make=partial(recover.Gptq, scales="search"), mixed=bool(where)), SEEDS)
-        for where in ("", ", both texts")
+            partial(distilled, **options), SEEDS)
+        for where, options in (("", {"make": GPTQ}), (", both texts", {"make": GPTQ, "mixed": True}))
     ),
     *(
         Way(f"LQ-LoRA by inputs{how}", "distill", partial(distilled, steps=steps, rate=rate, **options), SEEDS)
@@ -104,7 +105,7 @@ WAYS = (
     *(Way(plan_name(bits), "plan", partial(planned, bits=bits)) for bits in PLANS),
     *(
         Way(f"{plan_name(bits)}, GPTQ + scales searched", "plan",
-            partial(planned, bits=bits, make=partial(recover.Gptq, scales="search")))
+            partial(planned, bits=bits, make=GPTQ))
         for bits in (4.5, 4.144)
     ),
     Way("NF4, blocks of 4096", "plan", partial(rounded, block_size=4096)),
