@@ -122,7 +122,8 @@ def cache_teacher(
         ValueError: the directory is of another teacher, k, temperature or dtype, or the limit is too low; or `identity`
             is None where it cannot be computed.
     """
-    who, directory = "nf4kernels.recover.cache_teacher", Path(directory)
+    who = "nf4kernels.recover.cache_teacher"
+    directory = Path(directory)
     if not len(batches):
         raise ValueError(f"{who}: batches must be one or more, got none")
     if k < 1 or dtype not in DTYPES:

@@ -16,11 +16,11 @@ def add_parser(actions) -> None:
         "round",
         help="a model to 4 bits by calibration on a text, with less lost in the same bytes",
         description="Quantize the dense model in IN_DIR with levels chosen by how the model reads --text, and write "
-        "it to OUT_DIR, in the model's bytes as nf4kernels quantize writes it. gptq makes up for each column's error "
-        "in the columns after it; awq scales columns that large inputs meet; search looks for block scales; levels "
-        "fits each layer 16 levels of its own; lq-lora has a LoRA adapter take what the levels leave, and writes it to "
-        "OUT_DIR/adapter, the start of a fine-tune by --adapter. The text should be of the kind that the model is for: "
-        "several files are read in equal parts. The whole dense model is in memory. OUT_DIR appears when it is "
+        "it to OUT_DIR, where it has as many bytes as nf4kernels quantize would write. gptq makes up for each column's "
+        "error in the columns after it; awq scales columns that large inputs meet; search looks for block scales; "
+        "levels fits each layer 16 levels of its own; lq-lora starts a LoRA adapter from the rounding error and writes "
+        "it to OUT_DIR/adapter, for nf4kernels finetune --adapter. The text should be of the kind that the model is "
+        "for: several files are read in equal parts. The whole dense model is in memory. OUT_DIR appears when it is "
         "complete, or not at all.",
     )
     parser.add_argument("in_dir", metavar="IN_DIR", type=Path)

@@ -17,6 +17,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ...model.prepare import prepare_for_training
 from ...model.training import training_dtype
+from ..base_directory import directory_of
 from ..causal_model import quantization_of
 from ..errors import StageError
 from .processes import load_for_sharding
@@ -104,25 +105,26 @@ def load_model(recipe: Recipe, has_images: bool = False) -> Any:
     return prepare_for_training(model, checkpointing=recipe.training.gradient_checkpointing)
 
 
-def with_adapter(model: Any, recipe: Recipe) -> PeftModel:
-    """`model` with the adapter that the recipe goes on from, trainable.
+def with_adapter(model: Any, adapter: Path, recipe: Recipe) -> PeftModel:
+    """`model`, which is the recipe's, with an adapter to go on from, trainable.
 
     Raises:
         StageError: it is another model's, or does not fit.
     """
     base, where = recipe.lora.base_model_name_or_path, str(recipe.model.model_name_or_path)
-    if base and Path(base).is_dir() and Path(where).is_dir() and not Path(base).samefile(where):
+    found = directory_of(base, adapter) if base else None
+    if found is not None and Path(where).is_dir() and not found.samefile(where):
         raise StageError(f"--adapter must be of the model {where}, got one of {base}")
     try:
         adapted = PeftModel.from_pretrained(
-            model, str(recipe.adapter), is_trainable=True, autocast_adapter_dtype=not is_deepspeed_zero3_enabled()
+            model, str(adapter), is_trainable=True, autocast_adapter_dtype=not is_deepspeed_zero3_enabled()
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise StageError(f"--adapter must fit the model, got {recipe.adapter}: {in_one_line(error)}") from None
-    stored = set(load_peft_weights(str(recipe.adapter), device="cpu"))
+        raise StageError(f"--adapter must fit the model, got {adapter}: {in_one_line(error)}") from None
+    stored = set(load_peft_weights(str(adapter), device="cpu"))
     made = set(get_peft_model_state_dict(adapted))
     if stored != made:
-        raise StageError(f"--adapter must have the tensors of the model's adapters, got {recipe.adapter}, which differs"
+        raise StageError(f"--adapter must have the tensors of the model's adapters, got {adapter}, which differs"
                          f" in {sorted(stored ^ made)[0]}")  # fmt: skip
     adapted.peft_config["default"].base_model_name_or_path = where  # a directory that was moved has another name
     return adapted

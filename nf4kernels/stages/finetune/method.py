@@ -23,7 +23,7 @@ class Method:
     def load(self, recipe: Recipe, has_images: bool) -> Any:
         """The model as the trainer is to get it."""
         model = load_model(recipe, has_images)
-        return model if recipe.adapter is None else with_adapter(model, recipe)
+        return model if recipe.adapter is None else with_adapter(model, recipe.adapter, recipe)
 
     def peft_config(self, recipe: Recipe) -> Any:
         """What the trainer wraps the model in; None for nothing."""

@@ -49,10 +49,7 @@ LEFT_OUT = {
     "resume_from_checkpoint": "the same command resumes by itself",
     "overwrite_output_dir": "give another output_dir",
 }
-LORA_OF_TRL = (
-    "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters", "lora_modules_to_save",
-    "use_rslora", "use_dora",
-)  # fmt: skip
+LORA_OF_TRL = [each.name for each in fields(ModelConfig) if each.name.startswith(("lora_", "use_rslora", "use_dora"))]
 OF_PEFT_ITSELF = ("auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode")
 
 
@@ -85,7 +82,8 @@ class DataOptions:
         default=None, metadata={"help": "a file of nf4kernels recover plan: options layer by layer, over those above."}
     )
     adapter: str | None = field(
-        default=None, metadata={"help": "a directory of PEFT: the adapter to go on from, and its configuration."}
+        default=None,
+        metadata={"help": "a directory with a LoRA adapter of PEFT to go on from, at its own rank and alpha."},
     )
 
 
@@ -243,6 +241,7 @@ def _recipe(values: dict[str, Any], given: dict[str, Any], needs_data: bool) -> 
     if held_out < 0 or (held_out >= 1 and held_out != int(held_out)):
         raise StageError(f"--held_out must be a share below 1 or a count, got {held_out}")
     held_out = int(held_out) if held_out >= 1 else held_out
+    adapter = None if values["adapter"] is None else Path(values["adapter"])
     dtype = _dtype(values["dtype"], values["use_cpu"])
     is_answers_only = values["assistant_only_loss"]
     filled = {
@@ -265,7 +264,7 @@ def _recipe(values: dict[str, Any], given: dict[str, Any], needs_data: bool) -> 
         ):  # of TRL's own default, which transformers renamed
             warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
             training = SFTConfig(**_of(SFTConfig, filled))
-        lora = _lora(values) if values["adapter"] is None else _lora_of(Path(values["adapter"]), given)
+        lora = _lora(values) if adapter is None else _lora_of(adapter, given)
     except (TypeError, ValueError) as error:
         raise StageError(" ".join(str(error).split())) from None
     package = _package_of(training.optim.value)
@@ -276,7 +275,6 @@ def _recipe(values: dict[str, Any], given: dict[str, Any], needs_data: bool) -> 
         raise StageError("--activation_offloading must be left out on a CPU, whose memory the activations are in")
     sources = [Source(Path(path), weight) for path, weight in zip(values["data"], weights)]
     split_seed = training.seed if values["split_seed"] is None else values["split_seed"]
-    adapter = None if values["adapter"] is None else Path(values["adapter"])
     return Recipe(
         training, model, lora, quantization, sources, held_out, split_seed, dtype, given, is_answers_only, adapter
     )

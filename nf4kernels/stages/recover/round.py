@@ -81,12 +81,13 @@ def round_directory(in_dir: Path, out_dir: Path, options: RoundOptions, progress
     """
     if options.method not in METHODS:
         raise StageError(f"--method must be one of {', '.join(METHODS)}, got {options.method!r}")
-    numbers = (("tokens", options.tokens, 1), ("length", options.length, 2), ("rank", options.rank, 1))
-    if not (math.isfinite(options.alpha) and options.alpha > 0):
-        raise StageError(f"--alpha must be above 0, got {options.alpha}")
-    for name, value, least in numbers:
+    for name, value, least in (
+        ("tokens", options.tokens, 1), ("length", options.length, 2), ("rank", options.rank, 1)
+    ):  # fmt: skip
         if value < least:
             raise StageError(f"--{name} must be at least {least}, got {value}")
+    if not (math.isfinite(options.alpha) and options.alpha > 0):
+        raise StageError(f"--alpha must be above 0, got {options.alpha}")
     try:
         check_outside(in_dir.resolve(), out_dir.resolve(), WORDS)
         check_target(out_dir, options.overwrite, WORDS)
@@ -101,32 +102,33 @@ def round_directory(in_dir: Path, out_dir: Path, options: RoundOptions, progress
         "codebook": options.codebook, "block_size": options.block_size, "double_quant": options.double_quant,
         "scale_codebook": options.scale_codebook,
     }  # fmt: skip
-    if options.method in WITH_ADAPTER:
-        quant_options["lora"] = LoraConfig(options.rank, options.alpha)
+    lora = LoraConfig(options.rank, options.alpha) if options.method in WITH_ADAPTER else None
     model.config.use_cache, uses_cache = False, model.config.use_cache
     try:
         rounding = METHODS[options.method](batches)
-        report = quantize_model(model, options.skip, plan=plan, rounding=rounding, progress=progress, **quant_options)
+        report = quantize_model(
+            model, options.skip, lora=lora, plan=plan, rounding=rounding, progress=progress, **quant_options
+        )
     except (TypeError, ValueError, RuntimeError) as error:
         raise StageError(first_line(error).removeprefix("nf4kernels.quantize_model: ")) from None
     model.config.use_cache = uses_cache
-    has_adapter = quant_options.pop("lora", None) is not None
     quantizer = Nf4Quantizer(Nf4Config(**quant_options, skip=options.skip, plan=_own_options(model, plan or {})))
     model.hf_quantizer, model.config.quantization_config = quantizer, quantizer.quantization_config
     with replacing_directory(out_dir) as staging:
-        if has_adapter:
-            model.requires_grad_(False)  # else what is dense would be saved as trained beside the adapters
-            _over_what_is_rounded(model)
-            model.config._name_or_path = str(out_dir.resolve())
-            save_adapters(model, staging / ADAPTER)
-            remove_adapter(model)
+        if lora is not None:
+            _move_adapters(model, staging / ADAPTER, out_dir.resolve())
         model.save_pretrained(staging)
         copy_rest(in_dir, staging)
     return report
 
 
-def _over_what_is_rounded(model: nn.Module) -> None:
-    """Make adapters that began with their weight's error plain ones, as the rounded weight is what is stored."""
+def _move_adapters(model: Any, directory: Path, base: Path) -> None:
+    """Take the adapters from the model and write them as PEFT's, over its rounded weights, which `base` will hold.
+
+    They began with the error of those weights: as plain ones they are written as they are, and not as a change.
+    """
+    model.requires_grad_(False)  # else what is dense would be saved as trained beside the adapters
+    model.config._name_or_path = str(base)
     for module in model.modules():
         if isinstance(module, QuantLinear) and module.lora is not None:
             config, lora_A, lora_B = module.lora, module.lora_A, module.lora_B
@@ -134,6 +136,8 @@ def _over_what_is_rounded(model: nn.Module) -> None:
             module.attach_lora(replace(config, init="default"), lora_A.weight.dtype)
             module.lora_A.weight.data.copy_(lora_A.weight)
             module.lora_B.weight.data.copy_(lora_B.weight)
+    save_adapters(model, directory)
+    remove_adapter(model)
 
 
 def _own_options(model: nn.Module, plan: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Any]:
