@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .atomic import TargetError, copy_file
+from .peft_format import CONFIG
 
 OTHER_WEIGHTS = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".index.json",
@@ -82,12 +83,16 @@ def check_target(target: Path, overwrite: bool, words: Words) -> None:
 
 
 def copy_rest(in_dir: Path, staging: Path, left: Collection[str] = ()) -> None:
-    """Tokenizer, generation settings and the like; no weights in other formats, nothing hidden, no file of `left`."""
+    """Tokenizer, generation settings and the like; no weights in other formats, nothing hidden, no file of `left`.
+
+    Nor a directory in it that holds an adapter, which is of the weights as they were.
+    """
+    adapters = {file.parent for file in in_dir.rglob(CONFIG)} - {in_dir}
     for source in sorted(in_dir.rglob("*")):
         inside = source.relative_to(in_dir)
         target = staging / inside
         hidden = any(part.startswith(".") for part in inside.parts)
-        left_out = source.name in left or source.name.endswith(OTHER_WEIGHTS)
+        left_out = source.name in left or source.name.endswith(OTHER_WEIGHTS) or not adapters.isdisjoint(source.parents)
         if hidden or left_out or not source.is_file() or target.exists():
             continue
         target.parent.mkdir(parents=True, exist_ok=True)

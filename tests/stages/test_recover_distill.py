@@ -103,8 +103,9 @@ def test_it_goes_on_from_the_adapter_that_a_rounding_left(models, texts, tmp_pat
     argv = from_adapter(models / "peaked", tmp_path / "new", start / "adapter", data=texts)
     assert main(argv) == 2
     assert f"--adapter must be of the model {models / 'peaked'}, got one of {start}" in capsys.readouterr().err
-    assert main([*argv, "--lora_r=4"]) == 2
-    assert "--lora_r must be left out with --adapter, which has its own, got 4" in capsys.readouterr().err
+    for flag, came in (("--lora_r=16", "16"), ("--use-dora", "True")):  # defaults, too
+        assert main([*argv, flag]) == 2
+        assert f"with --adapter, which has its own, got {came}" in capsys.readouterr().err
     assert main(from_adapter(models / "peaked", tmp_path / "new", tmp_path, data=texts)) == 2
     assert f"--adapter must be a directory with an adapter of PEFT, got {tmp_path}" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()

@@ -62,4 +62,5 @@ def run(args: argparse.Namespace) -> None:
     )  # fmt: skip
     report = round_directory(args.in_dir, args.out_dir, options)
     print(report.summary().split("\n\n")[0])
-    print(f"\nwrote {args.out_dir}: {report.model_bytes_after / 2**20:.1f} MiB")
+    with_adapter = "with its adapter, as the sizes and the error above, " if args.method.startswith("lq-lora") else ""
+    print(f"\nwrote {args.out_dir}: {with_adapter}{report.model_bytes_after / 2**20:.1f} MiB")

@@ -6,7 +6,7 @@ TRL's parser, which is argparse on dataclasses, knows every field's type; a reci
 import json
 import warnings
 from argparse import SUPPRESS
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -23,6 +23,7 @@ from trl import ModelConfig, SFTConfig, TrlParser
 from ...codebook import CODEBOOKS
 from ...integrations.transformers import Nf4Config
 from ...model.training import training_dtype
+from ...storage.peft_format import INITS
 from ..data.reading import Source
 from ..errors import StageError
 from ..plan_file import read_plan
@@ -83,7 +84,10 @@ class DataOptions:
     )
     adapter: str | None = field(
         default=None,
-        metadata={"help": "a directory with a LoRA adapter of PEFT to go on from, at its own rank and alpha."},
+        metadata={
+            "help": "a directory with a LoRA adapter of PEFT to go on from, at its own rank and alpha; what the"
+            " file of a recipe says of LoRA is passed over."
+        },
     )
 
 
@@ -164,15 +168,20 @@ def read_recipe(config: Path | None, flags: Sequence[str], also: type | None = N
     where = f"--config {config}: "
     for name in settings:
         _check_name(name, names, where)
+    flagged = set()
     for flag in flags:
         if flag.startswith("--"):
-            _check_name(flag.removeprefix("--").partition("=")[0].replace("-", "_"), names, "--", flag)
+            name = flag.removeprefix("--").partition("=")[0].replace("-", "_")
+            _check_name(name, names, "--", flag)
+            flagged.add(name if name in names else name.removeprefix("no_"))
     defaults = vars(parser.parse_args([]))
     try:
         parser.parse_args(_as_flags(settings, defaults))
     except StageError as error:
         raise StageError(where + str(error)) from None
     values = vars(parser.parse_args(_as_flags(settings, defaults) + list(flags)))
+    if values["adapter"] is not None:
+        values = _without_lora(values, flagged if "adapter" in flagged else flagged | set(settings), defaults)
     given = {name: value for name, value in values.items() if value != defaults[name]}
     recipe = _recipe(values, given, needs_data)
     recipe.also = None if also is None else also(**_of(also, values))
@@ -192,6 +201,15 @@ def _parser(also: type | None = None) -> _Parser:
     for alias, name in ALIASES.items():
         parser.add_argument(f"--{alias}", dest=name, default=SUPPRESS, help=f"the same as --{name}")
     return parser
+
+
+def _without_lora(values: dict[str, Any], said: Collection[str], defaults: dict[str, Any]) -> dict[str, Any]:
+    """The values where LoRA's own are an adapter's; StageError where one was said by what is to win over that."""
+    own = [*LORA_OF_TRL, *LORA_TYPES]
+    for name in own:
+        if name in said:
+            raise StageError(f"--{name} must be left out with --adapter, which has its own, got {values[name]}")
+    return {**values, **{name: defaults[name] for name in own}}
 
 
 def _check_name(name: str, names: set[str], where: str, shown: str | None = None) -> None:
@@ -264,7 +282,7 @@ def _recipe(values: dict[str, Any], given: dict[str, Any], needs_data: bool) -> 
         ):  # of TRL's own default, which transformers renamed
             warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
             training = SFTConfig(**_of(SFTConfig, filled))
-        lora = _lora(values) if adapter is None else _lora_of(adapter, given)
+        lora = _lora(values) if adapter is None else _lora_of(adapter)
     except (TypeError, ValueError) as error:
         raise StageError(" ".join(str(error).split())) from None
     package = _package_of(training.optim.value)
@@ -328,11 +346,8 @@ def _lora(values: dict[str, Any]) -> LoraConfig:
     return LoraConfig(task_type=TaskType.CAUSAL_LM, **options)
 
 
-def _lora_of(adapter: Path, given: dict[str, Any]) -> LoraConfig:
-    """The configuration of an adapter that is there, beside which the recipe must have none."""
-    for name in given:
-        if name in LORA_TYPES or name in LORA_OF_TRL:
-            raise StageError(f"--{name} must be left out with --adapter, which has its own, got {given[name]}")
+def _lora_of(adapter: Path) -> LoraConfig:
+    """The configuration of an adapter that is there; StageError where its base is not the model as it is."""
     if not adapter.is_dir():
         raise StageError(f"--adapter must be a directory with an adapter of PEFT, got {adapter}")
     try:
@@ -342,6 +357,11 @@ def _lora_of(adapter: Path, given: dict[str, Any]) -> LoraConfig:
                          f" {' '.join(str(error).split())}") from None  # fmt: skip
     if not isinstance(lora, LoraConfig):
         raise StageError(f"--adapter must be a LoRA adapter, got {lora.peft_type} in {adapter}")
+    if lora.task_type not in (None, TaskType.CAUSAL_LM):
+        raise StageError(f"--adapter must be of a causal language model, got task_type {lora.task_type} in {adapter}")
+    if lora.init_lora_weights not in INITS:
+        raise StageError(f"--adapter must leave the base weight as it is, got init_lora_weights"
+                         f" {lora.init_lora_weights!r} in {adapter}")  # fmt: skip
     return lora
 
 
