@@ -1,21 +1,19 @@
-"""The gradients: each differentiable op as an `autograd.Function` that calls the ops directly.
+"""The gradients: each differentiable op as an `autograd.Function` that calls the ops directly. LoRA's: autograd_lora.
 
 `functional` takes this way only when a gradient is needed: registering autograd with the op costs 6 us more a call.
 `Product` alone knows torch.func's transforms and derivatives of any order; the fused Functions hand over to it where
 one of these is asked for, since a `setup_context` costs each call some 3 us.
 """
 
-import functools
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import ops  # noqa: F401 (defines what the next lines hold)
-from .backends import select
-from .quantized_weight import WEIGHT_DTYPES, WeightArgs
+from .modes import is_differentiated_again
+from .quantized_weight import WeightArgs
 
 _ops = torch.ops.nf4kernels
 # Each lookup would cost every call 0.1 us.
@@ -23,56 +21,18 @@ _linear: Callable[..., Tensor] = _ops.linear.default
 _linear_dgrad: Callable[..., Tensor] = _ops.linear_dgrad.default
 _grouped_linear: Callable[..., Tensor] = _ops.grouped_linear.default
 _grouped_linear_dgrad: Callable[..., Tensor] = _ops.grouped_linear_dgrad.default
-_lora_grad: Callable[..., Tensor] = _ops.lora_grad.default
-_grouped_lora_inner: Callable[..., Tensor] = _ops.grouped_lora_inner.default
 _grouped_lora_grad: Callable[..., Tensor] = _ops.grouped_lora_grad.default
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-_transforms_are_active = torch._C._are_functorch_transforms_active
 Gradients = tuple[Tensor | None, ...]  # one for each argument of forward
-FEW_ROWS = 4  # whose expert_offsets are kept, as making them takes as long as a decoded token's product
-_ENDS = [torch.tensor([rows], dtype=torch.int32, device="cpu") for rows in range(FEW_ROWS + 1)]
 
 
-def autocast_is_on(device: torch.device) -> bool:
-    device_type = device.type
-    is_on: bool = device_type != "meta" and torch.is_autocast_enabled(device_type)  # torch raises for meta
-    return is_on
-
-
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
-
-
-def outside_inference_mode(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """For what makes tensors that training is to go through: autograd refuses those that inference mode made."""
-
-    @functools.wraps(function)
-    def normal(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
-            return function(*args, **kwargs)
-        with torch.inference_mode(False), torch.no_grad():
-            return function(*args, **kwargs)
-
-    return normal
-
-
-def is_transformed(*tensors: Tensor | None) -> bool:
-    """Whether forward-mode AD or a transform of torch.func is at work on one of the tensors."""
-    if torch.compiler.is_compiling():
-        return False
-    if forward_ad._current_level >= 0:
-        return True
-    return _transforms_are_active() and any(_is_wrapped(tensor) for tensor in tensors if tensor is not None)
-
-
-def is_differentiated_again() -> bool:
-    """Whether a backward that is running is itself recorded; never in what torch.compile traces."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
-def _sizes(x: Tensor, weight_args: WeightArgs) -> tuple[int, int, int]:
+def sizes_of(x: Tensor, weight_args: WeightArgs) -> tuple[int, int, int]:
     """(N, K, block_size) with K as x has it: that is the symbol which torch.compile(dynamic=True) can find again."""
     return weight_args[6], x.shape[-1], weight_args[8]
+
+
+def as_matrix(x: Tensor) -> Tensor:
+    """`[..., K]` as `[M, K]`: `reshape(-1, K)` that also knows what to do with K = 0."""
+    return x.flatten(0, -2) if x.dim() > 1 else x[None]
 
 
 class Product(torch.autograd.Function):
@@ -127,16 +87,6 @@ def composed_linear(x: Tensor, bias: Tensor | None, weight_args: WeightArgs) -> 
     return y if bias is None else y + bias
 
 
-def composed_lora_linear(
-    x: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float, dropout_p: float,
-    weight_args: WeightArgs,
-) -> Tensor:  # fmt: skip
-    """`LoraLinear` for every transform and derivative; the terms are rounded to x's dtype before they are added."""
-    dropped = torch.nn.functional.dropout(x, dropout_p) if dropout_p > 0 else x
-    lora_term = dropped @ lora_A.to(x.dtype).mT @ lora_B.to(x.dtype).mT
-    return composed_linear(x, bias, weight_args) + scaling * lora_term
-
-
 class Linear(torch.autograd.Function):
     """dx = dy @ Ŵ; the frozen weight makes x itself unnecessary in backward, so it is not saved.
 
@@ -146,7 +96,7 @@ class Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight_args: WeightArgs) -> Tensor:
         ctx.save_for_backward(*weight_args[:6])
-        ctx.sizes = _sizes(x, weight_args)
+        ctx.sizes = sizes_of(x, weight_args)
         return _linear(x, *weight_args, bias)
 
     @staticmethod
@@ -158,7 +108,7 @@ class Linear(torch.autograd.Function):
             else:
                 dx = _linear_dgrad(dy, *ctx.saved_tensors, *ctx.sizes)
         if ctx.needs_input_grad[1]:
-            dbias = _matrix(dy).sum(0)
+            dbias = as_matrix(dy).sum(0)
         return dx, dbias, None
 
 
@@ -168,7 +118,7 @@ class GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, expert_offsets: Tensor, bias: Tensor | None, weight_args: WeightArgs) -> Tensor:
         ctx.save_for_backward(expert_offsets, *weight_args[:6])
-        ctx.sizes = _sizes(x, weight_args)
+        ctx.sizes = sizes_of(x, weight_args)
         return _grouped_linear(x, expert_offsets, *weight_args, bias)
 
     @staticmethod
@@ -180,259 +130,21 @@ class GroupedLinear(torch.autograd.Function):
         elif ctx.needs_input_grad[0]:
             dx = _grouped_linear_dgrad(dy, expert_offsets, *weight, *ctx.sizes)
         if ctx.needs_input_grad[2]:
-            dbias = _sums_of_rows(dy, expert_offsets, again)
+            dbias = sums_of_rows(dy, expert_offsets, again)
         return dx, None, dbias, None
 
 
-def _sums_of_rows(dy: Tensor, expert_offsets: Tensor, differentiably: bool) -> Tensor:
+def sums_of_rows(dy: Tensor, expert_offsets: Tensor, differentiably: bool) -> Tensor:
     """[E, N], the sum of each expert's rows of dy [T, N] in its dtype."""
     if differentiably:
-        return _membership(expert_offsets, dy.shape[0]).to(dy.dtype).mT @ dy
+        return membership_of(expert_offsets, dy.shape[0]).to(dy.dtype).mT @ dy
     ones = dy.new_ones(dy.shape[0], 1)
     return _grouped_lora_grad(ones, dy, expert_offsets, 1.0, dy.dtype)[:, 0]
 
 
-def _membership(expert_offsets: Tensor, T: int) -> Tensor:
+def membership_of(expert_offsets: Tensor, T: int) -> Tensor:
     """bool [T, E]: whether the row is the expert's, by sound offsets or as a device takes others."""
     ends = expert_offsets.clamp(0, T).cummax(0).values
     begins = torch.cat([torch.zeros_like(ends[:1]), ends[:-1]])
     rows = torch.arange(T, dtype=torch.int32, device=ends.device)[:, None]
     return (begins <= rows) & (rows < ends)
-
-
-def _inner_of_all(x: Tensor, factors: Tensor, membership: Tensor) -> Tensor:
-    """[T, E * r]: x @ factors[e].T of the row's own expert, zeros at the others; factors [E, r, D].
-
-    All experts' are taken and those of other experts zeroed: E times the arithmetic, and plain autograd in return.
-    """
-    inner = (x @ factors.flatten(0, 1).mT).unflatten(-1, factors.shape[:2])
-    return torch.where(membership[:, :, None], inner, 0).flatten(1)
-
-
-def composed_grouped_lora_linear(
-    x: Tensor, expert_offsets: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, bias: Tensor | None,
-    scaling: float, dropout_p: float, weight_args: WeightArgs,
-) -> Tensor:  # fmt: skip
-    """`GroupedLoraLinear` and `GroupedLinear` for every transform and derivative; each term is rounded to x's dtype."""
-    y: Tensor = Product.apply(x, expert_offsets, weight_args, False)
-    membership = _membership(expert_offsets, x.shape[0])
-    if lora_A is not None and lora_B is not None:
-        dropped = torch.nn.functional.dropout(x, dropout_p) if dropout_p > 0 else x
-        P = _inner_of_all(dropped, lora_A.to(x.dtype), membership)
-        y = y + scaling * (P @ lora_B.to(x.dtype).mT.flatten(0, 1))
-    return y if bias is None else y + membership.to(x.dtype) @ bias
-
-
-def lora_forward(
-    x: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float, dropout_p: float,
-    weight_args: WeightArgs,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """(y, P, mask) as `LoraLinear` names them; P is the LoRA inner product [M, r]."""
-    dropped, mask = x, None
-    if dropout_p > 0:
-        dropped, mask = torch.native_dropout(x, dropout_p, True)
-    P = _lora_inner(dropped, lora_A if lora_A.dtype == x.dtype else lora_A.to(x.dtype))  # [M, r]
-    y = _linear(x, *weight_args, bias, P, _lora_factor(lora_B, x.dtype), scaling)
-    return y, P, mask
-
-
-def _lora_factor(lora: Tensor, dtype: torch.dtype) -> Tensor:
-    """A LoRA factor as the op wants it; calls that return the tensor itself would take 1.5 us of a token's call."""
-    if lora.dtype == dtype and lora.is_contiguous():
-        return lora
-    return lora.to(dtype).contiguous()
-
-
-class LoraLinear(torch.autograd.Function):
-    """With P = dropout(x) @ A.T and Q = dy @ B: dA = scaling * Q.T @ dropout(x), dB = scaling * dy.T @ P,
-    dx = dy @ Ŵ + scaling * dropout'(Q @ A), the mask of forward used again."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float, dropout_p: float,
-        weight_args: WeightArgs,
-    ) -> Tensor:  # fmt: skip
-        y, P, mask = lora_forward(x, lora_A, lora_B, bias, scaling, dropout_p, weight_args)
-        ctx.save_for_backward(x, mask, P, lora_A, lora_B, *weight_args[:6])
-        ctx.sizes, ctx.scaling, ctx.dropout_scale = _sizes(x, weight_args), scaling, 1 / (1 - dropout_p)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Gradients:
-        gradients = _composed_lora_gradients if is_differentiated_again() else _lora_gradients
-        if not autocast_is_on(dy.device):
-            return gradients(ctx, dy)
-        with torch.autocast(dy.device.type, enabled=False):  # the forward's dtype holds, whatever is on around backward
-            return gradients(ctx, dy)
-
-
-def grouped_lora_forward(
-    x: Tensor, expert_offsets: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float,
-    dropout_p: float, weight_args: WeightArgs,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """(y, P, mask) as `lora_forward` gives them."""
-    dropped, mask = x, None
-    if dropout_p > 0:
-        dropped, mask = torch.native_dropout(x, dropout_p, True)
-    P = _grouped_lora_inner(dropped, expert_offsets, _lora_factor(lora_A, x.dtype))  # [T, r]
-    y = _grouped_linear(x, expert_offsets, *weight_args, bias, P, _lora_factor(lora_B, x.dtype), scaling)
-    return y, P, mask
-
-
-class GroupedLoraLinear(torch.autograd.Function):
-    """What `LoraLinear` is for one weight, of each expert's rows, factors and bias."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, expert_offsets: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None,
-        scaling: float, dropout_p: float, weight_args: WeightArgs,
-    ) -> Tensor:  # fmt: skip
-        y, P, mask = grouped_lora_forward(x, expert_offsets, lora_A, lora_B, bias, scaling, dropout_p, weight_args)
-        ctx.save_for_backward(x, expert_offsets, mask, P, lora_A, lora_B, *weight_args[:6])
-        ctx.sizes, ctx.scaling, ctx.dropout_scale = _sizes(x, weight_args), scaling, 1 / (1 - dropout_p)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Gradients:
-        if not is_differentiated_again():  # by ops alone, which autocast does not touch
-            return _grouped_lora_gradients(ctx, dy)
-        with torch.autocast(dy.device.type, enabled=False):
-            return _composed_grouped_lora_gradients(ctx, dy)
-
-
-def _grouped_lora_gradients(ctx: Any, dy: Tensor) -> Gradients:
-    x, offsets, mask, P, lora_A, lora_B, *weight = ctx.saved_tensors
-    need_x, _, need_A, need_B, need_bias = ctx.needs_input_grad[:5]
-    scaling: float = ctx.scaling
-    dx = dA = dB = dbias = None
-    if need_x or need_A:
-        Q = _grouped_lora_inner(dy, offsets, _lora_factor(lora_B, dy.dtype), True)  # [T, r]
-    if need_x:
-        A = _lora_factor(lora_A, dy.dtype)
-        if mask is None:
-            dx = _grouped_linear_dgrad(dy, offsets, *weight, *ctx.sizes, Q, A, scaling)
-        else:  # the mask is on Q @ A alone
-            dx = _grouped_linear_dgrad(dy, offsets, *weight, *ctx.sizes)
-            term = _grouped_lora_inner(Q, offsets, A, True)
-            dx += torch.ops.aten.native_dropout_backward(term, mask, scaling * ctx.dropout_scale)
-    if need_A:
-        dropped = x if mask is None else torch.ops.aten.native_dropout_backward(x, mask, ctx.dropout_scale)
-        dA = _grouped_lora_grad(Q, dropped, offsets, scaling, _gradient_dtype(lora_A)).to(lora_A.dtype)
-    if need_B:
-        dB = _grouped_lora_grad(P, dy, offsets, scaling, _gradient_dtype(lora_B), True).to(lora_B.dtype)
-    if need_bias:
-        dbias = _sums_of_rows(dy, offsets, False)
-    return dx, None, dA, dB, dbias, None, None, None
-
-
-def _composed_grouped_lora_gradients(ctx: Any, dy: Tensor) -> Gradients:
-    """The same by differentiable operations, P computed again."""
-    x, offsets, mask, _, lora_A, lora_B, *weight = ctx.saved_tensors
-    A, B = lora_A.to(dy.dtype), lora_B.to(dy.dtype)
-    membership = _membership(offsets, dy.shape[0])
-    kept = None if mask is None else mask.to(dy.dtype) * ctx.dropout_scale
-    dropped = x if kept is None else kept * x
-    P, Q = _inner_of_all(dropped, A, membership), _inner_of_all(dy, B.mT, membership)
-    term = ctx.scaling * (Q @ A.flatten(0, 1))
-    dx = Product.apply(dy, offsets, (*weight, *ctx.sizes), True)
-    dx = dx + (term if kept is None else kept * term)
-    dA = _outer(Q, dropped, ctx.scaling, lora_A).unflatten(0, A.shape[:2])
-    dB = _outer(P, dy, ctx.scaling, lora_B).unflatten(0, A.shape[:2]).mT
-    gradients = (dx, None, dA, dB, _sums_of_rows(dy, offsets, True))
-    needed = (gradient if need else None for gradient, need in zip(gradients, ctx.needs_input_grad))
-    return *needed, None, None, None
-
-
-def _lora_gradients(ctx: Any, dy: Tensor) -> Gradients:
-    x, mask, P, lora_A, lora_B, *weight = ctx.saved_tensors
-    need_x, need_A, need_B, need_bias = ctx.needs_input_grad[:4]
-    scaling: float = ctx.scaling
-    dx = dA = dB = dbias = None
-    if need_x or need_A:
-        Q = _lora_inner(dy, lora_B.to(dy.dtype), True)  # [M, r]
-    if need_x:
-        A = _lora_factor(lora_A, dy.dtype)
-        if mask is None:
-            dx = _linear_dgrad(dy, *weight, *ctx.sizes, Q, A, scaling)
-        else:  # the mask is on Q @ A alone
-            dx = _linear_dgrad(dy, *weight, *ctx.sizes)
-            term = _lora_outer(Q, A).view_as(dx)
-            dx += torch.ops.aten.native_dropout_backward(term, mask, scaling * ctx.dropout_scale)
-    if need_A:
-        dropped = x if mask is None else torch.ops.aten.native_dropout_backward(x, mask, ctx.dropout_scale)
-        dA = _lora_grad(Q, dropped, scaling, _gradient_dtype(lora_A)).to(lora_A.dtype)
-    if need_B:
-        dB = _lora_grad(P, dy, scaling, _gradient_dtype(lora_B), True).to(lora_B.dtype)
-    if need_bias:
-        dbias = _matrix(dy).sum(0)
-    return dx, dA, dB, dbias, None, None, None
-
-
-def _composed_lora_gradients(ctx: Any, dy: Tensor) -> Gradients:
-    """The same by differentiable operations, P computed again."""
-    x, mask, _, lora_A, lora_B, *weight = ctx.saved_tensors
-    A, B = lora_A.to(dy.dtype), lora_B.to(dy.dtype)
-    kept = None if mask is None else mask.to(dy.dtype) * ctx.dropout_scale
-    Q = dy @ B
-    dx = Product.apply(dy, None, (*weight, *ctx.sizes), True)
-    dx = dx + ctx.scaling * (Q @ A if kept is None else kept * (Q @ A))
-    dropped = x if kept is None else kept * x
-    dA = _outer(Q, dropped, ctx.scaling, lora_A)
-    dB = _outer(dy, dropped @ A.mT, ctx.scaling, lora_B)
-    gradients = (dx, dA, dB, _matrix(dy).sum(0))
-    needed = (gradient if need else None for gradient, need in zip(gradients, ctx.needs_input_grad))
-    return *needed, None, None, None
-
-
-def _outer(a: Tensor, b: Tensor, scaling: float, lora_factor: Tensor) -> Tensor:
-    """scaling * a.T @ b over the rows, as the gradient of lora_factor."""
-    a, b = (_matrix(t).to(lora_factor.dtype) for t in (a, b))
-    return scaling * a.T @ b
-
-
-def _lora_inner(x: Tensor, lora_factor: Tensor, transposed: bool = False) -> Tensor:
-    """x @ lora_factor.T, `[M, r]`, of a factor [r, D]; transposed, x @ lora_factor of one [D, r]."""
-    x = _matrix(x)
-    if _multiplies_as_one_expert(x):
-        return _grouped_lora_inner(x, _one_group(x), lora_factor.contiguous()[None], transposed)
-    # of a copy where x's layout is odd, since a BLAS may sum it in another order
-    return x.contiguous() @ (lora_factor if transposed else lora_factor.T)
-
-
-def _one_group(x: Tensor) -> Tensor:
-    """The expert_offsets of a single expert that has all rows."""
-    # a fake tensor meets none that is real
-    if torch.compiler.is_compiling() or type(x) is not Tensor or x.shape[0] > FEW_ROWS:
-        return torch.full((1,), x.shape[0], dtype=torch.int32, device=x.device)
-    return _ENDS[x.shape[0]]
-
-
-def _multiplies_as_one_expert(x: Tensor) -> bool:
-    """Whether LoRA's inner product of a single weight runs on the experts' kernels, which no BLAS of a CPU is near.
-
-    At M = 512 torch takes 1.5 to 2 times as long in fp32, and in bf16 1.6 times as long with the CPU's bf16
-    instructions, 3 (forward) to 43 times (backward) without (r = 16, D from 576 to 4096, two Zen 4 cores). One row in
-    fp32 is quicker by torch, by the 2 us that a call of the op costs more.
-    """
-    return x.is_cpu and (x.shape[0] != 1 or x.dtype != torch.float32)
-
-
-def _lora_outer(Q: Tensor, A: Tensor) -> Tensor:
-    """Q @ A, `[M, K]`; by our kernels where torch has no quick product of 16 bits, which takes 25 to 50 times as long.
-
-    Elsewhere torch is up to 2.3 times as quick: r terms of a sum leave a kernel little to do but write.
-    """
-    if not Q.is_cpu or Q.dtype == torch.float32:
-        return Q @ A
-    if Q.dtype == torch.bfloat16 and not torch.compiler.is_compiling() and select.cpu_multiplies_bf16():
-        return Q @ A
-    return _lora_inner(Q, A, True)
-
-
-def _gradient_dtype(lora: Tensor) -> torch.dtype:
-    return lora.dtype if lora.dtype in WEIGHT_DTYPES else torch.float32
-
-
-def _matrix(x: Tensor) -> Tensor:
-    """`[..., K]` as `[M, K]`: `reshape(-1, K)` that also knows what to do with K = 0."""
-    return x.flatten(0, -2) if x.dim() > 1 else x[None]

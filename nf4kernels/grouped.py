@@ -6,14 +6,10 @@ import torch
 from torch import Tensor
 
 from . import ops  # noqa: F401 (defines what the next lines hold)
-from .autograd import (
-    GroupedLinear,
-    GroupedLoraLinear,
-    composed_grouped_lora_linear,
-    grouped_lora_forward,
-    is_transformed,
-)
-from .functional import check_input, check_lora
+from .autograd import GroupedLinear
+from .autograd_lora import GroupedLoraLinear, composed_grouped_lora_linear, grouped_lora_forward
+from .input_checks import check_input, check_lora
+from .modes import is_transformed
 from .quantized_weight import QuantizedExperts, WeightArgs
 
 # Each lookup would cost every call 0.1 us.

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from . import ops, reference  # noqa: F401 (ops defines what the next lines hold)
-from .autograd import Gradients, is_differentiated_again, is_transformed
+from .autograd import Gradients
+from .modes import is_differentiated_again, is_transformed
 from .quantized_weight import WEIGHT_DTYPES
 
 _ops = torch.ops.nf4kernels

@@ -202,7 +202,8 @@ def test_an_ordinary_step_takes_the_fused_way_alone(qweight, monkeypatch):
     def forbidden(*_):
         pytest.fail("a step without transforms went through Product")
 
-    monkeypatch.setattr(nf4.autograd, "Product", forbidden)
+    for module in (nf4.autograd, nf4.autograd_lora):
+        monkeypatch.setattr(module, "Product", forbidden)
     values = {k: v.requires_grad_() for k, v in arguments().items()}
     y = torch.utils.checkpoint.checkpoint(lambda v: ours(qweight, **v), values, use_reentrant=False)
     (y + nf4.linear(values["x"], qweight)).sum().backward()

@@ -8,7 +8,7 @@ from support.numerics import assert_product_within_bound
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nf4kernels as nf4
-from nf4kernels import autograd
+from nf4kernels import autograd_lora
 from nf4kernels.backends import select
 
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::matmul", "aten::mv", "aten::linear"}
@@ -46,13 +46,15 @@ def test_within_the_bound(isa, running, dtype):
         A = cases.activations(r, D, dtype, seed=1)
         B = A.T.contiguous()
         for strided in (x, x.T.contiguous().T, x.view(M, 1, D)):
-            P = autograd._lora_inner(strided, A)
+            P = autograd_lora._lora_inner(strided, A)
             assert_product_within_bound(P, x, A.float().T, f"{isa} {M} {D} {r}")
             if M > 1:  # one row in fp32 is torch's
-                assert torch.equal(autograd._lora_inner(strided, A.T.contiguous().T), P)
-        assert_product_within_bound(autograd._lora_inner(x, B, True), x, B.float(), f"{isa} {M} {D} {r} transposed")
+                assert torch.equal(autograd_lora._lora_inner(strided, A.T.contiguous().T), P)
+        assert_product_within_bound(
+            autograd_lora._lora_inner(x, B, True), x, B.float(), f"{isa} {M} {D} {r} transposed"
+        )
         Q = cases.activations(M, r, dtype, seed=2)
-        assert_product_within_bound(autograd._lora_outer(Q, A), Q, A.float(), f"{isa} {M} {D} {r} outer")
+        assert_product_within_bound(autograd_lora._lora_outer(Q, A), Q, A.float(), f"{isa} {M} {D} {r} outer")
 
 
 @every_isa

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nf4kernels as nf4
-from nf4kernels import autograd, functional, grouped
+from nf4kernels import autograd, autograd_lora, functional, grouped
 from nf4kernels.model.report import table as aligned
 
 from .launches import slices_of_a_device
@@ -112,10 +112,10 @@ def _writes(func: Any) -> bool:
 @contextmanager
 def ops_of(namespace: str) -> Iterator[None]:
     """The functions of the package on the ops of this namespace, and as on a device that is no CPU."""
-    ops, modules = getattr(torch.ops, namespace), (autograd, functional, grouped)
+    ops, modules = getattr(torch.ops, namespace), (autograd, autograd_lora, functional, grouped)
     names = [(module, f"_{op}", getattr(ops, op).default) for op in OPS for module in modules]
     replaced = [(module, name, op) for module, name, op in names if hasattr(module, name)]
-    replaced.append((autograd, "_multiplies_as_one_expert", lambda x: False))
+    replaced.append((autograd_lora, "_multiplies_as_one_expert", lambda x: False))
     before = [(module, name, getattr(module, name)) for module, name, _ in replaced]
     for module, name, op in replaced:
         setattr(module, name, op)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import grouped_mm
 
 import nf4kernels as nf4
-from nf4kernels.autograd import composed_grouped_lora_linear
+from nf4kernels.autograd_lora import composed_grouped_lora_linear
 
 from ..checks import relative_error
 from ..harness import OURS, Plan, Row

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autograd import outside_inference_mode
+from ..modes import outside_inference_mode
 from ..quantized_weight import SUPERBLOCK, QuantizedWeight, superblocks
 
 ROWS, COLUMNS = 0, 1

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor import parallel as torchs
 
-from ..autograd import outside_inference_mode
+from ..modes import outside_inference_mode
 from ..nn.experts_layout import bias_name
 from ..nn.grouped_quant_linear import ExpertsTerm, GroupedQuantLinear
 from ..nn.lora import LoraConfig

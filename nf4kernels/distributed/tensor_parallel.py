@@ -12,8 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor import parallel as torchs
 
-from ..autograd import outside_inference_mode
 from ..functional import linear_from_args, lora_linear_from_args
+from ..modes import outside_inference_mode
 from ..nn.lora import LoraConfig, plain_weight
 from ..nn.quant_linear import COLUMN_ORDER, LoraTerm, QuantLinear
 from ..quantized_weight import WeightArgs

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..autograd import outside_inference_mode
+from ..modes import outside_inference_mode
 from ..nn.quant_experts import QuantExperts
 from ..nn.quant_linear import QuantLinear
 from ..quantized_weight import WEIGHT_DTYPES

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..autograd import outside_inference_mode
 from ..functional import dequantize
+from ..modes import outside_inference_mode
 from ..nn.experts_layout import dense_weights
 from ..nn.lora import FROM_WEIGHT, LoraConfig
 from ..nn.quant_experts import QuantExperts

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..autograd import outside_inference_mode
+from ..modes import outside_inference_mode
 from .dtensors import is_dtensor
 from .lora import FROM_WEIGHT, LoraConfig, WaitingAdapter, check_adapter_name, init_adapter
 from .quant_module import QuantModule

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..autograd import autocast_is_on, outside_inference_mode
 from ..functional import quantize_experts
+from ..modes import autocast_is_on, outside_inference_mode
 from ..quantized_weight import WEIGHT_DTYPES, QuantizedExperts
 from ..routing import combine_experts, sort_by_expert
 from .casts import check_cast

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..autograd import autocast_is_on, outside_inference_mode
 from ..functional import dequantize, linear_from_args, lora_linear_from_args, quantize, take_columns
+from ..modes import autocast_is_on, outside_inference_mode
 from ..quantized_weight import WEIGHT_DTYPES, QuantizedWeight
 from .adapted_module import AdaptedModule
 from .casts import cast, check_cast

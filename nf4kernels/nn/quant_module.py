@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..autograd import outside_inference_mode
 from ..codebook import CODEBOOKS, DOUBLE_QUANT_CODEBOOKS, SCALE_CODEBOOKS, name_of
+from ..modes import outside_inference_mode
 from ..quantized_weight import WEIGHT_DTYPES, QuantizedExperts, QuantizedWeight, WeightArgs, scales_of
 from . import checksum as checksums
 from .dtensors import is_dtensor, replicated, whole

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..autograd import autocast_is_on
 from ..functional import dequantize, linear_from_args, quantize
+from ..modes import autocast_is_on
 from ..nn.lora import LoraConfig, init_adapter
 from ..nn.quant_linear import QuantLinear
 from ..quantized_weight import WEIGHT_DTYPES, QuantizedWeight

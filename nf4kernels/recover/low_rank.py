@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..autograd import outside_inference_mode
 from ..model.heads import SKIP
 from ..model.plan import check_container, plan_layers, replace_module, skips
 from ..model.walk import get_submodule, inside
+from ..modes import outside_inference_mode
 from .agreement import evaluating
 from .batches import Batch, run
 

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from ..autograd import outside_inference_mode
 from ..functional import quantize
 from ..model.dispatched import check_not_dispatched
 from ..model.heads import SKIP
@@ -17,6 +16,7 @@ from ..model.plan import check_container, plan_layers, replace_module, unmatched
 from ..model.quantize import check_options, squared_error
 from ..model.report import QuantizedLayer, QuantizeReport
 from ..model.walk import get_submodule, inside, named_modules
+from ..modes import outside_inference_mode
 from ..nn.lora import LoraConfig
 from .batches import IGNORED, Batch, counted_rows, logits_in, run, targets
 from .fake_quantize import FakeQuantLinear, check_lora_merged

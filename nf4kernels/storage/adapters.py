@@ -8,10 +8,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..autograd import outside_inference_mode
 from ..model.plan import unwrapped
 from ..model.sharded import Ranks, copy_own_part
 from ..model.walk import named_modules
+from ..modes import outside_inference_mode
 from ..nn.adapted_module import AdaptedModule
 from ..nn.casts import check_cast
 from ..nn.dtensors import is_dtensor, whole

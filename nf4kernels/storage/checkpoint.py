@@ -9,10 +9,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..autograd import outside_inference_mode
 from ..model.plan import is_conv1d, linear_shape, replace_module, unwrapped
 from ..model.sharded import is_sharded
 from ..model.walk import get_submodule, named_modules, state_dict
+from ..modes import outside_inference_mode
 from ..nn.adapted_module import AdaptedModule
 from ..nn.experts_layout import weight_names
 from ..nn.quant_linear import QuantLinear

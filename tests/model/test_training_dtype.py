@@ -11,7 +11,7 @@ from support.laptop import AVX2
 from support.paths import ROOT, python_path
 
 import nf4kernels as nf4
-from nf4kernels import functional
+from nf4kernels import input_checks
 from nf4kernels.backends import select
 from nf4kernels.model.training import training_dtype
 
@@ -72,7 +72,7 @@ def test_the_environment_of_a_laptop_is_seen():
 
 def told(monkeypatch, isa, dtype=torch.bfloat16, autocast=False, grad=True):
     """What the first two layers that train in 16 bits on such a CPU warn of."""
-    monkeypatch.setattr(functional, "_untold", True)
+    monkeypatch.setattr(input_checks, "_untold", True)
     monkeypatch.setattr(select, "CPU_LIBRARY", Library(isa))
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: isa == "avx512_bf16", raising=False)
     layer = nf4.QuantLinear(64, 64, bias=False, dtype=dtype, lora=nf4.LoraConfig(r=4))

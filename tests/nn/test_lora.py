@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.numerics import assert_product_within_bound
 
-from nf4kernels import LoraConfig, QuantLinear, autograd
+from nf4kernels import LoraConfig, QuantLinear, autograd_lora
 
 
 def test_scaling():
@@ -91,10 +91,10 @@ def test_scaling_reaches_the_product(alpha, rslora):
 )
 def test_the_inner_product_of_few_rows_is_one_op(monkeypatch, M, dtype):
     """A decoded token's: calling a BLAS takes longer than the product."""
-    calls, op = [], autograd._grouped_lora_inner
-    monkeypatch.setattr(autograd, "_grouped_lora_inner", lambda *args: calls.append(args) or op(*args))
+    calls, op = [], autograd_lora._grouped_lora_inner
+    monkeypatch.setattr(autograd_lora, "_grouped_lora_inner", lambda *args: calls.append(args) or op(*args))
     x, A = torch.randn(M, 1, 576).to(dtype), torch.randn(16, 576).to(dtype)
-    P = autograd._lora_inner(x, A)
+    P = autograd_lora._lora_inner(x, A)
     assert len(calls) == 1
     assert_product_within_bound(P, x[:, 0], A.float().T, "LoRA's inner product")
 

@@ -14,8 +14,9 @@ from bitsandbytes.nn import modules
 from torch import Tensor
 
 from ... import ops  # noqa: F401 (defines what the next lines hold)
-from ...autograd import Linear, composed_linear, is_transformed, outside_inference_mode
+from ...autograd import Linear, composed_linear
 from ...codebook import SCALE_CODEBOOKS
+from ...modes import is_transformed, outside_inference_mode
 from ...quantized_weight import BLOCK_SIZES, SUPERBLOCK, WEIGHT_DTYPES
 from .quant_state import is_repacked, matrix_shape, restored, weight_args
 

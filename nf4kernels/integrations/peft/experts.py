@@ -8,8 +8,8 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from ...autograd import outside_inference_mode
 from ...functional import quantize_experts
+from ...modes import outside_inference_mode
 from ...nn.experts_layout import as_rows
 from ...nn.grouped_quant_linear import ExpertsTerm, GroupedQuantLinear
 from ...nn.quant_experts import QuantExperts

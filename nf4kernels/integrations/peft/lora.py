@@ -11,8 +11,8 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ...autograd import autocast_is_on, outside_inference_mode
 from ...functional import quantize
+from ...modes import autocast_is_on, outside_inference_mode
 from ...nn import casts
 from ...nn.lora import plain_weight
 from ...nn.quant_linear import LoraTerm, QuantLinear

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...autograd import outside_inference_mode
 from ...model.heads import SKIP
 from ...model.plan import check_container, names_of_modules, plan_layers, skips, unmatched
 from ...model.walk import get_submodule, inside
+from ...modes import outside_inference_mode
 from ...nn.quant_linear import QuantLinear
 from ..batches import Batch
 from .masks import apply_masks, keep_by_layer, keep_by_model, keep_by_row, keep_n_of_m, ranked, zero_code

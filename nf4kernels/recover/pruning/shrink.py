@@ -5,8 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from ...autograd import outside_inference_mode
 from ...model.walk import inside
+from ...modes import outside_inference_mode
 from ..batches import Batch
 from .structure import MULTIPLE, Structure, check_dense, check_structure, cut, kept_count, units_in
 from .structure_scores import methods_of, scores_of_units
