@@ -178,5 +178,5 @@ def layer_loss(kind: str) -> DistillLoss:
     if kind == "cosine":
         return DistillLoss(layers=[Cosine(name, name) for name in (MIDDLE, LAST)])
     if kind == "hint":
-        return DistillLoss(layers=[Hint(MIDDLE, MIDDLE, (WIDTH, WIDTH), weight=0.1)])
+        return DistillLoss(layers=[Hint(MIDDLE, MIDDLE, (WIDTH, WIDTH), weight=0.001)])
     return DistillLoss(layers=[Contrastive(LAST, LAST, (WIDTH, WIDTH), weight=0.1)])

@@ -133,7 +133,8 @@ class Cosine(LayerLoss):
 class Hint(LayerLoss):
     """mean((project(student) - teacher)²), of layers of any widths (FitNets, Romero et al., 2015).
 
-    The projection is learned with the student and thrown away with this object.
+    The projection is learned with the student and thrown away with this object. Between layers of one width it begins
+    as the identity: a student that has the teacher's states is then told of no error.
     """
 
     kind = "hint"
@@ -143,6 +144,10 @@ class Hint(LayerLoss):
     ) -> None:
         super().__init__(student, teacher, weight)
         self.project = nn.Linear(*widths, bias=bias)
+        if widths[0] == widths[1]:
+            nn.init.eye_(self.project.weight)
+            if bias:
+                nn.init.zeros_(self.project.bias)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         return functional.mse_loss(self.project(student.float()), teacher.float())

@@ -130,6 +130,14 @@ def test_a_hint_goes_through_its_projection():
     assert hint.project.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_hint_between_layers_of_one_width_begins_as_their_distance(bias):
+    s, t = draw(ROWS, 12), draw(ROWS, 12, seed=1)
+    hint = Hint("a", "b", (12, 12), bias=bias)
+    assert torch.allclose(hint(s, t), ((s - t) ** 2).mean(), rtol=1e-5)
+    assert hint(t, t) == 0
+
+
 def test_a_contrast_is_the_cross_entropy_of_similarities():
     s, t = draw(ROWS, 6), draw(ROWS, 6, seed=1)
     near = torch.tensor([[torch.cosine_similarity(a, b, dim=0) / 0.1 for b in t] for a in s]).double()
