@@ -29,7 +29,7 @@ def add_parser(actions) -> None:
         "--text", metavar="FILE", type=Path, nargs="+", required=True, help=".txt, or .jsonl with a text in each line"
     )
     parser.add_argument("--method", choices=METHODS, default="gptq")
-    parser.add_argument("--tokens", type=int, default=4096, help="of text to calibrate on (default 4096)")
+    parser.add_argument("--tokens", type=int, default=16384, help="of text to calibrate on (default 16384)")
     parser.add_argument("--length", type=int, default=128, help="tokens that are read together (default 128)")
     parser.add_argument("--codebook", choices=("nf4", "fp4", "int4", "af4"), default="nf4")
     parser.add_argument(

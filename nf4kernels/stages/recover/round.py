@@ -56,7 +56,7 @@ class RoundOptions:
 
     method: str
     text: Sequence[Path]
-    tokens: int = 4096
+    tokens: int = 16384
     length: int = 128
     codebook: str = "nf4"
     block_size: int = 64
