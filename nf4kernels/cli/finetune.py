@@ -21,10 +21,10 @@ def add_parser(subparsers) -> None:
         epilog="Every field of TRL's SFTConfig and ModelConfig and of PEFT's LoraConfig is a FIELD, in a recipe and as "
         "a flag, which wins: --learning_rate 2e-4 --num_train_epochs 3 --max_length 1024 --packing true --lora_r 16 "
         "--save_steps 100. Ours are --data, --weights, --held_out, --split_seed, --codebook, --block_size, "
-        "--double_quant, --scale_codebook, --skip and --plan. --attn sdpa is short for --attn_implementation. On "
-        "several GPUs: torchrun --nproc-per-node N -m nf4kernels finetune ..., each with the whole model, or with "
-        "--fsdp or --deepspeed zero2 (zero3, or a file of DeepSpeed's), which share it. nf4kernels recipes lists ready "
-        "recipes.",
+        "--double_quant, --scale_codebook, --skip, --plan and --adapter. --attn sdpa is short for "
+        "--attn_implementation. On several GPUs: torchrun --nproc-per-node N -m nf4kernels finetune ..., "
+        "each with the whole model, or with --fsdp or --deepspeed zero2 (zero3, or a file of DeepSpeed's), which share "
+        "it. nf4kernels recipes lists ready recipes.",
         allow_abbrev=False,
     )
     take_recipe(parser)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 import nf4kernels as nf4  # noqa: E402
 from nf4kernels.cli import main  # noqa: E402
-from nf4kernels.recover import FakeQuantLinear  # noqa: E402
+from nf4kernels.recover import Candidate, FakeQuantLinear, Plan  # noqa: E402
 from nf4kernels.stages.causal_model import load_causal_model  # noqa: E402
 from nf4kernels.stages.finetune.trainer import WHOLE  # noqa: E402
 from nf4kernels.stages.recover import qat as stage  # noqa: E402
@@ -152,6 +152,13 @@ def test_what_is_refused(base, prompts, tmp_path, capsys, changes, said):
     assert error.startswith("nf4kernels recover: ")
     assert said in error
     assert all("Loading weights" in line for line in bar if line)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_is_refused(base, prompts, tmp_path, capsys):
+    Plan({"model.layers.0.mlp.up_proj": Candidate({"codebook": "fp4"})}, 1, 1, 0.0).save(tmp_path / "plan.json")
+    assert main(arguments(base, prompts, tmp_path / "out", plan=tmp_path / "plan.json")) == 2
+    assert "--plan must be left out, since all layers are rounded alike here" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -25,9 +25,9 @@ def add_parser(actions: Any) -> None:
         description="Prune the dense model in DIR and write it to OUTPUT_DIR, in 16 bits or with --quantize in 4. "
         "--pattern unstructured and 2:4 put zeros in the weights with the smallest scores, which leaves the file as "
         "large as it was; heads, channels and layers are cut out, which shrinks it. --method magnitude, wanda or "
-        "gradient says which, of layers also influence or kl; all but magnitude run the model on --text. --steps N "
-        "--retrain M prunes in N steps along a cubic schedule and trains LoRA for M steps after each, towards the "
-        "model as it was. The same command again goes on after the last of several steps.",
+        "gradient says which, of layers magnitude, gradient, influence or kl; all but magnitude run the model on "
+        "--text. --steps N --retrain M prunes in N steps along a cubic schedule and trains LoRA for M steps after "
+        "each, towards the model as it was. The same command again goes on after the last of several steps.",
         epilog="Every FIELD may stand in a recipe, too, and a flag wins: --help-fields prints them.",
         allow_abbrev=False,
     )

@@ -44,7 +44,7 @@ class PruneOptions:
         metadata={"help": "unstructured or n:m as 2:4, which leave zeros; heads, channels or layers, which are cut."},
     )
     method: str = field(
-        default="magnitude", metadata={"help": "magnitude, wanda or gradient; of layers also influence or kl."}
+        default="magnitude", metadata={"help": "magnitude, wanda, gradient; of layers influence or kl, not wanda."}
     )
     share: float | None = field(default=None, metadata={"help": "to prune, in [0, 1); of n:m it is 1 - n/m."})
     text: str | None = field(

@@ -65,6 +65,8 @@ def qat(recipe: Recipe, model_of: ModelOf, say: Callable[[str], None] = print) -
         raise StageError(f"--codebook must be one of {', '.join(CODEBOOKS)}, got {given.get('codebook')}")
     if recipe.adapter is not None:
         raise StageError(f"--adapter must be left out, since what is trained here begins at zero, got {recipe.adapter}")
+    if given.get("plan") is not None:
+        raise StageError(f"--plan must be left out, since all layers are rounded alike here, got {given['plan']}")
     if recipe.training.world_size > 1 or recipe.training.deepspeed or recipe.training.fsdp:
         raise StageError("--output_dir must be written by one process, got several, or FSDP or DeepSpeed")
     is_full = recipe.also.train == "full"
