@@ -125,7 +125,7 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
             yield from bench_dequantize_gemm.rows(Layers(*weight), plan)
     if "formats" in args.ops:
         for weight in args.shapes or FOCUS[:1]:
-            print(f"nf4 at block size 64 beside other formats, {weight[0]}x{weight[1]}")
+            print(f"nf4 at block size 64 beside other formats and dense, {weight[0]}x{weight[1]}")
             caches = (args.cache,) if args.cache else ("out",)
             rows, threads = args.rows or bench_formats.FORWARD_M, args.threads_given or args.threads[:1]
             yield from bench_formats.rows(Layers(*weight), Plan(rows, threads, caches, args.seconds))

@@ -82,12 +82,14 @@ def check_target(target: Path, overwrite: bool, words: Words) -> None:
         raise ConversionError(f"{words.who}: {expected}, got {target} without model files")
 
 
-def copy_rest(in_dir: Path, staging: Path, left: Collection[str] = ()) -> None:
+def copy_rest(in_dir: Path, staging: Path, left: Collection[str] = (), is_adapter: bool = False) -> None:
     """Tokenizer, generation settings and the like; no weights in other formats, nothing hidden, no file of `left`.
 
-    Nor a directory in it that holds an adapter, which is of the weights as they were.
+    Adapters in directories inside of it stay behind, and so does the configuration of one that lies beside a model:
+    without its tensors it would lead loaders astray. Where `is_adapter`, in_dir is an adapter itself.
     """
     adapters = {file.parent for file in in_dir.rglob(CONFIG)} - {in_dir}
+    left = left if is_adapter else (*left, CONFIG)
     for source in sorted(in_dir.rglob("*")):
         inside = source.relative_to(in_dir)
         target = staging / inside

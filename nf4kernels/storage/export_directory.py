@@ -24,7 +24,7 @@ def export_dense(
 
     Dense tensors stay as they are, so that a dense directory is cut into other files, or an old one gets safetensors
     for what it has in pytorch_model.bin. One tensor is in memory at a time, or one layer's experts, beside the output
-    file being filled. The rest of the directory is copied. `out_dir` appears when it is complete.
+    file being filled. The rest of the directory is copied, adapters in it are not. `out_dir` appears when complete.
 
     Returns:
         The bytes of all tensors.
@@ -67,7 +67,7 @@ def export_adapter(source: str | Path, out_dir: str | Path, words: Words = CALLE
                 target.mkdir(parents=True, exist_ok=True)
                 write_tensors(tensors, target / WEIGHTS)
                 count += len(tensors)
-            copy_rest(source, staging)
+                copy_rest(directory, target, is_adapter=True)
     return count
 
 

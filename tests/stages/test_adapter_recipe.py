@@ -56,8 +56,8 @@ def test_one_file_cannot_have_both(adapter, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({"init_lora_weights": "pissa"}, "--adapter must leave the base weight as it is"),
-        ({"init_lora_weights": "olora"}, "--adapter must leave the base weight as it is"),
+        ({"init_lora_weights": "pissa"}, "--adapter must have begun beside the base weight.* got 'pissa'"),
+        ({"init_lora_weights": "olora"}, "--adapter must have begun beside the base weight.* got 'olora'"),
         ({"task_type": "SEQ_CLS"}, "--adapter must be of a causal language model"),
         ({"peft_type": "LOHA"}, "--adapter must be a LoRA adapter"),
     ],

@@ -31,7 +31,9 @@ def run(paths, *arguments):
 @pytest.mark.parametrize("method", METHODS)
 def test_the_directory_holds_the_model_that_the_rounding_makes(paths, method, capsys):
     assert run(paths, "--method", method, "--rank", "8", "--alpha", "16") == 0
-    assert f"wrote {paths / 'out'}: " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    written = float(said.split(f"wrote {paths / 'out'}: ")[1].split(" MiB")[0])
+    assert written == pytest.approx((paths / "out" / "model.safetensors").stat().st_size / 2**20, abs=0.06)
     load = transformers.AutoModelForCausalLM.from_pretrained
     made, dense = load(paths / "out").eval(), load(paths / "model", dtype=torch.bfloat16).eval()
     plain = load(paths / "model", dtype=torch.bfloat16).eval()
@@ -49,6 +51,7 @@ def test_the_directory_holds_the_model_that_the_rounding_makes(paths, method, ca
     for name, tensor in expected.state_dict().items():
         assert "lora_" in name or torch.equal(made.state_dict()[name], tensor), name
     if lora is not None:
+        assert f"MiB and, with which the error above is, {paths / 'out' / stage.ADAPTER}" in said
         assert not any("lora_" in name for name in made.state_dict())
         config = json.loads((paths / "out" / stage.ADAPTER / "adapter_config.json").read_text(encoding="utf-8"))
         assert (config["modules_to_save"], config["bias"]) == (None, "none")

@@ -77,8 +77,10 @@ def test_an_old_adapter_in_bin(base, tmp_path):
 
 def test_the_directory_loads_and_carries_the_rest_over(base, tmp_path):
     adapter = save_adapter(base, tmp_path / "adapter")
-    save_adapter(base, base / "adapter")  # of the weights as they were: left behind
+    save_adapter(base, base / "adapter")  # left behind, and what would be a configuration without tensors
+    (base / "adapter_config.json").write_text("{}", encoding="utf-8")
     merge(adapter, base, tmp_path / "out", max_shard_size=60_000)
+    (base / "adapter_config.json").unlink()  # which transformers would follow
     assert [name for name in tree(tmp_path / "out") if not name.startswith("model")] == [
         "config.json", "generation_config.json", "templates", "templates/chat.jinja", "tokenizer.json",
     ]  # fmt: skip

@@ -54,7 +54,7 @@ def add_parser(actions) -> None:
 def run(args: argparse.Namespace) -> None:
     check_cpu_computes(VERB)
     check_installed(VERB, NEEDED, "finetune")
-    from ...stages.recover.round import RoundOptions, round_directory
+    from ...stages.recover.round import ADAPTER, WITH_ADAPTER, RoundOptions, round_directory
 
     options = RoundOptions(
         args.method, args.text, args.tokens, args.length, args.codebook, args.block_size, not args.no_double_quant,
@@ -62,5 +62,5 @@ def run(args: argparse.Namespace) -> None:
     )  # fmt: skip
     report = round_directory(args.in_dir, args.out_dir, options)
     print(report.summary().split("\n\n")[0])
-    with_adapter = "with its adapter, as the sizes and the error above, " if args.method.startswith("lq-lora") else ""
-    print(f"\nwrote {args.out_dir}: {with_adapter}{report.model_bytes_after / 2**20:.1f} MiB")
+    adapter = f" and, with which the error above is, {args.out_dir / ADAPTER}" if args.method in WITH_ADAPTER else ""
+    print(f"\nwrote {args.out_dir}: {report.model_bytes_after / 2**20:.1f} MiB{adapter}")

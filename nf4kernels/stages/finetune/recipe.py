@@ -85,8 +85,8 @@ class DataOptions:
     adapter: str | None = field(
         default=None,
         metadata={
-            "help": "a directory with a LoRA adapter of PEFT to go on from, at its own rank and alpha; what the"
-            " file of a recipe says of LoRA is passed over."
+            "help": "a directory with a LoRA adapter of PEFT to go on from, at its own rank and alpha; as a"
+            " flag it wins over what the file of a recipe says of LoRA."
         },
     )
 
@@ -181,7 +181,8 @@ def read_recipe(config: Path | None, flags: Sequence[str], also: type | None = N
         raise StageError(where + str(error)) from None
     values = vars(parser.parse_args(_as_flags(settings, defaults) + list(flags)))
     if values["adapter"] is not None:
-        values = _without_lora(values, flagged if "adapter" in flagged else flagged | set(settings), defaults)
+        said = {name for name, value in settings.items() if value is not None}
+        values = _without_lora(values, flagged if "adapter" in flagged else flagged | said, defaults)
     given = {name: value for name, value in values.items() if value != defaults[name]}
     recipe = _recipe(values, given, needs_data)
     recipe.also = None if also is None else also(**_of(also, values))
@@ -360,8 +361,8 @@ def _lora_of(adapter: Path) -> LoraConfig:
     if lora.task_type not in (None, TaskType.CAUSAL_LM):
         raise StageError(f"--adapter must be of a causal language model, got task_type {lora.task_type} in {adapter}")
     if lora.init_lora_weights not in INITS:
-        raise StageError(f"--adapter must leave the base weight as it is, got init_lora_weights"
-                         f" {lora.init_lora_weights!r} in {adapter}")  # fmt: skip
+        raise StageError(f"--adapter must have begun beside the base weight, by init_lora_weights one of"
+                         f" {', '.join(map(str, INITS))}, got {lora.init_lora_weights!r} in {adapter}")  # fmt: skip
     return lora
 
 

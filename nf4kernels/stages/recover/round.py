@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...integrations.transformers import Nf4Config, Nf4Quantizer
 from ...model.adapters import remove_adapter
+from ...model.memory import model_bytes
 from ...model.quantize import quantize_model
 from ...model.report import QuantizeReport
 from ...model.walk import named_modules
@@ -72,7 +73,8 @@ class RoundOptions:
 def round_directory(in_dir: Path, out_dir: Path, options: RoundOptions, progress: bool = True) -> QuantizeReport:
     """Quantize the model in `in_dir` by calibration, and write it to `out_dir` as `save_pretrained` does.
 
-    A method WITH_ADAPTER writes an adapter over that model, as PEFT's, to ADAPTER in it.
+    A method WITH_ADAPTER writes an adapter over that model, as PEFT's, to ADAPTER in it. The report's errors are then
+    with the adapter, its bytes without.
 
     `out_dir` appears when it is complete, or not at all. The whole dense model is in memory.
 
@@ -117,6 +119,7 @@ def round_directory(in_dir: Path, out_dir: Path, options: RoundOptions, progress
     with replacing_directory(out_dir) as staging:
         if lora is not None:
             _move_adapters(model, staging / ADAPTER, out_dir.resolve())
+            report = replace(report, model_bytes_after=model_bytes(model))
         model.save_pretrained(staging)
         copy_rest(in_dir, staging)
     return report
