@@ -75,6 +75,20 @@ def test_it_is_closer_than_loftq_which_has_no_weights(weighting):
     assert ours.layers[0].q_proj.lora.init == "loftq"
 
 
+def test_columns_that_no_row_reaches_take_no_rank():
+    torch.manual_seed(0)
+    x = torch.randn(256, 64) / 10
+    x[:, 32:] = 0
+    dense = nn.Linear(64, 48, bias=False)
+    model = nn.Sequential(dense)
+    nf4.quantize_model(model, progress=False, lora=LORA, rounding=LqLora([x]))
+    layer = model[0]
+    error = dense.weight.detach() - layer.dequantize(torch.float32)
+    left = error - LORA.scaling * layer.lora_B.weight.detach() @ layer.lora_A.weight.detach()
+    best = torch.linalg.svdvals(error.double() @ x.T.double())[4:].norm().item()
+    assert (left @ x.T).norm().item() < 1.05 * best
+
+
 def test_its_adapters_are_written_over_the_original_weight(tmp_path):
     model, dense = ByteLM(), ByteLM()
     nf4.quantize_model(model, progress=False, lora=LORA, rounding=LqLora([text(4, 20)]))

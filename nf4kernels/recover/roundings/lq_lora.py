@@ -17,7 +17,6 @@ from ...quantized_weight import QuantizedWeight
 from ..agreement import evaluating
 from ..batches import IGNORED, Batch, counted_rows, logits_in, run, targets
 from .calibration import Statistics
-from .gptq import damped
 from .rounding import CalibratedRounding, ScaleSearch, check_choice
 
 WEIGHTINGS = ("hessian", "activation", "fisher")
@@ -103,7 +102,9 @@ class LqLora(CalibratedRounding):
     def _weights(self, name: str, statistics: Statistics) -> tuple[Tensor | None, Tensor]:
         if self.weighting == "fisher" and name in self._fisher:
             return self._fisher[name]
-        hessian = damped(statistics.hessian, DAMPING)
+        hessian = statistics.hessian.clone()
+        diagonal = hessian.diagonal()
+        diagonal += DAMPING * diagonal.mean().clamp(min=1e-30)
         return None, hessian if self.weighting == "hessian" else hessian.diagonal()
 
 
