@@ -123,6 +123,10 @@ def make_plan(
         raise ValueError(f"{who}: found must have every KL, got an unfinished one")
     times = None if seconds is None else seconds.__getitem__
     options = _undominated(found.options, times)
+    known = {name for option in options for name in option.layers}
+    for option in found.options:
+        if not known.issuperset(option.layers):
+            raise ValueError(f"{who}: found must have a finite KL for every layer, got none of {option.layers[0]}")
     limits = [Limit([option.nbytes for option in options], budget)]
     if times is not None and most_seconds < math.inf:
         limits.append(Limit([times(option) for option in options], most_seconds))

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from ..storage.atomic import write_json
 from .agreement import evaluating, summed_divergence
 from .batches import Batch, counted_rows, logits_in, run
 from .candidates import DROPPED, Candidate, aliases_of, default_candidates, layer_names
+from .teacher_cache import fingerprint
 
 WHO = "nf4kernels.recover.sensitivity"
 VERSION = 1
@@ -137,9 +138,11 @@ def sensitivity(
     rows = sum(map(len, references))
     if not rows:
         raise ValueError(f"{WHO}: batches must have rows that count, got none")
+    if not all(reference.isfinite().all() for reference in references):
+        raise ValueError(f"{WHO}: model must give finite logits on batches, got NaN or inf")
     weights = sum(parameter.numel() for layer in layers.values() for parameter in _weights(layer))
     found = Sensitivities(weights, rows, method, tuple(options))
-    digest = _digest(layers, batches, found, seed)
+    digest = _digest(model, batches, found, seed)
     if path is not None and Path(path).exists():
         found = _resumed(Path(path), digest)
     work = _Work(model, layers, batches, references, seed)
@@ -185,7 +188,7 @@ class _Work:
         if first is option or not first.candidate.is_plain:
             return self.measured(option)
         expected = self.told(first)
-        return first.kl * self.told(option) / expected if expected else self.measured(option)
+        return first.kl * self.told(option) / expected if 0 < expected < math.inf else self.measured(option)
 
     @torch.no_grad()
     def measured(self, option: Option) -> float:
@@ -203,7 +206,7 @@ class _Work:
             made = rounded.to_linear(torch.float32) if isinstance(rounded, QuantLinear) else rounded
             error = made.weight.detach().float() - dense.weight.detach().float()
             total += (error.square_() * self._fisher[name]).sum(dtype=torch.float64).item()
-        return total / 2 / sum(map(len, self.references))
+        return total / 2 / sum(map(len, self.references)) if math.isfinite(total) else math.inf
 
 
 @contextmanager
@@ -293,14 +296,15 @@ def _weights(layer: nn.Module) -> list[Tensor]:
     return [parameter for parameter in layer.parameters() if parameter.dim() >= 2]
 
 
-def _digest(layers: dict, batches: Sequence[Batch], found: Sensitivities, seed: int) -> str:
-    """Of all that the KL depends on: weights, text, options, method."""
+def _digest(model: nn.Module, batches: Sequence[Batch], found: Sensitivities, seed: int) -> str:
+    """Of all that the KL depends on: the model, the text, options, method."""
     said = hashlib.blake2b(digest_size=16)
     plain = [[*option.layers, option.candidate.as_dict(), option.nbytes] for option in found.options]
     said.update(json.dumps([VERSION, found.method, seed, plain], sort_keys=True).encode())
-    tensors = [weight for layer in layers.values() for weight in _weights(layer)]
+    said.update(fingerprint(model).encode())
+    tensors = []
     for batch in batches:
-        values = batch.items() if isinstance(batch, dict) else [("", batch)] if isinstance(batch, Tensor) else [
+        values = batch.items() if isinstance(batch, Mapping) else [("", batch)] if isinstance(batch, Tensor) else [
             (str(i), value) for i, value in enumerate(batch)
         ]  # fmt: skip
         tensors += [value for _, value in values if isinstance(value, Tensor)]

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from collections import UserDict
 from unittest.mock import patch
 
 import pytest
@@ -117,7 +118,11 @@ def test_it_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     assert len(calls) == 6
     with pytest.raises(ValueError, match="must be finished"):
         Sensitivities.load(path)
-    for other in (ByteLM(seed=1), [text(seed=1)], {"candidates": [NF4]}):
+    scaled = ByteLM()
+    with torch.no_grad():
+        scaled.norm.weight *= 2  # no layer that is rounded
+    encoded = [UserDict(input_ids=text(seed=1))]  # a mapping that is no dict, as a tokenizer gives
+    for other in (ByteLM(seed=1), scaled, [text(seed=1)], encoded, {"candidates": [NF4]}):
         model, batches = (other if isinstance(other, ByteLM) else ByteLM()), [text()]
         batches = other if isinstance(other, list) else batches
         with pytest.raises(ValueError, match="must hold measurements of the same model, text and arguments"):

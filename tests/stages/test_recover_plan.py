@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -143,6 +144,30 @@ def test_a_search_finds_what_a_sum_does_not_tell():
     assert all(one.plan.nbytes <= 90 for one in tried)
     again = search(found, start, 90, None, float("inf"), measured, 60, progress=False)
     assert [one.plan for one in tried] == [one.plan for one in again]
+
+
+def test_a_search_that_was_interrupted_ends_and_another_text_is_searched_anew(tmp_path):
+    fine, wide = Candidate({"block_size": 32}), Candidate({"block_size": 512})
+    cells = [Option((f"l{i}",), c, size, kl) for i in range(6) for c, size, kl in ((fine, 20, 0.1), (wide, 10, 0.2))]
+    found, log, calls = Sensitivities(600, 1, "measured", tuple(cells)), tmp_path / "log", []
+    start = make_plan(found, nbytes=90)
+
+    def measured(plan):
+        calls.append(plan)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return plan.kl
+
+    with pytest.raises(KeyboardInterrupt):
+        search(found, start, 90, None, float("inf"), measured, 8, storage=log, progress=False)
+    tried = search(found, start, 90, None, float("inf"), measured, 8, storage=log, progress=False)
+    assert 0 < len(tried) <= 8
+    assert start in [one.plan for one in tried]
+    other = Sensitivities(600, 1, "measured", tuple(replace(each, kl=2 * each.kl) for each in cells))
+    calls.clear()
+    calls += [None] * 3  # no further interrupt
+    search(other, make_plan(other, nbytes=90), 90, None, float("inf"), measured, 4, storage=log, progress=False)
+    assert len(calls) > 3
 
 
 def test_words_of_candidates():

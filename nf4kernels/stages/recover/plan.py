@@ -203,7 +203,7 @@ def plan_directory(options: PlanOptions, progress: bool = True) -> Planned:
             found, plan, int(budget), seconds, most, measure.of_plan, options.trials, options.seed,
             output.with_suffix(".trials.log"), progress,
         )  # fmt: skip
-        plan = _best(tried, most)
+        plan = _best(tried, most, plan)
     lines = _lines(found, plan, rest, seconds, measure, progress)
     plan.save(output)
     picture = output.with_suffix(".png")
@@ -267,9 +267,10 @@ def _lines(
     return lines
 
 
-def _best(tried: Sequence[Found], most: float) -> Plan:
-    """Of what is within the budget the one with the least KL; the plan that the search began with is one of them."""
-    return min((one for one in tried if one.seconds <= most), key=lambda one: one.kl).plan
+def _best(tried: Sequence[Found], most: float, start: Plan) -> Plan:
+    """Of what is within the budget the one with the least KL; `start` where nothing that was measured is."""
+    within = [one for one in tried if one.seconds <= most]
+    return min(within, key=lambda one: one.kl).plan if within else start
 
 
 @contextmanager

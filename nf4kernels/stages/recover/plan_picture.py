@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
@@ -12,7 +13,7 @@ from ...recover.plan import Plan
 from ...recover.sensitivity import Option, Sensitivities
 from ..plots import save_figure
 
-COLORS = "tab20"
+COLORS = "tab20"  # of candidates
 
 
 def plot_plan(path: Path, found: Sensitivities, plan: Plan) -> None:
@@ -47,7 +48,7 @@ def _draw_choices(figure: Figure, axes: Any, plan: Plan) -> None:
     names = sorted({candidate.name for candidate in plan.layers.values()})
     width = max(map(len, kinds.values()))
     cells = [[names.index(c.name) for c in row] + [float("nan")] * (width - len(row)) for row in kinds.values()]
-    colors = ListedColormap([f"C{i % 10}" for i in range(len(names))])
+    colors = ListedColormap(colormaps[COLORS](range(len(names))))
     image = axes.imshow(cells, aspect="auto", cmap=colors, vmin=-0.5, vmax=len(names) - 0.5, interpolation="none")
     axes.set_yticks(range(len(kinds)), list(kinds))
     axes.set(xlabel="layer of its kind, from input to output",

@@ -5,6 +5,7 @@ The sum of the layers' KL that `make_plan` minimizes is an estimate; a plan's ow
 """
 
 import copy
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -104,14 +105,18 @@ def search(
         population_size=POPULATION, seed=seed, constraints_func=lambda trial: (trial.user_attrs[OVER],)
     )
     keep = None if storage is None else JournalStorage(JournalFileBackend(str(storage)))
-    name = f"{budget} bytes, {len(space.variables)} choices, seed {seed}"
+    said = repr([(option.layers, option.candidate.name, option.kl) for option in found.options])
+    digest = hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
+    name = f"{budget} bytes, {digest}, {'KL' if seconds is None else 'KL and seconds'}, seed {seed}"
     study = optuna.create_study(
         storage=keep, sampler=sampler, study_name=name, directions=["minimize"] * (1 if seconds is None else 2),
         load_if_exists=True,
     )  # fmt: skip
     done = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
-    if not study.trials:
-        for plan in _starts(found, start, budget, seconds, most_seconds):
+    known = [trial.params for trial in done]
+    known += [trial.system_attrs["fixed_params"] for trial in study.trials if trial.state == TrialState.WAITING]
+    for plan in _starts(found, start, budget, seconds, most_seconds):
+        if space.values_of(plan) not in known:
             study.enqueue_trial(space.values_of(plan))
 
     def objective(trial: optuna.Trial) -> float | tuple[float, float]:
@@ -124,7 +129,8 @@ def search(
 
     with tqdm(total=trials, initial=len(done), desc="search", unit="plan", disable=not progress) as bar:
         study.optimize(objective, max(trials - len(done), 0), callbacks=[lambda study, trial: bar.update()])
-    return [_found(trial, space, found) for trial in study.trials if trial.user_attrs.get(OVER, 1) <= 0]
+    complete = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]  # others were interrupted
+    return [_found(trial, space, found) for trial in complete if trial.user_attrs[OVER] <= 0]
 
 
 def _found(trial: FrozenTrial, space: "_Space", found: Sensitivities) -> Found:
