@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..modes import autocast_is_on
 from .batches import Batch, counted_rows, logits_in, run, targets
 
 CHUNK = 64  # rows: 12.5 MB of fp32 logits for 49152 classes, for which a cache has room and malloc no new pages
@@ -74,8 +76,8 @@ class HeadReader:
                     if self.is_certain:
                         raise
                     output = None
-            if output is not None and len(seen) == 1 and _is_same(output, seen[0]):
-                return seen[0], self.head
+            if output is not None and len(seen) == 1 and _is_same(output, seen[0].x):
+                return seen[0].x, seen[0].head
             if self.is_certain:
                 raise ValueError(
                     "nf4kernels.recover: head must be the module whose output is the model's logits, used once, got a"
@@ -97,13 +99,22 @@ def find_head(model: nn.Module) -> nn.Module | None:
     return next((linears[name] for name in outer), None)  # an adapter's factors are inside their layer
 
 
+@dataclass
+class Seen:
+    """A head's input, and the head as it would have run on it."""
+
+    x: Tensor
+    head: nn.Module
+
+
 @contextmanager
-def passing_through(head: nn.Module) -> Iterator[list[Tensor]]:
+def passing_through(head: nn.Module) -> Iterator[list[Seen]]:
     """Inside the `with` the head returns its input, and the list has it."""
-    seen: list[Tensor] = []
+    seen: list[Seen] = []
 
     def forward(x: Tensor) -> Tensor:
-        seen.append(x)
+        is_on = autocast_is_on(x.device)
+        seen.append(Seen(x, UnderAutocast(head, x.device.type) if is_on else head))
         return x
 
     before = vars(head).get("forward")
@@ -117,11 +128,25 @@ def passing_through(head: nn.Module) -> Iterator[list[Tensor]]:
             head.forward = before  # type: ignore[method-assign]
 
 
+class UnderAutocast(nn.Module):
+    """`head` under the autocast that is on where this is made: a trainer's is on in the model's forward alone."""
+
+    def __init__(self, head: nn.Module, device_type: str) -> None:
+        super().__init__()
+        self.head, self.device_type, self.dtype = head, device_type, torch.get_autocast_dtype(device_type)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # casts that are kept would be those of a chunk's graph, which is gone when the next one asks for them
+        with torch.autocast(self.device_type, self.dtype, cache_enabled=False):
+            logits: Tensor = self.head(x)
+        return logits
+
+
 def _is_same(output: Tensor, hidden: Tensor) -> bool:
     """Whether nothing was done to `hidden` on its way out, but for a cast."""
     if output is hidden or (output.data_ptr() == hidden.data_ptr() and output.shape == hidden.shape):
         return True
-    return output.shape == hidden.shape and torch.equal(output.float(), hidden.float())
+    return output.shape == hidden.shape and torch.equal(output.float(), hidden.to(output.device).float())
 
 
 def summed_by_chunks(

@@ -10,6 +10,7 @@ import nf4kernels as nf4
 from nf4kernels.recover.distill import DistillLoss
 from nf4kernels.recover.heads import HeadReader, find_head, summed_by_chunks
 from nf4kernels.recover.losses import soft_labels, teacher_log_probs
+from nf4kernels.recover.teacher import LiveTeacher
 
 VOCABULARY = 512
 
@@ -109,6 +110,25 @@ def test_a_model_that_changes_its_heads_output_is_run_whole():
     assert torch.equal(rows.logits(torch.arange(len(rows))), model(batch["input_ids"])["logits"][:, :-1][kept])
     with pytest.raises(ValueError, match="head must be the module whose output is the model's logits"):
         HeadReader(model, model.lm_head).rows(batch)
+
+
+class Trained(ByteLM):
+    """Its forward is under autocast as a trainer's is, and the loss after it is not."""
+
+    def forward(self, *args, **kwargs):
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(*args, **kwargs)
+
+
+def test_the_head_runs_under_the_autocast_of_its_model():
+    model, batch = Trained(VOCABULARY), text()
+    found = HeadReader(model).rows(batch)
+    assert found.head is not None
+    kept = batch["attention_mask"][:, 1:].bool()
+    logits = found.logits(torch.arange(len(found)))
+    assert torch.equal(logits, model(batch["input_ids"])["logits"][:, :-1][kept])
+    DistillLoss()(model, LiveTeacher(model), batch).loss.backward()
+    assert model.lm_head.weight.grad.isfinite().all()
 
 
 class Backwards(nn.Module):
