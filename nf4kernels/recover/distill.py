@@ -17,6 +17,7 @@ from .heads import CHUNK, Head, HeadReader, Rows, summed_by_chunks
 from .layers import recording, text_rows
 from .losses import LayerLoss, TopK, hard_labels, soft_labels
 from .teacher import Answer, Teacher, as_teacher, device_of, moved
+from .teacher_cache import digests
 
 
 @dataclass(frozen=True)
@@ -241,13 +242,19 @@ def distill(
     modes = [(module, module.training) for module in model.modules()]
     with torch.random.fork_rng():
         torch.manual_seed(training.seed)
-        run = _Run(training, trained, optimizer, teacher, {"batches": len(batches), "loss": loss.identity})
+        others = {
+            "batches": [len(batches), *digests(batches[0]), *digests(batches[-1])], "loss": loss.identity,
+            "teacher": type(teacher).__name__,
+        }  # fmt: skip
+        run = _Run(training, trained, optimizer, teacher, others)
         if state is not None:
             run.load(state)
+        optimizer.zero_grad(set_to_none=True)  # of whatever was before
         try:
             model.train()
             _train(model, teacher, batches, training, loss, run, state, callback, progress)
         finally:
+            optimizer.zero_grad(set_to_none=True)
             for module, mode in modes:
                 module.training = mode
     if state is not None:
@@ -264,13 +271,13 @@ def _train(model, teacher, batches, training, loss, run, state, callback, progre
             found: dict[str, float] = {}
             for _ in range(training.accumulate):
                 made = loss(model, teacher, moved(batches[next(order)], device))
+                if not made.loss.isfinite():
+                    raise ValueError(
+                        f"nf4kernels.recover.distill: loss must be finite, got {made.loss.item()} at step {step + 1}"
+                    )
                 (made.loss / training.accumulate).backward()
                 for name, value in {"loss": made.loss.detach(), **made.terms}.items():
                     found[name] = found.get(name, 0.0) + float(value) / training.accumulate
-            if not math.isfinite(found["loss"]):
-                raise ValueError(
-                    f"nf4kernels.recover.distill: loss must be finite, got {found['loss']} at step {step + 1}"
-                )
             if training.clip:
                 nn.utils.clip_grad_norm_(run.trained, training.clip)
             for group in run.optimizer.param_groups:

@@ -156,6 +156,7 @@ def qat_train(
         raise ValueError(f"{who}: model must have a parameter that requires a gradient, got none")
     batches, given = list(batches), optimizer is not None
     optimizer = optimizer or torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
+    optimizer.zero_grad(set_to_none=True)  # of whatever was before
     model.train()
     losses = []
     bar = tqdm(batches, desc="qat", unit="step", disable=not progress)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -151,6 +152,8 @@ def cache_teacher(
         parts = [
             answer.target(rows, temperature, k) for rows in torch.arange(len(answer)).split(chunk) if len(rows)
         ]  # fmt: skip
+        if any(part.log_probs.isnan().any() for part in parts):  # type: ignore[union-attr]  # of k
+            raise ValueError(f"{who}: teacher must give finite logits, got NaN in batch {number}")
         made = {
             "indices": torch.cat([part.indices.int().cpu() for part in parts]),  # type: ignore[union-attr]  # of k
             "log_probs": torch.cat([part.log_probs.to(dtype).cpu() for part in parts]),  # type: ignore[union-attr]
@@ -187,6 +190,8 @@ def fingerprint(model: nn.Module) -> str:
 def _identity(teacher: Teacher, who: str) -> str:
     if type(teacher) is not LiveTeacher:
         raise ValueError(f"{who}: identity must be given for a {type(teacher).__name__}, got none")
+    if teacher.within is not nullcontext:
+        raise ValueError(f"{who}: identity must be given for a LiveTeacher with `within`, which changes it, got none")
     parts = [f"{weight} {fingerprint(model)}" for weight, model in zip(teacher.weights, teacher.models)]
     return parts[0].partition(" ")[2] if len(parts) == 1 else hashlib.sha256(";".join(parts).encode()).hexdigest()
 

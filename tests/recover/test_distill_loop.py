@@ -117,6 +117,10 @@ def test_a_state_of_another_run_is_refused(tmp_path):
     before = trained(model)
     with pytest.raises(ValueError, match=r"state must be of this run, got .* whose learning_rate differ"):
         distill(model, peaked(2), texts(), Training(6, learning_rate=1.0, save_steps=2), state=state)
+    with pytest.raises(ValueError, match="whose batches differ"):
+        distill(model, peaked(2), texts(seed=5), Training(6, save_steps=2), state=state)
+    with pytest.raises(ValueError, match="whose teacher differ"):
+        distill(model, EarlierSelf(model), texts(), Training(6, save_steps=2), state=state)
     with pytest.raises(ValueError, match="whose loss differ"):
         distill(model, peaked(2), texts(), Training(6, save_steps=2), DistillLoss(temperature=2.0), state=state)
     assert all(torch.equal(before[name], each) for name, each in trained(model).items())
@@ -195,5 +199,19 @@ def test_what_cannot_be_distilled():
         distill(ByteLM(), ByteLM(32), [{"input_ids": torch.zeros(2, 4, dtype=torch.long)}], training)
     with pytest.raises(ValueError, match="batch must have labels"):
         distill(nn.Linear(4, 3), nn.Linear(4, 3), [torch.randn(2, 4)], training, DistillLoss(hard=1.0))
+    model = nn.Linear(4, 3)
     with pytest.raises(ValueError, match="loss must be finite, got nan at step 1"):
-        distill(nn.Linear(4, 3), nn.Linear(4, 3), [torch.full((2, 4), torch.nan)], training)
+        distill(model, nn.Linear(4, 3), [torch.full((2, 4), torch.nan)], training)
+    assert model.weight.grad is None
+
+
+def test_gradients_of_before_are_none_of_the_first_step():
+    made = []
+    for has_one in (False, True):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3)
+        if has_one:
+            model.weight.grad = torch.full((3, 4), 1e3)
+        distill(model, nn.Linear(4, 3), [torch.randn(2, 4)], Training(1))
+        made.append(model.weight.detach())
+    assert torch.equal(*made)

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from ...recover import Contrastive, Cosine, DistillLoss, Hint, LayerLoss, LiveTeacher, cache_teacher
 from ...recover.layers import layer_named
+from ...recover.teacher import moved
 from ...storage.atomic import replacing
 from ..data.reading import Source
 from ..errors import StageError
@@ -89,10 +90,20 @@ def distill_directory(recipe: Recipe, say: Callable[[str], None] = print) -> Pat
         raise StageError("--data, --text or --samples must say what to learn on, got none")
     if options.teacher_cache is not None and (loss.layers or not options.soft):
         raise StageError("--teacher_cache must come with soft labels alone: hidden states are not kept")
+    if options.teacher_cache is not None and (recipe.training.packing or recipe.training.padding_free):
+        raise StageError("--packing and --padding_free must be left out with --teacher_cache, which keeps examples")
+    if options.teacher_cache is not None and recipe.training.dataloader_drop_last:
+        raise StageError("--dataloader_drop_last must be left out with --teacher_cache: it asks each example once")
+    if options.teacher_cache is not None and loss.k is not None and loss.k > options.cache_top_k:
+        raise StageError(f"--top_k must be at most --cache_top_k, {options.cache_top_k}, got {loss.k}")
+    if options.samples < 0 or not options.sample_temperature > 0:
+        raise StageError(f"--samples and --sample_temperature must be 0 or more, and above 0, got {options.samples} and"
+                         f" {options.sample_temperature}")  # fmt: skip
     tokenizer = load_tokenizer(recipe)
     # Both are looked at before a text is written or drawn.
     models = [_load(directory, recipe) for directory in directories]
-    _check_alike(models[0], recipe)
+    for model in models:
+        _check_alike(model, recipe)
     made = _made(recipe, options, tokenizer, models[0], say)
     recipe.sources += [Source(path) for path in made]
     try:
@@ -209,8 +220,10 @@ def _sampled(recipe: Recipe, options: DistillOptions, tokenizer: Any, teacher: A
     wanted = {"samples": options.samples, "length": length, "temperature": options.sample_temperature, "seed": seed,
               "teacher": options.teacher or recipe.model.model_name_or_path}  # fmt: skip
     stem = f"samples-{hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:16]}"
-    first = [token for token in range(len(tokenizer)) if token not in set(tokenizer.all_special_ids)]
+    special = set(tokenizer.all_special_ids)
+    first = [token for token in range(len(tokenizer)) if token not in special]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    end = getattr(teacher.generation_config, "eos_token_id", None)
     files = []
     starts = range(0, options.samples, AT_A_TIME)
     for number, start in enumerate(tqdm(starts, desc="samples", unit="file")):
@@ -228,8 +241,8 @@ def _sampled(recipe: Recipe, options: DistillOptions, tokenizer: Any, teacher: A
                                        "top_p": 1.0}),
             ):  # fmt: skip
                 if tokens > 0:
-                    mask = torch.ones_like(ids)
-                    ids = teacher.generate(ids, attention_mask=mask, max_new_tokens=tokens, pad_token_id=pad, **how)
+                    own = GenerationConfig(max_new_tokens=tokens, pad_token_id=pad, eos_token_id=end, **how)
+                    ids = teacher.generate(ids, attention_mask=torch.ones_like(ids), generation_config=own)
         rows = [{"text": text} for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
         _written(path, [row for row in rows if row["text"].strip()])
     return files
@@ -249,7 +262,10 @@ def _trainer(
     loaders = [trainer.get_train_dataloader()]
     if trainer.eval_dataset is not None:
         loaders.append(trainer.get_eval_dataloader())
-    batches = [{**batch, "use_cache": False} for loader in loaders for batch in loader]
+    batches: list[Any] = []
+    for batch in (batch for loader in loaders for batch in loader):
+        own: Any = moved(batch, torch.device("cpu"))
+        batches.append({**own, "use_cache": False})
     try:
         cached = cache_teacher(
             trainer.teacher, batches, Path(options.teacher_cache), k=options.cache_top_k,

@@ -1,5 +1,6 @@
 """Trainers of transformers and TRL that learn from a teacher: a mixin before theirs, and the one that finetune has."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ...recover import DistillLoss, Teacher
 from ...recover.teacher import as_teacher
 from ...storage.atomic import replacing
+from ..errors import StageError
 from ..finetune.trainer import Trainer as FinetuneTrainer
 
-PROJECTIONS = "distill_loss.pt"  # in a checkpoint: what hints and contrastive terms have learned
+LEARNED = "distill_loss.pt"  # in a checkpoint: what hints and contrastive terms learned, and a running average
 KL = "KL to the teacher"
 
 
@@ -46,6 +48,8 @@ class DistillMixin:
         loss = self.distill_loss if model.training else self.distill_check
         made = loss(model, self.teacher, inputs)
         terms = {name: float(value) for name, value in made.terms.items()}
+        if not all(map(math.isfinite, terms.values())):
+            raise StageError(f"loss must be finite, got {terms}: of the teacher, of the model, or by the learning rate")
         self._distilled["train" if model.training else "eval"].append((terms, made.rows))
         value = made.loss if model.training else made.terms["hard"]
         if not return_outputs:
@@ -91,15 +95,19 @@ class DistillMixin:
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]  # the trainer's
         directory = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"  # type: ignore[attr-defined]
-        if len(list(self.distill_loss.parameters())) and directory.is_dir():
-            with replacing(directory / PROJECTIONS) as partial:
-                torch.save(self.distill_loss.state_dict(), partial)
+        kept = list(getattr(self.teacher, "kept", {}).values())
+        if (kept or len(list(self.distill_loss.parameters()))) and directory.is_dir():
+            with replacing(directory / LEARNED) as partial:
+                torch.save({"loss": self.distill_loss.state_dict(), "teacher": kept}, partial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]  # the trainer's
-        file = Path(resume_from_checkpoint) / PROJECTIONS
+        file = Path(resume_from_checkpoint) / LEARNED
         if file.is_file():
-            self.distill_loss.load_state_dict(torch.load(file, weights_only=True))
+            learned = torch.load(file, weights_only=True)
+            self.distill_loss.load_state_dict(learned["loss"])
+            for kept, stored in zip(getattr(self.teacher, "kept", {}).values(), learned["teacher"], strict=True):
+                kept.copy_(stored)
 
 
 class DistillTrainer(DistillMixin, PlainTrainer):
