@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ..model.heads import SKIP
-from ..model.plan import plan_layers, skips
+from ..model.plan import plan_layers, skips, unmatched
 from ..model.walk import get_submodule, inside, named_modules
 from ..nn.quant_linear import QuantLinear
 from .agreement import Agreement, agreement, evaluating
 from .batches import Batch, run
 from .fake_quantize import FakeQuantLinear
+from .layers import inputs_seen, rows_of
 
 MODES, PARTS = ("dynamic", "static"), ("token", "tensor")
 Ranges = Mapping[str, tuple[float, float]]  # name of a layer -> the lowest and the highest of its inputs
@@ -102,7 +103,7 @@ def quantized_activations(
 def activation_ranges(
     model: nn.Module, batches: Iterable[Batch], percentile: float | None = None, skip: Iterable[str] = ()
 ) -> dict[str, tuple[float, float]]:
-    """(lowest, highest) input of each layer that `quantized_activations` takes, over calibration batches.
+    """(lowest, highest) input of each layer that `quantized_activations` takes, over all rows but padding.
 
     With a `percentile` p, such as 99.9, what p percent of an input are below and above, so that a few large values do
     not set the range; the mean over batches. The model is evaluated, and left in the mode that it had.
@@ -115,19 +116,15 @@ def activation_ranges(
         raise ValueError(f"{who}: percentile must be above 50 and up to 100, got {percentile}")
     seen: dict[str, list[tuple[float, float]]] = {}
 
-    def watched(name: str) -> Callable:
-        def note(module: nn.Module, args: tuple) -> None:
-            x = args[0].detach()
-            if x.numel():
-                seen.setdefault(name, []).append(_percentiles(x, percentile))
-
-        return note
+    def note(name: str, x: Tensor, mask: Tensor | None) -> None:
+        rows = rows_of(x.detach(), mask)
+        if rows.numel():
+            seen.setdefault(name, []).append(_percentiles(rows, percentile))
 
     layers = linear_layers(model, skip)
-    with ExitStack() as stack, evaluating(model), torch.no_grad():
-        for name, layer in layers.items():
-            stack.callback(layer.register_forward_pre_hook(watched(name)).remove)
+    with inputs_seen(layers, note) as masked, evaluating(model), torch.no_grad():
         for batch in batches:
+            masked(batch)
             run(model, batch)
     for name in layers:
         if name not in seen:
@@ -180,6 +177,8 @@ class RoundedInputs(nn.Module):
 def linear_layers(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, nn.Module]:
     """name -> layer of what is in 4 bits, prepared for it, or would be replaced, in the model's order."""
     model, skip = inside(model), tuple(skip)
+    for entry in unmatched(model, skip):
+        raise ValueError(f"nf4kernels.recover: skip must match a layer, got {entry!r}")
     dense = {get_submodule(model, names[0]) for names in plan_layers(model, (*SKIP, *skip))[0]}
     found: dict[nn.Module, str] = {}
     for name, module in named_modules(model):

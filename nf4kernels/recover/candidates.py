@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..functional import quantize, quantize_experts
 from ..model.heads import SKIP
-from ..model.plan import names_of_modules, plan_layers
+from ..model.plan import names_of_modules, plan_layers, unmatched
 from ..model.targets import Target
 from ..model.walk import get_submodule, named_modules
 from ..nn.experts_layout import dense_weights
@@ -188,6 +188,8 @@ def default_candidates() -> list[Candidate]:
 
 def layer_names(model: nn.Module, skip: Sequence[str] = (), block_size: int | None = None) -> dict[str, nn.Module]:
     """name -> the layer of each that `quantize_model` would replace, by the first of its names."""
+    for entry in unmatched(model, skip):
+        raise ValueError(f"nf4kernels.recover: skip must match a layer, got {entry!r}")
     targets, _ = plan_layers(model, (*SKIP, *skip), block_size)
     return {names[0]: get_submodule(model, names[0]) for names in targets}
 
@@ -200,13 +202,14 @@ def layers_of_one_input(model: nn.Module, batch: Batch, names: Sequence[str]) ->
     for one format of all of them.
     """
     seen: dict[str, int] = {}
-    kept: list[Tensor] = []  # so that no address is used twice
+    kept: list[Tensor] = []  # so that no id is used twice
+    places: dict[int, int] = {}
 
     def hook(name: str):
         def note(module: nn.Module, args: tuple) -> None:
             if args and name not in seen:
                 kept.append(args[0])
-                seen[name] = next(i for i, each in enumerate(kept) if each is args[0])
+                seen[name] = places.setdefault(id(args[0]), len(places))
 
         return note
 

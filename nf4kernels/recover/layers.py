@@ -1,6 +1,6 @@
-"""Hidden states of named layers while a model runs."""
+"""What named layers read and give while a model runs."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,3 +58,37 @@ def text_rows(hidden: Tensor, batch: Batch) -> Tensor:
     ids = token_ids(batch)
     is_sequence = mask is not None or (ids is not None and ids.shape == hidden.shape[:2])
     return hidden.flatten(0, 1) if is_sequence else hidden.flatten(1)
+
+
+def rows_of(x: Tensor, mask: Tensor | None) -> Tensor:
+    """`[rows, K]` of `[..., K]`, without those that the mask `[B, T]` leaves out."""
+    if mask is not None and x.dim() == 3 and x.shape[:2] == mask.shape:
+        return x[mask]
+    return x.reshape(-1, x.shape[-1])
+
+
+def mask_of(batch: Batch) -> Tensor | None:
+    """bool `[B, T]` of `attention_mask`, where there is one."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return None if mask is None or mask.dim() != 2 else mask.bool()
+
+
+@contextmanager
+def inputs_seen(
+    layers: Mapping[str, nn.Module], see: Callable[[str, Tensor, Tensor | None], None]
+) -> Iterator[Callable[[Batch], None]]:
+    """A `with` in which `see(name, x, mask)` is called for each run of a layer; it gives what tells it the batch."""
+    masks: list[Tensor | None] = [None]
+
+    def told(batch: Batch) -> None:
+        masks[0] = mask_of(batch)
+
+    def hook(name: str) -> Callable:
+        return lambda module, args, kwargs: see(name, args[0] if args else kwargs["input"], masks[0])
+
+    hooks = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
+    try:
+        yield told
+    finally:
+        for each in hooks:
+            each.remove()

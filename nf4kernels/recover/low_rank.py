@@ -1,7 +1,6 @@
 """Low rank in the place of a linear layer: the SVD at a rank that a budget gives, weighted by inputs if wanted."""
 
 from collections.abc import Iterable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from ..model.walk import get_submodule, inside
 from ..modes import outside_inference_mode
 from .agreement import evaluating
 from .batches import Batch, run
+from .layers import inputs_seen, rows_of
 
 DAMPING = 1e-6  # of the mean of X^T X's diagonal, added to it: inputs that calibration never moved have no Cholesky.
 GROWTH = 10  # of the damping where it was too little for the rounding of an fp32 sum
@@ -119,22 +119,29 @@ def low_rank_model(
 
 @torch.no_grad()
 def input_grams(model: nn.Module, names: Iterable[str], batches: Iterable[Batch]) -> dict[str, Tensor]:
-    """name of a linear layer -> X^T X `[K, K]`, fp32, over all rows that it gets; ValueError where it gets none."""
+    """name of a linear layer -> X^T X `[K, K]`, fp32, over all rows that it gets, without padding.
+
+    Raises:
+        ValueError: a layer gets no row, or one with NaN or inf.
+    """
     grams: dict[str, Tensor] = {}
-    with ExitStack() as stack, evaluating(model):
-        for name in (names := list(names)):
 
-            def note(module: nn.Module, args: tuple, name: str = name) -> None:
-                X = args[0].reshape(-1, args[0].shape[-1]).float()
-                if len(X):
-                    grams[name] = X.mT @ X if name not in grams else grams[name].addmm_(X.mT, X)
+    def add(name: str, x: Tensor, mask: Tensor | None) -> None:
+        X = rows_of(x, mask).float()
+        if len(X):
+            grams[name] = X.mT @ X if name not in grams else grams[name].addmm_(X.mT, X)
 
-            stack.callback(get_submodule(model, name).register_forward_pre_hook(note).remove)
+    layers = {name: get_submodule(model, name) for name in names}
+    with inputs_seen(layers, add) as masked, evaluating(model):
         for batch in batches:
+            masked(batch)
             run(model, batch)
-    for name in names:
+    who = "nf4kernels.recover.input_grams"
+    for name in layers:
         if name not in grams:
-            raise ValueError(f"nf4kernels.recover.input_grams: batches must reach every layer, got no input of {name}")
+            raise ValueError(f"{who}: batches must reach every layer, got no input of {name}")
+        if not grams[name].isfinite().all():
+            raise ValueError(f"{who}: batches must give layers finite inputs, got NaN or inf at {name}")
     return grams
 
 
@@ -195,6 +202,8 @@ def _root(gram: Tensor, K: int, who: str) -> Tensor:
     """The lower L with L L^T = gram, fp64, its diagonal damped."""
     if gram.shape != (K, K):
         raise ValueError(f"{who}: gram must have shape {[K, K]}, got {list(gram.shape)}")
+    if not gram.isfinite().all():
+        raise ValueError(f"{who}: gram must be finite, got NaN or inf")
     G = gram.double()
     damping = DAMPING * G.diagonal().mean().clamp(min=1e-30)
     while True:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..codebook import CODEBOOKS
 from ..model.heads import SKIP
-from ..model.plan import plan_layers
+from ..model.plan import plan_layers, unmatched
 from ..model.walk import get_submodule, inside
 from ..quantized_weight import check_block_size
 
@@ -51,6 +51,10 @@ def fit_codebook(
         mass = mass.double().cpu()
         counts.index_add_(0, index, mass)
         sums.index_add_(0, index, mass * values.double().cpu())
+    if given is not None and next(given, None) is not None:
+        raise ValueError(f"{who}: importance must have one for each weight, got more")
+    if not counts.isfinite().all() or not sums.isfinite().all():
+        raise ValueError(f"{who}: weights and importance must be finite, got NaN or inf")
     if not counts.sum() > 0:
         raise ValueError(f"{who}: weights must hold a weight other than zero, got none")
     kept = counts > 0
@@ -60,7 +64,9 @@ def fit_codebook(
 
 def shared_codebook(model: nn.Module, skip: Iterable[str] = (), block_size: int = 64) -> Tensor:
     """`fit_codebook` of every nn.Linear that `quantize_model(model, skip)` would replace."""
-    model = inside(model)
+    model, skip = inside(model), tuple(skip)
+    for entry in unmatched(model, skip):
+        raise ValueError(f"nf4kernels.recover.shared_codebook: skip must match a layer, got {entry!r}")
     dense = [get_submodule(model, names[0]) for names in plan_layers(model, (*SKIP, *skip), block_size)[0]]
     return fit_codebook((layer.weight for layer in dense if isinstance(layer, nn.Linear)), block_size=block_size)
 
@@ -74,7 +80,7 @@ def _normalised(weight: Tensor, importance: Tensor | None, block_size: int) -> t
     mass = absmax.square()
     if importance is not None:
         mass = mass * importance.to(flat).expand(weight.shape).reshape(-1)
-    kept = absmax > 0
+    kept = absmax != 0  # NaN is not 0, and shows in the sums
     return (flat[kept] / absmax[kept]).clamp_(-1, 1), mass[kept]
 
 

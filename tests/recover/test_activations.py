@@ -14,6 +14,17 @@ def ids(rows=2, length=24, seed=0):
     return torch.randint(0, 64, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
+class Masked(nn.Module):
+    """A layer on rows of which a mask says which count."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, x, attention_mask):
+        return self.layer(input=x)
+
+
 def bounds(low, high):
     return torch.tensor(float(low)), torch.tensor(float(high))
 
@@ -83,6 +94,12 @@ def test_ranges_are_the_extremes_or_the_percentiles():
     low, high = activation_ranges(model, batches, percentile=98)["0"]
     assert (low, high) == (((0 + 2) + (-60 + 2)) / 2, ((99 - 2) + (39 - 2)) / 2)
     assert model.training
+
+
+def test_padding_sets_no_range():
+    whole = torch.arange(12.0).view(1, 3, 4)
+    batch = {"x": torch.cat([whole, torch.full((1, 2, 4), 1e3)], 1), "attention_mask": torch.tensor([[1, 1, 1, 0, 0]])}
+    assert activation_ranges(Masked(), [batch]) == {"layer": (0.0, 11.0)}
 
 
 def test_the_layers_of_each_kind_and_skip():

@@ -107,6 +107,10 @@ def test_grams_are_the_sums_over_batches():
     model, batches = nn.Sequential(nn.Linear(6, 3)), [torch.randn(4, 5, 6), torch.randn(2, 6)]
     X = torch.cat([batch.reshape(-1, 6) for batch in batches])
     assert torch.allclose(input_grams(model, ["0"], batches)["0"], X.T @ X, atol=1e-5)
+    with pytest.raises(ValueError, match="batches must give layers finite inputs, got NaN or inf at 0"):
+        input_grams(model, ["0"], [torch.full((2, 6), torch.inf)])
+    with pytest.raises(ValueError, match="gram must be finite"):
+        low_rank_linear(model[0], 2, torch.full((6, 6), torch.nan))
 
 
 def test_the_parts_are_quantized():

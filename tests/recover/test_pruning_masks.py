@@ -39,6 +39,18 @@ def test_two_of_four_keeps_the_two_largest():
     assert keep_n_of_m(torch.ones(1, 4), 1, 4).tolist() == [[False, False, False, True]]
 
 
+@pytest.mark.parametrize("method", ["wanda", "gradient"])
+def test_scores_that_are_not_finite_are_refused(method):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    batch = {"input": torch.full((2, 8), torch.inf), "labels": torch.tensor([0, 1])}
+    with pytest.raises(ValueError, match="scores must be finite, got NaN or inf at 0"):
+        find_masks(model, 0.5, method=method, batches=[batch])
+    with torch.no_grad():
+        model[1].weight[0, 0] = -torch.inf
+    with pytest.raises(ValueError, match="the weight of 1 must be finite"):
+        find_masks(model, 0.5, method="magnitude")
+
+
 def test_the_smallest_of_a_row_a_layer_and_a_model():
     first, second = drawn(4, 10).abs(), 3 * drawn(5, 8, seed=1).abs()
     assert keep_by_row(first, 0.3).sum(1).eq(7).all()

@@ -158,6 +158,9 @@ class _Scored:
 
     def __call__(self) -> Iterator[tuple[str, Tensor]]:
         for name, scores in self._raw():
+            if not scores.isfinite().all():
+                raise ValueError(f"nf4kernels.recover.find_masks: scores must be finite, got NaN or inf at {name}, from"
+                                 " what the model makes of batches")  # fmt: skip
             yield name, ranked(scores, weight_of(self._layers[name]))
 
     def _raw(self) -> Iterator[tuple[str, Tensor]]:
@@ -206,5 +209,5 @@ def _check_layer(name: str, layer: Any, group: tuple[int, int] | None, who: str)
             zero_code(layer.qweight)
         except ValueError as error:
             raise ValueError(f"{who}: layer {name}: {str(error).partition(': ')[2]}") from None
-    elif not layer.weight.is_floating_point() or not torch.isfinite(layer.weight.detach().aminmax().max):
+    elif not layer.weight.is_floating_point() or not all(map(torch.isfinite, layer.weight.detach().aminmax())):
         raise ValueError(f"{who}: the weight of {name} must be finite floating point, got {layer.weight.dtype}")

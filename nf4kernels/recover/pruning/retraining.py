@@ -114,6 +114,8 @@ def merge_pruned(model: nn.Module, masks: Masks, dtype: torch.dtype | None = Non
     Raises:
         TypeError, ValueError: as `merge_model` and `apply_masks`.
     """
+    for name, mask in masks.items():
+        checked_layer(inside(model), name, mask, "nf4kernels.recover.merge_pruned")
     names = merge_model(model, dtype=dtype)
     apply_masks(inside(model), masks)
     return names

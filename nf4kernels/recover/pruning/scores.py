@@ -13,6 +13,7 @@ from tqdm import tqdm
 from ...nn.quant_linear import QuantLinear
 from ..agreement import evaluating
 from ..batches import IGNORED, Batch, counted_rows, logits_in, run, targets
+from ..layers import inputs_seen, rows_of
 
 METHODS = ("magnitude", "wanda", "gradient")
 MEMORY = 2**30  # bytes of gradient scores at a time
@@ -99,38 +100,6 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
     if wanted is None or not (wanted != IGNORED).any():
         raise ValueError("nf4kernels.recover.pruning: batches must have labels or next tokens for gradients, got none")
     return functional.cross_entropy(counted_rows(logits, batch).float(), wanted, ignore_index=IGNORED)
-
-
-def rows_of(x: Tensor, mask: Tensor | None) -> Tensor:
-    """`[rows, K]` of `[..., K]`, without those that the mask `[B, T]` leaves out."""
-    if mask is not None and x.dim() == 3 and x.shape[:2] == mask.shape:
-        return x[mask]
-    return x.reshape(-1, x.shape[-1])
-
-
-def mask_of(batch: Batch) -> Tensor | None:
-    """bool `[B, T]` of `attention_mask`, where there is one."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return None if mask is None or mask.dim() != 2 else mask.bool()
-
-
-@contextmanager
-def inputs_seen(layers: Layers, see: Callable[[str, Tensor, Tensor | None], None]) -> Iterator[Callable[[Batch], None]]:
-    """A `with` in which `see(name, x, mask)` is called for each run of a layer; it gives what tells it the batch."""
-    masks: list[Tensor | None] = [None]
-
-    def told(batch: Batch) -> None:
-        masks[0] = mask_of(batch)
-
-    def hook(name: str) -> Callable:
-        return lambda module, args, kwargs: see(name, args[0] if args else kwargs["input"], masks[0])
-
-    hooks = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
-    try:
-        yield told
-    finally:
-        for each in hooks:
-            each.remove()
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from ..agreement import evaluating
 from ..batches import Batch, counted_rows, logits_in, run
-from .scores import METHODS, frozen, gradients_seen, input_norms, loss_of, mask_of, rows_of, weight_of
+from ..layers import mask_of, rows_of
+from .scores import METHODS, frozen, gradients_seen, input_norms, loss_of, weight_of
 from .structure import Structure
 
 OF_BLOCKS = ("magnitude", "gradient", "influence", "kl")

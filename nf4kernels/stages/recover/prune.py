@@ -28,6 +28,7 @@ from ..errors import StageError, first_line
 from .retraining import Retraining, Texts, Windows, retrain
 
 WORDS = Words("recover prune", "--model", "--output_dir", "--skip", "--overwrite")
+OF_EACH_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")  # lists in a configuration
 STATE = "prune.json"  # in the directory of a run that is under way: what was asked for, and the steps that are done
 CHANNELS = ("intermediate_size", "ffn_dim", "n_inner")  # what configurations call the channels of an MLP
 ALIASES = {"output": "output_dir"}
@@ -107,7 +108,6 @@ def prune(options: PruneOptions, model_of: ModelOf | None = None) -> Pruned:
     texts = Texts(options.text, options.held_out, how, options.retrain, tokenizer, model.device)
     teacher = _load(source) if options.retrain or texts.held_out else None
     training = Retraining(options.retrain, options.learning_rate, options.lora_r)
-    torch.manual_seed(options.seed)
     try:
         final = _final_share(options)
         schedule = pruning_schedule(final, options.steps)[done:]
@@ -118,6 +118,7 @@ def prune(options: PruneOptions, model_of: ModelOf | None = None) -> Pruned:
                 masks = _pruned(model, options, structure, share, texts, not several)
                 bar.update()
                 if options.retrain:
+                    torch.manual_seed(options.seed + step)  # adapters are drawn
                     batches = list(texts.drawn(options.retrain, options.batch, options.seed + step))
                     retrain(model, teacher, masks, training, batches, bar)
                 if step + 1 < options.steps:
@@ -252,7 +253,7 @@ def _tell_config(model: Any, structure: Structure, unit: str, kept: list[Tensor]
         config.num_attention_heads, config.num_key_value_heads = count * structure.group, count
     else:
         for name, value in config.to_dict().items():
-            if isinstance(value, list) and len(value) == config.num_hidden_layers and name == "layer_types":
+            if isinstance(value, list) and len(value) == config.num_hidden_layers and name in OF_EACH_LAYER:
                 setattr(config, name, [value[int(index)] for index in kept[0]])
         config.num_hidden_layers = count
         for index, block in enumerate(structure.stack_of(model)):

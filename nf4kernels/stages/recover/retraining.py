@@ -100,7 +100,9 @@ def retrain(
     training = Training(how.steps, how.learning_rate, WARMUP, shuffle=False)
     try:
         distill(model, teacher, batches, training, callback=told)
-    except ValueError as error:
+    except BaseException as error:
         adapters.remove()
+        if not isinstance(error, ValueError):
+            raise
         raise StageError(f"--learning_rate must leave the loss finite, got {how.learning_rate}: {error}") from error
     adapters.merge()
