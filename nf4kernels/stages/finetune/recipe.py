@@ -139,6 +139,8 @@ class Recipe:
     given: dict[str, Any]
     is_answers_only: bool | None  # None: where the data has answers
     adapter: Path | None = None  # what to go on from, of which `lora` is
+    said: frozenset[str] = frozenset()  # names in the file and in flags, also with a default's value
+    flagged: frozenset[str] = frozenset()  # those in flags
     also: Any = None  # what a verb beside finetune asked for, of the dataclass that it gave
 
     @property
@@ -173,18 +175,20 @@ def read_recipe(config: Path | None, flags: Sequence[str], also: type | None = N
         if flag.startswith("--"):
             name = flag.removeprefix("--").partition("=")[0].replace("-", "_")
             _check_name(name, names, "--", flag)
-            flagged.add(name if name in names else name.removeprefix("no_"))
+            name = name if name in names else name.removeprefix("no_")
+            flagged.add(ALIASES.get(name) or name)
     defaults = vars(parser.parse_args([]))
     try:
         parser.parse_args(_as_flags(settings, defaults))
     except StageError as error:
         raise StageError(where + str(error)) from None
     values = vars(parser.parse_args(_as_flags(settings, defaults) + list(flags)))
+    said = flagged | {name for name, value in settings.items() if value is not None}
     if values["adapter"] is not None:
-        said = {name for name, value in settings.items() if value is not None}
-        values = _without_lora(values, flagged if "adapter" in flagged else flagged | said, defaults)
+        values = _without_lora(values, flagged if "adapter" in flagged else said, defaults)
     given = {name: value for name, value in values.items() if value != defaults[name]}
     recipe = _recipe(values, given, needs_data)
+    recipe.said, recipe.flagged = frozenset(said), frozenset(flagged)
     recipe.also = None if also is None else also(**_of(also, values))
     return recipe
 

@@ -21,11 +21,14 @@ from ..finetune.loading import in_one_line
 from ..finetune.method import Method
 from ..finetune.outputs import Card
 from ..finetune.processes import is_main
-from ..finetune.recipe import Recipe
+from ..finetune.recipe import LORA_OF_TRL, LORA_TYPES, Recipe
 from ..finetune.run import finetune
 from ..finetune.trainer import Trainer
 
 CODEBOOKS = ("nf4", "fp4")  # those of bitsandbytes' format, in which `nf4kernels quantize` writes
+MERGED = (  # what of LoRA an adapter that is merged has
+    "lora_r", "r", "lora_alpha", "lora_dropout", "use_rslora", "lora_target_modules", "target_modules",
+)  # fmt: skip
 LEARNING_RATE = 2e-5  # of all weights, TRL's own
 MODEL, DENSE = "model", ".dense"  # in output_dir: what is written, and what it is made of
 PREPARING = "nf4kernels.recover.prepare_qat: "
@@ -70,10 +73,14 @@ def qat(recipe: Recipe, model_of: ModelOf, say: Callable[[str], None] = print) -
     if recipe.training.world_size > 1 or recipe.training.deepspeed or recipe.training.fsdp:
         raise StageError("--output_dir must be written by one process, got several, or FSDP or DeepSpeed")
     is_full = recipe.also.train == "full"
-    if is_full:
-        recipe.training.learning_rate = given.get("learning_rate", LEARNING_RATE)
-        if "dtype" not in given:
-            recipe.dtype = torch.float32  # of the weights: steps of 2e-5 are less than bf16's rounding
+    known = () if is_full else MERGED
+    for name in sorted(recipe.flagged if is_full else given):
+        if name in (*LORA_OF_TRL, *LORA_TYPES) and name not in known:
+            raise StageError(f"--{name} must be left out with --train {recipe.also.train}, got {given.get(name)}")
+    if is_full and "learning_rate" not in recipe.said:
+        recipe.training.learning_rate = LEARNING_RATE
+    if is_full and "dtype" not in given:
+        recipe.dtype = torch.float32  # of the weights: steps of 2e-5 are less than bf16's rounding
     return finetune(recipe, say, method=_Qat(config, None if is_full else _lora(recipe), model_of))
 
 
@@ -84,8 +91,6 @@ def _lora(recipe: Recipe) -> LoraConfig:
         raise StageError(f"--lora_dropout must be 0, since the adapter is merged, got {given['lora_dropout']}")
     if peft.target_modules not in ("all-linear", {"all-linear"}):
         raise StageError("--lora_target_modules must be left out: it is every layer in 4 bits (--skip leaves some)")
-    if peft.use_dora:
-        raise StageError("--use_dora must be left out: the adapter is LoRA")
     return LoraConfig(peft.r, peft.lora_alpha, use_rslora=peft.use_rslora)
 
 
