@@ -79,6 +79,13 @@ def test_a_plan_and_a_rounding_go_together(paths):
     assert {(each.codebook, each.block_size) for each in others} == {("custom", 64)}
 
 
+def test_levels_of_each_layer_keep_their_block_size(paths):
+    assert run(paths, "--method", "levels", "--block-size", "128") == 0
+    made = transformers.AutoModelForCausalLM.from_pretrained(paths / "out")
+    weights = [module.qweight for module in made.modules() if isinstance(module, nf4.QuantLinear)]
+    assert {(each.codebook, each.block_size) for each in weights} == {("custom", 128)}
+
+
 def test_choices_are_the_stage_s():
     assert set(command.METHODS) == set(METHODS)
 

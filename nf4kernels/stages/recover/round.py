@@ -18,7 +18,7 @@ from ...nn.lora import LoraConfig
 from ...nn.quant_linear import QuantLinear
 from ...recover.roundings import Awq, CalibratedRounding, Gptq, LqLora, ScaleSearch
 from ...storage.adapters import save_adapters
-from ...storage.atomic import replacing_directory
+from ...storage.atomic import TargetError, replacing_directory
 from ...storage.directory_checks import ConversionError, Words, check_outside, check_target, copy_rest
 from ..causal_model import load_causal_model, load_tokenizer
 from ..errors import StageError, first_line
@@ -95,6 +95,22 @@ def round_directory(in_dir: Path, out_dir: Path, options: RoundOptions, progress
         check_target(out_dir, options.overwrite, WORDS)
     except ConversionError as error:
         raise StageError(str(error).removeprefix(f"{WORDS.who}: ")) from None
+    try:
+        with replacing_directory(out_dir) as staging:
+            report = _rounded_into(staging, in_dir, out_dir, options, progress)
+            copy_rest(in_dir, staging)
+    except TargetError as error:
+        raise StageError(f"{WORDS.out_dir} {error}") from None
+    except OSError as error:
+        raise StageError(f"{WORDS.out_dir} must be a directory that can be written, got {out_dir}: {first_line(error)}"
+                         ) from None  # fmt: skip
+    return report
+
+
+def _rounded_into(
+    staging: Path, in_dir: Path, out_dir: Path, options: RoundOptions, progress: bool
+) -> QuantizeReport:  # fmt: skip
+    """Write all but the files that are copied; `out_dir` is where they will be."""
     plan = read_plan(options.plan)
     tokenizer = load_tokenizer([in_dir])
     found = [window for file in options.text for window in _windows(file, tokenizer, options)]
@@ -116,12 +132,10 @@ def round_directory(in_dir: Path, out_dir: Path, options: RoundOptions, progress
     model.config.use_cache = uses_cache
     quantizer = Nf4Quantizer(Nf4Config(**quant_options, skip=options.skip, plan=_own_options(model, plan or {})))
     model.hf_quantizer, model.config.quantization_config = quantizer, quantizer.quantization_config
-    with replacing_directory(out_dir) as staging:
-        if lora is not None:
-            _move_adapters(model, staging / ADAPTER, out_dir.resolve())
-            report = replace(report, model_bytes_after=model_bytes(model))
-        model.save_pretrained(staging)
-        copy_rest(in_dir, staging)
+    if lora is not None:
+        _move_adapters(model, staging / ADAPTER, out_dir.resolve())
+        report = replace(report, model_bytes_after=model_bytes(model))
+    model.save_pretrained(staging)
     return report
 
 
@@ -148,7 +162,8 @@ def _own_options(model: nn.Module, plan: Mapping[str, Mapping[str, Any] | None])
     own: dict[str, Any] = dict(plan)
     for name, module in named_modules(model):
         if isinstance(module, QuantLinear) and module.qweight.codebook == "custom":
-            own[name] = {**(own.get(name) or {}), "codebook": module.qweight.code.tolist()}
+            qweight = module.qweight
+            own[name] = (own.get(name) or {}) | {"codebook": qweight.code.tolist(), "block_size": qweight.block_size}
     return own
 
 
