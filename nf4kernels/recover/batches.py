@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 Batch = Mapping[str, Tensor] | Sequence[Tensor] | Tensor
 IGNORED = -100  # the label of a position that has none, as torch's cross_entropy has it
@@ -78,3 +79,12 @@ def targets(logits: Tensor, batch: Batch) -> Tensor | None:
         return labels.reshape(-1) if kept is None else labels[kept]
     following = (token_ids(batch) if labels is None else labels).roll(-1, 1)  # type: ignore[union-attr]  # is causal
     return following[counted(logits, batch)]
+
+
+def cross_entropy(model: nn.Module, batch: Batch, who: str) -> Tensor:
+    """The mean cross-entropy of what the batch is to predict, in fp32; ValueError where that is nothing."""
+    logits = logits_in(run(model, batch))
+    wanted = targets(logits, batch)
+    if wanted is None or not (wanted != IGNORED).any():
+        raise ValueError(f"{who}: batches must have labels or next tokens, got none")
+    return functional.cross_entropy(counted_rows(logits, batch).float(), wanted, ignore_index=IGNORED)

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from tqdm import tqdm
 
 from ..functional import quantize
@@ -18,7 +17,7 @@ from ..model.report import QuantizedLayer, QuantizeReport
 from ..model.walk import get_submodule, inside, named_modules
 from ..modes import outside_inference_mode
 from ..nn.lora import LoraConfig
-from .batches import IGNORED, Batch, counted_rows, logits_in, run, targets
+from .batches import Batch, cross_entropy
 from .fake_quantize import FakeQuantLinear, check_lora_merged
 
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -121,19 +120,15 @@ def remove_qat(model: nn.Module) -> list[str]:
     return replaced
 
 
-def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
+def predicted(model: nn.Module, batch: Batch) -> Tensor:
     """The mean cross-entropy of what the batch is to predict, in fp32; ValueError for a batch without labels."""
-    logits = logits_in(run(model, batch))
-    wanted = targets(logits, batch)
-    if wanted is None:
-        raise ValueError("nf4kernels.recover.qat_train: batches must have labels or be token ids, got none")
-    return functional.cross_entropy(counted_rows(logits, batch).float(), wanted, ignore_index=IGNORED)
+    return cross_entropy(model, batch, "nf4kernels.recover.qat_train")
 
 
 def qat_train(
     model: nn.Module,
     batches: Iterable[Batch],
-    loss: Loss = cross_entropy,
+    loss: Loss = predicted,
     learning_rate: float = 1e-5,
     optimizer: torch.optim.Optimizer | None = None,
     progress: bool = True,

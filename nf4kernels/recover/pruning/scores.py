@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from tqdm import tqdm
 
 from ...nn.quant_linear import QuantLinear
 from ..agreement import evaluating
-from ..batches import IGNORED, Batch, counted_rows, logits_in, run, targets
+from ..batches import Batch, cross_entropy, run
 from ..layers import inputs_seen, rows_of
 
 METHODS = ("magnitude", "wanda", "gradient")
@@ -94,12 +93,7 @@ def gradient(
 
 
 def loss_of(model: nn.Module, batch: Batch) -> Tensor:
-    """The mean cross-entropy of a batch's labels or next tokens, in fp32; ValueError where there are none."""
-    logits = logits_in(run(model, batch))
-    wanted = targets(logits, batch)
-    if wanted is None or not (wanted != IGNORED).any():
-        raise ValueError("nf4kernels.recover.pruning: batches must have labels or next tokens for gradients, got none")
-    return functional.cross_entropy(counted_rows(logits, batch).float(), wanted, ignore_index=IGNORED)
+    return cross_entropy(model, batch, "nf4kernels.recover.pruning")
 
 
 @contextmanager

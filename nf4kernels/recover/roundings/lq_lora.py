@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ...functional import dequantize
 from ...model.targets import Target
@@ -15,7 +14,7 @@ from ...nn.quant_experts import QuantExperts
 from ...nn.quant_linear import QuantLinear
 from ...quantized_weight import QuantizedWeight
 from ..agreement import evaluating
-from ..batches import IGNORED, Batch, counted_rows, logits_in, run, targets
+from ..batches import Batch, cross_entropy
 from .calibration import Statistics
 from .rounding import CalibratedRounding, ScaleSearch, check_choice
 
@@ -174,12 +173,7 @@ def squared_gradients(
                 handles.append(dense.weight.register_post_accumulate_grad_hook(adder(target.name)))
         with evaluating(model), torch.enable_grad():
             for batch in batches:
-                logits = logits_in(run(model, batch))
-                expected = targets(logits, batch)
-                if expected is None:
-                    raise ValueError("nf4kernels.recover.LqLora: batches must have labels with 'fisher', got none")
-                rows = counted_rows(logits, batch).float()
-                functional.cross_entropy(rows, expected, ignore_index=IGNORED).backward()
+                cross_entropy(model, batch, "nf4kernels.recover.LqLora").backward()
     finally:
         for handle in handles:
             handle.remove()
