@@ -138,6 +138,8 @@ BAD = {
     "steps": (["--share", "0.5", "--steps", "0"], "--steps must be at least 1"),
     "steps of 2:4": (["--pattern", "2:4", "--steps", "2"], "--steps must be 1"),
     "skip": (["--share", "0.5", "--skip", "nothing"], "skip must match"),
+    "scope of a cut": (["--pattern", "channels", "--share", "0.5", "--scope", "row"], "--scope must come with"),
+    "codebook of 16 bits": (["--share", "0.5", "--codebook", "fp4"], "--codebook must come with --quantize, got fp4"),
     "multiple": (["--pattern", "channels", "--share", "0.5", "--multiple", "999"], "multiple must be"),
     "codebook": (["--share", "0.5", "--quantize", "--codebook", "af4"], "--codebook and --block_size must be nf4"),
     "unknown": (["--share", "0.5", "--shares", "1"], "did you mean --share?"),

@@ -185,7 +185,11 @@ def test_several_teachers(models, texts, tmp_path):
         ),
         ({"dataloader_drop_last": True, "teacher_cache": "c"}, "--dataloader_drop_last must be left out"),
         ({"top_k": 128, "teacher_cache": "c"}, "--top_k must be at most --cache_top_k, 64, got 128"),
-        ({"sample_temperature": 0.0}, "--samples and --sample_temperature must be 0 or more, and above 0"),
+        ({"cache_top_k": 8}, "--cache_top_k must come with --teacher_cache, got 8 without"),
+        (
+            {"samples": 1, "sample_temperature": 0.0},
+            "--samples and --sample_temperature must be 0 or more, and above 0",
+        ),
         (
             {"hint": 1, "layers": "model.layers.0:model.layers.0", "teacher_cache": "c"},
             "--teacher_cache must come with",

@@ -30,7 +30,8 @@ def run(paths, *arguments):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_directory_holds_the_model_that_the_rounding_makes(paths, method, capsys):
-    assert run(paths, "--method", method, "--rank", "8", "--alpha", "16") == 0
+    adapter = ("--rank", "8", "--alpha", "16") if method in stage.WITH_ADAPTER else ()
+    assert run(paths, "--method", method, *adapter) == 0
     said = capsys.readouterr().out
     written = float(said.split(f"wrote {paths / 'out'}: ")[1].split(" MiB")[0])
     assert written == pytest.approx((paths / "out" / "model.safetensors").stat().st_size / 2**20, abs=0.06)
@@ -95,6 +96,8 @@ def test_choices_are_the_stage_s():
     [
         (["--tokens", "0"], "--tokens must be at least 1, got 0"),
         (["--length", "1"], "--length must be at least 2, got 1"),
+        (["--rank", "8"], "--rank must come with --method lq-lora or lq-lora+gptq, got 8 without"),
+        (["--no-double-quant", "--scale-codebook", "dynamic8"], "--scale_codebook must come with 8-bit scales"),
         (["--skip", "nothing"], "skip must match a layer, got 'nothing'"),
         (["--plan", "gone.json"], "--plan: nf4kernels.recover.Plan: path must be a file that can be read"),
         (["--text", "gone.txt"], "--text must be a file that can be read"),

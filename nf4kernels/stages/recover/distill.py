@@ -18,7 +18,7 @@ from ...recover.layers import layer_named
 from ...recover.teacher import moved
 from ...storage.atomic import replacing
 from ..data.reading import Source
-from ..errors import StageError
+from ..errors import StageError, refuse_unused
 from ..finetune.loading import in_one_line, load_tokenizer
 from ..finetune.method import Method
 from ..finetune.recipe import Recipe
@@ -96,6 +96,11 @@ def distill_directory(recipe: Recipe, say: Callable[[str], None] = print) -> Pat
         raise StageError("--dataloader_drop_last must be left out with --teacher_cache: it asks each example once")
     if options.teacher_cache is not None and loss.k is not None and loss.k > options.cache_top_k:
         raise StageError(f"--top_k must be at most --cache_top_k, {options.cache_top_k}, got {loss.k}")
+    refuse_unused(options, (
+        ("--teacher_cache", options.teacher_cache is not None, ("cache_top_k", "cache_gib")),
+        ("--text", options.text is not None, ("text_tokens",)),
+        ("--samples", options.samples > 0, ("sample_temperature",)),
+    ))  # fmt: skip
     if options.samples < 0 or not options.sample_temperature > 0:
         raise StageError(f"--samples and --sample_temperature must be 0 or more, and above 0, got {options.samples} and"
                          f" {options.sample_temperature}")  # fmt: skip

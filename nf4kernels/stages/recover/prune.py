@@ -24,7 +24,7 @@ from ...storage.convert import convert_directory
 from ...storage.directory_checks import ConversionError, Words, check_outside, check_target, copy_rest
 from ...storage.model_directory import ModelOf
 from ..causal_model import load_causal_model, load_tokenizer
-from ..errors import StageError, first_line
+from ..errors import StageError, first_line, refuse_unused
 from .retraining import Retraining, Texts, Windows, retrain
 
 WORDS = Words("recover prune", "--model", "--output_dir", "--skip", "--overwrite")
@@ -166,6 +166,13 @@ def _checked(options: PruneOptions) -> tuple[Path, Path]:
             f"--codebook and --block_size must be nf4 or fp4, and one of {', '.join(map(str, BLOCK_SIZES[1:]))}, with"
             f" --quantize, got {options.codebook} and {options.block_size}"
         )
+    is_cut = options.pattern in UNITS
+    refuse_unused(options, (
+        ("--pattern unstructured or n:m", not is_cut, ("skip",)),
+        ("--pattern unstructured", options.pattern == "unstructured", ("scope",)),
+        ("--pattern channels", options.pattern == "channels", ("multiple",)),
+        ("--quantize", options.quantize, ("codebook", "block_size")),
+    ))  # fmt: skip
     source, out = Path(str(options.model)).resolve(), Path(str(options.output_dir)).resolve()
     try:
         quantization = json.loads((source / "config.json").read_text(encoding="utf-8")).get("quantization_config")

@@ -21,7 +21,7 @@ from ...storage.adapters import save_adapters
 from ...storage.atomic import TargetError, replacing_directory
 from ...storage.directory_checks import ConversionError, Words, check_outside, check_target, copy_rest
 from ..causal_model import load_causal_model, load_tokenizer
-from ..errors import StageError, first_line
+from ..errors import StageError, first_line, refuse_unused
 from ..plan_file import read_plan
 from ..text_loss import LONGEST_TOKEN, batches_of, read_documents, windows
 
@@ -88,6 +88,10 @@ def round_directory(in_dir: Path, out_dir: Path, options: RoundOptions, progress
     ):  # fmt: skip
         if value < least:
             raise StageError(f"--{name} must be at least {least}, got {value}")
+    refuse_unused(options, (
+        ("--method lq-lora or lq-lora+gptq", options.method in WITH_ADAPTER, ("rank", "alpha")),
+        ("8-bit scales", options.double_quant, ("scale_codebook",)),
+    ))  # fmt: skip
     if not (math.isfinite(options.alpha) and options.alpha > 0):
         raise StageError(f"--alpha must be above 0, got {options.alpha}")
     try:
