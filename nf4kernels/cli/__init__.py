@@ -6,6 +6,7 @@ the user can put right. Stages and frameworks are imported inside `run`, so that
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -62,12 +63,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a locale without Ŵ, or a name that is no UTF-8
     try:
-        return args.func(args) or 0
+        code = args.func(args) or 0
+        sys.stdout.flush()
+        return code
     except CommandError as error:
         print(f"{parser.prog} {error}", file=sys.stderr)
         return 2
     except StageError as error:
         print(f"{parser.prog} {args.verb}: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # of stdout, whose reader has enough: Python would complain of it once more at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if error.errno is None:  # not of the system
+            raise
+        print(f"{parser.prog} {args.verb}: {error}", file=sys.stderr)  # a full disk, say
         return 2
     except KeyboardInterrupt:
         print(f"{parser.prog} {args.verb}: interrupted", file=sys.stderr)

@@ -1,5 +1,6 @@
 """A wrong variable, file or flag ends every verb in one line and exit code 2, never in a traceback."""
 
+import errno
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 import torch
 from support.paths import ROOT, python_path
 
-from nf4kernels.cli import demo, main, quantize
+from nf4kernels.cli import demo, info, main, quantize
 from nf4kernels.demo import pipeline
 from nf4kernels.entry import is_command_line
 
@@ -234,3 +235,19 @@ def test_no_other_verb_computes():
     assert names[8:] == ["recipes", "finetune", "recover", "merge", "export", "chat", "demo", "completion"]
     assert {demo, quantize} < set(cli.VERBS)
     assert torch.get_default_device().type == "cpu"
+
+
+def test_an_error_of_the_system_ends_in_one_line(monkeypatch, tmp_path, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path))
+
+    monkeypatch.setattr(info, "run", full)
+    assert main(["info"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"nf4kernels info: [Errno {errno.ENOSPC}] No space left on device: '{tmp_path}'"
+
+
+def test_a_reader_that_has_enough_is_told_of_nothing():
+    command = f"{sys.executable} -m nf4kernels info | true"
+    ran = subprocess.run(["sh", "-c", command], env=environment(), capture_output=True, encoding="utf-8", check=False)
+    assert (ran.stdout, ran.stderr) == ("", "")
