@@ -91,6 +91,9 @@ BROKEN = {
     "two users": (
         json.dumps({"messages": [TURNS[0], *TURNS]}).encode(), "turn 2 of messages must follow system or assistant",
     ),
+    "tools": (
+        json.dumps({"messages": TURNS, "tools": [{"type": "function"}]}).encode(), "line 2: tools are not read",
+    ),
     "no role": (b'{"messages": [{"from": "human", "value": "a"}]}\n', "turn 1 of messages must have a role of system"),
 }  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
 from support.chat_model import CHAT_TEMPLATE, chat_model, facts
 from support.finetune_run import FIELDS, STEPS, arguments, names, train_in_child, write_rows
@@ -22,9 +24,10 @@ for needed in ("peft", "trl", "datasets", "matplotlib", "yaml"):
 from nf4kernels import LoraConfig  # noqa: E402
 from nf4kernels.cli import main  # noqa: E402
 from nf4kernels.recover import Candidate, Plan  # noqa: E402
-from nf4kernels.stages.data.reading import read  # noqa: E402
+from nf4kernels.stages.data.reading import Source, read  # noqa: E402
 from nf4kernels.stages.errors import StageError  # noqa: E402
 from nf4kernels.stages.finetune import run  # noqa: E402
+from nf4kernels.stages.finetune.answers import answers  # noqa: E402
 from nf4kernels.stages.finetune.loading import load_tokenizer  # noqa: E402
 from nf4kernels.stages.finetune.outputs import LOG  # noqa: E402
 from nf4kernels.stages.finetune.recipe import read_recipe  # noqa: E402
@@ -242,6 +245,11 @@ def test_a_recipe_and_flags_that_win_over_it(models, prompts, tmp_path):
         ({"data": "missing.jsonl"}, "missing.jsonl"),
         ({"assistant_only_loss": True}, "--assistant_only_loss must be left out"),
         ({"target_modules": "no_such_layer"}, "no_such_layer"),
+        ({"max_length": -1}, "--max_length must be 1 or more"),
+        ({"seed": -1}, "--seed must be 0 or more"),
+        ({"held_out": "nan"}, "--held_out must be"),
+        ({"save_only_model": True}, "must be left out: a run could not go on"),
+        ({"chat_template_path": "."}, "--chat_template_path must be a Jinja file"),
     ],
 )
 def test_what_is_wrong_is_said_and_changes_nothing(models, prompts, tmp_path, capsys, monkeypatch, changes, expected):
@@ -359,6 +367,35 @@ def test_another_recipe_in_the_directory_is_refused(models, prompts, tmp_path, c
     assert main(arguments(models / "chat", prompts, out, lora_r=8)) == 2
     assert "whose run has lora_r=4 where this one has 8" in capsys.readouterr().err
     assert names(tmp_path) == had
+    lines = prompts.read_text(encoding="utf-8").splitlines(keepends=True)
+    prompts.write_text("".join(reversed(lines)), encoding="utf-8")  # other rows are held out of as many
+    assert main(arguments(models / "chat", prompts, out)) == 2
+    assert "--output_dir must hold a run on the same data" in capsys.readouterr().err
+
+
+def test_a_loss_that_was_no_number_is_read_as_one(models, prompts, tmp_path):
+    recipe = read_recipe(None, arguments(models / "chat", prompts, tmp_path / "out")[1:])
+    recipe.out.mkdir()
+    (recipe.out / "recipe.yaml").write_text(yaml.safe_dump(recipe.given), encoding="utf-8")
+    (recipe.out / run.START).write_text('{"held_out_loss_after": NaN, "finished": true}', encoding="utf-8")
+    assert math.isnan(run.finished(recipe)["held_out_loss_after"])
+
+
+def test_no_answer_is_asked_for_a_prompt_that_is_too_long(models, tmp_path):
+    rows = [{"prompt": q * (40 if i == 0 else 1), "completion": a} for i, (q, a) in enumerate(facts(8))]
+    split = read([Source(write_rows(tmp_path / "data.jsonl", rows))], 0)
+    model = transformers.AutoModelForCausalLM.from_pretrained(models / "chat")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(models / "chat")
+    asked = [asked for asked, _, _ in answers(model, split, tokenizer, 3, max_length=64)]
+    assert asked == [row["prompt"] for row in rows[1:4]]
+    model.config.max_position_embeddings = 65
+    assert answers(model, split, tokenizer, 3) == []
+
+
+def test_options_of_weights_are_refused_for_a_model_in_4_bits(models, prompts, tmp_path, capsys):
+    assert main(["quantize", str(models / "chat"), str(tmp_path / "ours")]) == 0
+    assert main(arguments(tmp_path / "ours", prompts, tmp_path / "out", block_size=128)) == 2
+    assert "--block_size must be left out for a model that is stored in 4 bits" in capsys.readouterr().err
 
 
 def test_a_plan_is_for_the_weights_beside_the_adapters(models, prompts, tmp_path):

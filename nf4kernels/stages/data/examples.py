@@ -50,6 +50,8 @@ def example(record: Any) -> tuple[str, dict[str, Any]]:
 
 
 def _text_of(record: dict) -> tuple[str, dict[str, Any]]:
+    if record.get("tools"):
+        raise ExampleError("tools are not read: leave them out, or write them into the system's turn")
     if record.get("messages") is not None:
         _check_messages("messages", record["messages"])
         return "messages", {"messages": [_turn(turn) for turn in record["messages"]]}

@@ -1,6 +1,7 @@
 """Files of examples, read and split into those to train on and those held out."""
 
 import codecs
+import hashlib
 import json
 import math
 import random
@@ -36,6 +37,7 @@ class Split:
     train: Dataset
     held_out: Dataset
     form: str
+    digest: str  # of the examples on each side, in order
 
     @property
     def has_images(self) -> bool:
@@ -102,7 +104,9 @@ def read(sources: Sequence[Source], held_out: float | int = 0.1, seed: int = 0) 
         raise StageError("the weights must leave examples to train on, got none")
     kept = [row for key, row in distinct.items() if key in apart]
     both = _table(train + kept)  # of one schema, also where one side is empty
-    return Split(both.select(range(len(train))), both.select([*range(len(train), len(both))]), first.form)
+    said = json.dumps([[identity(row) for row in side] for side in (train, kept)])
+    digest = hashlib.sha256(said.encode()).hexdigest()[:32]
+    return Split(both.select(range(len(train))), both.select([*range(len(train), len(both))]), first.form, digest)
 
 
 def walk(path: Path) -> Iterator[Example]:

@@ -1,5 +1,6 @@
 """What the trained model answers to examples of the data."""
 
+import math
 from typing import Any
 
 import torch
@@ -9,21 +10,33 @@ from ..data.reading import Split
 from ..data.view import begun, missing_beginning
 
 SAMPLES = 3
+LOOKED_AT = 8  # times as many examples, at most, for some that are short enough
 ANSWER_TOKENS = 64
 PROMPT_TOKENS = 16  # of a plain text, to go on from
 
 
-def answers(model: Any, split: Split, processor: Any, count: int = SAMPLES) -> list[tuple[str, str, str]]:
-    """(asked, in the data, answered) of the first `count` examples held out, by greedy decoding."""
+def answers(
+    model: Any, split: Split, processor: Any, count: int = SAMPLES, max_length: int | None = None
+) -> list[tuple[str, str, str]]:
+    """(asked, in the data, answered) of the first `count` examples held out, by greedy decoding.
+
+    Examples whose prompt is beyond max_length, or beyond the model's positions with the answer, are passed over.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    longest = min(max_length or math.inf, positions - ANSWER_TOKENS)
     tokenizer = processor.tokenizer if split.has_images else processor
     rows = split.held_out if len(split.held_out) else split.train
-    made = []
-    for row in rows.select(range(min(count, len(rows)))):
+    made: list[tuple[str, str, str]] = []
+    for row in rows.select(range(min(LOOKED_AT * count, len(rows)))):
+        if len(made) == count:
+            break
         if split.has_images:
             inputs, asked, expected = _prompt_with_images(row, split.form, processor)
         else:
             ids, asked, expected = _prompt(row, split.form, tokenizer)
             inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+        if inputs["input_ids"].shape[1] > longest:
+            continue
         inputs = {
             name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
             for name, tensor in inputs.items()

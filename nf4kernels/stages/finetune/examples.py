@@ -36,7 +36,7 @@ def in_chat_form(rows: Dataset, form: str, tokenizer: Any) -> Dataset:
     if form == "messages":
         if not tokenizer.chat_template:
             raise StageError(
-                "--chat_template_path must be a Jinja file or a model with a template: the data is chat messages, and"
+                "--chat_template_path must be a Jinja file: the data is chat messages, and"
                 " the model's tokenizer has no chat template"
             )
         return rows

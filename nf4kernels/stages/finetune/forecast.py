@@ -77,7 +77,7 @@ def forecast_memory(trainer: Trainer, program: int) -> Memory:
         weights = share(weights, ranks) + gathered(model, ranks, shard).working
         adapters, optimizer = share(adapters, ranks), share(optimizer, ranks)
     matrices = [part for module in model.modules() if isinstance(module, QUANTIZED) for part in parts(module)]
-    decoded = 0 if device.type == "cpu" else max(2 * one_matrix(part.weight_shape) for part in matrices)
+    decoded = 0 if device.type == "cpu" else max((2 * one_matrix(part.weight_shape) for part in matrices), default=0)
     with _fused_head(device.type):
         peak = peak_of_training(
             without_values(model).train(), args.per_device_train_batch_size, _length(trainer),

@@ -23,6 +23,8 @@ from ..errors import StageError
 from .processes import load_for_sharding
 from .recipe import DENSE, Recipe
 
+OF_WEIGHTS = ("codebook", "block_size", "double_quant", "scale_codebook", "skip", "plan")  # that are quantized here
+
 
 def load_tokenizer(recipe: Recipe) -> Any:
     model = recipe.model
@@ -37,10 +39,19 @@ def load_tokenizer(recipe: Recipe) -> Any:
         raise StageError(
             f"--model_name_or_path must have an EOS token in its tokenizer, got {model.model_name_or_path}"
         )
-    template = recipe.training.chat_template_path
-    if template is not None and Path(template).is_file():
-        tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+    tokenizer.chat_template = _template(recipe) or tokenizer.chat_template
     return tokenizer
+
+
+def _template(recipe: Recipe) -> str | None:
+    """The recipe's own chat template; StageError where it is no file: TRL would take a model's after the examples."""
+    path = recipe.training.chat_template_path
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StageError(f"--chat_template_path must be a Jinja file, got {path}: {in_one_line(error)}") from None
 
 
 def load_processor(recipe: Recipe) -> Any:
@@ -62,12 +73,9 @@ def load_processor(recipe: Recipe) -> Any:
             f"--model_name_or_path must be a vision-language model, since the data has images, got"
             f" {model.model_name_or_path}"
         )
-    template = recipe.training.chat_template_path
-    if template is not None and Path(template).is_file():
-        processor.chat_template = Path(template).read_text(encoding="utf-8")
+    processor.chat_template = _template(recipe) or processor.chat_template
     if not processor.chat_template:
-        raise StageError("--chat_template_path must be a Jinja file or a model with a template, since the data has"
-                         " images, got none")  # fmt: skip
+        raise StageError("--chat_template_path must be a Jinja file, since the data has images, got none")  # fmt: skip
     return processor
 
 
@@ -84,6 +92,9 @@ def load_model(recipe: Recipe, has_images: bool = False) -> Any:
             raise StageError(
                 f"--codebook must be left out for a model that is stored in 4 bits, got {DENSE} for {where}"
             )
+        said = sorted(recipe.flagged & set(OF_WEIGHTS)) if stored is not None else []
+        if said:
+            raise StageError(f"--{said[0]} must be left out for a model that is stored in 4 bits, got {where}")
         wanted = recipe.quantization if stored is None else quantization_of(where, stored, False)
         if wanted is not None:  # transformers takes None for a wish to forget the stored one
             options["quantization_config"] = wanted

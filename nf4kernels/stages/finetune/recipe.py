@@ -4,6 +4,7 @@ TRL's parser, which is argparse on dataclasses, knows every field's type; a reci
 """
 
 import json
+import math
 import warnings
 from argparse import SUPPRESS
 from collections.abc import Collection, Sequence
@@ -48,6 +49,11 @@ LEFT_OUT = {
     "peft_type": "it is LoRA",
     "model_init_kwargs": "say dtype, attn_implementation, trust_remote_code or model_revision",
     "resume_from_checkpoint": "the same command resumes by itself",
+    "save_only_model": "a run could not go on from such a checkpoint",
+    "bf16_full_eval": "it would round the adapters before the first step",
+    "fp16_full_eval": "it would round the adapters before the first step",
+    "dataset_text_field": "it is text",
+    "dataset_kwargs": "examples are always prepared",
     "overwrite_output_dir": "give another output_dir",
 }
 LORA_OF_TRL = [each.name for each in fields(ModelConfig) if each.name.startswith(("lora_", "use_rslora", "use_dora"))]
@@ -261,11 +267,15 @@ def _recipe(values: dict[str, Any], given: dict[str, Any], needs_data: bool) -> 
     if values["plan"] is not None and values["codebook"] == DENSE:
         raise StageError(f"--plan must be left out with --codebook {DENSE}, got both")
     held_out = values["held_out"]
-    if held_out < 0 or (held_out >= 1 and held_out != int(held_out)):
+    if not math.isfinite(held_out) or held_out < 0 or (held_out >= 1 and held_out != int(held_out)):
         raise StageError(f"--held_out must be a share below 1 or a count, got {held_out}")
     held_out = int(held_out) if held_out >= 1 else held_out
+    if values["max_length"] is not None and values["max_length"] < 1:
+        raise StageError(f"--max_length must be 1 or more, or none for no limit, got {values['max_length']}")
+    if values["seed"] < 0:
+        raise StageError(f"--seed must be 0 or more, got {values['seed']}")
     adapter = None if values["adapter"] is None else Path(values["adapter"])
-    dtype = _dtype(values["dtype"], values["use_cpu"])
+    dtype = _dtype(values["dtype"] or ("float16" if values["fp16"] else None), values["use_cpu"])
     is_answers_only = values["assistant_only_loss"]
     filled = {
         **values, "assistant_only_loss": bool(is_answers_only),

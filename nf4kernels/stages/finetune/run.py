@@ -1,9 +1,11 @@
 """A fine-tune, from its recipe to the directory of its adapters."""
 
+import json
 import math
 import shutil
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +21,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils.logging import disable_progress_bar as disable_loading_bar
 
+from ...nn.quant_module import QuantModule
 from ...storage.atomic import TargetError, replacing, write_json
 from ...version import VERSION
 from ..data.reading import Split, read
@@ -90,7 +93,7 @@ def _run(recipe: Recipe, say: Say, progress: TrainerCallback | None, samples: in
     _announce(trainer, recipe, tokenizer, say, method)
     if method.has_forecast:
         _announce_memory(trainer, program, say)
-    started = _begin(recipe, trainer, started, len(split.held_out))
+    started = _begin(recipe, trainer, started, split)
     before = started["held_out_loss"]
     if before is not None:
         say(f"held-out loss before: {before:.4f}")
@@ -110,7 +113,9 @@ def _run(recipe: Recipe, say: Say, progress: TrainerCallback | None, samples: in
     for name, value in trainer.measured.items():
         say(f"{name} after: {value:.4f}")
     method.write(trainer, recipe)
-    answered = answers(trainer.model, split, processor, samples)  # on every process, where each has a part of the model
+    answered = answers(  # on every process, where each has a part of the model
+        trainer.model, split, processor, samples, recipe.training.max_length
+    )
     if is_main():
         write_log(recipe.out / LOG, history)
         write_picture(recipe.out / PICTURE, history, before, after)
@@ -126,22 +131,24 @@ def _run(recipe: Recipe, say: Say, progress: TrainerCallback | None, samples: in
     return recipe.out
 
 
-def _begin(recipe: Recipe, trainer: Trainer, started: dict[str, Any] | None, held_out: int) -> dict[str, Any]:
+def _begin(recipe: Recipe, trainer: Trainer, started: dict[str, Any] | None, split: Split) -> dict[str, Any]:
     """Note what the run begins with, or check that `started`, noted by the run to go on with, is of the same data.
 
     Raises:
         StageError: it is not.
     """
-    begun = {"examples": trainer.counted["train"].examples, "tokens": trainer.counted["train"].tokens}
+    count = trainer.counted["train"]
+    begun = {"examples": count.examples, "tokens": count.tokens, "data": split.digest}
     check_alike(recipe.training.ddp_timeout, {f"{name} in --data": value for name, value in begun.items()})
     if started is not None:
         if {name: started.get(name) for name in begun} != begun:
             raise StageError(f"--output_dir must hold a run on the same data, got {recipe.out}, whose run has"
-                             f" {started.get('examples')} examples of {started.get('tokens')} tokens")  # fmt: skip
+                             f" {started.get('examples')} examples of {started.get('tokens')} tokens, where this one"
+                             f" has {'others' if started.get('tokens') == count.tokens else count.tokens}")  # fmt: skip
         return started
     since = time.monotonic()
     loss = None if _is_distributed(trainer) else _held_out_loss(trainer)
-    started = {**begun, "held_out_examples": held_out, "held_out_loss": loss}
+    started = {**begun, "held_out_examples": len(split.held_out), "held_out_loss": loss}
     started["held_out_seconds"] = 0.0 if loss is None else time.monotonic() - since
     if trainer.measured:
         started["measured"] = dict(trainer.measured)
@@ -205,7 +212,7 @@ def _stored(recipe: Recipe) -> dict[str, Any] | None:
         if out.is_dir() and all(entry.name.startswith(".") or entry.name == RECIPE for entry in out.iterdir()):
             return None  # killed before the first step
         raise StageError(f"--output_dir must be new or hold a run of this recipe, got {out}")
-    started = yaml.safe_load((out / START).read_text(encoding="utf-8"))
+    started = json.loads((out / START).read_text(encoding="utf-8"))
     stored = yaml.safe_load((out / RECIPE).read_text(encoding="utf-8"))
     names = sorted(name for name in {*stored, *recipe.given} if stored.get(name) != recipe.given.get(name))
     batch = _batch(recipe)
@@ -247,8 +254,7 @@ def _trainer(recipe: Recipe, split: Split, processor: Any, method: Method = ADAP
     with _quiet_libraries():
         train = in_chat_form(split.train, split.form, processor)
         held_out = in_chat_form(split.held_out, split.form, processor) if len(split.held_out) else None
-    if args.chat_template_path is not None and Path(args.chat_template_path).is_file():
-        args.chat_template_path = None  # the tokenizer has it
+    args.chat_template_path = None  # the tokenizer has it
     if args.assistant_only_loss and not is_conversation:
         raise StageError("--assistant_only_loss must be left out unless the data is chat messages")
     if args.assistant_only_loss:
@@ -340,14 +346,18 @@ def _is_last(checkpoint: Path) -> bool:
 
 
 def _facts(trainer: Trainer, recipe: Recipe, before: float | None, after: float | None) -> dict[str, Any]:
-    train, weights = trainer.counted["train"], recipe.quantization
+    train = trainer.counted["train"]
+    kinds = Counter(
+        f"{layer.codebook}, blocks of {layer.block_size}" for layer in trainer.model.modules()
+        if isinstance(layer, QuantModule)
+    )  # fmt: skip
     return {
         "held-out loss before": "-" if before is None else f"{before:.4f}",
         "held-out loss after": "-" if after is None else f"{after:.4f}",
         "training examples": train.examples, "training tokens": train.tokens, "cut": train.cut,
         "held-out examples": trainer.counted["eval"].examples if "eval" in trainer.counted else 0,
         "steps": trainer.state.global_step,
-        "weights": DENSE if weights is None else f"{weights.codebook_name}, blocks of {weights.block_size}",
+        "weights": next((kind for kind, _ in kinds.most_common(1)), DENSE),
         "rank": recipe.lora.r,
     }  # fmt: skip
 

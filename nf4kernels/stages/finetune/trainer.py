@@ -103,7 +103,7 @@ class Trainer(SFTTrainer):
         rows = super()._prepare_dataset(dataset, processing_class, uncut, False, formatting_func, dataset_name)
         self.counted[dataset_name] = counts(rows, args.max_length)
         if dataset_name == "train":
-            self.first_row = {name: value[: args.max_length] for name, value in rows[0].items() if _is_ids(value)}
+            self.first_row = {name: _cut(value, args) for name, value in rows[0].items() if _is_ids(value)}
         rows = rows.remove_columns([name for name in rows.column_names if not _is_ids(rows[0][name])])
         kept = super()._prepare_dataset(rows, processing_class, args, packing, formatting_func, dataset_name)
         if not packing:
@@ -158,6 +158,13 @@ class Keeper(TrainerCallback):
             self.began = (time.monotonic(), logs["num_tokens"])
         if state.is_world_process_zero and (self.out / START).exists():  # else it is the held-out loss before
             write_log(self.out / LOG, state.log_history)
+
+
+def _cut(value: list[int], args: Any) -> list[int]:
+    """What max_length leaves of a row, as TRL cuts it."""
+    if args.max_length is None:
+        return value
+    return value[-args.max_length :] if args.truncation_mode == "keep_end" else value[: args.max_length]
 
 
 def _is_ids(value: Any) -> bool:
