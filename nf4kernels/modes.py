@@ -2,7 +2,8 @@
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,11 @@ def autocast_is_on(device: torch.device) -> bool:
     device_type = device.type
     is_on: bool = device_type != "meta" and torch.is_autocast_enabled(device_type)  # torch raises for meta
     return is_on
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A `with` in which products of fp32 are in fp32, whatever is on around it."""
+    return torch.autocast(device.type, enabled=False) if autocast_is_on(device) else nullcontext()
 
 
 def outside_inference_mode(function: Callable[_P, _R]) -> Callable[_P, _R]:

@@ -285,3 +285,10 @@ def stack_experts(qweights: Sequence[QuantizedWeight]) -> QuantizedExperts:
         if isinstance(value, Tensor) and name not in shared:
             values[name] = torch.stack([getattr(each, name) for each in qweights])
     return QuantizedExperts(**values | {"shape": (len(qweights), *first.shape)})
+
+
+def is_permutation(order: Tensor) -> bool:
+    """Whether an order of columns is one; true of what has no values here."""
+    if order.is_meta or type(order) is not Tensor:
+        return True
+    return torch.equal(order.sort().values, torch.arange(len(order), dtype=order.dtype, device=order.device))

@@ -80,7 +80,8 @@ def merge_model(model: nn.Module, base: nn.Module | None = None, dtype: torch.dt
         if isinstance(layer, QuantLinear) and dense.bias is not None:
             dense.bias.requires_grad_(layer.bias.requires_grad)
         replace_module(model, names, layer, dense)
-        merged[names[0]] = layer, dense
+        if ranks is not None:  # else each layer in 4 bits goes as soon as it is merged
+            merged[names[0]] = layer, dense
     if ranks is not None:
         shard_again(model, merged)
     return [names[0] for names in targets]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import dequantize
+from ..modes import without_autocast
 from ..nn.casts import cast, check_cast
 from ..nn.dtensors import from_local, is_dtensor, local_of, whole
 from ..nn.experts_layout import bias_name
@@ -73,7 +74,8 @@ def _delta(layer: QuantLinear, over_original: bool) -> Tensor | None:
     config, A, B = layer.lora, whole(layer.lora_A.weight), whole(layer.lora_B.weight)
     if over_original:
         config, A, B = over_original_weight(config, *(_gathered_factor(f) for f in (layer.lora_A, layer.lora_B)))
-    return config.scaling * (B.float() @ A.float())
+    with without_autocast(A.device):
+        return config.scaling * (B.float() @ A.float())
 
 
 def _gathered_factor(factor: nn.Module) -> Any:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..functional import dequantize
 from ..grouped import grouped_linear_from_args, grouped_lora_linear_from_args
+from ..modes import without_autocast
 from ..quantized_weight import QuantizedExperts
 from .adapted_module import AdaptedModule
 from .casts import cast
@@ -113,8 +114,9 @@ class GroupedQuantLinear(AdaptedModule):
             else:
                 given = base[expert].to(out.device, torch.float32)
                 weight = given.T if transposed else given
-            for A, B, scaling in terms:
-                weight = torch.addmm(weight, B[expert].float(), A[expert].float(), alpha=scaling)
+            with without_autocast(weight.device):
+                for A, B, scaling in terms:
+                    weight = torch.addmm(weight, B[expert].float(), A[expert].float(), alpha=scaling)
             out[expert] = cast(weight.T if transposed else weight, dtype, who)
         return out
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import dequantize, quantize, quantize_experts
+from ..modes import without_autocast
 from ..quantized_weight import QuantizedExperts, QuantizedWeight, stack_experts
 
 FROM_WEIGHT = ("pissa", "loftq")  # the starts that need the dense weight, and change what is quantized
@@ -60,7 +61,7 @@ class LoraConfig:
 
 def check_adapter_name(name: str, who: str) -> None:
     """ValueError for what cannot be a part of a parameter's name."""
-    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
+    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
         raise ValueError(f"{who}: name must be a word that can be a module's name, got {name!r}")
 
 
@@ -115,7 +116,8 @@ def quantize_experts_with_start(
 
 
 def _left(W: Tensor, A: Tensor, B: Tensor, config: LoraConfig) -> Tensor:
-    return torch.addmm(W, B.float(), A.float(), alpha=-config.scaling)
+    with without_autocast(W.device):
+        return torch.addmm(W, B.float(), A.float(), alpha=-config.scaling)
 
 
 def principal_factors(W: Tensor, config: LoraConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -141,12 +143,13 @@ def principal_components(W: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     width = min(r + OVERSAMPLING, *W.shape)
     generator = torch.Generator().manual_seed(SEED)
-    Q = W @ torch.randn(W.shape[1], width, generator=generator).to(W.device)
-    for _ in range(POWER_ITERATIONS):
-        Q = W @ torch.linalg.qr(W.T @ torch.linalg.qr(Q).Q).Q
-    Q = torch.linalg.qr(Q).Q
-    U, S, Vh = torch.linalg.svd(Q.T @ W, full_matrices=False)
-    return (Q @ U)[:, :r], S[:r], Vh[:r]
+    with without_autocast(W.device):
+        Q = W @ torch.randn(W.shape[1], width, generator=generator).to(W.device)
+        for _ in range(POWER_ITERATIONS):
+            Q = W @ torch.linalg.qr(W.T @ torch.linalg.qr(Q).Q).Q
+        Q = torch.linalg.qr(Q).Q
+        U, S, Vh = torch.linalg.svd(Q.T @ W, full_matrices=False)
+        return (Q @ U)[:, :r], S[:r], Vh[:r]
 
 
 def over_original_weight(config: LoraConfig, lora_A: Any, lora_B: Any) -> tuple[LoraConfig, Tensor, Tensor]:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..functional import dequantize, linear_from_args, lora_linear_from_args, quantize, take_columns
-from ..modes import autocast_is_on, outside_inference_mode
-from ..quantized_weight import WEIGHT_DTYPES, QuantizedWeight
+from ..modes import autocast_is_on, outside_inference_mode, without_autocast
+from ..quantized_weight import WEIGHT_DTYPES, QuantizedWeight, is_permutation
 from .adapted_module import AdaptedModule
 from .casts import cast, check_cast
 from .lora import (
@@ -21,7 +21,7 @@ from .lora import (
     plain_weight,
     quantize_with_start,
 )  # fmt: skip
-from .quant_module import OTHER_BUFFERS, SCALE_TENSORS, checked_compute_dtype
+from .quant_module import OTHER_BUFFERS, SCALE_TENSORS, checked_compute_dtype, normal
 from .released import check_gathered
 
 COLUMN_ORDER = "column_order"  # the buffer that a weight with act-order has, as `QuantizedWeight.column_order`
@@ -111,8 +111,9 @@ class QuantLinear(AdaptedModule, nn.Linear):
         """As of any such module; `Module.type` would cast the order, too."""
         order = self._buffers.get(COLUMN_ORDER)
         super()._apply(fn, recurse)
-        if order is not None:
-            self._buffers[COLUMN_ORDER] = order.to(self.weight.device)
+        made = self._buffers.get(COLUMN_ORDER)
+        if order is not None and made is not None and made.dtype != order.dtype:
+            self._buffers[COLUMN_ORDER] = order.to(made.device)
         return self
 
     def _install(self, qweight, bias, compute_dtype, lora) -> None:
@@ -169,7 +170,8 @@ class QuantLinear(AdaptedModule, nn.Linear):
     def set_qweight(self, qweight: QuantizedWeight) -> None:  # type: ignore[override]  # never experts
         """As of any such module, and the order of the columns."""
         super().set_qweight(qweight)
-        self.register_buffer(COLUMN_ORDER, qweight.column_order)
+        order = qweight.column_order
+        self.register_buffer(COLUMN_ORDER, None if order is None else normal(order))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -195,6 +197,8 @@ class QuantLinear(AdaptedModule, nn.Linear):
             errors.append(f"{key}: this layer has its columns in order")
         elif order.dtype != own.dtype or order.shape != own.shape:
             errors.append(f"{key} must be {own.dtype} {list(own.shape)}, got {order.dtype} {list(order.shape)}")
+        elif not is_permutation(order):
+            errors.append(f"{key} must be a permutation of the {len(order)} columns, got none")
         return errors
 
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -211,14 +215,15 @@ class QuantLinear(AdaptedModule, nn.Linear):
         """scaling * lora_B @ lora_A, fp32 `[out_features, in_features]`; ValueError without an adapter."""
         if self.lora is None or self.lora_A is None or self.lora_B is None:
             raise ValueError("nf4kernels.QuantLinear.lora_delta: the layer must have an adapter, got none")
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(self.weight.device):
             return self.lora.scaling * (self.lora_B.weight.float() @ self.lora_A.weight.float())
 
     @torch.no_grad()
     def delta_over_original(self) -> Tensor:
         """As `lora_delta`, over the weight from before quantization, of which the adapter may have taken its start."""
         config, A, B = over_original_weight(*self.get_adapter())  # type: ignore[misc]  # there is an active one
-        return config.scaling * (B.float() @ A.float())
+        with without_autocast(A.device):
+            return config.scaling * (B.float() @ A.float())
 
     @outside_inference_mode
     def to_linear(

@@ -61,11 +61,11 @@ class QuantModule(nn.Module):
         self.block_size, self.codebook, self.scale_codebook = (
             qweight.block_size, qweight.codebook, qweight.scale_codebook,
         )  # fmt: skip
-        self.register_parameter("weight", nn.Parameter(_normal(qweight.packed), requires_grad=False))
-        self._hold_absmax(_normal(qweight.absmax))
+        self.register_parameter("weight", nn.Parameter(normal(qweight.packed), requires_grad=False))
+        self._hold_absmax(normal(qweight.absmax))
         for name in SCALES:
             tensor = getattr(qweight, name)
-            self.register_buffer(name, None if tensor is None else _normal(tensor))
+            self.register_buffer(name, None if tensor is None else normal(tensor))
         self.absmax_dtype = qweight.absmax.dtype
         source = torch.tensor(WEIGHT_DTYPES.index(qweight.dtype), dtype=torch.uint8, device=qweight.device)
         self.register_buffer("source_dtype", source)
@@ -367,7 +367,7 @@ def _has_bytes(tensor: Tensor) -> bool:
     return is_plain and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
-def _normal(tensor: Tensor) -> Tensor:
+def normal(tensor: Tensor) -> Tensor:
     """Autograd takes no tensor that inference mode made."""
     return tensor.clone() if tensor.is_inference() else tensor
 

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from ..codebook import CODEBOOKS, FORMATS, SCALE_CODEBOOKS, levels_of, name_of
-from ..quantized_weight import SUPERBLOCK, WEIGHT_DTYPES, QuantizedWeight, absmax_shape, check_block_size, packed_shape
+from ..quantized_weight import (
+    SUPERBLOCK,
+    WEIGHT_DTYPES,
+    QuantizedWeight,
+    absmax_shape,
+    check_block_size,
+    is_permutation,
+    packed_shape,
+)
 
 BITSANDBYTES_CODEBOOKS = ("nf4", "fp4")
 STATE = ".quant_state."
@@ -156,6 +164,8 @@ def weight_from_tensors(tensors: dict[str, Tensor], key: str = "weight") -> Quan
         if f"{key}.column_order" not in tensors:
             raise ValueError(f"{who}: tensors must have {key}.column_order, got none")
         order = tensors[f"{key}.column_order"]
+        if not is_permutation(order):
+            raise ValueError(f"{who}: {key}.column_order must be a permutation of the columns, got none")
     try:
         return QuantizedWeight(
             packed, absmax, scale_absmax, scale_offset, code, scale_code, (N, K), metadata["dtype"], block_size,

@@ -37,6 +37,15 @@ def test_the_sum_is_taken_in_fp32_and_rounded_once(dtype):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=IDS)
+def test_autocast_around_a_merge_rounds_nothing(options):
+    merged, (model, _) = [], adapted(quantized(torch.float32), **options)
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            merged.append(copy.deepcopy(model).merge_and_unload().layer.weight)
+    assert torch.equal(*merged)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=IDS)
 def test_merged_it_computes_the_same_and_unmerged_it_is_what_it_was(options):
     model, layer = adapted(quantized(), **options)
     packed, before = layer.base_layer, model(X)

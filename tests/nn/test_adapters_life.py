@@ -306,7 +306,7 @@ def test_a_second_adapter_of_a_name_is_an_error(layer):
         layer.add_lora(LARGE)
 
 
-@pytest.mark.parametrize("name", ["", "a.b", "keys", 3])
+@pytest.mark.parametrize("name", ["", "a.b", "keys", "training", 3])
 def test_a_name_that_no_module_can_have_is_an_error(layer, name):
     with pytest.raises(ValueError, match="add_lora: name must be a word that can be a module's name"):
         layer.add_lora(SMALL, name=name)

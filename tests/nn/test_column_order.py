@@ -128,3 +128,24 @@ def test_a_state_is_taken_with_its_order_or_not_at_all(weight):
         with pytest.raises(RuntimeError, match=sentence):
             layer.load_state_dict(other.state_dict(), strict=False)
     assert torch.equal(ordered_layer.dequantize(torch.float32), dense)
+
+
+def test_an_order_that_is_no_permutation_is_refused():
+    qweight, _ = ordered()
+    layer, state = layer_of(qweight), layer_of(qweight).state_dict()
+    state["column_order"] = state["column_order"].clone()
+    state["column_order"][1] = state["column_order"][0]
+    with pytest.raises(RuntimeError, match="column_order must be a permutation of the"):
+        layer.load_state_dict(state)
+
+
+def test_it_trains_where_inference_mode_made_it_and_is_emptied_from_meta():
+    with torch.inference_mode():
+        qweight, _ = ordered()
+        layer = layer_of(qweight)
+    x = torch.randn(2, layer.in_features, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad.any()
+    emptied = layer.to("meta").to_empty(device="cpu")
+    assert emptied.column_order.device.type == "cpu"
+    assert emptied.half().column_order.dtype == torch.int32

@@ -114,3 +114,22 @@ def test_a_compiled_token_takes_that_op_too():
         y = torch.compile(layer, backend=backend, fullgraph=True)(x)
         assert torch.equal(y, layer(x))
     assert torch.ops.nf4kernels.grouped_lora_inner.default in targets
+
+
+@pytest.mark.parametrize("init", ["default", "pissa", "loftq"])
+def test_it_starts_and_is_merged_in_fp32_under_autocast(init):
+    torch.manual_seed(0)
+    dense, config = torch.nn.Linear(128, 64), LoraConfig(r=4, init=init)
+    layers = []
+    for enabled in (False, True):
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            layer = QuantLinear.from_linear(dense, lora=config)
+            with torch.no_grad():
+                layer.lora_B.weight += 1e-3 * torch.randn(64, 4)
+            layers.append((layer, layer.to_linear(), layer.to_linear(base_weight=dense.weight.detach())))
+    (outside, *plain), (inside, *merged) = layers
+    assert torch.equal(inside.lora_A.weight, outside.lora_A.weight)
+    assert torch.equal(inside.weight, outside.weight)
+    for got, expected in zip(merged, plain):
+        assert torch.equal(got.weight, expected.weight)

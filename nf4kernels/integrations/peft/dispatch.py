@@ -108,7 +108,7 @@ def _inject_parameters(
     for path, experts in list(model.named_modules()):
         if not isinstance(experts, QuantExperts):
             continue
-        name = path.replace(".base_layer", "")  # PEFT's wrappers around it are not in the dense model's names
+        name = dense_name(path)  # PEFT's wrappers around it are not in the dense model's names
         for leaf in experts.weight_names:
             key = f"{name}.{leaf}"
             if any(f".{key}".endswith(f".{target}") for target in peft_config.target_parameters):
@@ -209,6 +209,11 @@ def _merge_adapter(
         merge(model, adapter_names=adapter_names, safe_merge=safe_merge)
 
 
+def dense_name(name: str) -> str:
+    """Without what PEFT's wrappers put into it."""
+    return ".".join(part for part in name.split(".") if part != "base_layer")
+
+
 def _packed_layers(model: nn.Module) -> list[Packed]:
     """Experts stand there once for each of their weights that is wrapped."""
     found = []
@@ -216,7 +221,7 @@ def _packed_layers(model: nn.Module) -> list[Packed]:
         if isinstance(module, OURS):
             packed = module._holder()._packed or (module.get_base_layer(),)
             if isinstance(packed[0], QUANTIZED):
-                found.append(Packed(name.replace(".base_layer", ""), module, packed[0]))
+                found.append(Packed(dense_name(name), module, packed[0]))
     return found
 
 

@@ -8,6 +8,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
 from ...functional import dequantize_rows_from_args, take_columns
+from ...modes import without_autocast
 from ...nn.quant_linear import QuantLinear
 
 ELEMENTS = 1 << 20  # of the weight that are dense at a time, in fp32
@@ -82,5 +83,6 @@ def row_norms(base_layer: Any, A: Tensor, B: Tensor, scaling: float) -> Tensor:
             W = base_layer.weight[rows].float()
         else:
             W = dequantize_rows_from_args(weight_args, (rows.start, rows.stop), torch.float32)
-        norms.append(torch.linalg.vector_norm(torch.addmm(W, B[rows].float(), A, alpha=scaling), dim=1))
+        with without_autocast(W.device):
+            norms.append(torch.linalg.vector_norm(torch.addmm(W, B[rows].float(), A, alpha=scaling), dim=1))
     return torch.cat(norms) if norms else A.new_zeros(0)

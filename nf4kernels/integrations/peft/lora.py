@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ...functional import quantize
-from ...modes import autocast_is_on, outside_inference_mode
+from ...modes import autocast_is_on, outside_inference_mode, without_autocast
 from ...nn import casts
 from ...nn.lora import plain_weight
 from ...nn.quant_linear import LoraTerm, QuantLinear
@@ -221,12 +221,14 @@ class LoraQuantLinear(lora.Linear):
         A, B = (cast(Tensor, factors[name].weight).float() for factors in (self.lora_A, self.lora_B))
         variant = self.lora_variant.get(name)
         if variant is None:
-            return torch.addmm(weight, B, A, alpha=self.scaling[name])
+            with without_autocast(weight.device):
+                return torch.addmm(weight, B, A, alpha=self.scaling[name])
         if isinstance(variant, QuantDoraVariant):
             dense = _dense_layer(start)
             magnitudes = cast(Tensor, self.lora_magnitude_vector[name].weight).float()
             factors = magnitudes / row_norms(dense, A, B, self.scaling[name])
-            return factors[:, None] * torch.addmm(weight, B, A, alpha=self.scaling[name])
+            with without_autocast(weight.device):
+                return factors[:, None] * torch.addmm(weight, B, A, alpha=self.scaling[name])
         with self._standing_in(weight):
             merged: Tensor = variant.merge_safe(self, name, weight)
         return merged
