@@ -151,7 +151,7 @@ def convert_directory(
     except ValueError as error:
         raise ConversionError(f"{words.who}: {error}") from None
     quantized = _quantized(choice, matrices)
-    known = {*quantized, *(name.rpartition(".")[0] for name, matrix in quantized.items() if matrix.is_experts)}
+    known = {name.rpartition(".")[0] if matrix.is_experts else name for name, matrix in quantized.items()}
     for name in (name for name, planned in plan.items() if planned is not None and name not in known):
         reason = choice.reasons.get(name, f"no layer of {choice.source}")
         expected = f"{words.plan} must name layers that can be quantized"

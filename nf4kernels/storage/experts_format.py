@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..codebook import CODEBOOKS, FORMATS, name_of
 from ..model.walk import named_modules, state_dict
+from ..nn.checksum import checksum
 from ..nn.experts_layout import WEIGHTS, dense_weights, layout_problem, weight_names
 from ..nn.grouped_quant_linear import GroupedQuantLinear
 from ..nn.quant_experts import QuantExperts
@@ -86,6 +87,16 @@ def name_experts(model: nn.Module, tensors: dict[str, Tensor]) -> None:
                 tensors[group.target + name.removeprefix(source)] = tensors.pop(name)
 
 
+def _check_bytes(tensors: dict[str, Tensor], key: str) -> None:
+    """ValueError where a stored checksum is of other bytes."""
+    found = [tensors.get(f"{key}.{leaf}") for leaf in ("weight", "absmax", "checksum")]
+    packed, absmax, recorded = found
+    if packed is None or absmax is None or recorded is None or packed.is_meta or not recorded.any():
+        return
+    if not torch.equal(checksum(packed, absmax).to(recorded.device), recorded):
+        raise ValueError(f"{key}.weight must hold the bytes that its checksum is of, got others")
+
+
 def take_experts(model: nn.Module, tensors: dict[str, Tensor], who: str) -> dict[nn.Module, QuantExperts]:
     """dense module -> the QuantExperts that a file has for it; their tensors leave `tensors`.
 
@@ -109,6 +120,8 @@ def take_experts(model: nn.Module, tensors: dict[str, Tensor], who: str) -> dict
         first = next(iter(dense))
         device = "cpu" if first.is_meta else first.device
         try:
+            for key in keys:
+                _check_bytes(tensors, key)
             parts = [experts_from_tensors(tensors, key, tuple(each.shape)).to(device) for key, each in zip(keys, dense)]
         except (TypeError, ValueError) as error:
             raise ValueError(f"{who}: {path}: {error}") from None

@@ -70,10 +70,14 @@ def test_a_layer_there_and_back(nested, storage):
 def test_a_model_in_place():
     model = nn.Sequential(linear4bit(64, 64), nn.ReLU(), nn.Sequential(linear4bit(32, 64, False)), nn.Linear(32, 2))
     model.append(model[0])  # one layer in two places
+    seen = []
+    model[0].register_forward_hook(lambda *_: seen.append(1))
     states = [model[0].state_dict(), model[2][0].state_dict()]
     assert from_bnb(model) is model
     assert [type(m).__name__ for m in model] == ["QuantLinear", "ReLU", "Sequential", "Linear", "QuantLinear"]
     assert model[4] is model[0]
+    model[0](torch.randn(1, 64))
+    assert seen == [1], "hooks stay"
     assert to_bnb(model) is model
     assert model[4] is model[0]
     for layer, state in zip((model[0], model[2][0]), states):

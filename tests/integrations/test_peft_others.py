@@ -54,8 +54,14 @@ def test_what_computes_with_the_weight_is_refused(name):
     if not hasattr(peft, name):
         pytest.skip(f"this PEFT has no {name}")
     config = getattr(peft, name)(target_modules=["layer"])
+    model = One(quantized())
+    layer, x = model.layer, torch.randn(3, model.layer.in_features)
+    expected, wanted = model(x), [parameter.requires_grad for parameter in model.parameters()]
     with pytest.raises(ValueError, match=r"must leave its weight alone, .* got \w+ on layer$"):
-        peft.get_peft_model(One(quantized()), config)
+        peft.get_peft_model(model, config)
+    assert model.layer is layer
+    assert torch.equal(model(x), expected)
+    assert [parameter.requires_grad for parameter in model.parameters()] == wanted
     peft.get_peft_model(One(twin(quantized())), config)
 
 

@@ -9,7 +9,8 @@ from bitsandbytes.nn import modules
 from torch import Tensor, nn
 
 from ...codebook import CODEBOOKS, SCALE_CODEBOOKS, name_of
-from ...model.walk import named_modules, set_submodule
+from ...model.plan import replace_module
+from ...model.walk import named_modules
 from ...nn.quant_linear import QuantLinear
 from ...nn.quant_module import QuantModule
 from ...quantized_weight import BLOCK_SIZES, WEIGHT_DTYPES, QuantizedWeight
@@ -99,7 +100,7 @@ def _exchanged(model: nn.Module, kind: type[nn.Module], convert: Callable[[str, 
     if "" in layers:
         return new[id(layers[""])]
     for name, layer in layers.items():
-        set_submodule(model, name, new[id(layer)])
+        replace_module(model, [name], layer, new[id(layer)])
     return model
 
 

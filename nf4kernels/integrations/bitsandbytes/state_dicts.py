@@ -53,9 +53,11 @@ def load_from_state_dict(
         return
     rest = {name: value for name, value in state_dict.items() if name.startswith(prefix) and name not in own}
     missing_weight: list[str] = []
+    wrong = len(error_msgs)
     _load(self, rest, prefix, local_metadata, strict, missing_weight, unexpected_keys, error_msgs)
     missing_keys += [name for name in missing_weight if name != key]
-    install(self, qweight)
+    if len(error_msgs) == wrong:
+        install(self, qweight)
 
 
 def install(module: Any, qweight: QuantizedWeight) -> None:

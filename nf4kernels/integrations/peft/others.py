@@ -40,9 +40,14 @@ def checked_merge(merge: Callable[..., Any], tuner: Any, *args: Any, **kwargs: A
 
 def checked_inject(inject: Callable[..., Any], tuner: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """ValueError for adapters that compute with the weight itself, in their forward or from its dtype."""
+    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
     result = inject(tuner, model, *args, **kwargs)
     for name, layer in _layers(model):
         if _kind(layer) in COMPUTE_WITH_WEIGHT:
+            if len(tuner.peft_config) == 1:  # take it off again: get_peft_model gives nothing to do it with
+                tuner.unload()
+                for parameter, wanted in trained.items():
+                    parameter.requires_grad_(wanted)
             raise ValueError(
                 f"{WHO}: adapters on a 4-bit layer must leave its weight alone, as those of LoRA, IA3, VeRA or OFT do,"
                 f" got {_kind(layer)} on {name}"
