@@ -73,22 +73,22 @@ def read(sources: Sequence[Source], held_out: float | int = 0.1, seed: int = 0) 
     """
     if held_out < 0 or (held_out >= 1 and held_out != int(held_out)):
         raise StageError(f"held_out must be a share below 1 or a number of examples, got {held_out}")
-    drawn: list[dict[str, Any]] = []
+    drawn: list[tuple[str, dict[str, Any]]] = []
     distinct: dict[str, dict[str, Any]] = {}
     first: Example | None = None
     draw = random.Random(seed)
     for source in sources:
         if not (math.isfinite(source.weight) and source.weight > 0):
             raise StageError(f"the weight of {source.path} must be above 0, got {source.weight}")
-        rows: list[dict[str, Any]] = []
+        rows: list[tuple[str, dict[str, Any]]] = []
         for found in walk(source.path):
             if found.row is None:
                 raise StageError(f"{found.where}: {found.problem}")
             first = first or found
             if found.shape != first.shape:
                 raise StageError(f"{found.where}: {other_shape(found, first)}")
-            rows.append(found.row)
-            distinct.setdefault(identity(found.row), found.row)
+            rows.append((identity(found.row), found.row))
+            distinct.setdefault(*rows[-1])
         if not rows:
             raise StageError(f"{source.path} must hold examples, got none")
         drawn += _weighted(rows, source.weight, draw)
@@ -99,12 +99,12 @@ def read(sources: Sequence[Source], held_out: float | int = 0.1, seed: int = 0) 
     if count >= len(distinct):
         raise StageError(f"held_out must leave examples to train on, got {held_out} of {len(distinct)} distinct ones")
     apart = set(random.Random(seed).sample(list(distinct), count))
-    train = [row for row in drawn if identity(row) not in apart]
+    train = [(key, row) for key, row in drawn if key not in apart]
     if not train:
         raise StageError("the weights must leave examples to train on, got none")
-    kept = [row for key, row in distinct.items() if key in apart]
-    both = _table(train + kept)  # of one schema, also where one side is empty
-    said = json.dumps([[identity(row) for row in side] for side in (train, kept)])
+    kept = [(key, row) for key, row in distinct.items() if key in apart]
+    both = _table([row for _, row in train + kept])  # of one schema, also where one side is empty
+    said = json.dumps([[key for key, _ in side] for side in (train, kept)])
     digest = hashlib.sha256(said.encode()).hexdigest()[:32]
     return Split(both.select(range(len(train))), both.select([*range(len(train), len(both))]), first.form, digest)
 
