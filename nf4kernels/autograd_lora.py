@@ -9,7 +9,7 @@ from torch import Tensor
 from . import ops  # noqa: F401 (defines what the next lines hold)
 from .autograd import Gradients, Product, as_matrix, composed_linear, membership_of, sizes_of, sums_of_rows
 from .backends import select
-from .modes import autocast_is_on, is_differentiated_again
+from .modes import is_differentiated_again, without_autocast
 from .quantized_weight import WEIGHT_DTYPES, WeightArgs
 
 _ops = torch.ops.nf4kernels
@@ -55,9 +55,7 @@ class LoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Gradients:
         gradients = _composed_lora_gradients if is_differentiated_again() else _lora_gradients
-        if not autocast_is_on(dy.device):
-            return gradients(ctx, dy)
-        with torch.autocast(dy.device.type, enabled=False):  # the forward's dtype holds, whatever is on around backward
+        with without_autocast(dy.device):  # the forward's dtype holds, whatever is on around backward
             return gradients(ctx, dy)
 
 
@@ -142,7 +140,7 @@ class GroupedLoraLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Gradients:
         if not is_differentiated_again():  # by ops alone, which autocast does not touch
             return _grouped_lora_gradients(ctx, dy)
-        with torch.autocast(dy.device.type, enabled=False):
+        with without_autocast(dy.device):
             return _composed_grouped_lora_gradients(ctx, dy)
 
 
