@@ -76,6 +76,12 @@ def unmatched(model: nn.Module, patterns: Iterable[str]) -> list[str]:
     return [pattern for pattern in patterns if not any(skips(pattern, name) for name in names)]
 
 
+def check_skip(model: nn.Module, skip: Iterable[str], who: str) -> None:
+    """ValueError where an entry of skip stands for nothing in the model."""
+    for pattern in unmatched(model, skip):
+        raise ValueError(f"{who}: skip must match a layer, got {pattern!r}")
+
+
 def skips(pattern: str, name: str) -> bool:
     """Whether an entry of `quantize_model`'s skip stands for the layer of that full name."""
     return f".{pattern}." in f".{name}." or fnmatchcase(name, pattern)

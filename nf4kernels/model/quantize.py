@@ -20,7 +20,7 @@ from ..quantized_weight import WEIGHT_DTYPES, QuantizedExperts, QuantizedWeight
 from .dispatched import check_not_dispatched
 from .heads import SKIP
 from .memory import model_bytes
-from .plan import check_container, parts, plan_layers, replace_module, unmatched
+from .plan import check_container, check_skip, parts, plan_layers, replace_module
 from .report import QuantizedLayer, QuantizeReport, SkippedLayer
 from .sharded import check_whole
 from .targets import PlannedOptions, Rounding, Target, merged, planned
@@ -118,8 +118,7 @@ def _check_arguments(model, skip, lora, quant_options, who: str) -> tuple[str, .
     skip = tuple(skip)
     if not all(isinstance(entry, str) for entry in skip):
         raise TypeError(f"{who}: skip must be a sequence of names, got {skip!r}")
-    for pattern in unmatched(model, skip):
-        raise ValueError(f"{who}: skip must match a layer, got {pattern!r}")
+    check_skip(model, skip, who)
     if lora is not None and not isinstance(lora, LoraConfig):
         raise TypeError(f"{who}: lora must be a LoraConfig or None, got {type(lora).__name__}")
     check_options(lora, quant_options, who)

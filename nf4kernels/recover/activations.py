@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.heads import SKIP
-from ..model.plan import plan_layers, skips, unmatched
+from ..model.plan import check_skip, plan_layers, skips
 from ..model.walk import get_submodule, inside, named_modules
 from ..nn.quant_linear import QuantLinear
 from .agreement import Agreement, agreement, evaluating
@@ -177,8 +177,7 @@ class RoundedInputs(nn.Module):
 def linear_layers(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, nn.Module]:
     """name -> layer of what is in 4 bits, prepared for it, or would be replaced, in the model's order."""
     model, skip = inside(model), tuple(skip)
-    for entry in unmatched(model, skip):
-        raise ValueError(f"nf4kernels.recover: skip must match a layer, got {entry!r}")
+    check_skip(model, skip, "nf4kernels.recover")
     dense = {get_submodule(model, names[0]) for names in plan_layers(model, (*SKIP, *skip))[0]}
     found: dict[nn.Module, str] = {}
     for name, module in named_modules(model):

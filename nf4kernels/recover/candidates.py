@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..functional import quantize, quantize_experts
 from ..model.heads import SKIP
-from ..model.plan import names_of_modules, plan_layers, unmatched
+from ..model.plan import check_skip, names_of_modules, plan_layers
 from ..model.targets import Target
 from ..model.walk import get_submodule, named_modules
 from ..nn.experts_layout import dense_weights
@@ -188,8 +188,7 @@ def default_candidates() -> list[Candidate]:
 
 def layer_names(model: nn.Module, skip: Sequence[str] = (), block_size: int | None = None) -> dict[str, nn.Module]:
     """name -> the layer of each that `quantize_model` would replace, by the first of its names."""
-    for entry in unmatched(model, skip):
-        raise ValueError(f"nf4kernels.recover: skip must match a layer, got {entry!r}")
+    check_skip(model, skip, "nf4kernels.recover")
     targets, _ = plan_layers(model, (*SKIP, *skip), block_size)
     return {names[0]: get_submodule(model, names[0]) for names in targets}
 

@@ -11,7 +11,7 @@ from ..functional import quantize
 from ..model.dispatched import check_not_dispatched
 from ..model.heads import SKIP
 from ..model.memory import model_bytes
-from ..model.plan import check_container, plan_layers, replace_module, unmatched
+from ..model.plan import check_container, check_skip, plan_layers, replace_module
 from ..model.quantize import check_options, squared_error
 from ..model.report import QuantizedLayer, QuantizeReport
 from ..model.walk import get_submodule, inside, named_modules
@@ -57,8 +57,7 @@ def prepare_qat(
     if isinstance(skip, str):
         raise TypeError(f"{who}: skip must be a sequence of names, got {skip!r}")
     skip = tuple(skip)
-    for pattern in unmatched(model, skip):
-        raise ValueError(f"{who}: skip must match a layer, got {pattern!r}")
+    check_skip(model, skip, who)
     check_lora_merged(lora_merged, who)
     check_not_dispatched(model, who)
     check_options(None, quant_options, who)

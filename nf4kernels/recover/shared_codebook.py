@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..codebook import CODEBOOKS
 from ..model.heads import SKIP
-from ..model.plan import plan_layers, unmatched
+from ..model.plan import check_skip, plan_layers
 from ..model.walk import get_submodule, inside
 from ..quantized_weight import check_block_size
 
@@ -65,8 +65,7 @@ def fit_codebook(
 def shared_codebook(model: nn.Module, skip: Iterable[str] = (), block_size: int = 64) -> Tensor:
     """`fit_codebook` of every nn.Linear that `quantize_model(model, skip)` would replace."""
     model, skip = inside(model), tuple(skip)
-    for entry in unmatched(model, skip):
-        raise ValueError(f"nf4kernels.recover.shared_codebook: skip must match a layer, got {entry!r}")
+    check_skip(model, skip, "nf4kernels.recover.shared_codebook")
     dense = [get_submodule(model, names[0]) for names in plan_layers(model, (*SKIP, *skip), block_size)[0]]
     return fit_codebook((layer.weight for layer in dense if isinstance(layer, nn.Linear)), block_size=block_size)
 

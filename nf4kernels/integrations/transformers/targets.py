@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...functional import quantize, quantize_experts
 from ...model.heads import SKIP
-from ...model.plan import is_conv1d, plan_layers, replace_module, unmatched
+from ...model.plan import check_skip, is_conv1d, plan_layers, replace_module, unmatched
 from ...model.report import SkippedLayer
 from ...model.walk import get_submodule, named_modules
 from ...nn.experts_layout import weight_names
@@ -68,8 +68,7 @@ def targets_of(model: nn.Module, names: Iterable[str]) -> list[Target]:
 
 def plan(model: Any, config: Nf4Config) -> tuple[dict[str, Target], list[SkippedLayer]]:
     """(name of a tensor -> its target, what stays dense) of a dense model, by the rules of `quantize_model`."""
-    for pattern in unmatched(model, config.skip):
-        raise ValueError(f"nf4kernels.Nf4Config: skip must match a layer, got {pattern!r}")
+    check_skip(model, config.skip, "nf4kernels.Nf4Config")
     dense = [name for name, options in config.plan.items() if options is None]
     layers, skipped = plan_layers(model, (*SKIP, *config.skip, *dense), config.block_size, conv1d=True)
     known = {name for names in layers for name in names} | {name for name in dense if not unmatched(model, [name])}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ...model.heads import SKIP
-from ...model.plan import check_container, names_of_modules, plan_layers, skips, unmatched
+from ...model.plan import check_container, check_skip, names_of_modules, plan_layers, skips
 from ...model.walk import get_submodule, inside
 from ...modes import outside_inference_mode
 from ...nn.quant_linear import QuantLinear
@@ -118,8 +118,7 @@ def prunable(model: nn.Module, skip: Iterable[str] = (), who: str = "nf4kernels.
         ValueError: an entry of `skip` matches nothing, or no layer is left.
     """
     skip = tuple(skip)
-    for entry in unmatched(model, skip):
-        raise ValueError(f"{who}: skip must match a layer, got {entry!r}")
+    check_skip(model, skip, who)
     patterns = (*SKIP, *skip)
     dense = {names[0] for names in plan_layers(model, patterns)[0]}
     found = {}
