@@ -4,7 +4,7 @@ from . import codebook
 from .entry import command_line_ends_in_one_line
 
 with command_line_ends_in_one_line():  # a wrong environment variable is an error of the import
-    from .backends.select import backend_info
+    from .backends.info import backend_info
 from . import optim, recover
 from .functional import dequantize, linear, lora_linear, quantize, quantize_experts
 from .grouped import grouped_linear, grouped_lora_linear

@@ -26,7 +26,7 @@ from executor.executor import SM_86_SHARED
 from support import cases, cuda_backend, triton_backend, ways
 
 from nf4kernels.backends import native
-from nf4kernels.backends.select import backend_info
+from nf4kernels.backends.info import backend_info
 
 pytest.register_assert_rewrite("contract.product", "support.experts")
 

@@ -12,7 +12,7 @@ tells what it is, and an import that initialised it would break every fork after
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,8 +22,8 @@ from ..ops import LIBRARY, OPS, SCHEMAS
 from . import native
 from .arguments import checked
 from .registration import Registration, check_is_complete, stand_in
-from .tuned_files import NVIDIA_DRIVER, Found, card_of, measured_table
-from .tuned_table import BACKENDS, CUDA_PRODUCTS, Rule, by_rules
+from .tuned_files import Found, card_of, measured_table
+from .tuned_table import BACKENDS, Rule, by_rules
 
 VARIABLE = "NF4KERNELS_BACKEND"
 OLDEST = (8, 0)  # compute capability, of the CUDA library's kernels and of Triton's compiler
@@ -45,26 +45,6 @@ class Decision:
     backend: str | None
     implementation: str  # for people: "native sm_90a"
     reason: str
-
-
-@dataclass(frozen=True)
-class BackendInfo:
-    """What runs where: device type -> (implementation, reason), and which kernels its products take."""
-
-    devices: dict[str, tuple[str, str]]
-    kernels: dict[str, list[str]]
-    cpu_isas: list[str]
-
-    def __str__(self) -> str:
-        lines = [f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads"]
-        for device, (implementation, reason) in self.devices.items():
-            lines.append(f"{device:5} {implementation} ({reason})")
-            lines += [f"      {line}" for line in self.kernels.get(device, ())]
-        lines.append(f"{VARIABLE} can be one of: {' '.join(BACKENDS)}")
-        lines.append(f"{native.ISA_VARIABLE} can be one of: {' '.join(self.cpu_isas) or 'none'}")
-        products = native.CPU_PRODUCTS if self.cpu_isas else ("none",)
-        lines.append(f"{native.PRODUCTS_VARIABLE} can be one of: {' '.join(products)}")
-        return "\n".join(lines)
 
 
 def _forced_backend() -> str | None:
@@ -96,7 +76,7 @@ def cuda_library() -> tuple[native.CudaLibrary | None, str]:
     return native.load_cuda()
 
 
-def _loaded_cuda_library() -> native.CudaLibrary:
+def loaded_cuda_library() -> native.CudaLibrary:
     """The library, where it was decided that it runs."""
     library, why_not = cuda_library()
     if library is None:
@@ -140,7 +120,7 @@ def _obstacle(backend: str, device_type: str) -> str | None:
         if too_old:
             return "this device is sm_{}{}, and Triton needs sm_80".format(*too_old[0])
     try:
-        _triton()
+        triton_backend()
     except ImportError as error:
         return f"Triton cannot be imported: {error}"
     return None
@@ -168,14 +148,14 @@ def _implementation(backend: str, device_type: str) -> str:
         return "triton"
     if device_type == "cpu":
         return "native" if CPU_LIBRARY is None else f"native {CPU_LIBRARY.isa}"
-    code_for = _loaded_cuda_library().code_for
+    code_for = loaded_cuda_library().code_for
     return " ".join(["native", *dict.fromkeys(str(code_for(capability)[0]) for capability in _capabilities())])
 
 
 def _reason(backend: str, device_type: str, reasons: list[str]) -> str:
     if device_type != "cpu":
         if backend == "native":
-            why = (_loaded_cuda_library().code_for(capability)[1] for capability in _capabilities())
+            why = (loaded_cuda_library().code_for(capability)[1] for capability in _capabilities())
             reasons = [*filter(None, dict.fromkeys(why)), *reasons]
         module = torch.get_device_module(device_type)
         reasons = [*dict.fromkeys(map(module.get_device_name, range(module.device_count()))), *reasons]
@@ -227,7 +207,7 @@ def ignored_tables(device_type: str) -> list[str]:
 
 def _tune_cuda_library() -> None:
     """Tells the library what was measured on each device."""
-    handle = _loaded_cuda_library().handle
+    handle = loaded_cuda_library().handle
     for index, found in enumerate(usable_tables("cuda")):
         if found.table is None:
             continue
@@ -254,7 +234,7 @@ def implement(device_type: str) -> Mapping[str, Callable] | None:
         kernels = {backend: kernels_of(backend) for backend in backends}
         return {op: by_rules(op, rules, {b: own[op] for b, own in kernels.items()}, decision.backend) for op in OPS}
     if decision.backend == "native":
-        _loaded_cuda_library().register("nf4kernels")
+        loaded_cuda_library().register("nf4kernels")
         return {}
     return None if decision.backend == "reference" else kernels_of(decision.backend)
 
@@ -263,10 +243,10 @@ def kernels_of(backend: str) -> Mapping[str, Callable]:
     """A backend's functions, by op, for a GPU."""
     if backend == "reference":
         return REFERENCE
-    return _native_ops() if backend == "native" else check_is_complete(_triton().OPS, backend)
+    return _native_ops() if backend == "native" else check_is_complete(triton_backend().OPS, backend)
 
 
-def _triton():
+def triton_backend():
     from . import triton  # imports Triton itself, which nothing else needs
 
     return triton
@@ -296,14 +276,14 @@ for _op in INT8_OPS:
 
 def triton_choices():
     """Triton's backends/triton/choose.py, where `available` names Triton."""
-    return _triton().choose
+    return triton_backend().choose
 
 
 @functools.cache
 def _native_ops() -> Mapping[str, Callable]:
     for schema in SCHEMAS:
         _NATIVE_SCHEMAS.define(schema)
-    _loaded_cuda_library().register(NATIVE_NAMESPACE)
+    loaded_cuda_library().register(NATIVE_NAMESPACE)
     return {op: getattr(getattr(torch.ops, NATIVE_NAMESPACE), op).default for op in OPS}
 
 
@@ -318,89 +298,3 @@ if FORCED == "triton" or (FORCED == "native" and CPU_LIBRARY is None):
     REGISTRATIONS["cpu"] = Registration("nf4kernels", "CPU", functools.partial(implement, "cpu"))
 for _op in OPS:
     LIBRARY.impl(_op, stand_in("nf4kernels", _op, REFERENCE[_op], REGISTRATIONS), "CompositeExplicitAutograd")
-
-
-def backend_info() -> BackendInfo:
-    """What would run on this machine, and why. Settles it for the GPUs, which initialises them."""
-    cpu = decide("cpu")
-    devices = {"cpu": (cpu.implementation, cpu.reason)}
-    kernels = {"cpu": list(_cpu_kernel_lines())} if cpu.backend == "native" else {}
-    for device_type in GPU_KEYS:
-        if torch.get_device_module(device_type).is_available():
-            REGISTRATIONS[device_type].settle()
-            decision = decide(device_type)
-            devices[device_type] = (decision.implementation, decision.reason)
-            kernels[device_type] = list(_kernel_lines(device_type, decision))
-        elif device_type == "cuda":
-            devices[device_type] = ("none", _why_no_cuda_device())
-    return BackendInfo(devices, kernels, [] if CPU_LIBRARY is None else CPU_LIBRARY.isas)
-
-
-def _cpu_kernel_lines() -> Iterator[str]:
-    """Whether 16-bit products multiply the packed bytes or go through torch's GEMM, by rows of x."""
-    if CPU_LIBRARY is None:
-        return
-    by_name = {
-        name: CPU_LIBRARY.choices(dtype) for name, dtype in (("bf16", native.BFLOAT16), ("fp16", native.FLOAT16))
-    }
-    if by_name["bf16"] == by_name["fp16"]:
-        by_name = {"bf16, fp16": by_name["bf16"]}
-    for name, choices in by_name.items():
-        for rows, products, reason in choices:
-            limit = f"up to {rows} rows" if rows < native.MOST_ROWS else "more rows" if len(choices) > 1 else "any rows"
-            yield f"products of {name}, {limit}: {products} ({reason})"
-
-
-def _why_no_cuda_device() -> str:
-    """Where torch's `is_available` says no."""
-    if torch.version.hip is not None:
-        return "torch sees no AMD GPU"
-    if torch.version.cuda is None:
-        has_driver = NVIDIA_DRIVER.exists()
-        return (
-            "torch has no CUDA"
-            + ", and this machine has an NVIDIA driver: a CUDA build of torch could use it" * has_driver
-        )
-    library, _ = cuda_library()
-    if library is not None:
-        driver = library.driver_version
-        if driver == 0:
-            return "this machine has no NVIDIA driver"
-        if driver // 1000 < int(torch.version.cuda.partition(".")[0]):
-            known = native.version_name(driver)
-            return f"torch was built with CUDA {torch.version.cuda}, the driver is for CUDA {known}: update one of them"
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return "torch sees no CUDA device" + ("" if visible is None else f", CUDA_VISIBLE_DEVICES is {visible!r}")
-
-
-def _kernel_lines(device_type: str, decision: Decision) -> Iterator[str]:
-    """Measured choices between backends, and the kernels of a GPU's products by rows of x."""
-    yield from ignored_tables(device_type)
-    yield from map(str, measured_rules(device_type))
-    index, name = _shown_device(device_type)
-    if name and decision.backend in ("native", "triton"):
-        yield f"the rows below are those of {device_type}:{index}, {name}; other devices here may have others"
-    if decision.backend == "triton":
-        yield from _triton().kernel_lines(torch.device(device_type, index))
-    if decision.backend != "native" or device_type != "cuda":
-        return
-    capability = torch.cuda.get_device_capability(index)
-    multiprocessors = torch.cuda.get_device_properties(index).multi_processor_count
-    for op in CUDA_PRODUCTS:
-        dtypes, of_each = ("bf16", " of each expert") if op.startswith("grouped_") else ("bf16, fp16", "")
-        for rows, kernel, reason in _loaded_cuda_library().choices(op, index, capability, multiprocessors):
-            limit = f"up to {rows} rows{of_each}" if rows < native.MOST_ROWS else f"more rows{of_each}"
-            yield f"{op} {dtypes}, {limit}: {kernel} ({reason})"
-    yield f"weights of int8: {int8_kernels(device_type)[1]}"
-
-
-def _shown_device(device_type: str) -> tuple[int, str]:
-    """(index, name) of the first device that kernels run on; "" where all devices are alike."""
-    module, tables = torch.get_device_module(device_type), usable_tables(device_type)
-    names = [module.get_device_name(index) for index in range(module.device_count())]
-    index = 0
-    if device_type == "cuda" and torch.version.hip is None:
-        able = (i for i in range(len(names)) if torch.cuda.get_device_capability(i) >= OLDEST)
-        index = next(able, 0)
-    are_alike = len(set(names)) <= 1 and all(table == tables[0] for table in tables)
-    return index, "" if are_alike else names[index]

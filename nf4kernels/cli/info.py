@@ -7,7 +7,7 @@ import json
 import torch
 
 from .. import __version__
-from ..backends.select import backend_info
+from ..backends.info import backend_info
 
 
 def add_parser(subparsers) -> None:

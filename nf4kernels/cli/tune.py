@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from ..backends.select import GPU_KEYS, backend_info
+from ..backends.info import backend_info
+from ..backends.select import GPU_KEYS
 from ..backends.tuned_table import ANY_ROWS, CudaOp, Table
 from ..tuning.tune import QUICK_SECONDS, SECONDS, TuneError, tune
 from .errors import CommandError

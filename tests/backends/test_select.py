@@ -59,7 +59,7 @@ def compiling(monkeypatch):
     """As on a GPU, where Triton compiles. Our kernels are not imported: other tests of this process interpret them."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     backend = SimpleNamespace(OPS=dict.fromkeys(OPS, print), kernel_lines=lambda device: [f"Triton's on {device}"])
-    monkeypatch.setattr(select, "_triton", lambda: backend)
+    monkeypatch.setattr(select, "triton_backend", lambda: backend)
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def without_triton(monkeypatch):
     def missing():
         raise ModuleNotFoundError("No module named 'triton'")
 
-    monkeypatch.setattr(select, "_triton", missing)
+    monkeypatch.setattr(select, "triton_backend", missing)
 
 
 def decided(device_type="cuda"):
@@ -149,7 +149,7 @@ def test_triton_is_not_interpreted_on_a_gpu(machine, monkeypatch):
 
 def test_a_backend_that_lacks_an_op_is_refused(machine, monkeypatch):
     functions = {op: print for op in OPS if op != "linear"}
-    monkeypatch.setattr(select, "_triton", lambda: SimpleNamespace(OPS=functions))
+    monkeypatch.setattr(select, "triton_backend", lambda: SimpleNamespace(OPS=functions))
     machine((11, 0))
     with pytest.raises(RuntimeError, match="the triton backend must have every op, and lacks linear"):
         select.implement("cuda")
@@ -311,7 +311,7 @@ def test_backend_info_says_why_there_is_no_gpu(
     monkeypatch.setattr(torch.version, "cuda", torch_cuda)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(cuda_library, "_driver_version", lambda: driver)
-    monkeypatch.setattr(select, "NVIDIA_DRIVER", tmp_path / ("" if driver else "missing"))
+    monkeypatch.setattr("nf4kernels.backends.info.NVIDIA_DRIVER", tmp_path / ("" if driver else "missing"))
     if visible is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:

@@ -5,7 +5,7 @@ import argparse
 import pytest
 import torch
 
-from nf4kernels.backends.select import backend_info
+from nf4kernels.backends.info import backend_info
 from nf4kernels.backends.tuned_table import ANY_ROWS, Config, CudaOp, Rule, Table, Tile
 from nf4kernels.cli import main, tune
 from nf4kernels.tuning.tune import TuneError

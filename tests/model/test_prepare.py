@@ -8,7 +8,7 @@ import textwrap
 import pytest
 import torch
 
-from nf4kernels.backends.select import backend_info
+from nf4kernels.backends.info import backend_info
 from nf4kernels.model.training import training_dtype
 
 # What a CPU without bf16 instructions makes of torch and of this package.
