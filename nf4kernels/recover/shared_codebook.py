@@ -10,9 +10,9 @@ from ..model.heads import SKIP
 from ..model.plan import check_skip, plan_layers
 from ..model.walk import get_submodule, inside
 from ..quantized_weight import check_block_size
+from .roundings.line_kmeans import line_kmeans
 
 BINS = 1 << 14  # of [-1, 1]; a bin is 1/650 of the smallest step of NF4
-COARSE = 1 << 10  # bins between which the best cut into 16 is searched for
 ITERATIONS = 200
 
 
@@ -26,8 +26,8 @@ def fit_codebook(
     """16 ascending levels in [-1, 1], fp32, for `quantize_model(codebook=)`, by weighted k-means on a line.
 
     What is least is the sum over all weights of importance * (w - Ŵ)^2 with exact block scales: k-means over
-    w / absmax, weighted by importance * absmax^2. The best cut of 2^10 bins into 16 by dynamic programming
-    (Ckmeans.1d.dp, R Journal 3/2, 2011), so that no poor local minimum is the end, then Lloyd's iterations on 2^14.
+    w / absmax, weighted by importance * absmax^2. Lloyd's iterations begin at the best levels of a coarse histogram, so
+    that no poor local minimum is the end, or at NF4's where those are better.
 
     Args:
         weights: `[N, K]` each; one is in fp32 at a time.
@@ -57,9 +57,7 @@ def fit_codebook(
         raise ValueError(f"{who}: weights and importance must be finite, got NaN or inf")
     if not counts.sum() > 0:
         raise ValueError(f"{who}: weights must hold a weight other than zero, got none")
-    kept = counts > 0
-    counts, sums = counts[kept], sums[kept]
-    return _k_means(sums / counts, counts, iterations)
+    return line_kmeans(counts, sums, CODEBOOKS["nf4"], iterations)
 
 
 def shared_codebook(model: nn.Module, skip: Iterable[str] = (), block_size: int = 64) -> Tensor:
@@ -81,44 +79,3 @@ def _normalised(weight: Tensor, importance: Tensor | None, block_size: int) -> t
         mass = mass * importance.to(flat).expand(weight.shape).reshape(-1)
     kept = absmax != 0  # NaN is not 0, and shows in the sums
     return (flat[kept] / absmax[kept]).clamp_(-1, 1), mass[kept]
-
-
-def _k_means(points: Tensor, mass: Tensor, iterations: int) -> Tensor:
-    """Lloyd's algorithm on ascending points of a line, fp64; a level that nothing is nearest to keeps its place."""
-    levels = _best_cut(points, mass)
-    for _ in range(iterations):
-        nearest = torch.bucketize(points, (levels[:-1] + levels[1:]) / 2)
-        new = _centres(nearest, points, mass, levels)
-        if torch.equal(new, levels):
-            break
-        levels = new
-    return levels.float().clamp(-1, 1)
-
-
-def _best_cut(points: Tensor, mass: Tensor) -> Tensor:
-    """The centres of the 16 runs of coarse bins whose points are nearest to them; of fewer bins NF4's levels."""
-    coarse = ((points + 1) * (COARSE / 2)).long().clamp_(0, COARSE - 1).unique_consecutive(return_inverse=True)[1]
-    bins = int(coarse[-1]) + 1
-    start = CODEBOOKS["nf4"].double()
-    if bins < 16:
-        return start
-    sums = [torch.zeros(bins, dtype=torch.float64).index_add_(0, coarse, mass * points**n).cumsum(0) for n in range(3)]
-    zero = torch.zeros(1, dtype=torch.float64)
-    weight, first, second = (each[None] - torch.cat([zero, each[:-1]])[:, None] for each in sums)  # of bins i to j
-    cost = torch.where(weight > 0, second - first.square() / weight, torch.inf)
-    cost = cost.masked_fill(torch.ones_like(cost).tril(-1).bool(), torch.inf)
-    best, begins = cost[0], []
-    for _ in range(15):
-        best, chosen = (torch.cat([zero + torch.inf, best[:-1]])[:, None] + cost).min(0)
-        begins.append(chosen)
-    runs, end = torch.zeros(bins, dtype=torch.long), bins - 1
-    for level in range(15, 0, -1):
-        begin = int(begins[level - 1][end])
-        runs[begin : end + 1] = level
-        end = begin - 1
-    return _centres(runs[coarse], points, mass, start)
-
-
-def _centres(nearest: Tensor, points: Tensor, mass: Tensor, otherwise: Tensor) -> Tensor:
-    total, moved = (torch.zeros(16, dtype=torch.float64).index_add_(0, nearest, each) for each in (mass, mass * points))
-    return torch.where(total > 0, moved / total.clamp(min=1e-300), otherwise)
