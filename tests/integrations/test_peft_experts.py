@@ -113,9 +113,21 @@ def test_merged_and_unmerged():
         torch.testing.assert_close(logits(model), logits(quantized_mixtral()), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("has_own", [False, True])
 @pytest.mark.parametrize("targets", [TARGETS, TARGETS[:1], TARGETS[1:]], ids=["both", "gate_up", "down"])
-def test_merged_and_unloaded(targets):
-    model = adapted(target_parameters=targets)
+def test_merged_and_unloaded(targets, has_own):
+    """With an adapter of ours below PEFT's, too."""
+    base = quantized_mixtral()
+    if has_own:
+        for layer in base.model.layers:
+            layer.mlp.experts.add_lora(nf4.LoraConfig(r=2))
+        fill_adapters(base)
+        assert not torch.allclose(logits(base), logits(quantized_mixtral()), atol=1e-3)
+    own = logits(base)
+    model = peft.get_peft_model(base, config(target_parameters=targets))
+    torch.testing.assert_close(logits(model), own, rtol=1e-4, atol=1e-4)  # PEFT's begin as zeros
+    fill_adapters(model)
+    model.eval()
     before = logits(model)
     merged = model.merge_and_unload(safe_merge=True)
     assert type(merged.model.layers[1].mlp.experts).__name__ == "MixtralExperts"

@@ -41,7 +41,8 @@ class QuantExpertsWrapper(ParamWrapper):
         if not is_packed or self.merged or self.disable_adapters or "adapter_names" in kwargs:
             y: Tensor = super().forward(x, *args, **kwargs)
             return y
-        terms = [self._term(name) for name in self.active_adapters if name in self.lora_A]
+        own = self._own_terms(self.get_base_layer())
+        terms = [*own, *(self._term(name) for name in self.active_adapters if name in self.lora_A)]
         given = kwargs.pop("terms", None) or {}
         result: Tensor = self.base_layer(x, *args, **kwargs, terms={**given, self.parameter_name: terms})
         return result
@@ -56,6 +57,11 @@ class QuantExpertsWrapper(ParamWrapper):
         is_ours = self._has_out_first or self.get_base_layer().is_transposed
         down, up = (A, B.permute(2, 0, 1)) if is_ours else (B.permute(2, 1, 0), A.transpose(1, 2))
         return down, up, self.scaling[name]
+
+    def _own_terms(self, packed: QuantExperts, over_original: bool = False) -> list[ExpertsTerm]:
+        """An adapter of our own, below PEFT's, on this weight."""
+        part: GroupedQuantLinear = getattr(packed, self.parameter_name)
+        return [] if part.adapters_off else part.active_term(over_original)
 
     @property
     def _has_out_first(self) -> bool:
@@ -115,7 +121,8 @@ class QuantExpertsWrapper(ParamWrapper):
         found = base_weights(self)
         given = None if found is None else found[packed.weights.index(self.parameter_name)]
         terms = [self._term(name) for name in names]
-        out: Tensor = part.merged_weight(terms, dtype, who, given, packed.is_transposed)
+        own = self._own_terms(packed, over_original=found is not None)
+        out: Tensor = part.merged_weight([*own, *terms], dtype, who, given, packed.is_transposed)
         if safe and not out.isfinite().all():
             broken = [name for name, term in zip(names, terms) if not all(f.isfinite().all() for f in term[:2])]
             raise ValueError(
@@ -147,7 +154,7 @@ class QuantExpertsWrapper(ParamWrapper):
 def _unpacked(packed: QuantExperts, layer: nn.Module) -> nn.Module:
     """What the merged weights are put into: the dense module, or, where they are rounded again, other QuantExperts."""
     if not into_4_bits():
-        return packed.to_experts(merge_dtype(), base_weights(layer), merge_lora=False).requires_grad_(False)
+        return packed.to_experts(merge_dtype(), base_weights(layer)).requires_grad_(False)
     unpacked = copy.copy(packed)
     unpacked._modules = dict(packed._modules)
     return unpacked
