@@ -20,7 +20,7 @@ from ..model.quantize import squared_error
 from ..model.report import table
 from ..nn.experts_layout import as_rows
 from ..quantized_weight import SUPERBLOCK, WEIGHT_DTYPES, QuantizedExperts, QuantizedWeight
-from ..storage.bitsandbytes_format import names_of_weight, stored_weights, weight_from_tensors
+from ..storage.bitsandbytes_format import stored_weights, weight_from_tensors
 from ..storage.experts_format import experts_from_tensors, stored_experts
 from ..storage.layer_choice import choose
 from ..storage.matrices import Header, Unit, matrices_of, units_of
@@ -163,9 +163,9 @@ def inspect_directory(
         with ExitStack() as stack:
             published = stack.enter_context(open_published(path, model, WHO))
             files: Any = published or stack.enter_context(TensorFiles(checkpoint_files(path, WHO), WHO))
-            keys = [*stored_weights(files.names), *stored_experts(files.names)]
-            if keys:
-                return _of_stored(path, files, keys, progress)
+            linear, experts = stored_weights(files.names), stored_experts(files.names)
+            if linear or experts:
+                return _of_stored(path, files, linear, experts, progress)
             if config.get("quantization_config"):
                 method = dict(config["quantization_config"]).get("quant_method")
                 raise StageError(f"DIR must be dense or hold 4-bit weights, got none in {path}, quantized by {method}")
@@ -189,13 +189,13 @@ def _config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _of_stored(path: Path, files: Any, keys: list[str], progress: bool) -> Inspection:
+def _of_stored(path: Path, files: Any, linear: dict[str, list[str]], experts: list[str], progress: bool) -> Inspection:
     layers, own = [], set()
-    for key in tqdm(keys, desc="inspect", unit="layer", disable=not progress):
-        names = [*names_of_weight(files.names, key), *(name for name in files.names if name.startswith(f"{key}."))]
+    for key in tqdm([*linear, *experts], desc="inspect", unit="layer", disable=not progress):
+        names = linear.get(key) or [name for name in files.names if name.startswith(f"{key}.")]
         own.update(names)
-        tensors = {name: files.read(name) for name in dict.fromkeys(names)}
-        if key in stored_experts(tensors):
+        tensors = {name: files.read(name) for name in names}
+        if key not in linear:
             E, N, half = tensors[f"{key}.weight"].shape
             layers.append(_inspected(key, experts_from_tensors(tensors, key, (E, N, 2 * half))))
         else:

@@ -182,13 +182,21 @@ def name_of_scale_code(scale_code: Tensor, codebook: str) -> str:
     return own if own is not None and is_own else name_of(scale_code, SCALE_CODEBOOKS)
 
 
-def stored_weights(names: Iterable[str]) -> list[str]:
-    """The keys of the 4-bit weights among the names of a file's tensors."""
-    return [name.rpartition(STATE)[0] for name in names if STATE in name]
+def stored_weights(names: Iterable[str]) -> dict[str, list[str]]:
+    """The key of each 4-bit weight -> the names of its tensors, among the names of a file's, in one pass over them."""
+    names = list(names)
+    states = {name: name.rpartition(STATE)[0] for name in names if STATE in name}
+    found: dict[str, list[str]] = {key: [] for key in states.values()}
+    for name in names:
+        owner, _, part = name.rpartition(".")
+        key = states.get(name, name if part not in PARTS or name in found else owner)
+        if key in found:
+            found[key].append(name)
+    return found
 
 
 def stored_weight(names: Iterable[str], read: Callable[[str], Tensor], key: str, who: str) -> StoredWeight:
-    """What is stored as `key`, by its metadata alone, which is the one tensor that is read.
+    """What is stored as `key`, by its metadata alone, which is the one tensor that is read; `names` are its tensors'.
 
     Raises ValueError as `weight_from_tensors` does; `who` names the caller.
     """
@@ -215,16 +223,11 @@ def _owner(state: str) -> str:
 
 def check_no_lone_part(names: Collection[str], keys: Collection[str], who: str) -> None:
     """ValueError where a tensor has a part of a 4-bit weight beside it and is none of `keys`, which have metadata."""
+    all_names, with_metadata = set(names), set(keys)
     for name in names:
         key, _, part = name.rpartition(".")
-        if part in PARTS and key in names and key not in keys:
+        if part in PARTS and key in all_names and key not in with_metadata:
             raise ValueError(f"{who}: the checkpoint must have {key}{STATE}* beside {name}, got none")
-
-
-def names_of_weight(names: Iterable[str], key: str) -> list[str]:
-    """Those of `names` that belong to the weight `key`."""
-    own = {key, *(f"{key}.{part}" for part in PARTS)}
-    return [name for name in names if name in own or name.startswith(key + STATE)]
 
 
 def _read_metadata(tensor: Tensor, name: str, who: str) -> dict:

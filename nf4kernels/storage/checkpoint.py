@@ -19,7 +19,7 @@ from ..nn.quant_linear import QuantLinear
 from ..nn.quant_module import QuantModule
 from ..nn.released import check_gathered
 from ..quantized_weight import WEIGHT_DTYPES, QuantizedWeight
-from .bitsandbytes_format import names_of_weight, stored_weights, weight_from_tensors, weight_to_tensors
+from .bitsandbytes_format import stored_weights, weight_from_tensors, weight_to_tensors
 from .checkpoint_adapters import adapter_metadata, attach, check_active, missing_adapters, stored_adapters
 from .checkpoint_fit import check_dense, rename
 from .experts_format import name_experts, stored_experts, take_experts
@@ -120,7 +120,9 @@ def load_checkpoint(model: nn.Module, path: str | Path, quantize: bool = False) 
     Raises:
         TypeError: model is not a module.
         ValueError: a file is damaged, or in a published layout that is not read; names are missing or unknown; a tensor
-            does not fit. The message names the file or the key, and the model is unchanged.
+            does not fit. The message names the file or the key, and the model is unchanged. Read as a sharded model is,
+            all of this is checked first; a dense weight that cannot be quantized (a NaN) is found when its turn comes,
+            and what was before it is loaded.
         OSError: path cannot be read.
     """
     who = "nf4kernels.load_checkpoint"
@@ -130,8 +132,7 @@ def load_checkpoint(model: nn.Module, path: str | Path, quantize: bool = False) 
         return
     tensors, metadata = _read(Path(path), model, who)
     qweights = {}
-    for weight_key in stored_weights(tensors):
-        names = names_of_weight(tensors, weight_key)
+    for weight_key, names in stored_weights(tensors).items():
         parts = {name: tensors.pop(name).clone() for name in names}  # not views of the file
         try:
             qweights[weight_key.removesuffix("weight").removesuffix(".")] = weight_from_tensors(parts, weight_key)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..model.plan import is_conv1d
 from .atomic import replacing_directory, write_json
-from .bitsandbytes_format import names_of_weight, stored_weight, stored_weights, weight_from_tensors
+from .bitsandbytes_format import stored_weight, stored_weights, weight_from_tensors
 from .directory_checks import (
     CALLED,
     ConversionError,
@@ -119,12 +119,13 @@ def convert_to_mxfp4(
         if bool(experts) == bool(linear):
             came = "both" if experts else "neither"
             raise ValueError(f"{words.who}: {words.in_dir} must have experts or linear layers in 4 bits, got {came}")
-        for key in linear:
-            found = stored_weight(files.names, files.read, key, words.who)
+        for key, parts in linear.items():
+            found = stored_weight(parts, files.read, key, words.who)
             if found.codebook != "mxfp4" or found.has_column_order:
                 raise ValueError(f"{words.who}: {key} must be in mxfp4 to be written so, got {found.codebook}")
         tensors = _in_mxfp4(files, experts, linear)
-        dense = [name for name in files.names if not any(_is_of(name, key) for key in (*experts, *linear))]
+        packed = {name for parts in linear.values() for name in parts}
+        dense = [name for name in files.names if name not in packed and not any(_is_of(name, key) for key in experts)]
         tensors += [(name, files.on_meta(name), files.read) for name in dense]
         with replacing_directory(out_dir) as staging:
             nbytes = write_shards(tensors, staging, SHARD, progress, "convert")
@@ -138,7 +139,7 @@ def _as_they_are(files: PublishedFiles) -> list[Source]:
     return [(name, files.on_meta(name), files.read) for name in files.names]
 
 
-def _in_mxfp4(files: TensorFiles, experts: list[str], linear: list[str]) -> list[Source]:
+def _in_mxfp4(files: TensorFiles, experts: list[str], linear: dict[str, list[str]]) -> list[Source]:
     """The tensors of 4-bit weights, which are read when they are written."""
     sources: list[Source] = []
     for key in experts:
@@ -152,11 +153,11 @@ def _in_mxfp4(files: TensorFiles, experts: list[str], linear: list[str]) -> list
         groups = shape[2] // mxfp4.BLOCK
         sources.append((f"{key}_blocks", _on_meta(E, N, groups, mxfp4.BLOCK // 2), read))
         sources.append((f"{key}_scales", _on_meta(E, N, groups), read))
-    for key in linear:
-        N, K = stored_weight(files.names, files.read, key, "").shape
+    for key, parts in linear.items():
+        N, K = stored_weight(parts, files.read, key, "").shape
 
-        def read_one(name: str, key: str = key) -> Tensor:
-            own = {each: files.read(each) for each in names_of_weight(files.names, key)}
+        def read_one(name: str, key: str = key, parts: list[str] = parts) -> Tensor:
+            own = {each: files.read(each) for each in parts}
             return mxfp4.packed_from_weight(weight_from_tensors(own, key))[name.endswith("_scale")]
 
         sources.append((f"{key}_packed", _on_meta(N, K // 2), read_one))

@@ -11,7 +11,6 @@ from .bin_files import BinFiles
 from .bitsandbytes_format import (
     StoredWeight,
     check_no_lone_part,
-    names_of_weight,
     stored_weight,
     stored_weights,
     weight_from_tensors,
@@ -36,11 +35,12 @@ class DenseTensors:
 
     def __init__(self, files: TensorFiles | BinFiles, who: str, model: nn.Module | None = None) -> None:
         self._files, self._who = files, who
-        keys = stored_weights(files.names)
-        check_no_lone_part(files.names, keys, who)
-        self.packed: dict[str, StoredWeight] = {key: stored_weight(files.names, files.read, key, who) for key in keys}
-        self._parts = {key: names_of_weight(files.names, key) for key in keys}
-        inner = {name for parts in self._parts.values() for name in parts} - set(keys)
+        self._parts = stored_weights(files.names)
+        check_no_lone_part(files.names, self._parts, who)
+        self.packed: dict[str, StoredWeight] = {
+            key: stored_weight(parts, files.read, key, who) for key, parts in self._parts.items()
+        }
+        inner = {name for parts in self._parts.values() for name in parts} - self._parts.keys()
         self.experts: dict[str, DecodedExperts] = {}
         for key in stored_experts(files.names):
             if model is None:

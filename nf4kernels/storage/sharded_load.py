@@ -23,7 +23,7 @@ from ..nn.quant_experts import QuantExperts
 from ..nn.quant_linear import COLUMN_ORDER, QuantLinear
 from ..nn.quant_module import SCALES, QuantModule
 from ..quantized_weight import WEIGHT_DTYPES, QuantizedWeight
-from .bitsandbytes_format import names_of_weight, stored_weights, weight_from_tensors
+from .bitsandbytes_format import stored_weights, weight_from_tensors
 from .checkpoint_adapters import StoredAdapter, check_active, missing_adapters, stored_adapters
 from .checkpoint_fit import check_dense, rename
 from .experts_format import name_experts, stored_experts
@@ -94,9 +94,10 @@ def _planned(model: nn.Module, path: Path, quantize: bool, who: str) -> _Plan:
             )
     stored, metas, adapters = _headers(path, who)
     located = {id(meta): stored[name] for name, meta in metas.items()}
-    keys = {key: names_of_weight(metas, key) for key in stored_weights(metas)}
+    keys = stored_weights(metas)
     weights: dict[str, Any] = {key.removesuffix("weight").removesuffix("."): key for key in keys}
-    tensors = {name: meta for name, meta in metas.items() if all(name not in names for names in keys.values())}
+    in_4_bits = {name for names in keys.values() for name in names}
+    tensors = {name: meta for name, meta in metas.items() if name not in in_4_bits}
     for name in never_stored(model, tensors):
         del tensors[name]
     plan = _Plan()

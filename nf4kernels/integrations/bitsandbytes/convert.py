@@ -14,7 +14,7 @@ from ...model.walk import named_modules
 from ...nn.quant_linear import QuantLinear
 from ...nn.quant_module import QuantModule
 from ...quantized_weight import BLOCK_SIZES, WEIGHT_DTYPES, QuantizedWeight
-from ...storage.bitsandbytes_format import names_of_weight, stored_weights, weight_from_tensors, weight_to_tensors
+from ...storage.bitsandbytes_format import stored_weights, weight_from_tensors, weight_to_tensors
 from .quant_state import WHO, is_repacked, restored
 from .state_dicts import as_stored, install, quant_state_of
 
@@ -139,11 +139,11 @@ def _linear4bit(layer: Any, quant_storage: torch.dtype, who: str) -> modules.Lin
 
 def _state_from_bnb(state_dict: Mapping[str, Tensor], who: str) -> dict[str, Tensor]:
     state = dict(state_dict)
-    for key in stored_weights(state_dict):
+    for key, names in stored_weights(state_dict).items():
         prefix, _, leaf = key.rpartition("weight")
         if leaf or (prefix and not prefix.endswith(".")):
             raise ValueError(f"{who}: {key} must be the weight of a linear layer")
-        tensors = {name: state.pop(name) for name in names_of_weight(state_dict, key)}
+        tensors = {name: state.pop(name) for name in names}
         layer = QuantLinear.from_quantized(weight_from_tensors(tensors, key))
         state |= {prefix + name: tensor for name, tensor in layer.state_dict().items()}
     return state

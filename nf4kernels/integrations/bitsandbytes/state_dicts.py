@@ -7,7 +7,7 @@ from bitsandbytes import functional
 from bitsandbytes.nn import modules
 
 from ...quantized_weight import SUPERBLOCK, QuantizedWeight
-from ...storage.bitsandbytes_format import names_of_weight, stored_weights, weight_from_tensors
+from ...storage.bitsandbytes_format import stored_weights, weight_from_tensors
 from .quant_state import WHO
 
 _load = modules.Linear4bit._load_from_state_dict
@@ -35,11 +35,12 @@ def load_from_state_dict(
     What does not fit is an error of `load_state_dict`, and nothing of the layer is loaded.
     """
     key = f"{prefix}weight"
-    if key not in stored_weights(name for name in state_dict if name.startswith(key)):
+    names = stored_weights(name for name in state_dict if name.startswith(key)).get(key)
+    if names is None:
         _load(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         return
     assign = local_metadata.get("assign_to_params_buffers", False) or self.weight.is_meta
-    own = {name: state_dict[name] for name in names_of_weight(state_dict, key)}
+    own = {name: state_dict[name] for name in names}
     if not self.weight.is_meta:
         own = {name: tensor.to(self.weight.device, copy=not assign) for name, tensor in own.items()}
     try:

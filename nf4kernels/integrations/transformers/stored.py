@@ -71,13 +71,10 @@ def expect_stored(model: Any, files: AnyFiles, config: Nf4Config) -> Expected:
 
 def _stored_weights(files: AnyFiles) -> dict[str, StoredWeight]:
     """key -> what is stored there; ValueError where a part of it is missing or of another size."""
-    names = files.names
-    metadata: dict[str, list[str]] = {}
-    for name in names:
-        for key in stored_weights([name]):
-            metadata.setdefault(key, []).append(name)
-    check_no_lone_part(names, metadata, WHO)
-    stored = {key: stored_weight(states, files.read, key, WHO) for key, states in metadata.items()}
+    names = dict.fromkeys(files.names)
+    parts_of = stored_weights(names)
+    check_no_lone_part(names, parts_of, WHO)
+    stored = {key: stored_weight(parts, files.read, key, WHO) for key, parts in parts_of.items()}
     for key, weight in stored.items():
         for name, size in weight.sizes(key).items():
             if name not in names:

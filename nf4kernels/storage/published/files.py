@@ -107,8 +107,7 @@ class PublishedFiles:
     @property
     def format(self) -> tuple[str, int | None]:
         """(the codebook of its weights, their block size or None for several)."""
-        names = self.names
-        linear = [stored_weight(names, self.peek, key, "") for key in stored_weights(names)]
+        linear = [stored_weight(parts, self.peek, key, "") for key, parts in stored_weights(self.names).items()]
         found = [(each.codebook, each.block_size) for each in linear] + [self._of_experts(key) for key in self.experts]
         block_sizes = {block_size for _, block_size in found}
         return min(codebook for codebook, _ in found), block_sizes.pop() if len(block_sizes) == 1 else None
