@@ -136,5 +136,7 @@ def _print_summary(merged: Merged, base: Path, args: argparse.Namespace) -> None
         print(f"replaced as they were trained whole: {', '.join(merged.replaced)}")
     if merged.untied:
         print(f"no longer tied to the input embeddings: {', '.join(merged.untied)}")
+    if merged.tokenizer:
+        print(f"from the adapter, not from its base: {', '.join(merged.tokenizer)}")
     written = sum(file.stat().st_size for file in args.out_dir.glob("*.safetensors"))
     print(f"wrote {args.out_dir}: {written / 2**20:.1f} MiB")

@@ -1,6 +1,7 @@
 """From one model directory to another: what every such conversion checks, copies, and calls its arguments."""
 
 import json
+import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,12 @@ from .peft_format import CONFIG
 
 OTHER_WEIGHTS = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".index.json",
+)  # fmt: skip
+
+TEMPLATES = ("chat_template.jinja", "chat_template.json")
+TOKENIZER = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", *TEMPLATES,
 )  # fmt: skip
 
 
@@ -86,9 +93,15 @@ def copy_rest(in_dir: Path, staging: Path, left: Collection[str] = (), is_adapte
     """Tokenizer, generation settings and the like; no weights in other formats, nothing hidden, no file of `left`.
 
     Adapters in directories inside of it stay behind, and so does the configuration of one that lies beside a model:
-    without its tensors it would lead loaders astray. Where `is_adapter`, in_dir is an adapter itself.
+    without its tensors it would lead loaders astray. A warning names them. Where `is_adapter`, in_dir is an adapter
+    itself.
     """
-    adapters = {file.parent for file in in_dir.rglob(CONFIG)} - {in_dir}
+    found = {file.parent for file in in_dir.rglob(CONFIG)}
+    adapters = found - {in_dir}
+    if stays := sorted(map(str, adapters if is_adapter else found)):
+        warnings.warn(
+            f"adapters are not copied with a model, these stay where they are: {', '.join(stays)}", stacklevel=3
+        )
     left = left if is_adapter else (*left, CONFIG)
     for source in sorted(in_dir.rglob("*")):
         inside = source.relative_to(in_dir)
@@ -99,3 +112,22 @@ def copy_rest(in_dir: Path, staging: Path, left: Collection[str] = (), is_adapte
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         copy_file(source, target)
+
+
+def copy_tokenizer(adapter: Path, staging: Path) -> list[str]:
+    """The tokenizer and the chat template that an adapter brings, before `copy_rest` copies its base's; their names."""
+    found = [name for name in TOKENIZER if (adapter / name).is_file()]
+    for name in found:
+        copy_file(adapter / name, staging / name)
+    return found
+
+
+def has_template(adapter: Path) -> bool:
+    """Whether an adapter's tokenizer has a chat template, in a file of its own or in tokenizer_config.json."""
+    if any((adapter / name).is_file() for name in TEMPLATES):
+        return True
+    file = adapter / "tokenizer_config.json"
+    if not file.is_file():
+        return False
+    config = json.loads(file.read_text(encoding="utf-8"))
+    return isinstance(config, dict) and bool(config.get("chat_template"))

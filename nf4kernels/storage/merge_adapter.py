@@ -3,7 +3,7 @@
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,15 @@ from .convert import convert_directory
 from .dense_tensors import DenseTensors
 from .directory_checks import (
     CALLED,
+    TEMPLATES,
     ConversionError,
     Words,
     check_outside,
     check_target,
     conversion_errors,
     copy_rest,
+    copy_tokenizer,
+    has_template,
     read_model_config,
 )
 from .merge_experts import AdaptedExperts
@@ -84,6 +87,7 @@ class Merged:
         untied: the tensors that base ties to another one, and that differ from it now.
         nbytes: of all tensors as they were merged, dense.
         survival: of `into="4bit"`.
+        tokenizer: the files of the tokenizer and its chat template that are the adapter's.
     """
 
     layers: int
@@ -92,6 +96,7 @@ class Merged:
     untied: list[str]
     nbytes: int
     survival: Survival | None = None
+    tokenizer: list[str] = field(default_factory=list)
 
 
 def merge_adapter(
@@ -110,8 +115,8 @@ def merge_adapter(
     """Write base plus the adapter's products to `out_dir`, a model directory without an adapter.
 
     The adapter is read whole; of base one tensor at a time, beside the output file being filled. The sum is taken in
-    fp32 and rounded once. Tokenizer, generation settings and the like are copied from base. `out_dir` appears when it
-    is complete, or not at all.
+    fp32 and rounded once. The tokenizer is the adapter's where it has one, or its chat template alone; that, generation
+    settings and the like are else copied from base. `out_dir` appears when it is complete, or not at all.
 
     Args:
         adapter: a directory of PEFT's with a LoRA, in safetensors or `.bin`.
@@ -160,17 +165,19 @@ def merge_adapter(
                 if confirm is not None and not confirm(survival):
                     raise ValueError(f"{who}: {NOT_MERGED}")
             with replacing_directory(out_dir) as staging:
+                tokenizer = copy_tokenizer(adapter, staging)
+                copy_rest(base, staging, TEMPLATES if has_template(adapter) else ())
                 if into == "dequantized" and packed is None:
                     quantized = staging / "quantized"
                     _quantize(base, quantized, recipe or Recipe(), model_of, progress, words)
                     with TensorFiles(checkpoint_files(quantized, who), who) as decoded:
                         plan = make_plan(DenseTensors(decoded, who, model), stored, model, config, words)
-                        nbytes = _write(plan, config, base, staging, max_shard_size, progress)
+                        nbytes = _write(plan, config, staging, max_shard_size, progress)
                     shutil.rmtree(quantized)
                 elif into == "4bit":
                     dense, quantized = staging / "dense", staging / "quantized"
                     dense.mkdir()
-                    nbytes = _write(plan, config, base, dense, max_shard_size, progress)
+                    nbytes = _write(plan, config, dense, max_shard_size, progress)
                     _quantize(dense, quantized, recipe or Recipe(), model_of, progress, words)
                     shutil.rmtree(dense)
                     for entry in quantized.iterdir():
@@ -179,14 +186,14 @@ def merge_adapter(
                     if survival is not None and accept is not None and not accept(survival, staging):
                         raise ValueError(f"{who}: {NOT_MERGED}")
                 else:
-                    nbytes = _write(plan, config, base, staging, max_shard_size, progress)
-    return Merged(len(plan.loras), len(plan.experts), sorted(plan.others), sorted(plan.untied), nbytes, survival)
+                    nbytes = _write(plan, config, staging, max_shard_size, progress)
+    replaced, untied = sorted(plan.others), sorted(plan.untied)
+    return Merged(len(plan.loras), len(plan.experts), replaced, untied, nbytes, survival, tokenizer)
 
 
-def _write(plan: Plan, config: dict[str, Any], base: Path, directory: Path, size: int, progress: bool) -> int:
+def _write(plan: Plan, config: dict[str, Any], directory: Path, size: int, progress: bool) -> int:
     nbytes = write_shards(plan.sources(), directory, size, progress, "merge")
     write_json(directory / "config.json", _dense_config(config, plan.is_untied))
-    copy_rest(base, directory)
     return nbytes
 
 

@@ -79,7 +79,8 @@ def test_the_directory_loads_and_carries_the_rest_over(base, tmp_path):
     adapter = save_adapter(base, tmp_path / "adapter")
     save_adapter(base, base / "adapter")  # left behind, and what would be a configuration without tensors
     (base / "adapter_config.json").write_text("{}", encoding="utf-8")
-    merge(adapter, base, tmp_path / "out", max_shard_size=60_000)
+    with pytest.warns(match="these stay where they are: .*base, .*adapter"):
+        merge(adapter, base, tmp_path / "out", max_shard_size=60_000)
     (base / "adapter_config.json").unlink()  # which transformers would follow
     assert [name for name in tree(tmp_path / "out") if not name.startswith("model")] == [
         "config.json", "generation_config.json", "templates", "templates/chat.jinja", "tokenizer.json",
@@ -92,6 +93,29 @@ def test_the_directory_loads_and_carries_the_rest_over(base, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["adapter", "base", "out"]
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert_same_tensors(loaded.state_dict(), merged_by_peft(base, adapter).state_dict())
+
+
+@pytest.mark.parametrize("into", ["base", "dequantized", "4bit"])
+@pytest.mark.parametrize("where", ["file", "config", None])
+def test_the_tokenizer_is_the_adapters(where, into, base, tmp_path):
+    """With its chat template, which base's would hide, wherever the adapter has it."""
+    adapter = save_adapter(base, tmp_path / "adapter")
+    (base / "chat_template.jinja").write_text("base", encoding="utf-8")
+    (base / "merges.txt").write_text("base", encoding="utf-8")
+    brought = {"tokenizer.json": "adapter", "tokenizer_config.json": "{}"}
+    if where == "file":
+        brought["chat_template.jinja"] = "adapter"
+    elif where == "config":
+        brought["tokenizer_config.json"] = json.dumps({"chat_template": "adapter"})
+    for name, text in {**brought, "README.md": "of the run"}.items():
+        (adapter / name).write_text(text, encoding="utf-8")
+    done = merge(adapter, base, tmp_path / "out", into=into)
+    assert sorted(done.tokenizer) == sorted(brought)
+    copied = {"merges.txt": "base", **({} if where == "config" else {"chat_template.jinja": "base"}), **brought}
+    found = {file.name: file for file in (tmp_path / "out").iterdir()}
+    assert {name: found[name].read_text(encoding="utf-8") for name in copied} == copied
+    assert "README.md" not in found
+    assert ("chat_template.jinja" in found) == (where != "config")
 
 
 @pytest.mark.parametrize("from_dense", [True, False])
