@@ -184,6 +184,7 @@ def _on_tasks(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _after_lora(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from ..stages.compare.dense import open_device
     from ..stages.compare.finetunes import compare_finetunes
     from ..stages.plots import plot_finetunes
 
@@ -192,6 +193,8 @@ def _after_lora(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     fields = list(args.fields)
     if args.skip:
         fields += ["--skip", *args.skip]
+    if args.device is not None:
+        open_device(args.device)
     if args.device == "cpu":
         fields += ["--use_cpu=true"]
     try:

@@ -198,6 +198,11 @@ def test_refused(model, tmp_path, capsys, flags, expected):
         (["--finetune", "a.jsonl"], "--output must be a directory to write, for --finetune, got none"),
         (["--text", "a.txt", "--max_steps", "3"], "--max_steps must come with --finetune"),
         (["--finetune", "a.jsonl", "--output", "out", "--device", "cuda:1"], "--device must be cpu or cuda with"),
+        pytest.param(
+            ["--finetune", "a.jsonl", "--output", "out", "--device", "cuda"],
+            "--device must be one that is there",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
+        ),
     ],
 )
 def test_flags_that_miss_another(model, tmp_path, capsys, monkeypatch, arguments, expected):

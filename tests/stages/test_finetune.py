@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -26,6 +27,7 @@ from nf4kernels.cli import main  # noqa: E402
 from nf4kernels.recover import Candidate, Plan  # noqa: E402
 from nf4kernels.stages.data.reading import Source, read  # noqa: E402
 from nf4kernels.stages.errors import StageError  # noqa: E402
+from nf4kernels.stages.finetune import recipe as recipes  # noqa: E402
 from nf4kernels.stages.finetune import run  # noqa: E402
 from nf4kernels.stages.finetune.answers import answers  # noqa: E402
 from nf4kernels.stages.finetune.loading import load_tokenizer  # noqa: E402
@@ -149,12 +151,25 @@ class Moment:
 
 
 @pytest.mark.slow
-def test_killed_after_its_last_step_it_only_finishes(models, prompts, tmp_path):
+@pytest.mark.parametrize("ends_with", ["last", "best"])
+def test_killed_after_its_last_step_it_only_finishes(ends_with, models, prompts, tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "out"
-    assert main(arguments(models / "chat", prompts, whole, max_steps=4)) == 0
-    argv = arguments(models / "chat", prompts, out, max_steps=4)
+    changes = {"max_steps": 4}
+    if ends_with == "best":  # the greatest loss, which is the first
+        changes |= {
+            "load_best_model_at_end": True,
+            "greater_is_better": True,
+            "eval_strategy": "steps",
+            "eval_steps": 2,
+        }
+    assert main(arguments(models / "chat", prompts, whole, **changes)) == 0
+    argv = arguments(models / "chat", prompts, out, **changes)
     assert killed(argv, out, lambda: False, "write_picture")
-    shutil.rmtree(out / "checkpoint-2")
+    if ends_with == "best":
+        first, last = ((whole / f"checkpoint-{step}" / ADAPTERS).read_bytes() for step in (2, 4))
+        assert (whole / ADAPTERS).read_bytes() == first != last
+    else:
+        shutil.rmtree(out / "checkpoint-2")
     (out / ADAPTERS).unlink()
     assert main(argv) == 0
     for name in (LOG, ADAPTERS, "README.md"):
@@ -205,7 +220,10 @@ def test_plain_text_gets_both_ends_and_all_of_it_is_learned(models, tmp_path, ca
     assert main(arguments(models / "base", data, tmp_path / "out", max_steps=1, max_length=12)) == 0
     said = capsys.readouterr().out
     assert "⟦<|begin|>" in said
-    assert "of them cut to 12" in said
+    examples, tokens = map(
+        int, re.search(r"training: (\d+) examples, (\d+) tokens, \1 of them cut to 12", said).groups()
+    )
+    assert tokens == 12 * examples
 
 
 def test_prompts_for_a_base_model_end_in_eos(models, prompts, tmp_path, capsys):
@@ -261,6 +279,23 @@ def test_what_is_wrong_is_said_and_changes_nothing(models, prompts, tmp_path, ca
     assert error.splitlines()[-1].startswith("nf4kernels finetune: ")
     assert expected in error
     assert names(tmp_path) == had
+
+
+@pytest.mark.parametrize(("has_gpu", "flags", "scales"), [
+    (True, ["--dtype=float16"], True), (True, ["--dtype=bfloat16"], False), (True, ["--dtype=float32"], False),
+    (True, ["--dtype=float16", "--bf16=true"], False), (False, ["--dtype=float16"], False),
+])  # fmt: skip
+def test_float16_on_a_gpu_scales_the_loss(monkeypatch, tmp_path, has_gpu, flags, scales):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(recipes, "meet", lambda *_: None)
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    recipe = read_recipe(None, ["--model=m", "--data=d", f"--output_dir={tmp_path / 'out'}", *flags])
+    assert recipe.training.fp16 == scales
+
+
+def test_an_adapter_tells_the_revision_of_its_base(tmp_path):
+    recipe = read_recipe(None, ["--model=m", "--data=d", f"--output_dir={tmp_path / 'out'}", "--model_revision=v2"])
+    assert recipe.lora.revision == "v2"
 
 
 @pytest.mark.parametrize(

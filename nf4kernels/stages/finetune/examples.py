@@ -13,7 +13,7 @@ IGNORED = -100  # the label of a token without a loss
 
 @dataclass
 class Counts:
-    """Of one set of examples, before they were cut to max_length: rows, tokens, rows that were longer, most in a row.
+    """Of one set of examples: rows, the tokens that a cut to max_length leaves, rows that were longer, most in a row.
 
     Of rows with images the rows alone are counted. `lost` rows have nothing to learn after the cut, and are left out.
     """

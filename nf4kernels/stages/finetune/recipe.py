@@ -276,11 +276,13 @@ def _recipe(values: dict[str, Any], given: dict[str, Any], needs_data: bool) -> 
         raise StageError(f"--seed must be 0 or more, got {values['seed']}")
     adapter = None if values["adapter"] is None else Path(values["adapter"])
     dtype = _dtype(values["dtype"] or ("float16" if values["fp16"] else None), values["use_cpu"])
-    is_answers_only = values["assistant_only_loss"]
+    is_answers_only, on_cpu = values["assistant_only_loss"], values["use_cpu"] or not torch.accelerator.is_available()
     filled = {
         **values, "assistant_only_loss": bool(is_answers_only),
         "bf16": dtype == torch.bfloat16 if values["bf16"] is None else values["bf16"],
-        "use_cpu": values["use_cpu"] or not torch.accelerator.is_available(),
+        # it scales the loss, whose gradients are less than fp16 holds
+        "fp16": values["fp16"] or (dtype == torch.float16 and not on_cpu and not values["bf16"]),
+        "use_cpu": on_cpu,
         "ddp_broadcast_buffers": bool(values["ddp_broadcast_buffers"]),  # they are scales, which are frozen
         **sharing(values["deepspeed"], values["fsdp"], values["fsdp_config"], values["use_cpu"]),
     }  # fmt: skip
@@ -343,6 +345,7 @@ def _lora(values: dict[str, Any]) -> LoraConfig:
         "target_modules": _one_or_more(values["lora_target_modules"]),
         "target_parameters": values["lora_target_parameters"], "modules_to_save": values["lora_modules_to_save"],
         "use_rslora": values["use_rslora"], "use_dora": values["use_dora"],
+        "revision": values["model_revision"],  # of the base, which PEFT loads it on
     }  # fmt: skip
     for name, hint in LORA_TYPES.items():
         value = values[name]

@@ -164,8 +164,9 @@ def _train(trainer: Trainer, recipe: Recipe, checkpoint: Path | None, method: Me
     """All steps, or those after `checkpoint`."""
     set_seed(recipe.training.seed)  # what was drawn until here, a resumed run does not draw
     if checkpoint is not None and _is_last(checkpoint):
-        method.take(trainer, checkpoint)
         trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+        method.take(trainer, checkpoint if best is None else recipe.out / Path(best).name)
         return
     # accelerate wraps a model once, for training or for evaluation, where several processes share the work: there the
     # loss before comes from within the training, as a row of the log.

@@ -19,7 +19,7 @@ from ...nn.dtensors import whole
 from ...optim import PagedAdamW
 from ...storage.atomic import flush, write_json
 from ..errors import StageError
-from .examples import Counts, counts
+from .examples import IGNORED, Counts, counts
 from .outputs import LOG, write_log
 from .processes import wait_for_all
 
@@ -33,6 +33,7 @@ class Trainer(SFTTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.counted: dict[str, Counts] = {}
         self.measured: dict[str, float] = {}  # by the last evaluation, beside the loss
+        self._held_out: list[tuple[torch.Tensor, torch.Tensor]] = []  # each row's loss and tokens, in an evaluation
         self.first_row: dict[str, Any] = {}
         super().__init__(*args, **kwargs)
         self.expert_load = ExpertLoad(self.model)
@@ -81,6 +82,28 @@ class Trainer(SFTTrainer):
         with self._images_whole():
             return super().compute_loss(*args, **kwargs)
 
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """TRL's, which also notes how many tokens the loss is the mean of, and leaves a router's own loss out."""
+        tokens = inputs["labels"][:, 1:].ne(IGNORED).sum(1)
+        made = super().prediction_step(model, inputs, *args, **kwargs)
+        loss = torch.as_tensor(made[0], device=tokens.device).detach().double().mean()
+        if router := self._metrics["eval"].get("aux_loss"):
+            loss = loss - self.router_aux_loss_coef * router[-1]
+        rows: Any = self.accelerator.gather_for_metrics((loss.expand(len(tokens)).contiguous(), tokens))
+        self._held_out.append(tuple(each.cpu() for each in rows))
+        return made
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """transformers', with the mean over all tokens for the loss, where its own is over batches, by their rows."""
+        self._held_out = []
+        made = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self._held_out:
+            losses, tokens = (torch.cat(each) for each in zip(*self._held_out, strict=True))
+            learned = tokens > 0
+            mean = (losses[learned] * tokens[learned]).sum() / tokens.sum()
+            made.metrics[f"{metric_key_prefix}_loss"] = float(mean)
+        return made
+
     def _collate_with_images(self, rows: list[dict[str, Any]]) -> Any:
         with self._images_whole():
             return self._collate(rows)
@@ -106,8 +129,10 @@ class Trainer(SFTTrainer):
             self.first_row = {name: _cut(value, args) for name, value in rows[0].items() if _is_ids(value)}
         rows = rows.remove_columns([name for name in rows.column_names if not _is_ids(rows[0][name])])
         kept = super()._prepare_dataset(rows, processing_class, args, packing, formatting_func, dataset_name)
+        count = self.counted[dataset_name]
+        count.tokens = sum(map(len, kept["input_ids"]))
         if not packing:
-            self.counted[dataset_name].lost = len(rows) - len(kept)
+            count.lost = len(rows) - len(kept)
         if not len(kept):
             raise StageError(f"--max_length must leave something to learn, got {args.max_length}: in every"
                              f" {'training' if dataset_name == 'train' else 'held-out'} example the answer begins"
