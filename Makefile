@@ -133,4 +133,4 @@ $(VENV)/.installed-lint: $(VENV)/.torch pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build *.egg-info nf4kernels/*.so
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info nf4kernels/*.so

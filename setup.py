@@ -16,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,7 +27,7 @@ from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
-HEADERS = sorted(str(p.relative_to(ROOT)) for suffix in ("h", "cuh") for p in ROOT.glob(f"csrc/**/*.{suffix}"))
+CSRC = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*") if p.is_file())  # in an sdist for any machine
 # -ffp-contract=off: a contracted multiply-add changes the last bit of a decoded weight (docs/design.md, section 7).
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-g0", "-ffp-contract=off"]
 FLAGS += ["-Wall", "-Wextra", "-Wshadow"]
@@ -215,6 +216,16 @@ class BuildPython(build_py):
         self.copy_file(str(ROOT / STARTUP), str(Path(folder) / Path(STARTUP).name))
 
 
+def find_compiler() -> str | None:
+    """The command that CXX names, else the first that is there; None for none, and an error where CXX's is not."""
+    named = os.environ.get("CXX")
+    usual = (sysconfig.get_config_var("CXX") or "c++", "c++", "g++", "clang++")
+    found = next((command for command in ([named] if named else usual) if shutil.which(shlex.split(command)[0])), None)
+    if named and found is None:
+        sys.exit(f"nf4kernels: CXX must be a C++ compiler that is there, got {named}")
+    return found
+
+
 def build_options() -> dict:
     try:
         from torch.utils.cpp_extension import CppExtension
@@ -227,10 +238,10 @@ def build_options() -> dict:
     cpu = CppExtension(
         "nf4kernels._cpu",
         [*CPU_BINDINGS, ROUNDED_CODE, *CPU_SOURCES, *(source for isa in ISA_FLAGS for source in sources_of(isa))],
-        depends=HEADERS,
+        depends=CSRC,
         py_limited_api=True,
     )
-    cuda = CppExtension("nf4kernels._cuda", CUDA_BINDINGS, depends=[*CUDA_SOURCES, *HEADERS], py_limited_api=True)
+    cuda = CppExtension("nf4kernels._cuda", CUDA_BINDINGS, depends=CSRC, py_limited_api=True)
     return {
         "ext_modules": [cpu, cuda] if find_nvcc() else [cpu],
         "cmdclass": {"build_ext": BuildLibraries, "build_py": BuildPython},
@@ -239,7 +250,9 @@ def build_options() -> dict:
 
 
 if __name__ == "__main__":
-    has_compiler = any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++"))
-    if not has_compiler:
+    compiler = find_compiler()
+    if compiler is None:
         print("nf4kernels: no C++ compiler found, installing without compiled kernels", file=sys.stderr)
-    setup(**(build_options() if has_compiler else {"cmdclass": {"build_py": BuildPython}}))
+    else:
+        os.environ["CXX"] = compiler  # setuptools would take the one that Python was built with
+    setup(**({"cmdclass": {"build_py": BuildPython}} if compiler is None else build_options()))

@@ -169,8 +169,12 @@ def sort_by_expert(x: Tensor, top_k_index: Tensor, num_experts: int) -> tuple[Te
 def expert_positions(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """(expert_offsets, positions) of sort_by_expert; nothing waits for a device."""
     experts_of = top_k_index.reshape(-1)
-    in_range = ((experts_of >= 0) & (experts_of <= num_experts)).all()
-    torch._assert_async(in_range, f"nf4kernels.sort_by_expert: top_k_index must be in 0..{num_experts}")
+    is_wrong = (experts_of < 0) | (experts_of > num_experts)
+    message = f"nf4kernels.sort_by_expert: top_k_index must be in 0..{num_experts}"
+    if experts_of.device.type == "cpu" and is_wrong.any():
+        first = int(is_wrong.nonzero()[0])
+        raise RuntimeError(f"{message}, got {experts_of[first]} in row {first // top_k_index.shape[1]}")
+    torch._assert_async(~is_wrong.any(), message)
     in_order, choices = experts_of.sort(stable=True)
     row = choices.argsort().int()
     positions = torch.where(experts_of < num_experts, row, ~row).view(top_k_index.shape)
@@ -179,6 +183,7 @@ def expert_positions(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Ten
 
 
 def combine_experts(rows: Tensor, positions: Tensor, weights: Tensor | None, dtype: torch.dtype) -> Tensor:
+    _check_positions(positions, "combine_experts")
     total = rows.new_zeros(positions.shape[0], rows.shape[1], dtype=torch.float32)
     for choice, position in enumerate(positions.unbind(1)):
         term = _taken(rows, position)
@@ -189,6 +194,7 @@ def combine_experts(rows: Tensor, positions: Tensor, weights: Tensor | None, dty
 
 
 def combine_experts_dgrad(dout: Tensor, positions: Tensor, weights: Tensor | None, dtype: torch.dtype) -> Tensor:
+    _check_positions(positions, "combine_experts_dgrad")
     flat = positions.reshape(-1)
     choices = torch.where(flat < 0, ~flat, flat).argsort()  # of each row
     drows = dout[choices // max(positions.shape[1], 1)].float()
@@ -198,8 +204,20 @@ def combine_experts_dgrad(dout: Tensor, positions: Tensor, weights: Tensor | Non
 
 
 def combine_experts_wgrad(dout: Tensor, rows: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
+    _check_positions(positions, "combine_experts_wgrad")
     taken = _taken(rows, positions.reshape(-1)).view(*positions.shape, rows.shape[1])
     return (dout.float()[:, None] * taken).sum(-1).to(dtype)
+
+
+def _check_positions(positions: Tensor, op: str) -> None:
+    """On the CPU, as the native kernels do; elsewhere it would wait for the device."""
+    count, seen = positions.numel(), set()
+    for position in positions.reshape(-1).tolist() if positions.device.type == "cpu" else ():
+        row = ~position if position < 0 else position
+        if row >= count or row in seen:
+            expected = f"each row below {count}, or ~ of it, once"
+            raise RuntimeError(f"nf4kernels.{op}: positions must have {expected}, got {position}")
+        seen.add(row)
 
 
 def _taken(rows: Tensor, position: Tensor) -> Tensor:
@@ -225,7 +243,7 @@ def _experts_rows(expert_offsets: Tensor, T: int, op: str) -> Iterator[tuple[int
     begin = 0
     for expert, end in enumerate(expert_offsets.tolist()):
         if not begin <= end <= T:
-            raise ValueError(
+            raise RuntimeError(
                 f"nf4kernels.{op}: expert_offsets must not fall and not exceed T={T}, got {end} after {begin}"
             )
         if begin < end:

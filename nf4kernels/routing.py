@@ -79,7 +79,8 @@ def combine_experts(
 
     Raises:
         TypeError, ValueError: an argument's dtype, shape or device. RuntimeError: on the CPU, a position that is no
-            row; a device takes it for a negative one.
+            row, or is there twice. A device takes the first for a negative one, and leaves the gradient of a row that
+            no position names undefined.
     """
     who = "nf4kernels.combine_experts"
     if rows.dtype not in WEIGHT_DTYPES:

@@ -42,7 +42,7 @@ def test_refuses(function, arguments, error, message):
 @pytest.mark.parametrize("needs_grad", [False, True])
 def test_refuses_offsets_that_fall_or_exceed_the_rows(isa, ends, needs_grad):
     x = X.clone().requires_grad_(needs_grad)
-    with pytest.raises((RuntimeError, ValueError), match="expert_offsets must not fall and not exceed T=5, got"):
+    with pytest.raises(RuntimeError, match="expert_offsets must not fall and not exceed T=5, got"):
         grouped_linear(x, torch.tensor(ends, dtype=torch.int32), Q)
     with pytest.raises(TypeError, match="qweight must be a QuantizedWeight, got QuantizedExperts"):
         linear(X, Q)

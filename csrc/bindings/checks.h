@@ -15,6 +15,7 @@
 #include <limits>
 #include <optional>
 #include <ostream>
+#include <string>
 #include <tuple>
 
 #include "../format.h"
@@ -57,11 +58,15 @@ inline std::ostream& operator<<(std::ostream& out, const Op& op) { return out <<
 struct Shape {  // for messages
   const Tensor& tensor;
 };
-inline std::ostream& operator<<(std::ostream& out, const Shape& shape) {
+struct Sizes {
+  torch::headeronly::IntHeaderOnlyArrayRef sizes;
+};
+inline std::ostream& operator<<(std::ostream& out, const Sizes& given) {
   out << '[';
-  for (int64_t d = 0; d < shape.tensor.dim(); ++d) out << (d ? ", " : "") << shape.tensor.size(d);
+  for (size_t d = 0; d < given.sizes.size(); ++d) out << (d ? ", " : "") << given.sizes[d];
   return out << ']';
 }
+inline std::ostream& operator<<(std::ostream& out, const Shape& shape) { return out << Sizes{shape.tensor.sizes()}; }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -74,17 +79,34 @@ inline int64_t rows_of(const Tensor& tensor) {
   return rows;
 }
 
+// In torch since 2.12.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
+// What torch said of its C function that failed last; programs know an exhausted memory by these words.
+inline std::string torch_said() {
+  const char* said =
+      torch_exception_get_what_without_backtrace ? torch_exception_get_what_without_backtrace() : nullptr;
+  return said && *said ? said : "torch did not say why";
+}
+
 // On the device of `like`, by a C function: stable::empty looks its op up by name, 0.5 us more.
 inline Tensor new_empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType type) {
   int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   AtenTensorHandle out;
   CHECK(aoti_torch_aten_new_empty(like.get(), shape.data(), int64_t(shape.size()), &dtype, nullptr, nullptr, 0, nullptr,
                                   &out) == 0,
-        "new_empty: torch could not allocate ", shape.size(), " dimensions of ", torch::headeronly::toString(type));
+        "new_empty: ", torch_said(), " (", Sizes{shape}, " of ", torch::headeronly::toString(type), ")");
   return Tensor(out);
 }
 inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
   return new_empty(like, {shape.begin(), shape.size()}, type);
+}
+
+inline Tensor as_contiguous(const Tensor& tensor) {
+  if (tensor.is_contiguous()) return tensor;
+  Tensor copy = new_empty(tensor, tensor.sizes(), tensor.scalar_type());
+  torch::stable::copy_(copy, tensor);
+  return copy;
 }
 
 // packed and absmax of a weight [N, K], in the shapes of the format.
@@ -212,10 +234,6 @@ struct Routing {
 
   int64_t count() const { return T * top_k; }
 };
-
-inline Tensor as_contiguous(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
 
 // x [T, H] of sort_by_expert and top_k_index [T, k]; the indices themselves are not read.
 inline Routing checked_choices(const Tensor& x, const Tensor& top_k_index, int64_t experts, const Op& op) {

@@ -15,7 +15,7 @@ std::tuple<Tensor, Tensor> quantize(const Tensor& weight, const Tensor& code, in
   const Op op = cpu_op("quantize");
   CHECK(weight.dim() == 2, op, ": weight must be 2-D [N, K], got shape ", Shape{weight});
   const int64_t N = weight.size(0), K = weight.size(1);
-  const Tensor contiguous = torch::stable::contiguous(weight);
+  const Tensor contiguous = as_contiguous(weight);
   cpu::QuantizeArgs args{};
   args.dtype = dtype_of(weight.scalar_type(), op, "weight");
   args.weight = contiguous.const_data_ptr();
@@ -98,7 +98,7 @@ Tensor multiply(const ProductOp& call, const Tensor& in, const nf4::Weight& w, c
   args.weight = w;
   args.dtype = checked_input(in, op, input_name, depth_name, product.D);
   args.M = rows_of(in);
-  const Tensor contiguous = in.is_contiguous() ? in : torch::stable::contiguous(in);
+  const Tensor contiguous = as_contiguous(in);
   std::vector<int64_t> shape(in.sizes().begin(), in.sizes().end());
   shape.back() = product.C;
   Tensor out = new_empty(in, shape, in.scalar_type());
@@ -146,7 +146,7 @@ Tensor lora_grad(const Tensor& small, const Tensor& wide, double scaling, Scalar
   args.C = wide.size(wide.dim() - 1);
   args.rank = small.size(small.dim() - 1);
   const void* lora_inner = checked_data(small, wide.scalar_type(), args.M * args.rank, op, "small");
-  const Tensor contiguous = wide.is_contiguous() ? wide : torch::stable::contiguous(wide);
+  const Tensor contiguous = as_contiguous(wide);
   args.wide = contiguous.const_data_ptr();
   args.transposed = transposed;
   args.scaling = float(scaling);

@@ -22,7 +22,7 @@ Tensor multiply_grouped(const ProductOp& call, const Tensor& in, const Tensor& e
   const auto& [op, input_name, depth_name, product] = call;
   const Dtype dtype = checked_input(in, op, input_name, depth_name, product.D);
   CHECK(in.dim() == 2, op, ": ", input_name, " must be 2-D [T, ", depth_name, "], got shape ", Shape{in});
-  const Tensor contiguous = in.is_contiguous() ? in : torch::stable::contiguous(in);
+  const Tensor contiguous = as_contiguous(in);
   const int64_t T = in.size(0);
   Tensor out = new_empty(in, {T, product.C}, in.scalar_type());
   cpu::GroupedTerms terms{};
@@ -78,7 +78,7 @@ Tensor grouped_lora_inner(const Tensor& x, const Tensor& expert_offsets, const T
   args.M = x.size(0);
   args.factor = checked_data(lora_factor, x.scalar_type(), lora_factor.numel(), op, "lora_factor");
   const int32_t* offsets = checked_offsets(expert_offsets, args.M, op);
-  const Tensor contiguous = x.is_contiguous() ? x : torch::stable::contiguous(x);
+  const Tensor contiguous = as_contiguous(x);
   args.x = contiguous.const_data_ptr();
   Tensor out = new_empty(x, {args.M, args.rank}, x.scalar_type());
   if (args.M == 0 || args.rank == 0) return out;
@@ -102,7 +102,7 @@ Tensor grouped_lora_grad(const Tensor& small, const Tensor& wide, const Tensor& 
   args.rank = small.size(1);
   const void* lora_inner = checked_data(small, wide.scalar_type(), args.M * args.rank, op, "small");
   const int32_t* offsets = checked_offsets(expert_offsets, args.M, op);
-  const Tensor contiguous = wide.is_contiguous() ? wide : torch::stable::contiguous(wide);
+  const Tensor contiguous = as_contiguous(wide);
   args.wide = contiguous.const_data_ptr();
   args.transposed = transposed;
   args.scaling = float(scaling);

@@ -53,9 +53,12 @@ struct Routes {
     args.top_k = routing.top_k;
     args.H = routing.H;
     args.positions = static_cast<const int32_t*>(positions.const_data_ptr());
+    std::vector<bool> is_given(size_t(routing.count()));  // a row that none is would get no gradient, not even 0
     for (int64_t i = 0; i < routing.count(); ++i) {
       const int64_t p = args.positions[i], row = p < 0 ? ~p : p;
-      CHECK(row < routing.count(), op, ": positions must be rows below ", routing.count(), " or ~ of one, got ", p);
+      CHECK(row < routing.count() && !is_given[size_t(row)], op, ": positions must have each row below ",
+            routing.count(), ", or ~ of it, once, got ", p);
+      is_given[size_t(row)] = true;
     }
     if (given_weights.has_value()) {
       const Tensor own = as_contiguous(*given_weights);

@@ -26,7 +26,7 @@ std::tuple<Tensor, Tensor> quantize(const Tensor& weight, const Tensor& code, in
   args.code = checked_floats(code, nf4::kLevels, op, "code");
   args.block_shift = block_shift_of(block_size, op);
   const Launch launch(op);
-  const Tensor contiguous = weight.is_contiguous() ? weight : torch::stable::contiguous(weight);
+  const Tensor contiguous = as_contiguous(weight);
   const auto [packed, absmax] = new_quantized(weight, N, K, block_size);
   if (args.numel == 0) return {packed, absmax};
   args.weight = contiguous.const_data_ptr();
@@ -166,7 +166,7 @@ Tensor multiply(const Op& op, bool dgrad, const Tensor& in, const nf4::Weight& w
   shape.back() = columns;
   const Tensor out = new_empty(in, shape, in.scalar_type());
   if (args.M == 0 || columns == 0) return out;
-  const Tensor contiguous = in.is_contiguous() ? in : torch::stable::contiguous(in);
+  const Tensor contiguous = as_contiguous(in);
   args.x = contiguous.const_data_ptr();
   args.out = out.mutable_data_ptr();
   const Product product{op, dgrad, contiguous, out, bias, lora_term, depth, columns, args};
@@ -219,7 +219,7 @@ Tensor lora_grad(const Tensor& small, const Tensor& wide, double scaling, Scalar
   const Tensor out =
       transposed ? new_empty(wide, {args.columns, args.rank}, type) : new_empty(wide, {args.rank, args.columns}, type);
   if (args.rank == 0 || args.columns == 0) return out;
-  const Tensor contiguous = wide.is_contiguous() ? wide : torch::stable::contiguous(wide);
+  const Tensor contiguous = as_contiguous(wide);
   args.wide = contiguous.const_data_ptr();
   args.out = out.mutable_data_ptr();
   if (args.dtype == Dtype::kFloat32 || args.columns % 8 != 0 || !is_aligned({args.wide})) {

@@ -37,7 +37,7 @@ class NoGrad {
 void torch_linear(const Tensor& a, const Tensor& b, const OptionalTensor& bias, const Tensor& out) {
   std::array<StableIValue, 4> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
                                     torch::stable::detail::from(bias), torch::stable::detail::from(out)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
+  CHECK(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION) == 0, "linear: ", torch_said());
   (void)torch::stable::detail::to<Tensor>(stack[0]);  // takes over the returned reference
 }
 
@@ -54,7 +54,8 @@ Tensor torch_grouped_mm(const Tensor& a, const Tensor& b, const Tensor& offsets)
                                     torch::stable::detail::from(OptionalTensor(offsets)),
                                     torch::stable::detail::from(OptionalTensor()),
                                     torch::stable::detail::from(std::optional<ScalarType>())};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::_grouped_mm", "", stack.data(), TORCH_ABI_VERSION));
+  CHECK(torch_call_dispatcher("aten::_grouped_mm", "", stack.data(), TORCH_ABI_VERSION) == 0,
+        "grouped_linear: ", torch_said());
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 

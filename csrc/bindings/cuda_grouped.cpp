@@ -73,7 +73,7 @@ Tensor multiply(const Op& op, bool dgrad, const Tensor& in, const Tensor& expert
     torch::stable::zero_(zeros);
     return out;
   }
-  const Tensor contiguous = in.is_contiguous() ? in : torch::stable::contiguous(in);
+  const Tensor contiguous = as_contiguous(in);
   args.x = contiguous.const_data_ptr();
   args.out = out.mutable_data_ptr();
   const auto problem = problem_of(op, dgrad, args, experts.count);
@@ -132,7 +132,7 @@ Tensor grouped_lora_inner(const Tensor& x, const Tensor& expert_offsets, const T
   const Launch launch(op);
   const Tensor out = new_empty(x, {args.M, args.rank}, x.scalar_type());
   if (out.numel() == 0) return out;
-  const Tensor contiguous = x.is_contiguous() ? x : torch::stable::contiguous(x);
+  const Tensor contiguous = as_contiguous(x);
   args.x = contiguous.const_data_ptr();
   args.out = out.mutable_data_ptr();
   const bool tensor_cores = args.dtype != nf4::Dtype::kFloat32 && args.depth % 8 == 0 &&
@@ -163,7 +163,7 @@ Tensor grouped_lora_grad(const Tensor& small, const Tensor& wide, const Tensor& 
   const Tensor out = transposed ? new_empty(wide, {E, grad.columns, grad.rank}, type)
                                 : new_empty(wide, {E, grad.rank, grad.columns}, type);
   if (out.numel() == 0) return out;
-  const Tensor contiguous = wide.is_contiguous() ? wide : torch::stable::contiguous(wide);
+  const Tensor contiguous = as_contiguous(wide);
   grad.wide = contiguous.const_data_ptr();
   grad.out = out.mutable_data_ptr();
   const bool tensor_cores = grad.dtype != nf4::Dtype::kFloat32 && grad.columns % 8 == 0 && is_aligned({grad.wide});

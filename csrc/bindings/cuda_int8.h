@@ -21,7 +21,7 @@ Result call_int8(const char* name, const Arguments&... arguments) {
   using torch::stable::detail::from;
   using torch::stable::detail::to;
   std::array<StableIValue, sizeof...(Arguments)> stack{from(arguments)...};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  STD_TORCH_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION) == 0, torch_said());
   if constexpr (std::is_same_v<Result, Tensor>)
     return to<Tensor>(stack[0]);
   else if constexpr (!std::is_void_v<Result>)

@@ -163,7 +163,6 @@ inline void add_splits(const cuda::ProductArgs& args, const void* bias, int64_t 
   check_launch(cuda::reduce_splits(sums, launch.stream), op);
 }
 
-// cuda_grouped.cpp
 void register_grouped_ops(torch::stable::detail::StableLibrary& library);  // cuda_grouped.cpp
 void register_routing_ops(torch::stable::detail::StableLibrary& library);  // cuda_routing.cpp
 

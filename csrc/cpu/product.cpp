@@ -10,9 +10,9 @@ Plan plan_product(const Product& product, GemmArgs& args) {
   const int run = is_int8(w) ? 0 : code_run(w);  // no product of unscaled codes is of int8
   const Choice choice =
       choose({product.is_dgrad, args.dtype, args.M, run, w.N * w.K, amx_of_torch(), forced_products()});
-  note(choice.products);
-  if (choice.products == Products::kDequantizeGemm) return {nullptr, nullptr};
   const CpuKernels& active = active_kernels();
+  if (choice.products == Products::kDequantizeGemm || is_int8(w)) note(choice.products);
+  if (choice.products == Products::kDequantizeGemm) return {nullptr, nullptr};
   if (is_int8(w)) {
     const Int8Kernels& int8 = *active.int8;
     const Int8Kernels::Gemms& gemms = choice.products == Products::kBf16 ? int8.bf16 : int8.fp32;
@@ -25,6 +25,7 @@ Plan plan_product(const Product& product, GemmArgs& args) {
     const bool fits = code_run(w) == 64 && args.int_code.scale == args.int_code.scale;  // NaN: a level is no number
     products = fits ? Products::kBf16Codes : Products::kFp32;
   }
+  note(products);
   const ProductKernels& kernels = active[products];
   if (kernels.needs_bf16_code) args.bf16_code = rounded_code<BFloat16>(w.code);
   const bool is_gemv = !product.is_dgrad && args.M <= kernels.gemv->max_m;

@@ -1,9 +1,9 @@
 // The driver of linear and linear_dgrad, of one weight or of experts: chooses the kernel, packs x, splits over threads.
 //
-//   M <= 4, linear    pack x; threads share N                              linear_gemv.h
-//   otherwise         for each 512 rows of x: threads pack x's M tiles;     gemm.h
-//                     then they share the C tiles of out
-//   where it is chosen  slice by slice, by torch's GEMM                   dequantize_gemm.h
+//   few rows, linear    pack x; threads share N (M <= 4, 16 by integers)    linear_gemv.h
+//   otherwise           for each 512 rows of x: threads pack x's M tiles;   gemm.h
+//                       then they share the C tiles of out
+//   where it is chosen  slice by slice, by torch's GEMM                     dequantize_gemm.h
 //
 // Runtime, the caller's, has parallel_for(begin, end, grain, body), which calls body(begin, end) on parts of the range
 // at once; allocate(bytes): memory for a panel, valid until the next call; threads(); and gemm(SliceGemm).

@@ -56,8 +56,9 @@ def _forced_backend() -> str | None:
 
 FORCED = _forced_backend()
 native.cuda_is_wanted()  # a wrong value is an error now, not at the first op on a GPU
-if FORCED not in (None, "native") and native.ISA_VARIABLE in os.environ:
-    raise ValueError(f"nf4kernels: {native.ISA_VARIABLE} must be unset where {VARIABLE}={FORCED} is set")
+for _variable in (native.ISA_VARIABLE, native.PRODUCTS_VARIABLE):
+    if FORCED not in (None, "native") and _variable in os.environ:
+        raise ValueError(f"nf4kernels: {_variable} must be unset where {VARIABLE}={FORCED} is set")
 CPU_LIBRARY = native.load_cpu() if FORCED in (None, "native") else None
 
 

@@ -296,3 +296,13 @@ def test_environment_refuses_another_value_for_cuda(value):
     result = run_python(INFO, NF4KERNELS_CUDA=value)
     assert result.returncode != 0
     assert f"NF4KERNELS_CUDA must be 0 (no CUDA kernels) or unset, got {value}" in result.stderr
+
+
+def test_an_exhausted_memory_is_told_in_torchs_words(native_library):
+    """Programs that try smaller batches know it by them; a torch before 2.12 does not hand them out."""
+    qweight = nf4kernels.quantize(torch.randn(2**20, 1))
+    words = r"(can't allocate memory|torch did not say why).*\[4194304, 1048576\] of Float"
+    with pytest.raises(RuntimeError, match=rf"(?s)nf4kernels\.new_empty: .*{words}"):
+        nf4kernels.linear(torch.zeros(2**22, 1), qweight)
+    with pytest.raises(RuntimeError, match=r"(?s)nf4kernels\.new_empty: .*\[274877906944, 64\] of Float"):
+        nf4kernels.linear(torch.zeros(1, 64).expand(2**38, 64), nf4kernels.quantize(torch.randn(4, 64)))

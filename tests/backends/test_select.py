@@ -525,9 +525,10 @@ def test_triton_is_refused_on_the_cpu(monkeypatch):
     assert decided("cpu") == (None, "none", "NF4KERNELS_BACKEND=triton, and Triton runs on GPUs")
 
 
+@pytest.mark.parametrize("variable", ["NF4KERNELS_CPU_ISA", "NF4KERNELS_CPU_PRODUCTS"])
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_an_instruction_set_is_not_forced_beside_another_backend(backend):
-    environment = os.environ | {"NF4KERNELS_BACKEND": backend, "NF4KERNELS_CPU_ISA": "scalar"}
+def test_what_the_native_backend_is_told_is_not_forced_beside_another(backend, variable):
+    environment = os.environ | {"NF4KERNELS_BACKEND": backend, variable: "scalar"}
     command = [sys.executable, "-c", "import nf4kernels"]
     result = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", check=False)
-    assert f"NF4KERNELS_CPU_ISA must be unset where NF4KERNELS_BACKEND={backend} is set" in result.stderr
+    assert f"{variable} must be unset where NF4KERNELS_BACKEND={backend} is set" in result.stderr

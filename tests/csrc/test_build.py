@@ -263,6 +263,31 @@ def test_where_nvcc_is_found(nvcc, monkeypatch):
         SETUP.find_nvcc()
 
 
+def test_the_compiler_is_one_that_is_there(tmp_path, monkeypatch):
+    """By CXX, or else the first of the usual names; a CXX that is not there is no reason to take another."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert SETUP.find_compiler() is None
+    clang = tmp_path / "clang++"
+    clang.write_text("#!/bin/sh\n", encoding="utf-8")
+    clang.chmod(0o755)
+    assert SETUP.find_compiler() == "clang++"
+    monkeypatch.setenv("CXX", "clang++ -pthread")
+    assert SETUP.find_compiler() == "clang++ -pthread"
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    with pytest.raises(SystemExit, match=r"CXX must be a C\+\+ compiler that is there, got /nowhere/g\+\+"):
+        SETUP.find_compiler()
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_an_sdist_has_the_kernels_of_every_machine(machine, monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setenv("NF4KERNELS_CUDA", "0")
+    (extension,) = SETUP.build_options()["ext_modules"]
+    every = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    assert every <= {*extension.sources, *extension.depends}
+
+
 def test_the_bindings_use_macros_that_torch_2_10_has():
     """The newest torch compiles them here; an older one is only seen where somebody has it."""
     text = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "csrc/bindings").iterdir()))

@@ -19,6 +19,7 @@ from .dequantize import launch
 SLICE_BYTES = 24 << 20  # stays in the L2 of an A100 and later
 
 
+@torch.no_grad()  # torch's product refuses to write into `out` where an input requires a gradient
 def multiply_by_slices(
     dgrad: bool, inputs: Tensor, weight: tuple, bias: Tensor | None, lora_inner: Tensor | None,
     lora_factor: Tensor | None, scaling: float, out: Tensor,
