@@ -2,7 +2,7 @@
 
 Without a selection: both shapes of shapes.FOCUS at every M, with all threads and with one, the first in a cache, too;
 long rows at M = 1 to 4; the other models' shapes at fewer M, out of cache, with all threads; one shape with each lesser
-instruction set forced on every side; the experts of shapes.EXPERTS with all threads; and a whole model: about twelve
+instruction set forced on every side; the experts of shapes.EXPERTS with all threads; and a whole model: about seventeen
 minutes on two cores.
 """
 
@@ -69,7 +69,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--isa", choices=forced.LEVELS, help="forced on every side of linear and linear_dgrad")
     parser.add_argument("--seconds", type=float, default=2.0, help="a row, all sides together (default: %(default)s)")
-    parser.add_argument("--csv", type=Path, help="write here (default: results/<machine>.csv when nothing is selected)")
+    parser.add_argument("--csv", type=Path, help="write here (default: results/<machine>.csv of the usual run)")
     parser.add_argument(
         "--docs", action="store_true", help="measure nothing: bring README and docs/speed.md up to their CSV, or --csv"
     )
@@ -80,7 +80,8 @@ def parse() -> argparse.Namespace:
     if (args.isa or args.dtype) and not set(args.ops or NAMES) <= set(forced.ROWS) and (args.ops or not args.isa):
         parser.error(f"--isa and --dtype are of {', '.join(forced.ROWS)}, got {', '.join(args.ops) or 'no op'}")
     args.selected = bool(args.ops or args.shapes or args.rows or args.cache or args.threads or args.isa)
-    if args.csv is None and not args.selected and not args.docs:
+    is_usual = not args.selected and not args.all and args.seconds == parser.get_default("seconds")
+    if args.csv is None and is_usual and not args.docs:
         args.csv = report.csv_path(machine())
     default_threads = tuple(dict.fromkeys((torch.get_num_threads(), 1)))
     args.threads_given, args.threads = args.threads, args.threads or default_threads

@@ -19,7 +19,7 @@ import nf4kernels as nf4
 
 ROOT = Path(__file__).parent.parent
 OURS = "nf4kernels"
-BNB = "bitsandbytes"  # no double quantization: its faster layer
+BNB = "bitsandbytes"  # without double quantization
 BNB_DQ = "bitsandbytes double-quantized"
 INT4 = "torch INT4"
 GGML = {"ggml IQ4_NL": "IQ4_NL", "ggml Q4_0": "Q4_0"}  # side -> ggml's type
@@ -123,6 +123,12 @@ def watch_others(own: Callable[[], float] = time.process_time) -> Callable[[], f
 
     begin, busy = time.perf_counter(), busy_elsewhere()
     return lambda: max(0.0, busy_elsewhere() - busy) / (time.perf_counter() - begin)
+
+
+def of_bitsandbytes(row: Row) -> str | None:
+    """Its faster layer in that row; None where it was not measured."""
+    sides = [side for side in (BNB, BNB_DQ) if side in row.ratios]
+    return min(sides, key=lambda side: row.ratios[side][1], default=None)
 
 
 def is_disturbed(others: float | None) -> bool:

@@ -27,7 +27,7 @@ def by(products: str, op: Callable, x: torch.Tensor, layer: Callable) -> Callabl
 
 
 def rows(layers: Layers, plan: Plan) -> Iterator[Row]:
-    """OURS are the products of the packed bytes; a ratio is how many times faster they are."""
+    """OURS are the products of the packed bytes, as the op's name says; a ratio is how many times faster they are."""
     (N, K), ops = layers.shape, torch.ops.nf4kernels
     replicas = layers.replicas(plan.caches, training=True)[OURS]
     decoded = replicas[0].dequantize(torch.float32)
@@ -43,4 +43,4 @@ def rows(layers: Layers, plan: Plan) -> Iterator[Row]:
                 assert_as_exact_as_dense(y, a, matrix, f"{name} by {side}, M={rows_of_x}")
             for _, cache in plan.settings():
                 calls = {side: by(way, op, a, in_turn(replicas, cache)) for side, way in SIDES.items()}
-                yield plan.measure(name, layers.shape, rows_of_x, cache, calls, None)
+                yield plan.measure(f"{name}, packed", layers.shape, rows_of_x, cache, calls, None)

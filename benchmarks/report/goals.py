@@ -7,7 +7,7 @@ threads, if they say nothing else; the last ones are on a whole model.
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from ..harness import BNB, BNB_DQ, DENSE, DTYPES, GGML, INT4, OURS, Row, Spread, dense_side
+from ..harness import BNB, BNB_DQ, DENSE, DTYPES, GGML, INT4, OURS, Row, Spread, dense_side, of_bitsandbytes
 
 FLOOR = "floor"
 WITHOUT_LORA = "without LoRA"
@@ -23,6 +23,7 @@ PEERS = (BNB, BNB_DQ, INT4, *GGML, *map(dense_side, DTYPES))  # whom no row may 
 class Goal:
     """`at_least` times the speed of the side `than`, or that share of the floor; of several rows the worst one counts.
 
+    BNB means the faster of bitsandbytes' two layers in a row.
     The shape LONG_ROWS means every weight whose rows are that long, and several M every one of them.
     """
 
@@ -53,12 +54,18 @@ class Goal:
         threads = max((row.threads for row in found), default=0)
         if self.op != EVERY_ROW:
             found = [row for row in found if row.threads == threads]
-        figures = [row.share if self.than == FLOOR else row.ratios.get(self.than) for row in found]
+        figures = map(self._figure_in, found)
         return min((figure for figure in figures if figure), key=lambda spread: spread[1], default=None)
+
+    def _figure_in(self, row: Row) -> Spread | None:
+        if self.than == FLOOR:
+            return row.share
+        side = of_bitsandbytes(row) if self.than == BNB else self.than
+        return None if side is None else row.ratios.get(side)
 
     def _is_about(self, row: Row) -> bool:
         if self.op == EVERY_ROW:
-            return self.than in row.ratios
+            return self._figure_in(row) is not None
         if row.op != self.op or not row.is_usual:
             return False
         if self.op == MODEL_STEP:

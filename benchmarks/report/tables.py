@@ -9,13 +9,14 @@ from pathlib import Path
 
 from nf4kernels.model.report import table
 
-from ..harness import BNB, BNB_DQ, GGML, INT4, OURS, ROOT, Row
+from ..harness import BNB, BNB_DQ, GGML, INT4, OURS, ROOT, Row, is_disturbed, of_bitsandbytes
 from .goals import GOALS, MODEL_STEP, SHAPE, Goal, broken, goal_rows, rule
 
 IQ4_NL = next(iter(GGML))
 RESULTS = ROOT / "benchmarks" / "results"
 README, SPEED = ROOT / "README.md", ROOT / "docs" / "speed.md"
 WIDTH = 120  # of a line of Markdown
+MARK = "†"  # of a row that other processes disturbed
 OP_ORDER = (
     "quantize",
     "dequantize out=",
@@ -121,14 +122,18 @@ def op_table(rows: list[Row], cache: str) -> str:
     """The rows of SHAPE with all threads: the time, the share of the floor, and how much faster ours is than each."""
     chosen = [row for row in rows if row.shape == SHAPE and row.threads == _threads(rows) and row.cache == cache]
     chosen = [row for row in chosen if row.is_usual]
-    chosen.sort(key=lambda row: (OP_ORDER.index(row.op), row.M or 0))
+    chosen.sort(key=lambda row: (_place(row.op), row.M or 0))
     header = ("op", "M", "ms", "floor", BNB, INT4, IQ4_NL, "dense or a copy")
     return markdown(header, ((row.op, str(row.M or ""), *_figures(row, (INT4, IQ4_NL))) for row in chosen))
 
 
+def _place(op: str) -> int:
+    return OP_ORDER.index(op) if op in OP_ORDER else len(OP_ORDER)
+
+
 def forced_table(rows: list[Row], isa: str) -> str:
     """The same of the rows in which that instruction set was forced on every side, all dtypes and shapes."""
-    chosen = sorted((row for row in rows if row.isa == isa), key=lambda row: (OP_ORDER.index(row.op), row.shape))
+    chosen = sorted((row for row in rows if row.isa == isa), key=lambda row: (_place(row.op), row.shape))
     header = ("op", "weight", "M", "x", "ms", "floor", BNB, INT4, "dense")
     return markdown(
         header, ((row.op, row.shape, str(row.M or ""), row.dtype, *_figures(row, (INT4,))) for row in chosen)
@@ -137,12 +142,10 @@ def forced_table(rows: list[Row], isa: str) -> str:
 
 def _figures(row: Row, beside: tuple[str, ...]) -> tuple[str, ...]:
     """Time, share of the floor, and the ratios: bitsandbytes' faster layer, those beside it, dense or what is last."""
-    theirs = min(
-        (side for side in (BNB, BNB_DQ) if side in row.ratios), key=lambda side: row.ratios[side][1], default=""
-    )
+    theirs = of_bitsandbytes(row) or ""
     dense = next((side for side in row.ratios if side not in (BNB, BNB_DQ, INT4, *GGML)), "")
     share = f"{row.share[1]:.0%}" if row.share else ""
-    return f"{row.ms[OURS]:.3g}", share, *(_ratio(row, side) for side in (theirs, *beside, dense))
+    return f"{row.ms[OURS]:.3g}{_mark(row)}", share, *(_ratio(row, side) for side in (theirs, *beside, dense))
 
 
 def rule_lists(rows: list[Row]) -> list[str]:
@@ -156,11 +159,15 @@ def rule_lists(rows: list[Row]) -> list[str]:
     return [part for beyond, items in lines.items() if items for part in (titles[beyond], "\n".join(items))]
 
 
+def _mark(row: Row) -> str:
+    return MARK if is_disturbed(row.others) else ""
+
+
 def _name(row: Row) -> str:
     threads = f"{row.threads} thread{'s' if row.threads > 1 else ''}"
     parts = [f"{row.op} {row.shape}", f"M={row.M}" if row.M else "", threads, row.isa]
     parts += [{"in": "cached", "out": "not cached"}.get(row.cache, ""), row.dtype if row.dtype != "bf16" else ""]
-    return ", ".join(part for part in parts if part)
+    return ", ".join(part for part in parts if part) + _mark(row)
 
 
 def _ratio(row: Row, side: str) -> str:
@@ -194,7 +201,7 @@ def speed_section(rows: list[Row], about: dict[str, str], path: Path, folder: Pa
     every = f"""Every {SHAPE} row of that run with {_threads(rows)} threads; all others are in the CSV. `floor` is the
         share of the floor. The last columns say how many times faster ours is than bitsandbytes' layer (the faster of
         its two in that row), torch's INT4, ggml's IQ4_NL and dense bf16 (a copy of it beside dequantize), each as the
-        median of the rounds' ratios with their 20th and 80th percentile. Not cached:"""
+        median of the rounds' ratios with their 20th and 80th percentile. {_of_disturbed(rows)}Not cached:"""
     parts = [_provenance(rows, about), markdown(GOAL_HEADER, goal_rows(rows)), _wrapped(every), op_table(rows, "out")]
     parts += ["The same weight over and over, cached:", op_table(rows, "in")]
     for isa in dict.fromkeys(row.isa for row in rows if row.isa):
@@ -204,6 +211,11 @@ def speed_section(rows: list[Row], about: dict[str, str], path: Path, folder: Pa
         parts += ["A whole model; the memory is that of the process at its peak:", model_table(rows)]
     parts.append(f"**The rule: {rule(rows)}.**")
     return parts + rule_lists(rows) + _pictures(path, folder, ("speed", "floor"))
+
+
+def _of_disturbed(rows: list[Row]) -> str:
+    count = sum(is_disturbed(row.others) for row in rows)
+    return f"{MARK} marks what other processes ran beside, {count} of {len(rows)} rows. " if count else ""
 
 
 def _threads(rows: list[Row]) -> int:
