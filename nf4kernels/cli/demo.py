@@ -18,7 +18,7 @@ def add_parser(subparsers) -> None:
         "over bytes and goes on with that. Takes a few minutes on two cores.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    default = Settings()
+    default = Settings  # made, it would check them against what is here
     parser.add_argument("--model", type=Path, metavar="DIR", help="Hugging Face directory of a causal language model")
     parser.add_argument("--data", type=Path, metavar="FILE", help="examples, as finetune takes them")
     parser.add_argument("--out", type=Path, metavar="DIR", default=default.out, help="directory to write")

@@ -10,6 +10,7 @@ MADE_BY = "nf4kernels demo"
 # Of the [demo] extra.
 PACKAGES = ("transformers", "peft", "accelerate", "trl", "datasets", "gguf", "matplotlib", "yaml")
 RESULTS = "results.json"
+WRITTEN = {RESULTS, "byte-model", "nf4", "adapter", "merged", "loss.png", "weight_error.png"}
 # Of what a run can mean: a day's steps, a batch and a rank that fit a small machine, numpy's seeds.
 LIMITS = {
     "steps": (1, 10**5), "batch": (1, 10**4), "rank": (1, 10**4), "seed": (0, 2**32 - 1), "byte_steps": (1, 10**5),
@@ -67,7 +68,7 @@ class Settings:
         if self.model is not None and self.model.resolve() in out.parents:
             raise StageError(f"--out must lie outside --model, got {self.out}")
         if not may_replace(self.out):
-            raise StageError(f"--out must be new, empty or written by an earlier demo, got {self.out}")
+            raise StageError(f"--out must be new, empty or written by an earlier demo and nothing else, got {self.out}")
 
 
 def may_replace(out: Path) -> bool:
@@ -75,6 +76,8 @@ def may_replace(out: Path) -> bool:
     if not out.exists():
         return not out.is_symlink()
     if not out.is_dir() or out.is_symlink():
+        return False
+    if not {entry.name for entry in out.iterdir()} <= WRITTEN:
         return False
     if not any(out.iterdir()):
         return True

@@ -28,6 +28,7 @@ class ExpertLoad:
             if isinstance(module, QuantExperts) or layout_problem(module) is None:
                 experts: Any = module
                 device = next(iter(module.parameters())).device
+                device = torch.device("cpu") if device.type == "meta" else device
                 self.counts.append(torch.zeros(experts.num_experts + 1, dtype=torch.int64, device=device))
                 hook = partial(self._count, len(self.counts) - 1)
                 self.hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))

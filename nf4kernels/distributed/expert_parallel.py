@@ -118,6 +118,7 @@ class PartOfExperts(QuantExperts):
             return self._exchanged(x, index, weights, mesh)
         own, rank = self.num_experts // mesh.size(), mesh.get_local_rank()
         here = torch.where(index.div(own, rounding_mode="floor") == rank, index - rank * own, own)
+        here = torch.where((index < 0) | (index > self.num_experts), -1, here)  # which sort_by_expert refuses
         rows, expert_offsets, positions = sort_by_expert(x.to(self._dtype(x)), here, own)
         y = combine_experts(self._of_rows(rows, expert_offsets), positions, weights, x.dtype)
         return (

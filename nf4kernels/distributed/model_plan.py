@@ -46,6 +46,10 @@ def tensor_parallel_plan(
     rules = dict(getattr(model, "tp_plan", None) or {} if plan is None else plan)
     if not rules:
         raise ValueError(f"{WHO}: the model must have a tp_plan, got {type(model).__name__}, which has none")
+    if device_mesh.ndim != 1:
+        raise ValueError(
+            f"{WHO}: device_mesh must have one dimension (mesh['tp'] of a larger one), got {device_mesh.ndim}"
+        )
     uses = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     ranks, styles = device_mesh.size(), {}
     inside = ""  # of experts, whose parts have rules that are not for modules
@@ -91,12 +95,28 @@ def _problem(model: nn.Module, name: str, module: nn.Module, style: ParallelStyl
         problem = layer_problem(module, ROWS if isinstance(style, ColwiseParallel) else COLUMNS, ranks)
         if problem is not None:
             return problem
+    elif type(module) not in (nn.Linear, nn.Embedding):
+        return (
+            f"a {type(module).__name__} must be an nn.Linear, nn.Embedding, QuantLinear or QuantExperts (PEFT's layers"
+            " are none: attach adapters of ours, nf4kernels.LoraConfig)"
+        )
+    elif isinstance(module, nn.Linear) and not _gathers(style) and (cut := _cut_features(module, style)) % ranks:
+        return f"its {cut} features must be the same number on each of {ranks} ranks"
     head_dim: Any = getattr(model.get_submodule(name.rpartition(".")[0]), "head_dim", None)
     if not isinstance(head_dim, int) or not isinstance(module, nn.Linear):
         return None
-    features = module.out_features if isinstance(style, ColwiseParallel) else module.in_features
+    features = _cut_features(module, style)
     if features % (head_dim * ranks):
         heads = features // head_dim
         counts = [str(n) for n in range(1, heads + 1) if heads % n == 0]
         return f"{heads} heads must be the same number on each of {ranks} ranks; {', '.join(counts)} would do"
     return None
+
+
+def _cut_features(module: nn.Linear, style: ParallelStyle) -> int:
+    return module.out_features if isinstance(style, ColwiseParallel) else module.in_features
+
+
+def _gathers(style: ParallelStyle) -> bool:
+    """Whether the whole output is made of the parts, which of a dense layer need not be of one size then."""
+    return isinstance(style, ColwiseParallel) and style.output_layouts == (Replicate(),)

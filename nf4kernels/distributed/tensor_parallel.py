@@ -16,7 +16,7 @@ from ..functional import linear_from_args, lora_linear_from_args
 from ..modes import outside_inference_mode
 from ..nn.lora import LoraConfig, plain_weight
 from ..nn.quant_linear import COLUMN_ORDER, LoraTerm, QuantLinear
-from ..quantized_weight import WeightArgs
+from ..quantized_weight import QuantizedExperts, QuantizedWeight, WeightArgs
 from .cutting import COLUMNS, ROWS, Scales, cut_problem, part_of, part_scales
 from .placing import local, place, replicated, shared
 
@@ -36,6 +36,7 @@ class PartLinear(QuantLinear):
     GRADIENT: ClassVar[list[Placement] | None] = None  # of the input, as the local backward leaves it; None: as it came
     OUTPUT: ClassVar[list[Placement]]
     _numbers: Tensor | None = None  # decoded scales
+    _numbers_of: tuple[int, ...] | None = None  # versions of the buffers that they were decoded with
 
     def place(self, mesh: DeviceMesh, source: int | None) -> None:
         """Cut what a whole layer has."""
@@ -60,6 +61,11 @@ class PartLinear(QuantLinear):
             raise ValueError(f"{self.WHO}.add_lora: in tensor parallel adapters must come before fully_shard")
         super().attach_lora(config, dtype, name)
         self._place_adapter(name, mesh, 0)
+
+    def set_qweight(self, qweight: QuantizedWeight | QuantizedExperts) -> None:
+        raise ValueError(
+            f"{self.WHO}.set_qweight: a layer in tensor parallel loads a state (nf4kernels.load_checkpoint)"
+        )
 
     def forward(self, x: Tensor, term: LoraTerm | None = None) -> Tensor:
         """A DTensor of a DTensor, as the style's hooks bring and take them."""
@@ -108,11 +114,14 @@ class PartLinear(QuantLinear):
             weight, absmax = local(self._parameter("weight")), local(self._absmax())
         buffers: Any = self._buffers
         scales: Scales = (absmax, buffers["scale_absmax"], buffers["scale_offset"], buffers["scale_code"])
-        if self._numbers is not None:
+        versions = (
+            None if torch.compiler.is_compiling() else _versions(buffers["scale_absmax"], buffers["scale_offset"])
+        )
+        if self._numbers is not None and versions in (None, self._numbers_of):
             scales = (self._numbers, None, None, None)
-        else:
+        else:  # or the buffers were written in place, as load_checkpoint and torch's dcp.load do
             scales, are_decoded = part_scales(scales, self.in_features, self.block_size, rows, columns)
-            self._numbers = scales[0] if are_decoded else None
+            self._numbers, self._numbers_of = (scales[0], versions) if are_decoded else (None, None)
         shape = (rows[1] - rows[0], columns[1] - columns[0])
         return weight, *scales[:3], buffers["code"], scales[3], *shape, self.block_size
 
@@ -125,6 +134,14 @@ class PartLinear(QuantLinear):
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         self._numbers = None
+
+
+def _versions(*tensors: Tensor | None) -> tuple[int, ...] | None:
+    """None for tensors of inference mode, which have none."""
+    try:
+        return tuple(tensor._version for tensor in tensors if tensor is not None)
+    except RuntimeError:
+        return None
 
 
 class RowsOfLinear(PartLinear):

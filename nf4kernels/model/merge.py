@@ -1,5 +1,6 @@
 """merge_model: from layers in 4 bits back to dense ones, adapters added in."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -55,18 +56,19 @@ def merge_model(model: nn.Module, base: nn.Module | None = None, dtype: torch.dt
     if base is not None:
         base = unwrapped(base, "base", who)
     targets = [names for module, names in names_of_modules(model).items() if isinstance(module, QUANTIZED)]
-    for names in targets:
-        layer: Any = get_submodule(model, names[0])
-        if any(part.weight.is_meta for part in parts(layer)):
-            raise ValueError(f"{who}: model must be loaded, got layer {names[0]} on the meta device")
-        if isinstance(layer, QuantExperts) and not layer.can_be_dense:
-            raise ValueError(
-                f"{who}: {names[0]} must have been made by QuantExperts.from_experts, got one that was not"
-            )
-        if base is not None:
-            base_weights_of(base, names[0], layer, who)
-
     ranks = Ranks(model, who) if is_sharded(model) else None
+    with nullcontext() if ranks is None else ranks.together():
+        for names in targets:
+            layer: Any = get_submodule(model, names[0])
+            if any(part.weight.is_meta for part in parts(layer)):
+                raise ValueError(f"{who}: model must be loaded, got layer {names[0]} on the meta device")
+            if isinstance(layer, QuantExperts) and not layer.can_be_dense:
+                raise ValueError(
+                    f"{who}: {names[0]} must have been made by QuantExperts.from_experts, got one that was not"
+                )
+            if base is not None:
+                base_weights_of(base, names[0], layer, who)
+
     if base is not None:
         reshard(base)
     merged: dict[str, tuple[nn.Module, nn.Module]] = {}
@@ -76,6 +78,8 @@ def merge_model(model: nn.Module, base: nn.Module | None = None, dtype: torch.dt
         try:
             dense = _dense(layer, dtype, base_weights, ranks)
         except ValueError as error:
+            if ranks is not None:
+                shard_again(model, merged)
             raise ValueError(f"{who}: layer {names[0]} failed, those before it are replaced: {error}") from None
         if isinstance(layer, QuantLinear) and dense.bias is not None:
             dense.bias.requires_grad_(layer.bias.requires_grad)

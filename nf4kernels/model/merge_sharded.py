@@ -19,7 +19,7 @@ from ..nn.lora import over_original_weight
 from ..nn.quant_experts import QuantExperts
 from ..nn.quant_linear import QuantLinear
 from ..nn.quant_module import SCALES
-from ..quantized_weight import SUPERBLOCK, WEIGHT_DTYPES, QuantizedExperts, QuantizedWeight, shared_codebooks
+from ..quantized_weight import SUPERBLOCK, QuantizedExperts, QuantizedWeight, shared_codebooks
 from .sharded import Ranks, by_rows, fsdp_modules, gathered_qweight, own_part, placed_like
 from .walk import named_modules
 
@@ -31,17 +31,13 @@ def merged_in_parts(layer: Any, dtype: torch.dtype | None, base: Sequence[Tensor
     return _merged_linear(layer, dtype, None if base is None else base[0], ranks)
 
 
-def _source_dtype(layer: Any) -> torch.dtype:
-    return WEIGHT_DTYPES[int(local_of(layer.source_dtype))]
-
-
 def _merged_linear(layer: QuantLinear, dtype: torch.dtype | None, base: Tensor | None, ranks: Ranks) -> nn.Linear:
     N, K = layer.weight_shape
     packed: Any = layer.weight
     is_by_rows = by_rows(packed) and K % layer.block_size == 0 and layer.column_order is None
     own = own_part(packed)[0] if is_by_rows else slice(0, N)
     if dtype is None:
-        dtype = (layer.cast_to or _source_dtype(layer)) if layer.bias is None else layer.bias.dtype
+        dtype = layer.dense_dtype if layer.bias is None else layer.bias.dtype
     if base is not None:
         qweight, weight = None, whole(base)
     else:
@@ -94,7 +90,7 @@ def _own_rows(layer: QuantLinear, own: slice) -> QuantizedWeight:
         scale = scale * layer.scale_absmax[superblock] + layer.scale_offset
     return QuantizedWeight(
         local_of(layer.weight), scale, None, None, layer.code, None, (absmax.shape[0], layer.in_features),
-        _source_dtype(layer), layer.block_size, layer.codebook, None,
+        layer.original_dtype, layer.block_size, layer.codebook, None,
     )  # fmt: skip
 
 
@@ -143,7 +139,7 @@ def _own_experts(part: Any, own: slice) -> QuantizedExperts:
     scale_absmax, scale_offset, code, scale_code = of_own
     return QuantizedExperts(
         packed, absmax, scale_absmax, scale_offset, code, scale_code, (packed.shape[0], *part.weight_shape[1:]),
-        _source_dtype(part), part.block_size, part.codebook, part.scale_codebook,
+        part.original_dtype, part.block_size, part.codebook, part.scale_codebook,
     )  # fmt: skip
 
 

@@ -4,10 +4,12 @@ torch.distributed.tensor takes a third of a second to import. Whoever has a DTen
 methods are enough here.
 """
 
+import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +18,6 @@ from torch import Tensor, nn
 
 from ..nn.dtensors import from_local, is_dtensor, local_of, whole
 from ..nn.quant_module import SCALES
-from ..quantized_weight import WEIGHT_DTYPES
 
 ERRORS = {error.__name__: error for error in (TypeError, ValueError, FileNotFoundError, PermissionError, OSError)}
 
@@ -103,6 +104,15 @@ class Ranks:
     def of_first(self, value: Any) -> Any:
         return self.gathered(value if self.is_first else None)[0]
 
+    def check_one_model(self, path: Path, names: Iterable[str]) -> None:
+        """ValueError on every rank unless all have a model of these tensors to write to that path."""
+        said = hashlib.sha256("\n".join([str(path), *names]).encode()).hexdigest()
+        if len(set(self.gathered(said))) > 1:
+            raise ValueError(
+                f"{self.who}: all ranks of the model's mesh must have the same model and path, got others: models on"
+                " slices of one mesh, as the stages of a pipeline are, must have a DeviceMesh of their own each"
+            )
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """Around what each rank does by itself, without a word to others: an error on one is raised on all."""
@@ -151,7 +161,7 @@ def gathered_qweight(layer: Any) -> Any:
     """The qweight of a layer in 4 bits, or of experts, of all ranks, on every one of them."""
     tensors = [whole(getattr(layer, name)) for name in ("weight", "absmax")]
     scales = {name: None if getattr(layer, name) is None else whole(getattr(layer, name)) for name in SCALES}
-    values = {"shape": layer.weight_shape, "dtype": WEIGHT_DTYPES[int(whole(layer.source_dtype))]}
+    values = {"shape": layer.weight_shape, "dtype": layer.original_dtype}
     names = {name: getattr(layer, name) for name in ("block_size", "codebook", "scale_codebook")}
     order = getattr(layer, "column_order", None)
     qweight = layer.QUANTIZED(*tensors, **scales, **values, **names)

@@ -3,6 +3,7 @@
 Whoever has a DTensor has imported them, so that its own methods are enough here.
 """
 
+import sys
 from typing import Any
 
 import torch
@@ -24,6 +25,17 @@ def whole(tensor: Tensor) -> Tensor:
         sharded = from_local(local.to(device), tensor)
     full: Tensor = sharded.full_tensor()
     return full
+
+
+def placed_as(tensor: Tensor, own: Any) -> Tensor:
+    """The tensor, on every rank or in parts, as `own` is placed; without `own`, or where that is no DTensor, whole."""
+    if not is_dtensor(own):
+        return whole(tensor)
+    if is_dtensor(tensor):
+        return tensor
+    distribute = sys.modules["torch.distributed.tensor"].distribute_tensor
+    placed: Tensor = distribute(tensor, own.device_mesh, own.placements, src_data_rank=None)
+    return placed
 
 
 def local_of(tensor: Any) -> Tensor:

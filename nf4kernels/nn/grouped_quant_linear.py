@@ -80,7 +80,7 @@ class GroupedQuantLinear(AdaptedModule):
 
     def new_factors(self, config: LoraConfig, dtype: torch.dtype | None) -> tuple[nn.Module, nn.Module]:
         E, N, K = self.weight_shape
-        options: Any = {"dtype": dtype or self.qweight.dtype, "device": self.weight.device}
+        options: Any = {"dtype": dtype or self.original_dtype, "device": self.weight.device}
         return (
             ExpertsFactor(torch.empty(E, config.r, K, **options)),
             ExpertsFactor(torch.empty(E, N, config.r, **options)),

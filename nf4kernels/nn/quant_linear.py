@@ -207,7 +207,7 @@ class QuantLinear(AdaptedModule, nn.Linear):
 
     def new_factors(self, config: LoraConfig, dtype: torch.dtype | None) -> tuple[nn.Module, nn.Module]:
         if dtype is None:
-            dtype = self.qweight.dtype if self.bias is None else self.bias.dtype
+            dtype = self.original_dtype if self.bias is None else self.bias.dtype
         options: dict[str, Any] = {"bias": False, "device": self.weight.device, "dtype": dtype}
         return nn.Linear(self.in_features, config.r, **options), nn.Linear(config.r, self.out_features, **options)
 

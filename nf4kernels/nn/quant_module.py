@@ -10,7 +10,7 @@ from ..codebook import CODEBOOKS, DOUBLE_QUANT_CODEBOOKS, SCALE_CODEBOOKS, name_
 from ..modes import outside_inference_mode
 from ..quantized_weight import WEIGHT_DTYPES, QuantizedExperts, QuantizedWeight, WeightArgs, scales_of
 from . import checksum as checksums
-from .dtensors import is_dtensor, replicated, whole
+from .dtensors import is_dtensor, local_of, placed_as, replicated
 from .released import GATHER, check_gathered, is_released
 
 SCALES = ("scale_absmax", "scale_offset", "code", "scale_code")
@@ -164,7 +164,18 @@ class QuantModule(nn.Module):
     @property
     def dense_dtype(self) -> torch.dtype:
         """What a dense weight here would be: the dtype that it was quantized from, or what the module was cast to."""
-        return self.cast_to or self.qweight.dtype
+        return self.cast_to or self.original_dtype
+
+    @property
+    def original_dtype(self) -> torch.dtype:
+        """What the weight was quantized from; ValueError on the meta device, where nobody knows."""
+        source = local_of(self.source_dtype)
+        if source.is_meta:
+            raise ValueError(
+                f"{self.WHO}: dtype must be given for a layer on the meta device, which does not know what its weight"
+                " is quantized from"
+            )
+        return WEIGHT_DTYPES[int(source)]
 
     def byte_parameters(self) -> list[Tensor]:
         """The packed weight, and 8-bit scales of its blocks."""
@@ -344,9 +355,10 @@ class QuantModule(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, error_msgs) -> None:
         """Refuse, before anything is copied, what does not fit."""
-        for key in (prefix + name for name in self._buffers):
+        for name, own in self._buffers.items():
+            key = prefix + name
             if key in state_dict:
-                state_dict[key] = whole(state_dict[key])
+                state_dict[key] = placed_as(state_dict[key], own)
         errors = self.state_errors(state_dict, prefix)
         if errors:
             error_msgs.extend(f"{self.WHO}: {error}" for error in errors)

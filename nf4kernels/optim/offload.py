@@ -58,7 +58,8 @@ def saving_elsewhere(
     """
     own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     heads = [part for module in model.modules() for part, _ in output_layers(module)]
-    logits = {layer.out_features for head in heads for layer in head.modules() if isinstance(layer, nn.Linear)}
+    linear = [layer for head in heads for layer in head.modules() if isinstance(layer, nn.Linear)]
+    logits = {layer.out_features for layer in linear} - {layer.in_features for layer in linear}
     moved = Offloaded()
 
     def is_moved(tensor: Tensor) -> bool:

@@ -77,6 +77,8 @@ def rank_plans(
         raise StageError("--ranks and --gpus must not both be given: the one simulates what the other estimates")
     if options.shard != "fsdp2":
         raise StageError(f"--ranks simulates FSDP2, so --shard must be fsdp2, got {options.shard}")
+    if options.offload_activations:
+        raise StageError("--ranks simulates what stays on the device, so --offload-activations must be left out")
     cases = [
         [replace(options, rank=rank, batch=batch, length=length) for batch in batches for length in lengths]
         for rank in adapter_ranks

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..model.plan import unwrapped
-from ..model.sharded import Ranks, copy_own_part
+from ..model.sharded import Ranks, copy_own_part, is_sharded
 from ..model.walk import named_modules
 from ..modes import outside_inference_mode
 from ..nn.adapted_module import AdaptedModule
@@ -75,6 +75,7 @@ def save_adapters(model: nn.Module, directory: str | Path, name: str | None = No
         raise ValueError(f"{who}: model must have a layer in 4 bits with an adapter, got {came}")
     if "" in layers or any("." not in path for path, each in layers.items() if isinstance(each, GroupedQuantLinear)):
         raise ValueError(f"{who}: model must contain its layers, got a {type(model).__name__} itself")
+    ranks.check_one_model(Path(directory), sorted(layers))
     names_in_file = {path: path for path in layers}
     parameters = _parameters_of_experts(model)
     for path, names in parameters.items():
@@ -138,7 +139,7 @@ def load_adapters(model: nn.Module, directory: str | Path, name: str = "default"
     ranks = Ranks(model, who)
     with ranks.together():
         layers, adapters, state, beside = _read_checked(model, Path(directory), name, who)
-        if ranks.size > 1:
+        if is_sharded(model):
             _check_sharded(layers, adapters, name, who)
 
     given = {layers[path]: adapter for path, adapter in adapters.items()}

@@ -44,6 +44,7 @@ def replacing_directory(path: Path) -> Iterator[Path]:
     Raises:
         TargetError: the directory cannot be made, or another run is writing it.
     """
+    path = path.resolve() if path.is_symlink() else path
     staging, replaced = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.replaced")
     try:
         staging.mkdir(parents=True, exist_ok=True)

@@ -272,6 +272,7 @@ def _fill(model: nn.Module, plan: _Plan, ranks: Ranks, seed: int) -> None:
     state, layers = state_dict(model), quant_layers(model)
     placed: dict[int, Any] = {}
     parts = adapted_experts(model)
+    usual = next((each.dtype for each in model.parameters() if each.dtype in WEIGHT_DTYPES), None)
     for name, source in plan.dense.items():
         layer: Any = layers.get(name) or parts[name]
         values = quantized_parts(model, layer, source, ranks, _is_transposed(model, name))
@@ -288,10 +289,15 @@ def _fill(model: nn.Module, plan: _Plan, ranks: Ranks, seed: int) -> None:
             value = source.read(model, own_part(target), ranks.who)
             _put(target, cast(value, target.dtype, f"{ranks.who}: {name}"), placed)
         if plan.starts_adapters:
+            if any(local_of(t).any() for name, t in state.items() if "lora_B" in name and not local_of(t).is_meta):
+                warnings.warn(f"{ranks.who}: the file has no adapters, the model's begin anew", stacklevel=4)
             _start_adapters({**layers, **parts}, seed, placed)
     for module in model.modules() if placed else ():
         for store in (module._parameters, module._buffers):
             store.update({leaf: placed[id(t)] for leaf, t in store.items() if id(t) in placed})
+    for name in (*plan.dense, *plan.in_4_bits):
+        layer = layers.get(name) or parts[name]
+        layer.cast_to = layer.cast_to or usual  # as the model around it, whatever the file was
     _record_bytes(model, ranks)
     left = [name for name, buffer in model.named_buffers() if local_of(buffer).is_meta]
     if left:

@@ -35,6 +35,7 @@ class _Unit:
 def save_sharded(model: nn.Module, path: Path, who: str) -> None:
     """Write the model of all ranks into the directory `path`; see `save_checkpoint`."""
     ranks = Ranks(model, who)
+    ranks.check_one_model(path, (f"{name} {tuple(p.shape)}" for name, p in model.named_parameters()))
     with ranks.together():
         units = _units(model, who)
         if ranks.is_first:

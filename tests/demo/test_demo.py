@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from support.laptop import AVX2
 
 import nf4kernels as nf4
-from nf4kernels.demo import byte_model, data, loading, smollm2
+from nf4kernels.cli import main
+from nf4kernels.demo import byte_model, data, loading, settings, smollm2
 from nf4kernels.model.training import training_dtype
 from nf4kernels.storage.atomic import replacing_directory
 
@@ -153,7 +154,7 @@ def test_own_data_holds_out_a_tenth_and_64_at_most(tmp_path, count, held_out):
         (("--lr", "nan"), "--lr must be between 0 and 1, got nan"),
         (("--model", "nowhere"), "--model must be a Hugging Face directory with a config.json, got nowhere"),
         (("--data", "nowhere.jsonl"), "--data must be a file of examples, got nowhere.jsonl"),
-        (("--out", "full"), "--out must be new, empty or written by an earlier demo, got full"),
+        (("--out", "full"), "--out must be new, empty or written by an earlier demo and nothing else, got full"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
@@ -164,6 +165,23 @@ def test_a_bad_option_gives_one_clear_line(tmp_path, options, message):
     assert done.returncode == 2
     assert done.stderr.strip() == f"nf4kernels demo: {message}"
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def test_what_lies_in_the_folder_hinders_no_other_verb(tmp_path, monkeypatch, capsys):
+    (tmp_path / "demo-output").mkdir()
+    (tmp_path / "demo-output" / "diary.txt").write_text("dear diary", encoding="utf-8")
+    (tmp_path / ".cache").touch()
+    monkeypatch.chdir(tmp_path)
+    assert main(["recipes"]) == 0
+    assert capsys.readouterr().out
+
+
+def test_an_earlier_demo_with_a_file_of_the_users_stays(tmp_path):
+    (tmp_path / settings.RESULTS).write_text(json.dumps({"made_by": settings.MADE_BY}), encoding="utf-8")
+    (tmp_path / "nf4").mkdir()
+    assert settings.may_replace(tmp_path)
+    (tmp_path / "thesis.txt").touch()
+    assert not settings.may_replace(tmp_path)
 
 
 def test_a_download_with_other_bytes_is_refused(tmp_path, monkeypatch):

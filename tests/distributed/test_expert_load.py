@@ -51,3 +51,14 @@ def test_no_expert_is_none_and_the_worst_layer_counts():
 
 def test_a_model_without_experts():
     assert ExpertLoad(tiny.Net()).take() == {}
+
+
+def test_counts_of_a_model_that_was_made_on_meta():
+    with torch.device("meta"):
+        dense = fused()
+    load = ExpertLoad(dense)
+    experts = dense.to_empty(device="cpu").train()
+    for parameter in experts.parameters():
+        parameter.data.normal_()
+    experts(torch.randn(2, experts.hidden_dim), chosen(0, 0), torch.ones(2, 1))
+    assert load.take()["expert_load_max"] == experts.num_experts

@@ -86,6 +86,11 @@ def test_what_was_moved_is_gone_and_the_models_own_and_logits_stay():
     loss.backward()
 
 
+def test_a_vocabulary_as_wide_as_the_model_hinders_nothing(moves):
+    model = llama(vocab_size=HIDDEN)
+    assert gradients(model, offload_activations(model, least=INPUT))[1].tensors > 2
+
+
 def test_a_plain_loop_with_torchs_own_checkpoint(moves):
     """Micro-batches within one block, and the backward inside or outside of it."""
 

@@ -157,6 +157,11 @@ def test_links():
         ([0], Options(), "--ranks must be 1 or more, got 0"),
         ([8, -1], Options(), "--ranks must be 1 or more, got -1"),
         ([2], Options(gpus=2), "--ranks and --gpus must not both be given"),
+        (
+            [2],
+            Options(shard="fsdp2", offload_activations=True),
+            "--ranks simulates what stays on the device, so --offload-activations must be left out",
+        ),
         ([2], Options(shard="zero3"), "--ranks simulates FSDP2, so --shard must be fsdp2, got zero3"),
     ],
 )

@@ -21,3 +21,15 @@ def test_overwrite_killed_between_its_renames(target_is_there, tmp_path):
         raise RuntimeError("stop")
     assert os.listdir(tmp_path) == ["out"]
     assert (target / "config.json").read_text(encoding="utf-8") == ("new" if target_is_there else "old")
+
+
+def test_a_link_to_a_directory_stays_one(tmp_path):
+    (tmp_path / "big").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to("big")
+    for text in ("one", "two"):
+        with replacing_directory(link) as staging:
+            (staging / "file").write_text(text, encoding="utf-8")
+        assert link.is_symlink()
+        assert (tmp_path / "big" / "file").read_text(encoding="utf-8") == text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["big", "link"]

@@ -1,7 +1,9 @@
 """Run by torchrun on four ranks: layers and models cut by ranks beside the whole ones. Prints "same: case"."""
 
+import copy
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -21,6 +23,8 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 import nf4kernels as nf4
 from nf4kernels.distributed import ColwiseParallel, ExpertParallel, RowwiseParallel, tensor_parallel_plan
+from nf4kernels.model.sharded import own_part
+from nf4kernels.nn.dtensors import local_of
 
 RANKS = 4
 LORA = nf4.LoraConfig(r=4, init="gaussian")
@@ -177,6 +181,44 @@ def check_life() -> None:
         assert_same_state(other, {name: whole(each) for name, each in cut.state_dict().items()}, "resharded")
         if not isinstance(style, RowwiseParallel):
             assert torch.equal(other(x), cut(x)), "resharded"
+
+
+def check_loaded() -> None:
+    """Another state, as state_dict or written in place, is what the next product is of; adapters come late."""
+    mesh = init_device_mesh("cpu", (RANKS,))
+    x = torch.randn(3, 512, generator=torch.Generator().manual_seed(1))
+    for name, options in LAYERS.items():
+        if options.get("dtype") or "N" in options:
+            continue
+        other, another = layer(**options), layer(**options)
+        scaled = nf4.quantize(10 * other.dequantize(torch.float32), **other.quant_options)
+        for each in (other, another):
+            each.set_qweight(scaled)
+        for style in (COLUMN, ROW):
+            for load in ("state", "in place"):
+                cut = parallelize_module(layer(**options), mesh, style)
+                before = cut(x)
+                if load == "state":
+                    cut.load_state_dict(parallelize_module(copy.deepcopy(another), mesh, style).state_dict())
+                else:
+                    given = other.state_dict()
+                    with torch.no_grad():
+                        for key, own in cut.state_dict(keep_vars=True).items():
+                            local_of(own).copy_(given[key][own_part(own)])
+                y = cut(x)
+                torch.testing.assert_close(y, other(x), rtol=1e-4, atol=1e-3, msg=f"{name}, {style}, {load}")
+                assert not torch.allclose(y, before, rtol=0.1)
+    plain = nf4.QuantLinear(512, 96, bias=False, dtype=torch.bfloat16)
+    late = parallelize_module(plain, mesh, COLUMN)
+    late.add_lora(LORA)
+    assert late.lora_A.weight.dtype == torch.bfloat16
+    check_refused(lambda: late.set_qweight(scaled), "a layer in tensor parallel loads a state")
+    part = parallelize_module(experts(double_quant=False), mesh, ExpertParallel(input_layouts=Replicate()))
+    part.load_state_dict(part.state_dict())
+    for wrong in (5, -1):
+        index = torch.tensor([[0, 1], [2, wrong]])
+        with pytest.raises(RuntimeError, match=r"top_k_index must be in 0\.\."):
+            part(torch.randn(2, 64), index, torch.rand(2, 2))
 
 
 def step(model: nn.Module) -> Tensor:
@@ -350,6 +392,7 @@ def check_bad_input() -> None:
     for do, words in (
         (lambda: tensor_parallel_plan(llama, mesh), "k_proj: 2 heads must be the same number on each of 4 ranks"),
         (lambda: tensor_parallel_plan(layer(), mesh), "must have a tp_plan"),
+        (lambda: tensor_parallel_plan(llama, two), "device_mesh must have one dimension"),
         (lambda: tensor_parallel_plan(llama, mesh, {"nobody": "colwise"}), "must have names of the plan"),
         (lambda: tensor_parallel_plan(llama, mesh, {"model.norm": "packed_colwise"}), "packed_colwise for model.norm"),
         (lambda: parallelize_module(experts(E=3), mesh, ExpertParallel()), "3 experts must be the same number on each"),
@@ -364,6 +407,7 @@ CASES = {
     "rows": check_rows,
     "dropout": check_dropout,
     "life": check_life,
+    "loaded": check_loaded,
     "models": check_models,
     "experts beside shards": check_experts_beside_shards,
     "from_pretrained": check_from_pretrained,

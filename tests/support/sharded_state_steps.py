@@ -293,6 +293,10 @@ def refused(case: str, directory: Path) -> None:
     says(ValueError, "holds a checkpoint alone, got adapter_config", nf4.save_checkpoint, model, taken.parent)
     says(OSError, "nf4kernels.save_adapters: .*[Nn]ot a directory", nf4.save_adapters, model, taken / "inside")
 
+    alone = lambda path: nf4.save_checkpoint(model, path / f"of rank {rank}")  # noqa: E731
+    says(ValueError, "all ranks of the model's mesh must have the same model and path", alone, directory / "two")
+    assert not (directory / "two").exists()
+
     other = dense(case)
     other.requires_grad_(False)
     nf4.quantize_model(other, lora=nf4.LoraConfig(r=2), codebook="af4", progress=False)

@@ -120,6 +120,8 @@ class Session:
     def answer(self, text: str) -> Generator[str, None, None]:
         """Say `text`, and have the answer piece by piece; both are in the history when it has ended or was closed.
 
+        A question that the model answers with nothing is forgotten.
+
         Raises:
             StageError: the conversation is longer than the model reads; the history is as it was.
         """
@@ -147,7 +149,7 @@ class Session:
 
         Args:
             messages: what was said, the last by the user.
-            sampling, adapter, system: None for the session's; "" is no system prompt.
+            sampling, adapter, system: None for the session's; "" is the template's own, if it has one.
 
         Raises:
             StageError: the conversation is longer than the model reads, or there is no such adapter.

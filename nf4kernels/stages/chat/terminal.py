@@ -4,7 +4,7 @@ import contextlib
 import sys
 from typing import TextIO
 
-from ..errors import StageError
+from ..errors import StageError, first_line
 from .session import NO_ADAPTER, Session
 
 with contextlib.suppress(ImportError):  # not on Windows
@@ -12,7 +12,7 @@ with contextlib.suppress(ImportError):  # not on Windows
 
 HELP = """\
 /adapter NAME   answer with this adapter; /adapter none with the base model; /adapter alone lists them
-/system TEXT    another system prompt; /system alone has none
+/system TEXT    another system prompt; /system alone has that of the template, where it has one
 /clear          forget what was said
 /help           this list
 /exit           end, as Ctrl-D does
@@ -50,6 +50,8 @@ def converse(session: Session, notes: TextIO | None = None) -> None:
                 _print_answer(session, line, notes)
         except StageError as error:
             print(error, file=notes, flush=True)
+        except RuntimeError as error:  # of torch: no memory left, say
+            print(f"\nthe answer failed: {first_line(error)}", file=notes, flush=True)
 
 
 def _print_answer(session: Session, line: str, notes: TextIO) -> None:
@@ -74,7 +76,8 @@ def _obey(session: Session, line: str, notes: TextIO) -> bool:
         print(f"adapter: {session.adapter} (of {', '.join((*session.adapters, NO_ADAPTER))})", file=notes, flush=True)
     elif command == "/system":
         session.set_system(rest)
-        print(f"system prompt: {session.system or 'none'}", file=notes, flush=True)
+        said = session.system or "the template's, where it has one"
+        print(f"system prompt: {said}", file=notes, flush=True)
     elif command == "/clear":
         session.clear()
         print("cleared", file=notes, flush=True)

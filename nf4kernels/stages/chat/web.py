@@ -65,12 +65,14 @@ def build(session: Session) -> gradio.Blocks:
 
     def answer(
         text: str, history: list[dict[str, Any]], adapter: str, system: str, temperature: float, top_p: float,
-        top_k: int, max_new_tokens: int,
+        top_k: float | None, max_new_tokens: float | None,
     ) -> Iterator[str]:  # fmt: skip
         said = [{"role": message["role"], "content": _text_of(message["content"])} for message in history]
         so_far = ""
         try:
-            sampling = Sampling(temperature, top_p, int(top_k), int(max_new_tokens), own.seed)
+            top_k = own.top_k if top_k is None else int(top_k)  # an emptied field
+            most = own.max_new_tokens if max_new_tokens is None else int(max_new_tokens)
+            sampling = Sampling(temperature, top_p, top_k, most, own.seed)
             messages = [*said, {"role": "user", "content": text}]
             for piece in session.reply(messages, sampling, adapter, system):
                 so_far += piece
@@ -86,8 +88,15 @@ def build(session: Session) -> gradio.Blocks:
                     names, value=session.adapter, label="Adapter", interactive=True, visible=len(names) > 1
                 ),
                 gradio.Textbox(session.system or "", label="System prompt", lines=2, visible=session.has_template),
-                gradio.Slider(0, 2, own.temperature, step=0.05, label="Temperature", info="0 is the likeliest token"),
-                gradio.Slider(0.05, 1, own.top_p, step=0.05, label="Top p", info="1 is all tokens"),
+                gradio.Slider(
+                    0,
+                    max(2, own.temperature),
+                    own.temperature,
+                    step=0.05,
+                    label="Temperature",
+                    info="0 is the likeliest token",
+                ),
+                gradio.Slider(min(0.05, own.top_p), 1, own.top_p, step=0.05, label="Top p", info="1 is all tokens"),
                 gradio.Number(own.top_k, precision=0, minimum=0, label="Top k", info="0 is all tokens"),
                 gradio.Number(own.max_new_tokens, precision=0, minimum=1, label="Longest answer, in tokens"),
             ]
