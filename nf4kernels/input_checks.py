@@ -28,7 +28,7 @@ def check_input(
         raise TypeError(f"{who}: x must be a tensor, got {type(x).__name__}")
     if x.dtype not in WEIGHT_DTYPES:
         came = f"{x.dtype}{_who_read_a_weight() if x.dtype == packed.dtype else ''}"
-        raise TypeError(f"{who}: x must be float32, bfloat16 or float16 (cast it, or set compute_dtype), got {came}")
+        raise TypeError(f"{who}: x must be float32, bfloat16 or float16, got {came}")
     shape, device = x.shape, x.device
     if len(shape) == 0 or shape[-1] != K:
         raise ValueError(f"{who}: x must have K={K} columns, got shape {list(shape)}")

@@ -225,6 +225,8 @@ class QuantizedWeight(_Quantized):
         if order is None:
             return
         K, who = self.shape[1], f"nf4kernels.{type(self).__name__}"
+        if not isinstance(order, Tensor):
+            raise TypeError(f"{who}: column_order must be a tensor or None, got {type(order).__name__}")
         if order.dtype != torch.int32 or tuple(order.shape) != (K,):
             expected = f"column_order must be int32 [{K}]"
             raise ValueError(f"{who}: {expected}, got {order.dtype} {list(order.shape)}")
@@ -263,6 +265,8 @@ class QuantizedExperts(_Quantized):
 
     def __getitem__(self, expert: int) -> QuantizedWeight:
         """One expert's weight; shares memory."""
+        if not isinstance(expert, int):
+            raise TypeError(f"nf4kernels.QuantizedExperts: expert must be an int, got {type(expert).__name__}")
         if not -len(self) <= expert < len(self):
             raise IndexError(f"nf4kernels.QuantizedExperts: expert must be one of {len(self)}, got {expert}")
         shared = shared_codebooks(self.scales)

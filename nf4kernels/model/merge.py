@@ -11,7 +11,7 @@ from ..nn.quant_experts import QuantExperts
 from ..nn.quant_linear import QuantLinear
 from ..quantized_weight import WEIGHT_DTYPES
 from .merge_sharded import merged_in_parts, shard_again
-from .plan import QUANTIZED, check_container, names_of_modules, parts, replace_module, unwrapped
+from .plan import QUANTIZED, check_container, is_conv1d, names_of_modules, parts, replace_module, unwrapped
 from .sharded import Ranks, is_sharded, reshard
 from .walk import get_submodule
 
@@ -113,7 +113,9 @@ def base_weights_of(base: nn.Module, name: str, layer: QuantLinear | QuantExpert
     is_linear = isinstance(layer, QuantLinear)
     leaves, what = (("weight",), "an nn.Linear") if isinstance(layer, QuantLinear) else (layer.weights, "experts")
     weights: list[Any] = [getattr(module, leaf, None) for leaf in leaves]
-    is_dense = isinstance(module, nn.Linear) == is_linear and not isinstance(module, QUANTIZED)
+    if is_conv1d(module):
+        weights = [None if weight is None else weight.T for weight in weights]
+    is_dense = (isinstance(module, nn.Linear) or is_conv1d(module)) == is_linear and not isinstance(module, QUANTIZED)
     if not is_dense or not all(isinstance(weight, Tensor) and weight.is_floating_point() for weight in weights):
         raise ValueError(f"{who}: base must have {what} in floating point as {name}, got {module}")
     for leaf, weight in zip(leaves, weights):

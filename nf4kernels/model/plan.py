@@ -1,7 +1,7 @@
 """Which layers of a model are replaced, why the others are not, and how one module takes another's place."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -33,6 +33,7 @@ class _Surroundings:
     users: Mapping[int, set[str]]  # address of a parameter -> names of the parameters there
     readers: Mapping[nn.Module, str]
     trained_whole: Mapping[nn.Module, str]
+    merged: Collection[nn.Module]  # PEFT's adapters are in their weights, from which it would take them out again
     block_size: int | None
     conv1d: bool
 
@@ -50,7 +51,9 @@ def plan_layers(
         for leaf, parameter in module._parameters.items():
             if parameter is not None:
                 users[address(parameter)].add(f"{name}.{leaf}" if name else leaf)
-    surroundings = _Surroundings(users, readers_of_weights(names), trained_whole(names), block_size, conv1d)
+    wrappers: list[Any] = [module for module in names if getattr(module, "merged_adapters", None)]
+    merged = {each for wrapper in wrappers for each in getattr(wrapper, "base_layer", nn.Module()).modules()}
+    surroundings = _Surroundings(users, readers_of_weights(names), trained_whole(names), merged, block_size, conv1d)
 
     targets, skipped = [], []
     for module, aliases in names.items():
@@ -113,6 +116,8 @@ def _reason(module: nn.Module, aliases: list[str], patterns: Iterable[str], surr
         return "its weight is computed by a hook"
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
+    if module in surroundings.merged:
+        return "PEFT has merged adapters into it: unmerge_adapter() or merge_and_unload() first"
     if module in surroundings.trained_whole:
         return surroundings.trained_whole[module]
     if module in surroundings.readers:
@@ -194,9 +199,14 @@ def check_container(model: nn.Module, argument: str, who: str) -> None:
         )
 
 
-def replace_module(model: nn.Module, names: Iterable[str], old: nn.Module, new: nn.Module) -> None:
-    """Put `new` under every one of `names`, with old's hooks."""
+def move_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Of forward and backward; a state's hooks are of its tensors' names, which are others."""
     for hooks in HOOKS:
         setattr(new, hooks, getattr(old, hooks))
+
+
+def replace_module(model: nn.Module, names: Iterable[str], old: nn.Module, new: nn.Module) -> None:
+    """Put `new` under every one of `names`, with old's hooks."""
+    move_hooks(old, new)
     for name in names:
         set_submodule(model, name, new)

@@ -155,6 +155,7 @@ class AdaptedModule(QuantModule):
         stored = {key[len(prefix) :].split(".")[1] for key in state_dict if key.startswith(f"{prefix}{self.WAITING}.")}
         active = [name for name in self.adapter_names if name not in stored]
         has_active = f"{prefix}lora_A.weight" in state_dict
-        if stored != set(self._waiting()) and stored <= set(self.adapter_names) and len(active) == has_active:
+        is_other = stored != set(self._waiting()) and stored <= set(self.adapter_names) and len(active) == has_active
+        if is_other and not self.state_errors(state_dict, prefix):
             self.set_adapter(active[0] if active else None)
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -241,6 +241,9 @@ class QuantLinear(AdaptedModule, nn.Linear):
         if base_weight is None:
             weight = self.dequantize(torch.float32)
         else:
+            if tuple(base_weight.shape) != self.weight_shape:
+                came = list(base_weight.shape)
+                raise ValueError(f"{self.WHO}.to_linear: base_weight must be {list(self.weight_shape)}, got {came}")
             weight = base_weight.to(self.weight.device, torch.float32, copy=True)
         if merge_lora and self.lora is not None:
             weight += self.lora_delta() if base_weight is None else self.delta_over_original()
@@ -261,8 +264,11 @@ class QuantLinear(AdaptedModule, nn.Linear):
         for name in self.adapter_names:
             config, lora_A, lora_B = self.get_adapter(name)  # type: ignore[misc]  # it is there
             init_adapter(lora_A, lora_B, config)
+            for factor in (lora_A, lora_B):
+                if hasattr(factor, "start"):  # an adapter of the weight before begins anew, as any other
+                    factor.start.copy_(factor.weight)
         if self.lora is not None and self.lora.init in FROM_WEIGHT:
-            dtype = lora_A.weight.dtype
+            dtype = self.lora_A.weight.dtype
             qweight, A, B = quantize_with_start(dense.weight, self.lora, dtype, **self.quant_options)
             self.set_start(A, B)
         else:

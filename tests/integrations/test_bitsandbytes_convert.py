@@ -1,5 +1,7 @@
 """from_bnb and to_bnb: layers, models, quant states and state dicts, bit for bit, both ways."""
 
+import dataclasses
+
 import bitsandbytes as bnb
 import pytest
 import torch
@@ -123,3 +125,18 @@ def test_refusals():
     hooked = nn.Sequential(linear4bit(4, 64))
     hooked[0]._hf_hook = object()
     refused(ValueError, "0 must not be under accelerate's hooks", from_bnb, hooked)
+
+
+def test_a_state_that_bitsandbytes_cannot_hold_is_refused():
+    ordered = nf4.quantize(torch.randn(32, 64))
+    ordered = dataclasses.replace(ordered, column_order=torch.randperm(64).int())
+    for qweight, words in ((ordered, "permuted columns"), (nf4.quantize(torch.randn(32, 64), "int8"), "got int8")):
+        with pytest.raises(ValueError, match=words):
+            to_bnb(nf4.QuantLinear.from_quantized(qweight).state_dict())
+
+
+def test_a_lone_layer_keeps_its_hooks():
+    layer, called = linear4bit(32, 64), []
+    layer.register_forward_hook(lambda *_: called.append(True))
+    from_bnb(layer)(torch.randn(2, 64))
+    assert called

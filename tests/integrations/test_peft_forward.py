@@ -244,3 +244,13 @@ def test_it_is_our_layer_that_peft_makes():
     assert type(layer) is LoraQuantLinear
     _, layer = adapted(dense())
     assert type(layer) is peft.tuners.lora.Linear
+
+
+def test_compiled_hotswapping_scales_by_a_tensor():
+    hotswap = pytest.importorskip("peft.utils.hotswap", reason="this PEFT has no hotswapping")
+    model, layer = adapted(quantized())
+    x = torch.randn(3, layer.in_features)
+    expected = model(x)
+    hotswap.prepare_model_for_compiled_hotswap(model, target_rank=16)
+    assert isinstance(layer.scaling["default"], torch.Tensor)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)

@@ -281,3 +281,21 @@ def test_a_merged_model_is_no_quantized_one_for_transformers():
     part = make(["q_proj"]).merge_and_unload()
     assert part.is_quantized
     assert make("all-linear").unload().is_quantized
+
+
+def test_what_peft_has_merged_into_is_not_quantized():
+    """Its bytes would keep the adapter, and PEFT would take it out of them as if they were numbers."""
+    model, layer = adapted(dense())
+    x = torch.randn(3, layer.in_features)
+    model.merge_adapter()
+    expected = model(x)
+    report = nf4.quantize_model(model, progress=False)
+    assert [(each.name, each.reason) for each in report.skipped if "base_layer" in each.name] == [
+        (
+            "base_model.model.layer.base_layer",
+            "PEFT has merged adapters into it: unmerge_adapter() or merge_and_unload() first",
+        )
+    ]
+    assert torch.equal(model(x), expected)
+    model.unmerge_adapter()
+    assert nf4.quantize_model(model, progress=False).layers

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from support.peft_layers import One, peft, quantized
 from torch import nn
 
@@ -68,5 +69,46 @@ def test_what_computes_with_the_weight_is_refused(name):
 def test_mixed_adapters():
     lora = peft.LoraConfig(target_modules=["layer"], init_lora_weights=False)
     model = peft.get_peft_model(One(quantized()), lora, mixed=True)
+    x = torch.randn(3, model.base_model.model.layer.in_features)
+    expected = model(x)
     with pytest.raises(ValueError, match=r"must leave its weight alone, .* got loha on .*layer$"):
         model.add_adapter("other", peft.LoHaConfig(target_modules=["layer"]))
+    assert torch.equal(model(x), expected)
+    torch.testing.assert_close(model.merge_and_unload()(x), expected, rtol=1e-4, atol=1e-4)
+
+
+OPTIONS = {
+    "OFT": {"oft_block_size": 8}, "IA3": {"feedforward_modules": []},
+    "C3A": {"block_size": 32}, "VBLORA": {"num_vectors": 16, "vector_length": 16}, "FOURIERFT": {"n_frequency": 20},
+    "ADALORA": {"total_step": 10}, "WAVEFT": {"n_frequency": 20}, "MISS": {"r": 8}, "BONE": {"r": 8},
+    "RANDLORA": {"r": 8}, "GRALORA": {"r": 8, "gralora_k": 2},
+}  # fmt: skip
+OF_NO_LAYER = {"LORA", "XLORA", "POLY", "CPT", "TRAINABLE_TOKENS", "LN_TUNING", "ADAPTION_PROMPT", "PREFIX_TUNING"}
+COMPILES = {"BOFT"}  # a CUDA extension, where there is an nvcc
+KINDS = sorted(
+    kind.value
+    for kind in PEFT_TYPE_TO_CONFIG_MAPPING
+    if kind.value not in OF_NO_LAYER | COMPILES and "PROMPT" not in kind.value
+)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "MISS bat"])
+def test_on_bytes_of_the_weights_shape_it_is_right_or_refused(kind):
+    """int8: what takes the bytes for numbers would find them of the right shape."""
+    kind, *bat = kind.split()
+    make = next(each for known, each in PEFT_TYPE_TO_CONFIG_MAPPING.items() if known.value == kind)
+    options = OPTIONS.get(kind, {}) | ({"init_weights": "bat"} if bat else {})
+    layer, outputs = quantized(codebook="int8", shape=(128, 128)), []
+    x = torch.randn(5, layer.in_features)
+    for base in (twin(layer), layer):
+        torch.manual_seed(1)
+        try:
+            model = peft.get_peft_model(One(base), make(target_modules=["layer"], **options)).eval()
+            outputs.append(model(x))
+        except Exception as error:
+            if base is not layer:
+                pytest.skip(f"this PEFT's {kind} does not run on a dense layer so: {error}")
+            sentences = ("must leave its weight alone", "does not support this layer type")  # ours, GLoRA's own
+            assert any(words in str(error) for words in sentences)  # noqa: PT017  # another is as wrong as none
+            return
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-4)

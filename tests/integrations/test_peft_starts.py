@@ -144,3 +144,32 @@ def test_loftq_refuses_and_changes_nothing(tmp_path):
     with pytest.raises(FileNotFoundError):
         replace_lora_weights_loftq(model, tmp_path / "nothing")
     assert not layer.lora_B["default"].weight.count_nonzero()
+
+
+@pytest.mark.parametrize("source", ["model", "directory"])
+def test_loftq_on_conv1d_takes_the_weight_the_right_way_round(tmp_path, source):
+    """Also of a square one, whose shape fits both ways."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: there is no Conv1D")
+    from nf4kernels.integrations.transformers import Nf4Config
+
+    sizes = {"n_embd": 64, "n_head": 4, "n_layer": 1, "n_positions": 64, "vocab_size": 96}
+    base = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+    base.save_pretrained(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=Nf4Config())
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=16, target_modules=["c_proj", "c_attn"])).eval()
+    replace_lora_weights_loftq(wrapped, base if source == "model" else tmp_path)
+    blocks = wrapped.base_model.model.transformer.h[0], base.transformer.h[0]
+    for layer, conv in zip(*([block.attn.c_proj, block.mlp.c_proj] for block in blocks)):
+        W = conv.weight.T
+        assert (W - sum_of(layer)).norm() < 0.9 * (W - layer.get_base_layer().dequantize(torch.float32)).norm()
+
+
+def test_kasa_where_adapters_are_made_on_meta(tmp_path):
+    if not hasattr(peft, "KasaConfig"):
+        pytest.skip("this PEFT has no KaSA")
+    layer = quantized()
+    config = peft.LoraConfig(r=4, target_modules=["layer"], kasa_config=peft.KasaConfig())
+    peft.get_peft_model(One(copy.deepcopy(layer)), config).save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(One(layer), tmp_path, low_cpu_mem_usage=True)
+    assert not any(parameter.is_meta for parameter in loaded.parameters())
+    assert loaded(torch.randn(2, K)).isfinite().all()

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.directories import dense_directory, load
 
+import nf4kernels as nf4
 from nf4kernels.integrations.transformers import Nf4Config
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -230,3 +231,22 @@ def test_a_dense_checkpoint_offloaded_to_disk(dense, tmp_path):
     options = {"device_map": {"model": "cpu", "lm_head": "disk"}, "offload_folder": tmp_path}
     with pytest.raises(ValueError, match="device_map must not offload to disk while a dense checkpoint is quantized"):
         load(dense, quantization_config=Nf4Config(), **options)
+
+
+@pytest.mark.parametrize("codebook", ["nf4", "int8"])
+def test_a_bare_state_is_warned_of_and_not_taken_for_numbers(dense, tmp_path, codebook):
+    """quantize_model gives transformers no quantizer, which would know how to write its layers."""
+    model = load(dense)
+    nf4.quantize_model(model, codebook=codebook, progress=False)
+    with pytest.warns(match="q_proj is in 4 bits by quantize_model, .* save it by nf4kernels.save_checkpoint"):
+        model.save_pretrained(tmp_path / "bare")
+    for options in ({}, {"quantization_config": Nf4Config()}):
+        with pytest.raises(
+            ValueError, match="was in 4 bits by quantize_model, and what save_pretrained writes of such"
+        ):
+            load(tmp_path / "bare", **options)
+    again = load(dense)
+    nf4.quantize_model(again, codebook=codebook, progress=False)
+    again.load_state_dict(load_file(tmp_path / "bare" / "model.safetensors"), strict=False)
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.equal(again(ids).logits, model(ids).logits)

@@ -199,3 +199,14 @@ def test_checkpoints_and_copies_know_where_it_started(tmp_path, init):
         assert each.blocks[0].q_proj.lora.init == init
         assert torch.equal(change(each.blocks[0].q_proj), change(model.blocks[0].q_proj))
     assert loaded.to(torch.bfloat16).blocks[0].q_proj.lora_A.start.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("init", STARTS)
+def test_new_weights_start_an_adapter_that_waits_anew_too(init):
+    layer = QuantLinear(64, 32, lora=LoraConfig(r=4, init=init), dtype=torch.float32)
+    layer.add_lora(LoraConfig(r=4), name="other")
+    layer.set_adapter("other")
+    layer.reset_parameters()
+    layer.set_adapter("default")
+    assert not layer.lora_delta().any()
+    assert not layer.delta_over_original().any()

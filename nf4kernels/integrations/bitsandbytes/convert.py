@@ -9,16 +9,14 @@ from bitsandbytes.nn import modules
 from torch import Tensor, nn
 
 from ...codebook import CODEBOOKS, SCALE_CODEBOOKS, name_of
-from ...model.plan import replace_module
+from ...model.plan import move_hooks, replace_module
 from ...model.walk import named_modules
-from ...nn.quant_linear import QuantLinear
+from ...nn.quant_linear import COLUMN_ORDER, OF_WEIGHT, QuantLinear
 from ...nn.quant_module import QuantModule
 from ...quantized_weight import BLOCK_SIZES, WEIGHT_DTYPES, QuantizedWeight
 from ...storage.bitsandbytes_format import stored_weights, weight_from_tensors, weight_to_tensors
 from .quant_state import WHO, is_repacked, restored
 from .state_dicts import as_stored, install, quant_state_of
-
-OWN = ("absmax", "scale_absmax", "scale_offset", "code", "scale_code", "source_dtype", "checksum")  # beside `weight`
 
 
 def from_bnb(obj: Any) -> Any:
@@ -98,6 +96,7 @@ def _exchanged(model: nn.Module, kind: type[nn.Module], convert: Callable[[str, 
         if id(layer) not in new:
             new[id(layer)] = convert(name or type(layer).__name__, layer).train(layer.training)
     if "" in layers:
+        move_hooks(layers[""], new[id(layers[""])])
         return new[id(layers[""])]
     for name, layer in layers.items():
         replace_module(model, [name], layer, new[id(layer)])
@@ -155,7 +154,7 @@ def _state_to_bnb(state_dict: Mapping[str, Tensor], quant_storage: torch.dtype, 
         prefix, _, leaf = key.rpartition("source_dtype")
         if leaf or f"{prefix}code" not in state_dict or f"{prefix}absmax" not in state_dict:
             continue
-        own = {name: state.pop(f"{prefix}{name}", None) for name in ("weight", *OWN)}
+        own = {name: state.pop(f"{prefix}{name}", None) for name in OF_WEIGHT}
         tensors = weight_to_tensors(_qweight_of_state(own, f"{prefix}weight", who), f"{prefix}weight", True)
         tensors[f"{prefix}weight"] = as_stored(tensors[f"{prefix}weight"], quant_storage)
         state |= tensors
@@ -167,6 +166,8 @@ def _qweight_of_state(own: Mapping[str, Any], key: str, who: str) -> QuantizedWe
     packed, absmax = own["weight"], own["absmax"]
     if packed is None or packed.dim() != 2:
         raise ValueError(f"{who}: {key} must be [N, K/2], got {None if packed is None else list(packed.shape)}")
+    if own["code"].numel() != 16:
+        raise ValueError(f"{who}: {key} must be in 4 bits, got int8")
     N, K = packed.shape[0], 2 * packed.shape[1]
     sizes = [size for size in BLOCK_SIZES if -(-N * K // size) == absmax.numel()]
     if len(sizes) != 1:
@@ -177,4 +178,5 @@ def _qweight_of_state(own: Mapping[str, Any], key: str, who: str) -> QuantizedWe
         packed, absmax, own["scale_absmax"], own["scale_offset"], own["code"], own["scale_code"], (N, K),
         WEIGHT_DTYPES[int(own["source_dtype"])], sizes[0], name_of(own["code"], CODEBOOKS),
         own["scale_code"] if own["scale_code"] is None else name_of(own["scale_code"], SCALE_CODEBOOKS),
+        own[COLUMN_ORDER],
     )  # fmt: skip

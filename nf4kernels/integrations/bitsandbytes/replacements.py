@@ -16,7 +16,7 @@ from torch import Tensor
 from ... import ops  # noqa: F401 (defines what the next lines hold)
 from ...autograd import Linear, composed_linear
 from ...codebook import SCALE_CODEBOOKS
-from ...modes import is_transformed, outside_inference_mode
+from ...modes import autocast_is_on, is_transformed, outside_inference_mode
 from ...quantized_weight import BLOCK_SIZES, SUPERBLOCK, WEIGHT_DTYPES
 from .quant_state import is_repacked, matrix_shape, restored, weight_args
 
@@ -83,13 +83,15 @@ def matmul_4bit(A: Tensor, B: Tensor, quant_state, out=None, bias=None) -> Tenso
         (B, quant_state), is_transposed = restored(B, quant_state), False
     if A.shape[-1] != quant_state.shape[1] or is_transposed:  # a weight of [K, N], or an error
         return _matmul_4bit(A, B, quant_state, out, bias)
+    if autocast_is_on(A.device):  # as of bitsandbytes, whose product is torch's
+        A = A.to(torch.get_autocast_dtype(A.device.type))
     with _without_torch_function():
         y = _product(A, B, quant_state, bias)
     return y if out is None else out.copy_(y)
 
 
 def _product(A: Tensor, B: Tensor, state: functional.QuantState, bias: Tensor | None) -> Tensor:
-    """In A's dtype: bitsandbytes' products know no autocast."""
+    """In A's dtype, whatever autocast says."""
     weight = weight_args(B, state, *state.shape)
     if bias is not None:
         bias = bias.to(A.dtype)

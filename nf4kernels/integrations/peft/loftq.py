@@ -1,6 +1,6 @@
 """LoftQ on a model that PEFT has wrapped already, without bitsandbytes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,9 @@ def replace_lora_weights_loftq(
         variant = layer.lora_variant.get(adapter_name)
         if variant is not None and not isinstance(variant, QuantDoraVariant):
             raise ValueError(f"{WHO}: {name} must have plain LoRA or DoRA, got {type(variant).__name__}")
-    weight_of = _weights(base, layers)
+    quantizer = getattr(model, "hf_quantizer", None)
+    transposed: Collection[str] = getattr(quantizer, "transposed", ())  # GPT-2's Conv1D
+    weight_of = _weights(base, layers, transposed)
     for name, layer in layers.items():
         packed: Any = layer.get_base_layer()
         error = weight_of(name).to(packed.weight.device, torch.float32) - packed.dequantize(torch.float32)
@@ -73,8 +75,10 @@ def _start(layer: Any, adapter_name: str, error: Tensor) -> None:
         magnitudes.weight.copy_(magnitudes.norms(layer.get_base_layer(), A, B, scaling))
 
 
-def _weights(base: nn.Module | str | Path, layers: dict[str, LoraQuantLinear]) -> Callable[[str], Tensor]:
-    """The dense weight of a layer by its name; all of them are there and fit."""
+def _weights(
+    base: nn.Module | str | Path, layers: dict[str, LoraQuantLinear], transposed: Collection[str]
+) -> Callable[[str], Tensor]:
+    """The dense weight of a layer by its name; all of them are there and fit. Files have the `transposed` as [K, N]."""
     if isinstance(base, nn.Module):
         dense = unwrapped(base, "base", WHO)
         for name, layer in layers.items():
@@ -92,8 +96,9 @@ def _weights(base: nn.Module | str | Path, layers: dict[str, LoraQuantLinear]) -
         if key not in stored.names:
             raise ValueError(f"{WHO}: base must have {key}, got {base} without it")
         packed: Any = layers[name].get_base_layer()
-        weight, expected = stored.on_meta(key), packed.weight_shape
+        weight, (N, K) = stored.on_meta(key), packed.weight_shape
+        expected = (K, N) if name in transposed else (N, K)
         if tuple(weight.shape) != expected or not weight.is_floating_point():
             came = f"{list(weight.shape)} in {weight.dtype}"
             raise ValueError(f"{WHO}: base must have {key} in shape {list(expected)} and floating point, got {came}")
-    return lambda name: stored.read(keys[name])
+    return lambda name: stored.read(keys[name]).T if name in transposed else stored.read(keys[name])

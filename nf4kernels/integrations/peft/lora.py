@@ -74,6 +74,8 @@ class LoraQuantLinear(lora.Linear):
             return None
         if factors[0] is None or factors[1] is None or dropout_p is None:
             return None
+        if not isinstance(self.scaling[name], float | int):  # a tensor, of prepare_model_for_compiled_hotswap
+            return None
         return factors[0], factors[1], self.scaling[name], dropout_p
 
     def resolve_lora_variant(self, **kwargs: Any) -> Any:
@@ -117,8 +119,11 @@ class LoraQuantLinear(lora.Linear):
             self._changed_base_for = (*self._changed_base_for, adapter_name)
             qweight = quantize(left, **base.quant_options)
             base.set_qweight(qweight)
-            if base.weight.is_meta:  # inside accelerate's init_empty_weights, which is meant for the adapter
-                base._parameters["weight"] = nn.Parameter(qweight.packed, requires_grad=False)
+            held = {"weight": qweight.packed, "absmax": qweight.absmax}
+            on_meta = [leaf for leaf in held if leaf in base._parameters and getattr(base, leaf).is_meta]
+            for leaf in on_meta:  # inside accelerate's init_empty_weights, which is meant for the adapter
+                base._parameters[leaf] = nn.Parameter(held[leaf], requires_grad=False)
+            if on_meta:
                 base.record_bytes()
 
     def _truncate_now(self, adapter_name: str) -> None:

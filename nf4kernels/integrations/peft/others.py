@@ -14,9 +14,16 @@ from torch import nn
 from ...model.plan import QUANTIZED
 
 WHO = "nf4kernels.integrations.peft"
-# UniLoRA takes the weight's dtype for its scales, which are zero as bytes, and so is its term. The others fail in their
-# first forward with an error about shapes.
-COMPUTE_WITH_WEIGHT = ("unilora", "loha", "lokr", "hra", "hira", "peanut", "shira", "supertuning")
+REFUSED = (
+    WHO + ": adapters on a 4-bit layer must leave its weight alone, as those of LoRA, IA3, VeRA or OFT do,"
+    " got {kind} on {name}"
+)
+# UniLoRA takes the weight's dtype for its scales, which are zero as bytes, and so is its term. The others compute with
+# the weight, or take it for floating point: on int8 layers, whose bytes have the weight's shape, without an error.
+COMPUTE_WITH_WEIGHT = (
+    "unilora", "loha", "lokr", "hra", "hira", "peanut", "shira", "supertuning", "deft", "adamss", "frod", "osf",
+    "tinylora", "delora", "psoft",
+)  # fmt: skip
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -40,6 +47,8 @@ def checked_merge(merge: Callable[..., Any], tuner: Any, *args: Any, **kwargs: A
 
 def checked_inject(inject: Callable[..., Any], tuner: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """ValueError for adapters that compute with the weight itself, in their forward or from its dtype."""
+    for name, kind in _refused(tuner, model, *args, **kwargs):
+        raise ValueError(REFUSED.format(kind=kind, name=name))
     trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
     result = inject(tuner, model, *args, **kwargs)
     for name, layer in _layers(model):
@@ -48,11 +57,23 @@ def checked_inject(inject: Callable[..., Any], tuner: Any, model: nn.Module, *ar
                 tuner.unload()
                 for parameter, wanted in trained.items():
                     parameter.requires_grad_(wanted)
-            raise ValueError(
-                f"{WHO}: adapters on a 4-bit layer must leave its weight alone, as those of LoRA, IA3, VeRA or OFT do,"
-                f" got {_kind(layer)} on {name}"
-            )
+            raise ValueError(REFUSED.format(kind=_kind(layer), name=name))
     return result
+
+
+def _refused(tuner: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Iterator[tuple[str, str]]:
+    """(layer, kind) where such adapters would be, of what the configuration names itself."""
+    config: Any = tuner.peft_config[adapter_name]
+    kind = str(getattr(config.peft_type, "value", config.peft_type)).lower()
+    reads = kind in COMPUTE_WITH_WEIGHT or (kind == "miss" and getattr(config, "init_weights", None) == "bat")
+    targets = getattr(config, "target_modules", None)
+    if not reads or not targets:
+        return
+    for name, module in model.named_modules():
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        is_named = targets == "all-linear" or tuner._check_target_module_exists(config, name)
+        if isinstance(base, QUANTIZED) and is_named:
+            yield name, kind
 
 
 def _kind(layer: nn.Module) -> str:

@@ -1,9 +1,11 @@
-"""The three places where transformers is made to know 4-bit models beyond what it lets one register.
+"""The four places where transformers is made to know 4-bit models beyond what it lets one register.
 
-Both call what was there before, and change nothing for a model or a configuration that is not ours.
+All call what was there before, and change nothing for a model or a configuration that is not ours.
 """
 
 import functools
+import warnings
+from collections.abc import Iterable
 from typing import Any
 
 from transformers import modeling_utils
@@ -12,12 +14,16 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import is_bitsandbytes_available
 
 from ...codebook import FORMATS
-from ...nn.quant_module import elements_beyond_bytes
+from ...nn.quant_module import QuantModule, elements_beyond_bytes
 from ...storage.published.layouts import layout_of
 from .config import METHOD, Nf4Config
 from .published import slices
 
 WHO = "nf4kernels.Nf4Config"
+BARE = (
+    "what save_pretrained writes of such a model loads into the same model alone, quantized alike, by load_state_dict:"
+    " save it by nf4kernels.save_checkpoint, or merge it first (merge_model), or load it with an Nf4Config"
+)
 
 
 def install() -> None:
@@ -25,6 +31,7 @@ def install() -> None:
     _choose_config()
     _count_parameters()
     _load_by_our_names()
+    _warn_of_bare_states()
 
 
 def _choose_config() -> None:
@@ -59,11 +66,35 @@ def _load_by_our_names() -> None:
     def convert_and_load_state_dict_in_model(*args: Any, **kwargs: Any) -> Any:
         quantizer = getattr(kwargs.get("load_config"), "hf_quantizer", None)
         published = getattr(quantizer, "published", None)
+        if not getattr(quantizer, "pre_quantized", False):
+            _check_no_bare_state(kwargs.get("state_dict") or ())
         if published is not None:
             kwargs["state_dict"] = slices(published)
         return original(*args, **kwargs)
 
     modeling_utils.convert_and_load_state_dict_in_model = convert_and_load_state_dict_in_model
+
+
+def _warn_of_bare_states() -> None:
+    """A model that quantize_model has changed has no quantizer that would write its layers so that they load again."""
+    original = PreTrainedModel.save_pretrained
+
+    @functools.wraps(original)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(self, "hf_quantizer", None) is None and kwargs.get("state_dict") is None:
+            layer = next((name for name, each in self.named_modules() if isinstance(each, QuantModule)), None)
+            if layer is not None:
+                warnings.warn(f"{WHO}: {layer} is in 4 bits by quantize_model, and {BARE}", stacklevel=2)
+        return original(self, *args, **kwargs)
+
+    PreTrainedModel.save_pretrained = save_pretrained
+
+
+def _check_no_bare_state(names: Iterable[str]) -> None:
+    """ValueError for what save_pretrained wrote of such a model: its bytes would be taken for numbers."""
+    for name in names:
+        if name.endswith(".source_dtype"):
+            raise ValueError(f"{WHO}: {name.removesuffix('.source_dtype')} was in 4 bits by quantize_model, and {BARE}")
 
 
 def our_config(stored: Any, asked: Any) -> Nf4Config | None:

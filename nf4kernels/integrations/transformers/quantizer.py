@@ -124,7 +124,7 @@ class Nf4Quantizer(HfQuantizer):
         scale: float = 1 + fp32 / SUPERBLOCK if options["double_quant"] else fp32
         if own is not None:
             scale = 1 if own.scale_codebook is not None else torch.bfloat16.itemsize
-        return 0.5 + scale / (options["block_size"] or default_block_size(codebook))
+        return (1 if codebook == "int8" else 0.5) + scale / (options["block_size"] or default_block_size(codebook))
 
     def get_quantize_ops(self) -> QuantizeOnLoad:
         return QuantizeOnLoad(self)
@@ -236,7 +236,7 @@ class Nf4Quantizer(HfQuantizer):
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # adapters alone are saved
         check_no_adapters(model)
-        restore_conv1d(model, self._transposed)
+        restore_conv1d(model, self.transposed)
         if not has_4_bit_layer(model):
             self.forget(model)
             self.remove_quantization_config(model)
@@ -263,11 +263,11 @@ class Nf4Quantizer(HfQuantizer):
 
     def forget(self, model: Any) -> None:
         """Leave a model that is dense again as transformers would have loaded it."""
-        restore_conv1d(model, self._transposed)
+        restore_conv1d(model, self.transposed)
         model.__dict__.pop("_weight_conversions", None)
 
     @property
-    def _transposed(self) -> set[str]:
+    def transposed(self) -> set[str]:
         return {name for target in self.targets.values() if target.transposed for name in target.names}
 
 
