@@ -88,7 +88,7 @@ def folder() -> Path | None:
     """Of this user's tables; None where there is to be none: NF4KERNELS_CACHE is empty, or there is no home."""
     named = os.environ.get(VARIABLE)
     if named is not None:
-        return Path(named) if named else None
+        return Path(named).expanduser() if named else None
     cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
         return (cache if cache.is_absolute() else Path.home() / ".cache") / "nf4kernels"

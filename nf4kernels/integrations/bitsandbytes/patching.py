@@ -85,8 +85,9 @@ def patch() -> None:
     """
     global _active
     if _active is None:
-        _active = _Patch()
-        _active.apply()
+        made = _Patch()
+        made.apply()
+        _active = made
 
 
 def unpatch() -> None:
