@@ -339,3 +339,15 @@ def test_gpus_are_patched_when_cuda_is_initialised(monkeypatch):
         unpatch()
         assert not has_kernels()
         assert "cuda" not in replacements.DEVICES
+
+
+def test_the_raw_product_follows_autocast_as_theirs():
+    packed, state = functional.quantize_4bit(torch.randn(32, 64), quant_type="nf4")
+    x, found = torch.randn(3, 64), []
+    for change in (unpatch, patch):
+        change()
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(bnb.matmul_4bit(x, packed.t(), state))
+    theirs, ours = found
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    assert (ours - theirs).norm() < 0.01 * theirs.norm()

@@ -310,3 +310,15 @@ def test_a_second_adapter_of_a_name_is_an_error(layer):
 def test_a_name_that_no_module_can_have_is_an_error(layer, name):
     with pytest.raises(ValueError, match="add_lora: name must be a word that can be a module's name"):
         layer.add_lora(SMALL, name=name)
+
+
+def test_a_refused_state_leaves_the_active_adapter():
+    layer = nf4.QuantLinear(64, 32, lora=nf4.LoraConfig(r=2))
+    layer.add_lora(nf4.LoraConfig(r=2), name="other")
+    other = copy.deepcopy(layer)
+    other.set_adapter("other")
+    state = other.state_dict()
+    state["absmax"] = state["absmax"].float()
+    with pytest.raises(RuntimeError, match="absmax must be"):
+        layer.load_state_dict(state)
+    assert layer.adapter_name == "default"

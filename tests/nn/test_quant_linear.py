@@ -353,6 +353,20 @@ def test_to_linear():
     assert layer.bias.count_nonzero() > 0
 
 
+def test_another_weight_of_another_shape_is_refused():
+    layer = QuantLinear(64, 96)
+    with pytest.raises(ValueError, match=r"to_linear: base_weight must be \[96, 64\], got \[3, 3\]"):
+        layer.to_linear(base_weight=torch.zeros(3, 3))
+
+
+def test_a_layer_on_meta_without_bias_wants_the_adapters_dtype():
+    layer = QuantLinear(64, 96, bias=False, device="meta")
+    with pytest.raises(ValueError, match="dtype must be given for a layer on the meta device"):
+        layer.add_lora(LoraConfig(r=2))
+    layer.add_lora(LoraConfig(r=2), dtype=torch.bfloat16)
+    assert layer.lora_A.weight.dtype == torch.bfloat16
+
+
 def test_second_adapter_is_refused():
     layer = make()
     before = layer.lora_A
