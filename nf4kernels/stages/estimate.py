@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..integrations import peft as _peft  # noqa: F401 (makes PEFT know our layers)
-from ..model.plan import QUANTIZED, parts
+from ..model.plan import QUANTIZED, is_conv1d, linear_shape, names_of_modules, parts, replace_module
 from ..model.quantize import quantize_model
 from ..nn.quant_experts import QuantExperts
 from .errors import StageError
@@ -243,6 +243,12 @@ def read_config(source: Path | dict[str, Any]) -> Any:
     return config
 
 
+def _linear_on_meta(conv1d: Any) -> nn.Linear:
+    out_features, in_features = linear_shape(conv1d)
+    has_bias = conv1d.bias is not None
+    return nn.Linear(in_features, out_features, has_bias, device="meta", dtype=conv1d.weight.dtype)
+
+
 class Built:
     """A model in 4 bits with adapters of one rank, on the meta device, and its parts."""
 
@@ -255,6 +261,9 @@ class Built:
         if getattr(dense, "_supports_sdpa", False):
             dense.set_attn_implementation("sdpa")
         self.parameters = sum(parameter.numel() for parameter in dense.parameters())
+        for module, names in names_of_modules(dense).items():
+            if is_conv1d(module):  # of GPT-2: from_pretrained makes a QuantLinear of it, as of an nn.Linear
+                replace_module(dense, names, module, _linear_on_meta(module))
         try:
             report = quantize_model(
                 dense, options.skip, progress=False, codebook=options.codebook, block_size=options.block_size,

@@ -114,6 +114,12 @@ def test_families(family):
         assert found.weights > 2 * 4 * 3 * 64 * 128 // 2
 
 
+def test_conv1d_is_a_linear_layer():
+    sizes = {"n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 64, "vocab_size": 96}
+    found = estimate({"model_type": "gpt2", **sizes}, Options(batch=2, length=64))
+    assert found.weights == 64 * (3 * 64 + 64 + 4 * 64 + 4 * 64) // 2
+
+
 def test_all_cases_in_order():
     found = [each.options for each in estimates(LLAMA, [1, 2], [16, 32], [4, 8])]
     assert [(each.rank, each.batch, each.length) for each in found] == [
@@ -126,7 +132,6 @@ def test_all_cases_in_order():
     [
         ({"model_type": "nonsense"}, "must have a model_type that transformers knows, got 'nonsense'"),
         ({"model_type": "t5"}, "must be of a causal language model, got t5"),
-        ({"model_type": "gpt2", "n_embd": 64, "n_layer": 1, "n_head": 4}, "no layer of this gpt2 is quantized"),
         (Path("/nowhere"), "must be a config.json or its directory"),
     ],
 )
@@ -136,6 +141,8 @@ def test_refused(config, sentence):
 
 
 def test_options_refused():
+    with pytest.raises(StageError, match=r"no layer of this llama is quantized: .*skip='model'"):
+        estimate(LLAMA, Options(skip=("model",)))
     with pytest.raises(StageError, match="--batch must be 1 or more, got 0"):
         Options(batch=0)
     with pytest.raises(StageError, match=r"--optimizer must be one of .*, got lion"):
