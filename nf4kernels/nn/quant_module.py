@@ -172,8 +172,8 @@ class QuantModule(nn.Module):
         source = local_of(self.source_dtype)
         if source.is_meta:
             raise ValueError(
-                f"{self.WHO}: dtype must be given for a layer on the meta device, which does not know what its weight"
-                " is quantized from"
+                f"{self.WHO}: the layer is on the meta device and does not know what its weight is quantized from: give"
+                " a dtype, or load its state first"
             )
         return WEIGHT_DTYPES[int(source)]
 

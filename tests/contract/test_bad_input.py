@@ -66,8 +66,8 @@ BAD = {
     "dequantize-rows-negative": (dequantize, (Q, torch.float32, None, (-1, 3)), ValueError, "rows", "-1"),
     "dequantize-rows-backwards": (dequantize, (Q, torch.float32, None, (5, 3)), ValueError, "rows", r"\(5, 3\)"),
     "dequantize-cols": (dequantize, (Q, torch.float32, None, None, (60, 65)), ValueError, "cols", r"\(60, 65\)"),
-    "linear-int": (linear, (X.int(), Q), TypeError, "x", "int32.*|compute_dtype"),
-    "linear-double": (linear, (X.double(), Q), TypeError, "x", "compute_dtype.*float64"),
+    "linear-int": (linear, (X.int(), Q), TypeError, "x", "int32"),
+    "linear-double": (linear, (X.double(), Q), TypeError, "x", "got torch.float64"),
     "linear-columns": (linear, (X[:, :63], Q), ValueError, "x", r"K=64 columns, got shape \[3, 63\]"),
     "linear-0d": (linear, (torch.ones(()), Q), ValueError, "x", r"\[\]"),
     "linear-device": (linear, (X.to(META), Q), ValueError, "x", "meta"),
@@ -131,8 +131,8 @@ def test_quant_linear_refuses(options, error, argument):
 @pytest.mark.parametrize(
     ("x", "error", "message"),
     [
-        (torch.ones(2, 64, dtype=torch.int64), TypeError, "x must be .*compute_dtype.*int64"),
-        (torch.ones(2, 64, dtype=torch.float64), TypeError, "x must be .*compute_dtype.*float64"),
+        (torch.ones(2, 64, dtype=torch.int64), TypeError, "x must be .* got torch.int64"),
+        (torch.ones(2, 64, dtype=torch.float64), TypeError, "x must be .* got torch.float64"),
         (torch.ones(2, 65), ValueError, r"x must have K=64 columns, got shape \[2, 65\]"),
         (torch.ones(()), ValueError, "x must have K=64 columns"),
         (torch.ones(2, 64, device="meta"), ValueError, "x must be on cpu"),

@@ -19,12 +19,13 @@ from .dequantize import launch
 SLICE_BYTES = 24 << 20  # stays in the L2 of an A100 and later
 
 
-@torch.no_grad()  # torch's product refuses to write into `out` where an input requires a gradient
 def multiply_by_slices(
     dgrad: bool, inputs: Tensor, weight: tuple, bias: Tensor | None, lora_inner: Tensor | None,
     lora_factor: Tensor | None, scaling: float, out: Tensor,
 ) -> None:  # fmt: skip
     """out[M, columns] = inputs[M, depth] @ (Ŵ if dgrad else Ŵ^T) + the LoRA term + bias."""
+    given = (inputs, bias, lora_inner, lora_factor)  # torch's product has no `out` for what requires a gradient
+    inputs, bias, lora_inner, lora_factor = (each if each is None else each.detach() for each in given)
     (M, depth), columns = inputs.shape, out.shape[1]
     rank = 0 if lora_factor is None else lora_factor.shape[0 if dgrad else 1]
     extended_depth = depth + ceil_div(rank, 8) * 8

@@ -66,7 +66,8 @@ def _load_by_our_names() -> None:
     def convert_and_load_state_dict_in_model(*args: Any, **kwargs: Any) -> Any:
         quantizer = getattr(kwargs.get("load_config"), "hf_quantizer", None)
         published = getattr(quantizer, "published", None)
-        if not getattr(quantizer, "pre_quantized", False):
+        is_said = getattr(getattr(kwargs.get("model"), "config", None), "quantization_config", None) is not None
+        if not (is_said if quantizer is None else quantizer.pre_quantized):
             _check_no_bare_state(kwargs.get("state_dict") or ())
         if published is not None:
             kwargs["state_dict"] = slices(published)
