@@ -79,23 +79,25 @@ inline int64_t rows_of(const Tensor& tensor) {
   return rows;
 }
 
-// In torch since 2.12.
+// In torch since 2.13.
 extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
-// What torch said of its C function that failed last; programs know an exhausted memory by these words.
-inline std::string torch_said() {
+// What torch said of its C function that failed last, or what else stands to reason.
+inline std::string torch_said(const char* otherwise = "torch did not say why") {
   const char* said =
       torch_exception_get_what_without_backtrace ? torch_exception_get_what_without_backtrace() : nullptr;
-  return said && *said ? said : "torch did not say why";
+  return said && *said ? said : otherwise;
 }
 
-// On the device of `like`, by a C function: stable::empty looks its op up by name, 0.5 us more.
+// On the device of `like`, by a C function: stable::empty looks its op up by name, 0.5 us more. Programs that try smaller
+// batches know an exhausted memory by torch's words.
 inline Tensor new_empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType type) {
   int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   AtenTensorHandle out;
   CHECK(aoti_torch_aten_new_empty(like.get(), shape.data(), int64_t(shape.size()), &dtype, nullptr, nullptr, 0, nullptr,
                                   &out) == 0,
-        "new_empty: ", torch_said(), " (", Sizes{shape}, " of ", torch::headeronly::toString(type), ")");
+        "new_empty: ", torch_said(like.is_cuda() ? "CUDA out of memory." : "can't allocate memory"), " (", Sizes{shape},
+        " of ", torch::headeronly::toString(type), ")");
   return Tensor(out);
 }
 inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
