@@ -114,7 +114,12 @@ def test_killed_and_resumed_it_gives_the_same_log(models, prompts, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "changes", [{}, {"train_sampling_strategy": "group_by_length"}, {"packing": True, "max_length": 64}]
+    "changes",
+    [
+        {},
+        pytest.param({"train_sampling_strategy": "group_by_length"}, marks=pytest.mark.exhaustive),
+        {"packing": True, "max_length": 64},
+    ],
 )
 def test_killed_at_ten_random_moments(models, prompts, tmp_path, changes):
     whole, out = tmp_path / "whole", tmp_path / "out"
