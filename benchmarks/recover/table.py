@@ -1,7 +1,6 @@
 """The measured rows: a CSV that grows row by row, and the table made of it."""
 
 import csv
-import math
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
@@ -75,7 +74,7 @@ def spread(values: list[float], digits: int) -> str:
 def table(records: list[Record], ways: Iterable[Way]) -> str:
     """Markdown, a way a line, in the order of `ways`; what was not measured is left out."""
     of_way = {way.name: [r for r in records if r.way == way.name] for way in ways}
-    plain = of_way[PLAIN][0] if of_way.get(PLAIN) else None
+    plain = next((record for record in records if record.way == PLAIN), None)
     header = ("", "MB", "bits", "loss", "KL", "closed", "top-1", "KL, other text", "closed", "top-1", "s")
     lines = []
     for name, found in of_way.items():
@@ -85,8 +84,8 @@ def table(records: list[Record], ways: Iterable[Way]) -> str:
         lines.append((
             name, spread([fmean([r.megabytes for r in found])], 1), f"{fmean([r.bits for r in found]):.2f}",
             spread([r.loss for r in found], 3), spread(kl, 3),
-            closed(fmean(kl), plain.kl if plain else math.nan), f"{100 * fmean([r.top1 for r in found]):.1f} %",
-            spread(kl_other, 3), closed(fmean(kl_other), plain.kl_other if plain else math.nan),
+            closed(fmean(kl), plain.kl if plain else 0), f"{100 * fmean([r.top1 for r in found]):.1f} %",
+            spread(kl_other, 3), closed(fmean(kl_other), plain.kl_other if plain else 0),
             f"{100 * fmean([r.top1_other for r in found]):.1f} %", f"{fmean([r.seconds for r in found]):.0f}",
         ))  # fmt: skip
     return markdown(header, lines)
