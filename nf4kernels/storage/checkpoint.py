@@ -18,13 +18,13 @@ from ..nn.experts_layout import weight_names
 from ..nn.quant_linear import QuantLinear
 from ..nn.quant_module import QuantModule
 from ..nn.released import check_gathered
-from ..quantized_weight import WEIGHT_DTYPES, QuantizedWeight
+from ..quantized_weight import QuantizedWeight
 from .bitsandbytes_format import stored_weights, weight_from_tensors, weight_to_tensors
 from .checkpoint_adapters import adapter_metadata, attach, check_active, missing_adapters, stored_adapters
 from .checkpoint_fit import check_dense, rename
 from .experts_format import name_experts, stored_experts, take_experts
 from .key_conversion import group_tensors
-from .model_state import adapted_experts, dense_state, join, quant_layers, shared, unwritable
+from .model_state import adapted_experts, dense_state, float_dtype, join, quant_layers, shared, unwritable
 from .names import Fit, left_behind, listed, never_stored
 from .published.opening import open_published
 from .sharded_load import load_in_parts
@@ -205,8 +205,7 @@ def _converted(
 
 def _read(path: Path, model: nn.Module, who: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Every tensor, what others publish in 4 bits by our names, and the adapters stored beside them, by layer."""
-    dtype = next((each.dtype for each in model.parameters() if each.dtype in WEIGHT_DTYPES), None)
-    with open_published(path, model, who, dtype) as published:
+    with open_published(path, model, who, float_dtype(model)) as published:
         if published is not None:
             if published.ignored:
                 names = listed(published.ignored)

@@ -115,8 +115,8 @@ def merge_adapter(
     """Write base plus the adapter's products to `out_dir`, a model directory without an adapter.
 
     The adapter is read whole; of base one tensor at a time, beside the output file being filled. The sum is taken in
-    fp32 and rounded once. The tokenizer is the adapter's where it has one, or its chat template alone; that, generation
-    settings and the like are else copied from base. `out_dir` appears when it is complete, or not at all.
+    fp32 and rounded once. The tokenizer and the chat template are the adapter's where it has them; all else, as
+    generation settings, is copied from base. `out_dir` appears when it is complete, or not at all.
 
     Args:
         adapter: a directory of PEFT's with a LoRA, in safetensors or `.bin`.

@@ -15,6 +15,12 @@ from ..nn.grouped_quant_linear import GroupedQuantLinear
 from ..nn.quant_experts import QuantExperts
 from ..nn.quant_linear import OF_WEIGHT, QuantLinear
 from ..nn.quant_module import QuantModule
+from ..quantized_weight import WEIGHT_DTYPES
+
+
+def float_dtype(model: nn.Module) -> torch.dtype | None:
+    """What a model runs in: its first parameter's that is a number; None where none is."""
+    return next((each.dtype for each in model.parameters() if each.dtype in WEIGHT_DTYPES), None)
 
 
 def join(path: str, name: str) -> str:

@@ -29,7 +29,7 @@ from .checkpoint_fit import check_dense, rename
 from .experts_format import name_experts, stored_experts
 from .file_parts import Source, Stored, views
 from .key_conversion import group_tensors
-from .model_state import adapted_experts, dense_state, join, quant_layers, shared
+from .model_state import adapted_experts, dense_state, float_dtype, join, quant_layers, shared
 from .names import left_behind, listed, never_stored
 from .published.opening import open_published
 from .quantize_rows import quantized_parts
@@ -272,7 +272,7 @@ def _fill(model: nn.Module, plan: _Plan, ranks: Ranks, seed: int) -> None:
     state, layers = state_dict(model), quant_layers(model)
     placed: dict[int, Any] = {}
     parts = adapted_experts(model)
-    usual = next((each.dtype for each in model.parameters() if each.dtype in WEIGHT_DTYPES), None)
+    runs_in = float_dtype(model)
     for name, source in plan.dense.items():
         layer: Any = layers.get(name) or parts[name]
         values = quantized_parts(model, layer, source, ranks, _is_transposed(model, name))
@@ -297,7 +297,7 @@ def _fill(model: nn.Module, plan: _Plan, ranks: Ranks, seed: int) -> None:
             store.update({leaf: placed[id(t)] for leaf, t in store.items() if id(t) in placed})
     for name in (*plan.dense, *plan.in_4_bits):
         layer = layers.get(name) or parts[name]
-        layer.cast_to = layer.cast_to or usual  # as the model around it, whatever the file was
+        layer.cast_to = layer.cast_to or runs_in  # as the model around it, whatever the file was
     _record_bytes(model, ranks)
     left = [name for name, buffer in model.named_buffers() if local_of(buffer).is_meta]
     if left:

@@ -22,7 +22,8 @@ from .published import slices
 WHO = "nf4kernels.Nf4Config"
 BARE = (
     "what save_pretrained writes of such a model loads into the same model alone, quantized alike, by load_state_dict:"
-    " save it by nf4kernels.save_checkpoint, or merge it first (merge_model), or load it with an Nf4Config"
+    " save it by nf4kernels.save_checkpoint, or merge it first (merge_model), or quantize the dense model by"
+    " from_pretrained(quantization_config=Nf4Config()) instead of quantize_model"
 )
 
 
