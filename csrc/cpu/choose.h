@@ -7,8 +7,8 @@ namespace nf4::cpu {
 
 // How a row of the table in dispatch.cpp multiplies, the last apart, which is torch's GEMM. kFp32 takes any activation
 // dtype.
-enum class Products : int32_t { kFp32, kBf16, kBf16Codes, kDequantizeGemm };
-constexpr const char* kProductsNames[] = {"fp32", "bf16", "bf16_codes", "dequantize_gemm"};
+enum class Products : int32_t { kFp32, kBf16, kBf16Codes, kTiles, kDequantizeGemm };
+constexpr const char* kProductsNames[] = {"fp32", "bf16", "bf16_codes", "tiles", "dequantize_gemm"};
 
 // What a user can force of 16-bit products: from the packed bytes, or dequantize + GEMM. True fp32 is always fused: no
 // vendor's GEMM is faster there, and the bits of MKL's depend on the number of threads.
@@ -31,6 +31,7 @@ struct Problem {
   int64_t M;
   int code_run;
   int64_t weights;  // N * K
+  bool has_tiles;   // kernels on AMX tiles
   int32_t amx;      // of torch's GEMM
   Forced forced;
 };
@@ -44,17 +45,18 @@ struct Choice {
 // shorter runs it is less by what they cost more: 4 and 10 % of the products at M = 64 (2048x2048, one Xeon core).
 constexpr int dgrad_codes_max_m(int run) { return run == 64 ? 128 : run == 32 ? 96 : 64; }
 
-// Predicted, as no machine with AMX was at hand; docs/choosing.md has the arithmetic. A weight costs our kernels M / 27
-// cycles of a core, or M / 55 where it does two vdpbf16ps a cycle, and this way 0.65 (linear) or 0.85 (linear_dgrad)
-// and M / 256: they meet at 20 and 26 rows, or at 45 and 59. A slice costs some 25 us more in calls, which 2^24
-// products on four cores make up for.
-constexpr int64_t kAmxMinM = 64, kAmxMinProducts = 1 << 24;
+// From where torch's GEMM on AMX is faster than vdpbf16ps, for what has no kernels on tiles: both take as long at 15 rows
+// (linear) and 22 (linear_dgrad), at 32 it is 1.4 to 1.5 times as fast (4096x4096 and 2048x2048, two Xeon cores). A slice
+// costs some 25 us more in calls, which 2^24 products on four cores make up for.
+constexpr int64_t kAmxMinM = 32, kAmxMinProducts = 1 << 24;
 
 static inline Choice choose(const Problem& p) {
   const int32_t wanted = p.dtype == Dtype::kBFloat16 ? kAmxBf16 : p.dtype == Dtype::kFloat16 ? kAmxFp16 : 0;
   if (wanted != 0 && p.forced == Forced::kDequantizeGemm) return {Products::kDequantizeGemm, "forced"};
+  if (p.has_tiles && p.dtype == Dtype::kBFloat16 && p.code_run == 64)
+    return {Products::kTiles, "64 weights share a scale: products on AMX tiles"};
   if ((p.amx & wanted) != 0 && p.forced == Forced::kNothing && p.M >= kAmxMinM && p.M * p.weights >= kAmxMinProducts)
-    return {Products::kDequantizeGemm, "torch's GEMM has AMX: predicted to be faster from M = 64 on"};
+    return {Products::kDequantizeGemm, "torch's GEMM has AMX: faster from M = 32 on"};
   if (p.dtype != Dtype::kBFloat16) return {Products::kFp32, "fp32 and fp16 activations: fp32 products"};
   if (p.code_run == 0) return {Products::kBf16, "rows of W are not whole runs of 64 codes: W is scaled"};
   if (p.is_dgrad && p.M > dgrad_codes_max_m(p.code_run))

@@ -29,6 +29,30 @@ static inline __m512bh code_values(Isa::I table, Isa::I words) {
   return (__m512bh)_mm512_permutexvar_epi16(NIBBLE == 0 ? words : _mm512_srli_epi16(words, 4 * NIBBLE), table);
 }
 
+// The order of 64 k when 16 words of codes are looked up nibble by nibble: lane j of vector v holds k = 4j + (v ^ 1).
+struct NibbleByNibble {
+  static constexpr int first_k(int vector) { return vector ^ 1; }
+};
+
+// A finished row of 64 sums in the order of NibbleByNibble, to dX[m, k .. k + k_count].
+static inline void store_in_order(const float* row, const GemmArgs& args, int64_t m, int64_t k, int64_t k_count) {
+  const auto vector = [&](int v) { return Isa::load(row + v * Isa::L); };
+  float natural[4 * Isa::L];
+  const Isa::I low = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), high = _mm512_add_epi64(low, _mm512_set1_epi64(4));
+  float pairs[2][2 * Isa::L];  // k 4j and 4j+1, k 4j+2 and 4j+3
+  Isa::store_pairs(pairs[0], vector(1), vector(0));
+  Isa::store_pairs(pairs[1], vector(3), vector(2));
+  for (int half = 0; half < 2; ++half) {
+    const __m512d a = _mm512_castps_pd(Isa::load(pairs[0] + half * Isa::L));
+    const __m512d b = _mm512_castps_pd(Isa::load(pairs[1] + half * Isa::L));
+    float* out = natural + half * 2 * Isa::L;
+    Isa::store(out, _mm512_castpd_ps(_mm512_permutex2var_pd(a, low, b)));
+    Isa::store(out + Isa::L, _mm512_castpd_ps(_mm512_permutex2var_pd(a, high, b)));
+  }
+  auto* dx = static_cast<BFloat16*>(args.out) + m * args.weight.K + k;
+  for (int64_t c = 0; c < k_count; c += Isa::L) Isa::store(dx + c, Isa::load(natural + c));
+}
+
 // fn(CodeRun<RUN>{}) with the weight's code_run.
 template <int RUN>
 struct CodeRun {

@@ -43,6 +43,10 @@ const Features& features() {
 bool has_avx2() { return features().avx2; }
 bool has_avx512() { return features().avx512; }
 bool has_avx512_bf16() { return features().avx512_bf16; }
+bool has_amx_bf16() {
+  const char* why_not;
+  return has_avx512_bf16() && (detect_amx(&why_not) & kAmxBf16) != 0;
+}
 #elif defined(__aarch64__)
 bool has_neon_bf16() {
 #if defined(__linux__)
@@ -69,6 +73,8 @@ constexpr ProductKernels kBf16{&kGemv_avx512, &kLinear_avx512_bf16, &kLinearDgra
                                lora_inner_avx512_bf16};
 constexpr ProductKernels kBf16Codes{&kGemvCodes_avx512_bf16, &kLinearCodes_avx512_bf16, &kLinearDgradCodes_avx512_bf16,
                                     &kLoraGrad_avx512_bf16,  lora_inner_avx512_bf16,    /*needs_bf16_code=*/true};
+constexpr ProductKernels kTiles{&kGemvCodes_avx512_bf16, &kLinear_amx_bf16,      &kLinearDgrad_amx_bf16,
+                                &kLoraGrad_avx512_bf16,  lora_inner_avx512_bf16, /*needs_bf16_code=*/true};
 #elif defined(__aarch64__)
 constexpr ProductKernels kNeon{&kGemv_neon, &kLinear_neon, &kLinearDgrad_neon, &kLoraGrad_neon, lora_inner_neon};
 constexpr ProductKernels kNeonFp16{&kGemv_neon_bf16, &kLinear_neon, &kLinearDgrad_neon, &kLoraGrad_neon,
@@ -96,8 +102,15 @@ constexpr Int8Kernels kNeonInt8{quantize_int8_neon, dequantize_int8_neon, NF4_IN
 
 // Best first.
 const CpuKernels kTable[] = {
-// name, is_supported, quantize, dequantize, combine_experts, int8, products of fp32, of bf16, of bf16's codes
+// name, is_supported, quantize, dequantize, combine_experts, int8, products of fp32, of bf16, of bf16's codes, on tiles
 #if defined(__x86_64__)
+    {"amx_bf16",
+     has_amx_bf16,
+     quantize_avx512,
+     dequantize_avx512,
+     &kCombineExperts_avx512,
+     &kAvx512Bf16Int8,
+     {kAvx512, kBf16, kBf16Codes, kTiles}},
     {"avx512_bf16",
      has_avx512_bf16,
      quantize_avx512,

@@ -179,7 +179,7 @@ struct CpuKernels {
   DequantizeFn dequantize;
   const CombineKernels* combine_experts;
   const Int8Kernels* int8;
-  ProductKernels products[3];  // by choose.h's Products, but for dequantize + GEMM
+  ProductKernels products[4];  // by choose.h's Products, but for dequantize + GEMM; kTiles empty where there are none
 
   const ProductKernels& operator[](Products which) const { return products[int(which)]; }
 };
@@ -227,6 +227,7 @@ extern const GemvKernel kGemvCodes_avx512_bf16;
 extern const GemmKernel kLinear_avx512_bf16, kLinearDgrad_avx512_bf16;
 extern const GemmKernel kLinearInt8_avx512_bf16, kLinearDgradInt8_avx512_bf16;
 extern const GemmKernel kLinearCodes_avx512_bf16, kLinearDgradCodes_avx512_bf16;
+extern const GemmKernel kLinear_amx_bf16, kLinearDgrad_amx_bf16;
 extern const LoraGradKernel kLoraGrad_avx512_bf16;                                  // bf16 wide and lora_inner
 void lora_inner_avx512_bf16(const LoraInnerArgs&, int64_t m_begin, int64_t m_end);  // bf16
 void dequantize_neon_bf16(const Weight&, int64_t begin, int64_t count, Dtype dtype, void* out);
@@ -240,7 +241,8 @@ const CpuKernels& active_kernels();
 bool runs_best_isa();  // that this CPU supports: none that is slower was forced
 
 // torch_gemm.cpp
-int32_t amx_of_torch();  // choose.h's bits, none where a slower instruction set is forced
+int32_t detect_amx(const char** why_not);  // choose.h's bits, of this CPU and its operating system
+int32_t amx_of_torch();                    // the same of torch's GEMM, none where a slower instruction set is forced
 Forced forced_products();
 void note(Products);  // what ran, for tests
 

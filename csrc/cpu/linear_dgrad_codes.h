@@ -37,10 +37,6 @@
 namespace nf4::cpu {
 namespace {
 
-struct NibbleByNibble {  // the order of k above
-  static constexpr int first_k(int vector) { return vector ^ 1; }
-};
-
 // Which of 16 words is in which lane: lane l belongs to part l % PARTS.
 template <int PARTS>
 struct PartOrder {
@@ -175,22 +171,6 @@ void dgrad_codes_pack(const void* dy, Dtype, int64_t M, int64_t N, int64_t tile_
   }
 }
 
-// A finished row of the tile, in the order of k.
-static inline void put_in_order(const float* row, float* natural) {
-  const auto vector = [&](int v) { return Isa::load(row + v * Isa::L); };
-  const Isa::I low = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), high = _mm512_add_epi64(low, _mm512_set1_epi64(4));
-  float pairs[2][2 * Isa::L];  // k 4j and 4j+1, k 4j+2 and 4j+3
-  Isa::store_pairs(pairs[0], vector(1), vector(0));
-  Isa::store_pairs(pairs[1], vector(3), vector(2));
-  for (int half = 0; half < 2; ++half) {
-    const __m512d a = _mm512_castps_pd(Isa::load(pairs[0] + half * Isa::L));
-    const __m512d b = _mm512_castps_pd(Isa::load(pairs[1] + half * Isa::L));
-    float* out = natural + half * 2 * Isa::L;
-    Isa::store(out, _mm512_castpd_ps(_mm512_permutex2var_pd(a, low, b)));
-    Isa::store(out + Isa::L, _mm512_castpd_ps(_mm512_permutex2var_pd(a, high, b)));
-  }
-}
-
 // The scales from k on of rows [n, n + kSliceD) of W; past n_count, where dY is zero, of the last row or zero.
 template <int RUN>
 static inline void decode_scales(const GemmArgs& args, int64_t n, int64_t n_count, int64_t k,
@@ -238,10 +218,7 @@ void linear_dgrad_code_runs(const GemmArgs& args, int64_t tile_begin, int64_t ti
     }
   };
   const auto store = [&](int64_t m, int64_t k, int64_t k_count, const float* sums) {
-    auto* dx = static_cast<BFloat16*>(args.out) + m * w.K + k;
-    float natural[Core::kTileC];
-    put_in_order(sums, natural);
-    for (int64_t c = 0; c < k_count; c += Isa::L) Isa::store(dx + c, Isa::load(natural + c));
+    store_in_order(sums, args, m, k, k_count);
   };
   gemm<Core>(args, /*D=*/w.N, /*C=*/w.K, tile_begin, tile_end, workspace, decode, store);
 }

@@ -8,9 +8,10 @@ namespace nf4::cpu {
 Plan plan_product(const Product& product, GemmArgs& args) {
   const Weight& w = args.weight;
   const int run = is_int8(w) ? 0 : code_run(w);  // no product of unscaled codes is of int8
-  const Choice choice =
-      choose({product.is_dgrad, args.dtype, args.M, run, w.N * w.K, amx_of_torch(), forced_products()});
   const CpuKernels& active = active_kernels();
+  const bool has_tiles = active[Products::kTiles].linear != nullptr;
+  const Choice choice =
+      choose({product.is_dgrad, args.dtype, args.M, run, w.N * w.K, has_tiles, amx_of_torch(), forced_products()});
   if (choice.products == Products::kDequantizeGemm || is_int8(w)) note(choice.products);
   if (choice.products == Products::kDequantizeGemm) return {nullptr, nullptr};
   if (is_int8(w)) {

@@ -37,7 +37,8 @@ template <class Runtime>
 void multiply_gemm(Runtime& runtime, const Product& product, const GemmKernel& gemm, GemmArgs& args, const void* x) {
   const int64_t M = args.M, padded_d = ceil_div(product.D, gemm.step_d) * gemm.step_d;
   const int64_t x_row = product.D * element_bytes(args.dtype), out_row = product.C * element_bytes(args.dtype);
-  void* panel = runtime.allocate((M < kPassM ? M : kPassM) * padded_d * gemm.element_bytes);
+  const int64_t rows_of_tiles = m_tiles(M < kPassM ? M : kPassM, gemm.tile_m) * gemm.tile_m;
+  void* panel = runtime.allocate(rows_of_tiles * padded_d * gemm.element_bytes);
   args.panel = panel;
   const auto* rows = static_cast<const char*>(x);
   for (int64_t m = 0; m < M; m += kPassM) {
@@ -51,6 +52,8 @@ void multiply_gemm(Runtime& runtime, const Product& product, const GemmKernel& g
     rows += args.M * x_row;
     args.out = static_cast<char*>(args.out) + args.M * out_row;
     args.lora_inner += args.M * args.rank;
+    args.unscaled_inner =
+        static_cast<const char*>(args.unscaled_inner) + args.M * args.rank * element_bytes(args.dtype);
   }
 }
 

@@ -21,6 +21,7 @@ bool asks_for_tiles() {
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
+}  // namespace
 int32_t detect_amx(const char** why_not) {
   unsigned a, b, c, d;
   const bool has_bf16 = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 1);  // and its tiles
@@ -36,12 +37,14 @@ int32_t detect_amx(const char** why_not) {
   return kAmxBf16 | (has_fp16 ? kAmxFp16 : 0);
 }
 #else
+}  // namespace
 int32_t detect_amx(const char** why_not) {
   *why_not = "AMX is looked for on x86-64 under Linux alone";
   return 0;
 }
 #endif
 
+namespace {
 std::atomic<int32_t> amx{0};
 std::atomic<Forced> forced{Forced::kNothing};
 std::atomic<int64_t> wanted_slice_bytes{0};
@@ -93,7 +96,7 @@ NF4_EXPORT const char* nf4kernels_cpu_ran() {
   thread_local std::string names;
   names.clear();
   const uint32_t bits = nf4::cpu::ran.exchange(0);
-  for (int i = 0; i < 4; ++i)
+  for (int i = 0; i < 5; ++i)
     if (bits >> i & 1) names += std::string(nf4::cpu::kProductsNames[i]) + " ";
   return names.c_str();
 }
@@ -103,9 +106,9 @@ NF4_EXPORT int64_t nf4kernels_cpu_slices(int64_t bytes) { return nf4::cpu::wante
 
 // What choose.h says of a product: the name of its Products, and why.
 NF4_EXPORT const char* nf4kernels_cpu_choose(bool is_dgrad, int32_t dtype, int64_t M, int32_t code_run, int64_t weights,
-                                             int32_t amx, int32_t forced, const char** reason) {
+                                             bool has_tiles, int32_t amx, int32_t forced, const char** reason) {
   const nf4::cpu::Choice choice =
-      nf4::cpu::choose({is_dgrad, nf4::Dtype(dtype), M, code_run, weights, amx, nf4::cpu::Forced(forced)});
+      nf4::cpu::choose({is_dgrad, nf4::Dtype(dtype), M, code_run, weights, has_tiles, amx, nf4::cpu::Forced(forced)});
   *reason = choice.reason;
   return nf4::cpu::kProductsNames[int(choice.products)];
 }

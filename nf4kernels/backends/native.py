@@ -17,6 +17,7 @@ ISA_VARIABLE = "NF4KERNELS_CPU_ISA"
 PRODUCTS_VARIABLE = "NF4KERNELS_CPU_PRODUCTS"
 CPU_PRODUCTS = ("fused", "dequantize_gemm")  # what can be forced
 AMX_BF16, AMX_FP16 = 1, 2  # csrc/cpu/choose.h
+TILES_ISA = "amx_bf16"  # whose products are on AMX tiles
 NOT_BUILT = f"{CPU_LIBRARY.name} was not built (no C++ compiler at install time?)"
 CUDA_LIBRARY = Path(__file__).parent.parent / "_cuda.abi3.so"
 CUDA_VARIABLE = "NF4KERNELS_CUDA"
@@ -30,10 +31,10 @@ CHOOSE_ARGUMENTS: list = [
     *[ctypes.c_bool] * 2,
     *[ctypes.c_int] * 2,
 ]
-# is_dgrad, dtype, M, code_run, weights, amx, forced, reason
+# is_dgrad, dtype, M, code_run, weights, has_tiles, amx, forced, reason
 CPU_CHOOSE_ARGUMENTS: list = [
-    ctypes.c_bool, ctypes.c_int32, ctypes.c_int64, ctypes.c_int32, ctypes.c_int64, *[ctypes.c_int32] * 2,
-    ctypes.POINTER(ctypes.c_char_p),
+    ctypes.c_bool, ctypes.c_int32, ctypes.c_int64, ctypes.c_int32, ctypes.c_int64, ctypes.c_bool,
+    *[ctypes.c_int32] * 2, ctypes.POINTER(ctypes.c_char_p),
 ]  # fmt: skip
 
 
@@ -119,11 +120,16 @@ class CpuLibrary:
         The last takes any number of rows.
         """
         best, forced = self.isa == self.isas[0], self._library.nf4kernels_cpu_products().decode()
-        numbers = 4096 * 4096, self.amx if best else 0, ["", *CPU_PRODUCTS].index(forced)
+        has_tiles = self.isa == TILES_ISA
+        numbers = 4096 * 4096, has_tiles, self.amx if best else 0, ["", *CPU_PRODUCTS].index(forced)
         has_amx = self.amx & {BFLOAT16: AMX_BF16, FLOAT16: AMX_FP16}[dtype]
-        why_fused = (
-            f"{self.isa} is forced, which has no AMX" if not best else "few rows" if has_amx else self.why_no_amx
-        )
+        why_fused = self.why_no_amx
+        if not best:
+            why_fused = f"{self.isa} is forced, which has no AMX"
+        elif has_tiles and dtype == BFLOAT16:
+            why_fused = "on AMX tiles from 5 rows on"
+        elif has_amx:
+            why_fused = "few rows"
         why = ctypes.c_char_p()
         found: list[tuple[int, str, str]] = []
         for rows in range(1, MOST_ROWS + 1):

@@ -126,8 +126,8 @@ def test_running_products_runs_them_alone_and_puts_everything_back(native_librar
         (
             native.AMX_BF16,
             [
-                "bf16, up to 63 rows: fused (few rows)",
-                "bf16, more rows: dequantize_gemm (torch's GEMM has AMX: predicted to be faster from M = 64 on)",
+                "bf16, up to 31 rows: fused (few rows)",
+                "bf16, more rows: dequantize_gemm (torch's GEMM has AMX: faster from M = 32 on)",
                 "fp16, any rows: fused (this CPU has AMX for bf16 alone)",
             ],
         ),
@@ -138,6 +138,9 @@ def test_backend_info_tells_where_products_go_through_torch(native_library, monk
     monkeypatch.setattr(
         native_library, "why_no_amx", "this CPU has AMX for bf16 alone" if amx else "this CPU has no AMX"
     )
+    if native_library.isas[0] == native.TILES_ISA:
+        fp16 = f"fp16, any rows: fused ({native_library.why_no_amx})"
+        lines = ["bf16, any rows: fused (on AMX tiles from 5 rows on)", fp16]
     with native_library.running_isa(native_library.isas[0]), native_library.running_products(""):
         assert nf4kernels.backend_info().kernels["cpu"] == [f"products of {line}" for line in lines]
     with native_library.running_isa("scalar"), native_library.running_products(""):

@@ -11,9 +11,9 @@ FP32, BF16, FP16 = range(3)
 NOTHING, FUSED, DEQUANTIZE_GEMM = range(3)
 AMX = {FP32: 0, BF16: native.AMX_BF16, FP16: native.AMX_FP16}
 DGRAD_CODES_MOST_M = {64: 128, 32: 96, 16: 64}
-AMX_LEAST_M, AMX_LEAST_PRODUCTS = 64, 2**24
+AMX_LEAST_M, AMX_LEAST_PRODUCTS = 32, 2**24
 LARGE = 4096 * 4096
-ROWS = (1, 4, 5, 63, 64, 65, 96, 97, 128, 129, 512, 1 << 24)
+ROWS = (1, 4, 5, 31, 32, 64, 65, 96, 97, 128, 129, 512, 1 << 24)
 
 
 @pytest.fixture(scope="module")
@@ -21,9 +21,9 @@ def choose():
     function = ctypes.CDLL(str(native.CPU_LIBRARY)).nf4kernels_cpu_choose
     function.restype, function.argtypes = ctypes.c_char_p, native.CPU_CHOOSE_ARGUMENTS
 
-    def call(is_dgrad, dtype, M, code_run=64, weights=LARGE, amx=0, forced=NOTHING):
+    def call(is_dgrad, dtype, M, code_run=64, weights=LARGE, amx=0, forced=NOTHING, has_tiles=False):
         reason = ctypes.c_char_p()
-        products = function(is_dgrad, dtype, M, code_run, weights, amx, forced, reason)
+        products = function(is_dgrad, dtype, M, code_run, weights, has_tiles, amx, forced, reason)
         return products.decode(), reason.value.decode()
 
     return call
@@ -52,7 +52,7 @@ def test_the_numbers_of_the_reasons_are_the_code_s(choose):
     assert f"from M = {AMX_LEAST_M} on" in choose(False, BF16, 512, amx=AMX[BF16])[1]
 
 
-def test_amx_takes_products_of_its_dtypes_from_64_rows_on(choose):
+def test_amx_takes_products_of_its_dtypes_from_32_rows_on(choose):
     for is_dgrad, dtype, M, run, amx in itertools.product((False, True), AMX, ROWS, (64, 16, 0), range(4)):
         products, reason = choose(is_dgrad, dtype, M, run, amx=amx)
         assert reason
@@ -60,6 +60,16 @@ def test_amx_takes_products_of_its_dtypes_from_64_rows_on(choose):
             assert products == "dequantize_gemm"
         else:
             assert (products, reason) == choose(is_dgrad, dtype, M, run), "AMX changes nothing below"
+
+
+def test_tiles_take_the_bf16_products_of_64_weights_a_scale_and_leave_the_others(choose):
+    for is_dgrad, dtype, M, run, amx in itertools.product((False, True), AMX, ROWS, (64, 32, 16, 0), range(4)):
+        for forced in (NOTHING, FUSED, DEQUANTIZE_GEMM):
+            found = choose(is_dgrad, dtype, M, run, amx=amx, forced=forced, has_tiles=True)
+            if dtype == BF16 and run == 64 and forced != DEQUANTIZE_GEMM:
+                assert found[0] == "tiles"
+            else:
+                assert found == choose(is_dgrad, dtype, M, run, amx=amx, forced=forced)
 
 
 def test_amx_leaves_weights_whose_products_take_less_time_than_its_calls(choose):

@@ -13,7 +13,7 @@ from nf4kernels.backends.select import CPU_LIBRARY as LIBRARY
 from nf4kernels.quantized_weight import absmax_shape, packed_shape, tensor_specs
 
 ARM = platform.machine() == "aarch64"
-ISAS = ("scalar", "neon", "neon_bf16") if ARM else ("scalar", "avx2", "avx512", "avx512_bf16")
+ISAS = ("scalar", "neon", "neon_bf16") if ARM else ("scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 # What the ops run here, each in turn. `test_backends.py` holds a skip for each instruction set that is missing.
 IMPLEMENTATIONS = ("reference",) if LIBRARY is None else tuple(LIBRARY.isas)
 

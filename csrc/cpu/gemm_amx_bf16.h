@@ -1,0 +1,204 @@
+// The blocked product of linear and linear_dgrad on AMX tiles, in bf16: out[m, c] = sum_d x[m, d] * B[d, c].
+// Read first: kernels.h, for M, C and D.
+//
+//   pack        x into tiles, once for up to kPassM = 512 rows                             all threads
+//   for each group of kGroup C tiles of 64 columns                                         a thread's share
+//     for each slice of kSliceD = 256 of D, for each C tile of the group
+//       decode    B[slice, C tile] into tiles of bf16, scaled: 32 KB, which stay in L1
+//       for each M tile of 16 rows: 4 tiles of fp32 sums += its tiles of x times the slice
+//     for each slice of LoRA's rank: the same, of the tiles of P or Q and of s B or s A
+//     store       the sums, rounded once, with bias
+//
+//   A tile is 16 rows of 64 bytes, and tdpbf16ps adds 16 x 16 x 32 products to one of sums, in 16 cycles:
+//
+//     first operand    row i: 32 elements of D                 second operand   row p: pairs (d 2p, 2p + 1) of 16 columns
+//     sums             row i: 16 columns, fp32
+//
+// The trick      16 levels times the scale of a block are 16 numbers of bf16: one vcvtneps2bf16 makes the block's own
+//                table, and a lookup by vpermw gives 32 weights, scaled and rounded as dequantize rounds them. 0.1
+//                cycles a weight, where products take M / 512.
+// Why groups     x in tiles is 4 MB at M = 512, D = 4096: it comes from L3 once for kGroup C tiles, not for each.
+// LoRA           As dequantize_gemm.h has it: the scaling is in the factor, and the term is more of the contraction.
+// Flops          2*M*N*K; each tile of B serves one tile of x: 5 loads of tiles, 40 cycles of L1, for 64 of products.
+// Needs          a code_run of 64; x, out and the factors in bf16.
+//
+// A Core says how the operands lie in tiles: linear_amx_bf16.cpp and linear_dgrad_amx_bf16.cpp.
+//
+//   kStep                    D is padded to whole steps of it, in a panel and in a slice
+//   kIsWeightFirst           the tiles of B are the first operand, so that sums are [c][m]
+//   kSumTile, kSumRowBytes   where the 4 tiles of sums lie in the 16 x 64 of an M tile
+//   pack                     rows [0, m_count) x columns [0, d_count) of x into tiles, zeros past them
+//   decode, decode_factor    64 columns of B, or of LoRA's factor, into a slice
+//   store                    a finished 16 x 64
+#pragma once
+
+#include "codes_avx512_bf16.h"
+#include "decode_span.h"
+#include "gemm.h"
+
+namespace nf4::cpu {
+namespace {
+
+constexpr int kAmxRows = 16, kAmxDepth = 32;    // of a tile of bf16
+constexpr int kAmxTile = kAmxRows * kAmxDepth;  // elements
+constexpr int kAmxTiles = 4, kAmxTileC = kAmxTiles * 16, kAmxGroup = 4;
+constexpr int kAmxSums = kAmxRows * kAmxTileC;
+
+// All 8 tiles in full size, while it lives. A library that configures tiles less often than it uses them finds its own
+// configuration again.
+class FullTiles {
+  struct alignas(64) Config {
+    uint8_t palette, start_row, zeros[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+  } saved_;
+
+ public:
+  FullTiles() {
+    __asm__ volatile("sttilecfg %0" : "=m"(saved_));
+    Config full{};
+    full.palette = 1;
+    for (int i = 0; i < 8; ++i) {
+      full.row_bytes[i] = 64;
+      full.rows[i] = kAmxRows;
+    }
+    load(full);
+  }
+  ~FullTiles() { load(saved_); }
+  FullTiles(const FullTiles&) = delete;
+  FullTiles& operator=(const FullTiles&) = delete;
+
+ private:
+  // Not _tile_loadconfig: GCC 12's says that it reads 8 bytes.
+  static void load(const Config& config) { __asm__ volatile("ldtilecfg %0" : : "m"(config)); }
+};
+
+// Two of the four tiles of sums = or += steps tiles of x times steps tiles of b for each. Tiles 0 and 1 are sums, 2 is of
+// x, 3 of b: GCC wants their numbers as literals.
+template <class Core>
+void multiply_two(const BFloat16* x, const BFloat16* b, int64_t steps, bool is_first, float* sums) {
+  float* next_sums = sums + Core::kSumTile;
+  __asm__ volatile("" ::: "memory");  // GCC 12's _tile_loadd does not say that it reads memory
+  if (is_first) {
+    _tile_zero(0);
+    _tile_zero(1);
+  } else {
+    _tile_loadd(0, sums, Core::kSumRowBytes);
+    _tile_loadd(1, next_sums, Core::kSumRowBytes);
+  }
+  for (int64_t s = 0; s < steps; ++s, x += kAmxTile, b += kAmxTiles * kAmxTile) {
+    _tile_loadd(2, x, 64);
+    _tile_loadd(3, b, 64);
+    if constexpr (Core::kIsWeightFirst) {
+      _tile_dpbf16ps(0, 3, 2);
+      _tile_loadd(3, b + kAmxTile, 64);
+      _tile_dpbf16ps(1, 3, 2);
+    } else {
+      _tile_dpbf16ps(0, 2, 3);
+      _tile_loadd(3, b + kAmxTile, 64);
+      _tile_dpbf16ps(1, 2, 3);
+    }
+  }
+  _tile_stored(0, sums, Core::kSumRowBytes);
+  _tile_stored(1, next_sums, Core::kSumRowBytes);
+}
+
+// sums[16 x 64] = or += steps tiles of x times steps x 4 tiles of b.
+template <class Core>
+void multiply_tiles(const BFloat16* x, const BFloat16* b, int64_t steps, bool is_first, float* sums) {
+  multiply_two<Core>(x, b, steps, is_first, sums);
+  multiply_two<Core>(x, b + 2 * kAmxTile, steps, is_first, sums + 2 * Core::kSumTile);
+}
+
+// Tiles of D columns in a panel or slice.
+template <class Core>
+int64_t depth_tiles(int64_t D) {
+  return round_up(D, Core::kStep) / kAmxDepth;
+}
+
+// The tiles [begin, end) of M, of rows of x that are `stride` elements apart. A panel has the tiles of all M of a slice
+// before those of the next slice: M tile after M tile they would lie D/16 KB apart, in the same few sets of L2.
+template <class Core>
+void pack_m_tiles(const BFloat16* x, int64_t stride, int64_t M, int64_t D, int64_t begin, int64_t end,
+                  BFloat16* panel) {
+  const int64_t m_tiles = ceil_div(M, kAmxRows);
+  for (int64_t d = 0; d < D; d += kSliceD, panel += m_tiles * kSliceD / kAmxDepth * kAmxTile) {
+    const int64_t d_count = D - d < kSliceD ? D - d : kSliceD;
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t m = t * kAmxRows, m_count = M - m < kAmxRows ? M - m : kAmxRows;
+      Core::pack(x + m * stride + d, stride, m_count, d_count, panel + t * depth_tiles<Core>(d_count) * kAmxTile);
+    }
+  }
+}
+
+// GemmPackFn.
+template <class Core>
+void pack_tiles_bf16(const void* x, Dtype, int64_t M, int64_t D, int64_t begin, int64_t end, void* panel) {
+  pack_m_tiles<Core>(static_cast<const BFloat16*>(x), D, M, D, begin, end, static_cast<BFloat16*>(panel));
+}
+
+// The workspace of a thread.
+struct AmxWorkspace {
+  alignas(64) BFloat16 slice[kSliceD / kAmxDepth * kAmxTiles * kAmxTile];
+  alignas(64) BFloat16 inner[kPassM * kSliceD];  // tiles of P or Q
+  alignas(64) float sums[kAmxGroup][kPassM / kAmxRows][kAmxSums];
+};
+
+template <class Core>
+void gemm_tiles(const GemmArgs& args, int64_t D, int64_t C, int64_t tile_begin, int64_t tile_end, void* workspace) {
+  auto& [slice, inner, sums] = *static_cast<AmxWorkspace*>(workspace);
+  const FullTiles tiles;
+  const auto* panel = static_cast<const BFloat16*>(args.panel);
+  const int64_t m_tiles = ceil_div(args.M, kAmxRows);
+  for (int64_t group = tile_begin; group < tile_end; group += kAmxGroup) {
+    const int64_t count = tile_end - group < kAmxGroup ? tile_end - group : kAmxGroup;
+    const auto first_c = [&](int64_t g) { return (group + g) * kAmxTileC; };
+    for (int64_t d = 0; d == 0 || d < D; d += kSliceD) {  // D = 0 writes zeros
+      const int64_t d_count = D - d < kSliceD ? D - d : kSliceD, depth = depth_tiles<Core>(d_count);
+      const auto* x = panel + m_tiles * d / kAmxDepth * kAmxTile;
+      for (int64_t g = 0; g < count; ++g) {
+        Core::decode(args.weight, first_c(g), d, d_count, slice);
+        for (int64_t t = 0; t < m_tiles; ++t)
+          multiply_tiles<Core>(x + t * depth * kAmxTile, slice, depth, d == 0, sums[g][t]);
+      }
+    }
+    for (int64_t rank = 0; rank < args.rank; rank += kSliceD) {
+      const int64_t ranks = args.rank - rank < kSliceD ? args.rank - rank : kSliceD;
+      const int64_t rank_tiles = depth_tiles<Core>(ranks);
+      const auto* unscaled = static_cast<const BFloat16*>(args.unscaled_inner) + rank;
+      pack_m_tiles<Core>(unscaled, args.rank, args.M, ranks, 0, m_tiles, inner);
+      for (int64_t g = 0; g < count; ++g) {
+        Core::decode_factor(args, first_c(g), rank, ranks, slice);
+        for (int64_t t = 0; t < m_tiles; ++t)
+          multiply_tiles<Core>(inner + t * rank_tiles * kAmxTile, slice, rank_tiles, false, sums[g][t]);
+      }
+    }
+    for (int64_t t = 0; t < m_tiles; ++t)
+      for (int64_t g = 0; g < count; ++g) {
+        const int64_t m = t * kAmxRows, c = first_c(g);
+        Core::store(args, m, args.M - m < kAmxRows ? args.M - m : kAmxRows, c, C - c, sums[g][t]);
+      }
+  }
+}
+
+template <class Core>
+constexpr GemmKernel describe_tiles(GemmFn run) {
+  return {kAmxRows, kAmxTileC, Core::kStep, int(sizeof(BFloat16)), int64_t(sizeof(AmxWorkspace)), pack_tiles_bf16<Core>,
+          run};
+}
+
+// A slice's lines are too many for L1 beside the slice itself.
+static inline void prefetch_l2(const uint8_t* line) { __builtin_prefetch(line, /*rw=*/0, /*locality=*/2); }
+
+// `count` elements of a row of a LoRA factor, times the scaling, and zeros up to `padded`.
+static inline void scale_factor(const GemmArgs& args, const BFloat16* from, int64_t count, int64_t padded,
+                                BFloat16* to) {
+  const Isa::F scaling = Isa::set1(args.scaling);
+  int64_t i = 0;
+  for (; i + Isa::L <= count; i += Isa::L) Isa::store(to + i, Isa::mul(Isa::load(from + i), scaling));
+  for (; i < count; ++i) to[i] = from_float<BFloat16>(to_float(from[i]) * args.scaling);
+  std::memset(static_cast<void*>(to + i), 0, size_t(padded - i) * sizeof *to);
+}
+
+}  // namespace
+}  // namespace nf4::cpu
