@@ -45,18 +45,21 @@ struct Choice {
 // shorter runs it is less by what they cost more: 4 and 10 % of the products at M = 64 (2048x2048, one Xeon core).
 constexpr int dgrad_codes_max_m(int run) { return run == 64 ? 128 : run == 32 ? 96 : 64; }
 
-// From where torch's GEMM on AMX is faster than vdpbf16ps, for what has no kernels on tiles: both take as long at 15 rows
-// (linear) and 22 (linear_dgrad), at 32 it is 1.4 to 1.5 times as fast (4096x4096 and 2048x2048, two Xeon cores). A slice
-// costs some 25 us more in calls, which 2^24 products on four cores make up for.
+// From where torch's GEMM on AMX is faster than the fused products, which are on tiles in bf16 alone. Measured in bf16
+// with vdpbf16ps: both take as long at 15 rows (linear) and 22 (linear_dgrad), at 32 the GEMM is 1.4 to 1.5 times as fast
+// (4096x4096 and 2048x2048, two Xeon cores). A slice costs some 25 us more in calls, which 2^24 products on four cores
+// make up for.
 constexpr int64_t kAmxMinM = 32, kAmxMinProducts = 1 << 24;
+
+constexpr int kGemvMaxM = 4;  // rows of x of those whose registers hold a sum for each row
 
 static inline Choice choose(const Problem& p) {
   const int32_t wanted = p.dtype == Dtype::kBFloat16 ? kAmxBf16 : p.dtype == Dtype::kFloat16 ? kAmxFp16 : 0;
   if (wanted != 0 && p.forced == Forced::kDequantizeGemm) return {Products::kDequantizeGemm, "forced"};
-  if (p.has_tiles && p.dtype == Dtype::kBFloat16 && p.code_run == 64)
-    return {Products::kTiles, "64 weights share a scale: products on AMX tiles"};
+  if (p.has_tiles && p.dtype == Dtype::kBFloat16 && (p.is_dgrad || p.M > kGemvMaxM))
+    return {Products::kTiles, "products on AMX tiles"};
   if ((p.amx & wanted) != 0 && p.forced == Forced::kNothing && p.M >= kAmxMinM && p.M * p.weights >= kAmxMinProducts)
-    return {Products::kDequantizeGemm, "torch's GEMM has AMX: faster from M = 32 on"};
+    return {Products::kDequantizeGemm, "torch's GEMM has AMX: predicted to be faster from M = 32 on"};
   if (p.dtype != Dtype::kBFloat16) return {Products::kFp32, "fp32 and fp16 activations: fp32 products"};
   if (p.code_run == 0) return {Products::kBf16, "rows of W are not whole runs of 64 codes: W is scaled"};
   if (p.is_dgrad && p.M > dgrad_codes_max_m(p.code_run))

@@ -50,7 +50,9 @@ static inline void store_in_order(const float* row, const GemmArgs& args, int64_
     Isa::store(out + Isa::L, _mm512_castpd_ps(_mm512_permutex2var_pd(a, high, b)));
   }
   auto* dx = static_cast<BFloat16*>(args.out) + m * args.weight.K + k;
-  for (int64_t c = 0; c < k_count; c += Isa::L) Isa::store(dx + c, Isa::load(natural + c));
+  int64_t c = 0;
+  for (; c + Isa::L <= k_count; c += Isa::L) Isa::store(dx + c, Isa::load(natural + c));
+  for (; c < k_count; ++c) dx[c] = from_float<BFloat16>(natural[c]);
 }
 
 // fn(CodeRun<RUN>{}) with the weight's code_run.

@@ -11,8 +11,9 @@
 //                no room for it in fp16. Rejected: a slice of the contraction, whose sums are rounded to bf16 each.
 // Bytes          A weight is half a byte read, 2 written and read, and packed once more by the GEMM: 0.65 to 0.85
 //                cycles of a core beside its 2 M flops. Columns of W cost more than rows, see choose.h.
-// Needs          x and out contiguous. x is copied where a term joins it, or where it is not aligned to 64 bytes: the
-//                bits of a GEMM of torch's may depend on that.
+// Needs          x and out contiguous. x is copied where a term joins it; where it is not aligned to 64 bytes: the bits of
+//                a GEMM of torch's may depend on that; and where the depth is not whole steps of AMX: a row's last step
+//                would read on into the next row, whose NaN times zero is NaN.
 #pragma once
 
 #include "convert.h"
@@ -72,7 +73,8 @@ void join_factor(const Threads& threads, const GemmArgs& args, const Product& pr
   if (product.is_dgrad)
     threads.parallel_for(0, extra, ceil_div(kDecodeGrain, count), [&](int64_t from, int64_t to) {
       for (int64_t j = from; j < to; ++j)
-        join(factor + j * product.C + begin, j < rank ? count : 0, count, slice + (product.D + j) * count);
+        join(j < rank ? factor + j * product.C + begin : factor, j < rank ? count : 0, count,
+             slice + (product.D + j) * count);
     });
   else
     threads.parallel_for(0, count, ceil_div(kDecodeGrain, extra), [&](int64_t from, int64_t to) {
@@ -84,10 +86,10 @@ void join_factor(const Threads& threads, const GemmArgs& args, const Product& pr
 template <class Runtime>
 void multiply_slices(Runtime& runtime, const Product& product, const GemmArgs& args, const void* x) {
   const int64_t M = args.M, C = product.C, D = product.D, size = element_bytes(args.dtype);
-  const int64_t depth = args.rank == 0 ? D : ceil_div(D + args.rank, kTermStep) * kTermStep;
+  const int64_t depth = ceil_div(D + args.rank, kTermStep) * kTermStep;
   const bool is_aligned = reinterpret_cast<uintptr_t>(x) % kAlignment == 0;
   const void* joined = x;
-  if (args.rank > 0 || !is_aligned) {
+  if (depth > D || !is_aligned) {
     void* copy = runtime.allocate(M * depth * size);
     runtime.parallel_for(0, M, ceil_div(kDecodeGrain, at_least_1(depth)),
                          [&](int64_t begin, int64_t end) { join_rows(args, x, D, depth, begin, end, copy); });
@@ -106,7 +108,7 @@ void multiply_slices(Runtime& runtime, const Product& product, const GemmArgs& a
       dequantize_rectangle(runtime, args.weight, begin, D, count, args.dtype, slice, count);
     else
       dequantize_rectangle(runtime, args.weight, begin * D, count, D, args.dtype, slice, depth);
-    if (args.rank > 0)
+    if (depth > D)
       with_type(args.dtype, [&](auto t) {
         join_factor(runtime, args, product, begin, count, depth, static_cast<decltype(t)*>(slice));
       });

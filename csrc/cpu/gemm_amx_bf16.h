@@ -20,7 +20,8 @@
 // Why groups     x in tiles is 4 MB at M = 512, D = 4096: it comes from L3 once for kGroup C tiles, not for each.
 // LoRA           As dequantize_gemm.h has it: the scaling is in the factor, and the term is more of the contraction.
 // Flops          2*M*N*K; each tile of B serves one tile of x: 5 loads of tiles, 40 cycles of L1, for 64 of products.
-// Needs          a code_run of 64; x, out and the factors in bf16.
+// Needs          x, out and the factors in bf16. Where rows of W are not whole runs of 64 codes, or a run has more than one
+//                scale, and for int8, rows are decoded as spans, then spread over the tiles.
 //
 // A Core says how the operands lie in tiles: linear_amx_bf16.cpp and linear_dgrad_amx_bf16.cpp.
 //
@@ -28,11 +29,13 @@
 //   kIsWeightFirst           the tiles of B are the first operand, so that sums are [c][m]
 //   kSumTile, kSumRowBytes   where the 4 tiles of sums lie in the 16 x 64 of an M tile
 //   pack                     rows [0, m_count) x columns [0, d_count) of x into tiles, zeros past them
-//   decode, decode_factor    64 columns of B, or of LoRA's factor, into a slice
+//   decode                   64 columns of B into a slice, if they are runs of 64 codes
+//   spread                   the same of any matrix whose rows a function gives in bf16: LoRA's factor, other weights
 //   store                    a finished 16 x 64
 #pragma once
 
 #include "codes_avx512_bf16.h"
+#include "decode_int8.h"
 #include "decode_span.h"
 #include "gemm.h"
 
@@ -44,34 +47,27 @@ constexpr int kAmxTile = kAmxRows * kAmxDepth;  // elements
 constexpr int kAmxTiles = 4, kAmxTileC = kAmxTiles * 16, kAmxGroup = 4;
 constexpr int kAmxSums = kAmxRows * kAmxTileC;
 
-// All 8 tiles in full size, while it lives. A library that configures tiles less often than it uses them finds its own
-// configuration again.
-class FullTiles {
-  struct alignas(64) Config {
-    uint8_t palette, start_row, zeros[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-  } saved_;
-
- public:
-  FullTiles() {
-    __asm__ volatile("sttilecfg %0" : "=m"(saved_));
-    Config full{};
-    full.palette = 1;
-    for (int i = 0; i < 8; ++i) {
-      full.row_bytes[i] = 64;
-      full.rows[i] = kAmxRows;
-    }
-    load(full);
-  }
-  ~FullTiles() { load(saved_); }
-  FullTiles(const FullTiles&) = delete;
-  FullTiles& operator=(const FullTiles&) = delete;
-
- private:
-  // Not _tile_loadconfig: GCC 12's says that it reads 8 bytes.
-  static void load(const Config& config) { __asm__ volatile("ldtilecfg %0" : : "m"(config)); }
+// What ldtilecfg reads.
+struct alignas(64) TileConfig {
+  uint8_t palette, start_row, zeros[14];
+  uint16_t row_bytes[16];
+  uint8_t rows[16];
 };
+// By hand: GCC 12's intrinsics say that they touch 8 bytes.
+static inline void use_tiles(const TileConfig& config) { __asm__ volatile("ldtilecfg %0" : : "m"(config)); }
+// All 8 tiles in full size; returns what they were. A library that configures tiles less often than it uses them has to
+// find its own configuration again.
+static inline TileConfig use_full_tiles() {
+  TileConfig before, full{};
+  __asm__ volatile("sttilecfg %0" : "=m"(before));
+  full.palette = 1;
+  for (int i = 0; i < 8; ++i) {
+    full.row_bytes[i] = 64;
+    full.rows[i] = kAmxRows;
+  }
+  use_tiles(full);
+  return before;
+}
 
 // Two of the four tiles of sums = or += steps tiles of x times steps tiles of b for each. Tiles 0 and 1 are sums, 2 is of
 // x, 3 of b: GCC wants their numbers as literals.
@@ -147,9 +143,20 @@ struct AmxWorkspace {
 template <class Core>
 void gemm_tiles(const GemmArgs& args, int64_t D, int64_t C, int64_t tile_begin, int64_t tile_end, void* workspace) {
   auto& [slice, inner, sums] = *static_cast<AmxWorkspace*>(workspace);
-  const FullTiles tiles;
+  const TileConfig before = use_full_tiles();
   const auto* panel = static_cast<const BFloat16*>(args.panel);
   const int64_t m_tiles = ceil_div(args.M, kAmxRows);
+  const Weight& w = args.weight;
+  const bool has_runs = !is_int8(w) && code_run(w) == 64;
+  const auto decode_row = [&](int64_t row, int64_t column, int64_t count, BFloat16* out) {
+    (is_int8(w) ? decode_int8<BFloat16> : decode_span<BFloat16>)(w, row * w.K + column, count, out);
+  };
+  const auto* factor = static_cast<const BFloat16*>(args.lora_factor);
+  const int64_t factor_row = Core::kIsWeightFirst ? args.rank : C;  // B [N, rank], A [rank, K]
+  const auto scale_row = [&](int64_t row, int64_t column, int64_t count, BFloat16* out) {
+    for (int64_t i = 0; i < count; ++i)
+      out[i] = from_float<BFloat16>(to_float(factor[row * factor_row + column + i]) * args.scaling);
+  };
   for (int64_t group = tile_begin; group < tile_end; group += kAmxGroup) {
     const int64_t count = tile_end - group < kAmxGroup ? tile_end - group : kAmxGroup;
     const auto first_c = [&](int64_t g) { return (group + g) * kAmxTileC; };
@@ -157,7 +164,10 @@ void gemm_tiles(const GemmArgs& args, int64_t D, int64_t C, int64_t tile_begin, 
       const int64_t d_count = D - d < kSliceD ? D - d : kSliceD, depth = depth_tiles<Core>(d_count);
       const auto* x = panel + m_tiles * d / kAmxDepth * kAmxTile;
       for (int64_t g = 0; g < count; ++g) {
-        Core::decode(args.weight, first_c(g), d, d_count, slice);
+        if (has_runs)
+          Core::decode(w, first_c(g), d, d_count, slice);
+        else
+          Core::spread(decode_row, first_c(g), C - first_c(g), d, d_count, slice);
         for (int64_t t = 0; t < m_tiles; ++t)
           multiply_tiles<Core>(x + t * depth * kAmxTile, slice, depth, d == 0, sums[g][t]);
       }
@@ -168,7 +178,7 @@ void gemm_tiles(const GemmArgs& args, int64_t D, int64_t C, int64_t tile_begin, 
       const auto* unscaled = static_cast<const BFloat16*>(args.unscaled_inner) + rank;
       pack_m_tiles<Core>(unscaled, args.rank, args.M, ranks, 0, m_tiles, inner);
       for (int64_t g = 0; g < count; ++g) {
-        Core::decode_factor(args, first_c(g), rank, ranks, slice);
+        Core::spread(scale_row, first_c(g), C - first_c(g), rank, ranks, slice);
         for (int64_t t = 0; t < m_tiles; ++t)
           multiply_tiles<Core>(inner + t * rank_tiles * kAmxTile, slice, rank_tiles, false, sums[g][t]);
       }
@@ -179,6 +189,7 @@ void gemm_tiles(const GemmArgs& args, int64_t D, int64_t C, int64_t tile_begin, 
         Core::store(args, m, args.M - m < kAmxRows ? args.M - m : kAmxRows, c, C - c, sums[g][t]);
       }
   }
+  use_tiles(before);
 }
 
 template <class Core>
@@ -189,16 +200,6 @@ constexpr GemmKernel describe_tiles(GemmFn run) {
 
 // A slice's lines are too many for L1 beside the slice itself.
 static inline void prefetch_l2(const uint8_t* line) { __builtin_prefetch(line, /*rw=*/0, /*locality=*/2); }
-
-// `count` elements of a row of a LoRA factor, times the scaling, and zeros up to `padded`.
-static inline void scale_factor(const GemmArgs& args, const BFloat16* from, int64_t count, int64_t padded,
-                                BFloat16* to) {
-  const Isa::F scaling = Isa::set1(args.scaling);
-  int64_t i = 0;
-  for (; i + Isa::L <= count; i += Isa::L) Isa::store(to + i, Isa::mul(Isa::load(from + i), scaling));
-  for (; i < count; ++i) to[i] = from_float<BFloat16>(to_float(from[i]) * args.scaling);
-  std::memset(static_cast<void*>(to + i), 0, size_t(padded - i) * sizeof *to);
-}
 
 }  // namespace
 }  // namespace nf4::cpu

@@ -101,14 +101,14 @@ struct LinearTiles {
     }
   }
 
-  static void decode_factor(const GemmArgs& args, int64_t n, int64_t rank, int64_t ranks, BFloat16* slice) {
-    const auto* b = static_cast<const BFloat16*>(args.lora_factor) + rank;
-    alignas(64) BFloat16 scaled[kSliceD];
+  // row_at(n, k, count, out): so many elements of row n.
+  template <class RowAt>
+  static void spread(RowAt row_at, int64_t n, int64_t left, int64_t k, int64_t k_count, BFloat16* slice) {
+    alignas(64) BFloat16 row[kSliceD] = {};
     for (int64_t i = 0; i < kAmxTileC; ++i) {
-      const int64_t row = n + i < args.weight.N ? n + i : args.weight.N - 1, padded = round_up(ranks, kStep);
-      scale_factor(args, b + row * args.rank, ranks, padded, scaled);
+      row_at(n + (i < left ? i : left - 1), k, k_count, row);
       BFloat16* out = row_of(slice, i);
-      for (int64_t r = 0; r < padded; r += kQuad, out += 4 * kNextStep) deal(scaled + r, out, kNextStep);
+      for (int64_t q = 0; q < k_count; q += kQuad, out += 4 * kNextStep) deal(row + q, out, kNextStep);
     }
   }
 

@@ -80,24 +80,27 @@ struct DgradTiles {
     }
   }
 
-  static void decode_factor(const GemmArgs& args, int64_t k, int64_t rank, int64_t ranks, BFloat16* slice) {
-    const auto* a = static_cast<const BFloat16*>(args.lora_factor) + k;
-    alignas(64) BFloat16 scaled[2][kAmxTileC];
-    for (int64_t i = 0; i < round_up(ranks, kStep); i += 2) {
-      for (int64_t r = 0; r < 2; ++r) {
-        const bool is_there = i + r < ranks;
-        scale_factor(args, a + (rank + (is_there ? i + r : 0)) * args.weight.K, is_there ? kAmxTileC : 0, kAmxTileC,
-                     scaled[r]);
+  // row_at(n, k, count, out): so many elements of row n.
+  template <class RowAt>
+  static void spread(RowAt row_at, int64_t k, int64_t left, int64_t n, int64_t n_count, BFloat16* slice) {
+    alignas(64) BFloat16 pair[2][kAmxTileC] = {};
+    for (int64_t i = 0; i < round_up(n_count, kStep); i += 2) {
+      for (int r = 0; r < 2; ++r) {
+        if (i + r < n_count)
+          row_at(n + i + r, k, left < kAmxTileC ? left : kAmxTileC, pair[r]);
+        else
+          std::memset(static_cast<void*>(pair[r]), 0, sizeof pair[r]);
       }
       BFloat16* out = pair_of(slice, i);
       for (int v = 0; v < kAmxTiles; ++v, out += kAmxTile)
         for (int j = 0; j < 16; ++j)
-          for (int r = 0; r < 2; ++r) out[2 * j + r] = scaled[r][4 * j + NibbleByNibble::first_k(v)];
+          for (int r = 0; r < 2; ++r) out[2 * j + r] = pair[r][4 * j + NibbleByNibble::first_k(v)];
     }
   }
 
-  static void store(const GemmArgs& args, int64_t m, int64_t m_count, int64_t k, int64_t, const float* sums) {
-    for (int64_t i = 0; i < m_count; ++i) store_in_order(sums + i * kAmxTileC, args, m + i, k, kAmxTileC);
+  static void store(const GemmArgs& args, int64_t m, int64_t m_count, int64_t k, int64_t left, const float* sums) {
+    const int64_t k_count = left < kAmxTileC ? left : kAmxTileC;
+    for (int64_t i = 0; i < m_count; ++i) store_in_order(sums + i * kAmxTileC, args, m + i, k, k_count);
   }
 };
 

@@ -127,7 +127,7 @@ def test_running_products_runs_them_alone_and_puts_everything_back(native_librar
             native.AMX_BF16,
             [
                 "bf16, up to 31 rows: fused (few rows)",
-                "bf16, more rows: dequantize_gemm (torch's GEMM has AMX: faster from M = 32 on)",
+                "bf16, more rows: dequantize_gemm (torch's GEMM has AMX: predicted to be faster from M = 32 on)",
                 "fp16, any rows: fused (this CPU has AMX for bf16 alone)",
             ],
         ),

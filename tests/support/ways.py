@@ -191,9 +191,10 @@ class CpuWay(Way):
             )
 
     def schedules(self) -> Iterator[str]:
-        """Numbers of threads; the reference multiplies by torch, whose bits depend on it."""
+        """Numbers of threads; the reference multiplies by torch, whose bits depend on it, as its GEMM's on AMX do."""
         threads = torch.get_num_threads()
-        for count in () if self.is_reference else (1, 2, 3, 2):
+        is_torchs = self.is_reference or (self.kernel == CPU_DEQUANTIZE_GEMM and torch.cpu._is_amx_tile_supported())
+        for count in () if is_torchs else (1, 2, 3, 2):
             torch.set_num_threads(count)
             yield f"{count} threads"
         torch.set_num_threads(threads)
@@ -211,8 +212,13 @@ class CudaWay(Way):
     def library(self) -> ctypes.CDLL:
         return select.cuda_library()[0].handle if self.executor is None else self.executor.library
 
-    def running(self, kernel: str, tile: int = -1, splits: int = 0) -> AbstractContextManager:
-        return native.running_kernel(self.library, kernel, tile, splits)
+    @contextmanager
+    def running(self, kernel: str, tile: int = -1, splits: int = 0) -> Iterator[None]:
+        """On the host torch's GEMM stands for cuBLAS; oneDNN's on AMX would read beyond a row of odd length."""
+        by_amx = self.executor is not None and kernel == CUDA_DEQUANTIZE_GEMM and torch.cpu._is_amx_tile_supported()
+        without_onednn = torch.backends.mkldnn.flags(enabled=False) if by_amx else nullcontext()
+        with native.running_kernel(self.library, kernel, tile, splits), without_onednn:
+            yield
 
     def pretend(self, arch: int, multiprocessors: int) -> None:
         """What the choice of kernels sees of the executor's device, until the end of the test."""
