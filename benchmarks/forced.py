@@ -1,7 +1,7 @@
-"""A smaller instruction set, forced on every side: what the same work takes on a processor without bf16 products.
+"""A smaller instruction set, forced on every side: what the same work takes on a processor that has no larger one.
 
 The variables are read where each library is first loaded, so that a process of its own measures. ggml, which cannot be
-told, is left out; bitsandbytes is told that there are no bf16 instructions, but dequantizes with AVX-512 all the same.
+told, is left out; bitsandbytes is told of bf16 instructions where they are forced, and dequantizes with AVX-512 always.
 """
 
 import os
@@ -14,6 +14,11 @@ import nf4kernels as nf4
 from .harness import ROOT
 
 LEVELS = {
+    "avx512_bf16": {
+        "ATEN_CPU_CAPABILITY": "avx512",
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX512_E3",
+    },
     "avx512": {
         "ATEN_CPU_CAPABILITY": "avx512",
         "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",
@@ -25,6 +30,11 @@ LEVELS = {
 SHAPES = ((4096, 4096), (4096, 14336))
 ROWS = {"linear": (1, 4, 16, 128), "linear_dgrad": (16, 128)}
 SECONDS = 0.7  # a row; a peer whose one call takes longer is timed once
+
+
+def lacks_bf16() -> bool:
+    """Whether the level in force has no bf16 instructions."""
+    return in_force() in ("avx512", "avx2")
 
 
 def in_force() -> str:

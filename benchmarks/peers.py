@@ -18,7 +18,7 @@ import bitsandbytes as bnb  # noqa: E402
 from .harness import BNB, BNB_DQ, DTYPES, GGML, INT4, OURS, dense_side, rotate  # noqa: E402
 from .limits import cache_bytes  # noqa: E402
 
-if forced.in_force():  # bitsandbytes asks the processor, which has what is not to be used
+if forced.lacks_bf16():  # bitsandbytes asks the processor, which has what is not to be used
     bnb.nn.modules.has_avx512bf16 = lambda: False
 
 RANK, ALPHA = 16, 32
@@ -85,7 +85,7 @@ class Layers:
             BNB_DQ: bitsandbytes_linear(dense, double_quant=True),
             self.dense_side: dense,
         }
-        if forced.in_force():  # a backward takes seconds there, and this one decodes its scales as well
+        if forced.lacks_bf16():  # a backward takes seconds there, and this one decodes its scales as well
             del self.sides[BNB_DQ]
         self.qweight = self.sides[OURS].qweight
         self.nbytes = self.sides[OURS].weight.nbytes + self.sides[OURS].absmax.nbytes

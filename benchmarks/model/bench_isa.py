@@ -26,7 +26,7 @@ from ..forced import LEVELS
 from ..harness import ROOT, Spread, ratios, spread, take_turns
 from .bench_model import BATCH, LENGTH, OURS, as_side, random_model, training_step
 
-ENVIRONMENTS = {"avx512_bf16": {}, **LEVELS}
+ENVIRONMENTS = {"amx_bf16": {}, **LEVELS}
 ISAS = [isa for isa in ENVIRONMENTS if select.CPU_LIBRARY is not None and isa in select.CPU_LIBRARY.isas]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    sides = args.sides or [(isa, "bf16" if isa == "avx512_bf16" else "fp32") for isa in ISAS]
+    sides = args.sides or [(isa, "bf16" if isa.endswith("_bf16") else "fp32") for isa in ISAS]
     samples = measure(sides, args.threads, args.layers, args.rounds)
     print(f"SmolLM2-135M's sizes, {args.layers} layers, {BATCH}x{LENGTH} tokens, {args.threads} threads")
     print("\n".join(lines(samples)))

@@ -14,7 +14,7 @@ from .goals import GOALS, MODEL_STEP, SHAPE, Goal, broken, goal_rows, rule
 
 IQ4_NL = next(iter(GGML))
 RESULTS = ROOT / "benchmarks" / "results"
-README, SPEED = ROOT / "README.md", ROOT / "docs" / "speed.md"
+README, SPEED, SPEED_AMX = ROOT / "README.md", ROOT / "docs" / "speed.md", ROOT / "docs" / "speed-amx.md"
 WIDTH = 120  # of a line of Markdown
 MARK = "†"  # of a row that other processes disturbed
 OP_ORDER = (
@@ -245,7 +245,7 @@ def _pictures(path: Path, folder: Path, kinds: Iterable[str]) -> list[str]:
     return [f"![{what[kind]}]({os.path.relpath(file, folder)})" for kind, file in pictures.items() if file.exists()]
 
 
-SECTIONS = {README: readme_section, SPEED: speed_section}
+SECTIONS = {README: readme_section, SPEED: speed_section, SPEED_AMX: speed_section}
 MARKED = re.compile(r"<!-- speed: (\S+) -->\n.*?\n<!-- end of speed -->", flags=re.DOTALL)
 
 
@@ -255,8 +255,13 @@ def named_in(document: Path) -> Path:
 
 
 def with_section(document: Path, path: Path | None = None) -> str:
-    """The text of a document of SECTIONS with its speed section made of that CSV, else of the one that it names."""
-    path = named_in(document) if path is None else path
+    """The text of a document of SECTIONS with its speed section made anew: of that CSV, if it is one for this document,
+    else of the one that the document names.
+
+    A run of kernels on AMX is for SPEED_AMX, every other for the other documents.
+    """
+    is_for_it = path is not None and ("amx" in read_csv(path)[1]["kernels"]) == (document == SPEED_AMX)
+    path = path if is_for_it else named_in(document)
     section = "\n\n".join(SECTIONS[document](*read_csv(path), path, document.parent))
     marked = f"<!-- speed: {path.name} -->\n{section}\n<!-- end of speed -->"
     return MARKED.sub(lambda _: marked, document.read_text(encoding="utf-8"))

@@ -45,6 +45,7 @@ namespace {
 constexpr int kAmxRows = 16, kAmxDepth = 32;    // of a tile of bf16
 constexpr int kAmxTile = kAmxRows * kAmxDepth;  // elements
 constexpr int kAmxTiles = 4, kAmxTileC = kAmxTiles * 16, kAmxGroup = 4;
+constexpr int64_t kAmxBlockD = 512 * kAmxDepth;  // in one running sum: design.md, section 7
 constexpr int kAmxSums = kAmxRows * kAmxTileC;
 
 // What ldtilecfg reads.
@@ -143,7 +144,7 @@ struct AmxWorkspace {
 template <class Core>
 void gemm_tiles(const GemmArgs& args, int64_t D, int64_t C, int64_t tile_begin, int64_t tile_end, void* workspace) {
   auto& [slice, inner, sums] = *static_cast<AmxWorkspace*>(workspace);
-  const TileConfig before = use_full_tiles();
+  const TileConfig config = use_full_tiles();
   const auto* panel = static_cast<const BFloat16*>(args.panel);
   const int64_t m_tiles = ceil_div(args.M, kAmxRows);
   const Weight& w = args.weight;
@@ -157,10 +158,20 @@ void gemm_tiles(const GemmArgs& args, int64_t D, int64_t C, int64_t tile_begin, 
     for (int64_t i = 0; i < count; ++i)
       out[i] = from_float<BFloat16>(to_float(factor[row * factor_row + column + i]) * args.scaling);
   };
-  for (int64_t group = tile_begin; group < tile_end; group += kAmxGroup) {
-    const int64_t count = tile_end - group < kAmxGroup ? tile_end - group : kAmxGroup;
+  const bool has_blocks = D > kAmxBlockD;  // then the second half of sums is of the blocks before
+  const int64_t groups = has_blocks ? kAmxGroup / 2 : kAmxGroup;
+  for (int64_t group = tile_begin; group < tile_end; group += groups) {
+    const int64_t count = tile_end - group < groups ? tile_end - group : groups;
+    const auto add_block = [&](auto add) {
+      for (int64_t g = 0; g < count; ++g)
+        for (int64_t t = 0; t < m_tiles; ++t)
+          for (int i = 0; i < kAmxSums; ++i) add(sums[g][t][i], sums[g + kAmxGroup / 2][t][i]);
+    };
     const auto first_c = [&](int64_t g) { return (group + g) * kAmxTileC; };
     for (int64_t d = 0; d == 0 || d < D; d += kSliceD) {  // D = 0 writes zeros
+      const bool is_first = d % kAmxBlockD == 0;
+      if (d > 0 && is_first)
+        add_block([&](float sum, float& before) { before = d == kAmxBlockD ? sum : before + sum; });
       const int64_t d_count = D - d < kSliceD ? D - d : kSliceD, depth = depth_tiles<Core>(d_count);
       const auto* x = panel + m_tiles * d / kAmxDepth * kAmxTile;
       for (int64_t g = 0; g < count; ++g) {
@@ -169,7 +180,7 @@ void gemm_tiles(const GemmArgs& args, int64_t D, int64_t C, int64_t tile_begin, 
         else
           Core::spread(decode_row, first_c(g), C - first_c(g), d, d_count, slice);
         for (int64_t t = 0; t < m_tiles; ++t)
-          multiply_tiles<Core>(x + t * depth * kAmxTile, slice, depth, d == 0, sums[g][t]);
+          multiply_tiles<Core>(x + t * depth * kAmxTile, slice, depth, is_first, sums[g][t]);
       }
     }
     for (int64_t rank = 0; rank < args.rank; rank += kSliceD) {
@@ -183,19 +194,37 @@ void gemm_tiles(const GemmArgs& args, int64_t D, int64_t C, int64_t tile_begin, 
           multiply_tiles<Core>(inner + t * rank_tiles * kAmxTile, slice, rank_tiles, false, sums[g][t]);
       }
     }
+    if (has_blocks) add_block([](float& sum, float before) { sum += before; });
     for (int64_t t = 0; t < m_tiles; ++t)
       for (int64_t g = 0; g < count; ++g) {
         const int64_t m = t * kAmxRows, c = first_c(g);
         Core::store(args, m, args.M - m < kAmxRows ? args.M - m : kAmxRows, c, C - c, sums[g][t]);
       }
   }
-  use_tiles(before);
+  use_tiles(config);
 }
 
 template <class Core>
 constexpr GemmKernel describe_tiles(GemmFn run) {
   return {kAmxRows, kAmxTileC, Core::kStep, int(sizeof(BFloat16)), int64_t(sizeof(AmxWorkspace)), pack_tiles_bf16<Core>,
           run};
+}
+
+// 64 elements: those of even index, then those of odd.
+static inline void split(Isa::I low, Isa::I high, Isa::I& even, Isa::I& odd) {
+  alignas(64) uint16_t index[32];
+  for (int i = 0; i < 32; ++i) index[i] = uint16_t(2 * i);
+  const Isa::I evens = _mm512_load_si512(index), odds = _mm512_add_epi16(evens, _mm512_set1_epi16(1));
+  even = _mm512_permutex2var_epi16(low, evens, high);
+  odd = _mm512_permutex2var_epi16(low, odds, high);
+}
+// 128 elements: element 4w + (v ^ 1) to quads[v], word w.
+static inline void deal_by_four(const BFloat16* from, Isa::I quads[4]) {
+  Isa::I even[2], odd[2];
+  for (int i = 0; i < 2; ++i)
+    split(_mm512_loadu_si512(from + 64 * i), _mm512_loadu_si512(from + 64 * i + 32), even[i], odd[i]);
+  split(even[0], even[1], quads[1], quads[3]);
+  split(odd[0], odd[1], quads[0], quads[2]);
 }
 
 // A slice's lines are too many for L1 beside the slice itself.

@@ -25,21 +25,10 @@ struct LinearTiles {
   static constexpr bool kIsWeightFirst = true;
   static constexpr int kSumTile = 16 * kAmxRows, kSumRowBytes = 64;  // [n][m]
 
-  // 64 elements: those of even index, then those of odd.
-  static void split(Isa::I low, Isa::I high, Isa::I& even, Isa::I& odd) {
-    alignas(64) uint16_t index[32];
-    for (int i = 0; i < 32; ++i) index[i] = uint16_t(2 * i);
-    const Isa::I evens = _mm512_load_si512(index), odds = _mm512_add_epi16(evens, _mm512_set1_epi16(1));
-    even = _mm512_permutex2var_epi16(low, evens, high);
-    odd = _mm512_permutex2var_epi16(low, odds, high);
-  }
-  // 128 elements: element 4w + (v ^ 1) to out[v][w], which lie `stride` apart.
+  // deal_by_four, to out[v], which lie `stride` apart.
   static void deal(const BFloat16* from, BFloat16* out, int64_t stride) {
-    Isa::I even[2], odd[2], quads[4];
-    for (int i = 0; i < 2; ++i)
-      split(_mm512_loadu_si512(from + 64 * i), _mm512_loadu_si512(from + 64 * i + 32), even[i], odd[i]);
-    split(even[0], even[1], quads[1], quads[3]);
-    split(odd[0], odd[1], quads[0], quads[2]);
+    Isa::I quads[4];
+    deal_by_four(from, quads);
     for (int v = 0; v < 4; ++v) _mm512_storeu_si512(out + v * stride, quads[v]);
   }
 

@@ -31,6 +31,13 @@ struct DgradTiles {
     }
   }
 
+  // An index that takes a word of the first half, of row n, and one of the second, of row n + 1, in turn.
+  static Isa::I words_in_turn() {
+    alignas(64) uint16_t index[32];
+    for (int j = 0; j < 32; ++j) index[j] = uint16_t(j / 2 + j % 2 * 16);
+    return _mm512_load_si512(index);
+  }
+
   // Rows n, n + 1 of the slice's first tile of them.
   static BFloat16* pair_of(BFloat16* slice, int64_t n) {
     return slice + n / kAmxDepth * kAmxTiles * kAmxTile + n % kAmxDepth / 2 * 32;
@@ -39,9 +46,7 @@ struct DgradTiles {
   static void decode(const Weight& w, int64_t k, int64_t n, int64_t n_count, BFloat16* slice) {
     const Isa::F levels = Isa::load(w.code);
     const Isa::I nibble = _mm512_set1_epi16(15), second = _mm512_set1_epi32(16 << 16);
-    alignas(64) uint16_t words_in_turn[32];  // of row n and row n + 1
-    for (int j = 0; j < 32; ++j) words_in_turn[j] = uint16_t(j / 2 + j % 2 * 16);
-    const Isa::I in_turn = _mm512_load_si512(words_in_turn);
+    const Isa::I in_turn = words_in_turn();
     const int64_t row_bytes = w.K / 2, padded = round_up(n_count, kStep);
     // In bytes: the same columns of the next slice, or of the next group where it begins.
     const int64_t ahead = n + kSliceD < w.N ? kSliceD * row_bytes : kAmxGroup * kAmxTileC / 2 - n * row_bytes;
@@ -84,6 +89,7 @@ struct DgradTiles {
   template <class RowAt>
   static void spread(RowAt row_at, int64_t k, int64_t left, int64_t n, int64_t n_count, BFloat16* slice) {
     alignas(64) BFloat16 pair[2][kAmxTileC] = {};
+    const Isa::I in_turn = words_in_turn();
     for (int64_t i = 0; i < round_up(n_count, kStep); i += 2) {
       for (int r = 0; r < 2; ++r) {
         if (i + r < n_count)
@@ -91,10 +97,11 @@ struct DgradTiles {
         else
           std::memset(static_cast<void*>(pair[r]), 0, sizeof pair[r]);
       }
+      Isa::I quads[kAmxTiles];
+      deal_by_four(pair[0], quads);
       BFloat16* out = pair_of(slice, i);
       for (int v = 0; v < kAmxTiles; ++v, out += kAmxTile)
-        for (int j = 0; j < 16; ++j)
-          for (int r = 0; r < 2; ++r) out[2 * j + r] = pair[r][4 * j + NibbleByNibble::first_k(v)];
+        _mm512_store_si512(out, _mm512_permutexvar_epi16(in_turn, quads[v]));
     }
   }
 

@@ -292,7 +292,13 @@ class ProductContract:
             allowed = torch.finfo(dtype).eps * (a.double().abs() @ matrix.double().abs())
             assert ((actual.double() - left).abs() <= allowed + 2.0**-20).all()
             few = HALVES if M <= 16 else ()  # in whole numbers
-            rounds = {"amx_bf16": HALVES[:1], "avx512_bf16": HALVES[:1], "neon_bf16": HALVES, "avx2": few, "avx512": few}.get(way.name, ())
+            rounds = {
+                "amx_bf16": HALVES[:1],
+                "avx512_bf16": HALVES[:1],
+                "neon_bf16": HALVES,
+                "avx2": few,
+                "avx512": few,
+            }.get(way.name, ())
             if way.is_compiled and dtype not in rounds:
                 assert (actual.double() - left).norm() <= 2.0**-7 * left.norm()
 
