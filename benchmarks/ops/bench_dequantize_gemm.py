@@ -1,6 +1,6 @@
 """Products of the packed bytes beside slices of the weight and torch's GEMM, bf16: from which M the latter is faster.
 
-`csrc/cpu/choose.h` holds the M; docs/choosing.md what was measured, and what is predicted for AMX.
+`csrc/cpu/choose.h` holds the M; docs/choosing.md what was measured.
 """
 
 from collections.abc import Callable, Iterator

@@ -46,15 +46,15 @@ struct Choice {
 constexpr int dgrad_codes_max_m(int run) { return run == 64 ? 128 : run == 32 ? 96 : 64; }
 
 // From where torch's GEMM on AMX is faster than the fused products, which are on tiles in bf16 alone. Measured in bf16
-// with vdpbf16ps: both take as long at 15 rows (linear) and 22 (linear_dgrad), at 32 the GEMM is 1.4 to 1.5 times as fast
-// (4096x4096 and 2048x2048, two Xeon cores). A slice costs some 25 us more in calls, which 2^24 products on four cores
-// make up for.
+// with vdpbf16ps: both take as long at 15 rows (linear) and 22 (linear_dgrad), at 32 the GEMM is 1.4 to 1.5 times as
+// fast (4096x4096 and 2048x2048, two Xeon cores). A slice costs some 25 us more in calls, which 2^24 products on four
+// cores make up for.
 constexpr int64_t kAmxMinM = 32, kAmxMinProducts = 1 << 24;
 
 constexpr int kGemvMaxM = 4;  // rows of x of those whose registers hold a sum for each row
 
-// Tiles have 16 rows, and a weight decoded once: in 2.3 to 2.5 ms for linear_dgrad of 4096x4096, where the codes take 1.9 to
-// 2.7 at M = 1 to 4 and 3.9 at 8. Rows that are spread meet the codes just below 16 (two Xeon cores).
+// Tiles have 16 rows, and a weight decoded once: in 2.3 to 2.5 ms for linear_dgrad of 4096x4096, where the codes take
+// 1.9 to 2.7 at M = 1 to 4 and 3.9 at 8. Rows that are spread meet the codes just below 16 (two Xeon cores).
 constexpr int64_t tiles_min_m(int run) { return run == 64 ? kGemvMaxM + 1 : 16; }
 
 static inline Choice choose(const Problem& p) {

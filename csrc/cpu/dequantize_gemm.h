@@ -5,10 +5,10 @@
 //   linear_dgrad   dX[:, k..] = dY[M, N] @ slice[N, width]                      [dY | Q] and [slice ; s A]
 //
 // Who computes   All threads dequantize the slice, then torch's GEMM, oneDNN, uses all of them.
-// The trick      Where oneDNN has AMX it multiplies bf16 8 to 16 times as fast as vdpbf16ps, which pays for writing and
-//                reading Ŵ. A slice is whole columns of out, so that each element is one sum, rounded once; the LoRA
-//                term is more of the contraction, with the scaling in the factor: an inner product of scaled losses has
-//                no room for it in fp16. Rejected: a slice of the contraction, whose sums are rounded to bf16 each.
+// The trick      Where oneDNN multiplies on AMX and our kernels do not (fp16), that pays for writing and reading Ŵ. A
+//                slice is whole columns of out, so that each element is one sum, rounded once; the LoRA term is more of
+//                the contraction, with the scaling in the factor: an inner product of scaled losses has no room for it
+//                in fp16. Rejected: a slice of the contraction, whose sums are rounded to bf16 each.
 // Bytes          A weight is half a byte read, 2 written and read, and packed once more by the GEMM: 0.65 to 0.85
 //                cycles of a core beside its 2 M flops. Columns of W cost more than rows, see choose.h.
 // Needs          x and out contiguous. x is copied where a term joins it; where it is not aligned to 64 bytes: the bits of

@@ -2,26 +2,33 @@
 // Read first: kernels.h, for M, C and D.
 //
 //   pack        x into tiles, once for up to kPassM = 512 rows                             all threads
-//   for each group of kGroup C tiles of 64 columns                                         a thread's share
+//   for each group of kAmxGroup C tiles of 64 columns                                      a thread's share
 //     for each slice of kSliceD = 256 of D, for each C tile of the group
 //       decode    B[slice, C tile] into tiles of bf16, scaled: 32 KB, which stay in L1
-//       for each M tile of 16 rows: 4 tiles of fp32 sums += its tiles of x times the slice
+//       for each M tile of 16 rows: 4 tiles of fp32 sums, 2 at a time, += its tiles of x times the slice
 //     for each slice of LoRA's rank: the same, of the tiles of P or Q and of s B or s A
 //     store       the sums, rounded once, with bias
 //
 //   A tile is 16 rows of 64 bytes, and tdpbf16ps adds 16 x 16 x 32 products to one of sums, in 16 cycles:
 //
-//     first operand    row i: 32 elements of D                 second operand   row p: pairs (d 2p, 2p + 1) of 16 columns
-//     sums             row i: 16 columns, fp32
+//     first operand   row i: 32 elements of D            second operand   row p: pairs (d 2p, 2p + 1) of 16 columns
+//     sums            row i: 16 columns, fp32
 //
-// The trick      16 levels times the scale of a block are 16 numbers of bf16: one vcvtneps2bf16 makes the block's own
-//                table, and a lookup by vpermw gives 32 weights, scaled and rounded as dequantize rounds them. 0.1
-//                cycles a weight, where products take M / 512.
-// Why groups     x in tiles is 4 MB at M = 512, D = 4096: it comes from L3 once for kGroup C tiles, not for each.
+// The trick      16 levels times the scale of a block are 16 numbers of bf16: two blocks' are a table of 32, made by
+//                one vcvtne2ps2bf16, and a lookup by vpermw gives 32 weights, scaled and rounded as dequantize rounds
+//                them.
+// Four tiles     Two of sums, one of x and one of B, though there are eight: where another process runs on the core's
+//                other hyperthread a tdpbf16ps takes 11 ns with four of them in use, 16 with six, 20 to 23 with seven
+//                and 25 to 33 with eight, in any order of loads; alone it takes 6 ns in each case, which is its peak
+//                (operands in L1, an Emerald Rapids Xeon). Dense torch's uses eight: 1.0 to 1.7 times as long as this
+//                whole product.
+// Why groups     x in tiles is 4 MB at M = 512, D = 4096: it comes from L3 once for kAmxGroup C tiles, not for each.
+// Rejected       Slices of 128 of D, which leave room in L1 (0.9 to 1.0 times as fast at M = 16 to 512); x prefetched
+//                into L1 (no change).
 // LoRA           As dequantize_gemm.h has it: the scaling is in the factor, and the term is more of the contraction.
-// Flops          2*M*N*K; each tile of B serves one tile of x: 5 loads of tiles, 40 cycles of L1, for 64 of products.
-// Needs          x, out and the factors in bf16. Where rows of W are not whole runs of 64 codes, or a run has more than one
-//                scale, and for int8, rows are decoded as spans, then spread over the tiles.
+// Bytes, flops   2*M*N*K flops; 4096x4096 at M = 16 takes 0.6 ms to multiply and 1.1 to decode, two such cores.
+// Needs          x, out and the factors in bf16. Where rows of W are not whole runs of 64 codes, or a run has more than
+//                one scale, and for int8, rows are decoded as spans, then spread over the tiles.
 //
 // A Core says how the operands lie in tiles: linear_amx_bf16.cpp and linear_dgrad_amx_bf16.cpp.
 //
@@ -54,13 +61,18 @@ struct alignas(64) TileConfig {
   uint16_t row_bytes[16];
   uint8_t rows[16];
 };
-// By hand: GCC 12's intrinsics say that they touch 8 bytes.
-static inline void use_tiles(const TileConfig& config) { __asm__ volatile("ldtilecfg %0" : : "m"(config)); }
+// GCC 12's intrinsics say that they touch 8 bytes of a configuration, and none of what a tile is loaded from.
+static inline void touch_memory(const void* p) { __asm__ volatile("" : : "r"(p) : "memory"); }
+static inline void use_tiles(const TileConfig& config) {
+  touch_memory(&config);
+  _tile_loadconfig(&config);
+}
 // All 8 tiles in full size; returns what they were. A library that configures tiles less often than it uses them has to
 // find its own configuration again.
 static inline TileConfig use_full_tiles() {
   TileConfig before, full{};
-  __asm__ volatile("sttilecfg %0" : "=m"(before));
+  _tile_storeconfig(&before);
+  touch_memory(&before);
   full.palette = 1;
   for (int i = 0; i < 8; ++i) {
     full.row_bytes[i] = 64;
@@ -70,12 +82,12 @@ static inline TileConfig use_full_tiles() {
   return before;
 }
 
-// Two of the four tiles of sums = or += steps tiles of x times steps tiles of b for each. Tiles 0 and 1 are sums, 2 is of
-// x, 3 of b: GCC wants their numbers as literals.
+// Two of the four tiles of sums = or += steps tiles of x times steps tiles of b for each. Tiles 0 and 1 are sums, 2 is
+// of x, 3 of b: GCC wants their numbers as literals.
 template <class Core>
 void multiply_two(const BFloat16* x, const BFloat16* b, int64_t steps, bool is_first, float* sums) {
   float* next_sums = sums + Core::kSumTile;
-  __asm__ volatile("" ::: "memory");  // GCC 12's _tile_loadd does not say that it reads memory
+  touch_memory(x);
   if (is_first) {
     _tile_zero(0);
     _tile_zero(1);

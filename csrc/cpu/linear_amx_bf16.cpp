@@ -2,10 +2,10 @@
 //
 // Read first   gemm_amx_bf16.h.
 // Work split   N tiles of 64 rows of W. The caller splits them over threads.
-// Inner loop   W is the first operand, so that a row of it stays a row. A register holds 128 codes of a row as 32 words of
-//              4 nibbles; the tables of its two runs of 64 are one of 32 entries, and bit 4 of an index, set in the high
-//              words, says which. So 4 x (shift, vpternlog, vpermw) give a row of 4 tiles, in an order of k that is all the
-//              same, as x is packed in it, too.
+// Inner loop   W is the first operand, so that a row of it stays a row. A register holds 128 codes of a row as 32 words
+//              of 4 nibbles; the tables of its two runs of 64 are one of 32 entries, and bit 4 of an index, set in the
+//              high words, says which. So 4 x (shift, vpternlog, vpermw) give a row of 4 tiles, in an order of k that
+//              is all the same, as x is packed in it, too.
 // Rejected     W as the second operand: pairs of k of 16 rows of W meet in a row of a tile, a transpose for each.
 //
 //   word w of 128 k      codes 4w .. 4w + 3          nibble        3       2       1    0

@@ -2,9 +2,9 @@
 //
 // Read first   gemm_amx_bf16.h, then codes_avx512_bf16.h.
 // Work split   K tiles of 64 k. The caller splits them over threads.
-// Inner loop   W is the second operand, whose rows are pairs (n, n + 1). A register holds 64 k of both, and both blocks'
-//              tables are one of 32 entries: bit 4 of an index, set in the high words, says which row it is of. So 4 x
-//              (shift, vpternlog, vpermw) give the rows of 4 tiles.
+// Inner loop   W is the second operand, whose rows are pairs (n, n + 1). A register holds 64 k of both, and both
+//              blocks' tables are one of 32 entries: bit 4 of an index, set in the high words, says which row it is of.
+//              So 4 x (shift, vpternlog, vpermw) give the rows of 4 tiles.
 //
 //   32 bits of lane j       codes k 4j .. 4j + 3 of two rows of W
 //

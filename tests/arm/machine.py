@@ -1,4 +1,4 @@
-"""An aarch64 machine for the ops: ops.cpp under qemu, one process for each model of CPU, called as torch.ops is."""
+"""A machine for the ops: ops.cpp as a process, under qemu or as it is, called as torch.ops is."""
 
 import struct
 import subprocess
@@ -29,11 +29,10 @@ ELEMENTS = (torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int
 class Machine:
     """`machine.run("linear", x, *qweight.op_args(), None)`, and the other ops of ops.cpp."""
 
-    def __init__(self, program: Path, cpu: str) -> None:
-        self.cpu = cpu
-        self.process = subprocess.Popen(
-            [QEMU, "-cpu", cpu, str(program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
+    def __init__(self, program: Path, cpu: str = "") -> None:
+        """`cpu` is qemu's model of one; empty: the program runs on this processor."""
+        self.command = [*([QEMU, "-cpu", cpu] if cpu else []), str(program)]
+        self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def close(self) -> None:
         self.process.communicate(timeout=60)
@@ -75,7 +74,7 @@ class Machine:
     def _read(self, nbytes: int) -> bytes:
         data = self.process.stdout.read(nbytes)
         if len(data) < nbytes:
-            raise RuntimeError(f"the program ended under qemu-aarch64 -cpu {self.cpu}: {self.process.wait()}")
+            raise RuntimeError(f"{' '.join(self.command)} ended: {self.process.wait()}")
         return data
 
     def _integer(self) -> int:

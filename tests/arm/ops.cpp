@@ -215,6 +215,8 @@ void multiply(Call& call, bool is_dgrad) {
   args.bias = is_dgrad ? nullptr : call.data(10);
   const std::vector<float> inner = scaled(call, lora, call.number(lora + 2));
   args.lora_inner = inner.data();
+  args.unscaled_inner = call.data(lora);
+  args.scaling = float(call.number(lora + 2));
   args.lora_factor = call.data(lora + 1);
   args.rank = args.lora_factor == nullptr ? 0 : call.tensor(lora).sizes[1];
   args.out = call.add(x.element, {args.M, product.C});
@@ -231,7 +233,9 @@ void multiply_grouped(Call& call, bool is_dgrad) {
   const cpu::Product product{is_dgrad, is_dgrad ? K : N, is_dgrad ? N : K};
   const std::vector<float> inner = scaled(call, lora, call.number(lora + 2));
   const int64_t rank = inner.empty() ? 0 : call.tensor(lora).sizes[1];
-  const cpu::GroupedTerms terms{is_dgrad ? nullptr : call.data(11), rank, inner.data(), call.data(lora + 1)};
+  const cpu::GroupedTerms terms{
+      is_dgrad ? nullptr : call.data(11), rank, inner.data(), call.data(lora + 1), call.data(lora),
+      float(call.number(lora + 2))};
   Runtime runtime;
   void* out = call.add(x.element, {T, product.C});
   cpu::multiply_grouped(runtime, product, experts, terms, call.data<int32_t>(1), x.dtype(), T, x.data(), out);
