@@ -51,16 +51,15 @@ constexpr int dgrad_codes_max_m(int run) { return run == 64 ? 128 : run == 32 ? 
 // cores make up for.
 constexpr int64_t kAmxMinM = 32, kAmxMinProducts = 1 << 24;
 
-constexpr int kGemvMaxM = 4;  // rows of x of those whose registers hold a sum for each row
-
-// Tiles have 16 rows, and a weight decoded once: in 2.3 to 2.5 ms for linear_dgrad of 4096x4096, where the codes take
-// 1.9 to 2.7 at M = 1 to 4 and 3.9 at 8. Rows that are spread meet the codes just below 16 (two Xeon cores).
-constexpr int64_t tiles_min_m(int run) { return run == 64 ? kGemvMaxM + 1 : 16; }
+// Tiles have 16 rows, so that M <= 16 takes as long as 16: 1.2 to 1.6 ms for linear of 4096x4096, where the codes take
+// 1.3 at M = 3 and 1.5 to 2.2 at 4; and 2.3 to 2.5 for linear_dgrad, where they take 2.7 at 4 and 3.9 at 8, but less
+// than tiles below 8 in a small layer. Rows that are spread meet the codes just below 16 (two Xeon cores).
+constexpr int64_t tiles_min_m(bool is_dgrad, int run) { return run != 64 ? 16 : is_dgrad ? 5 : 4; }
 
 static inline Choice choose(const Problem& p) {
   const int32_t wanted = p.dtype == Dtype::kBFloat16 ? kAmxBf16 : p.dtype == Dtype::kFloat16 ? kAmxFp16 : 0;
   if (wanted != 0 && p.forced == Forced::kDequantizeGemm) return {Products::kDequantizeGemm, "forced"};
-  if (p.has_tiles && p.dtype == Dtype::kBFloat16 && p.M >= tiles_min_m(p.code_run))
+  if (p.has_tiles && p.dtype == Dtype::kBFloat16 && p.M >= tiles_min_m(p.is_dgrad, p.code_run))
     return {Products::kTiles, "products on AMX tiles"};
   if ((p.amx & wanted) != 0 && p.forced == Forced::kNothing && p.M >= kAmxMinM && p.M * p.weights >= kAmxMinProducts)
     return {Products::kDequantizeGemm, "torch's GEMM has AMX: predicted to be faster from M = 32 on"};

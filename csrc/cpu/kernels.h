@@ -142,6 +142,8 @@ struct GemmKernel {
   GemmFn run;
 };
 
+constexpr int kGemvMaxM = 4;  // of those whose registers hold a sum for each row of x
+
 // linear at M <= max_m, row by row of W, straight from the packed bytes.
 struct GemvKernel {
   int max_m;

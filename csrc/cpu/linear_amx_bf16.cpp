@@ -1,4 +1,4 @@
-// linear in bf16 on AMX tiles, M > 4: y[m, n] = sum_k x[m, k] * W[n, k] + bias[n]
+// linear in bf16 on AMX tiles, M > 3: y[m, n] = sum_k x[m, k] * W[n, k] + bias[n]
 //
 // Read first   gemm_amx_bf16.h.
 // Work split   N tiles of 64 rows of W. The caller splits them over threads.
@@ -66,17 +66,17 @@ struct LinearTiles {
       const uint8_t* codes = w.packed + first / 2;
       prefetch_l2(codes + ahead);
       prefetch_l2(codes + ahead + 64);
-      float scales[kSliceD / kRun + 1] = {};
+      float scales[kSliceD / kRun];
       if (1 << w.block_shift == kRun)
         scales_of_blocks(w, first / kRun, runs, scales);
       else
         for (int64_t b = 0; b < runs; ++b) scales[b] = block_scale(w, (first + b * kRun) >> w.block_shift);
       BFloat16* out = row_of(slice, i);
       for (int64_t b = 0; b < runs; b += 2, codes += kQuad / 2) {
-        const __mmask8 half_or_all = b + 1 == runs ? 0x0f : 0xff;  // of 8 quadwords
-        const Isa::I words = _mm512_maskz_loadu_epi64(half_or_all, codes);
-        const auto both = (Isa::I)_mm512_cvtne2ps_pbh(Isa::mul(levels, Isa::set1(scales[b + 1])),
-                                                      Isa::mul(levels, Isa::set1(scales[b])));
+        const bool has_next = b + 1 < runs;  // else zeros, which a level that is NaN must not reach
+        const Isa::I words = _mm512_maskz_loadu_epi64(has_next ? 0xff : 0x0f, codes);
+        const Isa::F next = has_next ? Isa::mul(levels, Isa::set1(scales[b + 1])) : Isa::zero();
+        const auto both = (Isa::I)_mm512_cvtne2ps_pbh(next, Isa::mul(levels, Isa::set1(scales[b])));
         const auto look_up = [&](Isa::I shifted) {
           const Isa::I index = _mm512_ternarylogic_epi32(shifted, nibble, second, 0xea);  // (shifted & nibble) | second
           _mm512_store_si512(out, _mm512_permutexvar_epi16(index, both));

@@ -155,7 +155,9 @@ void dot_codes(const GemmArgs& args, Isa::I table, int64_t n, float (*sums)[kGem
       for (int r = 0; r < TILE_N; ++r) {
         const Isa::F scales = scales_of_groups<RUN>(w, (n + r) * w.K + chunk + i, is_whole);
 #pragma GCC unroll 4
-        for (int m = 0; m < M; ++m) part[r][m] = Isa::fma(acc[r][m], scales, part[r][m]);
+        for (int m = 0; m < M; ++m)  // beyond a row's end the code is 0, whose level may be NaN
+          part[r][m] = is_whole ? Isa::fma(acc[r][m], scales, part[r][m])
+                                : _mm512_mask3_fmadd_ps(acc[r][m], scales, part[r][m], 0x00ff);
       }
     };
     int64_t i = 0;

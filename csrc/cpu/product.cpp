@@ -29,7 +29,7 @@ Plan plan_product(const Product& product, GemmArgs& args) {
   note(products);
   const ProductKernels& kernels = active[products];
   if (kernels.needs_bf16_code) args.bf16_code = rounded_code<BFloat16>(w.code);
-  const bool is_gemv = !product.is_dgrad && args.M <= kernels.gemv->max_m;
+  const bool is_gemv = !product.is_dgrad && kernels.gemv != nullptr && args.M <= kernels.gemv->max_m;
   return {is_gemv ? kernels.gemv : nullptr, product.is_dgrad ? kernels.linear_dgrad : kernels.linear};
 }
 

@@ -127,7 +127,7 @@ class CpuLibrary:
         if not best:
             why_fused = f"{self.isa} is forced, which has no AMX"
         elif has_tiles and dtype == BFLOAT16:
-            why_fused = "on AMX tiles from 5 rows on"
+            why_fused = "on AMX tiles from 4 rows on"
         elif has_amx:
             why_fused = "few rows"
         why = ctypes.c_char_p()

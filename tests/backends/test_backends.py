@@ -140,7 +140,7 @@ def test_backend_info_tells_where_products_go_through_torch(native_library, monk
     )
     if native_library.isas[0] == native.TILES_ISA:
         fp16 = f"fp16, any rows: fused ({native_library.why_no_amx})"
-        lines = ["bf16, any rows: fused (on AMX tiles from 5 rows on)", fp16]
+        lines = ["bf16, any rows: fused (on AMX tiles from 4 rows on)", fp16]
     with native_library.running_isa(native_library.isas[0]), native_library.running_products(""):
         assert nf4kernels.backend_info().kernels["cpu"] == [f"products of {line}" for line in lines]
     with native_library.running_isa("scalar"), native_library.running_products(""):

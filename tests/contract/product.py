@@ -411,14 +411,15 @@ class ProductContract:
                     assert_same_bits(y[:, ~hit], self.run(way, a, qweight)[:, ~hit], f"{self.op} {way} M={M}")
 
     def test_a_level_that_is_nan_is_only_seen_where_it_is_used(self, way):
-        qweight = cases.quantized(40, 128, Layout(scale_codebook=None))
-        packed, code = qweight.packed.clone(), qweight.code.clone()
-        packed[(packed & 15) == 3] += 1
-        packed[(packed >> 4) == 3] += 16
-        code[3] = torch.nan
-        for M in (1, 8):
-            a = self.inputs(qweight, M, torch.bfloat16)
-            assert self.run(way, a, cases.with_tensors(qweight, packed=packed, code=code)).isfinite().all()
+        for K, level in ((128, 3), (64, 0)):  # level 0 is what a kernel pads codes with
+            qweight = cases.quantized(40, K, Layout(scale_codebook=None))
+            packed, code = qweight.packed.clone(), qweight.code.clone()
+            packed[(packed & 15) == level] += 1
+            packed[(packed >> 4) == level] += 16
+            code[level] = torch.nan
+            for M in (1, 8):
+                a = self.inputs(qweight, M, torch.bfloat16)
+                assert self.run(way, a, cases.with_tensors(qweight, packed=packed, code=code)).isfinite().all()
 
     def test_a_level_that_is_nan_leaves_no_finite_number_where_it_is_used(self, way):
         qweight = cases.quantized(40, 128, Layout(scale_codebook=None))

@@ -13,7 +13,7 @@ AMX = {FP32: 0, BF16: native.AMX_BF16, FP16: native.AMX_FP16}
 DGRAD_CODES_MOST_M = {64: 128, 32: 96, 16: 64}
 AMX_LEAST_M, AMX_LEAST_PRODUCTS = 32, 2**24
 LARGE = 4096 * 4096
-ROWS = (1, 4, 5, 15, 16, 31, 32, 64, 65, 96, 97, 128, 129, 512, 1 << 24)
+ROWS = (1, 3, 4, 5, 15, 16, 31, 32, 64, 65, 96, 97, 128, 129, 512, 1 << 24)
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +62,11 @@ def test_amx_takes_products_of_its_dtypes_from_32_rows_on(choose):
             assert (products, reason) == choose(is_dgrad, dtype, M, run), "AMX changes nothing below"
 
 
-def test_tiles_take_bf16_products_from_5_rows_on_or_16_where_rows_are_spread(choose):
+def test_tiles_take_bf16_products_from_few_rows_on_or_16_where_rows_are_spread(choose):
     for is_dgrad, dtype, M, run, amx in itertools.product((False, True), AMX, ROWS, (64, 32, 16, 0), range(4)):
         for forced in (NOTHING, FUSED, DEQUANTIZE_GEMM):
             found = choose(is_dgrad, dtype, M, run, amx=amx, forced=forced, has_tiles=True)
-            least = 5 if run == 64 else 16
+            least = 16 if run != 64 else 5 if is_dgrad else 4
             if dtype == BF16 and least <= M and forced != DEQUANTIZE_GEMM:
                 assert found[0] == "tiles"
             else:

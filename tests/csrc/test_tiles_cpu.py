@@ -31,7 +31,7 @@ class TilesWay(Way):
         return (5, 63), (17, 32), (33, 65), (64, 64), (65, 192), (37, 100), (130, 320), (10, 1088)
 
     def rows(self, op: str) -> tuple[int, ...]:
-        return 0, 1, 5, 15, 16, 17, 33, 67
+        return 0, 1, 4, 5, 15, 16, 17, 33, 67
 
     def few_rows(self, op: str) -> tuple[int, ...]:
         return 5, 16, 21
