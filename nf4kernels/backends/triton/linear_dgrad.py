@@ -64,11 +64,8 @@ def add_product(
             scale = scales_of_bytes(
                 absmax, scale_absmax, scale_offset, scale_code, block, in_n, SCALES, BLOCK_N, BLOCK_K // 2
             )
-            even = lookup(table, codes >> 4, BLOCK_N, BLOCK_K // 2) * scale
-            odd = lookup(table, codes & 15, BLOCK_N, BLOCK_K // 2) * scale
-            # Beyond the last row the code is 0, whose level may be NaN.
-            even = tl.where(in_n[:, None], even, 0.0).to(dtype)
-            odd = tl.where(in_n[:, None], odd, 0.0).to(dtype)
+            even = (lookup(table, codes >> 4, BLOCK_N, BLOCK_K // 2) * scale).to(dtype)
+            odd = (lookup(table, codes & 15, BLOCK_N, BLOCK_K // 2) * scale).to(dtype)
         even_sums = tl.dot(part, even, even_sums, input_precision="ieee")
         odd_sums = tl.dot(part, odd, odd_sums, input_precision="ieee")
     return even_sums, odd_sums
