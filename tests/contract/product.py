@@ -411,8 +411,8 @@ class ProductContract:
                     assert_same_bits(y[:, ~hit], self.run(way, a, qweight)[:, ~hit], f"{self.op} {way} M={M}")
 
     def test_a_level_that_is_nan_is_only_seen_where_it_is_used(self, way):
-        # Level 0 is what kernels pad codes with. Triton's linear_dgrad pads rows of W and multiplies it by zero: to mask
-        # it there costs 2 to 3 instructions a weight, of 13.5.
+        # Level 0 is what kernels pad codes with. Triton's linear_dgrad pads rows of W so and multiplies them by zero: a
+        # mask would cost 2 to 3 instructions a weight, of 13.5.
         pads = self.op == "linear_dgrad" and hasattr(way, "backend")
         for K, level in ((128, 3),) if pads else ((128, 3), (64, 0)):
             qweight = cases.quantized(40, K, Layout(scale_codebook=None))
