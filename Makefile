@@ -95,7 +95,7 @@ lint-format: $(VENV)/.installed-lint
 	$(BIN)/ruff format --check .
 
 lint-clang-format: $(VENV)/.installed-lint
-	$(BIN)/clang-format --dry-run -Werror $$(find csrc tests/executor tests/arm $(CXX_NAMES))
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc tests/executor tests/arm tests/tiles $(CXX_NAMES))
 
 lint-mypy: $(VENV)/.installed-lint
 	$(BIN)/python -m mypy nf4kernels
@@ -106,7 +106,7 @@ lint-warnings: $(VENV)/.torch
 format: $(VENV)/.installed-lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(find csrc tests/executor tests/arm $(CXX_NAMES))
+	$(BIN)/clang-format -i $$(find csrc tests/executor tests/arm tests/tiles $(CXX_NAMES))
 
 $(VENV)/.venv:
 	$(PYTHON) -m venv $(VENV)
