@@ -73,8 +73,7 @@ constexpr ProductKernels kBf16{&kGemv_avx512, &kLinear_avx512_bf16, &kLinearDgra
                                lora_inner_avx512_bf16};
 constexpr ProductKernels kBf16Codes{&kGemvCodes_avx512_bf16, &kLinearCodes_avx512_bf16, &kLinearDgradCodes_avx512_bf16,
                                     &kLoraGrad_avx512_bf16,  lora_inner_avx512_bf16,    /*needs_bf16_code=*/true};
-constexpr ProductKernels kTiles{nullptr, &kLinear_amx_bf16, &kLinearDgrad_amx_bf16, &kLoraGrad_avx512_bf16,
-                                lora_inner_avx512_bf16};
+constexpr ProductKernels kTiles{nullptr, &kLinear_amx_bf16, &kLinearDgrad_amx_bf16, nullptr, nullptr};
 #elif defined(__aarch64__)
 constexpr ProductKernels kNeon{&kGemv_neon, &kLinear_neon, &kLinearDgrad_neon, &kLoraGrad_neon, lora_inner_neon};
 constexpr ProductKernels kNeonFp16{&kGemv_neon_bf16, &kLinear_neon, &kLinearDgrad_neon, &kLoraGrad_neon,

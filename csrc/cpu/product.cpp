@@ -12,16 +12,19 @@ Plan plan_product(const Product& product, GemmArgs& args) {
   const bool has_tiles = active[Products::kTiles].linear != nullptr;
   const Choice choice =
       choose({product.is_dgrad, args.dtype, args.M, run, w.N * w.K, has_tiles, amx_of_torch(), forced_products()});
-  if (choice.products == Products::kDequantizeGemm || is_int8(w)) note(choice.products);
+  if (choice.products == Products::kDequantizeGemm || choice.products == Products::kTiles || is_int8(w))
+    note(choice.products);
   if (choice.products == Products::kDequantizeGemm) return {nullptr, nullptr};
-  if (is_int8(w) && choice.products != Products::kTiles) {
+  if (choice.products == Products::kTiles)  // of int8 as well
+    return {nullptr, product.is_dgrad ? active[Products::kTiles].linear_dgrad : active[Products::kTiles].linear};
+  if (is_int8(w)) {
     const Int8Kernels& int8 = *active.int8;
     const Int8Kernels::Gemms& gemms = choice.products == Products::kBf16 ? int8.bf16 : int8.fp32;
     const bool has_few_rows = !product.is_dgrad && args.M <= int8.gemv->max_m;
     return {has_few_rows ? int8.gemv : nullptr, product.is_dgrad ? gemms.linear_dgrad : gemms.linear};
   }
   Products products = choice.products;
-  if (args.dtype != Dtype::kFloat32 && !is_int8(w) && active[Products::kBf16Codes].needs_int_code) {  // of fp16 as well
+  if (args.dtype != Dtype::kFloat32 && active[Products::kBf16Codes].needs_int_code) {  // of fp16 as well
     args.int_code = rounded_code<Int13>(w.code);
     const bool fits = code_run(w) == 64 && args.int_code.scale == args.int_code.scale;  // NaN: a level is no number
     products = fits ? Products::kBf16Codes : Products::kFp32;
@@ -29,7 +32,7 @@ Plan plan_product(const Product& product, GemmArgs& args) {
   note(products);
   const ProductKernels& kernels = active[products];
   if (kernels.needs_bf16_code) args.bf16_code = rounded_code<BFloat16>(w.code);
-  const bool is_gemv = !product.is_dgrad && kernels.gemv != nullptr && args.M <= kernels.gemv->max_m;
+  const bool is_gemv = !product.is_dgrad && args.M <= kernels.gemv->max_m;
   return {is_gemv ? kernels.gemv : nullptr, product.is_dgrad ? kernels.linear_dgrad : kernels.linear};
 }
 

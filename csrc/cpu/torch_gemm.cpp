@@ -96,7 +96,7 @@ NF4_EXPORT const char* nf4kernels_cpu_ran() {
   thread_local std::string names;
   names.clear();
   const uint32_t bits = nf4::cpu::ran.exchange(0);
-  for (int i = 0; i < 5; ++i)
+  for (int i = 0; i <= int(nf4::cpu::Products::kDequantizeGemm); ++i)
     if (bits >> i & 1) names += std::string(nf4::cpu::kProductsNames[i]) + " ";
   return names.c_str();
 }
