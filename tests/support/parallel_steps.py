@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from contract.product import joined
 from support import tiny
-from support.exact_model import assert_as_good, exact
+from support.exact_model import assert_as_good, exact, shaken
 from support.expert_steps import check_experts, experts
 from support.gathered import assert_same_state, whole
 from support.numerics import row_bounds
@@ -221,21 +221,34 @@ def check_loaded() -> None:
             part(torch.randn(2, 64), index, torch.rand(2, 2))
 
 
-def step(model: nn.Module) -> Tensor:
-    loss = model(input_ids=tiny.IDS, labels=tiny.IDS, use_cache=False).loss
-    loss.backward()
-    return loss.detach()
+def step(model: nn.Module, ids: Tensor = tiny.IDS) -> Tensor:
+    """The logits of `ids`, whose loss has given gradients."""
+    output = model(input_ids=ids, labels=ids, use_cache=False)
+    output.loss.backward()
+    return output.logits.detach()
 
 
-def steps(model: nn.Module) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """(losses of three steps of gradient descent, the last gradients)."""
+def steps(model: nn.Module) -> dict[str, Tensor]:
+    """Logits of three steps of gradient descent, and the last gradients."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    losses = []
-    for _ in range(3):
+    made = {}
+    for number in range(1, 4):
         optimizer.zero_grad()
-        losses.append(step(model))
+        made[f"logits of step {number}"] = step(model)
         optimizer.step()
-    return losses, {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    return made | gradients(model)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {f"gradient of {name}": whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_all_as_good(
+    actual: dict[str, Tensor], others: list[dict[str, Tensor]], exact: dict[str, Tensor], what: str
+) -> None:
+    for name, each in exact.items():
+        assert_as_good(actual[name], [other[name] for other in others], each, f"{what}: {name}")
+    assert all(made.keys() == exact.keys() for made in (actual, *others))
 
 
 def quantized(kind: str, **changes) -> nn.Module:
@@ -253,16 +266,9 @@ def quantized(kind: str, **changes) -> nn.Module:
 def compare_models(plain: nn.Module, cut: nn.Module, what: str) -> None:
     before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
     assert_same_state(cut, before, what)
-    best = exact(plain)
-    with torch.no_grad():
-        logits = [each(tiny.IDS, use_cache=False).logits for each in (cut, plain, best)]
-    assert_as_good(*logits, f"{what}: logits")
-    (losses, gradients), (own, expected), (exact_losses, exact_gradients) = map(steps, (cut, plain, best))
-    for loss in zip(losses, own, exact_losses):
-        assert_as_good(*loss, f"{what}: loss")
-    assert gradients.keys() == expected.keys() == exact_gradients.keys() != set()
-    for name in expected:
-        assert_as_good(gradients[name], expected[name], exact_gradients[name], f"{what}: gradient of {name}")
+    others = [plain, *(shaken(plain, seed) for seed in range(3))]
+    actual, exactly, *others = (steps(model) for model in (cut, exact(plain), *others))
+    assert_all_as_good(actual, others, exactly, what)
 
 
 def check_models() -> None:
@@ -297,20 +303,13 @@ def check_experts_beside_shards() -> None:
     fully_shard(cut, mesh=mesh, ignored_params=dealt)
     torch.manual_seed(1)
     ids = torch.randint(3, 96, (RANKS, 6))
-    best, losses = exact(plain), []
-    for model, batch in ((cut, ids[rank : rank + 1]), (plain, ids), (best, ids)):
-        losses.append(model(input_ids=batch, labels=batch, use_cache=False).loss)
-        losses[-1].backward()
-    mean = losses[0].detach().clone()
-    dist.all_reduce(mean)
-    assert_as_good(mean / RANKS, losses[1].detach(), losses[2].detach(), "loss")
-    gradients = [
-        {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
-        for model in (cut, plain, best)
-    ]
-    assert gradients[0].keys() == gradients[1].keys() == gradients[2].keys() != set()
-    for name in gradients[0]:
-        assert_as_good(*(each[name] for each in gradients), f"gradient of {name}")
+    whole_models = [exact(plain), plain, *(shaken(plain, seed) for seed in range(3))]
+    own = slice(rank, rank + 1)
+    logits = [step(cut, ids[own]), *(step(model, ids)[own] for model in whole_models)]
+    actual, exactly, *others = (
+        {"logits": each} | gradients(model) for each, model in zip(logits, (cut, *whole_models))
+    )
+    assert_all_as_good(actual, others, exactly, "experts beside shards")
 
 
 def check_from_pretrained() -> None:
@@ -335,8 +334,8 @@ def check_from_pretrained() -> None:
         assert "colwise" in cut.tp_plan.values()
         assert_same_state(cut, before, str(directory))
         with torch.no_grad():
-            logits = [each(tiny.IDS).logits for each in (cut, plain, exact(plain))]
-        assert_as_good(*logits, f"logits of {directory}")
+            logits, own, exact_logits = (each(tiny.IDS).logits for each in (cut, plain, exact(plain)))
+        assert_as_good(logits, [own], exact_logits, f"logits of {directory}")
         for module in cut.modules():
             if isinstance(module, nf4.QuantLinear):
                 module.add_lora(LORA, torch.float32)
