@@ -36,7 +36,7 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 AVX512 += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 X86_ISAS = {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
-X86_ISAS["amx_bf16"] = [*X86_ISAS["avx512_bf16"], "-mamx-tile", "-mamx-bf16"]
+X86_ISAS["amx_bf16"] = [*X86_ISAS["avx512_bf16"], "-mavx512vnni", "-mamx-tile", "-mamx-bf16"]
 ARM_ISAS = {"neon": [], "neon_bf16": ["-march=armv8.2-a+bf16+fp16fml"]}
 ISAS_OF = {"x86_64": X86_ISAS, "AMD64": X86_ISAS, "aarch64": ARM_ISAS, "arm64": ARM_ISAS}
 ISA_FLAGS = {"scalar": [], **ISAS_OF.get(platform.machine(), {})}

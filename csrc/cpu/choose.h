@@ -51,10 +51,10 @@ constexpr int dgrad_codes_max_m(int run) { return run == 64 ? 128 : run == 32 ? 
 // cores make up for.
 constexpr int64_t kAmxMinM = 32, kAmxMinProducts = 1 << 24;
 
-// Tiles have 16 rows, so that M <= 16 takes as long as 16: 1.2 to 1.6 ms for linear of 4096x4096, where the codes take
-// 1.3 at M = 3 and 1.5 to 2.2 at 4; and 2.3 to 2.5 for linear_dgrad, where they take 2.7 at 4 and 3.9 at 8, but less
-// than tiles below 8 in a small layer. Rows that are spread meet the codes just below 16 (two Xeon cores).
-constexpr int64_t tiles_min_m(bool is_dgrad, int run) { return run != 64 ? 16 : is_dgrad ? 5 : 4; }
+// Tiles have 16 rows, so that M <= 16 takes as long as 16: 1.43 ms for linear of 4096x4096, where codes in whole numbers
+// take 1.29 at M = 4; and 2.3 for linear_dgrad, where the codes take 2.1 at M = 2 and 2.4 at 3. The same in small layers
+// (576x1536: 99 us, and 98 and 121). Rows that are spread meet the codes just below 16 (one Xeon core).
+constexpr int64_t tiles_min_m(bool is_dgrad, int run) { return run != 64 ? 16 : is_dgrad ? 3 : 5; }
 
 static inline Choice choose(const Problem& p) {
   const int32_t wanted = p.dtype == Dtype::kBFloat16 ? kAmxBf16 : p.dtype == Dtype::kFloat16 ? kAmxFp16 : 0;

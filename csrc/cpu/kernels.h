@@ -42,7 +42,7 @@ struct QuantizeAbsmaxArgs {
 struct GemmArgs {
   Weight weight;
   RoundedCode<BFloat16> bf16_code;  // set where ProductKernels::needs_bf16_code
-  RoundedCode<Int13> int_code;      // set where ProductKernels::needs_int_code
+  RoundedCode<Int13> int_code;      // set where ProductKernels::int_code_run asks for it
   Dtype dtype;                      // of x and out
   const void* panel;                // x as GemvKernel::pack or GemmKernel::pack left it
   int64_t M;                        // at most kPassM (gemm) or GemvKernel::max_m
@@ -159,7 +159,7 @@ struct ProductKernels {
   const LoraGradKernel* lora_grad;
   LoraInnerFn lora_inner;
   bool needs_bf16_code = false;
-  bool needs_int_code = false;  // which is for 16-bit x, and weights of a code_run of 64
+  int int_code_run = 0;  // of a gemv in whole numbers, which is for 16-bit x: the least code_run of the weight
 };
 
 // Of int8 weights. 16-bit x is multiplied in fp32 where `bf16` has the kernels of `fp32`.
@@ -222,7 +222,7 @@ NF4_DECLARE_ISA(scalar)
 NF4_DECLARE_ISA(avx2)
 NF4_DECLARE_ISA(avx512)
 NF4_DECLARE_ISA(neon)
-extern const GemvKernel kGemvInt_avx2;
+extern const GemvKernel kGemvInt_avx2, kGemvInt_amx_bf16;
 extern const GemvKernel kGemvCodes_avx512_bf16;
 extern const GemmKernel kLinear_avx512_bf16, kLinearDgrad_avx512_bf16;
 extern const GemmKernel kLinearInt8_avx512_bf16, kLinearDgradInt8_avx512_bf16;

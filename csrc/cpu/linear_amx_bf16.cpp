@@ -14,6 +14,7 @@
 //   tile v, row n        | k = 4w + (v ^ 1), w = 0 .. 31 |      the same of x, row p:  pairs (w 2p, w 2p + 1)
 #include "gemm_amx_bf16.h"
 #include "linear.h"
+#include "linear_gemv_codes_int.h"
 
 namespace nf4::cpu {
 namespace {
@@ -118,6 +119,7 @@ void linear_tiles_amx(const GemmArgs& args, int64_t tile_begin, int64_t tile_end
 
 }  // namespace
 
+const GemvKernel kGemvInt_amx_bf16 = describe_gemv_codes<IntTerms>();
 const GemmKernel kLinear_amx_bf16 = describe_tiles<LinearTiles>(linear_tiles_amx);
 
 }  // namespace nf4::cpu

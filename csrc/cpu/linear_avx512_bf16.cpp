@@ -17,7 +17,7 @@ struct LinearBf16 : Bf16Core {
 
 }  // namespace
 
-const GemvKernel kGemvCodes_avx512_bf16{kGemvMaxM, gemv_codes_row_bytes, gemv_codes_pack, gemv_codes};
+const GemvKernel kGemvCodes_avx512_bf16 = describe_gemv_codes<Bf16Terms>();
 const GemmKernel kLinearInt8_avx512_bf16 = describe_gemm<LinearBf16>(pack_bf16, linear_int8_tiles<LinearBf16>);
 const GemmKernel kLinear_avx512_bf16 = describe_gemm<LinearBf16>(pack_bf16, linear_tiles<LinearBf16>);
 const GemmKernel kLinearCodes_avx512_bf16 = describe_gemm<LinearCodes<kMinBlockSize>>(linear_codes_pack, linear_codes);

@@ -51,23 +51,47 @@ struct Count {
   static constexpr int value = N;
 };
 
-int64_t gemv_codes_row_bytes(int64_t K) { return (K + kGemvGroupK - 1) / kGemvGroupK * kGemvGroupK * 2; }
+// What multiplies the codes: with bf16 here, with whole numbers in linear_gemv_codes_int.h.
+//
+//   Sum               a register of sums; add_products(sum, levels of 32 codes, the same 32 elements of x)
+//   kGroupBytes       of the panel, for 128 k of a row of x: four registers of elements, and what `value` needs
+//   pack_group        for `count` k of a row of x, 64 or 128: the four registers in the order of k, and what value needs
+//   value             the sums in fp32, but for the scales of W and of the codebook
+struct Bf16Terms {
+  using Sum = Isa::F;
+  static constexpr int64_t kGroupBytes = kGemvGroupK * 2;
+  static Sum zero() { return Isa::zero(); }
+  static Isa::I load_table(const GemmArgs& args) { return load_code_table(args.bf16_code); }
+  static float code_scale(const GemmArgs& args) { return args.bf16_code.scale; }
+  static Sum add_products(Sum sum, __m512bh levels, const char* x) {
+    return _mm512_dpbf16_ps(sum, levels, (__m512bh)_mm512_loadu_si512(x));
+  }
+  static Isa::F value(Sum sum, const char*) { return sum; }
+  static void pack_group(const void* x, Dtype, int64_t at, int64_t count, Isa::I quarters[4], char*) {
+    const auto* in = static_cast<const BFloat16*>(x) + at;
+    for (int q = 0; q < 4; ++q) quarters[q] = 32 * q < count ? _mm512_loadu_si512(in + 32 * q) : _mm512_setzero_si512();
+  }
+};
 
-void gemv_codes_pack(const void* x, Dtype, int64_t M, int64_t K, void* panel) {
-  const auto* in = static_cast<const BFloat16*>(x);
-  auto* out = static_cast<BFloat16*>(panel);
+template <class Terms>
+int64_t gemv_codes_row_bytes(int64_t K) {
+  return (K + kGemvGroupK - 1) / kGemvGroupK * Terms::kGroupBytes;
+}
+
+template <class Terms>
+void gemv_codes_pack(const void* x, Dtype dtype, int64_t M, int64_t K, void* panel) {
+  auto* out = static_cast<char*>(panel);
   const Isa::I every_fourth = _mm512_set_epi16(60, 56, 52, 48, 44, 40, 36, 32, 28, 24, 20, 16, 12, 8, 4, 0, 60, 56, 52,
                                                48, 44, 40, 36, 32, 28, 24, 20, 16, 12, 8, 4, 0);
   for (int64_t k = 0; k < K; k += kGemvGroupK)
-    for (int64_t m = 0; m < M; ++m, out += kGemvGroupK) {
+    for (int64_t m = 0; m < M; ++m, out += Terms::kGroupBytes) {
       Isa::I quarters[4];
-      for (int q = 0; q < 4; ++q)
-        quarters[q] = k + 32 * q < K ? _mm512_loadu_si512(in + m * K + k + 32 * q) : _mm512_setzero_si512();
+      Terms::pack_group(x, dtype, m * K + k, K - k < kGemvGroupK ? K - k : kGemvGroupK, quarters, out);
       for (int i = 0; i < 4; ++i) {  // the word's code i is nibble i ^ 1
         const Isa::I which = _mm512_add_epi16(every_fourth, _mm512_set1_epi16(short(i)));
         const Isa::I low = _mm512_permutex2var_epi16(quarters[0], which, quarters[1]);
         const Isa::I high = _mm512_permutex2var_epi16(quarters[2], which, quarters[3]);
-        _mm512_storeu_si512(out + (i ^ 1) * 32, _mm512_mask_mov_epi64(low, 0xf0, high));
+        _mm512_storeu_si512(out + (i ^ 1) * 64, _mm512_mask_mov_epi64(low, 0xf0, high));
       }
     }
 }
@@ -108,10 +132,10 @@ static inline __m128 reduce_four(Isa::F a, Isa::F b, Isa::F c, Isa::F d) {
 }
 
 // sums[m][r] = x[m, :] . W[n + r, :], r < TILE_N; the next rows are prefetched to the cache of that LOCALITY
-template <int RUN, int M, int TILE_N, int LOCALITY = kToL1>
+template <class Terms, int RUN, int M, int TILE_N, int LOCALITY = kToL1>
 void dot_codes(const GemmArgs& args, Isa::I table, int64_t n, float (*sums)[kGemvStoreN]) {
   const Weight& w = args.weight;
-  const auto* x = static_cast<const BFloat16*>(args.panel);
+  const auto* x = static_cast<const char*>(args.panel);
   const uint8_t* packed = w.packed + n * (w.K / 2);
   Isa::F total[TILE_N][M];
 #pragma GCC unroll 4
@@ -128,23 +152,24 @@ void dot_codes(const GemmArgs& args, Isa::I table, int64_t n, float (*sums)[kGem
     const auto add_group = [&](int64_t i, bool is_whole) __attribute__((always_inline)) {
       const __mmask8 there = is_whole ? 0xff : 0x0f;  // of 8 quadwords
       Isa::I codes[TILE_N];
-      Isa::F acc[TILE_N][M];
+      typename Terms::Sum acc[TILE_N][M];
 #pragma GCC unroll 4
       for (int r = 0; r < TILE_N; ++r) {
         __builtin_prefetch(packed + TILE_N * (w.K + chunk + i) / 2 + 64 * r, 0, LOCALITY);
         codes[r] = _mm512_maskz_loadu_epi64(there, packed + (r * w.K + chunk + i) / 2);
 #pragma GCC unroll 4
-        for (int m = 0; m < M; ++m) acc[r][m] = Isa::zero();
+        for (int m = 0; m < M; ++m) acc[r][m] = Terms::zero();
       }
+      const char* group = x + (chunk + i) / kGemvGroupK * M * Terms::kGroupBytes;
       const auto add_products = [&](int nibble, auto values) {
         __m512bh here[TILE_N];
 #pragma GCC unroll 4
         for (int r = 0; r < TILE_N; ++r) here[r] = values(codes[r]);
 #pragma GCC unroll 4
         for (int m = 0; m < M; ++m) {
-          const auto xm = (__m512bh)_mm512_loadu_si512(x + (chunk + i) * M + m * kGemvGroupK + nibble * 32);
+          const char* xm = group + m * Terms::kGroupBytes + nibble * 64;
 #pragma GCC unroll 4
-          for (int r = 0; r < TILE_N; ++r) acc[r][m] = _mm512_dpbf16_ps(acc[r][m], here[r], xm);
+          for (int r = 0; r < TILE_N; ++r) acc[r][m] = Terms::add_products(acc[r][m], here[r], xm);
         }
       };
       add_products(0, [&](Isa::I c) { return code_values<0>(table, c); });
@@ -155,9 +180,11 @@ void dot_codes(const GemmArgs& args, Isa::I table, int64_t n, float (*sums)[kGem
       for (int r = 0; r < TILE_N; ++r) {
         const Isa::F scales = scales_of_groups<RUN>(w, (n + r) * w.K + chunk + i, is_whole);
 #pragma GCC unroll 4
-        for (int m = 0; m < M; ++m)  // beyond a row's end the code is 0, whose level may be NaN
-          part[r][m] = is_whole ? Isa::fma(acc[r][m], scales, part[r][m])
-                                : _mm512_mask3_fmadd_ps(acc[r][m], scales, part[r][m], 0x00ff);
+        for (int m = 0; m < M; ++m) {  // beyond a row's end the code is 0, whose level may be NaN
+          const Isa::F sum = Terms::value(acc[r][m], group + m * Terms::kGroupBytes);
+          part[r][m] =
+              is_whole ? Isa::fma(sum, scales, part[r][m]) : _mm512_mask3_fmadd_ps(sum, scales, part[r][m], 0x00ff);
+        }
       }
     };
     int64_t i = 0;
@@ -174,58 +201,66 @@ void dot_codes(const GemmArgs& args, Isa::I table, int64_t n, float (*sums)[kGem
   for (int i = 0; i < kSums; i += 4) {
     float four[4];
     const __m128 of_rows = reduce_four(lanes(i), lanes(i + 1), lanes(i + 2), lanes(i + 3));
-    _mm_storeu_ps(four, _mm_mul_ps(of_rows, _mm_set1_ps(args.bf16_code.scale)));
+    _mm_storeu_ps(four, _mm_mul_ps(of_rows, _mm_set1_ps(Terms::code_scale(args))));
     for (int j = 0; j < 4 && i + j < kSums; ++j) sums[(i + j) / TILE_N][(i + j) % TILE_N] = four[j];
   }
 }
 
 // Apart, so that the compiler goes on inlining the near one.
-template <int RUN, int M, int TILE_N>
+template <class Terms, int RUN, int M, int TILE_N>
 [[gnu::noinline]] void dot_codes_of_long_row(const GemmArgs& args, Isa::I table, int64_t n,
                                              float (*sums)[kGemvStoreN]) {
-  dot_codes<RUN, M, TILE_N, kToL2>(args, table, n, sums);
+  dot_codes<Terms, RUN, M, TILE_N, kToL2>(args, table, n, sums);
 }
 
 // y[:, n_begin .. n_end) by tiles of TILE_N rows of W, and single rows at the end.
-template <int RUN, int M, int TILE_N>
+template <class Terms, int RUN, int M, int TILE_N>
 void gemv_code_rows(const GemmArgs& args, int64_t n_begin, int64_t n_end) {
-  const Isa::I table = load_code_table(args.bf16_code);
+  const Isa::I table = Terms::load_table(args);
   for (int64_t n = n_begin; n < n_end; n += kGemvStoreN) {
     const int64_t count = n_end - n < kGemvStoreN ? n_end - n : kGemvStoreN;
     float sums[M][kGemvStoreN];
     const auto dot = [&](auto tile_n, int64_t i) {
       float part[M][kGemvStoreN];
       if (args.weight.K > kGemvNearK)
-        dot_codes_of_long_row<RUN, M, tile_n.value>(args, table, n + i, part);
+        dot_codes_of_long_row<Terms, RUN, M, tile_n.value>(args, table, n + i, part);
       else
-        dot_codes<RUN, M, tile_n.value>(args, table, n + i, part);
+        dot_codes<Terms, RUN, M, tile_n.value>(args, table, n + i, part);
       for (int m = 0; m < M; ++m) std::memcpy(sums[m] + i, part[m], tile_n.value * sizeof(float));
     };
     int64_t i = 0;
     for (; i + TILE_N <= count; i += TILE_N) dot(Count<TILE_N>{}, i);
     for (; i < count; ++i) dot(Count<1>{}, i);
     for (int m = 0; m < M; ++m) {
-      for (int64_t j = 0; args.rank > 0 && j < count; ++j) sums[m][j] += lora_term_of<BFloat16>(args, m, n + j);
+      with_type(args.dtype, [&](auto t) {
+        for (int64_t j = 0; args.rank > 0 && j < count; ++j) sums[m][j] += lora_term_of<decltype(t)>(args, m, n + j);
+      });
       store_y(args, m, n, count, sums[m]);
     }
   }
 }
 
-template <int RUN>
+template <class Terms, int RUN>
 void gemv_code_runs(const GemmArgs& args, int64_t n_begin, int64_t n_end) {
   switch (args.M) {
     case 1:
-      return args.weight.K > kGemvShortK ? gemv_code_rows<RUN, 1, kGemvTileN>(args, n_begin, n_end)
-                                         : gemv_code_rows<RUN, 1, kGemvShortTileN>(args, n_begin, n_end);
-    case 2: return gemv_code_rows<RUN, 2, kGemvTileN>(args, n_begin, n_end);
-    case 3: return gemv_code_rows<RUN, 3, kGemvTileN>(args, n_begin, n_end);
-    default: return gemv_code_rows<RUN, 4, kGemvTileN>(args, n_begin, n_end);
+      return args.weight.K > kGemvShortK ? gemv_code_rows<Terms, RUN, 1, kGemvTileN>(args, n_begin, n_end)
+                                         : gemv_code_rows<Terms, RUN, 1, kGemvShortTileN>(args, n_begin, n_end);
+    case 2: return gemv_code_rows<Terms, RUN, 2, kGemvTileN>(args, n_begin, n_end);
+    case 3: return gemv_code_rows<Terms, RUN, 3, kGemvTileN>(args, n_begin, n_end);
+    default: return gemv_code_rows<Terms, RUN, 4, kGemvTileN>(args, n_begin, n_end);
   }
 }
 
 // GemvFn.
+template <class Terms>
 void gemv_codes(const GemmArgs& args, int64_t n_begin, int64_t n_end) {
-  with_code_run(args.weight, [&](auto run) { gemv_code_runs<run.value>(args, n_begin, n_end); });
+  with_code_run(args.weight, [&](auto run) { gemv_code_runs<Terms, run.value>(args, n_begin, n_end); });
+}
+
+template <class Terms>
+constexpr GemvKernel describe_gemv_codes() {
+  return {kGemvMaxM, gemv_codes_row_bytes<Terms>, gemv_codes_pack<Terms>, gemv_codes<Terms>};
 }
 
 }  // namespace

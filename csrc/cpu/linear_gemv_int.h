@@ -26,20 +26,17 @@
 
 #include "decode_span.h"
 #include "lora_term.h"
+#include "whole_numbers.h"
 
 namespace nf4::cpu {
 namespace {
 
-constexpr int kGemvIntGroupK = 64;
 constexpr int kGemvIntMaxM = 16;
 constexpr int kGemvIntTileM = 4;
 constexpr int kGemvIntTileN = 2;
-constexpr int64_t kGemvIntRunK = 512 * kGemvIntGroupK;  // k whose sums are added up in one accumulator
-constexpr float kGemvIntMax = 32767.f;
-constexpr float kLevelStep = 0x1p-12f;  // of Int13
-constexpr float kLeastMax = 0x1p-96f;   // so that its step is not subnormal
+constexpr int64_t kGemvIntRunK = 512 * kWholeGroupK;  // k whose sums are added up in one accumulator
 
-static inline int64_t gemv_int_row_bytes(int64_t K) { return K * 2 + K / kGemvIntGroupK * 4; }
+static inline int64_t gemv_int_row_bytes(int64_t K) { return K * 2 + K / kWholeGroupK * 4; }
 
 // GemvPackFn.
 void gemv_int_pack(const void* x, Dtype dtype, int64_t M, int64_t K, void* panel) {
@@ -47,12 +44,12 @@ void gemv_int_pack(const void* x, Dtype dtype, int64_t M, int64_t K, void* panel
   auto* steps = reinterpret_cast<float*>(static_cast<char*>(panel) + M * K * 2);
   with_type(dtype, [&](auto t) {
     const auto* in = static_cast<const decltype(t)*>(x);
-    for (int64_t k = 0; k < K; k += kGemvIntGroupK)
+    for (int64_t k = 0; k < K; k += kWholeGroupK)
       for (int64_t m = 0; m < M; ++m, out += 4) {
         const auto* group = in + m * K + k;
-        const float max = Isa::max_abs(group, kGemvIntGroupK), bounded = max < kLeastMax ? kLeastMax : max;
-        *steps++ = max <= 3.4028235e38f ? bounded / kGemvIntMax * kLevelStep : float_of(0x7fc00000u);
-        const Isa::F factor = Isa::set1(kGemvIntMax / bounded);
+        const WholeStep step = step_of(group);
+        *steps++ = step.step;
+        const Isa::F factor = Isa::set1(step.factor);
         Isa::I whole[2][4];  // even and odd k, 8 of each 16
         for (int q = 0; q < 4; ++q) {
           Isa::F even, odd;
@@ -95,20 +92,20 @@ void dot_int(const GemmArgs& args, const IntLevels& levels, int64_t n, int64_t m
   const Isa::I nibble = _mm256_set1_epi8(15);
   for (int64_t run = 0; run < w.K; run += kGemvIntRunK) {
     const int64_t end = w.K - run < kGemvIntRunK ? w.K : run + kGemvIntRunK;
-    float scales[TILE_N][kGemvIntRunK / kGemvIntGroupK];
+    float scales[TILE_N][kGemvIntRunK / kWholeGroupK];
     Isa::F total[TILE_N][TILE_M];
 #pragma GCC unroll 4
     for (int r = 0; r < TILE_N; ++r) {
       if (w.block_shift == 6) {
         scales_of_blocks(w, ((n + r) * w.K + run) >> w.block_shift, (end - run) >> w.block_shift, scales[r]);
       } else {
-        for (int64_t k = run; k < end; k += kGemvIntGroupK)
-          scales[r][(k - run) / kGemvIntGroupK] = block_scale(w, ((n + r) * w.K + k) >> w.block_shift);
+        for (int64_t k = run; k < end; k += kWholeGroupK)
+          scales[r][(k - run) / kWholeGroupK] = block_scale(w, ((n + r) * w.K + k) >> w.block_shift);
       }
 #pragma GCC unroll 4
       for (int i = 0; i < TILE_M; ++i) total[r][i] = Isa::zero();
     }
-    for (int64_t k = run; k < end; k += kGemvIntGroupK, x += args.M * 4, steps += args.M)
+    for (int64_t k = run; k < end; k += kWholeGroupK, x += args.M * 4, steps += args.M)
 #pragma GCC unroll 4
       for (int r = 0; r < TILE_N; ++r) {
         const uint8_t* bytes = w.packed + ((n + r) * w.K + k) / 2;
@@ -121,7 +118,7 @@ void dot_int(const GemmArgs& args, const IntLevels& levels, int64_t n, int64_t m
         const Isa::I odd_low = _mm256_shuffle_epi8(levels.low, odd), odd_high = _mm256_shuffle_epi8(levels.high, odd);
         const Isa::I values[4] = {_mm256_unpacklo_epi8(even_low, even_high), _mm256_unpackhi_epi8(even_low, even_high),
                                   _mm256_unpacklo_epi8(odd_low, odd_high), _mm256_unpackhi_epi8(odd_low, odd_high)};
-        const Isa::F scale = Isa::set1(scales[r][(k - run) / kGemvIntGroupK]);
+        const Isa::F scale = Isa::set1(scales[r][(k - run) / kWholeGroupK]);
 #pragma GCC unroll 4
         for (int i = 0; i < TILE_M; ++i) {
           const Isa::I* xi = x + i * 4;

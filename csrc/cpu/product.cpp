@@ -24,14 +24,17 @@ Plan plan_product(const Product& product, GemmArgs& args) {
     return {has_few_rows ? int8.gemv : nullptr, product.is_dgrad ? gemms.linear_dgrad : gemms.linear};
   }
   Products products = choice.products;
-  if (args.dtype != Dtype::kFloat32 && active[Products::kBf16Codes].needs_int_code) {  // of fp16 as well
-    args.int_code = rounded_code<Int13>(w.code);
-    const bool fits = code_run(w) == 64 && args.int_code.scale == args.int_code.scale;  // NaN: a level is no number
-    products = fits ? Products::kBf16Codes : Products::kFp32;
+  bool in_whole_numbers = false;
+  const ProductKernels& of_codes = active[Products::kBf16Codes];
+  if (args.dtype != Dtype::kFloat32 && of_codes.int_code_run > 0 && !product.is_dgrad &&
+      args.M <= of_codes.gemv->max_m) {
+    args.int_code = rounded_code<Int13>(w.code);  // of fp16 as well; its scale is NaN where a level is no number
+    in_whole_numbers = run >= of_codes.int_code_run && args.int_code.scale == args.int_code.scale;
+    products = in_whole_numbers ? Products::kBf16Codes : Products::kFp32;
   }
   note(products);
   const ProductKernels& kernels = active[products];
-  if (kernels.needs_bf16_code) args.bf16_code = rounded_code<BFloat16>(w.code);
+  if (kernels.needs_bf16_code && !in_whole_numbers) args.bf16_code = rounded_code<BFloat16>(w.code);
   const bool is_gemv = !product.is_dgrad && args.M <= kernels.gemv->max_m;
   return {is_gemv ? kernels.gemv : nullptr, product.is_dgrad ? kernels.linear_dgrad : kernels.linear};
 }

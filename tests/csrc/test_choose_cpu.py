@@ -66,7 +66,7 @@ def test_tiles_take_bf16_products_from_few_rows_on_or_16_where_rows_are_spread(c
     for is_dgrad, dtype, M, run, amx in itertools.product((False, True), AMX, ROWS, (64, 32, 16, 0), range(4)):
         for forced in (NOTHING, FUSED, DEQUANTIZE_GEMM):
             found = choose(is_dgrad, dtype, M, run, amx=amx, forced=forced, has_tiles=True)
-            least = 16 if run != 64 else 5 if is_dgrad else 4
+            least = 16 if run != 64 else 3 if is_dgrad else 5
             if dtype == BF16 and least <= M and forced != DEQUANTIZE_GEMM:
                 assert found[0] == "tiles"
             else:
