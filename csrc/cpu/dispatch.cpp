@@ -68,8 +68,8 @@ constexpr ProductKernels kAvx512{&kGemv_avx512, &kLinear_avx512, &kLinearDgrad_a
                                  lora_inner_avx512};
 constexpr ProductKernels kAvx2Int{&kGemvInt_avx2,  &kLinear_avx2, &kLinearDgrad_avx2, &kLoraGrad_avx2,
                                   lora_inner_avx2, false,         /*int_code_run=*/64};
-constexpr ProductKernels kAvx512Int{&kGemvInt_avx2,    &kLinear_avx512, &kLinearDgrad_avx512, &kLoraGrad_avx512,
-                                    lora_inner_avx512, false,           /*int_code_run=*/64};
+constexpr ProductKernels kAvx512Int{&kGemvInt_avx512,  &kLinear_avx512, &kLinearDgrad_avx512, &kLoraGrad_avx512,
+                                    lora_inner_avx512, false,           /*int_code_run=*/16};
 constexpr ProductKernels kBf16{&kGemv_avx512, &kLinear_avx512_bf16, &kLinearDgrad_avx512_bf16, &kLoraGrad_avx512_bf16,
                                lora_inner_avx512_bf16};
 constexpr ProductKernels kBf16Codes{&kGemvCodes_avx512_bf16, &kLinearCodes_avx512_bf16, &kLinearDgradCodes_avx512_bf16,

@@ -41,7 +41,7 @@
 //   store                    a finished 16 x 64
 #pragma once
 
-#include "codes_avx512_bf16.h"
+#include "codes_avx512.h"
 #include "decode_int8.h"
 #include "decode_span.h"
 #include "gemm.h"

@@ -222,7 +222,7 @@ NF4_DECLARE_ISA(scalar)
 NF4_DECLARE_ISA(avx2)
 NF4_DECLARE_ISA(avx512)
 NF4_DECLARE_ISA(neon)
-extern const GemvKernel kGemvInt_avx2, kGemvInt_amx_bf16;
+extern const GemvKernel kGemvInt_avx2, kGemvInt_avx512, kGemvInt_amx_bf16;
 extern const GemvKernel kGemvCodes_avx512_bf16;
 extern const GemmKernel kLinear_avx512_bf16, kLinearDgrad_avx512_bf16;
 extern const GemmKernel kLinearInt8_avx512_bf16, kLinearDgradInt8_avx512_bf16;

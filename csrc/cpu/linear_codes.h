@@ -1,7 +1,7 @@
 // linear in bf16, M > 4, codes decoded in registers: y[m, n]
 //              = sum_b scale[n, b] * (sum_{k in b} x[m, k] * code[n, k]) + bias[n]
 //
-// Read first   gemm.h, then codes_avx512_bf16.h.
+// Read first   gemm.h, then codes_avx512.h.
 // Work split   N tiles of 32 rows of W. The caller splits them over threads.
 // Inner loop   Lane n of a register holds 8 codes of row n of W: 4 x (shift, vpermw) give the pairs (k, k + 4), each
 //              multiplied with up to 12 rows of x, broadcast. The sums of a run of 64, 32 or 16 k meet the scales of 16
@@ -29,7 +29,7 @@
 //   gives the pair (k + .., k + ..)        1,5   0,4   3,7   2,6      and in this order the panel holds 8 k of x
 #pragma once
 
-#include "codes_avx512_bf16.h"
+#include "codes_avx512.h"
 #include "gemm.h"
 
 namespace nf4::cpu {
@@ -83,12 +83,12 @@ struct LinearCodes {
           __builtin_prefetch(x + TILE_M * kSliceD + (word * TILE_M / 4 + line / 4) * 32);
         __builtin_prefetch(slice.ahead + word * slice.row_bytes);
         __builtin_prefetch(slice.ahead + word * slice.row_bytes + 64);
-        const auto add_products = [&](int pair, __m512bh first_values, __m512bh next_values) {
+        const auto add_products = [&](int pair, Isa::I first_values, Isa::I next_values) {
 #pragma GCC unroll 12
           for (int r = 0; r < TILE_M; ++r) {
             const auto xr = (__m512bh)Isa::broadcast_pair(xw + r * kSliceD + 2 * pair);
-            acc[r][0] = _mm512_dpbf16_ps(acc[r][0], first_values, xr);
-            acc[r][1] = _mm512_dpbf16_ps(acc[r][1], next_values, xr);
+            acc[r][0] = _mm512_dpbf16_ps(acc[r][0], (__m512bh)first_values, xr);
+            acc[r][1] = _mm512_dpbf16_ps(acc[r][1], (__m512bh)next_values, xr);
           }
         };
         const Isa::I codes = slice.codes[0][word], next = slice.codes[1][word];

@@ -1,6 +1,6 @@
 // linear_dgrad in bf16 on AMX tiles: dX[m, k] = sum_n dY[m, n] * W[n, k]
 //
-// Read first   gemm_amx_bf16.h, then codes_avx512_bf16.h.
+// Read first   gemm_amx_bf16.h, then codes_avx512.h.
 // Work split   K tiles of 64 k. The caller splits them over threads.
 // Inner loop   W is the second operand, whose rows are pairs (n, n + 1). A register holds 64 k of both, and both
 //              blocks' tables are one of 32 entries: bit 4 of an index, set in the high words, says which row it is of.

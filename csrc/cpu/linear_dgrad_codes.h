@@ -1,6 +1,6 @@
 // linear_dgrad in bf16, codes decoded in registers: dX[m, k] = sum_n (dY[m, n] * scale[n, b of k]) * code[n, k]
 //
-// Read first   gemm.h, then codes_avx512_bf16.h.
+// Read first   gemm.h, then codes_avx512.h.
 // Work split   K tiles of 64 k, which have 1, 2 or 4 scales in each row of W: so many parts. The caller splits the
 //              tiles over threads.
 // Inner loop   A register holds 64 k of rows n and n+1 of W: 4 x (shift, vpermw) give the pairs (n, n+1) of 16 k each,
@@ -31,7 +31,7 @@
 //     codes, lane          | word 0: k 0..3  | word 8: k 32..35 | word 1: k 4..7 | ..
 #pragma once
 
-#include "codes_avx512_bf16.h"
+#include "codes_avx512.h"
 #include "gemm.h"
 
 namespace nf4::cpu {
@@ -136,13 +136,13 @@ struct DgradCodes {
       __builtin_prefetch(slice.ahead + 2 * pair * slice.row_bytes);
       __builtin_prefetch(slice.ahead + (2 * pair + 1) * slice.row_bytes);
       const Isa::I codes = slice.codes[pair];
-      const __m512bh values[kNibbles] = {code_values<0>(table, codes), code_values<1>(table, codes),
-                                         code_values<2>(table, codes), code_values<3>(table, codes)};
+      const Isa::I values[kNibbles] = {code_values<0>(table, codes), code_values<1>(table, codes),
+                                       code_values<2>(table, codes), code_values<3>(table, codes)};
 #pragma GCC unroll 6
       for (int r = 0; r < TILE_M; ++r) {
         const auto dy_pair = (__m512bh)broadcast_parts<kParts>(scaled[r] + 2 * kParts * pair);
 #pragma GCC unroll 4
-        for (int v = 0; v < kNibbles; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], values[v], dy_pair);
+        for (int v = 0; v < kNibbles; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], (__m512bh)values[v], dy_pair);
       }
     }
     const PartOrder<kParts> order;

@@ -1,7 +1,7 @@
 // linear in bf16, M <= 4, straight from the codes: y[m, n]
 //              = sum_b scale[n, b] * (sum_{k in b} x[m, k] * code[n, k]) + bias[n]
 //
-// Read first   codes_avx512_bf16.h.
+// Read first   codes_avx512.h.
 // Work split   Columns [n_begin, n_end) of y, two or four rows of W at a time, finished by sixteen. The caller splits
 //              them over threads.
 // Inner loop   128 codes of a row of W are one load; 4 x (shift, vpermw) give 32 of them each, which meet 32 elements
@@ -31,7 +31,7 @@
 //     | nibble 0: k 1 5 9 .. 125 | nibble 1: k 0 4 8 .. 124 | nibble 2: k 3 7 .. 127 | nibble 3: k 2 6 .. 126 |
 #pragma once
 
-#include "codes_avx512_bf16.h"
+#include "codes_avx512.h"
 #include "linear.h"
 
 namespace nf4::cpu {
@@ -39,8 +39,8 @@ namespace {
 
 constexpr int kGemvGroupK = 128;     // k of one load of codes
 constexpr int64_t kGemvRunK = 1024;  // k whose sums start anew
-constexpr int kGemvTileN = 2;        // rows of W per load of x
-constexpr int kGemvShortTileN = 4;   // the same at M = 1, where W's rows have up to kGemvShortK elements
+constexpr int kCodesTileN = 2;       // rows of W per load of x
+constexpr int kCodesShortTileN = 4;  // the same at M = 1, where W's rows have up to kGemvShortK elements
 constexpr int64_t kGemvShortK = 2048;
 constexpr int kGemvStoreN = 16;       // columns of y that are finished together
 constexpr int64_t kGemvNearK = 8192;  // up to which the next rows of W have room in an L1 of 32 KB beside x
@@ -51,27 +51,12 @@ struct Count {
   static constexpr int value = N;
 };
 
-// What multiplies the codes: with bf16 here, with whole numbers in linear_gemv_codes_int.h.
+// Terms: what the levels are multiplied as; bf16 in linear_avx512_bf16.cpp, whole numbers in linear_gemv_codes_int.h.
 //
-//   Sum               a register of sums; add_products(sum, levels of 32 codes, the same 32 elements of x)
-//   kGroupBytes       of the panel, for 128 k of a row of x: four registers of elements, and what `value` needs
-//   pack_group        for `count` k of a row of x, 64 or 128: the four registers in the order of k, and what value needs
-//   value             the sums in fp32, but for the scales of W and of the codebook
-struct Bf16Terms {
-  using Sum = Isa::F;
-  static constexpr int64_t kGroupBytes = kGemvGroupK * 2;
-  static Sum zero() { return Isa::zero(); }
-  static Isa::I load_table(const GemmArgs& args) { return load_code_table(args.bf16_code); }
-  static float code_scale(const GemmArgs& args) { return args.bf16_code.scale; }
-  static Sum add_products(Sum sum, __m512bh levels, const char* x) {
-    return _mm512_dpbf16_ps(sum, levels, (__m512bh)_mm512_loadu_si512(x));
-  }
-  static Isa::F value(Sum sum, const char*) { return sum; }
-  static void pack_group(const void* x, Dtype, int64_t at, int64_t count, Isa::I quarters[4], char*) {
-    const auto* in = static_cast<const BFloat16*>(x) + at;
-    for (int q = 0; q < 4; ++q) quarters[q] = 32 * q < count ? _mm512_loadu_si512(in + 32 * q) : _mm512_setzero_si512();
-  }
-};
+//   Sum            a register of sums; add_products(sum, the levels of 32 codes, where the same 32 elements of x are)
+//   kGroupBytes    of the panel, for 128 k of a row of x: four registers of elements, then what `value` needs
+//   pack_group     of `count` = 64 or 128 elements from x[at] on: four registers in order, and what `value` needs
+//   value          the sums in fp32, but for the scales of W and the codebook's
 
 template <class Terms>
 int64_t gemv_codes_row_bytes(int64_t K) {
@@ -131,11 +116,11 @@ static inline __m128 reduce_four(Isa::F a, Isa::F b, Isa::F c, Isa::F d) {
   return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
 }
 
-// sums[m][r] = x[m, :] . W[n + r, :], r < TILE_N; the next rows are prefetched to the cache of that LOCALITY
+// sums[i][r] = x[m + i, :] . W[n + r, :], i < M, r < TILE_N; the next rows are prefetched to the cache of that LOCALITY
 template <class Terms, int RUN, int M, int TILE_N, int LOCALITY = kToL1>
-void dot_codes(const GemmArgs& args, Isa::I table, int64_t n, float (*sums)[kGemvStoreN]) {
+void dot_codes(const GemmArgs& args, Isa::I table, int64_t m_begin, int64_t n, float (*sums)[kGemvStoreN]) {
   const Weight& w = args.weight;
-  const auto* x = static_cast<const char*>(args.panel);
+  const auto* x = static_cast<const char*>(args.panel) + m_begin * Terms::kGroupBytes;
   const uint8_t* packed = w.packed + n * (w.K / 2);
   Isa::F total[TILE_N][M];
 #pragma GCC unroll 4
@@ -160,9 +145,9 @@ void dot_codes(const GemmArgs& args, Isa::I table, int64_t n, float (*sums)[kGem
 #pragma GCC unroll 4
         for (int m = 0; m < M; ++m) acc[r][m] = Terms::zero();
       }
-      const char* group = x + (chunk + i) / kGemvGroupK * M * Terms::kGroupBytes;
+      const char* group = x + (chunk + i) / kGemvGroupK * args.M * Terms::kGroupBytes;
       const auto add_products = [&](int nibble, auto values) {
-        __m512bh here[TILE_N];
+        Isa::I here[TILE_N];
 #pragma GCC unroll 4
         for (int r = 0; r < TILE_N; ++r) here[r] = values(codes[r]);
 #pragma GCC unroll 4
@@ -208,48 +193,53 @@ void dot_codes(const GemmArgs& args, Isa::I table, int64_t n, float (*sums)[kGem
 
 // Apart, so that the compiler goes on inlining the near one.
 template <class Terms, int RUN, int M, int TILE_N>
-[[gnu::noinline]] void dot_codes_of_long_row(const GemmArgs& args, Isa::I table, int64_t n,
+[[gnu::noinline]] void dot_codes_of_long_row(const GemmArgs& args, Isa::I table, int64_t m, int64_t n,
                                              float (*sums)[kGemvStoreN]) {
-  dot_codes<Terms, RUN, M, TILE_N, kToL2>(args, table, n, sums);
+  dot_codes<Terms, RUN, M, TILE_N, kToL2>(args, table, m, n, sums);
 }
 
-// y[:, n_begin .. n_end) by tiles of TILE_N rows of W, and single rows at the end.
+// y[m .. m + M, n .. n + count) by tiles of TILE_N rows of W, and single rows at the end.
 template <class Terms, int RUN, int M, int TILE_N>
-void gemv_code_rows(const GemmArgs& args, int64_t n_begin, int64_t n_end) {
-  const Isa::I table = Terms::load_table(args);
-  for (int64_t n = n_begin; n < n_end; n += kGemvStoreN) {
-    const int64_t count = n_end - n < kGemvStoreN ? n_end - n : kGemvStoreN;
-    float sums[M][kGemvStoreN];
-    const auto dot = [&](auto tile_n, int64_t i) {
-      float part[M][kGemvStoreN];
-      if (args.weight.K > kGemvNearK)
-        dot_codes_of_long_row<Terms, RUN, M, tile_n.value>(args, table, n + i, part);
-      else
-        dot_codes<Terms, RUN, M, tile_n.value>(args, table, n + i, part);
-      for (int m = 0; m < M; ++m) std::memcpy(sums[m] + i, part[m], tile_n.value * sizeof(float));
-    };
-    int64_t i = 0;
-    for (; i + TILE_N <= count; i += TILE_N) dot(Count<TILE_N>{}, i);
-    for (; i < count; ++i) dot(Count<1>{}, i);
-    for (int m = 0; m < M; ++m) {
-      with_type(args.dtype, [&](auto t) {
-        for (int64_t j = 0; args.rank > 0 && j < count; ++j) sums[m][j] += lora_term_of<decltype(t)>(args, m, n + j);
-      });
-      store_y(args, m, n, count, sums[m]);
-    }
+void gemv_code_columns(const GemmArgs& args, Isa::I table, int64_t m, int64_t n, int64_t count) {
+  float sums[M][kGemvStoreN];
+  const auto dot = [&](auto tile_n, int64_t j) {
+    float part[M][kGemvStoreN];
+    if (args.weight.K > kGemvNearK)
+      dot_codes_of_long_row<Terms, RUN, M, tile_n.value>(args, table, m, n + j, part);
+    else
+      dot_codes<Terms, RUN, M, tile_n.value>(args, table, m, n + j, part);
+    for (int i = 0; i < M; ++i) std::memcpy(sums[i] + j, part[i], tile_n.value * sizeof(float));
+  };
+  int64_t j = 0;
+  for (; j + TILE_N <= count; j += TILE_N) dot(Count<TILE_N>{}, j);
+  for (; j < count; ++j) dot(Count<1>{}, j);
+  for (int i = 0; i < M; ++i) {
+    with_type(args.dtype, [&](auto t) {
+      for (j = 0; args.rank > 0 && j < count; ++j) sums[i][j] += lora_term_of<decltype(t)>(args, m + i, n + j);
+    });
+    store_y(args, m + i, n, count, sums[i]);
   }
 }
 
 template <class Terms, int RUN>
 void gemv_code_runs(const GemmArgs& args, int64_t n_begin, int64_t n_end) {
-  switch (args.M) {
-    case 1:
-      return args.weight.K > kGemvShortK ? gemv_code_rows<Terms, RUN, 1, kGemvTileN>(args, n_begin, n_end)
-                                         : gemv_code_rows<Terms, RUN, 1, kGemvShortTileN>(args, n_begin, n_end);
-    case 2: return gemv_code_rows<Terms, RUN, 2, kGemvTileN>(args, n_begin, n_end);
-    case 3: return gemv_code_rows<Terms, RUN, 3, kGemvTileN>(args, n_begin, n_end);
-    default: return gemv_code_rows<Terms, RUN, 4, kGemvTileN>(args, n_begin, n_end);
-  }
+  const Isa::I table = Terms::load_table(args);
+  const int64_t tiles = m_tiles(args.M, kGemvMaxM);
+  for (int64_t n = n_begin; n < n_end; n += kGemvStoreN)
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t m = first_m(tile, tiles, args.M), count = n_end - n < kGemvStoreN ? n_end - n : kGemvStoreN;
+      switch (first_m(tile + 1, tiles, args.M) - m) {
+        case 1:
+          if (args.weight.K > kGemvShortK)
+            gemv_code_columns<Terms, RUN, 1, kCodesTileN>(args, table, m, n, count);
+          else
+            gemv_code_columns<Terms, RUN, 1, kCodesShortTileN>(args, table, m, n, count);
+          break;
+        case 2: gemv_code_columns<Terms, RUN, 2, kCodesTileN>(args, table, m, n, count); break;
+        case 3: gemv_code_columns<Terms, RUN, 3, kCodesTileN>(args, table, m, n, count); break;
+        default: gemv_code_columns<Terms, RUN, 4, kCodesTileN>(args, table, m, n, count);
+      }
+    }
 }
 
 // GemvFn.
@@ -259,8 +249,8 @@ void gemv_codes(const GemmArgs& args, int64_t n_begin, int64_t n_end) {
 }
 
 template <class Terms>
-constexpr GemvKernel describe_gemv_codes() {
-  return {kGemvMaxM, gemv_codes_row_bytes<Terms>, gemv_codes_pack<Terms>, gemv_codes<Terms>};
+constexpr GemvKernel describe_gemv_codes(int max_m) {
+  return {max_m, gemv_codes_row_bytes<Terms>, gemv_codes_pack<Terms>, gemv_codes<Terms>};
 }
 
 }  // namespace

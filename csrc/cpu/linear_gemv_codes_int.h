@@ -25,8 +25,12 @@ struct IntTerms {
     return _mm512_load_si512(levels);
   }
   static float code_scale(const GemmArgs& args) { return args.int_code.scale; }
-  static Sum add_products(Sum sum, __m512bh levels, const char* x) {
-    return _mm512_dpwssd_epi32(sum, (Isa::I)levels, _mm512_loadu_si512(x));
+  static Sum add_products(Sum sum, Isa::I levels, const char* x) {
+#ifdef __AVX512VNNI__
+    return _mm512_dpwssd_epi32(sum, levels, _mm512_loadu_si512(x));
+#else
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(levels, _mm512_loadu_si512(x)));
+#endif
   }
   static Isa::F value(Sum sum, const char* group) {
     return Isa::mul(_mm512_cvtepi32_ps(sum), _mm512_loadu_ps(group + kStepsAt));

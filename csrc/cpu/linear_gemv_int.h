@@ -31,7 +31,6 @@
 namespace nf4::cpu {
 namespace {
 
-constexpr int kGemvIntMaxM = 16;
 constexpr int kGemvIntTileM = 4;
 constexpr int kGemvIntTileN = 2;
 constexpr int64_t kGemvIntRunK = 512 * kWholeGroupK;  // k whose sums are added up in one accumulator

@@ -7,6 +7,7 @@ namespace nf4::cpu {
 namespace {
 
 constexpr int kWholeGroupK = 64;
+constexpr int kGemvIntMaxM = 16;  // rows of x; fp32 products are faster from there on
 constexpr float kWholeMax = 32767.f;
 constexpr float kLevelStep = 0x1p-12f;  // of Int13
 constexpr float kLeastMax = 0x1p-96f;   // so that its step is not subnormal

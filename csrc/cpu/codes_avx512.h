@@ -8,8 +8,8 @@
 //     nibble     3       2        1     0
 //     code of    k + 2   k + 3    k     k + 1       the even k of a byte is in its high nibble
 //
-// Levels are rounded to bf16 without bias (rounded_code.cpp); a block's scale goes where one multiply serves many
-// weights.
+// Levels are words: rounded to bf16 or to 13 bits without bias (rounded_code.cpp). A block's scale goes where one multiply
+// serves many weights.
 #pragma once
 
 #include "decode_avx512.h"
@@ -23,10 +23,10 @@ static inline Isa::I load_code_table(const RoundedCode<BFloat16>& code) {
   return _mm512_inserti64x4(_mm512_castsi256_si512(half), half, 1);
 }
 
-// The bf16 levels of nibble NIBBLE of each of 32 words; by the drawing, code k + (NIBBLE ^ 1).
+// The levels of nibble NIBBLE of each of 32 words; by the drawing, code k + (NIBBLE ^ 1).
 template <int NIBBLE>
-static inline __m512bh code_values(Isa::I table, Isa::I words) {
-  return (__m512bh)_mm512_permutexvar_epi16(NIBBLE == 0 ? words : _mm512_srli_epi16(words, 4 * NIBBLE), table);
+static inline Isa::I code_values(Isa::I table, Isa::I words) {
+  return _mm512_permutexvar_epi16(NIBBLE == 0 ? words : _mm512_srli_epi16(words, 4 * NIBBLE), table);
 }
 
 // The order of 64 k when 16 words of codes are looked up nibble by nibble: lane j of vector v holds k = 4j + (v ^ 1).
