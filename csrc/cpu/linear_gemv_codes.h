@@ -1,13 +1,13 @@
-// linear in bf16, M <= 4, straight from the codes: y[m, n]
+// linear of few rows straight from the codes, in bf16 or in whole numbers: y[m, n]
 //              = sum_b scale[n, b] * (sum_{k in b} x[m, k] * code[n, k]) + bias[n]
 //
 // Read first   codes_avx512.h.
-// Work split   Columns [n_begin, n_end) of y, two or four rows of W at a time, finished by sixteen. The caller splits
-//              them over threads.
+// Work split   Columns [n_begin, n_end) of y, two or four rows of W at a time, finished by sixteen, for up to four rows
+//              of x, then for the next ones. The caller splits the columns over threads.
 // Inner loop   128 codes of a row of W are one load; 4 x (shift, vpermw) give 32 of them each, which meet 32 elements
 //              of x in the same order; then one FMA by the scales of the 2, 4 or 8 blocks. The rows of W share a load
 //              of x.
-// The trick    As in linear_codes.h: codes unscaled, as bf16, straight into vdpbf16ps.
+// The trick    As in linear_codes.h: codes unscaled, straight into vdpbf16ps. What is said here of times is of that.
 // Rejected     fp32 (linear_gemv.h): 4096x4096, M = 1: 0.87 against 0.47 ms, M = 4: 1.97 against 0.92 (one core of a
 //              Zen 4 EPYC). Scales 16 at a time through memory: stores of 4 bytes stall the load of 64, 0.56 ms. Stored
 //              a chunk ahead: 7 % less in a cache, but 0.7 against 0.5 ms out of it, where absmax is waited for.
@@ -26,7 +26,7 @@
 //   lane l of the products of 128 k             8 k from 8l on
 //   its scale, of blocks of 64, 32, 16          block l / 8, l / 4, l / 2
 //
-//   panel, bf16: [K / 128][M][nibble][32], padded with zeros; 128 k of a row of x
+//   panel: [K / 128][M][nibble][32], padded with zeros, and what Terms add to it; 128 k of a row of x
 //
 //     | nibble 0: k 1 5 9 .. 125 | nibble 1: k 0 4 8 .. 124 | nibble 2: k 3 7 .. 127 | nibble 3: k 2 6 .. 126 |
 #pragma once

@@ -1,4 +1,4 @@
-// linear in bf16 and fp16 without bf16 instructions, M <= 16, in whole numbers: y[m, n]
+// linear in bf16 and fp16 with AVX2, M <= 16, in whole numbers: y[m, n]
 //     = sum_b scale[n, b] * step[m, b] * (sum_{k in b} x16[m, k] * level16[n, k]) + bias[n]
 //
 // Read first   rounded_code.h.
@@ -15,6 +15,7 @@
 // Rejected     fp32 products (linear_gemv.h, gemm.h), AVX2, 256x4096 in a cache, one core of a Zen 4 EPYC: M = 1: 94
 //              against 43 us, M = 4: 166 and 97, M = 8: 287 and 193, M = 16: 455 and 386; from M = 17 on they are faster.
 //              fp32 products of levels that four pshufb and eight unpacks put together: 96 us at M = 1.
+// Instead      Where the machine has AVX-512, linear_gemv_codes_int.h looks up both bytes of a level at once.
 // Bytes        Reads 0.52 B a weight (double-quantized).
 // Needs        a code_run of 64. A row of x with NaN or inf gives a row of NaN.
 //
