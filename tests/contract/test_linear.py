@@ -75,6 +75,25 @@ class TestLinear(ProductContract):
                 assert not y[0].isfinite().any()
                 assert torch.equal(y[1:], expected[1:])
 
+    @pytest.mark.ways("cpu")
+    def test_which_products_are_in_whole_numbers(self, way):
+        """There alone a row with inf is NaN throughout. Weights of 8, and x without another NaN's cause."""
+        whole = {  # rows of x, by how many weights share a scale
+            "avx2": {64: range(1, 17), 32: (), 16: ()},
+            "avx512": dict.fromkeys((64, 32, 16), range(1, 17)),
+            "amx_bf16": {64: range(1, 5), 32: range(1, 16), 16: range(1, 16)},
+        }.get(way.name, dict.fromkeys((64, 32, 16), ()))
+        for block_size, rows in whole.items():
+            qweight = cases.quantized_from(torch.full((3, 192), 8.0), Layout(block_size))
+            for dtype in DTYPES:
+                for M in (1, 2, 3, 4, 5, 15, 16, 17):
+                    x = torch.ones(M, 192, dtype=dtype)
+                    x[-1, 70] = math.inf
+                    last = self.run(way, x, qweight)[-1]
+                    own = rows if dtype == torch.bfloat16 or way.name != "amx_bf16" else range(1, 17)
+                    is_whole = dtype != torch.float32 and way.kernel != "dequantize_gemm" and M in own
+                    assert (last.isnan() if is_whole else last == math.inf).all(), (block_size, dtype, M)
+
     def test_strided_bias(self, isa):
         """Of the public function."""
         qweight = cases.quantized(37, 100)
