@@ -119,7 +119,7 @@ void linear_tiles_amx(const GemmArgs& args, int64_t tile_begin, int64_t tile_end
 
 }  // namespace
 
-const GemvKernel kGemvInt_amx_bf16 = describe_gemv_codes<IntTerms>(kGemvIntMaxM);
+const GemvKernel kGemvInt_amx_bf16 = describe_gemv_codes<IntTerms>();
 const GemmKernel kLinear_amx_bf16 = describe_tiles<LinearTiles>(linear_tiles_amx);
 
 }  // namespace nf4::cpu

@@ -8,7 +8,7 @@
 namespace nf4::cpu {
 
 const GemvKernel kGemv_avx512{kGemvMaxM, gemv_row_bytes, gemv_pack, linear_gemv};
-const GemvKernel kGemvInt_avx512 = describe_gemv_codes<IntTerms>(kGemvIntMaxM);
+const GemvKernel kGemvInt_avx512 = describe_gemv_codes<IntTerms>();
 const GemvKernel kGemvInt8_avx512{kGemvMaxM, gemv_row_bytes, gemv_int8_pack, gemv_int8};
 const GemmKernel kLinearInt8_avx512 = describe_gemm<LinearFp32>(pack_fp32, linear_int8_tiles<LinearFp32>);
 const GemmKernel kLinear_avx512 = describe_gemm<LinearFp32>(pack_fp32, linear_tiles<LinearFp32>);

@@ -17,6 +17,7 @@ struct LinearBf16 : Bf16Core {
 
 // Of linear_gemv_codes.h.
 struct Bf16Terms {
+  static constexpr int kMaxM = kGemvMaxM;
   using Sum = Isa::F;
   static constexpr int64_t kGroupBytes = kGemvGroupK * 2;
   static Sum zero() { return Isa::zero(); }
@@ -34,7 +35,7 @@ struct Bf16Terms {
 
 }  // namespace
 
-const GemvKernel kGemvCodes_avx512_bf16 = describe_gemv_codes<Bf16Terms>(kGemvMaxM);
+const GemvKernel kGemvCodes_avx512_bf16 = describe_gemv_codes<Bf16Terms>();
 const GemmKernel kLinearInt8_avx512_bf16 = describe_gemm<LinearBf16>(pack_bf16, linear_int8_tiles<LinearBf16>);
 const GemmKernel kLinear_avx512_bf16 = describe_gemm<LinearBf16>(pack_bf16, linear_tiles<LinearBf16>);
 const GemmKernel kLinearCodes_avx512_bf16 = describe_gemm<LinearCodes<kMinBlockSize>>(linear_codes_pack, linear_codes);

@@ -53,6 +53,7 @@ struct Count {
 
 // Terms: what the levels are multiplied as; bf16 in linear_avx512_bf16.cpp, whole numbers in linear_gemv_codes_int.h.
 //
+//   kMaxM          of rows of x, by four at a time
 //   Sum            a register of sums; add_products(sum, the levels of 32 codes, where the same 32 elements of x are)
 //   kGroupBytes    of the panel, for 128 k of a row of x: four registers of elements, then what `value` needs
 //   pack_group     of `count` = 64 or 128 elements from x[at] on: four registers in order, and what `value` needs
@@ -120,7 +121,8 @@ static inline __m128 reduce_four(Isa::F a, Isa::F b, Isa::F c, Isa::F d) {
 template <class Terms, int RUN, int M, int TILE_N, int LOCALITY = kToL1>
 void dot_codes(const GemmArgs& args, Isa::I table, int64_t m_begin, int64_t n, float (*sums)[kGemvStoreN]) {
   const Weight& w = args.weight;
-  const auto* x = static_cast<const char*>(args.panel) + m_begin * Terms::kGroupBytes;
+  const char* group = static_cast<const char*>(args.panel) + m_begin * Terms::kGroupBytes;
+  const int64_t next_group = (Terms::kMaxM > kGemvMaxM ? args.M : M) * Terms::kGroupBytes;
   const uint8_t* packed = w.packed + n * (w.K / 2);
   Isa::F total[TILE_N][M];
 #pragma GCC unroll 4
@@ -145,7 +147,6 @@ void dot_codes(const GemmArgs& args, Isa::I table, int64_t m_begin, int64_t n, f
 #pragma GCC unroll 4
         for (int m = 0; m < M; ++m) acc[r][m] = Terms::zero();
       }
-      const char* group = x + (chunk + i) / kGemvGroupK * args.M * Terms::kGroupBytes;
       const auto add_products = [&](int nibble, auto values) {
         Isa::I here[TILE_N];
 #pragma GCC unroll 4
@@ -171,6 +172,7 @@ void dot_codes(const GemmArgs& args, Isa::I table, int64_t m_begin, int64_t n, f
               is_whole ? Isa::fma(sum, scales, part[r][m]) : _mm512_mask3_fmadd_ps(sum, scales, part[r][m], 0x00ff);
         }
       }
+      group += next_group;
     };
     int64_t i = 0;
     for (; i + kGemvGroupK <= count; i += kGemvGroupK) add_group(i, true);
@@ -249,8 +251,8 @@ void gemv_codes(const GemmArgs& args, int64_t n_begin, int64_t n_end) {
 }
 
 template <class Terms>
-constexpr GemvKernel describe_gemv_codes(int max_m) {
-  return {max_m, gemv_codes_row_bytes<Terms>, gemv_codes_pack<Terms>, gemv_codes<Terms>};
+constexpr GemvKernel describe_gemv_codes() {
+  return {Terms::kMaxM, gemv_codes_row_bytes<Terms>, gemv_codes_pack<Terms>, gemv_codes<Terms>};
 }
 
 }  // namespace

@@ -19,6 +19,7 @@ namespace nf4::cpu {
 namespace {
 
 struct IntTerms {
+  static constexpr int kMaxM = kGemvIntMaxM;
   using Sum = Isa::I;
   static constexpr int64_t kStepsAt = kGemvGroupK * 2, kGroupBytes = kStepsAt + Isa::L * 4;
   static Sum zero() { return _mm512_setzero_si512(); }
