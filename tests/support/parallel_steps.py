@@ -221,20 +221,20 @@ def check_loaded() -> None:
             part(torch.randn(2, 64), index, torch.rand(2, 2))
 
 
-def step(model: nn.Module, ids: Tensor = tiny.IDS) -> Tensor:
-    """The logits of `ids`, whose loss has given gradients."""
+def step(model: nn.Module, ids: Tensor = tiny.IDS) -> tuple[Tensor, Tensor]:
+    """(logits of `ids`, their loss, which has given gradients)."""
     output = model(input_ids=ids, labels=ids, use_cache=False)
     output.loss.backward()
-    return output.logits.detach()
+    return output.logits.detach(), output.loss.detach()
 
 
 def steps(model: nn.Module) -> dict[str, Tensor]:
-    """Logits of three steps of gradient descent, and the last gradients."""
+    """Logits and losses of three steps of gradient descent, and the last gradients."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     made = {}
     for number in range(1, 4):
         optimizer.zero_grad()
-        made[f"logits of step {number}"] = step(model)
+        made[f"logits of step {number}"], made[f"loss of step {number}"] = step(model)
         optimizer.step()
     return made | gradients(model)
 
@@ -247,7 +247,7 @@ def assert_all_as_good(
     actual: dict[str, Tensor], others: list[dict[str, Tensor]], exact: dict[str, Tensor], what: str
 ) -> None:
     for name, each in exact.items():
-        assert_as_good(actual[name], [other[name] for other in others], each, f"{what}: {name}")
+        assert_as_good(actual[name], [other[name] for other in others], each, f"{what}: {name}", times=4)
     assert all(made.keys() == exact.keys() for made in (actual, *others))
 
 
@@ -305,9 +305,13 @@ def check_experts_beside_shards() -> None:
     ids = torch.randint(3, 96, (RANKS, 6))
     whole_models = [exact(plain), plain, *(shaken(plain, seed) for seed in range(3))]
     own = slice(rank, rank + 1)
-    logits = [step(cut, ids[own]), *(step(model, ids)[own] for model in whole_models)]
-    actual, exactly, *others = (
-        {"logits": each} | gradients(model) for each, model in zip(logits, (cut, *whole_models))
+    logits, loss = step(cut, ids[own])
+    dist.all_reduce(loss)
+    actual = {"logits": logits, "loss": loss / RANKS} | gradients(cut)
+    exactly, *others = (
+        {"logits": logits[own], "loss": loss} | gradients(model)
+        for model in whole_models
+        for logits, loss in [step(model, ids)]
     )
     assert_all_as_good(actual, others, exactly, "experts beside shards")
 
