@@ -88,12 +88,12 @@ def _print_summary(conversion: Conversion, args: argparse.Namespace) -> None:
         what = "has no such 8-bit format" if args.plan is None else "does not read a plan"
         print(
             f"note: bitsandbytes {what}: nf4kernels.load_checkpoint loads the result, and so does"
-            " transformers with nf4kernels.integrations.transformers, with bitsandbytes not"
+            " transformers with nf4kernels.integrations.transformers"
         )
     elif conversion.experts:
         print(
             "note: bitsandbytes has no format for the experts in 4 bits: nf4kernels.load_checkpoint loads the result,"
-            " and so does transformers with nf4kernels.integrations.transformers, with bitsandbytes not"
+            " and so does transformers with nf4kernels.integrations.transformers"
         )
     dense = report.model_bytes_after - report.bytes_after
     share = dense / max(report.model_bytes_after, 1)

@@ -11,7 +11,7 @@ from peft import PeftModel
 
 from .causal_model import load_causal_model, load_tokenizer
 from .errors import StageError, first_line
-from .text_loss import LONGEST_TOKEN, batches_of, held_out_loss, read_documents, windows
+from .text_loss import batches_of, held_out_loss, windows_of
 
 LENGTH = 512  # tokens of a window
 
@@ -36,11 +36,7 @@ def tokenized_text(file: Path, base: Path, adapter: Path, tokens: int = 2048) ->
     """
     if tokens < 1:
         raise StageError(f"--tokens must be at least 1, got {tokens}")
-    documents = list(read_documents(file, tokens * LONGEST_TOKEN))
-    found = windows(documents, load_tokenizer([adapter, base]), LENGTH, tokens)
-    if not found:
-        raise StageError(f"{file} must hold at least two tokens, got fewer")
-    return Text(found)
+    return Text(windows_of(file, load_tokenizer([adapter, base]), LENGTH, tokens))
 
 
 def losses_with_adapter(base: Path, adapter: Path, text: Text) -> tuple[float, float]:

@@ -17,8 +17,10 @@ BATCH_TOKENS = 1024
 LONGEST_TOKEN = 64  # characters: so many times the tokens wanted, and no more of a text is tokenized
 
 
-def read_documents(path: Path, most: int) -> Iterator[str]:
+def read_documents(path: Path, most: int, flag: str = "--text") -> Iterator[str]:
     """The documents of a text file: all of a .txt, or the `text` of each line of a .jsonl; about `most` characters.
+
+    flag: what an error calls the path.
 
     Raises:
         StageError: the file is missing, empty or not UTF-8, or a line is not an object with `text` (its number is
@@ -46,7 +48,7 @@ def read_documents(path: Path, most: int) -> Iterator[str]:
     except UnicodeDecodeError as error:
         raise StageError(f"{path} must be UTF-8, got {error}") from None
     except OSError as error:
-        raise StageError(f"--text must be a file that can be read, got {error}") from None
+        raise StageError(f"{flag} must be a file that can be read, got {error}") from None
 
 
 def _text_of(line: str, where: str) -> str:
@@ -78,6 +80,18 @@ def windows(documents: Iterable[str], tokenizer: Any, length: int, tokens: int) 
                 left -= len(window) - 1
             if left <= 0:
                 return found
+    return found
+
+
+def windows_of(file: Path, tokenizer: Any, length: int, tokens: int, flag: str = "--text") -> list[list[int]]:
+    """`windows` of a text file.
+
+    Raises:
+        StageError: as `read_documents`, or there is no window.
+    """
+    found = windows(read_documents(file, tokens * LONGEST_TOKEN, flag), tokenizer, length, tokens)
+    if not found:
+        raise StageError(f"{file} must hold at least two tokens, got fewer")
     return found
 
 

@@ -12,7 +12,7 @@ from nf4kernels.cli.recover import round as command
 from nf4kernels.recover import Candidate, Plan, agreement
 from nf4kernels.stages.recover import round as stage
 from nf4kernels.stages.recover.round import METHODS
-from nf4kernels.stages.text_loss import batches_of
+from nf4kernels.stages.text_loss import batches_of, windows_of
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_the_directory_holds_the_model_that_the_rounding_makes(paths, method, ca
     assert made.config.use_cache
     tokenizer = transformers.AutoTokenizer.from_pretrained(paths / "out")
     options = stage.RoundOptions(method, [paths / "a.txt", paths / "b.jsonl"], 500, 32)
-    found = [window for file in options.text for window in stage._windows(file, tokenizer, options)]
+    found = [window for file in options.text for window in windows_of(file, tokenizer, 32, 250)]
     batches = [{"input_ids": b.ids, "attention_mask": b.mask} for b in batches_of(found, torch.device("cpu"))]
     assert sum(int(batch["attention_mask"].sum()) for batch in batches) > 400
     expected = load(paths / "model", dtype=torch.bfloat16).eval()
@@ -87,6 +87,22 @@ def test_levels_of_each_layer_keep_their_block_size(paths):
     assert {(each.codebook, each.block_size) for each in weights} == {("custom", 128)}
 
 
+def test_a_held_out_text_measures_what_was_written(paths, capsys):
+    assert run(paths, "--held-out", str(paths / "b.jsonl"), "--method", "lq-lora", "--rank", "8") == 0
+    rows = [line.split() for line in capsys.readouterr().out.split("held-out tokens")[1].splitlines()[2:5]]
+    found = {row[-5:][0]: [float(number) for number in row[-4:-1]] for row in rows}
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    dense, plain = (load(paths / "model", dtype=torch.bfloat16) for _ in range(2))
+    nf4.quantize_model(plain, progress=False)
+    made = load(paths / "out")
+    nf4.load_adapters(made, paths / "out" / stage.ADAPTER)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(paths / "out")
+    held = stage._batches(windows_of(paths / "b.jsonl", tokenizer, 32, 500), torch.device("cpu"))
+    for name, model in (("bits", dense), ("level", plain), ("lq-lora", made)):
+        expected = agreement(model, dense, held)
+        assert found[name] == [round(expected.loss, 4), round(expected.kl, 4), round(100 * expected.top1, 1)], name
+
+
 def test_choices_are_the_stage_s():
     assert set(command.METHODS) == set(METHODS)
 
@@ -101,6 +117,7 @@ def test_choices_are_the_stage_s():
         (["--skip", "nothing"], "skip must match a layer, got 'nothing'"),
         (["--plan", "gone.json"], "--plan: nf4kernels.recover.Plan: path must be a file that can be read"),
         (["--text", "gone.txt"], "--text must be a file that can be read"),
+        (["--held-out", "gone.txt"], "--held-out must be a file that can be read"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_leaves_nothing(paths, arguments, message, capsys):

@@ -20,8 +20,8 @@ def add_parser(actions) -> None:
         "error in the columns after it; awq scales columns that large inputs meet; search looks for block scales; "
         "levels fits each layer 16 levels of its own; lq-lora starts a LoRA adapter from the rounding error and writes "
         "it to OUT_DIR/adapter, for nf4kernels finetune --adapter. The text should be of the kind that the model is "
-        "for: several files are read in equal parts. The whole dense model is in memory. OUT_DIR appears when it is "
-        "complete, or not at all.",
+        "for: several files are read in equal parts. The whole dense model is in memory, three times with --held-out. "
+        "OUT_DIR appears when it is complete, or not at all.",
     )
     parser.add_argument("in_dir", metavar="IN_DIR", type=Path)
     parser.add_argument("out_dir", metavar="OUT_DIR", type=Path)
@@ -47,6 +47,10 @@ def add_parser(actions) -> None:
     )  # fmt: skip
     parser.add_argument("--rank", type=int, default=16, help="of lq-lora's adapter (default 16)")
     parser.add_argument("--alpha", type=float, default=32.0, help="of lq-lora's adapter (default 32)")
+    parser.add_argument(
+        "--held-out", metavar="FILE", type=Path,
+        help="another text, to measure loss, KL and agreement on, beside 16 bits and plain rounding",
+    )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace OUT_DIR if it holds a model")
     parser.set_defaults(func=run)
 
@@ -58,9 +62,9 @@ def run(args: argparse.Namespace) -> None:
 
     options = RoundOptions(
         args.method, args.text, args.tokens, args.length, args.codebook, args.block_size, not args.no_double_quant,
-        args.scale_codebook, args.skip, args.plan, args.rank, args.alpha, args.overwrite,
+        args.scale_codebook, args.skip, args.plan, args.rank, args.alpha, args.held_out, args.overwrite,
     )  # fmt: skip
-    report = round_directory(args.in_dir, args.out_dir, options)
-    print(report.summary().split("\n\n")[0])
+    rounded = round_directory(args.in_dir, args.out_dir, options)
+    print(rounded)
     adapter = f" and, with which the error above is, {args.out_dir / ADAPTER}" if args.method in WITH_ADAPTER else ""
-    print(f"\nwrote {args.out_dir}: {report.model_bytes_after / 2**20:.1f} MiB{adapter}")
+    print(f"\nwrote {args.out_dir}: {rounded.report.model_bytes_after / 2**20:.1f} MiB{adapter}")

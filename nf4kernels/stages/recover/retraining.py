@@ -14,7 +14,7 @@ from ...nn.lora import LoraConfig
 from ...recover.distill import Training, distill
 from ...recover.pruning.retraining import MaskedLora
 from ..errors import StageError
-from ..text_loss import LONGEST_TOKEN, read_documents, windows
+from ..text_loss import windows_of
 
 WARMUP = 0.1  # share of the steps in which the learning rate rises; then it falls along a cosine
 
@@ -49,10 +49,10 @@ class Texts:
     ) -> None:
         self._device = device
         wanted = max(how.tokens, trained * how.batch * how.length)
-        self._windows = _read(text, tokenizer, how.length, wanted) if text else []
+        self._windows = windows_of(Path(text), tokenizer, how.length, wanted) if text else []
         scored = self._windows[: -(-how.tokens // (how.length - 1))]
         self.scored = self._batches(scored, how.batch)
-        held = _read(held_out, tokenizer, how.length, how.tokens) if held_out else []
+        held = windows_of(Path(held_out), tokenizer, how.length, how.tokens, "--held_out") if held_out else []
         self.held_out = self._batches(held, how.batch)
 
     def drawn(self, count: int, batch: int, seed: int) -> Iterator[dict[str, Tensor]]:
@@ -74,13 +74,6 @@ class Texts:
         for i, row in enumerate(rows):
             ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
         return {"input_ids": ids.to(self._device), "attention_mask": mask.to(self._device)}
-
-
-def _read(file: str, tokenizer: Any, length: int, tokens: int) -> list[list[int]]:
-    found = windows(read_documents(Path(file), tokens * LONGEST_TOKEN), tokenizer, length, tokens)
-    if not found:
-        raise StageError(f"{file} must hold at least two tokens, got fewer")
-    return found
 
 
 def retrain(

@@ -6,16 +6,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...integrations.transformers import Nf4Config, Nf4Quantizer
 from ...model.adapters import remove_adapter
 from ...model.memory import model_bytes
 from ...model.quantize import quantize_model
-from ...model.report import QuantizeReport
+from ...model.report import QuantizeReport, table
 from ...model.walk import named_modules
 from ...nn.lora import LoraConfig
 from ...nn.quant_linear import QuantLinear
+from ...recover.agreement import Agreement, agreement
 from ...recover.roundings import Awq, CalibratedRounding, Gptq, LqLora, ScaleSearch
 from ...storage.adapters import save_adapters
 from ...storage.atomic import TargetError, replacing_directory
@@ -23,7 +25,7 @@ from ...storage.directory_checks import ConversionError, Words, check_outside, c
 from ..causal_model import load_causal_model, load_tokenizer
 from ..errors import StageError, first_line, refuse_unused
 from ..plan_file import read_plan
-from ..text_loss import LONGEST_TOKEN, batches_of, read_documents, windows
+from ..text_loss import batches_of, windows_of
 
 WORDS = Words("recover round", "IN_DIR", "OUT_DIR", "--skip", "--overwrite")
 Batches = list[dict[str, Tensor]]
@@ -52,6 +54,7 @@ class RoundOptions:
         codebook, block_size, double_quant, scale_codebook, skip: as in `nf4kernels.quantize_model`.
         plan: a file of `nf4kernels recover plan`, whose options go before these.
         rank, alpha: of the adapter, of a method WITH_ADAPTER.
+        held_out: another such file, of which `tokens` measure the result.
         overwrite: replace a model that is there.
     """
 
@@ -67,16 +70,41 @@ class RoundOptions:
     plan: Path | None = None
     rank: int = 16
     alpha: float = 32.0
+    held_out: Path | None = None
     overwrite: bool = False
 
 
-def round_directory(in_dir: Path, out_dir: Path, options: RoundOptions, progress: bool = True) -> QuantizeReport:
+@dataclass(frozen=True)
+class Rounded:
+    """What `round_directory` did.
+
+    Attributes:
+        report: its errors are with the adapter of a method WITH_ADAPTER, its bytes without.
+        measured: on the held-out text, of the model in 16 bits, plainly rounded, and rounded so; empty without.
+    """
+
+    report: QuantizeReport
+    measured: Mapping[str, Agreement]
+
+    def __str__(self) -> str:
+        lines = [self.report.summary().split("\n\n")[0]]
+        if self.measured:
+            rows = [
+                (name, f"{found.loss:.4f}", f"{found.kl:.4f}", f"{100 * found.top1:.1f} %")
+                for name, found in self.measured.items()
+            ]
+            lines.append(table([(f"on {next(iter(self.measured.values())).rows} held-out tokens, nats a token", "loss",
+                                 "KL to 16 bits", "same likeliest"), *rows]))  # fmt: skip
+        return "\n\n".join(lines)
+
+
+def round_directory(in_dir: Path, out_dir: Path, options: RoundOptions, progress: bool = True) -> Rounded:
     """Quantize the model in `in_dir` by calibration, and write it to `out_dir` as `save_pretrained` does.
 
-    A method WITH_ADAPTER writes an adapter over that model, as PEFT's, to ADAPTER in it. The report's errors are then
-    with the adapter, its bytes without.
+    A method WITH_ADAPTER writes an adapter over that model, as PEFT's, to ADAPTER in it.
 
-    `out_dir` appears when it is complete, or not at all. The whole dense model is in memory.
+    `out_dir` appears when it is complete, or not at all. The whole dense model is in memory, and twice more where the
+    result is measured.
 
     Raises:
         StageError: a directory or a text is not as it must be, or a layer cannot be rounded.
@@ -101,25 +129,29 @@ def round_directory(in_dir: Path, out_dir: Path, options: RoundOptions, progress
         raise StageError(str(error).removeprefix(f"{WORDS.who}: ")) from None
     try:
         with replacing_directory(out_dir) as staging:
-            report = _rounded_into(staging, in_dir, out_dir, options, progress)
+            rounded = _rounded_into(staging, in_dir, out_dir, options, progress)
             copy_rest(in_dir, staging)
     except TargetError as error:
         raise StageError(f"{WORDS.out_dir} {error}") from None
     except OSError as error:
         raise StageError(f"{WORDS.out_dir} must be a directory that can be written, got {out_dir}: {first_line(error)}"
                          ) from None  # fmt: skip
-    return report
+    return rounded
 
 
 def _rounded_into(
     staging: Path, in_dir: Path, out_dir: Path, options: RoundOptions, progress: bool
-) -> QuantizeReport:  # fmt: skip
+) -> Rounded:  # fmt: skip
     """Write all but the files that are copied; `out_dir` is where they will be."""
     plan = read_plan(options.plan)
     tokenizer = load_tokenizer([in_dir])
-    found = [window for file in options.text for window in _windows(file, tokenizer, options)]
+    share = -(-options.tokens // len(options.text))
+    found = [window for file in options.text for window in windows_of(file, tokenizer, options.length, share)]
+    held_out = []
+    if options.held_out is not None:
+        held_out = windows_of(options.held_out, tokenizer, options.length, options.tokens, "--held-out")
     model = load_causal_model(in_dir, dense=True).eval()
-    batches = [{"input_ids": b.ids, "attention_mask": b.mask} for b in batches_of(found, model.device)]
+    batches = _batches(found, model.device)
     quant_options: dict[str, Any] = {
         "codebook": options.codebook, "block_size": options.block_size, "double_quant": options.double_quant,
         "scale_codebook": options.scale_codebook,
@@ -131,6 +163,13 @@ def _rounded_into(
         report = quantize_model(
             model, options.skip, lora=lora, plan=plan, rounding=rounding, progress=progress, **quant_options
         )
+        measured: dict[str, Agreement] = {}
+        if held_out:
+            dense, plain = (load_causal_model(in_dir, dense=True) for _ in range(2))
+            quantize_model(plain, options.skip, plan=plan, progress=False, **quant_options)
+            models = {"in 16 bits": dense, "to the nearest level": plain, f"by {options.method}": model}
+            for name, each in models.items():
+                measured[name] = agreement(each, dense, _batches(held_out, model.device))
     except (TypeError, ValueError, RuntimeError) as error:
         raise StageError(first_line(error).removeprefix("nf4kernels.quantize_model: ")) from None
     model.config.use_cache = uses_cache
@@ -140,7 +179,7 @@ def _rounded_into(
         _move_adapters(model, staging / ADAPTER, out_dir.resolve())
         report = replace(report, model_bytes_after=model_bytes(model))
     model.save_pretrained(staging)
-    return report
+    return Rounded(report, measured)
 
 
 def _move_adapters(model: Any, directory: Path, base: Path) -> None:
@@ -171,10 +210,5 @@ def _own_options(model: nn.Module, plan: Mapping[str, Mapping[str, Any] | None])
     return own
 
 
-def _windows(file: Path, tokenizer: Any, options: RoundOptions) -> list[list[int]]:
-    """This text's share of the tokens; StageError where there are none."""
-    share = -(-options.tokens // len(options.text))
-    found = windows(read_documents(file, share * LONGEST_TOKEN), tokenizer, options.length, share)
-    if not found:
-        raise StageError(f"{file} must hold at least two tokens, got fewer")
-    return found
+def _batches(found: list[list[int]], device: torch.device) -> Batches:
+    return [{"input_ids": batch.ids, "attention_mask": batch.mask} for batch in batches_of(found, device)]
