@@ -78,6 +78,7 @@ def test_it_learns_and_writes_the_bits_that_it_trained_with(base, prompts, tmp_p
     card = (out / "README.md").read_text(encoding="utf-8")
     for part in (f"{after:.4f}", "library_name: transformers", "recover qat --config", "answered:"):
         assert part in card
+    assert ("| rank |" in card) == (mode == "lora")
     assert yaml.safe_load((out / "recipe.yaml").read_text(encoding="utf-8")).get("train", "full") == mode
     config = json.loads((out / "model" / "config.json").read_text(encoding="utf-8"))
     assert config["quantization_config"]["load_in_4bit"]

@@ -78,6 +78,8 @@ def test_it_learns_what_the_16_bit_model_says(models, texts, tmp_path, capsys):
     assert (out / "loss.png").exists()
     card = (out / "README.md").read_text(encoding="utf-8")
     assert f"| KL to the teacher after | {after:.4f} |" in card
+    assert "`nf4kernels recover distill --config recipe.yaml` runs it again" in card
+    assert "| rank | 4 |" in card
     assert json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))["r"] == 4
 
 

@@ -29,6 +29,10 @@ class Method:
         """What the trainer wraps the model in; None for nothing."""
         return recipe.lora if recipe.adapter is None else None
 
+    def rank(self, recipe: Recipe) -> int | None:
+        """Of the adapters that are trained; None where there are none."""
+        return recipe.lora.r
+
     def parameters(self, model: Any) -> tuple[int, int]:
         """(those that are trained, all)."""
         trained, of = model.get_nb_trainable_parameters()

@@ -120,7 +120,7 @@ def _run(recipe: Recipe, say: Say, progress: TrainerCallback | None, samples: in
         write_log(recipe.out / LOG, history)
         write_picture(recipe.out / PICTURE, history, before, after)
         base = str(recipe.model.model_name_or_path)
-        facts = _facts(trainer, recipe, before, after)
+        facts = _facts(trainer, method.rank(recipe), before, after)
         for when, measured in (("before", started.get("measured", {})), ("after", trainer.measured)):
             facts.update({f"{name} {when}": f"{value:.4f}" for name, value in measured.items()})
         write_card(recipe.out / CARD, base, recipe.given, facts, answered, method.card)
@@ -346,7 +346,7 @@ def _is_last(checkpoint: Path) -> bool:
     return state.global_step >= state.max_steps
 
 
-def _facts(trainer: Trainer, recipe: Recipe, before: float | None, after: float | None) -> dict[str, Any]:
+def _facts(trainer: Trainer, rank: int | None, before: float | None, after: float | None) -> dict[str, Any]:
     train = trainer.counted["train"]
     kinds = Counter(
         f"{layer.codebook}, blocks of {layer.block_size}" for layer in trainer.model.modules()
@@ -359,8 +359,7 @@ def _facts(trainer: Trainer, recipe: Recipe, before: float | None, after: float 
         "held-out examples": trainer.counted["eval"].examples if "eval" in trainer.counted else 0,
         "steps": trainer.state.global_step,
         "weights": next((kind for kind, _ in kinds.most_common(1)), DENSE),
-        "rank": recipe.lora.r,
-    }  # fmt: skip
+    } | ({} if rank is None else {"rank": rank})  # fmt: skip
 
 
 @contextmanager

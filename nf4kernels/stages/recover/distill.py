@@ -21,6 +21,7 @@ from ..data.reading import Source
 from ..errors import StageError, refuse_unused
 from ..finetune.loading import in_one_line, load_tokenizer
 from ..finetune.method import Method
+from ..finetune.outputs import Card
 from ..finetune.recipe import Recipe
 from ..finetune.run import finetune
 from ..finetune.trainer import Trainer
@@ -123,6 +124,10 @@ def distill_directory(recipe: Recipe, say: Callable[[str], None] = print) -> Pat
 class _Distill(Method):
     """Adapters, by a trainer that has a teacher."""
 
+    card = Card(
+        about="Trained by nf4kernels {version} to say what a teacher says, with TRL and PEFT.", verb="recover distill"
+    )
+
     def __init__(self, trainer: Callable[..., Trainer]) -> None:
         self.trainer = trainer
 
@@ -198,7 +203,8 @@ def _made(
         if not rows:
             raise StageError(f"--text must hold text of two tokens or more, got {text}")
         name = f"text-{hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]}.jsonl"
-        say(f"{text}: {len(rows)} texts of at most {length} tokens")
+        say(f"{text}: {len(rows)} texts of at most {length} tokens; a full one has no room for the token that ends a"
+            " text, and counts as cut")  # fmt: skip
         files.append(_written(directory / name, rows))
     if options.samples > 0:
         files += _sampled(recipe, options, tokenizer, teacher, directory)

@@ -116,6 +116,9 @@ class _Qat(Method):
             "scale_codebook": config.scale_codebook,
         }  # fmt: skip
 
+    def rank(self, recipe: Recipe) -> int | None:
+        return None if self.lora is None else self.lora.r
+
     def load(self, recipe: Recipe, has_images: bool) -> Any:
         if has_images:
             raise StageError("--data must be text for recover qat, got images")
