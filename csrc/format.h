@@ -19,6 +19,8 @@
 
 namespace nf4 {
 
+NF4_HOST_DEVICE static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 constexpr int kLevels = 16;
 constexpr int kScaleCodes = 256;
 constexpr int kSuperblockShift = 8;  // 256 blocks share one scale_absmax

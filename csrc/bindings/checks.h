@@ -24,6 +24,7 @@
 
 namespace nf4::binding {
 
+using nf4::ceil_div;
 using nf4::Experts;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -67,8 +68,6 @@ inline std::ostream& operator<<(std::ostream& out, const Sizes& given) {
   return out << ']';
 }
 inline std::ostream& operator<<(std::ostream& out, const Shape& shape) { return out << Sizes{shape.tensor.sizes()}; }
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline size_t element_bytes(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 

@@ -74,7 +74,6 @@ static inline Products choose_lora(Dtype inputs) {
   return inputs == Dtype::kBFloat16 ? Products::kBf16 : Products::kFp32;
 }
 
-static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t at_least_1(int64_t a) { return a > 1 ? a : 1; }
 
 // dequantize + GEMM: the bytes of a slice that a thread has, as a core's L2 of a CPU with AMX, and the most of all. The

@@ -155,8 +155,6 @@ __global__ void __launch_bounds__(kThreads, 4)
   decode_part<BFloat16, true>(weight, part, out + expert * out_size);
 }
 
-NF4_HOST_DEVICE static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Sets how many threads cover a row, and returns the grid.
 template <class T, bool kGroups>
 dim3 plan(Part& part) {

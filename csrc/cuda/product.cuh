@@ -30,7 +30,6 @@ struct Lane {
   NF4_DEVICE explicit Lane(unsigned thread = threadIdx.x) : index(int(thread) % kWarp), g(index / 4), t(index % 4) {}
 };
 
-NF4_HOST_DEVICE inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 NF4_HOST_DEVICE inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // The grid of a grid-stride loop over `count` elements.

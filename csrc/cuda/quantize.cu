@@ -185,7 +185,6 @@ struct Tile {
 NF4_HOST_DEVICE static inline int64_t unit_size(int block_shift) {
   return (1 << block_shift) > kTile ? 1 << block_shift : kTile;
 }
-NF4_HOST_DEVICE static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // One warp quantizes weights [unit * unit_size, (unit + 1) * unit_size), all of which exist and are aligned.
 template <class T, bool kBucketed>

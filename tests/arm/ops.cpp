@@ -38,7 +38,7 @@ int64_t size_of(int64_t element) {
 class Memory {
  public:
   explicit Memory(int64_t bytes) {
-    const int64_t page = sysconf(_SC_PAGESIZE), pages = cpu::ceil_div(bytes, page) + 2;
+    const int64_t page = sysconf(_SC_PAGESIZE), pages = ceil_div(bytes, page) + 2;
     length_ = size_t(pages * page);
     void* mapped = mmap(nullptr, length_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (mapped == MAP_FAILED) std::abort();
@@ -148,8 +148,8 @@ Experts experts_of(const Call& call, size_t i, int64_t count) {
              : element == kFp16        ? Scales::kFloat16
                                        : Scales::kFloat32;
   experts.count = count;
-  experts.blocks = cpu::ceil_div(w.N * w.K, int64_t(1) << w.block_shift);
-  experts.superblocks = cpu::ceil_div(experts.blocks, int64_t(1) << kSuperblockShift);
+  experts.blocks = ceil_div(w.N * w.K, int64_t(1) << w.block_shift);
+  experts.superblocks = ceil_div(experts.blocks, int64_t(1) << kSuperblockShift);
   return experts;
 }
 
@@ -161,9 +161,9 @@ void quantize(Call& call) {
   args.numel = weight.count();
   args.code = code_of(call, 1);
   args.block_size = int(call.integer(2));
-  const int64_t blocks = cpu::ceil_div(args.numel, args.block_size);
+  const int64_t blocks = ceil_div(args.numel, args.block_size);
   const bool is_int8 = args.code == nullptr;
-  args.packed = static_cast<uint8_t*>(call.add(kUint8, {is_int8 ? args.numel : cpu::ceil_div(args.numel, 2)}));
+  args.packed = static_cast<uint8_t*>(call.add(kUint8, {is_int8 ? args.numel : ceil_div(args.numel, 2)}));
   args.absmax = static_cast<float*>(call.add(kFp32, {blocks}));
   const auto run = is_int8 ? cpu::active_kernels().int8->quantize : cpu::active_kernels().quantize;
   Runtime::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) { run(args, begin, end); });
@@ -265,12 +265,12 @@ void lora_grad(Call& call, bool is_grouped) {
   }
   args.out = call.add(element, shape);
   const cpu::LoraGradKernel& kernel = *cpu::active_kernels()[cpu::choose_lora(args.dtype)].lora_grad;
-  args.lora_inner_stride = cpu::ceil_div(args.M, 2) * 2;
+  args.lora_inner_stride = ceil_div(args.M, 2) * 2;
   const Memory inner(args.rank * args.lora_inner_stride * cpu::element_bytes(kernel.inner_dtype));
   cpu::transpose_lora_inner(small.data(), args.dtype, args.M, args.rank, args.lora_inner_stride, kernel.inner_dtype,
                             inner.data());
   args.lora_inner = inner.data();
-  Runtime::parallel_for(0, cpu::ceil_div(args.C, kernel.tile_c), 1,
+  Runtime::parallel_for(0, ceil_div(args.C, kernel.tile_c), 1,
                         [&](int64_t begin, int64_t end) { kernel.run(args, begin, end); });
 }
 
