@@ -14,14 +14,20 @@
 namespace nf4::cpu {
 namespace {
 
+std::atomic<int32_t> amx{0};
+std::atomic<Forced> forced{Forced::kNothing};
+std::atomic<int64_t> wanted_slice_bytes{0};
+std::atomic<uint32_t> ran{0};  // a bit for each of Products
+
+}  // namespace
+
 #if defined(__x86_64__) && defined(__linux__)
 // Linux gives a process the 8 KB of tiles only when it asks (arch/x86/include/uapi/asm/prctl.h). oneDNN asks too.
-bool asks_for_tiles() {
+static bool asks_for_tiles() {
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
-}  // namespace
 int32_t detect_amx(const char** why_not) {
   unsigned a, b, c, d;
   const bool has_bf16 = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 1);  // and its tiles
@@ -37,20 +43,11 @@ int32_t detect_amx(const char** why_not) {
   return kAmxBf16 | (has_fp16 ? kAmxFp16 : 0);
 }
 #else
-}  // namespace
 int32_t detect_amx(const char** why_not) {
   *why_not = "AMX is looked for on x86-64 under Linux alone";
   return 0;
 }
 #endif
-
-namespace {
-std::atomic<int32_t> amx{0};
-std::atomic<Forced> forced{Forced::kNothing};
-std::atomic<int64_t> wanted_slice_bytes{0};
-std::atomic<uint32_t> ran{0};  // a bit for each of Products
-
-}  // namespace
 
 int32_t amx_of_torch() { return runs_best_isa() ? amx.load(std::memory_order_relaxed) : 0; }
 Forced forced_products() { return forced.load(std::memory_order_relaxed); }
