@@ -38,23 +38,40 @@ def write_log(path: Path, history: list[dict[str, Any]]) -> None:
         table.writerows(entry for entry in history if "loss" in entry or "eval_loss" in entry)
 
 
-def write_picture(path: Path, history: list[dict[str, Any]], before: float | None, after: float | None) -> None:
-    """Training loss and held-out loss over the steps."""
-    steps = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    evaluated = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
-    if before is not None:
-        evaluated = [(0, before), *evaluated]
-    if after is not None:
-        evaluated.append((max((step for step, _ in steps), default=0), after))
-    figure = Figure(figsize=(7, 4))
-    axes = figure.subplots()
-    for points, label, style in ((steps, "training", "-"), (sorted(set(evaluated)), "held out", "o--")):
-        if points:
-            axes.plot(*zip(*points), style, label=label)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats a token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
+def write_picture(
+    path: Path,
+    history: list[dict[str, Any]],
+    before: float | None,
+    after: float | None,
+    kl: tuple[float | None, float | None] = (None, None),
+) -> None:
+    """Training loss and held-out loss over the steps; below each other where the one is of a teacher.
+
+    kl: the held-out KL to that teacher before and after.
+    """
+    last = max((entry["step"] for entry in history if "loss" in entry), default=0)
+
+    def points(column: str, first: float | None = None, final: float | None = None) -> list[tuple[int, float]]:
+        found = {(entry["step"], entry[column]) for entry in history if column in entry}
+        ends = {(step, value) for step, value in ((0, first), (last, final)) if value is not None}
+        return sorted(found | ends)
+
+    training, held_out = points("loss"), points("eval_loss", before, after)
+    has_teacher = any(value is not None for value in kl)
+    panels: list[tuple[str, dict[str, list[tuple[int, float]]]]] = (
+        [("distillation (nats a token)", {"training": training, "held out, KL to the teacher": points("eval_kl", *kl)}),
+         ("loss (nats a token)", {"held out": held_out})]
+        if has_teacher else [("loss (nats a token)", {"training": training, "held out": held_out})]
+    )  # fmt: skip
+    figure = Figure(figsize=(7, 3 * len(panels) + 1))
+    for axes, (label, lines) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels):
+        for name, line in lines.items():
+            if line:
+                axes.plot(*zip(*line), "-" if name == "training" else "o--", label=name)
+        axes.set_xlabel("step")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+        axes.legend()
     figure.tight_layout()
     with replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=120)

@@ -118,7 +118,8 @@ def _run(recipe: Recipe, say: Say, progress: TrainerCallback | None, samples: in
     )
     if is_main():
         write_log(recipe.out / LOG, history)
-        write_picture(recipe.out / PICTURE, history, before, after)
+        first, last = (next(iter(each.values()), None) for each in (started.get("measured", {}), trainer.measured))
+        write_picture(recipe.out / PICTURE, history, before, after, kl=(first, last))
         base = str(recipe.model.model_name_or_path)
         facts = _facts(trainer, method.rank(recipe), before, after)
         for when, measured in (("before", started.get("measured", {})), ("after", trainer.measured)):
