@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -250,6 +250,14 @@ def about(machine: str, device: str, bitsandbytes: str) -> dict[str, str]:
     }
 
 
+def installed(package: str) -> str:
+    """Its version."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
 def machine() -> dict[str, str]:
     """`about` this CPU, and the command."""
     cpu = platform.processor() or platform.machine()
@@ -263,4 +271,4 @@ def machine() -> dict[str, str]:
         cpu = f"{fields.get('model name', cpu)} family {fields.get('cpu family')} model {fields.get('model')}"
     waiting = [f"{name}={os.environ[name]} " for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if name in os.environ]
     command = "".join(waiting) + " ".join(["python -m benchmarks", *sys.argv[1:]])
-    return about(f"{cpu}, {os.cpu_count()} cores", "cpu", version("bitsandbytes")) | {"command": command}
+    return about(f"{cpu}, {os.cpu_count()} cores", "cpu", installed("bitsandbytes")) | {"command": command}
