@@ -155,65 +155,95 @@ struct AmxWorkspace {
   alignas(64) float sums[kAmxGroup][kPassM / kAmxRows][kAmxSums];
 };
 
+// `count` C tiles of a product, from one on: what a thread finishes at a time.
 template <class Core>
-void gemm_tiles(const GemmArgs& args, int64_t D, int64_t C, int64_t tile_begin, int64_t tile_end, void* workspace) {
-  auto& [slice, inner, sums] = *static_cast<AmxWorkspace*>(workspace);
-  const TileConfig config = use_full_tiles();
-  const auto* panel = static_cast<const BFloat16*>(args.panel);
+struct TileGroup {
+  const GemmArgs& args;
+  const int64_t D, C, first_tile, count;
+  AmxWorkspace& space;
   const int64_t m_tiles = ceil_div(args.M, kAmxRows);
-  const Weight& w = args.weight;
-  const bool has_runs = !is_int8(w) && code_run(w) == 64;
-  const auto decode_row = [&](int64_t row, int64_t column, int64_t count, BFloat16* out) {
-    (is_int8(w) ? decode_int8<BFloat16> : decode_span<BFloat16>)(w, row * w.K + column, count, out);
-  };
-  const auto* factor = static_cast<const BFloat16*>(args.lora_factor);
-  const int64_t factor_row = Core::kIsWeightFirst ? args.rank : C;  // B [N, rank], A [rank, K]
-  const auto scale_row = [&](int64_t row, int64_t column, int64_t count, BFloat16* out) {
-    for (int64_t i = 0; i < count; ++i)
-      out[i] = from_float<BFloat16>(to_float(factor[row * factor_row + column + i]) * args.scaling);
-  };
   const bool has_blocks = D > kAmxBlockD;  // then the second half of sums is of the blocks before
-  const int64_t groups = has_blocks ? kAmxGroup / 2 : kAmxGroup;
-  for (int64_t group = tile_begin; group < tile_end; group += groups) {
-    const int64_t count = tile_end - group < groups ? tile_end - group : groups;
-    const auto add_block = [&](auto add) {
-      for (int64_t g = 0; g < count; ++g)
-        for (int64_t t = 0; t < m_tiles; ++t)
-          for (int i = 0; i < kAmxSums; ++i) add(sums[g][t][i], sums[g + kAmxGroup / 2][t][i]);
+
+  // Of a thread's tiles [begin, end).
+  static int64_t count_at(int64_t begin, int64_t end, int64_t D) {
+    const int64_t most = D > kAmxBlockD ? kAmxGroup / 2 : kAmxGroup;
+    return end - begin < most ? end - begin : most;
+  }
+  int64_t first_c(int64_t g) const { return (first_tile + g) * kAmxTileC; }
+
+  // sums = or += the tiles of x times the slice that decode(g) fills, for each C tile.
+  template <class Decode>
+  void add_products(const BFloat16* x, int64_t depth, bool is_first, Decode decode) {
+    for (int64_t g = 0; g < count; ++g) {
+      decode(g);
+      for (int64_t t = 0; t < m_tiles; ++t)
+        multiply_tiles<Core>(x + t * depth * kAmxTile, space.slice, depth, is_first, space.sums[g][t]);
+    }
+  }
+  template <class Add>
+  void add_block(Add add) {
+    for (int64_t g = 0; g < count; ++g)
+      for (int64_t t = 0; t < m_tiles; ++t)
+        for (int i = 0; i < kAmxSums; ++i) add(space.sums[g][t][i], space.sums[g + kAmxGroup / 2][t][i]);
+  }
+
+  void multiply_weight() {
+    const Weight& w = args.weight;
+    const auto* panel = static_cast<const BFloat16*>(args.panel);
+    const bool has_runs = !is_int8(w) && code_run(w) == 64;
+    const auto decode_row = [&](int64_t row, int64_t column, int64_t elements, BFloat16* out) {
+      (is_int8(w) ? decode_int8<BFloat16> : decode_span<BFloat16>)(w, row * w.K + column, elements, out);
     };
-    const auto first_c = [&](int64_t g) { return (group + g) * kAmxTileC; };
     for (int64_t d = 0; d == 0 || d < D; d += kSliceD) {  // D = 0 writes zeros
       const bool is_first = d % kAmxBlockD == 0;
       if (d > 0 && is_first)
         add_block([&](float sum, float& before) { before = d == kAmxBlockD ? sum : before + sum; });
-      const int64_t d_count = D - d < kSliceD ? D - d : kSliceD, depth = depth_tiles<Core>(d_count);
-      const auto* x = panel + m_tiles * d / kAmxDepth * kAmxTile;
-      for (int64_t g = 0; g < count; ++g) {
+      const int64_t d_count = D - d < kSliceD ? D - d : kSliceD;
+      add_products(panel + m_tiles * d / kAmxDepth * kAmxTile, depth_tiles<Core>(d_count), is_first, [&](int64_t g) {
         if (has_runs)
-          Core::decode(w, first_c(g), d, d_count, slice);
+          Core::decode(w, first_c(g), d, d_count, space.slice);
         else
-          Core::spread(decode_row, first_c(g), C - first_c(g), d, d_count, slice);
-        for (int64_t t = 0; t < m_tiles; ++t)
-          multiply_tiles<Core>(x + t * depth * kAmxTile, slice, depth, is_first, sums[g][t]);
-      }
+          Core::spread(decode_row, first_c(g), C - first_c(g), d, d_count, space.slice);
+      });
     }
+  }
+
+  void add_lora() {
+    const auto* factor = static_cast<const BFloat16*>(args.lora_factor);
+    const int64_t factor_row = Core::kIsWeightFirst ? args.rank : C;  // B [N, rank], A [rank, K]
+    const auto scale_row = [&](int64_t row, int64_t column, int64_t elements, BFloat16* out) {
+      for (int64_t i = 0; i < elements; ++i)
+        out[i] = from_float<BFloat16>(to_float(factor[row * factor_row + column + i]) * args.scaling);
+    };
     for (int64_t rank = 0; rank < args.rank; rank += kSliceD) {
       const int64_t ranks = args.rank - rank < kSliceD ? args.rank - rank : kSliceD;
-      const int64_t rank_tiles = depth_tiles<Core>(ranks);
       const auto* unscaled = static_cast<const BFloat16*>(args.unscaled_inner) + rank;
-      pack_m_tiles<Core>(unscaled, args.rank, args.M, ranks, 0, m_tiles, inner);
-      for (int64_t g = 0; g < count; ++g) {
-        Core::spread(scale_row, first_c(g), C - first_c(g), rank, ranks, slice);
-        for (int64_t t = 0; t < m_tiles; ++t)
-          multiply_tiles<Core>(inner + t * rank_tiles * kAmxTile, slice, rank_tiles, false, sums[g][t]);
-      }
+      pack_m_tiles<Core>(unscaled, args.rank, args.M, ranks, 0, m_tiles, space.inner);
+      add_products(space.inner, depth_tiles<Core>(ranks), /*is_first=*/false,
+                   [&](int64_t g) { Core::spread(scale_row, first_c(g), C - first_c(g), rank, ranks, space.slice); });
     }
+  }
+
+  void store() {
     if (has_blocks) add_block([](float& sum, float before) { sum += before; });
     for (int64_t t = 0; t < m_tiles; ++t)
       for (int64_t g = 0; g < count; ++g) {
         const int64_t m = t * kAmxRows, c = first_c(g);
-        Core::store(args, m, args.M - m < kAmxRows ? args.M - m : kAmxRows, c, C - c, sums[g][t]);
+        Core::store(args, m, args.M - m < kAmxRows ? args.M - m : kAmxRows, c, C - c, space.sums[g][t]);
       }
+  }
+};
+
+template <class Core>
+void gemm_tiles(const GemmArgs& args, int64_t D, int64_t C, int64_t tile_begin, int64_t tile_end, void* workspace) {
+  const TileConfig config = use_full_tiles();
+  for (int64_t tile = tile_begin; tile < tile_end;) {
+    const int64_t count = TileGroup<Core>::count_at(tile, tile_end, D);
+    TileGroup<Core> group{args, D, C, tile, count, *static_cast<AmxWorkspace*>(workspace)};
+    group.multiply_weight();
+    group.add_lora();
+    group.store();
+    tile += count;
   }
   use_tiles(config);
 }
