@@ -76,6 +76,21 @@ static inline Products choose_lora(Dtype inputs) {
 
 static inline int64_t at_least_1(int64_t a) { return a > 1 ? a : 1; }
 
+// In how many parts threads share the rows of a pass, beside its C tiles: what has the least work for the thread that has
+// the most. Each part decodes B anew, which takes as long as some 40 rows (AMX) or fewer.
+constexpr int64_t kDecodeRows = 40, kLeastPartRows = 64;
+static inline int64_t row_parts(int64_t rows, int64_t c_tiles, int64_t threads) {
+  int64_t best = 1, least = 0;
+  for (int64_t parts = 1; parts == 1 || ceil_div(rows, parts) >= kLeastPartRows; ++parts) {
+    const int64_t work = ceil_div(c_tiles * parts, threads) * (ceil_div(rows, parts) + kDecodeRows);
+    if (parts == 1 || work < least) {
+      best = parts;
+      least = work;
+    }
+  }
+  return best;
+}
+
 // dequantize + GEMM: the bytes of a slice that a thread has, as a core's L2 of a CPU with AMX, and the most of all. The
 // columns of out that a slice of linear_dgrad has at least: narrower ones read W in pieces that are too short, 7.5 ms
 // for a whole 4096x4096 at 128 columns, 3.7 at 256 and 2.8 at 512, where rows take 2.0 (one Zen 4 core).

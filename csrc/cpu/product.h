@@ -2,7 +2,8 @@
 //
 //   few rows, linear    pack x; threads share N (M <= 4, 16 by integers)    linear_gemv.h
 //   otherwise           for each 512 rows of x: threads pack x's M tiles;   gemm.h
-//                       then they share the C tiles of out
+//                       then they share the C tiles of out, and where these
+//                       are few, the rows as well (choose.h's row_parts)
 //   where it is chosen  slice by slice, by torch's GEMM                     dequantize_gemm.h
 //
 // Runtime, the caller's, has parallel_for(begin, end, grain, body), which calls body(begin, end) on parts of the range
@@ -33,27 +34,53 @@ void multiply_gemv(Runtime& runtime, const GemvKernel& gemv, GemmArgs& args, con
   runtime.parallel_for(0, N, gemv_grain(K), [&](int64_t begin, int64_t end) { gemv.run(args, begin, end); });
 }
 
-template <class Runtime>
-void multiply_gemm(Runtime& runtime, const Product& product, const GemmKernel& gemm, GemmArgs& args, const void* x) {
-  const int64_t M = args.M, padded_d = ceil_div(product.D, gemm.step_d) * gemm.step_d;
-  const int64_t x_row = product.D * element_bytes(args.dtype), out_row = product.C * element_bytes(args.dtype);
-  const int64_t rows_of_tiles = m_tiles(M < kPassM ? M : kPassM, gemm.tile_m) * gemm.tile_m;
-  void* panel = runtime.allocate(rows_of_tiles * padded_d * gemm.element_bytes);
+// What args says of the rows [m, m + count) of x, whose panel is `panel`.
+static inline GemmArgs of_rows(const Product& product, GemmArgs args, int64_t m, int64_t count, const void* panel) {
+  const int64_t bytes = element_bytes(args.dtype);
+  args.M = count;
   args.panel = panel;
-  const auto* rows = static_cast<const char*>(x);
-  for (int64_t m = 0; m < M; m += kPassM) {
-    args.M = M - m < kPassM ? M - m : kPassM;
-    runtime.parallel_for(
-        0, m_tiles(args.M, gemm.tile_m), pack_grain(padded_d, gemm.tile_m),
-        [&](int64_t begin, int64_t end) { gemm.pack(rows, args.dtype, args.M, product.D, begin, end, panel); });
-    runtime.parallel_for(0, ceil_div(product.C, gemm.tile_c), 1, [&](int64_t begin, int64_t end) {
-      gemm.run(args, begin, end, thread_workspace(gemm.workspace_bytes));
-    });
-    rows += args.M * x_row;
-    args.out = static_cast<char*>(args.out) + args.M * out_row;
-    args.lora_inner += args.M * args.rank;
-    args.unscaled_inner =
-        static_cast<const char*>(args.unscaled_inner) + args.M * args.rank * element_bytes(args.dtype);
+  args.out = static_cast<char*>(args.out) + m * product.C * bytes;
+  args.lora_inner += m * args.rank;
+  args.unscaled_inner = static_cast<const char*>(args.unscaled_inner) + m * args.rank * bytes;
+  return args;
+}
+
+// body(part, begin, end) for each part of `size` that [begin, end) reaches into, counted from that part's beginning.
+template <class Body>
+void by_parts(int64_t begin, int64_t end, int64_t size, Body body) {
+  while (begin < end) {
+    const int64_t part = begin / size, first = part * size, stop = end < first + size ? end : first + size;
+    body(part, begin - first, stop - first);
+    begin = stop;
+  }
+}
+
+template <class Runtime>
+void multiply_gemm(Runtime& runtime, const Product& product, const GemmKernel& gemm, const GemmArgs& args,
+                   const void* x) {
+  const int64_t padded_d = ceil_div(product.D, gemm.step_d) * gemm.step_d, c_tiles = ceil_div(product.C, gemm.tile_c);
+  const int64_t x_row = product.D * element_bytes(args.dtype), panel_row = padded_d * gemm.element_bytes;
+  const int64_t most = args.M < kPassM ? args.M : kPassM;
+  const int64_t parts = row_parts(most, c_tiles, runtime.threads());
+  const int64_t part_tiles = ceil_div(m_tiles(most, gemm.tile_m), parts), part_m = part_tiles * gemm.tile_m;
+  auto* panel = static_cast<char*>(runtime.allocate(parts * part_m * panel_row));
+  for (int64_t pass = 0; pass < args.M; pass += kPassM) {
+    const int64_t end_m = args.M - pass < kPassM ? args.M : pass + kPassM;
+    const auto part_of = [&](int64_t part) {
+      const int64_t m = pass + part * part_m;
+      return of_rows(product, args, m, end_m - m < part_m ? end_m - m : part_m, panel + part * part_m * panel_row);
+    };
+    const auto pack = [&](int64_t part, int64_t begin, int64_t end) {
+      const auto* rows = static_cast<const char*>(x) + (pass + part * part_m) * x_row;
+      gemm.pack(rows, args.dtype, part_of(part).M, product.D, begin, end, panel + part * part_m * panel_row);
+    };
+    const auto run = [&](int64_t part, int64_t begin, int64_t end) {
+      gemm.run(part_of(part), begin, end, thread_workspace(gemm.workspace_bytes));
+    };
+    runtime.parallel_for(0, m_tiles(end_m - pass, gemm.tile_m), pack_grain(padded_d, gemm.tile_m),
+                         [&](int64_t begin, int64_t end) { by_parts(begin, end, part_tiles, pack); });
+    runtime.parallel_for(0, ceil_div(end_m - pass, part_m) * c_tiles, 1,
+                         [&](int64_t begin, int64_t end) { by_parts(begin, end, c_tiles, run); });
   }
 }
 

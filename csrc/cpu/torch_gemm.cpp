@@ -101,6 +101,11 @@ NF4_EXPORT const char* nf4kernels_cpu_ran() {
 // Slices of so many bytes from now on, 0: by the number of threads; returns what was forced before.
 NF4_EXPORT int64_t nf4kernels_cpu_slices(int64_t bytes) { return nf4::cpu::wanted_slice_bytes.exchange(bytes); }
 
+// choose.h's row_parts.
+NF4_EXPORT int64_t nf4kernels_cpu_row_parts(int64_t rows, int64_t c_tiles, int64_t threads) {
+  return nf4::cpu::row_parts(rows, c_tiles, threads);
+}
+
 // What choose.h says of a product: the name of its Products, and why.
 NF4_EXPORT const char* nf4kernels_cpu_choose(bool is_dgrad, int32_t dtype, int64_t M, int32_t code_run, int64_t weights,
                                              bool has_tiles, int32_t amx, int32_t forced, const char** reason) {

@@ -456,6 +456,15 @@ class ProductContract:
                     for term in (None, lora):
                         self.bits_under_every_schedule(way, a, qweight, term, f"M={M}")
 
+    @pytest.mark.ways("cpu")
+    def test_bits_depend_on_no_schedule_where_threads_share_rows(self, way):
+        """Of 512 rows, and of the rest; without LoRA's term and with it."""
+        qweight = cases.quantized(70, 100)
+        for dtype in HALVES[:1]:
+            a, lora = self.inputs(qweight, 700, dtype), self.lora(qweight, 700, 16, dtype)
+            for term in (None, lora):
+                self.bits_under_every_schedule(way, a, qweight, term, "M=700")
+
     @pytest.mark.ways("executor", "cuda")
     def test_bits_depend_on_no_schedule_where_stages_are_filled_again(self, way):
         """Every tile, unsplit and split, in both forms of scales. A step's copies must wait for who reads the stage."""

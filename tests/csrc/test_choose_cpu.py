@@ -29,6 +29,26 @@ def choose():
     return call
 
 
+@pytest.fixture(scope="module")
+def row_parts():
+    function = ctypes.CDLL(str(native.CPU_LIBRARY)).nf4kernels_cpu_row_parts
+    function.restype, function.argtypes = ctypes.c_int64, [ctypes.c_int64] * 3
+    return function
+
+
+def test_threads_share_rows_where_there_are_few_columns(row_parts):
+    """The thread with the most has the least, a decoding of W being 40 rows; no part of less than 64 rows is made."""
+    sizes = itertools.product((1, 63, 128, 200, 512), (1, 3, 9, 16, 24, 64), (1, 2, 3, 8, 32, 96))
+    for rows, c_tiles, threads in sizes:
+        work = {
+            parts: -(-c_tiles * parts // threads) * (-(-rows // parts) + 40)
+            for parts in range(1, max(rows // 64, 1) + 1)
+        }
+        assert row_parts(rows, c_tiles, threads) == min(work, key=work.get), (rows, c_tiles, threads)
+    chosen = [row_parts(512, c_tiles, threads) for c_tiles, threads in ((64, 2), (9, 2), (3, 2), (16, 32), (64, 48))]
+    assert chosen == [1, 2, 2, 2, 3]
+
+
 def test_every_product_has_kernels_and_a_reason(choose):
     for is_dgrad, dtype, M, run in itertools.product((False, True), (FP32, BF16, FP16), ROWS, (64, 32, 16, 0)):
         products, reason = choose(is_dgrad, dtype, M, run)
