@@ -7,7 +7,6 @@ ggml takes and gives fp32, and rounds x to Q8_0 (8 bits, a scale for each 32) on
 weight into groups of eight rows when it is loaded; that is the one which is measured.
 """
 
-import copy
 import ctypes
 import importlib.util
 import os
@@ -150,16 +149,17 @@ def quantize(weight: Tensor, kind: str) -> Tensor:
 class GgmlLinear(nn.Module):
     """y[M,N] = x[M,K] @ W[N,K].T in fp32; N a multiple of ROWS, K of BLOCK.
 
-    y is the same memory at every call with as many rows. An x is brought into ggml's memory, in fp32, at the first call
-    with it: activations are there already where ggml runs a model.
+    y is the same memory at every call with as many rows; what calls with other numbers of rows needed is freed, for two
+    thousand copies of a small weight have a graph of 0.2 MB each. An x is brought into ggml's memory, in fp32, at the
+    first call with it: activations are there already where ggml runs a model.
     """
 
     def __init__(self, ggml: Ggml, kind: str, shape: tuple[int, int], blocks: Tensor) -> None:
         super().__init__()
         self.ggml, self.kind, self.shape, self.blocks = ggml, kind, shape, blocks
         N, K = shape
-        self.owned: list[tuple[int, int]] = []  # contexts and the buffers of their tensors
-        self.graphs: dict[int, tuple[Tensor, Tensor, int]] = {}
+        self.owned: list[tuple[int, int]] = []  # contexts and the buffers of their tensors: the matrix's, the graph's
+        self.graph: tuple[Tensor, Tensor, int] | None = None
         self.given: Tensor | None = None
         context = ggml.context()
         self.matrix = ggml.new_tensor_2d(context, TYPES[kind], K, N)
@@ -177,7 +177,8 @@ class GgmlLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.take(x)
-        _, y, graph = self.graphs[len(x)]
+        assert self.graph is not None
+        _, y, graph = self.graph
         self.ggml.backend_cpu_set_n_threads(self.ggml.backend, torch.get_num_threads())
         status = self.ggml.backend_graph_compute(self.ggml.backend, graph)
         assert status == 0, f"ggml_backend_graph_compute returned {status}"
@@ -186,19 +187,20 @@ class GgmlLinear(nn.Module):
     def take(self, x: Tensor) -> None:
         """Bring x into ggml's memory, unless it is there."""
         if x is not self.given:
-            own, _, _ = self.graphs.get(len(x)) or self._graph(len(x))
-            own.copy_(x)
+            if self.graph is None or len(self.graph[0]) != len(x):
+                self.graph = self._graph(len(x))
+            self.graph[0].copy_(x)
             self.given = x
 
     def _graph(self, M: int) -> tuple[Tensor, Tensor, int]:
+        self._free(1)
         ggml, (N, K), context = self.ggml, self.shape, self.ggml.context()
         x = ggml.new_tensor_2d(context, F32, K, M)
         y = ggml.mul_mat(context, self.matrix, x)
         graph = ggml.new_graph(context)
         ggml.build_forward_expand(graph, y)
         self._allocate(context, ggml.plain)
-        self.graphs[M] = (_floats(ggml.get_data(x), M, K), _floats(ggml.get_data(y), M, N), graph)
-        return self.graphs[M]
+        return _floats(ggml.get_data(x), M, K), _floats(ggml.get_data(y), M, N), graph
 
     def _allocate(self, context: int, kind: int) -> None:
         buffer = self.ggml.backend_alloc_ctx_tensors_from_buft(context, kind)
@@ -206,10 +208,16 @@ class GgmlLinear(nn.Module):
         self.owned.append((context, buffer))
 
     def __deepcopy__(self, memo: dict) -> "GgmlLinear":
-        return type(self)(self.ggml, self.kind, self.shape, copy.deepcopy(self.blocks, memo))
+        """Of the matrix in ggml's memory; `blocks` are read alone, and shared."""
+        return type(self)(self.ggml, self.kind, self.shape, self.blocks)
 
     def __del__(self) -> None:
-        for context, buffer in self.__dict__.get("owned", ()):
+        if "owned" in self.__dict__:
+            self._free(0)
+
+    def _free(self, left: int) -> None:
+        while len(self.owned) > left:
+            context, buffer = self.owned.pop()
             self.ggml.backend_buffer_free(buffer)
             self.ggml.free(context)
 
