@@ -52,6 +52,7 @@ SIGNATURES = {
     "ggml_backend_buft_name": (c_char_p, c_void_p),
     "ggml_backend_alloc_ctx_tensors_from_buft": (c_void_p, c_void_p, c_void_p),
     "ggml_backend_buffer_free": (None, c_void_p),
+    "ggml_backend_tensor_alloc": (c_int, c_void_p, c_void_p, c_void_p),
     "ggml_backend_tensor_set": (None, c_void_p, c_void_p, c_size_t, c_size_t),
     "ggml_backend_graph_compute": (c_int, c_void_p, c_void_p),
     "ggml_log_set": (None, c_void_p, c_void_p),
@@ -113,6 +114,12 @@ class Ggml:
         """Room for the descriptions of a few tensors and a graph; their data lie in buffers."""
         return self.init(_Memory(1 << 18, None, True))
 
+    def buffer_of(self, context: int, kind: int) -> int:
+        """Memory of that kind under the tensors of a context."""
+        buffer: int = self.backend_alloc_ctx_tensors_from_buft(context, kind)
+        assert buffer, "ggml gave no memory"
+        return buffer
+
     def __str__(self) -> str:
         has = [name for name in ("avx2", "avx512", "avx512_vnni", "avx512_bf16") if self._has(name)]
         version = getattr(self.library, "ggml_version", None)
@@ -146,80 +153,101 @@ def quantize(weight: Tensor, kind: str) -> Tensor:
     return torch.cat([scale.view(torch.uint8), packed], 2).view(len(weight), -1)
 
 
+class Activations:
+    """x [M,K] and y [M,N] in ggml's memory, fp32."""
+
+    def __init__(self, ggml: Ggml, M: int, shape: tuple[int, int]) -> None:
+        (N, K), self.ggml, self.context = shape, ggml, ggml.context()
+        self.x_tensor, self.y_tensor = (ggml.new_tensor_2d(self.context, F32, columns, M) for columns in (K, N))
+        self.buffer = ggml.buffer_of(self.context, ggml.plain)
+        self.x, self.y = _floats(ggml.get_data(self.x_tensor), M, K), _floats(ggml.get_data(self.y_tensor), M, N)
+        self.given: Tensor | None = None
+
+    def take(self, x: Tensor) -> None:
+        """Bring x there, unless it is there."""
+        if x is not self.given:
+            self.x.copy_(x)
+            self.given = x
+
+    def __del__(self) -> None:
+        self.ggml.backend_buffer_free(self.buffer)
+        self.ggml.free(self.context)
+
+
 class GgmlLinear(nn.Module):
     """y[M,N] = x[M,K] @ W[N,K].T in fp32; N a multiple of ROWS, K of BLOCK.
 
-    y is the same memory at every call with as many rows; what calls with other numbers of rows needed is freed, for two
-    thousand copies of a small weight have a graph of 0.2 MB each. An x is brought into ggml's memory, in fp32, at the
-    first call with it: activations are there already where ggml runs a model.
+    x and y of the last number of rows lie in memory that a layer and its copies share: thousands of copies of a small
+    weight, each with 512 rows of its own, are more than a machine has. So y holds until the next call of any of them.
+    An x is brought there at the first call with it: activations are there already where ggml runs a model.
     """
 
-    def __init__(self, ggml: Ggml, kind: str, shape: tuple[int, int], blocks: Tensor) -> None:
+    def __init__(
+        self, ggml: Ggml, kind: str, shape: tuple[int, int], blocks: Tensor, shared: dict[int, Activations]
+    ) -> None:
         super().__init__()
-        self.ggml, self.kind, self.shape, self.blocks = ggml, kind, shape, blocks
+        self.ggml, self.kind, self.shape, self.blocks, self.shared = ggml, kind, shape, blocks, shared
         N, K = shape
-        self.owned: list[tuple[int, int]] = []  # contexts and the buffers of their tensors: the matrix's, the graph's
-        self.graph: tuple[Tensor, Tensor, int] | None = None
-        self.given: Tensor | None = None
-        context = ggml.context()
-        self.matrix = ggml.new_tensor_2d(context, TYPES[kind], K, N)
-        self._allocate(context, ggml.repacked)
+        self.context, self.graph_context = ggml.context(), None
+        self.graph: tuple[Activations, int] | None = None
+        self.matrix = ggml.new_tensor_2d(self.context, TYPES[kind], K, N)
+        self.buffer = ggml.buffer_of(self.context, ggml.repacked)
         ggml.backend_tensor_set(self.matrix, blocks.data_ptr(), 0, blocks.numel())
 
     @classmethod
     def from_weight(cls, ggml: Ggml, kind: str, weight: Tensor) -> "GgmlLinear":
         blocks = torch.cat([quantize(rows.detach().float(), kind) for rows in weight.split(1024)])
-        return cls(ggml, kind, tuple(weight.shape), blocks)
+        return cls(ggml, kind, tuple(weight.shape), blocks, {})
 
     def decoded(self) -> Tensor:
         """W in fp32, by our own reader of ggml's blocks."""
         return numbers_from_rows(self.blocks, self.kind)
 
     def forward(self, x: Tensor) -> Tensor:
-        self.take(x)
-        assert self.graph is not None
-        _, y, graph = self.graph
+        activations, graph = self._graph(len(x))
+        activations.take(x)
         self.ggml.backend_cpu_set_n_threads(self.ggml.backend, torch.get_num_threads())
         status = self.ggml.backend_graph_compute(self.ggml.backend, graph)
         assert status == 0, f"ggml_backend_graph_compute returned {status}"
-        return y
+        return activations.y
 
     def take(self, x: Tensor) -> None:
         """Bring x into ggml's memory, unless it is there."""
-        if x is not self.given:
-            if self.graph is None or len(self.graph[0]) != len(x):
-                self.graph = self._graph(len(x))
-            self.graph[0].copy_(x)
-            self.given = x
+        self._graph(len(x))[0].take(x)
 
-    def _graph(self, M: int) -> tuple[Tensor, Tensor, int]:
-        self._free(1)
-        ggml, (N, K), context = self.ggml, self.shape, self.ggml.context()
-        x = ggml.new_tensor_2d(context, F32, K, M)
+    def _graph(self, M: int) -> tuple[Activations, int]:
+        """The activations of so many rows, and the graph from the one to the other."""
+        activations = self.shared.get(M)
+        if activations is None:
+            self.shared.clear()
+            activations = self.shared[M] = Activations(self.ggml, M, self.shape)
+        if self.graph is None or self.graph[0] is not activations:
+            self.graph = activations, self._made(activations)
+        return self.graph
+
+    def _made(self, activations: Activations) -> int:
+        ggml, (_, K) = self.ggml, self.shape
+        if self.graph_context is not None:
+            ggml.free(self.graph_context)
+        self.graph_context = context = ggml.context()
+        x = ggml.new_tensor_2d(context, F32, K, len(activations.x))
         y = ggml.mul_mat(context, self.matrix, x)
+        for tensor, memory in ((x, activations.x_tensor), (y, activations.y_tensor)):
+            ggml.backend_tensor_alloc(activations.buffer, tensor, ggml.get_data(memory))
         graph = ggml.new_graph(context)
         ggml.build_forward_expand(graph, y)
-        self._allocate(context, ggml.plain)
-        return _floats(ggml.get_data(x), M, K), _floats(ggml.get_data(y), M, N), graph
-
-    def _allocate(self, context: int, kind: int) -> None:
-        buffer = self.ggml.backend_alloc_ctx_tensors_from_buft(context, kind)
-        assert buffer, "ggml gave no memory"
-        self.owned.append((context, buffer))
+        return graph
 
     def __deepcopy__(self, memo: dict) -> "GgmlLinear":
         """Of the matrix in ggml's memory; `blocks` are read alone, and shared."""
-        return type(self)(self.ggml, self.kind, self.shape, self.blocks)
+        return type(self)(self.ggml, self.kind, self.shape, self.blocks, self.shared)
 
     def __del__(self) -> None:
-        if "owned" in self.__dict__:
-            self._free(0)
-
-    def _free(self, left: int) -> None:
-        while len(self.owned) > left:
-            context, buffer = self.owned.pop()
-            self.ggml.backend_buffer_free(buffer)
-            self.ggml.free(context)
+        if "buffer" in self.__dict__:
+            self.ggml.backend_buffer_free(self.buffer)
+            for context in (self.context, self.graph_context):
+                if context is not None:
+                    self.ggml.free(context)
 
 
 def _floats(address: int, rows: int, columns: int) -> Tensor:

@@ -68,6 +68,10 @@ def test_ggml_multiplies_with_its_blocks(kind):
             x = torch.randn(M, 128).bfloat16()
             exact = x.double() @ layer.decoded().double().T
             assert checks.relative_error(own(x), exact) <= peer_ggml.allowed_error(x)
+    other = copy.deepcopy(layer)  # it shares x and y with the layer, whose graph is of other memory after this
+    for M in (5, 1):
+        x = torch.randn(M, 128)
+        assert torch.equal(other(x).clone(), layer(x))
 
 
 def test_ggml_is_found_where_it_is_named(tmp_path, monkeypatch):
