@@ -251,7 +251,7 @@ def about(machine: str, device: str, bitsandbytes: str) -> dict[str, str]:
 
 
 def installed(package: str) -> str:
-    """Its version."""
+    """The package's version, or that it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -460,10 +460,9 @@ class ProductContract:
     def test_bits_depend_on_no_schedule_where_threads_share_rows(self, way):
         """Of 512 rows, and of the rest; without LoRA's term and with it."""
         qweight = cases.quantized(70, 100)
-        for dtype in HALVES[:1]:
-            a, lora = self.inputs(qweight, 700, dtype), self.lora(qweight, 700, 16, dtype)
-            for term in (None, lora):
-                self.bits_under_every_schedule(way, a, qweight, term, "M=700")
+        a, lora = self.inputs(qweight, 700, torch.bfloat16), self.lora(qweight, 700, 16, torch.bfloat16)
+        for term in (None, lora):
+            self.bits_under_every_schedule(way, a, qweight, term, "M=700")
 
     @pytest.mark.ways("executor", "cuda")
     def test_bits_depend_on_no_schedule_where_stages_are_filled_again(self, way):

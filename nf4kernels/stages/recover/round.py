@@ -168,8 +168,8 @@ def _rounded_into(
             dense, plain = (load_causal_model(in_dir, dense=True) for _ in range(2))
             quantize_model(plain, options.skip, plan=plan, progress=False, **quant_options)
             models = {"in 16 bits": dense, "to the nearest level": plain, f"by {options.method}": model}
-            for name, each in models.items():
-                measured[name] = agreement(each, dense, _batches(held_out, model.device))
+            held = _batches(held_out, model.device)
+            measured = {name: agreement(each, dense, held) for name, each in models.items()}
     except (TypeError, ValueError, RuntimeError) as error:
         raise StageError(first_line(error).removeprefix("nf4kernels.quantize_model: ")) from None
     model.config.use_cache = uses_cache
