@@ -132,30 +132,33 @@ static inline Isa::F broadcast_halves(const float* low, const float* high) {
   return _mm512_mask_broadcastss_ps(Isa::set1(*low), 0xff00, _mm_load_ss(high));
 }
 
-// The scales of blocks block, ... block + count - 1 in the first lanes; count <= BLOCKS, which are 4 or 8.
+// The scales of blocks block, ... block + count - 1 in the first lanes; count <= BLOCKS, which are 4, 8 or 16.
 template <int BLOCKS>
 static inline Isa::F load_scales(const Weight& w, int64_t block, int count) {
-  const auto there = __mmask8((1 << count) - 1);
+  const auto there = __mmask16((1 << count) - 1);
   switch (w.scales) {
     case Scales::kFloat32: return _mm512_maskz_loadu_ps(there, w.absmax_as<float>() + block);
     case Scales::kBFloat16: {
-      const __m256i wide = _mm256_cvtepu16_epi32(_mm_maskz_loadu_epi16(there, w.absmax_as<uint16_t>() + block));
-      return _mm512_castps256_ps512(_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16)));
+      const Isa::I wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, w.absmax_as<uint16_t>() + block));
+      return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
     }
-    case Scales::kFloat16:
-      return _mm512_castps256_ps512(_mm256_cvtph_ps(_mm_maskz_loadu_epi16(there, w.absmax_as<uint16_t>() + block)));
+    case Scales::kFloat16: return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(there, w.absmax_as<uint16_t>() + block));
     default: break;
   }
-  const __m128i codes = _mm_maskz_loadu_epi8(there, w.absmax_as<uint8_t>() + block);
-  const __m256 values = BLOCKS == 4
-                            ? _mm256_castps128_ps256(_mm_i32gather_ps(w.scale_code, _mm_cvtepu8_epi32(codes), 4))
-                            : _mm256_i32gather_ps(w.scale_code, _mm256_cvtepu8_epi32(codes), 4);
-  if (w.scales == Scales::kCodes) return _mm512_castps256_ps512(values);
+  const Isa::I codes = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(there, w.absmax_as<uint8_t>() + block));
+  Isa::F values;
+  if constexpr (BLOCKS == 4)
+    values = _mm512_castps128_ps512(_mm_i32gather_ps(w.scale_code, _mm512_castsi512_si128(codes), 4));
+  else if constexpr (BLOCKS == 8)
+    values = _mm512_castps256_ps512(_mm256_i32gather_ps(w.scale_code, _mm512_castsi512_si256(codes), 4));
+  else
+    values = _mm512_i32gather_ps(codes, w.scale_code, 4);
+  if (w.scales == Scales::kCodes) return values;
   const int64_t first = block >> kSuperblockShift, last = (block + count - 1) >> kSuperblockShift;
-  const auto in_first = first == last ? 0xff : (1 << ((last << kSuperblockShift) - block)) - 1;
-  const __m256 superblocks = _mm256_mask_broadcastss_ps(_mm256_set1_ps(w.scale_absmax[last]), __mmask8(in_first),
+  const auto in_first = first == last ? 0xffff : (1 << ((last << kSuperblockShift) - block)) - 1;
+  const Isa::F superblocks = _mm512_mask_broadcastss_ps(Isa::set1(w.scale_absmax[last]), __mmask16(in_first),
                                                         _mm_load_ss(w.scale_absmax + first));
-  return _mm512_castps256_ps512(_mm256_add_ps(_mm256_mul_ps(values, superblocks), _mm256_set1_ps(*w.scale_offset)));
+  return Isa::add(Isa::mul(values, superblocks), Isa::set1(*w.scale_offset));
 }
 
 }  // namespace

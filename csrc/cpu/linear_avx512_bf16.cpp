@@ -18,6 +18,7 @@ struct LinearBf16 : Bf16Core {
 // Of linear_gemv_codes.h.
 struct Bf16Terms {
   static constexpr int kMaxM = kGemvMaxM;
+  static constexpr bool kGathersScales = false;  // Zen 4 takes many cycles for one
   using Sum = Isa::F;
   static constexpr int64_t kGroupBytes = kGemvGroupK * 2;
   static Sum zero() { return Isa::zero(); }

@@ -20,6 +20,11 @@ namespace {
 
 struct IntTerms {
   static constexpr int kMaxM = kGemvIntMaxM;
+#ifdef __AMX_BF16__
+  static constexpr bool kGathersScales = true;
+#else
+  static constexpr bool kGathersScales = false;  // up to Ice Lake gathers are slow: the microcode against Downfall
+#endif
   using Sum = Isa::I;
   static constexpr int64_t kStepsAt = kGemvGroupK * 2, kGroupBytes = kStepsAt + Isa::L * 4;
   static Sum zero() { return _mm512_setzero_si512(); }
