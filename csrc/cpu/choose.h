@@ -77,12 +77,16 @@ static inline Products choose_lora(Dtype inputs) {
 static inline int64_t at_least_1(int64_t a) { return a > 1 ? a : 1; }
 
 // In how many parts threads share the rows of a pass, beside its C tiles: what has the least work for the thread that has
-// the most. Each part decodes B anew, which takes as long as some 40 rows (AMX) or fewer.
-constexpr int64_t kDecodeRows = 40, kLeastPartRows = 64;
-static inline int64_t row_parts(int64_t rows, int64_t c_tiles, int64_t threads) {
+// the most, counted in rows of a C tile. Each part decodes B anew, which takes as long as some 40 rows (AMX) or fewer;
+// and a row that another thread has packed comes from that core's cache, which takes as long as 160 columns (AMX).
+constexpr int64_t kDecodeRows = 40, kForeignColumns = 160, kLeastPartRows = 64;
+static inline int64_t row_parts(int64_t rows, int64_t c_tiles, int64_t tile_c, int64_t threads) {
   int64_t best = 1, least = 0;
   for (int64_t parts = 1; parts == 1 || ceil_div(rows, parts) >= kLeastPartRows; ++parts) {
-    const int64_t work = ceil_div(c_tiles * parts, threads) * (ceil_div(rows, parts) + kDecodeRows);
+    const int64_t part_rows = ceil_div(rows, parts), own_rows = rows / threads;
+    const int64_t foreign_rows = part_rows > own_rows ? part_rows - own_rows : 0;
+    const int64_t work =
+        ceil_div(c_tiles * parts, threads) * (part_rows + kDecodeRows) + foreign_rows * kForeignColumns / tile_c;
     if (parts == 1 || work < least) {
       best = parts;
       least = work;

@@ -2,10 +2,10 @@
 // Read first: kernels.h, for M, C and D.
 //
 //   pack        x into tiles, once for up to kPassM = 512 rows                             all threads
-//   for each group of kAmxGroup C tiles of 64 columns                                      a thread's share
-//     for each slice of kSliceD = 256 of D, for each C tile of the group
-//       decode    B[slice, C tile] into tiles of bf16, scaled: 32 KB, which stay in L1
-//       for each M tile of 16 rows: 4 tiles of fp32 sums, 2 at a time, += its tiles of x times the slice
+//   for each group of C tiles, 256 columns                                                 a thread's share
+//     for each slice of D, for each C tile of the group
+//       decode    B[slice, C tile] into 32 tiles of bf16, scaled: 32 KB, which stay in L1
+//       for each M tile of 16 rows: tiles of fp32 sums, 2 at a time, += its tiles of x times the slice
 //     for each slice of LoRA's rank: the same, of the tiles of P or Q and of s B or s A
 //     store       the sums, rounded once, with bias
 //
@@ -22,7 +22,10 @@
 //                and 25 to 33 with eight, in any order of loads; alone it takes 6 ns in each case, which is its peak
 //                (operands in L1, an Emerald Rapids Xeon). Dense torch's uses eight: 1.0 to 1.7 times as long as this
 //                whole product.
-// Why groups     x in tiles is 4 MB at M = 512, D = 4096: it comes from L3 once for kAmxGroup C tiles, not for each.
+// Slices         512 of D of 32 columns, where the sums are loaded and stored half as often and rows of W are read and
+//                decoded in longer pieces than in 256 of 64: linear 1.13 to 1.26 times as fast at M = 16, 1.0 to 1.1 at
+//                256 and 512. linear_dgrad has 64 columns all the same: a register of its codes is of so many.
+// Why groups     x in tiles is 4 MB at M = 512, D = 4096: it comes from L3 once for 256 columns, not for each C tile.
 // Streams        x and sums are loaded with the hint that they are not kept, so that less of the slice leaves L1: 1.01 to
 //                1.16 times as fast at M = 16 to 512; for the slice, too, 0.97 to 1.03.
 // Rejected       Slices of 128 of D, which leave room in L1 (0.9 to 1.0 times as fast at M = 16 to 512); x and sums
@@ -32,15 +35,15 @@
 // Needs          x, out and the factors in bf16. Where rows of W are not whole runs of 64 codes, or a run has more than
 //                one scale, and for int8, rows are decoded as spans, then spread over the tiles.
 //
-// A Core says how the operands lie in tiles: linear_amx_bf16.cpp and linear_dgrad_amx_bf16.cpp.
+// A Core is a TileShape and says how the operands lie in tiles: linear_amx_bf16.cpp and linear_dgrad_amx_bf16.cpp.
 //
 //   kStep                    D is padded to whole steps of it, in a panel and in a slice
 //   kIsWeightFirst           the tiles of B are the first operand, so that sums are [c][m]
-//   kSumTile, kSumRowBytes   where the 4 tiles of sums lie in the 16 x 64 of an M tile
+//   kSumTile, kSumRowBytes   where the tiles of sums lie in the 16 x kTileC of an M tile
 //   pack                     rows [0, m_count) x columns [0, d_count) of x into tiles, zeros past them
-//   decode                   64 columns of B into a slice, if they are runs of 64 codes
+//   decode                   kTileC columns of B into a slice, if W's rows are runs of 64 codes
 //   spread                   the same of any matrix whose rows a function gives in bf16: LoRA's factor, other weights
-//   store                    a finished 16 x 64
+//   store                    a finished 16 x kTileC
 #pragma once
 
 #include "codes_avx512.h"
@@ -51,11 +54,17 @@
 namespace nf4::cpu {
 namespace {
 
-constexpr int kAmxRows = 16, kAmxDepth = 32;    // of a tile of bf16
-constexpr int kAmxTile = kAmxRows * kAmxDepth;  // elements
-constexpr int kAmxTiles = 4, kAmxTileC = kAmxTiles * 16, kAmxGroup = 4;
+constexpr int kAmxRows = 16, kAmxDepth = 32;     // of a tile of bf16
+constexpr int kAmxTile = kAmxRows * kAmxDepth;   // elements
 constexpr int64_t kAmxBlockD = 512 * kAmxDepth;  // in one running sum: design.md, section 7
-constexpr int kAmxSums = kAmxRows * kAmxTileC;
+
+// Slices whose rows are TILES tiles of B.
+template <int TILES>
+struct TileShape {
+  static constexpr int kTiles = TILES, kTileC = TILES * 16, kSums = kAmxRows * kTileC;
+  static constexpr int kSliceTiles = 32, kGroup = 16 / TILES;  // C tiles of a group
+  static constexpr int64_t kSliceD = kSliceTiles / TILES * kAmxDepth;
+};
 
 // What ldtilecfg reads.
 struct alignas(64) TileConfig {
@@ -84,7 +93,7 @@ static inline TileConfig use_full_tiles() {
   return before;
 }
 
-// Two of the four tiles of sums = or += steps tiles of x times steps tiles of b for each. Tiles 0 and 1 are sums, 2 is
+// Two tiles of sums = or += steps tiles of x times steps tiles of b for each. Tiles 0 and 1 are sums, 2 is
 // of x, 3 of b: GCC wants their numbers as literals.
 template <class Core>
 void multiply_two(const BFloat16* x, const BFloat16* b, int64_t steps, bool is_first, float* sums) {
@@ -97,7 +106,7 @@ void multiply_two(const BFloat16* x, const BFloat16* b, int64_t steps, bool is_f
     _tile_stream_loadd(0, sums, Core::kSumRowBytes);
     _tile_stream_loadd(1, next_sums, Core::kSumRowBytes);
   }
-  for (int64_t s = 0; s < steps; ++s, x += kAmxTile, b += kAmxTiles * kAmxTile) {
+  for (int64_t s = 0; s < steps; ++s, x += kAmxTile, b += Core::kTiles * kAmxTile) {
     _tile_stream_loadd(2, x, 64);
     _tile_loadd(3, b, 64);
     if constexpr (Core::kIsWeightFirst) {
@@ -114,11 +123,11 @@ void multiply_two(const BFloat16* x, const BFloat16* b, int64_t steps, bool is_f
   _tile_stored(1, next_sums, Core::kSumRowBytes);
 }
 
-// sums[16 x 64] = or += steps tiles of x times steps x 4 tiles of b.
+// sums[16 x kTileC] = or += steps tiles of x times steps x kTiles tiles of b.
 template <class Core>
 void multiply_tiles(const BFloat16* x, const BFloat16* b, int64_t steps, bool is_first, float* sums) {
-  multiply_two<Core>(x, b, steps, is_first, sums);
-  multiply_two<Core>(x, b + 2 * kAmxTile, steps, is_first, sums + 2 * Core::kSumTile);
+  for (int g = 0; g < Core::kTiles; g += 2)
+    multiply_two<Core>(x, b + g * kAmxTile, steps, is_first, sums + g * Core::kSumTile);
 }
 
 // Tiles of D columns in a panel or slice.
@@ -133,8 +142,8 @@ template <class Core>
 void pack_m_tiles(const BFloat16* x, int64_t stride, int64_t M, int64_t D, int64_t begin, int64_t end,
                   BFloat16* panel) {
   const int64_t m_tiles = ceil_div(M, kAmxRows);
-  for (int64_t d = 0; d < D; d += kSliceD, panel += m_tiles * kSliceD / kAmxDepth * kAmxTile) {
-    const int64_t d_count = D - d < kSliceD ? D - d : kSliceD;
+  for (int64_t d = 0; d < D; d += Core::kSliceD, panel += m_tiles * Core::kSliceD / kAmxDepth * kAmxTile) {
+    const int64_t d_count = D - d < Core::kSliceD ? D - d : Core::kSliceD;
     for (int64_t t = begin; t < end; ++t) {
       const int64_t m = t * kAmxRows, m_count = M - m < kAmxRows ? M - m : kAmxRows;
       Core::pack(x + m * stride + d, stride, m_count, d_count, panel + t * depth_tiles<Core>(d_count) * kAmxTile);
@@ -149,10 +158,11 @@ void pack_tiles_bf16(const void* x, Dtype, int64_t M, int64_t D, int64_t begin, 
 }
 
 // The workspace of a thread.
+template <class Core>
 struct AmxWorkspace {
-  alignas(64) BFloat16 slice[kSliceD / kAmxDepth * kAmxTiles * kAmxTile];
-  alignas(64) BFloat16 inner[kPassM * kSliceD];  // tiles of P or Q
-  alignas(64) float sums[kAmxGroup][kPassM / kAmxRows][kAmxSums];
+  alignas(64) BFloat16 slice[Core::kSliceTiles * kAmxTile];
+  alignas(64) BFloat16 inner[kPassM * Core::kSliceD];  // tiles of P or Q
+  alignas(64) float sums[Core::kGroup][kPassM / kAmxRows][Core::kSums];
 };
 
 // `count` C tiles of a product, from one on: what a thread finishes at a time.
@@ -160,16 +170,16 @@ template <class Core>
 struct TileGroup {
   const GemmArgs& args;
   const int64_t D, C, first_tile, count;
-  AmxWorkspace& space;
+  AmxWorkspace<Core>& space;
   const int64_t m_tiles = ceil_div(args.M, kAmxRows);
   const bool has_blocks = D > kAmxBlockD;  // then the second half of sums is of the blocks before
 
   // Of a thread's tiles [begin, end).
   static int64_t count_at(int64_t begin, int64_t end, int64_t D) {
-    const int64_t most = D > kAmxBlockD ? kAmxGroup / 2 : kAmxGroup;
+    const int64_t most = D > kAmxBlockD ? Core::kGroup / 2 : Core::kGroup;
     return end - begin < most ? end - begin : most;
   }
-  int64_t first_c(int64_t g) const { return (first_tile + g) * kAmxTileC; }
+  int64_t first_c(int64_t g) const { return (first_tile + g) * Core::kTileC; }
 
   // sums = or += the tiles of x times the slice that decode(g) fills, for each C tile.
   template <class Decode>
@@ -184,7 +194,7 @@ struct TileGroup {
   void add_block(Add add) {
     for (int64_t g = 0; g < count; ++g)
       for (int64_t t = 0; t < m_tiles; ++t)
-        for (int i = 0; i < kAmxSums; ++i) add(space.sums[g][t][i], space.sums[g + kAmxGroup / 2][t][i]);
+        for (int i = 0; i < Core::kSums; ++i) add(space.sums[g][t][i], space.sums[g + Core::kGroup / 2][t][i]);
   }
 
   void multiply_weight() {
@@ -194,11 +204,11 @@ struct TileGroup {
     const auto decode_row = [&](int64_t row, int64_t column, int64_t elements, BFloat16* out) {
       (is_int8(w) ? decode_int8<BFloat16> : decode_span<BFloat16>)(w, row * w.K + column, elements, out);
     };
-    for (int64_t d = 0; d == 0 || d < D; d += kSliceD) {  // D = 0 writes zeros
+    for (int64_t d = 0; d == 0 || d < D; d += Core::kSliceD) {  // D = 0 writes zeros
       const bool is_first = d % kAmxBlockD == 0;
       if (d > 0 && is_first)
         add_block([&](float sum, float& before) { before = d == kAmxBlockD ? sum : before + sum; });
-      const int64_t d_count = D - d < kSliceD ? D - d : kSliceD;
+      const int64_t d_count = D - d < Core::kSliceD ? D - d : Core::kSliceD;
       add_products(panel + m_tiles * d / kAmxDepth * kAmxTile, depth_tiles<Core>(d_count), is_first, [&](int64_t g) {
         if (has_runs)
           Core::decode(w, first_c(g), d, d_count, space.slice);
@@ -215,8 +225,8 @@ struct TileGroup {
       for (int64_t i = 0; i < elements; ++i)
         out[i] = from_float<BFloat16>(to_float(factor[row * factor_row + column + i]) * args.scaling);
     };
-    for (int64_t rank = 0; rank < args.rank; rank += kSliceD) {
-      const int64_t ranks = args.rank - rank < kSliceD ? args.rank - rank : kSliceD;
+    for (int64_t rank = 0; rank < args.rank; rank += Core::kSliceD) {
+      const int64_t ranks = args.rank - rank < Core::kSliceD ? args.rank - rank : Core::kSliceD;
       const auto* unscaled = static_cast<const BFloat16*>(args.unscaled_inner) + rank;
       pack_m_tiles<Core>(unscaled, args.rank, args.M, ranks, 0, m_tiles, space.inner);
       add_products(space.inner, depth_tiles<Core>(ranks), /*is_first=*/false,
@@ -239,7 +249,7 @@ void gemm_tiles(const GemmArgs& args, int64_t D, int64_t C, int64_t tile_begin, 
   const TileConfig config = use_full_tiles();
   for (int64_t tile = tile_begin; tile < tile_end;) {
     const int64_t count = TileGroup<Core>::count_at(tile, tile_end, D);
-    TileGroup<Core> group{args, D, C, tile, count, *static_cast<AmxWorkspace*>(workspace)};
+    TileGroup<Core> group{args, D, C, tile, count, *static_cast<AmxWorkspace<Core>*>(workspace)};
     group.multiply_weight();
     group.add_lora();
     group.store();
@@ -250,7 +260,12 @@ void gemm_tiles(const GemmArgs& args, int64_t D, int64_t C, int64_t tile_begin, 
 
 template <class Core>
 constexpr GemmKernel describe_tiles(GemmFn run) {
-  return {kAmxRows, kAmxTileC, Core::kStep, int(sizeof(BFloat16)), int64_t(sizeof(AmxWorkspace)), pack_tiles_bf16<Core>,
+  return {kAmxRows,
+          Core::kTileC,
+          Core::kStep,
+          int(sizeof(BFloat16)),
+          int64_t(sizeof(AmxWorkspace<Core>)),
+          pack_tiles_bf16<Core>,
           run};
 }
 

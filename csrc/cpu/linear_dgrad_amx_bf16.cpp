@@ -18,10 +18,10 @@
 namespace nf4::cpu {
 namespace {
 
-struct DgradTiles {
+struct DgradTiles : TileShape<4> {
   static constexpr int kStep = kAmxDepth;
   static constexpr bool kIsWeightFirst = false;
-  static constexpr int kSumTile = 16, kSumRowBytes = kAmxTileC * 4;  // [m][64], by tiles
+  static constexpr int kSumTile = 16, kSumRowBytes = kTileC * 4;  // [m][64], by tiles
 
   static void pack(const BFloat16* dy, int64_t stride, int64_t m_count, int64_t N, BFloat16* tiles) {
     for (int64_t n = 0; n < N; n += kAmxDepth, tiles += kAmxTile) {
@@ -40,7 +40,7 @@ struct DgradTiles {
 
   // Rows n, n + 1 of the slice's first tile of them.
   static BFloat16* pair_of(BFloat16* slice, int64_t n) {
-    return slice + n / kAmxDepth * kAmxTiles * kAmxTile + n % kAmxDepth / 2 * 32;
+    return slice + n / kAmxDepth * kTiles * kAmxTile + n % kAmxDepth / 2 * 32;
   }
 
   static void decode(const Weight& w, int64_t k, int64_t n, int64_t n_count, BFloat16* slice) {
@@ -49,7 +49,7 @@ struct DgradTiles {
     const Isa::I in_turn = words_in_turn();
     const int64_t row_bytes = w.K / 2, padded = round_up(n_count, kStep);
     // In bytes: the same columns of the next slice, or of the next group where it begins.
-    const int64_t ahead = n + kSliceD < w.N ? kSliceD * row_bytes : kAmxGroup * kAmxTileC / 2 - n * row_bytes;
+    const int64_t ahead = n + kSliceD < w.N ? kSliceD * row_bytes : kGroup * kTileC / 2 - n * row_bytes;
     const uint8_t* row = w.packed + n * row_bytes + k / 2;
     alignas(64) float scales[kSliceD];
     for (int64_t i = 0; i < n_count; i += Isa::L) {
@@ -88,26 +88,26 @@ struct DgradTiles {
   // row_at(n, k, count, out): so many elements of row n.
   template <class RowAt>
   static void spread(RowAt row_at, int64_t k, int64_t left, int64_t n, int64_t n_count, BFloat16* slice) {
-    alignas(64) BFloat16 pair[2][kAmxTileC] = {};
+    alignas(64) BFloat16 pair[2][kTileC] = {};
     const Isa::I in_turn = words_in_turn();
     for (int64_t i = 0; i < round_up(n_count, kStep); i += 2) {
       for (int r = 0; r < 2; ++r) {
         if (i + r < n_count)
-          row_at(n + i + r, k, left < kAmxTileC ? left : kAmxTileC, pair[r]);
+          row_at(n + i + r, k, left < kTileC ? left : kTileC, pair[r]);
         else
           std::memset(static_cast<void*>(pair[r]), 0, sizeof pair[r]);
       }
-      Isa::I quads[kAmxTiles];
+      Isa::I quads[kTiles];
       deal_by_four(pair[0], quads);
       BFloat16* out = pair_of(slice, i);
-      for (int v = 0; v < kAmxTiles; ++v, out += kAmxTile)
+      for (int v = 0; v < kTiles; ++v, out += kAmxTile)
         _mm512_store_si512(out, _mm512_permutexvar_epi16(in_turn, quads[v]));
     }
   }
 
   static void store(const GemmArgs& args, int64_t m, int64_t m_count, int64_t k, int64_t left, const float* sums) {
-    const int64_t k_count = left < kAmxTileC ? left : kAmxTileC;
-    for (int64_t i = 0; i < m_count; ++i) store_in_order(sums + i * kAmxTileC, args, m + i, k, k_count);
+    const int64_t k_count = left < kTileC ? left : kTileC;
+    for (int64_t i = 0; i < m_count; ++i) store_in_order(sums + i * kTileC, args, m + i, k, k_count);
   }
 };
 

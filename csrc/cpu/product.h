@@ -61,7 +61,7 @@ void multiply_gemm(Runtime& runtime, const Product& product, const GemmKernel& g
   const int64_t padded_d = ceil_div(product.D, gemm.step_d) * gemm.step_d, c_tiles = ceil_div(product.C, gemm.tile_c);
   const int64_t x_row = product.D * element_bytes(args.dtype), panel_row = padded_d * gemm.element_bytes;
   const int64_t most = args.M < kPassM ? args.M : kPassM;
-  const int64_t parts = row_parts(most, c_tiles, runtime.threads());
+  const int64_t parts = row_parts(most, c_tiles, gemm.tile_c, runtime.threads());
   const int64_t part_tiles = ceil_div(m_tiles(most, gemm.tile_m), parts), part_m = part_tiles * gemm.tile_m;
   auto* panel = static_cast<char*>(runtime.allocate(parts * part_m * panel_row));
   for (int64_t pass = 0; pass < args.M; pass += kPassM) {

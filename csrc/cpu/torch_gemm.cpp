@@ -102,8 +102,8 @@ NF4_EXPORT const char* nf4kernels_cpu_ran() {
 NF4_EXPORT int64_t nf4kernels_cpu_slices(int64_t bytes) { return nf4::cpu::wanted_slice_bytes.exchange(bytes); }
 
 // choose.h's row_parts.
-NF4_EXPORT int64_t nf4kernels_cpu_row_parts(int64_t rows, int64_t c_tiles, int64_t threads) {
-  return nf4::cpu::row_parts(rows, c_tiles, threads);
+NF4_EXPORT int64_t nf4kernels_cpu_row_parts(int64_t rows, int64_t c_tiles, int64_t tile_c, int64_t threads) {
+  return nf4::cpu::row_parts(rows, c_tiles, tile_c, threads);
 }
 
 // What choose.h says of a product: the name of its Products, and why.

@@ -32,21 +32,22 @@ def choose():
 @pytest.fixture(scope="module")
 def row_parts():
     function = ctypes.CDLL(str(native.CPU_LIBRARY)).nf4kernels_cpu_row_parts
-    function.restype, function.argtypes = ctypes.c_int64, [ctypes.c_int64] * 3
+    function.restype, function.argtypes = ctypes.c_int64, [ctypes.c_int64] * 4
     return function
 
 
 def test_threads_share_rows_where_there_are_few_columns(row_parts):
-    """The thread with the most has the least, a decoding of W being 40 rows; no part of less than 64 rows is made."""
-    sizes = itertools.product((1, 63, 128, 200, 512), (1, 3, 9, 16, 24, 64), (1, 2, 3, 8, 32, 96))
-    for rows, c_tiles, threads in sizes:
-        work = {
-            parts: -(-c_tiles * parts // threads) * (-(-rows // parts) + 40)
-            for parts in range(1, max(rows // 64, 1) + 1)
-        }
-        assert row_parts(rows, c_tiles, threads) == min(work, key=work.get), (rows, c_tiles, threads)
-    chosen = [row_parts(512, c_tiles, threads) for c_tiles, threads in ((64, 2), (9, 2), (3, 2), (16, 32), (64, 48))]
-    assert chosen == [1, 2, 2, 2, 3]
+    """The thread with the most has the least: a decoding of W is 40 rows, another's packed row 160 columns."""
+    sizes = itertools.product((1, 63, 128, 200, 512), (1, 3, 9, 16, 24, 64), (32, 64), (1, 2, 3, 8, 32, 96))
+    for rows, c_tiles, tile_c, threads in sizes:
+        work = {}
+        for parts in range(1, max(rows // 64, 1) + 1):
+            part_rows = -(-rows // parts)
+            foreign = max(part_rows - rows // threads, 0)
+            work[parts] = -(-c_tiles * parts // threads) * (part_rows + 40) + foreign * 160 // tile_c
+        assert row_parts(rows, c_tiles, tile_c, threads) == min(work, key=work.get), (rows, c_tiles, tile_c, threads)
+    of_512 = [(128, 2), (64, 2), (48, 2), (18, 2), (16, 32), (64, 48)]
+    assert [row_parts(512, c_tiles, 32, threads) for c_tiles, threads in of_512] == [1, 1, 2, 2, 8, 6]
 
 
 def test_every_product_has_kernels_and_a_reason(choose):
