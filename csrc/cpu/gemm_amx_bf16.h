@@ -23,8 +23,9 @@
 //                (operands in L1, an Emerald Rapids Xeon). Dense torch's uses eight: 1.0 to 1.7 times as long as this
 //                whole product.
 // Slices         512 of D of 32 columns, where the sums are loaded and stored half as often and rows of W are read and
-//                decoded in longer pieces than in 256 of 64: linear 1.13 to 1.26 times as fast at M = 16, 1.0 to 1.1 at
-//                256 and 512. linear_dgrad has 64 columns all the same: a register of its codes is of so many.
+//                decoded in longer pieces than in 256 of 64: linear 1.0 to 1.13 times as fast at M = 16 and 64, or 1.05
+//                to 1.26 while the cores' other hyperthreads are busy, 1.0 to 1.1 at 256 and 512. linear_dgrad has 64
+//                columns all the same: a register of its codes is of so many.
 // Why groups     x in tiles is 4 MB at M = 512, D = 4096: it comes from L3 once for 256 columns, not for each C tile.
 // Streams        x and sums are loaded with the hint that they are not kept, so that less of the slice leaves L1: 1.01 to
 //                1.16 times as fast at M = 16 to 512; for the slice, too, 0.97 to 1.03.
@@ -40,7 +41,7 @@
 //   kStep                    D is padded to whole steps of it, in a panel and in a slice
 //   kIsWeightFirst           the tiles of B are the first operand, so that sums are [c][m]
 //   kSumTile, kSumRowBytes   where the tiles of sums lie in the 16 x kTileC of an M tile
-//   pack                     rows [0, m_count) x columns [0, d_count) of x into tiles, zeros past them
+//   pack                     rows [0, m_count) x columns [0, d_count) of x into tiles, zeros past the columns
 //   decode                   kTileC columns of B into a slice, if W's rows are runs of 64 codes
 //   spread                   the same of any matrix whose rows a function gives in bf16: LoRA's factor, other weights
 //   store                    a finished 16 x kTileC
