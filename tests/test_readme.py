@@ -113,6 +113,11 @@ def test_commands_exist(document):
             assert all(f'"{option}"' in source for option in options if option.startswith("--") and option != "--help")
     for rest in arguments(document, r"python (?=[\w/]+\.py)"):
         assert (ROOT / rest.split()[0]).exists(), rest
+    for rest in arguments(document, r"(?:python -m )?pytest (?=tests/)"):
+        file, *options = rest.split()
+        tests = re.findall(r"^def (test_\w+)", (ROOT / file).read_text(encoding="utf-8"), flags=re.MULTILINE)
+        selected = options[options.index("-k") + 1] if "-k" in options else "test"
+        assert any(selected in name for name in tests), rest
 
 
 def test_commands_and_links_are_found():
@@ -121,4 +126,5 @@ def test_commands_and_links_are_found():
     assert {"demo", "test"} <= {rest.split()[0] for rest in arguments(readme, "make ")}
     assert {"info", "quantize", "demo"} <= {rest.split()[0] for rest in arguments(readme, "nf4kernels ")}
     assert any("--docs" in rest for rest in arguments(ROOT / "docs" / "speed.md", "python -m "))
+    assert any("-k" in rest for rest in arguments(ROOT / "CONTRIBUTING.md", "python -m pytest "))
     assert len(python_blocks(readme)) == 5
