@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from support.chat_model import chat_model, facts
 from support.finetune_run import arguments, names, write_rows
 from support.paths import python_path
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 for needed in ("peft", "trl", "datasets", "matplotlib", "yaml"):
     pytest.importorskip(needed, reason=f"{needed} is not installed: nothing is fine-tuned")
@@ -23,7 +24,7 @@ import yaml  # noqa: E402
 from nf4kernels.cli import main  # noqa: E402
 from nf4kernels.stages.errors import StageError  # noqa: E402
 from nf4kernels.stages.finetune import loading, processes  # noqa: E402
-from nf4kernels.stages.finetune.processes import load_for_sharding, sharing  # noqa: E402
+from nf4kernels.stages.finetune.processes import load_for_sharding, sharing, tell_launcher  # noqa: E402
 
 STEPS = 4
 CHANGES = {"max_steps": STEPS, "lora_dropout": 0.0, "learning_rate": 1e-3}
@@ -128,6 +129,25 @@ def test_what_is_not_there_is_said(model, prompts, tmp_path, capsys, monkeypatch
     assert main(arguments(model, prompts, tmp_path / "out") + flags) == 2
     assert expected in capsys.readouterr().err
     assert names(tmp_path) == had
+
+
+def test_torchrun_finds_the_whole_sentence_or_none(tmp_path, monkeypatch):
+    """It ends processes in the midst of a file, and reads it then: pytorch's own record_exception leaves a half."""
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+
+    def end(*paths):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", end)
+        with pytest.raises(KeyboardInterrupt):
+            tell_launcher(StageError("a sentence"))
+    assert not list(tmp_path.iterdir())
+    tell_launcher(StageError("a sentence"))
+    failure = ProcessFailure(local_rank=1, pid=1, exitcode=2, error_file=str(file))
+    assert failure.message["message"] == "StageError: a sentence"
+    assert failure.timestamp > 0
 
 
 @pytest.mark.parametrize("is_zero3", [False, True])

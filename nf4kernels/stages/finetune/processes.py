@@ -2,6 +2,8 @@
 
 import json
 import os
+import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,6 +15,7 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import enable_fsdp_ram_efficient_loading
 
+from ...storage.atomic import write_json
 from ..errors import StageError, first_line
 
 Found = TypeVar("Found")
@@ -146,11 +149,16 @@ def wait_for_all() -> None:
 
 
 def tell_launcher(error: StageError) -> None:
-    """Leave the sentence for torchrun, whose report names each process that ended and why."""
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+    """Leave the sentence for torchrun, whose report names each process that ended and why.
 
-        get_error_handler().record_exception(error)
+    torchrun ends a process in the midst of this once another has ended, and would itself fail at half a file, with no
+    restart: its own `record_exception` writes one.
+    """
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        told = {"message": f"{type(error).__name__}: {error}", "extraInfo": {
+            "py_callstack": traceback.format_exc(), "timestamp": str(int(time.time())),
+        }}  # fmt: skip
+        write_json(Path(os.environ["TORCHELASTIC_ERROR_FILE"]), {"message": told})
 
 
 def sharing(deepspeed: Any, fsdp: Any, fsdp_config: Any, use_cpu: bool) -> dict[str, Any]:
